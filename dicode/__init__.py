@@ -1,0 +1,31 @@
+"""DiCoDe: text to video with a language model, at 16 deep tokens per two seconds."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dicode.generate import DiCoDe as DiCoDe
+    from dicode.lm.deep_lm import DeepTokenLM as DeepTokenLM
+    from dicode.tokenizer.video_tokenizer import VideoTokenizer as VideoTokenizer
+    from dicode.video.io import VideoReadError as VideoReadError
+    from dicode.video.io import VideoWriter as VideoWriter
+    from dicode.video.io import read_video as read_video
+
+_HOME = {
+    "DiCoDe": "dicode.generate",
+    "DeepTokenLM": "dicode.lm.deep_lm",
+    "VideoTokenizer": "dicode.tokenizer.video_tokenizer",
+    "VideoReadError": "dicode.video.io",
+    "VideoWriter": "dicode.video.io",
+    "read_video": "dicode.video.io",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that `import dicode` costs no torch import."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'dicode' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,1 @@
+"""What a model's clips are worth: features, distances, text control, motion, and the JSON of every figure."""

@@ -1,0 +1,192 @@
+"""The measures themselves, on plain arrays: Fréchet distance, PSNR, motion, retrieval, ranks, bootstrap intervals."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int, UInt8
+from numpy import ndarray
+
+from dicode.seeds import generator_for
+from dicode.shapes import Video
+
+Similarity = Literal["cosine", "euclidean"]
+Clips = Iterable[UInt8[ndarray, "_ _ _ _"]]  # clips `f h w c`, each of its own length
+
+
+class FrechetStatistics:
+    """Mean and covariance of a set of feature vectors, accumulated in float64 batch by batch.
+
+    Instead of the covariance it keeps rows F with FᵀF = Σ(x-μ)(x-μ)ᵀ, at most twice as many as features are wide: the
+    distance then needs no matrix square root, is cheap where samples are fewer than dimensions, and loses no precision
+    by squaring.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width, self.count = width, 0
+        self.mean, self.factor = np.zeros(width), np.zeros((0, width))
+
+    @classmethod
+    def of(cls, features: Float[ndarray, "n width"]) -> "FrechetStatistics":
+        """Statistics of features already in memory."""
+        statistics = cls(features.shape[1])
+        statistics.update(features)
+        return statistics
+
+    @property
+    def covariance(self) -> Float64[ndarray, "width width"]:
+        """The unbiased covariance (divided by n-1), as `numpy.cov` gives it."""
+        return self.factor.T @ self.factor / (self.count - 1)
+
+    def update(self, features: Float[ndarray, "n width"]) -> None:
+        """Add samples. Raises `ValueError` for another width or non-finite values."""
+        if features.ndim != 2 or features.shape[1] != self.width:
+            raise ValueError(f"expected features `n {self.width}`, got shape {features.shape}")
+        if not np.isfinite(features).all():
+            bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+            raise ValueError(f"features of {len(bad)} of {len(features)} samples hold NaN or infinity, first: {bad[0]}")
+        if len(features) == 0:
+            return
+        features = features.astype(np.float64)
+        mean = features.mean(axis=0)
+        self._add(len(features), mean, features - mean)
+
+    def merge(self, other: "FrechetStatistics") -> None:
+        """Add what another accumulator (another process, another part of the data) has seen."""
+        if other.width != self.width:
+            raise ValueError(f"expected statistics of width {self.width}, got width {other.width}")
+        self._add(other.count, other.mean, other.factor)
+
+    def compressed_factor(self) -> Float64[ndarray, "rows width"]:
+        """The factor with at most `width` rows."""
+        return np.asarray(np.linalg.qr(self.factor, mode="r")) if len(self.factor) > self.width else self.factor
+
+    def _add(self, count: int, mean: ndarray, factor: ndarray) -> None:
+        # Chan, Golub, LeVeque 1983: the scatter about the joint mean is both scatters plus one row for the shift.
+        total = self.count + count
+        if total == 0:
+            return
+        shift = mean - self.mean
+        self.factor = np.concatenate([self.factor, factor, np.sqrt(self.count * count / total) * shift[None]])
+        if len(self.factor) > 2 * self.width:
+            self.factor = self.compressed_factor()
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+
+def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
+    """|μa-μb|² + Tr(Σa + Σb - 2(ΣaΣb)^½), the squared Fréchet distance of two Gaussians (as in FID: not its root).
+
+    With Σ = FᵀF the last trace is the sum of singular values of Fa Fbᵀ: exact for singular covariances, where
+    `scipy.linalg.sqrtm` is not. Biased upwards for small n: compare only sets of the same n. Warns below n = width.
+    """
+    if a.width != b.width:
+        raise ValueError(f"expected features of one width, got {a.width} and {b.width}")
+    count = min(a.count, b.count)
+    if count < 2:
+        raise ValueError(f"expected at least 2 samples on either side, got {a.count} and {b.count}")
+    if count < a.width:
+        warnings.warn(
+            f"Fréchet distance of {a.width} features from {count} samples is biased upwards; compare it only with"
+            " figures from as many samples",
+            stacklevel=2,
+        )
+    normal_a = a.compressed_factor() / np.sqrt(a.count - 1)
+    normal_b = b.compressed_factor() / np.sqrt(b.count - 1)
+    cross = np.linalg.svd(normal_a @ normal_b.T, compute_uv=False).sum()
+    distance = ((a.mean - b.mean) ** 2).sum() + (normal_a**2).sum() + (normal_b**2).sum() - 2 * cross
+    return max(0.0, float(distance))  # rounding may leave -1e-12 for equal sets
+
+
+def principal_components(
+    features: Float[ndarray, "n width"], count: int
+) -> tuple[Float64[ndarray, "width"], Float64[ndarray, "width components"]]:
+    """Mean and the leading principal directions of a feature bank; project with `(x - mean) @ directions`."""
+    if not 1 <= count < len(features):
+        raise ValueError(f"expected 1 to {len(features) - 1} components of {len(features)} samples, got {count}")
+    bank = features.astype(np.float64)
+    mean = bank.mean(axis=0)
+    _, _, directions = np.linalg.svd(bank - mean, full_matrices=False)
+    return mean, directions[:count].T
+
+
+def psnr(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
+    """Peak signal-to-noise ratio of every frame in dB, peak 255; infinite where a frame is equal."""
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255**2 / squared_error(reference, candidate))
+
+
+def squared_error(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
+    """Mean squared error of every frame, in squared steps of 0…255."""
+    if reference.shape != candidate.shape:
+        raise ValueError(f"expected clips of one shape, got {reference.shape} and {candidate.shape}")
+    return ((reference.astype(np.float64) - candidate.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
+
+
+def motion(frames: Video) -> float:
+    """Mean absolute difference of consecutive frames in steps of 0…255: it depends on frame rate and resolution."""
+    if len(frames) < 2:
+        raise ValueError(f"expected at least 2 frames in a clip, got {len(frames)}: one frame has no motion")
+    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(dtype=np.float64))
+
+
+def similarities(
+    queries: Float[ndarray, "q width"], bank: Float[ndarray, "n width"], kind: Similarity = "cosine"
+) -> Float64[ndarray, "q n"]:
+    """How near each query is to each entry of the bank, larger is nearer.
+
+    `cosine` subtracts the bank's mean from both sides first: features after a ReLU share a large positive mean, and
+    without centring every cosine is close to 1. `euclidean` is the plain distance, negated.
+    """
+    queries, bank = queries.astype(np.float64), bank.astype(np.float64)
+    if kind == "euclidean":
+        squares = (queries**2).sum(1)[:, None] + (bank**2).sum(1) - 2 * queries @ bank.T
+        return -np.sqrt(np.maximum(squares, 0))
+    queries, bank = queries - bank.mean(axis=0), bank - bank.mean(axis=0)
+    lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(bank, axis=1)
+    return queries @ bank.T / np.maximum(lengths, 1e-12)
+
+
+def retrieval(
+    queries: Float[ndarray, "q width"], bank: Float[ndarray, "n width"], kind: Similarity = "cosine"
+) -> Int[ndarray, "q"]:
+    """Position of the nearest bank entry of every query; of equally near ones the first."""
+    return similarities(queries, bank, kind).argmax(axis=1)
+
+
+def percentile_rank(scores: Float[ndarray, "q n"], true_index: Int[ndarray, "q"]) -> Float64[ndarray, "q"]:
+    """Share of the other bank entries that are farther than the true one, in percent: 100 nearest, chance 50.
+
+    Entries exactly as near as the true one count half, so that a query that cannot tell anything scores 50, not 100.
+    """
+    if scores.shape[1] < 2:
+        raise ValueError(f"expected a bank of at least 2 entries to rank in, got {scores.shape[1]}")
+    true = np.take_along_axis(scores, true_index[:, None], axis=1)
+    farther, tied = (scores < true).sum(axis=1), (scores == true).sum(axis=1) - 1
+    return 100 * (farther + 0.5 * tied) / (scores.shape[1] - 1)
+
+
+def bootstrap_interval(
+    statistic: Callable[..., Any],
+    *samples: ndarray,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `statistic(*samples)`; every sample is resampled on its own.
+
+    It covers the choice of clips or prompts only, not training. Paired data: pass one sample of differences.
+    """
+    if any(len(sample) == 0 for sample in samples):
+        raise ValueError("expected samples that are not empty")
+    generator = generator_for(seed, "bootstrap")
+    values = [
+        float(
+            statistic(*(sample[torch.randint(len(sample), (len(sample),), generator=generator)] for sample in samples))
+        )
+        for _ in range(resamples)
+    ]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

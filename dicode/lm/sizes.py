@@ -1,0 +1,95 @@
+"""What a language model's size is made of, and the sizes that have a name."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+GPT2_VOCABULARY = 50_257 + 66  # published: `</img>`, `<img>` and 64 `<img_000NN>` follow GPT-2's own entries
+LLAMA_VOCABULARY = 128_256 + 66
+
+
+@dataclass(frozen=True)
+class DeepLMConfig:
+    """Everything that decides the shape and the training-time noise of a `DeepTokenLM`, as plain JSON values."""
+
+    body: Literal["gpt2", "llama"]
+    width: int
+    depth: int
+    heads: int
+    positions: int  # longest sequence: text_length + max_keyframes * (1 + tokens_per_keyframe) or more
+    vocab_size: int
+    token_width: int
+    max_keyframes: int
+    text_length: int = 80
+    tokens_per_keyframe: int = 16
+    pad_id: int = 0
+    begin_id: int = 1  # the begin-of-image token, an entry of the text vocabulary
+    head: Literal["mixture", "regression"] = "mixture"
+    components: int = 16  # 1 makes the mixture a Gaussian
+    token_variance: float = 0.0  # mixture only: added to every variance, 0 as published (see `MixtureHead`)
+    dropout: float = 0.0
+    input_noise: float = 0.0  # largest standard deviation added to the deep tokens read in training
+    key_value_heads: int | None = None  # Llama only; default: as many as heads
+    feed_forward: int | None = None  # default: 4 × width (GPT-2) or 3 × width (Llama)
+    rope_base: float = 10_000.0  # Llama only
+    rope_factor: float = 1.0  # Llama only; above 1: Llama 3's stretching of an 8,192-position base
+
+    @property
+    def keyframe_limit(self) -> int:
+        """The most key frames that a sequence can hold, given positions and learned key frame embeddings."""
+        return min(self.max_keyframes, (self.positions - self.text_length) // (self.tokens_per_keyframe + 1))
+
+
+def _gpt2(width: int, depth: int, heads: int) -> DeepLMConfig:
+    return DeepLMConfig(
+        body="gpt2",
+        width=width,
+        depth=depth,
+        heads=heads,
+        positions=1024,
+        vocab_size=GPT2_VOCABULARY,
+        token_width=1024,
+        max_keyframes=32,  # published: 512 // 16 rows, of which 31 fill a minute
+        pad_id=50_256,
+        begin_id=50_258,
+        dropout=0.1,
+    )
+
+
+def _llama(width: int, depth: int, heads: int) -> DeepLMConfig:
+    return DeepLMConfig(
+        body="llama",
+        width=width,
+        depth=depth,
+        heads=heads,
+        positions=1024,
+        vocab_size=LLAMA_VOCABULARY,
+        token_width=1024,
+        max_keyframes=32,
+        pad_id=128_001,  # <|end_of_text|>
+        begin_id=128_257,
+        key_value_heads=8,
+        feed_forward=8192,
+        rope_base=500_000.0,
+        rope_factor=32.0,
+    )
+
+
+# The published family, plus the model in the box. GPT-2 shapes: Radford et al. 2019; Llama 3.2 shapes: its model cards.
+SIZES: dict[str, DeepLMConfig] = {
+    "sprites": DeepLMConfig(
+        body="llama",
+        width=256,
+        depth=6,
+        heads=4,  # 8 heads of 32 train 1.6 times slower on a CPU, whose time goes into softmax, not products
+        positions=80 + 17 * 33,
+        vocab_size=3072,
+        token_width=32,
+        max_keyframes=33,  # a minute is 31; two more continue it
+        token_variance=0.03,
+    ),
+    "gpt2": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "llama-1b": _llama(2048, 16, 32),
+    "llama-3b": _llama(3072, 28, 24),
+}

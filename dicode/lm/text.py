@@ -1,0 +1,97 @@
+"""Captions and prompts as token ids: byte-level pair encoding, padded on the right to one length."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from dicode.hub import CheckpointError
+from dicode.shapes import TextIds
+
+FILE = "tokenizer.json"
+PAD, BEGIN = "<pad>", "<img>"
+GPT2_PAD = "<|endoftext|>"
+# The published vocabulary adds these to GPT-2's, in this order (ids 50,257 …); only `<img>` is used.
+GPT2_EXTRA = ["</img>", BEGIN, *(f"<img_{i:05d}>" for i in range(64))]
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` with padding and begin-of-image entries. Empty text is all padding: the null prompt."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        pad_id = tokenizer.token_to_id(PAD)
+        pad_id = tokenizer.token_to_id(GPT2_PAD) if pad_id is None else pad_id
+        begin_id = tokenizer.token_to_id(BEGIN)
+        if pad_id is None or begin_id is None:
+            raise CheckpointError(f"text tokenizer: expected entries {PAD!r} (or {GPT2_PAD!r}) and {BEGIN!r}")
+        tokenizer.encode_special_tokens = True  # a prompt that spells "<img>" is text like any other
+        self.tokenizer, self.pad_id, self.begin_id = tokenizer, pad_id, begin_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of entries, the special ones included."""
+        return self.tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> "TextTokenizer":
+        """Learn pairs from captions. Text is lower-cased and NFKC-normalised, so a prompt's case never matters.
+
+        Few captions may fill fewer than `vocab_size` entries; the model's embedding is then larger than needed.
+        """
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PAD, BEGIN],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(captions, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def gpt2(cls, folder: Path) -> "TextTokenizer":
+        """GPT-2's vocabulary from `vocab.json` and `merges.txt` (or `encoder.json` and `vocab.bpe`), plus the published
+        entries for images. Padding is GPT-2's end of text."""
+        for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+            if (folder / vocab).is_file() and (folder / merges).is_file():
+                break
+        else:
+            raise CheckpointError(f"{folder}: expected vocab.json and merges.txt, or encoder.json and vocab.bpe")
+        tokenizer = Tokenizer(models.BPE.from_file(str(folder / vocab), str(folder / merges)))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([GPT2_PAD, *GPT2_EXTRA])
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path) -> "TextTokenizer":
+        """Read `tokenizer.json` of a checkpoint folder."""
+        path = folder / FILE
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises a bare Exception for a missing and for a damaged file
+            raise CheckpointError(f"{path}: not a readable text tokenizer ({error})") from error
+        return cls(tokenizer)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` into a checkpoint folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(str(folder / FILE))
+
+    def encode(self, texts: Sequence[str], length: int) -> TextIds:
+        """Ids padded on the right to `length`. Texts that are longer lose their end, and a warning says how many."""
+        encoded = [e.ids for e in self.tokenizer.encode_batch([" ".join(text.split()) for text in texts])]
+        cut = [i for i, ids in enumerate(encoded) if len(ids) > length]
+        if cut:
+            warnings.warn(
+                f"{len(cut)} of {len(texts)} texts are longer than the model's {length} text tokens and lose their "
+                f"end; the first has {len(encoded[cut[0]])}: {texts[cut[0]][:60]!r}…",
+                stacklevel=2,
+            )
+        rows = [(ids + [self.pad_id] * length)[:length] for ids in encoded]
+        return torch.tensor(rows, dtype=torch.long).view(len(texts), length)

@@ -1,0 +1,33 @@
+"""One legend for every tensor that crosses a function boundary.
+
+    b  batch                    n  deep tokens a key frame
+    f  frames in a clip         d  deep-token width
+    k  key frames               t  text tokens
+    s  sequence positions       m  mixture components
+    c  channels, h  height, w  width
+
+The name of a value tells its range: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first
+stage, `features` from the image encoder, `tokens` from the resampler (unit variance a dimension).
+
+The aliases are checked in the tests (jaxtyping's import hook with beartype) and cost nothing otherwise.
+"""
+
+from jaxtyping import Bool, Float, Int, UInt8
+from numpy import ndarray
+from torch import Tensor
+
+Video = UInt8[ndarray, "f h w c"]  # one video or clip in memory, as read from or written to a file
+FrameStack = UInt8[Tensor, "b f h w c"]
+KeyFrameStack = UInt8[Tensor, "b k h w c"]
+
+KeyFramePixels = Float[Tensor, "b c h w"]  # one key frame a batch entry, −1…1
+ImageLatents = Float[Tensor, "b c h w"]
+ClipLatents = Float[Tensor, "b f c h w"]
+ContextMask = Float[Tensor, "b f"]  # 1 where a frame of the clip is given clean
+PatchFeatures = Float[Tensor, "b p width"]
+
+DeepTokens = Float[Tensor, "b k n d"]
+KeyFrameTokens = Float[Tensor, "b n d"]
+TextIds = Int[Tensor, "b t"]
+KeyFrameMask = Bool[Tensor, "b k"]
+Hidden = Float[Tensor, "b s width"]

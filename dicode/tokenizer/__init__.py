@@ -1,0 +1,1 @@
+"""Frames ⇄ deep tokens: image encoder, resampler, first stage, denoiser, and the diffusion that joins them."""

@@ -1,0 +1,231 @@
+"""Frames ⇄ deep tokens: the whole tokenizer, from key frames to rendered clips."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dicode.hub import config_from_dict, config_to_dict, load_weights, read_config, resolve, save_weights
+from dicode.seeds import generator_for, normal
+from dicode.shapes import ClipLatents, DeepTokens, FrameStack, ImageLatents, KeyFrameTokens
+from dicode.tokenizer.denoiser import DenoiserConfig, Known, build_denoiser
+from dicode.tokenizer.diffusion import DiffusionConfig, sample
+from dicode.tokenizer.encoder import EncoderConfig, KeyFrameHead, build_encoder
+from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
+from dicode.tokenizer.resampler import Resampler, ResamplerConfig
+
+WEIGHTS = "tokenizer.safetensors"
+FIRST_STAGE_WEIGHTS = "first_stage.safetensors"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Every part of a tokenizer, and the clip it works on. A clip is frames 0…15 between key frames at 0 and 16."""
+
+    size: int = 64
+    fps: float = 8.0
+    clip_frames: int = 16
+    key_head_width: int = 192
+    key_head_depth: int = 3
+    first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    resampler: ResamplerConfig = field(
+        default_factory=lambda: ResamplerConfig(
+            width=192,
+            depth=2,
+            heads=3,
+            head_width=64,
+            queries=16,
+            feature_width=192,
+            features=64,
+            token_width=32,
+            grid_queries=True,
+        )
+    )
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    steps: int = 12  # sampling steps where the caller names none
+    guidance: float = 1.0
+
+    @property
+    def latent_size(self) -> int:
+        """Latent positions along a side."""
+        return self.size // self.first_stage.downsampling
+
+    @property
+    def clip_s(self) -> float:
+        """Seconds a clip lasts."""
+        return self.clip_frames / self.fps
+
+
+class VideoTokenizer(nn.Module):
+    """Deep tokens of key frames, and clips rendered from them."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        n, d = config.resampler.queries, config.resampler.token_width
+        channels = config.first_stage.latent_channels
+        self.first_stage = FirstStage(config.first_stage).requires_grad_(False)
+        self.encoder = build_encoder(config.encoder)
+        self.resampler = Resampler(config.resampler)
+        # Token statistics: BatchNorm without affine part is a running mean and deviation a token place and dimension
+        self.normalizer = nn.BatchNorm1d(n * d, affine=False, momentum=0.01)
+        self.key_head = KeyFrameHead(n, d, channels, config.latent_size, config.key_head_width, config.key_head_depth, 3)
+        self.denoiser = build_denoiser(config.denoiser, channels, n, d, config.clip_frames, config.latent_size)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path | None = None) -> "VideoTokenizer":
+        """Load from a checkpoint folder or the name of a model in the box; strict, in eval mode, float32."""
+        folder = resolve(name_or_folder)
+        config = config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}/config.json: tokenizer")
+        tokenizer = cls(config)
+        load_weights(tokenizer.first_stage, folder / FIRST_STAGE_WEIGHTS)
+        load_weights(TokenizerParts(tokenizer), folder / WEIGHTS)
+        return tokenizer.eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Write the weights into a checkpoint folder; returns what belongs under "tokenizer" in its `config.json`."""
+        save_weights(self.first_stage, Path(folder) / FIRST_STAGE_WEIGHTS, dtype)
+        save_weights(TokenizerParts(self), Path(folder) / WEIGHTS, dtype)
+        return config_to_dict(self.config)
+
+    # frames → tokens
+
+    def key_frame_numbers(self, num_frames: int) -> list[int]:
+        """Frame numbers of the key frames of a video: every 16th, and the end of the last clip."""
+        step = self.config.clip_frames
+        if num_frames < 2:
+            raise ValueError(f"expected at least 2 frames, got {num_frames}")
+        clips = max(1, -(-(num_frames - 1) // step))
+        return [min(i * step, num_frames - 1) for i in range(clips + 1)]
+
+    @torch.no_grad()
+    def encode(self, frames: FrameStack) -> DeepTokens:
+        """uint8 frames `b f h w c` of the tokenizer's size and rate → normalised deep tokens `b k n d`."""
+        expected = (self.config.size, self.config.size, 3)
+        if tuple(frames.shape[2:]) != expected:
+            raise ValueError(f"expected frames of {expected}, got {tuple(frames.shape[2:])}; resize them first")
+        keys = frames[:, self.key_frame_numbers(frames.shape[1])]
+        pixels = rearrange(keys, "b k h w c -> (b k) c h w").to(self.device).float() / 127.5 - 1
+        source = self.first_stage.encode(pixels) if self.config.encoder.reads_latents else pixels
+        return rearrange(self.tokens_of(source), "(b k) n d -> b k n d", b=len(frames))
+
+    def tokens_of(self, source: Tensor) -> KeyFrameTokens:
+        """What the encoder reads, one key frame a batch entry → normalised tokens, with gradients."""
+        tokens = self.resampler(self.encoder(source)).float()
+        return self.normalizer(tokens.flatten(1)).view_as(tokens)
+
+    # tokens → frames
+
+    def decode(
+        self,
+        tokens: DeepTokens,
+        *,
+        seed: int = 0,
+        sample_indices: Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        joins: Literal["chained", "parallel"] = "chained",
+    ) -> Iterator[FrameStack]:
+        """Render N key frames' tokens `b k n d` as k−1 clips, each uint8 `b 16 h w c`, one after the other.
+
+        `chained` gives every clip the last frames of the one before as clean context. A sample's noise depends on
+        (seed, its sample index, clip number) only.
+        """
+        if tokens.shape[1] < 2:
+            raise ValueError(f"expected at least 2 key frames (one clip), got {tokens.shape[1]}")
+        pairs = (tokens[:, i : i + 2] for i in range(tokens.shape[1] - 1))
+        return self.decode_pairs(
+            pairs, seed=seed, sample_indices=sample_indices, steps=steps, guidance=guidance, joins=joins
+        )
+
+    def decode_pairs(
+        self,
+        pairs: Iterator[DeepTokens],
+        *,
+        seed: int = 0,
+        sample_indices: Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        joins: Literal["chained", "parallel"] = "chained",
+        first_clip: int = 0,
+    ) -> Iterator[FrameStack]:
+        """As `decode`, from a stream of (head, tail) token pairs `b 2 n d`; draws the next pair only when asked."""
+        before: ClipLatents | None = None
+        for clip, pair in enumerate(pairs, start=first_clip):
+            with torch.no_grad():
+                indices = sample_indices or range(len(pair))
+                latents = self._render(pair.to(self.device), before, seed, indices, clip, steps, guidance)
+                if joins == "chained" and self.config.denoiser.context_frames:
+                    before = latents[:, -self.config.denoiser.context_frames :]
+                yield self.frames_of(latents)
+
+    def _render(
+        self,
+        pair: DeepTokens,
+        before: ClipLatents | None,
+        seed: int,
+        indices: Sequence[int],
+        clip: int,
+        steps: int | None,
+        guidance: float | None,
+    ) -> ClipLatents:
+        config = self.config
+        side = config.latent_size
+        shape = (config.clip_frames, config.first_stage.latent_channels, side, side)
+        noise = torch.stack([normal(shape, seed, "clip", i, clip) for i in indices]).to(self.device)
+        known = self.known(pair, before)
+        null = dataclasses.replace(
+            known, tokens=torch.zeros_like(known.tokens), key_latents=torch.zeros_like(known.key_latents)
+        )
+        guidance = config.guidance if guidance is None else guidance
+        return sample(
+            config.diffusion,
+            lambda latents, timestep: self.denoiser(latents, timestep, known),
+            None if guidance == 1.0 else lambda latents, timestep: self.denoiser(latents, timestep, null),
+            noise,
+            steps or config.steps,
+            guidance,
+            [generator_for(seed, "sampler", i, clip) for i in indices],
+        )
+
+    def known(self, pair: DeepTokens, before: ClipLatents | None = None) -> Known:
+        """What the denoiser is told about clips with these head and tail tokens `b 2 n d` and these frames before."""
+        b = len(pair)
+        keys = rearrange(self.key_head(rearrange(pair, "b two n d -> (b two) n d")), "(b two) c h w -> b two c h w", b=b)
+        frames = self.config.denoiser.context_frames
+        context = keys.new_zeros(b, frames, *keys.shape[2:]) if before is None else before
+        return Known(pair, keys, context, keys.new_full((b,), float(before is not None)))
+
+    def frames_of(self, latents: ClipLatents) -> FrameStack:
+        """First-stage latents of clips → uint8 frames."""
+        pixels = self.first_stage.decode(rearrange(latents, "b f c h w -> (b f) c h w"))
+        frames = (pixels * 127.5 + 127.5).round().clamp(0, 255).byte()
+        return rearrange(frames, "(b f) c h w -> b f h w c", b=len(latents))
+
+    def key_latents(self, tokens: KeyFrameTokens) -> ImageLatents:
+        """The coarse latents of single key frames: a preview without diffusion."""
+        return self.key_head(tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.first_stage.latent_mean.device
+
+
+class TokenizerParts(nn.Module):
+    """The trained parts of a tokenizer without its first stage, under their own names: the content of one file."""
+
+    def __init__(self, tokenizer: VideoTokenizer):
+        super().__init__()
+        self.encoder = tokenizer.encoder
+        self.resampler = tokenizer.resampler
+        self.normalizer = tokenizer.normalizer
+        self.key_head = tokenizer.key_head
+        self.denoiser = tokenizer.denoiser

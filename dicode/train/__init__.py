@@ -1,0 +1,1 @@
+"""The training loop, its three stages (first stage, tokenizer, language model) and its checkpoints."""

@@ -1,0 +1,91 @@
+"""Training checkpoints: weights, EMA and optimizer as safetensors, written atomically, the two newest kept."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dicode.hub import CheckpointError
+
+KEPT = 2
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: steps done, best validation metrics so far, seconds spent training."""
+
+    step: int
+    best: dict[str, float] | None
+    trained_s: float
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete `step-…` folder of a run, or None."""
+    found = sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+    return found[-1] if found else None
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainState,
+    trained: dict[str, nn.Parameter],
+    ema: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> Path:
+    """Write `folder/step-…` under a temporary name, flush it to disk, rename it; older ones beyond two are deleted."""
+    final = folder / f"step-{state.step:08d}"
+    temporary = folder / f".writing-{state.step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    moments = {
+        f"{key}/{name}": optimizer.state[p][key]
+        for name, p in trained.items()
+        if p in optimizer.state
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+    groups = {"weights": {n: p.detach() for n, p in trained.items()}, "ema": ema, "buffers": buffers, "optimizer": moments}
+    for name, tensors in groups.items():
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+    (temporary / "state.json").write_text(json.dumps(asdict(state)))
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(
+    path: Path,
+    trained: dict[str, nn.Parameter],
+    ema: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> TrainState:
+    """Restore a run from one checkpoint; tensors that do not match the recipe raise `CheckpointError`."""
+    weights = load_file(path / "weights.safetensors")
+    averages = load_file(path / "ema.safetensors")
+    kept = load_file(path / "buffers.safetensors")
+    moments = load_file(path / "optimizer.safetensors")
+    if differing := sorted((weights.keys() ^ trained.keys()) | (kept.keys() ^ buffers.keys())):
+        raise CheckpointError(f"{path}: made by another recipe; differing tensors: {differing[:5]}")
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(kept[name])
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+            ema[name].copy_(averages[name])
+            optimizer.state[parameter] = {
+                "step": moments[f"step/{name}"].clone(),
+                "exp_avg": moments[f"exp_avg/{name}"].to(parameter.device).clone(),
+                "exp_avg_sq": moments[f"exp_avg_sq/{name}"].to(parameter.device).clone(),
+            }
+    return TrainState(**json.loads((path / "state.json").read_text()))

@@ -1,0 +1,193 @@
+"""Stage 1: encoder, resampler, key-frame head and denoiser learn on cached first-stage latents.
+
+A step holds clips (for the denoiser) and single frames (for the key-frame regression, at a sixteenth of the cost).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from dicode.hub import config_from_dict, load_weights, read_config, write_config
+from dicode.seeds import generator_for
+from dicode.tokenizer.denoiser import Known
+from dicode.tokenizer.diffusion import noised
+from dicode.tokenizer.first_stage import FirstStageConfig
+from dicode.tokenizer.video_tokenizer import (
+    FIRST_STAGE_WEIGHTS,
+    WEIGHTS,
+    TokenizerConfig,
+    TokenizerParts,
+    VideoTokenizer,
+)
+from dicode.train.images import frames_to_pixels, pixels_to_frames, psnr_db
+from dicode.train.loop import LoopConfig
+from dicode.video.shards import CachedVideo, FrameCache
+
+
+@dataclass(frozen=True)
+class TokenizerRun:
+    """Train a tokenizer; `init` continues from another run's weights, `freeze_tokens` keeps its deep tokens as they are."""
+
+    cache: str = "cache/sprites"
+    first_stage: str = "runs/first_stage/best"
+    init: str | None = None
+    freeze_tokens: bool = False
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    images_per_step: int = 64  # single frames beside the clips, for the key-frame regression
+    denoises: bool = True  # False: images only
+    token_noise: float = 0.2  # highest deviation of noise on the tokens the decoder sees (DESIGN §2.4)
+    drop_tokens: float = 0.1  # share of clips that learn the null condition of guidance
+    drop_context: float = 0.5  # share of clips that see nothing of the clip before
+
+
+def first_stage_latents(tokenizer: VideoTokenizer, cache: FrameCache, folder: Path) -> Tensor:
+    """Latents of all cached frames and of their mirror images, float16 `2 f c h w`; kept beside the first stage."""
+    path = folder / f"latents-{len(cache.frames)}.safetensors"
+    if not path.is_file():
+        parts = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for part in cache.frames.split(128):
+                pixels = frames_to_pixels(part)
+                parts.append(tokenizer.first_stage.encode(torch.cat([pixels, pixels.flip(-1)])))
+        both = torch.cat([rearrange(part, "(two f) c h w -> two f c h w", two=2) for part in parts], dim=1)
+        save_file({"latents": both.half()}, path)
+    return load_file(path)["latents"]
+
+
+class TokenizerTraining:
+    """The `Stage` of a `TokenizerRun`."""
+
+    def __init__(self, run: TokenizerRun):
+        if not run.model.encoder.reads_latents:
+            raise ValueError("cached latents train encoders that read latents; got encoder kind 'clip'")
+        self.run = run
+        self.best = "-denoising_loss" if run.denoises else "-key_frame_error"
+        torch.manual_seed(run.loop.seed)
+        self.module = VideoTokenizer(run.model)
+        expected = config_from_dict(FirstStageConfig, read_config(Path(run.first_stage))["first_stage"])
+        if expected != run.model.first_stage:
+            raise ValueError(f"{run.first_stage} holds {expected}, the recipe names {run.model.first_stage}")
+        load_weights(self.module.first_stage, Path(run.first_stage) / FIRST_STAGE_WEIGHTS)
+        if run.init:
+            load_weights(TokenizerParts(self.module), Path(run.init) / WEIGHTS)
+        self.frozen = [self.module.encoder, self.module.resampler, self.module.normalizer]
+        if run.freeze_tokens:
+            for part in self.frozen:
+                part.requires_grad_(False)
+        if not run.denoises:
+            self.module.denoiser.requires_grad_(False)
+        cache = FrameCache.load(run.cache)
+        self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
+        self.rows = self.cache.frame_rows()
+        self.latents = first_stage_latents(self.module, cache, Path(run.first_stage))
+
+    def num_samples(self) -> int:
+        return len(self.cache.videos)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        starts = torch.rand(len(indices), generator=generator)
+        mirrored = torch.rand(len(indices), generator=generator) < 0.5
+        clips = [
+            self.clip(self.cache.videos[int(i)], float(start), int(flip))
+            for i, start, flip in zip(indices, starts, mirrored, strict=True)
+        ]
+        rows = self.rows[torch.randint(len(self.rows), (self.run.images_per_step,), generator=generator)]
+        flips = torch.randint(2, (len(rows),), generator=generator)
+        return {"clips": torch.stack(clips).float(), "images": self.latents[flips, rows].float()}
+
+    def clip(self, video: CachedVideo, start: float, mirrored: int = 0) -> Tensor:
+        """Latents of the context frames, the 16 frames of a clip and its tail key frame, from `start` in 0…1 of the period."""
+        config = self.run.model
+        before = config.denoiser.context_frames
+        start_s = start * video.period_s + (video.period_s if video.loops else before / config.fps)
+        rows = self.cache.clip_rows(video, start_s - before / config.fps, before + config.clip_frames + 1, config.fps)
+        return self.latents[mirrored, rows]
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.run.freeze_tokens:
+            for part in self.frozen:
+                part.eval()
+        device = self.module.device
+        clips, images = batch["clips"].to(device), batch["images"].to(device)
+        before = self.run.model.denoiser.context_frames
+        context, clips, tails = clips[:, :before], clips[:, before:-1], clips[:, -1]
+        b = len(clips)
+        keys = torch.cat([clips[:, 0], tails, images]) if self.run.denoises else images
+        tokens = self.module.tokens_of(keys)
+        level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
+        noisy_tokens = tokens + (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
+        predicted = self.module.key_head(noisy_tokens)
+        key_frame_error = functional.mse_loss(predicted, keys)
+        if not self.run.denoises:
+            return key_frame_error, {"key_frame_error": key_frame_error.detach()}
+        kept = (torch.rand(b, generator=generator) >= self.run.drop_tokens).to(tokens)
+        known = Known(
+            tokens=rearrange(noisy_tokens[: 2 * b], "(two b) n d -> b two n d", two=2) * kept[:, None, None, None],
+            key_latents=rearrange(predicted[: 2 * b].detach(), "(two b) c h w -> b two c h w", two=2)
+            * kept[:, None, None, None, None],
+            context=context,
+            context_mask=(torch.rand(b, generator=generator) >= self.run.drop_context).to(tokens),
+        )
+        denoising_loss = self.denoising_loss(clips, known, generator)
+        return key_frame_error + denoising_loss, {
+            "key_frame_error": key_frame_error.detach(),
+            "denoising_loss": denoising_loss.detach(),
+        }
+
+    def denoising_loss(self, clips: Tensor, known: Known, generator: torch.Generator) -> Tensor:
+        """Mean squared error of the denoiser's prediction at random times; hidden context is zeroed by its mask."""
+        known = Known(
+            known.tokens, known.key_latents, known.context * known.context_mask[:, None, None, None, None], known.context_mask
+        )
+        noise = torch.randn(clips.shape, generator=generator).to(clips)
+        noisy, timestep, target = noised(self.run.model.diffusion, clips, noise, generator)
+        return functional.mse_loss(self.module.denoiser(noisy, timestep, known), target)
+
+    def validate(self) -> tuple[dict[str, float], Image.Image]:
+        """Key-frame error and PSNR, denoising loss with fixed noise, and a sheet of real, key-head and rendered frames."""
+        module, device = self.module, self.module.device
+        generator = generator_for(0, "validation")
+        before = self.run.model.denoiser.context_frames
+        clips = torch.stack([self.clip(v, 0.0) for v in self.validation.videos]).float()
+        errors, psnrs, losses = [], [], []
+        for part in clips.split(32):
+            head, tail = part[:, before], part[:, -1]
+            tokens = module.tokens_of(torch.cat([head, tail]).to(device))
+            predicted = module.key_head(tokens)
+            errors.append(functional.mse_loss(predicted[: len(part)].cpu(), head))
+            psnrs.append(psnr_db(module.first_stage.decode(predicted[: len(part)]).cpu(), module.first_stage.decode(head.to(device)).cpu()))
+            if self.run.denoises:
+                pair = rearrange(tokens, "(two b) n d -> b two n d", two=2)
+                known = module.known(pair, part[:, :before].to(device))
+                losses.append(self.denoising_loss(part[:, before:-1].to(device), known, generator))
+        metrics = {
+            "key_frame_error": torch.stack(errors).mean().item(),
+            "key_frame_psnr_db": torch.cat(psnrs).mean().item(),
+        }
+        if losses:
+            metrics["denoising_loss"] = torch.stack(losses).mean().item()
+        shown = clips[:: max(1, len(clips) // 8)][:8].to(device)
+        return metrics, self.sheet(shown[:, before:])
+
+    def sheet(self, clips: Tensor) -> Image.Image:
+        """Three strips a clip: the frames through the first stage, through tokens and key-frame head, and rendered."""
+        module = self.module
+        keys = torch.cat([clips[:, 0], clips[:, -1]])
+        pair = rearrange(module.tokens_of(keys), "(two b) n d -> b two n d", two=2)
+        real = module.frames_of(clips[:, 0:-1:3])
+        coarse = pixels_to_frames(module.first_stage.decode(module.key_head(pair[:, 0])))[:, None]
+        columns = [real.cpu(), coarse.cpu()]
+        if self.run.denoises:
+            columns.append(next(module.decode(pair, seed=0))[:, ::3].cpu())
+        rows = [rearrange(column, "b f h w c -> (b h) (f w) c") for column in columns]
+        return Image.fromarray(torch.cat(rows, dim=1).numpy())
+
+    def export(self, folder: Path) -> None:
+        write_config(folder, {"tokenizer": self.module.save_pretrained(folder)})

@@ -1,0 +1,99 @@
+"""Stage 0: the first stage learns to reconstruct single frames."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from dicode.hub import config_to_dict, save_weights, write_config
+from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
+from dicode.train.loop import LoopConfig
+from dicode.video.shards import FrameCache
+
+
+@dataclass(frozen=True)
+class FirstStageRun:
+    """Train the image autoencoder on all frames of a cache."""
+
+    cache: str = "cache/sprites"
+    model: FirstStageConfig = field(default_factory=FirstStageConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    l1_weight: float = 0.1  # beside the squared error: keeps flat areas of pixel art flat
+    latent_noise: float = 0.05  # of the batch's latent deviation: the decoder will see imperfect latents
+
+
+def frames_to_pixels(frames: Tensor) -> Tensor:
+    """uint8 `… h w c` → float32 `… c h w` in −1…1."""
+    return rearrange(frames, "... h w c -> ... c h w").float() / 127.5 - 1
+
+
+def pixels_to_frames(pixels: Tensor) -> Tensor:
+    """Float `… c h w` → uint8 `… h w c`, clamped."""
+    return rearrange((pixels * 127.5 + 127.5).round().clamp(0, 255).byte(), "... c h w -> ... h w c")
+
+
+def psnr_db(pixels: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, for pixels in −1…1 (clamped first)."""
+    error = ((pixels.clamp(-1, 1) - target) / 2).square().mean((1, 2, 3))
+    return -10 * error.clamp_min(1e-10).log10()
+
+
+class FirstStageTraining:
+    """The `Stage` of a `FirstStageRun`."""
+
+    best = "psnr_db"
+
+    def __init__(self, run: FirstStageRun):
+        self.run = run
+        cache = FrameCache.load(run.cache)
+        self.frames = cache.frames
+        self.rows = cache.subset(validation=False).frame_rows()
+        validation = cache.subset(validation=True)
+        self.validation = {
+            source: torch.cat(
+                [torch.arange(v.first, v.first + v.count, 5) for v in validation.videos if v.source == source]
+            )
+            for source in sorted({v.source for v in validation.videos})
+        }
+        torch.manual_seed(run.loop.seed)
+        self.module = FirstStage(run.model)
+
+    def num_samples(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        pixels = frames_to_pixels(self.frames[self.rows[indices]])
+        flipped = torch.rand(len(pixels), generator=generator) < 0.5
+        return torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = batch.to(self.module.latent_mean.device).contiguous(memory_format=torch.channels_last)
+        latents = self.module.raw_latents(pixels)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        latents = latents + self.run.latent_noise * latents.detach().std() * noise
+        error = self.module.autoencoder.decoder(latents).float() - pixels
+        squared, absolute = error.square().mean(), error.abs().mean()
+        return squared + self.run.l1_weight * absolute, {"squared": squared.detach(), "absolute": absolute.detach()}
+
+    def validate(self) -> tuple[dict[str, float], Image.Image]:
+        device = self.module.latent_mean.device
+        sample = frames_to_pixels(self.frames[self.rows[:: max(1, len(self.rows) // 512)]]).to(device)
+        self.module.fit_statistics(torch.cat([self.module.raw_latents(part) for part in sample.split(64)]))
+        metrics: dict[str, float] = {}
+        strips = []
+        for source, rows in self.validation.items():
+            pixels = frames_to_pixels(self.frames[rows])
+            decoded = torch.cat([self.module.decode(self.module.encode(part.to(device))).cpu() for part in pixels.split(64)])
+            metrics[f"psnr_{source}_db"] = psnr_db(decoded, pixels).mean().item()
+            picks = torch.arange(0, len(rows), max(1, len(rows) // 16))[:16]
+            strips += [pixels[picks], decoded[picks].clamp(-1, 1)]
+        metrics["psnr_db"] = sum(metrics.values()) / len(metrics)
+        sheet = torch.cat([rearrange(pixels_to_frames(s), "b h w c -> h (b w) c") for s in strips])
+        return metrics, Image.fromarray(sheet.numpy())
+
+    def export(self, folder: Path) -> None:
+        write_config(folder, {"first_stage": config_to_dict(self.run.model)})
+        save_weights(self.module, folder / "first_stage.safetensors")

@@ -1,0 +1,1 @@
+"""Video files in and out: reading, writing, clips and their captions, contact sheets."""

@@ -1,0 +1,53 @@
+"""Contact sheets: clips as rows of frames, to look at many at once."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dicode.shapes import Video
+
+GAP = 2  # pixels between frames
+LABEL_WIDTH, LABEL_CHARACTERS, LABEL_SIZE = 150, 24, 11  # pixels, characters that fit, font height
+
+
+def contact_sheet(
+    clips: Sequence[Video], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1
+) -> Image.Image:
+    """One row a clip: its label at the left, then `columns` frames picked evenly from first to last.
+
+    `scale` enlarges every pixel to scale×scale. A clip of fewer frames shows each once; smaller frames stand top left.
+    """
+    if not clips or (labels is not None and len(labels) != len(clips)):
+        raise ValueError(f"expected clips and a label for each, got {len(clips)} clips, {len(labels or ())} labels")
+    cell_height = max(clip.shape[1] for clip in clips) * scale + GAP
+    cell_width = max(clip.shape[2] for clip in clips) * scale + GAP
+    left = LABEL_WIDTH if labels else 0
+    sheet = Image.new("RGB", (left + columns * cell_width, len(clips) * cell_height), "white")
+    for row, clip in enumerate(clips):
+        picked = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
+        for column, frame in enumerate(clip[picked]):
+            enlarged = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+            sheet.paste(Image.fromarray(enlarged), (left + column * cell_width, row * cell_height))
+    if labels:
+        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LABEL_SIZE)
+        lines_that_fit = max(1, cell_height // (LABEL_SIZE + 3))
+        for row, label in enumerate(labels):
+            lines = textwrap.wrap(label, LABEL_CHARACTERS, max_lines=lines_that_fit, placeholder=" …")
+            draw.multiline_text((2, row * cell_height), "\n".join(lines), fill="black", font=font, spacing=1)
+    return sheet
+
+
+def save_sheet(
+    path: str | Path, clips: Sequence[Video], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1
+) -> None:
+    """Write the contact sheet of some clips as an image file; an interrupted write leaves no half of it."""
+    path = Path(path)
+    partial = path.with_name(f".part.{path.name}")
+    try:
+        contact_sheet(clips, labels, columns, scale).save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,168 @@
+"""The measures agree with closed forms and independent implementations."""
+
+import warnings
+
+import numpy as np
+import pytest
+import scipy.linalg
+from PIL import Image, ImageFilter
+from scipy.stats import rankdata
+
+from dicode.evaluate.metrics import (
+    FrechetStatistics,
+    bootstrap_interval,
+    frechet_distance,
+    motion,
+    percentile_rank,
+    principal_components,
+    psnr,
+    retrieval,
+    similarities,
+)
+
+
+def _features(seed: int, n: int, width: int, scale: float = 1.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return scale * rng.normal(size=(n, width)) @ rng.normal(size=(width, width)) + rng.normal(size=width)
+
+
+def test_statistics_are_the_sample_mean_and_covariance_however_the_batches_fall() -> None:
+    features = _features(0, 157, 7)
+    whole, streamed, left, right = (FrechetStatistics(7) for _ in range(4))
+    whole.update(features)
+    for start in range(0, 157, 5):
+        streamed.update(features[start : start + 5].astype(np.float64))
+    left.update(features[:40])
+    right.update(features[40:])
+    left.merge(right)
+    for statistics in (whole, streamed, left):
+        assert statistics.count == 157
+        np.testing.assert_allclose(statistics.mean, features.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(statistics.covariance, np.cov(features.T), rtol=1e-10, atol=1e-12)
+        assert len(statistics.factor) <= 14
+
+
+def test_statistics_survive_a_mean_far_larger_than_the_deviation() -> None:
+    features = np.random.default_rng(0).normal(size=(500, 3)) + 1e7
+    streamed = FrechetStatistics(3)
+    for batch in np.array_split(features, 50):
+        streamed.update(batch)
+    np.testing.assert_allclose(streamed.covariance, np.cov(features.T), rtol=1e-6, atol=1e-8)
+
+
+def test_frechet_distance_agrees_with_the_matrix_square_root() -> None:
+    a, b = _features(1, 400, 12), _features(2, 300, 12, scale=2.0)
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
+    distance = frechet_distance(FrechetStatistics.of(a), FrechetStatistics.of(b))
+    assert distance == pytest.approx(expected, rel=1e-8)
+    assert distance == pytest.approx(frechet_distance(FrechetStatistics.of(b), FrechetStatistics.of(a)), rel=1e-12)
+
+
+def test_frechet_distance_of_scaled_and_shifted_gaussians_has_the_closed_form() -> None:
+    # If b = c·a + s with c > 0, the distance is |μb-μa|² + (c-1)² Tr Σa, whatever the samples.
+    a = _features(3, 200, 9)
+    b = 1.7 * a + np.arange(9)
+    expected = ((b.mean(0) - a.mean(0)) ** 2).sum() + 0.7**2 * np.trace(np.cov(a.T))
+    assert frechet_distance(FrechetStatistics.of(a), FrechetStatistics.of(b)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_is_exact_and_warns_when_samples_are_fewer_than_features() -> None:
+    a = _features(4, 11, 60)
+    with pytest.warns(UserWarning, match="60 features from 11 samples is biased"):
+        distance = frechet_distance(FrechetStatistics.of(a), FrechetStatistics.of(3 * a))
+    expected = 4 * (a.mean(0) ** 2).sum() + 4 * np.trace(np.cov(a.T))
+    assert distance == pytest.approx(expected, rel=1e-10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        full = FrechetStatistics.of(_features(4, 60, 60))
+        assert frechet_distance(full, full) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_statistics_refuse_what_they_cannot_measure() -> None:
+    with pytest.raises(ValueError, match=r"1 of 3 samples hold NaN or infinity, first: 2"):
+        FrechetStatistics.of(np.array([[1.0], [2.0], [np.nan]]))
+    with pytest.raises(ValueError, match=r"expected features `n 4`, got shape \(2, 3\)"):
+        FrechetStatistics(4).update(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        frechet_distance(FrechetStatistics.of(np.zeros((1, 2))), FrechetStatistics.of(np.zeros((5, 2))))
+    with pytest.raises(ValueError, match="one width, got 2 and 3"):
+        frechet_distance(FrechetStatistics.of(np.zeros((5, 2))), FrechetStatistics.of(np.zeros((5, 3))))
+
+
+def test_principal_components_span_the_largest_variance() -> None:
+    features = np.random.default_rng(5).normal(size=(300, 5)) * np.array([1, 9, 0.1, 4, 0.5])
+    mean, directions = principal_components(features, 2)
+    np.testing.assert_allclose(mean, features.mean(0))
+    np.testing.assert_allclose(directions.T @ directions, np.eye(2), atol=1e-12)
+    assert np.abs(directions).argmax(axis=0).tolist() == [1, 3]
+    with pytest.raises(ValueError, match="1 to 2 components of 3 samples, got 3"):
+        principal_components(features[:3], 3)
+
+
+def test_psnr_follows_its_definition_frame_by_frame() -> None:
+    reference = np.zeros((3, 4, 5, 3), np.uint8)
+    candidate = reference.copy()
+    candidate[1] = 10
+    candidate[2, :2] = 255  # half of the frame at full error
+    np.testing.assert_allclose(psnr(reference, candidate), [np.inf, 20 * np.log10(25.5), 10 * np.log10(2)])
+
+
+def test_psnr_falls_from_blur_to_noise() -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8))
+    clip = np.asarray(image)[None]
+    blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(1)))[None]
+    noise = rng.integers(0, 256, clip.shape).astype(np.uint8)
+    assert np.inf == psnr(clip, clip)[0] > psnr(clip, blurred)[0] > psnr(clip, noise)[0]
+
+
+def test_motion_is_the_mean_absolute_step_and_does_not_wrap_around() -> None:
+    frames = np.zeros((4, 3, 5, 3), np.uint8)
+    frames[1], frames[2], frames[3] = 250, 0, 6
+    assert motion(frames) == pytest.approx((250 + 250 + 6) / 3)
+    with pytest.raises(ValueError, match="at least 2 frames"):
+        motion(frames[:1])
+
+
+def test_similarities_follow_their_definitions() -> None:
+    rng = np.random.default_rng(1)
+    queries, bank = rng.normal(size=(4, 6)) + 5, rng.normal(size=(7, 6)) + 5
+    expected = -np.linalg.norm(queries[:, None] - bank, axis=2)
+    np.testing.assert_allclose(similarities(queries, bank, "euclidean"), expected, rtol=1e-9)
+    q, x = queries[2] - bank.mean(0), bank[3] - bank.mean(0)
+    assert similarities(queries, bank)[2, 3] == pytest.approx(q @ x / np.sqrt(q @ q * (x @ x)))
+
+
+def test_centring_finds_the_match_that_a_shared_offset_hides() -> None:
+    bank = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]) + 1000
+    queries = 1000 + np.array([[0.1, 0.9], [-0.2, -0.1]])
+    assert retrieval(queries, bank).tolist() == [1, 2]
+    assert retrieval(queries, bank, "euclidean").tolist() == [1, 2]
+
+
+def test_percentile_rank_is_the_share_of_farther_entries() -> None:
+    scores = np.array([[0.9, 0.1, 0.5, 0.3, 0.2], [0.9, 0.1, 0.5, 0.3, 0.2], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    assert percentile_rank(scores, np.array([0, 3, 4])).tolist() == [100.0, 50.0, 50.0]
+
+
+def test_percentile_rank_agrees_with_scipy_and_is_50_by_chance() -> None:
+    rng = np.random.default_rng(2)
+    scores, true_index = rng.integers(0, 20, (900, 31)).astype(float), rng.integers(0, 31, 900)
+    ranks = percentile_rank(scores, true_index)
+    expected = [100 * (rankdata(row)[i] - 1) / 30 for row, i in zip(scores, true_index, strict=True)]
+    np.testing.assert_allclose(ranks, expected)
+    assert ranks.mean() == pytest.approx(50, abs=3)
+
+
+def test_bootstrap_interval_of_a_mean_is_the_normal_one_and_repeats() -> None:
+    sample = np.random.default_rng(3).normal(4, 2, 400)
+    low, high = bootstrap_interval(np.mean, sample, seed=1, resamples=2000)
+    half = 1.96 * sample.std() / np.sqrt(400)
+    assert low == pytest.approx(sample.mean() - half, abs=0.03)
+    assert high == pytest.approx(sample.mean() + half, abs=0.03)
+    assert bootstrap_interval(np.mean, sample, seed=1, resamples=2000) == (low, high)
+    assert bootstrap_interval(np.mean, sample, seed=2, resamples=2000) != (low, high)
+    with pytest.raises(ValueError, match="not empty"):
+        bootstrap_interval(np.mean, sample[:0])

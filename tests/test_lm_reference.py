@@ -1,0 +1,88 @@
+"""The published arrangement: outputs agree with vectors that the public code computed with random weights."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dicode.hub import load_state
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.lm.heads import MixtureHead, mixture_mean, mixture_nll, split_mixture
+from dicode.lm.sizes import DeepLMConfig
+
+REFERENCE = Path(os.environ.get("DICODE_REFERENCE", Path(__file__).parent / "reference"))
+
+
+def assert_agrees(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def vectors() -> dict[str, Tensor]:
+    return load_file(REFERENCE / "lm.io.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepTokenLM:
+    values = json.loads((REFERENCE / "lm.json").read_text())
+    gpt2 = values["gpt2"]
+    config = DeepLMConfig(
+        body="gpt2",
+        width=gpt2["n_embd"],
+        depth=gpt2["n_layer"],
+        heads=gpt2["n_head"],
+        positions=gpt2["n_positions"],
+        vocab_size=gpt2["vocab_size"],
+        token_width=values["token_dim"],
+        max_keyframes=values["max_length"] // values["tokens_per_frame"],
+        text_length=values["text_length"],
+        tokens_per_keyframe=values["tokens_per_frame"],
+        pad_id=values["pad_id"],
+        begin_id=values["boi_id"],
+        components=values["num_kernels"],
+    )
+    model = DeepTokenLM(config).eval()
+    load_state(model, ours(load_file(REFERENCE / "lm.weights.safetensors")), "lm.weights")
+    return model
+
+
+def ours(published: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Public parameter names to ours; `lm_head` is tied to the text embedding and unused."""
+    renamed = {}
+    for name, value in published.items():
+        if name == "llm.lm_head.weight":
+            continue
+        name = name.replace("llm.transformer.", "backbone.body.")
+        name = name.replace("input_resampler.", "embedding.mlp.").replace("output_resampler.", "head.mlp.")
+        name = name.replace("video_pos_token.frame_token", "embedding.keyframe")
+        name = name.replace("video_pos_token.pos_token", "embedding.place")
+        renamed[name] = value.flatten(0, 1) if value.ndim == 3 else value
+    return renamed
+
+
+def test_mixture_is_the_published_one(vectors: dict[str, Tensor]) -> None:
+    means, variances, log_weights = split_mixture(vectors["mixture_params"], 3)
+    nll = mixture_nll(means, variances, log_weights, vectors["mixture_target"]).mean() / 16
+    assert_agrees(nll, vectors["mixture_nll"].squeeze())
+    assert_agrees(mixture_mean(means, log_weights), vectors["mixture_mean"])
+
+
+def test_loss_and_head_output_are_the_published_ones(model: DeepTokenLM, vectors: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        output = model(vectors["text_ids"], vectors["deep_tokens"])
+        assert isinstance(model.head, MixtureHead)
+        assert_agrees(model.head.mlp(output.hidden), vectors["head_output"])
+    assert_agrees(output.loss, vectors["loss"].squeeze())
+
+
+@pytest.mark.parametrize(("guidance", "name"), [(1.0, "generated_cfg1"), (2.0, "generated_cfg2")])
+def test_generated_tokens_are_the_published_ones(
+    model: DeepTokenLM, vectors: dict[str, Tensor], guidance: float, name: str
+) -> None:
+    expected = vectors[name]
+    keyframes = model.generate(vectors["text_ids"], expected.shape[1], guidance=guidance, variance_scale=0.0)
+    assert_agrees(torch.stack(list(keyframes), dim=1), expected)

@@ -1,0 +1,264 @@
+"""Writing: files that play, that are whole or absent, that say how they came about, and that come out the same twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from dicode.video.io import read_metadata, read_video
+from dicode.video.synthetic import draw_clip
+from dicode.video.writer import VideoWriter
+
+NAMES = ["out.mp4", "out.webm", "out.gif", "frames/", "frames"]
+METADATA = {
+    "prompt": 'ein Wirbel "aus" Eis ❄ ' + "sehr lang " * 60,
+    "seed": 7,
+    "guidance": 1.5,
+    "more": {"a": [1, None]},
+}
+
+
+def write(path: str | Path, clips: list[np.ndarray], **settings) -> Path:
+    with VideoWriter(path, **settings) as writer:
+        for clip in clips:
+            writer.write(clip)
+    return writer.path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def decoded_gif(path: Path) -> tuple[np.ndarray, list[int]]:
+    """A GIF through Pillow: frames and delays in milliseconds."""
+    frames, delays_ms = [], []
+    with Image.open(path) as image:
+        for index in range(image.n_frames):
+            image.seek(index)
+            frames.append(np.asarray(image.convert("RGB")))
+            delays_ms.append(image.info["duration"])
+    return np.stack(frames), delays_ms
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_is_read_back(tmp_path, name):
+    frames, _ = draw_clip(seed=3, num_frames=20, size=36)
+    video = read_video(write(f"{tmp_path}/{name}", [frames[:7], frames[7:]], fps=12.5), fps=12.5)
+    assert video.frames.shape == frames.shape
+    assert video.source_fps == pytest.approx(12.5)
+    error = np.abs(video.frames.astype(int) - frames)
+    if name.startswith(("out.gif", "frames")):
+        assert error.max() == 0
+    else:
+        assert error.mean() < 4  # colour at half resolution blurs the edges
+        assert error[:, :4].mean() < 0.5  # the white ground stays white
+
+
+def test_mp4_plays_in_browsers(tmp_path):
+    path = write(tmp_path / "a.mp4", [draw_clip(0, 16, 32)[0]])
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # the index comes first, so that playing starts while loading
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 8)
+        assert (stream.colorspace, stream.color_primaries, stream.color_trc, stream.color_range) == (1, 1, 1, 1)
+        assert container.duration == 2_000_000
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
+def test_colours_neither_drift_nor_shift_when_copied_again_and_again(tmp_path, name):
+    frames = np.empty((2, 32, 96, 3), dtype=np.uint8)
+    frames[:] = np.repeat(np.array([[30, 200, 90], [250, 10, 10], [128, 128, 128]], dtype=np.uint8), 32, axis=0)
+    copies = [frames.astype(int)]
+    for _ in range(6):
+        copies.append(read_video(write(tmp_path / name, [copies[-1].astype(np.uint8)], crf=4)).frames.astype(int))
+    far = [column for column in range(96) if min(abs(column - 31.5), abs(column - 63.5)) > 11]
+    assert np.abs(copies[-1] - frames)[:, :, far].max() <= 3
+    blurred = np.abs(copies[1] - frames).max(axis=(0, 1, 3))  # colour at half resolution: one pixel to either side
+    assert np.flatnonzero(blurred > 6).tolist() == [31, 32, 63, 64]
+
+
+@pytest.mark.parametrize(("name", "shape"), [("a.mp4", (48, 64)), ("a.webm", (47, 63)), ("a.gif", (47, 63))])
+def test_odd_sizes_are_kept_where_the_format_can_and_else_repeat_their_edge(tmp_path, name, shape):
+    frames = np.full((3, 47, 63, 3), 90, dtype=np.uint8)
+    frames[:, -1:] = frames[:, :, -1:] = 200
+    read = read_video(write(tmp_path / name, [frames])).frames
+    assert read.shape[1:3] == shape
+    assert np.abs(read[:, 46:, :].astype(int) - 200).max() < 12
+    assert np.abs(read[:, :44, :60].astype(int) - 90).max() < 12
+
+
+def test_scale_enlarges_pixels_to_squares(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    read = read_video(write(f"{tmp_path}/frames/", [frames], scale=3)).frames
+    np.testing.assert_array_equal(read, np.kron(frames, np.ones((1, 3, 3, 1), dtype=np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("fps", "delays"), [(8.0, [12, 13] * 8), (10.0, [10] * 16), (30.0, [3, 3, 4] * 5 + [3]), (7.0, None)]
+)
+def test_gif_frames_appear_when_they_should(tmp_path, fps, delays):
+    delays_ms = decoded_gif(write(tmp_path / "a.gif", [draw_clip(0, 16, 16)[0]], fps=fps))[1]
+    starts_ms = np.cumsum([0, *delays_ms])
+    exact_ms = 1000 * np.arange(17) / fps
+    assert ((starts_ms <= exact_ms + 1e-6) & (starts_ms > exact_ms - 10)).all()
+    assert delays is None or delays_ms == [10 * delay for delay in delays]
+
+
+def test_gif_colours_are_exact_up_to_256_and_close_beyond(tmp_path):
+    rng = np.random.default_rng(0)
+    few = rng.integers(0, 256, (4, 256, 3), dtype=np.uint8)  # other colours in every frame
+    few = np.stack([palette[rng.permutation(1024) % 256].reshape(32, 32, 3) for palette in few])
+    np.testing.assert_array_equal(decoded_gif(write(tmp_path / "few.gif", [few]))[0], few)
+    ramp = np.stack(np.meshgrid(np.arange(64) * 4, np.arange(64) * 4, [100], indexing="ij"), -1).astype(np.uint8)
+    ramp = ramp.reshape(1, 64, 64, 3).repeat(2, axis=0)
+    error = np.abs(decoded_gif(write(tmp_path / "many.gif", [ramp]))[0].astype(int) - ramp)
+    assert error.mean() < 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_frames_give_the_same_bytes_in_one_piece_or_many(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
+    frames = np.concatenate([noise, draw_clip(1, 12, 64)[0][:, :48]])
+    for run, pieces in {"one": [frames], "two": [frames[:1], frames[1:13], frames[13:]]}.items():
+        (tmp_path / run).mkdir()
+        write(f"{tmp_path}/{run}/{name}", pieces, metadata=METADATA)
+    stem = name.strip("/")
+    assert contents(tmp_path / "one" / stem) == contents(tmp_path / "two" / stem)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metadata_is_in_the_file_and_beside_it(tmp_path, name):
+    path = write(f"{tmp_path}/{name}", [draw_clip(0, 3, 16)[0]], metadata=METADATA)
+    if name.startswith("frames"):
+        assert read_metadata(path) == {"fps": 8.0, **METADATA}
+        return
+    beside = path.with_suffix(".json")
+    assert json.loads(beside.read_text(encoding="utf-8")) == METADATA
+    beside.unlink()
+    assert read_metadata(path) == METADATA
+    assert len(read_video(path).frames) == 3
+    bare = write(tmp_path / f"bare{path.suffix}", [draw_clip(0, 3, 16)[0]])
+    assert read_metadata(bare) == {}
+    bare.with_suffix(".json").write_text('{"seed": 3}')
+    assert read_metadata(bare) == {"seed": 3}
+
+
+def test_players_see_the_prompt_as_title(tmp_path):
+    path = write(tmp_path / "a.mp4", [draw_clip(0, 3, 16)[0]], metadata={"prompt": "an ice vortex"})
+    with av.open(str(path)) as container:
+        assert container.metadata["title"] == "an ice vortex"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_what_was_there_before(tmp_path, name, failure):
+    clip = draw_clip(0, 30, 32)[0]
+    path = write(f"{tmp_path}/{name}", [clip], metadata={"seed": 1})
+    before = {file.name: contents(file) for file in tmp_path.iterdir()}
+    with pytest.raises(failure), VideoWriter(f"{tmp_path}/{name}", metadata={"seed": 2}) as writer:
+        for _ in range(4):
+            writer.write(255 - clip)
+        raise failure
+    assert {file.name: contents(file) for file in tmp_path.iterdir()} == before
+    assert write(f"{tmp_path}/{name}", [clip[:9]], metadata={"seed": 2}) == path  # and can be replaced after
+    assert len(read_video(path).frames) == 9
+    assert read_metadata(path)["seed"] == 2
+    assert {file.name for file in tmp_path.iterdir()} == set(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_written_so_far_can_be_kept(tmp_path, name):
+    clip = draw_clip(0, 8, 32)[0]
+    with pytest.raises(KeyboardInterrupt), VideoWriter(f"{tmp_path}/{name}") as writer:
+        try:
+            writer.write(clip)
+            assert not writer.path.exists()
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            writer.close()
+            raise
+    assert len(read_video(writer.path).frames) == writer.num_frames == 8
+    with pytest.raises(ValueError, match="already closed"):
+        writer.write(clip)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_frames_make_an_error_and_no_file(tmp_path, name):
+    with pytest.raises(ValueError, match="no frames were written"), VideoWriter(f"{tmp_path}/{name}"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_disk_leaves_no_part(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"), VideoWriter(tmp_path / "a.mp4") as writer:
+        writer.write(draw_clip(0, 3, 16)[0])
+        monkeypatch.setattr("os.fsync", full)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_impossible_requests_are_refused_before_anything_is_generated(tmp_path):
+    refused = [
+        (ValueError, "ending in .mp4, .webm, .gif.*got '.avi'", {"path": "a.avi"}),
+        (ValueError, "positive rate, got 0", {"path": "a.mp4", "fps": 0.0}),
+        (ValueError, "at most 50 frames", {"path": "a.gif", "fps": 60.0}),
+        (ValueError, "for .mp4 and .webm only", {"path": "a.gif", "crf": 20}),
+        (ValueError, "from 1 on, got 0", {"path": "a.mp4", "scale": 0}),
+        (ValueError, "JSON", {"path": "a.mp4", "metadata": {"loss": float("nan")}}),
+        (TypeError, "JSON", {"path": "a.mp4", "metadata": {"model": object()}}),
+        (FileNotFoundError, "no such folder", {"path": "missing/a.mp4"}),
+    ]
+    for error, said, settings in refused:
+        with pytest.raises(error, match=said):
+            VideoWriter(**{**settings, "path": tmp_path / settings["path"]})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_files_is_never_replaced(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "wedding.jpg").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match=r"wedding\.jpg"):
+        VideoWriter(folder)
+    assert (folder / "wedding.jpg").read_bytes() == b"precious"
+
+
+def test_frames_of_another_kind_or_size_are_refused(tmp_path):
+    writer = VideoWriter(tmp_path / "a.mp4")
+    for wrong in (np.zeros((1, 16, 16, 4), dtype=np.uint8), np.zeros((1, 0, 16, 3), dtype=np.uint8)):
+        with pytest.raises(ValueError, match=r"expected uint8 frames \(f, h, w, 3\)"):
+            writer.write(wrong)
+    with pytest.raises((ValueError, TypeError), match="float64|f64"):  # TypeError where types are checked
+        writer.write(np.zeros((1, 16, 16, 3)))
+    writer.write(np.zeros((1, 16, 16, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"\(16, 16, 3\), as before, got \(16, 18, 3\)"):
+        writer.write(np.zeros((1, 16, 18, 3), dtype=np.uint8))
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_length_of_the_video(tmp_path):
+    program = """
+import resource, sys
+import numpy as np
+from dicode.video.writer import VideoWriter
+for name in sys.argv[1:]:
+    with VideoWriter(name) as writer:
+        for clip in range(30):
+            writer.write(np.full((16, 256, 256, 3), clip, dtype=np.uint8))  # 3 MiB
+            if clip == 9:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    names = [str(tmp_path / name) for name in ("a.mp4", "a.gif")]
+    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, check=True)
+    assert all(int(grown_kib) < 20 * 1024 for grown_kib in done.stdout.split())  # these clips are 60 MiB
