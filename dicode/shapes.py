@@ -4,7 +4,7 @@
     f  frames in a clip         d  deep-token width
     k  key frames               t  text tokens
     s  sequence positions       m  mixture components
-    c  channels, h  height, w  width
+    c h w  channels, height, width of images; z y x  the same of first-stage latents
 
 The name of a value tells its range: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first
 stage, `features` from the image encoder, `tokens` from the resampler (unit variance a dimension).
@@ -21,9 +21,9 @@ FrameStack = UInt8[Tensor, "b f h w c"]
 KeyFrameStack = UInt8[Tensor, "b k h w c"]
 
 KeyFramePixels = Float[Tensor, "b c h w"]  # one key frame a batch entry, −1…1
-ImageLatents = Float[Tensor, "b c h w"]
-ClipLatents = Float[Tensor, "b f c h w"]
-ContextMask = Float[Tensor, "b f"]  # 1 where a frame of the clip is given clean
+ImageLatents = Float[Tensor, "b z y x"]
+ClipLatents = Float[Tensor, "b f z y x"]
+ContextLatents = Float[Tensor, "b before z y x"]  # of the last frames of the clip before
 PatchFeatures = Float[Tensor, "b p width"]
 
 DeepTokens = Float[Tensor, "b k n d"]

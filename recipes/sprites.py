@@ -1,23 +1,72 @@
 """The model in the box, `sprites`: 64×64, 8 fps, 16 frames a clip, trained on `spells` and `emoji`.
 
-    dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64
+    dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
     dicode train recipes/sprites.py:first_stage
-    dicode train recipes/sprites.py:tokenizer
-    dicode train recipes/sprites.py:lm
+    dicode train recipes/sprites.py:key_frames
+    dicode train recipes/sprites.py:denoiser      # these two
+    dicode train recipes/sprites.py:lm            # side by side
+    dicode assemble runs/denoiser/best runs/lm/best -o dicode/checkpoints/sprites
+
+Every run continues where it was stopped when its command is given again. Hours and results of each: docs/log.md.
 """
 
-from dicode.tokenizer.first_stage import FirstStageConfig
+from dataclasses import replace
+
+from dicode.lm.sizes import SIZES
+from dicode.train.clips import TokenizerRun
 from dicode.train.images import FirstStageRun
+from dicode.train.language import LanguageRun
 from dicode.train.loop import LoopConfig, OptimConfig
 
 
 def first_stage() -> FirstStageRun:
     """Image autoencoder, 8× smaller along each side, 16 channels (12× fewer numbers)."""
     return FirstStageRun(
-        model=FirstStageConfig(encoder_blocks=(0, 2, 2, 3), decoder_blocks=(3, 2, 2, 1)),
         loop=LoopConfig(
             evaluate_every=250,
             checkpoint_every=250,
             optim=OptimConfig(steps=3000, batch_size=32, lr=1e-3, warmup_steps=100, ema_decay=0.995),
+        ),
+    )
+
+
+def key_frames() -> TokenizerRun:
+    """Encoder, resampler and key-frame head on single frames: fixes what the deep tokens are."""
+    return TokenizerRun(
+        denoises=False,
+        images_per_step=96,
+        loop=LoopConfig(
+            evaluate_every=150,
+            checkpoint_every=150,
+            optim=OptimConfig(steps=900, batch_size=1, lr=1.5e-3, ema_decay=0.99),
+        ),
+    )
+
+
+def denoiser() -> TokenizerRun:
+    """The video diffusion decoder on clips, tokens fixed."""
+    return TokenizerRun(
+        init="runs/key_frames/best",
+        freeze_key_frames=True,
+        images_per_step=0,
+        loop=LoopConfig(
+            evaluate_every=500,
+            checkpoint_every=250,
+            optim=OptimConfig(steps=12_000, batch_size=16, lr=1e-3, warmup_steps=200, ema_decay=0.998),
+        ),
+    )
+
+
+def lm() -> LanguageRun:
+    """A 2.8 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB."""
+    return LanguageRun(
+        tokenizer="runs/key_frames/best",
+        model=replace(
+            SIZES["sprites"], width=192, depth=6, heads=3, feed_forward=384, vocab_size=1536, text_length=64
+        ),
+        loop=LoopConfig(
+            evaluate_every=500,
+            checkpoint_every=250,
+            optim=OptimConfig(steps=12_000, batch_size=32, lr=1e-3, warmup_steps=200, ema_decay=0.998),
         ),
     )

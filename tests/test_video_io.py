@@ -289,7 +289,7 @@ def test_a_folder_is_read_in_natural_order_at_its_rate(tmp_path):
     (folder / "metadata.json").write_text(json.dumps({"fps": 16}))
     assert which(read_video(folder).frames) == [0, 2]
     Image.new("RGB", (9, 9)).save(folder / "frame12.png")
-    with pytest.raises(VideoReadError, match=r"frame 4 is 9×9, the first one 32×24"):
+    with pytest.raises(VideoReadError, match=r"frame 4 is 9x9, the first one 32x24"):
         read_video(folder, fps=16.0)
     assert read_video(folder, fps=16.0, size=8).frames.shape == (5, 8, 8, 3)
 

@@ -7,63 +7,16 @@ diffusers, `Hourglass` a small convolution–transformer made for two CPU cores:
 than `Wan` at equal size, because all its arithmetic is dense bf16 matrix products (measured in docs/log.md).
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import get_timestep_embedding
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from dicode.shapes import ClipLatents
 from dicode.tokenizer.encoder import grid_positions, transformer
-
-
-@dataclass(frozen=True)
-class DenoiserConfig:
-    """Which network, and its sizes. `fine_*` are the levels of `hourglass` around its transformer."""
-
-    kind: Literal["hourglass", "wan", "unet3d"] = "hourglass"
-    width: int = 256
-    depth: int = 2
-    heads: int = 4
-    fine_width: int = 128
-    fine_blocks: int = 3
-    context_frames: int = 2
-    uses_key_latents: bool = True
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the decoder is told about a clip."""
-
-    tokens: Tensor  # b 2 n d: of the head and of the tail key frame; zeros where dropped for guidance
-    key_latents: Tensor  # b 2 c h w: the coarse latents of both, predicted from the tokens
-    context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent
-    context_mask: Tensor  # b: 1 where the context is given
-
-    def repeat(self, times: int) -> "Known":
-        """The same, tiled along the batch."""
-        return Known(*(torch.cat([x] * times) for x in (self.tokens, self.key_latents, self.context, self.context_mask)))
-
-    def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> ClipLatents:
-        """`noisy` with key-frame latents, context and its mask as extra channels of every frame."""
-        f, h, w = noisy.shape[1], *noisy.shape[-2:]
-        parts = [noisy]
-        if config.uses_key_latents:
-            parts.append(repeat(self.key_latents.to(noisy), "b two c h w -> b f (two c) h w", f=f))
-        if config.context_frames:
-            parts.append(repeat(self.context.to(noisy), "b p c h w -> b f (p c) h w", f=f))
-            parts.append(repeat(self.context_mask.to(noisy), "b -> b f 1 h w", f=f, h=h, w=w))
-        return torch.cat(parts, dim=2)
-
-
-def input_channels(config: DenoiserConfig, latent_channels: int) -> int:
-    """Channels of `Known.channels`."""
-    keys = 2 * latent_channels if config.uses_key_latents else 0
-    context = config.context_frames * latent_channels + 1 if config.context_frames else 0
-    return latent_channels + keys + context
+from dicode.tokenizer.known import DenoiserConfig, Known, input_channels
+from dicode.tokenizer.unet3d import UNet3D
 
 
 def build_denoiser(
@@ -73,9 +26,7 @@ def build_denoiser(
     if config.kind == "hourglass":
         return Hourglass(config, latent_channels, num_tokens, token_width, frames, size)
     if config.kind == "wan":
-        return Wan(config, latent_channels, token_width)
-    from dicode.tokenizer.unet3d import UNet3D
-
+        return Wan(config, latent_channels, num_tokens, token_width)
     return UNet3D(config, latent_channels, token_width)
 
 
@@ -94,8 +45,9 @@ class Hourglass(nn.Module):
         self.config = config
         self.stem = nn.Conv2d(input_channels(config, latent_channels), fine, 3, padding=1)
         self.frame_positions = nn.Parameter(torch.randn(frames, 1, 1, fine) * 0.02)
-        self.time = nn.Sequential(nn.Linear(fine, coarse), nn.SiLU(), nn.Linear(coarse, coarse))
-        self.down_blocks = nn.ModuleList(FineBlock(fine, coarse) for _ in range(config.fine_blocks))
+        self.time = nn.Sequential(nn.Linear(fine, fine), nn.SiLU(), nn.Linear(fine, fine))
+        self.time_token = nn.Linear(fine, coarse)
+        self.down_blocks = nn.ModuleList(FineBlock(fine) for _ in range(config.fine_blocks))
         self.down = nn.Linear(fine * 8, coarse)
         self.positions = nn.Parameter(grid_positions((size // 2) ** 2, coarse).repeat(frames // 2, 1))
         self.moments = nn.Parameter(torch.randn(frames // 2, 1, coarse))
@@ -104,7 +56,7 @@ class Hourglass(nn.Module):
         self.token_moments = nn.Parameter(torch.randn(2, 1, coarse))
         self.blocks = transformer(coarse, config.depth, config.heads)
         self.up = nn.Linear(coarse, fine * 8)
-        self.up_blocks = nn.ModuleList(FineBlock(fine, coarse) for _ in range(config.fine_blocks))
+        self.up_blocks = nn.ModuleList(FineBlock(fine) for _ in range(config.fine_blocks))
         self.norm = nn.LayerNorm(fine)
         self.out = nn.Conv2d(fine, latent_channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
@@ -123,7 +75,7 @@ class Hourglass(nn.Module):
         places = self.positions + self.moments.expand(-1, h * w, -1).flatten(0, 1)
         token_places = self.token_positions + self.token_moments
         tokens = rearrange(self.tokens(known.tokens) + token_places, "b two n c -> b (two n) c")
-        sequence = torch.cat([coarse + places, tokens, time[:, None]], dim=1)
+        sequence = torch.cat([coarse + places, tokens, self.time_token(time)[:, None]], dim=1)
         coarse = self.up(self.blocks(sequence)[:, : coarse.shape[1]])
         x = x + rearrange(
             coarse, "b (f h w) (i j k c) -> b (f i) (h j) (w k) c", f=f // 2, h=h, w=w, i=2, j=2, k=2
@@ -136,10 +88,10 @@ class Hourglass(nn.Module):
 class FineBlock(nn.Module):
     """Residual: normalise, modulate by time, 3×3 convolution in space, 3-tap convolution in time."""
 
-    def __init__(self, width: int, time_width: int):
+    def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(time_width, 2 * width)
+        self.modulation = nn.Linear(width, 2 * width)
         self.space = nn.Conv2d(width, width, 3, padding=1)
         self.frames = nn.Linear(3 * width, width)
         nn.init.zeros_(self.frames.weight)
@@ -160,11 +112,15 @@ def frames_convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Wan(nn.Module):
-    """diffusers' WanTransformer3DModel: full attention over all positions, deep tokens as its context."""
+    """diffusers' WanTransformer3DModel: full attention over all positions, deep tokens as its context.
 
-    def __init__(self, config: DenoiserConfig, latent_channels: int, token_width: int):
+    To its cross-attention the context is a set, so the tokens carry learned places: head or tail, and which of the n.
+    """
+
+    def __init__(self, config: DenoiserConfig, latent_channels: int, num_tokens: int, token_width: int):
         super().__init__()
         self.config = config
+        self.token_places = nn.Parameter(torch.randn(2, num_tokens, token_width) * 0.5)
         self.transformer = WanTransformer3DModel(
             patch_size=(1, 1, 1),
             num_attention_heads=config.heads,
@@ -179,6 +135,6 @@ class Wan(nn.Module):
     def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
         """As `Hourglass.forward`."""
         x = rearrange(known.channels(noisy, self.config), "b f c h w -> b c f h w")
-        tokens = rearrange(known.tokens, "b two n d -> b (two n) d").to(x)
+        tokens = rearrange(known.tokens + self.token_places, "b two n d -> b (two n) d").to(x)
         y = self.transformer(x, timestep, tokens, return_dict=False)[0]
         return rearrange(y, "b c f h w -> b f c h w").float()

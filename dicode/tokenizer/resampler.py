@@ -59,7 +59,7 @@ class Resampler(nn.Module):
             queries = queries + feedforward(queries)
         return self.norm_out(self.proj_out(queries))
 
-    def cells(self, features: PatchFeatures) -> PatchFeatures:
+    def cells(self, features: PatchFeatures) -> KeyFrameTokens:
         """The features under each query, where the queries are a coarser square grid than the features."""
         side, coarse = math.isqrt(features.shape[1]), math.isqrt(self.config.queries)
         cells = rearrange(

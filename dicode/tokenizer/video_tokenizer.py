@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from dicode.hub import config_from_dict, config_to_dict, load_weights, read_config, resolve, save_weights
 from dicode.seeds import generator_for, normal
-from dicode.shapes import ClipLatents, DeepTokens, FrameStack, ImageLatents, KeyFrameTokens
-from dicode.tokenizer.denoiser import DenoiserConfig, Known, build_denoiser
+from dicode.shapes import ClipLatents, ContextLatents, DeepTokens, FrameStack, ImageLatents, KeyFrameTokens
+from dicode.tokenizer.denoiser import build_denoiser
 from dicode.tokenizer.diffusion import DiffusionConfig, sample
 from dicode.tokenizer.encoder import EncoderConfig, KeyFrameHead, build_encoder
 from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
+from dicode.tokenizer.known import DenoiserConfig, Known
 from dicode.tokenizer.resampler import Resampler, ResamplerConfig
 
 WEIGHTS = "tokenizer.safetensors"
@@ -157,7 +158,7 @@ class VideoTokenizer(nn.Module):
         first_clip: int = 0,
     ) -> Iterator[FrameStack]:
         """As `decode`, from a stream of (head, tail) token pairs `b 2 n d`; draws the next pair only when asked."""
-        before: ClipLatents | None = None
+        before: ContextLatents | None = None
         for clip, pair in enumerate(pairs, start=first_clip):
             with torch.no_grad():
                 indices = sample_indices or range(len(pair))
@@ -169,7 +170,7 @@ class VideoTokenizer(nn.Module):
     def _render(
         self,
         pair: DeepTokens,
-        before: ClipLatents | None,
+        before: ContextLatents | None,
         seed: int,
         indices: Sequence[int],
         clip: int,
@@ -195,7 +196,7 @@ class VideoTokenizer(nn.Module):
             [generator_for(seed, "sampler", i, clip) for i in indices],
         )
 
-    def known(self, pair: DeepTokens, before: ClipLatents | None = None) -> Known:
+    def known(self, pair: DeepTokens, before: ContextLatents | None = None) -> Known:
         """What the denoiser is told about clips with these head and tail tokens `b 2 n d` and these frames before."""
         b = len(pair)
         keys = rearrange(self.key_head(rearrange(pair, "b two n d -> (b two) n d")), "(b two) c h w -> b two c h w", b=b)

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from dicode.hub import config_from_dict, load_weights, read_config, write_config
 from dicode.seeds import generator_for
-from dicode.tokenizer.denoiser import Known
 from dicode.tokenizer.diffusion import noised
 from dicode.tokenizer.first_stage import FirstStageConfig
+from dicode.tokenizer.known import Known
 from dicode.tokenizer.video_tokenizer import (
     FIRST_STAGE_WEIGHTS,
     WEIGHTS,
@@ -32,12 +32,12 @@ from dicode.video.shards import CachedVideo, FrameCache
 
 @dataclass(frozen=True)
 class TokenizerRun:
-    """Train a tokenizer; `init` continues from another run's weights, `freeze_tokens` keeps its deep tokens as they are."""
+    """Train a tokenizer; `init` continues from another run's weights, `freeze_key_frames` trains the denoiser alone."""
 
     cache: str = "cache/sprites"
     first_stage: str = "runs/first_stage/best"
     init: str | None = None
-    freeze_tokens: bool = False
+    freeze_key_frames: bool = False  # encoder, resampler, token statistics and key-frame head stay as they are
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     images_per_step: int = 64  # single frames beside the clips, for the key-frame regression
@@ -77,9 +77,9 @@ class TokenizerTraining:
         load_weights(self.module.first_stage, Path(run.first_stage) / FIRST_STAGE_WEIGHTS)
         if run.init:
             load_weights(TokenizerParts(self.module), Path(run.init) / WEIGHTS)
-        self.frozen = [self.module.encoder, self.module.resampler, self.module.normalizer]
-        if run.freeze_tokens:
-            for part in self.frozen:
+        if run.freeze_key_frames:
+            module = self.module
+            for part in (module.encoder, module.resampler, module.key_head):
                 part.requires_grad_(False)
         if not run.denoises:
             self.module.denoiser.requires_grad_(False)
@@ -111,9 +111,8 @@ class TokenizerTraining:
         return self.latents[mirrored, rows]
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.run.freeze_tokens:
-            for part in self.frozen:
-                part.eval()
+        if self.run.freeze_key_frames:
+            self.module.normalizer.eval()
         device = self.module.device
         clips, images = batch["clips"].to(device), batch["images"].to(device)
         before = self.run.model.denoiser.context_frames
@@ -136,7 +135,8 @@ class TokenizerTraining:
             context_mask=(torch.rand(b, generator=generator) >= self.run.drop_context).to(tokens),
         )
         denoising_loss = self.denoising_loss(clips, known, generator)
-        return key_frame_error + denoising_loss, {
+        total = denoising_loss if self.run.freeze_key_frames else denoising_loss + key_frame_error
+        return total, {
             "key_frame_error": key_frame_error.detach(),
             "denoising_loss": denoising_loss.detach(),
         }

@@ -40,6 +40,8 @@ class ClipRecord:
 
 
 class BadFile(NamedTuple):
+    """A file of an index that cannot be read, and why."""
+
     record: ClipRecord
     reason: str
 
@@ -48,8 +50,8 @@ def read_index(folder_or_file: str | Path) -> list[ClipRecord]:
     """The clips of a data set, in order, from a .jsonl or .csv file or from a folder.
 
     A line names `file` (relative to the index) and `caption`, perhaps `expanded`; other values are kept in `extra`. A
-    folder without captions.jsonl or captions.csv gives its video files, each with the text of the .txt beside it. Missing
-    captions are '' and their count is logged as a warning. Whether the files can be read is for `check_files`.
+    folder without captions.jsonl or captions.csv gives its video files, each with the text of the .txt beside it.
+    Missing captions are '' and their count is logged as a warning. Whether the files can be read is for `check_files`.
 
     Raises `VideoReadError` naming file and line where the index cannot be understood, or holds nothing.
     """

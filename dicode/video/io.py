@@ -99,12 +99,12 @@ def read_video(
     folder_fps: float | None = None,
     allow_partial: bool = False,
 ) -> VideoFrames:
-    """Read a video, an animated or still image, or a folder of frame images; frame i is what is shown at start_s + i/fps.
+    """Read a video, an image, still or animated, or a folder of frames: frame i is what is shown at start_s + i/fps.
 
     The last frame is shown for its own duration, a still image for one frame. `fps=None` keeps the file's own frames.
     `size` is a side or (height, width): the picture is scaled to cover it and cropped at the centre, or scaled to fit
-    and padded with white. Rotation flags are obeyed, transparency is laid over white. A folder runs at `folder_fps`, else
-    at the rate in its metadata.json, else at 8. Only the frames returned are held in memory.
+    and padded with white. Rotation flags are obeyed, transparency is laid over white. A folder runs at `folder_fps`,
+    else at the rate in its metadata.json, else at 8. Only the frames returned are held in memory.
 
     Raises `VideoReadError` for whatever cannot be read, for fewer than `min_frames` frames, and for a file that breaks
     off (`allow_partial=True` takes what came before).
@@ -221,15 +221,12 @@ def _timed_frames(path: Path, still_s: float, folder_fps: float | None, allow_pa
         raise VideoReadError(f"{path}: no such file or folder")
     if path.is_file() and path.stat().st_size == 0:
         raise VideoReadError(f"{path}: expected a video, got an empty file (0 bytes); copy or download it again")
-    source = (
-        _folder_frames(path, folder_fps)
-        if path.is_dir()
-        else _image_frames(path, still_s)
-        if _is_image(path)
-        else _container_frames(path, still_s)
-    )
     count = 0
     try:
+        if path.is_dir():
+            source = _folder_frames(path, folder_fps)
+        else:
+            source = (_image_frames if _is_image(path) else _container_frames)(path, still_s)
         for frame in source:
             yield frame
             count += 1
@@ -244,7 +241,8 @@ def _timed_frames(path: Path, still_s: float, folder_fps: float | None, allow_pa
             ) from error
         if not count:
             raise VideoReadError(
-                f"{path}: expected a video, an image or a folder of images; the file is damaged or of another kind ({error})"
+                f"{path}: expected a video, an image or a folder of images;"
+                f" the file is damaged or of another kind ({error})"
             ) from error
     if not count:
         raise VideoReadError(f"{path}: opens as a video but holds no frame that can be decoded")
@@ -396,7 +394,7 @@ def _fit(picture: Picture, size: Size | None, fit: Fit) -> Picture:
 
 
 def _resize(picture: Picture, height: int, width: int) -> Picture:
-    """Bilinear, averaging over the area when shrinking (torch on uint8: unbiased, 10× the speed of float)."""
+    """Bilinear, averaging over the area when shrinking (torch on uint8: unbiased, ten times as fast as float)."""
     if picture.shape[:2] == (height, width):
         return picture
     pixels = torch.from_numpy(np.require(picture, requirements=["C", "W"])).permute(2, 0, 1)[None]
@@ -408,7 +406,7 @@ def _checked(path: Path, picture: Picture, before: list[Picture]) -> Picture:
     if before and picture.shape != before[0].shape:
         (height, width), (first_height, first_width) = picture.shape[:2], before[0].shape[:2]
         raise VideoReadError(
-            f"{path}: frame {len(before)} is {width}×{height}, the first one {first_width}×{first_height};"
+            f"{path}: frame {len(before)} is {width}x{height}, the first one {first_width}x{first_height};"
             " pass a size to bring them to one"
         )
     return picture

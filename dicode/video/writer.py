@@ -49,17 +49,18 @@ _FORMATS = {
 class VideoWriter:
     """Write clips to .mp4 (H.264), .webm (VP9), .gif, or a folder of PNG frames (`frames/`, or no suffix).
 
-    Clips are encoded as they come: memory does not grow. The file appears under its name, whole, when `close` returns or
-    the `with` block ends; an exception or Ctrl-C inside the block leaves nothing. To keep what was written so far, catch it
-    and call `close` inside the block.
+    Clips are encoded as they come: memory does not grow. The file appears under its name, whole, when `close` returns
+    or the `with` block ends; an exception or Ctrl-C inside the block leaves nothing. To keep what was written so far,
+    catch it inside the block and call `close`.
 
-    `metadata` (JSON values) is stored in the file, with its "prompt" as title, and in a .json beside it (metadata.json in
-    a folder); `read_metadata` reads it. `crf` is the quality of mp4 and webm (lower is better; default 16 and 22).
-    `scale` enlarges every pixel to scale×scale, so that 64×64 can be watched. H.264 needs even sides: an odd one repeats
-    its last row or column. A GIF counts time in 1/100 s: frame i starts at floor(100·i/fps), so it never drifts.
+    `metadata` (JSON values) is stored in the file, with its "prompt" as title, and in a .json beside it (metadata.json
+    in a folder), replacing what is there; `read_metadata` reads it. `crf` is the quality of mp4 and webm (lower is
+    better; default 16 and 22). `scale` makes every pixel a square of that side, so that small pictures can be watched.
+    H.264 needs even sides: an odd one repeats its last row or column. A GIF counts time in 1/100 s: frame i starts at
+    floor(100·i/fps), so it never drifts.
 
-    Raises ValueError before anything is written for an unknown suffix, rate or option, FileExistsError for a folder that
-    holds anything but frames, FileNotFoundError where the parent folder is missing.
+    Raises ValueError before anything is written for an unknown suffix, rate or option, FileExistsError for a folder
+    that holds anything but frames, FileNotFoundError where the parent folder is missing.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class VideoWriter:
 
 
 class _FolderSink:
-    """Frames as 000000.png, 000001.png, …"""
+    """Frames as 000000.png, 000001.png and so on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -201,7 +202,7 @@ class _MovieSink:
         # bitexact: no random segment id, no date, no program version in the file
         container_options = {"fflags": "+bitexact", **form.container_options}
         self.container = av.open(f"file:{path}", "w", format=form.container, container_options=container_options)
-        # Colour is averaged over 2×2 pixels, so it belongs in their middle; unsaid, H.264 would mean their left edge.
+        # Colour is averaged over 2x2 pixels, so it belongs in their middle; unsaid, H.264 would mean their left edge.
         options = {"flags": "+bitexact", "chroma_sample_location": "center", **form.codec_options}
         if form.crf is not None:
             options["crf"] = str(form.crf if crf is None else crf)

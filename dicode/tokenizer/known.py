@@ -1,0 +1,63 @@
+"""What a denoiser is told about a clip, in the form that every denoiser takes it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from dicode.shapes import ClipLatents
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Which network, and its sizes; a network reads only the fields that say so.
+
+    `context_frames` of the clip before and the coarse `key latents` enter every network as extra channels.
+    """
+
+    kind: Literal["hourglass", "wan", "unet3d"] = "hourglass"
+    context_frames: int = 2
+    uses_key_latents: bool = True
+    depth: int = 2  # transformer blocks; `unet3d`: residual layers a level
+    heads: int = 4  # of attention; `unet3d`: at its finest level
+    width: int = 224  # `hourglass`, `wan`: of the transformer
+    fine_width: int = 128  # `hourglass`: of the convolutions around it
+    fine_blocks: int = 3  # `hourglass`: on either side
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # `unet3d`: fine to coarse
+    text_width: int = 1024  # `unet3d`: of the null text's tokens
+    text_tokens: int = 77  # `unet3d`
+    frame_stride: int = 3  # `unet3d`: 24 fps films, every third frame
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the decoder is told about a clip."""
+
+    tokens: Tensor  # b 2 n d: of the head and of the tail key frame; zeros where dropped for guidance
+    key_latents: Tensor  # b 2 c h w: the coarse latents of both, predicted from the tokens
+    context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent
+    context_mask: Tensor  # b: 1 where the context is given
+
+    def repeat(self, times: int) -> "Known":
+        """The same, tiled along the batch."""
+        return Known(*(torch.cat([x] * times) for x in (self.tokens, self.key_latents, self.context, self.context_mask)))
+
+    def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> Tensor:
+        """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""
+        f, h, w = noisy.shape[1], *noisy.shape[-2:]
+        parts = [noisy]
+        if config.uses_key_latents:
+            parts.append(repeat(self.key_latents.to(noisy), "b two c h w -> b f (two c) h w", f=f))
+        if config.context_frames:
+            parts.append(repeat(self.context.to(noisy), "b p c h w -> b f (p c) h w", f=f))
+            parts.append(repeat(self.context_mask.to(noisy), "b -> b f 1 h w", f=f, h=h, w=w))
+        return torch.cat(parts, dim=2)
+
+
+def input_channels(config: DenoiserConfig, latent_channels: int) -> int:
+    """Channels of `Known.channels`."""
+    keys = 2 * latent_channels if config.uses_key_latents else 0
+    context = config.context_frames * latent_channels + 1 if config.context_frames else 0
+    return latent_channels + keys + context

@@ -1,0 +1,111 @@
+"""The published denoiser: diffusers' UNet3DConditionModel with a second cross-attention for deep tokens.
+
+DynamiCrafter's network (Xing et al. 2023) as DiCoDe uses it (arXiv 2412.04446, section 3.1): beside the attention to
+the (always empty) text stands one to deep tokens, scaled by tanh(α) + 1; frames of the first half of a clip see the
+head key frame's tokens, the others the tail's; a frame-stride embedding is added to the time embedding.
+"""
+
+import torch
+from diffusers import UNet3DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dicode.shapes import ClipLatents
+from dicode.tokenizer.known import DenoiserConfig, Known, input_channels
+
+
+class UNet3D(nn.Module):
+    """Latents, time and deep tokens → prediction; every level but the coarsest attends."""
+
+    null_text: Tensor
+
+    def __init__(self, config: DenoiserConfig, latent_channels: int, token_width: int):
+        super().__init__()
+        self.config = config
+        levels = len(config.channels)
+        self.unet = UNet3DConditionModel(
+            in_channels=input_channels(config, latent_channels),
+            out_channels=latent_channels,
+            block_out_channels=config.channels,
+            down_block_types=("CrossAttnDownBlock3D",) * (levels - 1) + ("DownBlock3D",),
+            up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * (levels - 1),
+            layers_per_block=config.depth,
+            norm_num_groups=min(32, config.channels[0]),
+            cross_attention_dim=config.text_width,
+            # diffusers takes this for the head width of every spatial and temporal attention but the first
+            attention_head_dim=config.channels[0] // config.heads,
+        )
+        time_width = config.channels[0] * 4
+        self.unet.time_embedding = TimeAndStride(self.unet.time_embedding, config.channels[0], time_width)
+        for name, module in self.unet.named_modules():
+            if isinstance(module, Attention) and name.endswith("attn2") and ".attentions." in f".{name}":
+                module.set_processor(DeepTokenAttention(token_width, module.inner_dim))
+        self.register_buffer("null_text", torch.zeros(1, config.text_tokens, config.text_width))
+
+    def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
+        """Noisy latents `b f c h w`, timestep `b` in 0…999 → prediction `b f c h w`, float32."""
+        b, f = noisy.shape[:2]
+        halves = torch.arange(f, device=noisy.device) * 2 // f
+        frame_tokens = rearrange(known.tokens[:, halves], "b f n d -> (b f) n d")
+        sample = rearrange(known.channels(noisy, self.config), "b f c h w -> b c f h w")
+        prediction = self.unet(
+            sample,
+            timestep,
+            self.null_text.expand(b, -1, -1),
+            timestep_cond=torch.full((b,), self.config.frame_stride, device=noisy.device),
+            # diffusers hands this name to every attention without complaint; only `DeepTokenAttention` reads it
+            cross_attention_kwargs={"ip_hidden_states": frame_tokens},
+            return_dict=False,
+        )[0]
+        return rearrange(prediction, "b c f h w -> b f c h w").float()
+
+
+class TimeAndStride(nn.Module):
+    """The time embedding plus an embedding of the clip's frame stride, which arrives as `timestep_cond`."""
+
+    def __init__(self, time_embedding: nn.Module, in_width: int, time_width: int):
+        super().__init__()
+        self.time_embedding = time_embedding
+        self.stride_projection = Timesteps(in_width, True, 0)
+        self.stride_embedding = TimestepEmbedding(in_width, time_width)
+        # published: the stride starts without effect, so that a video prior keeps its behaviour
+        nn.init.zeros_(self.stride_embedding.linear_2.weight)
+        nn.init.zeros_(self.stride_embedding.linear_2.bias)
+
+    def forward(self, time: Tensor, stride: Tensor) -> Tensor:
+        return self.time_embedding(time) + self.stride_embedding(self.stride_projection(stride).to(time.dtype))
+
+
+class DeepTokenAttention(nn.Module):
+    """Attention processor: the layer's own attention to text, plus (tanh α + 1) times attention to deep tokens."""
+
+    def __init__(self, token_width: int, inner_width: int):
+        super().__init__()
+        self.to_k = nn.Linear(token_width, inner_width, bias=False)
+        self.to_v = nn.Linear(token_width, inner_width, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def __call__(  # not `forward`: diffusers reads this signature to see which arguments a processor takes
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *,
+        ip_hidden_states: Tensor,
+    ) -> Tensor:
+        """Positions `b p c`, text `b t c`, deep tokens `b n d` → `b p c`; called by diffusers."""
+        query = attn.to_q(hidden_states)
+        text = _attend(attn, query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
+        tokens = _attend(attn, query, self.to_k(ip_hidden_states), self.to_v(ip_hidden_states))
+        mixed = text + (torch.tanh(self.alpha) + 1) * tokens
+        return attn.to_out[1](attn.to_out[0](mixed)) / attn.rescale_output_factor
+
+
+def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    q, k, v = (rearrange(x, "b p (heads e) -> b heads p e", heads=attn.heads) for x in (query, key, value))
+    return rearrange(functional.scaled_dot_product_attention(q, k, v), "b heads p e -> b p (heads e)")

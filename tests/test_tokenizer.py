@@ -1,0 +1,305 @@
+"""The tokenizer: resampler against the public code's vectors, shapes, seeds, context, denoisers, diffusion."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file
+
+from dicode.hub import CheckpointError, read_config, write_config
+from dicode.seeds import generator_for
+from dicode.tokenizer.denoiser import build_denoiser
+from dicode.tokenizer.diffusion import DiffusionConfig, noised, sample
+from dicode.tokenizer.encoder import ClipEncoder, EncoderConfig, KeyFrameHead
+from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
+from dicode.tokenizer.known import DenoiserConfig, Known
+from dicode.tokenizer.resampler import Resampler, ResamplerConfig
+from dicode.tokenizer.video_tokenizer import TokenizerConfig, VideoTokenizer
+
+REFERENCE = Path(__file__).parent / "reference"
+DENOISERS = {
+    "hourglass": DenoiserConfig(width=32, fine_width=16, fine_blocks=1, depth=1, heads=2),
+    "wan": DenoiserConfig(kind="wan", width=32, depth=1, heads=2),
+    "unet3d": DenoiserConfig(kind="unet3d", channels=(32, 64), depth=1, heads=2, text_width=12, text_tokens=3),
+}
+
+
+def tiny_config(**changes: object) -> TokenizerConfig:
+    config = TokenizerConfig(
+        size=32,
+        key_head_width=48,
+        key_head_depth=1,
+        first_stage=FirstStageConfig(
+            channels=(8, 8, 8), latent_channels=5, encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)
+        ),
+        encoder=EncoderConfig(width=24, depth=1, heads=2, size=8, channels=5),
+        resampler=ResamplerConfig(
+            width=24, depth=1, heads=2, head_width=12, queries=4, feature_width=24, features=64, token_width=6,
+            grid_queries=True,
+        ),
+        denoiser=DENOISERS["hourglass"],
+        steps=2,
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def tiny_tokenizer(**changes: object) -> VideoTokenizer:
+    torch.manual_seed(0)
+    tokenizer = VideoTokenizer(tiny_config(**changes)).eval()
+    for parameter in tokenizer.parameters():  # the zero-initialised outputs would hide what does not depend on what
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return tokenizer
+
+
+def known(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> Known:
+    g = torch.Generator().manual_seed(1)
+    return Known(
+        torch.randn(b, 2, n, d, generator=g),
+        torch.randn(b, 2, c, side, side, generator=g),
+        torch.randn(b, 2, c, side, side, generator=g),
+        torch.ones(b),
+    )
+
+
+def test_resampler_agrees_with_the_public_code() -> None:
+    values = json.loads((REFERENCE / "resampler.json").read_text())
+    resampler = Resampler(
+        ResamplerConfig(
+            width=values["dim"],
+            depth=values["depth"],
+            heads=values["heads"],
+            head_width=values["dim_head"],
+            queries=values["num_queries"],
+            feature_width=values["embedding_dim"],
+            token_width=values["output_dim"],
+            feedforward_factor=values["ff_mult"],
+        )
+    )
+    resampler.load_state_dict(load_file(REFERENCE / "resampler.weights.safetensors"))
+    vectors = load_file(REFERENCE / "resampler.io.safetensors")
+    torch.testing.assert_close(resampler(vectors["features"]), vectors["tokens"], rtol=1e-5, atol=1e-5)
+
+
+def test_encode_gives_one_row_of_tokens_a_key_frame() -> None:
+    frames = torch.randint(0, 256, (2, 33, 32, 32, 3), dtype=torch.uint8)
+    tokens = tiny_tokenizer().encode(frames)
+    assert tokens.shape == (2, 3, 4, 6)
+
+
+def test_tokens_depend_on_their_own_key_frame_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    frames = torch.randint(0, 256, (1, 33, 32, 32, 3), dtype=torch.uint8)
+    before = tokenizer.encode(frames)
+    frames[:, 16] = 255 - frames[:, 16]
+    after = tokenizer.encode(frames)
+    torch.testing.assert_close(after[:, [0, 2]], before[:, [0, 2]], atol=1e-6, rtol=0)
+    assert (after[:, 1] - before[:, 1]).abs().max() > 1e-3
+
+
+def test_frames_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected frames of"):
+        tiny_tokenizer().encode(torch.zeros(1, 17, 64, 64, 3, dtype=torch.uint8))
+
+
+def test_decode_gives_a_clip_a_pair_of_key_frames() -> None:
+    clips = list(tiny_tokenizer().decode(torch.randn(2, 4, 4, 6)))
+    assert [clip.shape for clip in clips] == [(2, 16, 32, 32, 3)] * 3
+    assert clips[0].dtype == torch.uint8
+
+
+def test_decoding_is_lazy() -> None:
+    drawn = []
+
+    def pairs():  # type: ignore[no-untyped-def]
+        for i in range(3):
+            drawn.append(i)
+            yield torch.randn(1, 2, 4, 6)
+
+    next(tiny_tokenizer().decode_pairs(pairs()))
+    assert drawn == [0]
+
+
+def test_batch_size_and_order_change_no_clip() -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = torch.randn(3, 3, 4, 6)
+    together = torch.cat(list(tokenizer.decode(tokens, seed=5, guidance=2.0)), dim=1).int()
+    for i in (2, 0, 1):
+        alone = torch.cat(
+            list(tokenizer.decode(tokens[i : i + 1], seed=5, sample_indices=[i], guidance=2.0)), dim=1
+        ).int()
+        assert (alone[0] - together[i]).abs().max() <= 1  # float rounding may move a level
+
+
+def test_seed_and_sample_index_change_the_clip() -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = torch.randn(1, 2, 4, 6)
+    plain, other_seed, other_sample = (
+        next(tokenizer.decode(tokens, seed=s, sample_indices=[i])).float() for s, i in ((0, 0), (1, 0), (0, 1))
+    )
+    assert (plain - other_seed).abs().mean() > 1
+    assert (plain - other_sample).abs().mean() > 1
+
+
+def test_chained_clips_see_the_clip_before_and_parallel_ones_do_not() -> None:
+    tokenizer = tiny_tokenizer()
+    tokens, others = torch.randn(1, 3, 4, 6), torch.randn(1, 3, 4, 6)
+    others[:, 1:] = tokens[:, 1:]  # the second clip's own key frames are the same
+    for joins, differs in (("chained", True), ("parallel", False)):
+        second = [list(tokenizer.decode(t, joins=joins))[1].float() for t in (tokens, others)]  # type: ignore[arg-type]
+        assert bool((second[0] - second[1]).abs().max() > 0) is differs
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_every_denoiser_listens_to_noise_time_tokens_and_context(kind: str) -> None:
+    torch.manual_seed(0)
+    denoiser = build_denoiser(DENOISERS[kind], 5, 4, 6, 16, 8).eval()
+    for parameter in denoiser.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    noisy, time, told = torch.randn(2, 16, 5, 8, 8), torch.tensor([300.0, 700.0]), known(2)
+    plain = denoiser(noisy, time, told)
+    assert plain.shape == noisy.shape
+    assert plain.dtype == torch.float32
+    changed = {
+        "noise": (noisy + 0.5, time, told),
+        "time": (noisy, time + 100, told),
+        "tokens": (noisy, time, dataclasses.replace(told, tokens=told.tokens.flip(1))),
+        "key latents": (noisy, time, dataclasses.replace(told, key_latents=told.key_latents.flip(1))),
+        "context": (noisy, time, dataclasses.replace(told, context=told.context + 1)),
+        "context mask": (noisy, time, dataclasses.replace(told, context_mask=torch.zeros(2))),
+    }
+    for name, arguments in changed.items():
+        assert (denoiser(*arguments) - plain).abs().max() > 1e-4, name
+
+
+def test_unet_shows_head_tokens_to_the_first_half_of_a_clip_only() -> None:
+    """Without temporal layers a frame's output depends on its own half's tokens alone."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(DENOISERS["unet3d"], context_frames=0, uses_key_latents=False)
+    denoiser = build_denoiser(config, 5, 4, 6, 16, 8).eval()
+    for name, parameter in denoiser.named_parameters():
+        if "temp_" in name or "transformer_in.proj_out" in name:
+            torch.nn.init.zeros_(parameter)
+    noisy, time, told = torch.randn(1, 16, 5, 8, 8), torch.tensor([500.0]), known(1)
+    tokens = told.tokens.clone()
+    tokens[:, 1] += 1
+    difference = denoiser(noisy, time, dataclasses.replace(told, tokens=tokens)) - denoiser(noisy, time, told)
+    assert difference[:, :8].abs().max() < 1e-6
+    assert difference[:, 8:].abs().max() > 1e-4
+
+
+def test_key_frame_head_maps_tokens_to_latents() -> None:
+    head = KeyFrameHead(num_tokens=4, token_width=6, latent_channels=5, size=8, width=24, depth=1, heads=2)
+    assert head(torch.randn(3, 4, 6)).shape == (3, 5, 8, 8)
+
+
+def test_clip_encoder_gives_all_tokens_of_the_tower_for_any_image_size() -> None:
+    encoder = ClipEncoder(EncoderConfig(kind="clip", width=32, depth=2, heads=2, size=28, patch=14))
+    assert encoder(torch.rand(3, 3, 40, 36) * 2 - 1).shape == (3, 5, 32)
+
+
+def test_clip_preprocessing_maps_white_to_clips_white() -> None:
+    encoder = ClipEncoder(EncoderConfig(kind="clip", width=32, depth=1, heads=2, size=28, patch=14))
+    seen = []
+    encoder.tower.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    encoder(torch.ones(1, 3, 50, 50))
+    expected = (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    torch.testing.assert_close(seen[0][0, :, 3, 5], expected)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+def test_first_stage_latents_are_normalised(kind: str) -> None:
+    torch.manual_seed(0)
+    config = FirstStageConfig(
+        kind=kind, channels=(8, 8, 8), latent_channels=5, encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)
+    )  # type: ignore[arg-type]
+    stage = FirstStage(config)
+    pixels = torch.rand(6, 3, 32, 32) * 2 - 1
+    stage.fit_statistics(stage.raw_latents(pixels))
+    latents = stage.encode(pixels)
+    assert latents.shape == (6, 5, 8, 8)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(5), atol=1e-2, rtol=0)
+    assert stage.decode(latents).shape == pixels.shape
+
+
+@pytest.mark.parametrize("objective", ["flow", "v_prediction"])
+def test_a_perfect_denoiser_recovers_the_latents(objective: str) -> None:
+    """A denoiser that knows the answer must be led to it by the sampler, whatever the objective."""
+    config = DiffusionConfig(objective=objective)  # type: ignore[arg-type]
+    clean, noise = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4)
+    alphas = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
+    ).alphas_cumprod
+
+    def perfect(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        if objective == "flow":
+            return (latents - clean) / (timestep / 1000)[:, None, None, None, None]
+        alpha = alphas[timestep.long()][:, None, None, None, None]
+        implied_noise = (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        return alpha.sqrt() * implied_noise - (1 - alpha).sqrt() * clean
+
+    made = sample(config, perfect, None, noise, steps=20, guidance=1.0)
+    # the published schedule stops at t = 1, where noise of deviation 0.03 is left
+    torch.testing.assert_close(made, clean, atol=0.15 if objective == "v_prediction" else 1e-4, rtol=0)
+
+
+def test_guidance_of_one_is_the_conditional_prediction_and_two_moves_away_from_null() -> None:
+    noise = torch.zeros(1, 1, 1, 1, 1)
+    ones, zeros = (lambda x, t: torch.ones_like(x)), (lambda x, t: torch.zeros_like(x))
+    values = {g: sample(DiffusionConfig(), ones, zeros, noise, 4, g).item() for g in (0.0, 1.0, 2.0)}
+    assert values[0.0] == pytest.approx(0)
+    assert values[2.0] == pytest.approx(2 * values[1.0])
+
+
+def test_flow_target_is_noise_minus_latents_on_the_line_between_them() -> None:
+    latents, noise = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 2, 4, 5, 5)
+    noisy, timestep, target = noised(DiffusionConfig(), latents, noise, generator_for(0))
+    torch.testing.assert_close(noisy, latents + (timestep / 1000)[:, None, None, None, None] * target)
+
+
+def test_checkpoint_round_trip_is_exact(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    write_config(tmp_path, {"tokenizer": tokenizer.save_pretrained(tmp_path)})
+    again = VideoTokenizer.from_pretrained(tmp_path)
+    assert again.config == tokenizer.config
+    frames = torch.randint(0, 256, (1, 17, 32, 32, 3), dtype=torch.uint8)
+    assert torch.equal(again.encode(frames), tokenizer.encode(frames))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "extra", "shape", "config"])
+def test_damaged_checkpoints_are_refused_with_a_reason(tmp_path: Path, damage: str) -> None:
+    from safetensors.torch import save_file
+
+    tokenizer = tiny_tokenizer()
+    write_config(tmp_path, {"tokenizer": tokenizer.save_pretrained(tmp_path)})
+    path = tmp_path / "tokenizer.safetensors"
+    state = load_file(path)
+    name = "resampler.latents"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "config":
+        values = read_config(tmp_path)
+        values["tokenizer"]["siez"] = 3
+        write_config(tmp_path, values)
+    else:
+        if damage == "missing":
+            del state[name]
+        elif damage == "extra":
+            state["resampler.latent"] = state[name].clone()
+        else:
+            state[name] = state[name][..., :3].contiguous()
+        save_file(state, path)
+    reasons = {
+        "truncated": "not a readable safetensors",
+        "missing": "missing resampler.latents",
+        "extra": "unexpected resampler.latent.*did you mean",
+        "shape": r"resampler.latents: expected shape",
+        "config": "unknown key 'siez'.*did you mean 'size'",
+    }
+    with pytest.raises(CheckpointError, match=reasons[damage]):
+        VideoTokenizer.from_pretrained(tmp_path)
