@@ -122,6 +122,16 @@ class VideoTokenizer(nn.Module):
         tokens = self.resampler(self.encoder(source)).float()
         return self.normalizer(tokens.flatten(1)).view_as(tokens)
 
+    @torch.no_grad()
+    def fit_statistics(self, sources: Sequence[Tensor]) -> None:
+        """Set mean and deviation of the tokens from what the encoder reads of training frames, batch by batch.
+
+        The running estimate lags behind the weights, and behind their average more so; what is saved must not.
+        """
+        tokens = torch.cat([self.resampler(self.encoder(source)).float().flatten(1) for source in sources])
+        self.normalizer.running_mean.copy_(tokens.mean(0))
+        self.normalizer.running_var.copy_(tokens.var(0))
+
     # tokens → frames
 
     def decode(

@@ -84,8 +84,8 @@ def load_checkpoint(
             parameter.copy_(weights[name])
             ema[name].copy_(averages[name])
             optimizer.state[parameter] = {
-                "step": moments[f"step/{name}"].clone(),
-                "exp_avg": moments[f"exp_avg/{name}"].to(parameter.device).clone(),
-                "exp_avg_sq": moments[f"exp_avg_sq/{name}"].to(parameter.device).clone(),
-            }
+                # in the parameter's memory layout: fused AdamW walks both storages side by side
+                key: torch.empty_like(parameter).copy_(moments[f"{key}/{name}"])
+                for key in ("exp_avg", "exp_avg_sq")
+            } | {"step": moments[f"step/{name}"].clone()}
     return TrainState(**json.loads((path / "state.json").read_text()))

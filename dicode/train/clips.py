@@ -153,6 +153,9 @@ class TokenizerTraining:
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         """Key-frame error and PSNR, denoising loss with fixed noise, and a sheet of real, key-head and rendered frames."""
         module, device = self.module, self.module.device
+        if not self.run.freeze_key_frames:
+            rows = self.rows[:: max(1, len(self.rows) // 2048)]
+            module.fit_statistics([part.float().to(device) for part in self.latents[0, rows].split(64)])
         generator = generator_for(0, "validation")
         before = self.run.model.denoiser.context_frames
         clips = torch.stack([self.clip(v, 0.0) for v in self.validation.videos]).float()

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -62,6 +62,7 @@ class LoopConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
+@runtime_checkable
 class Stage(Protocol):
     """What is trained: a module, its batches, its loss, its validation. `best` names the metric that picks weights."""
 
@@ -144,7 +145,7 @@ def train(stage: Stage, config: LoopConfig, folder: Path, recipe: dict[str, Any]
     log = RunLog(folder)
     # torch's fused attention for CPUs runs backward at 8 GFLOP/s on short sequences; plain products train 1.2× faster
     attention = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    with StopSignal() as stop, sdpa_kernel(attention):
+    with log, StopSignal() as stop, sdpa_kernel(attention):
         started_s = time.monotonic() - state.trained_s
         while state.step < config.optim.steps:
             scalars = _step(stage, config, optimizer, trained, ema, state.step)
@@ -243,6 +244,13 @@ class RunLog:
         self.file = (folder / "log.jsonl").open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"))
         self.sheets = folder / "sheets"
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.board.close()
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Append one record to every log."""

@@ -18,7 +18,7 @@ def contact_sheet(
 ) -> Image.Image:
     """One row a clip: its label at the left, then `columns` frames picked evenly from first to last.
 
-    `scale` enlarges every pixel to scale x scale. A clip of fewer frames shows each once; smaller frames stand top left.
+    `scale` enlarges every pixel to scale x scale. A clip of fewer frames shows each once; small frames stand top left.
     """
     if not clips or (labels is not None and len(labels) != len(clips)):
         raise ValueError(f"expected clips and a label for each, got {len(clips)} clips, {len(labels or ())} labels")

@@ -1,0 +1,6 @@
+"""`python -m dicode` is `dicode`."""
+
+from dicode.cli import console
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,218 @@
+"""The command line: generate, tokenize, reconstruct, train, data, info.
+
+A command is a frozen dataclass: its fields are its flags, their comments its help. The work is done in `commands.py`
+and `data_commands.py`, imported when a command runs, so that `dicode --help` needs no torch.
+"""
+
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module, util
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
+from tyro.extras import SubcommandApp
+
+from dicode import __version__
+from dicode.stopwatch import Stopwatch
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+USAGE_ERROR = 2  # as tyro and argparse
+
+# Text, not a Path: the slash at the end of "frames/" says that a folder is meant.
+Output = Annotated[str, arg(aliases=("-o",))]
+Input = Annotated[Positional[str], arg(metavar="INPUT")]
+Joins = Literal["chained", "parallel"]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Write a video of a prompt. Sampling options left out are the model's own; `dicode info` shows them."""
+
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]  # what the video shows
+    seconds: float = 4.0  # how long it lasts
+    seed: int = 0  # the same seed, prompt and options give the same file
+    guidance: float | None = None  # of the language model: above 1 follows the prompt more closely
+    variance_scale: float | None = None  # of the next token's distribution: 0 takes its mean
+    decoder_guidance: float | None = None  # of the decoder: above 1 follows the tokens more closely
+    steps: int | None = None  # denoising steps a clip
+    joins: Joins | None = None  # chained: every clip sees the end of the one before
+    model: str = "sprites"  # a model in the box, or a checkpoint folder
+    output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
+    scale: int = 4  # enlarge every pixel this many times along each side
+    sheet: Path | None = None  # also write a contact sheet, one row a clip
+    device: str = "auto"  # cpu, cuda, mps
+    timings: bool = False  # also show the times of every clip, and the memory used
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Turn a video into deep tokens: a tensor `tokens`, float32 k × n × d for k key frames of n tokens."""
+
+    input: Input  # video, animated image, or folder of frames
+    output: Output = "tokens.safetensors"
+    model: str = "sprites"  # a model in the box, or a checkpoint folder
+    device: str = "auto"  # cpu, cuda, mps
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Send a video through deep tokens and back, or render tokens that `dicode tokenize` saved."""
+
+    input: Input  # video, animated image, folder of frames, or tokens.safetensors
+    output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
+    side_by_side: bool = False  # the video at the left, what its tokens give at the right
+    seed: int = 0  # of the decoder
+    decoder_guidance: float | None = None  # above 1 follows the tokens more closely
+    steps: int | None = None  # denoising steps a clip
+    joins: Joins = "chained"  # chained: every clip sees the end of the one before
+    model: str = "sprites"  # a model in the box, or a checkpoint folder
+    scale: int = 4  # enlarge every pixel this many times along each side
+    device: str = "auto"  # cpu, cuda, mps
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a run of a recipe; the same command continues it. `dicode train FILE.py:RUN --help` lists the run's flags."""
+
+    recipe: Annotated[Positional[str], arg(metavar="FILE.py:RUN")]  # a function of that file which returns a run
+    run_folder: Path | None = None  # default: runs/RUN
+    run: Suppress[Any] = None  # what the function returned, changed by flags
+
+
+@dataclass(frozen=True)
+class Index:
+    """Read every file of data sets to its end; list the bad ones, and exit with their count (at most 125)."""
+
+    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER …")]  # with captions.jsonl, captions.csv, or a .txt beside each clip
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keep all frames of data sets, with their times, in one folder to train from; exits with the count of bad files."""
+
+    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER …")]  # with captions.jsonl, captions.csv, or a .txt beside each clip
+    output: Annotated[Path, arg(aliases=("-o",))]  # a folder such as cache/sprites
+    size: int = 64  # side of the frames, scaled to cover it and cropped at the centre
+    max_fps: float = 12.5  # frames closer together than this are left out
+    loops: bool = False  # the clips repeat without a seam
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Draw a contact sheet of a data set: clips picked by the seed, one a row, with their captions."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]  # with captions.jsonl, captions.csv, or a .txt beside each clip
+    output: Annotated[Path, arg(aliases=("-o",))] = Path("sheet.png")
+    count: int = 16  # clips
+    seed: int = 0  # which clips
+    size: int = 64  # side of a frame
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show a model's parameters, its rate in tokens, numbers and bits, and its sampling options."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = "sprites"  # a model in the box, or a checkpoint folder
+
+
+COMMANDS = {
+    "dicode.commands": (Generate, Tokenize, Reconstruct, Train, Info),
+    "dicode.data_commands": (Index, Cache, Sheet),
+}
+
+
+def console() -> None:
+    """The `dicode` command."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. What users can cause ends in one line, unless DICODE_DEBUG is set."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print(f"dicode {__version__}")
+        return 0
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"dicode: warning: {message}", file=sys.stderr)
+            command, watch = parse(argv or ["--help"]), Stopwatch()
+            module = next(module for module, kinds in COMMANDS.items() if isinstance(command, kinds))
+            with watch.stage("load"):
+                work = getattr(import_module(module), type(command).__name__.lower())
+            return work(command, watch)
+    except KeyboardInterrupt:
+        print("dicode: interrupted; no unfinished file is left", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("DICODE_DEBUG"):
+            raise
+        print(f"dicode: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def parse(argv: list[str]) -> Any:
+    """The command of these arguments, one of the dataclasses above."""
+    if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
+        return _parse_train(argv[1], argv[2:])
+    app, data = SubcommandApp(), SubcommandApp()
+    for command in (Generate, Tokenize, Reconstruct, Train):
+        app.command(command, name=command.__name__.lower())
+    for command in (Index, Cache, Sheet):
+        data.command(command, name=command.__name__.lower())
+    app.command(data, name="data", help="Check, cache or look at folders of clips.")
+    app.command(Info, name="info")
+    description = "Text to video with a language model. `dicode --version` tells the version."
+    return app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
+
+
+def _parse_train(recipe: str, flags: list[str]) -> Train:
+    """The run of a recipe with the fields that flags change, e.g. `--loop.optim.lr 1e-4`."""
+    default = load_run(recipe)
+    kind = type(default)
+
+    def train(
+        run_folder: Path | None = None,
+        run: OmitArgPrefixes[AvoidSubcommands[kind]] = default,  # type: ignore[valid-type]
+    ) -> Train:
+        return Train(recipe, run_folder, run)
+
+    return tyro.cli(train, prog=f"dicode train {recipe}", description=kind.__doc__, args=flags)
+
+
+def load_run(recipe: str) -> Any:
+    """Call RUN of `FILE.py:RUN`; raises `ValueError` where it is no function that returns a dataclass."""
+    file, _, name = recipe.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"recipe: expected FILE.py:RUN, as in recipes/sprites.py:lm, got {recipe!r}")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such recipe file")
+    spec = util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = util.module_from_spec(spec)  # a dataclass in the file looks for its module there
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "train") from error
+    own = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == spec.name]
+    if name not in own:
+        from dicode.hub import nearest
+
+        raise ValueError(f"{file}: no function {name!r}{nearest(name, own)}; it has {', '.join(own)}")
+    run = getattr(module, name)()
+    if not dataclasses.is_dataclass(run):
+        raise ValueError(f"{recipe}: expected it to return a run (a dataclass), got {type(run).__name__}")
+    return run
+
+
+def missing_extra(error: ModuleNotFoundError, extra: str) -> ImportError:
+    """The same error, naming the extra of this package to install."""
+    if error.name and error.name.split(".")[0] == "dicode":
+        return error
+    return ImportError(f"this needs the package {error.name!r}, not installed: pip install 'dicode[{extra}]'")

@@ -1,0 +1,282 @@
+"""What `dicode generate`, `tokenize`, `reconstruct`, `train` and `info` do; their flags are in `cli.py`."""
+
+import dataclasses
+import hashlib
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from dicode import __version__
+from dicode.cli import Generate, Info, Reconstruct, Tokenize, Train, missing_extra
+from dicode.generate import DiCoDe, GenerationConfig, trimmed
+from dicode.hub import CheckpointError, config_from_dict, config_to_dict, read_config, read_tensors, resolve
+from dicode.lm.sizes import DeepLMConfig
+from dicode.shapes import DeepTokens, Video
+from dicode.stopwatch import Stopwatch
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerConfig, VideoTokenizer
+from dicode.video.io import read_video
+from dicode.video.sheet import save_sheet
+from dicode.video.writer import VideoWriter
+
+PROGRESS_AFTER_S = 2.0
+TOKENS_SUFFIX = ".safetensors"
+
+
+def generate(command: Generate, watch: Stopwatch) -> int:
+    """Clips are written as they come; the file appears when the last one has."""
+    check_parent(command.sheet)
+    with watch.stage("load"):
+        folder = resolve(command.model)
+        model = DiCoDe.from_pretrained(folder, device=pick_device(command.device))
+    _time_language_model(model, watch)
+    own = {name: getattr(command, name) for name in GenerationConfig.__dataclass_fields__}
+    options = dataclasses.asdict(model.defaults) | {name: value for name, value in own.items() if value is not None}
+    asked = {"prompt": command.prompt, "seed": command.seed, "seconds": command.seconds}
+    clips = model.generate(command.prompt, seconds=command.seconds, seed=command.seed, **options)
+    config, num_frames = model.tokenizer.config, model.num_frames(command.seconds)
+    metadata = {**asked, **options, **origin(folder, folder.glob("*.safetensors"))}
+    rows: list[Video] = []
+    with _written(command.output, config.fps, metadata, command.scale, num_frames, watch) as (writer, bar):
+        before = dict(watch.seconds)
+        for clip in watch.timed("decode", clips):
+            with watch.stage("write"):
+                writer.write(clip)
+            bar.update(len(clip))
+            if command.timings:
+                bar.write(f"clip {(writer.num_frames - 1) // config.clip_frames}: {watch.text(before)}")
+                before = dict(watch.seconds)
+            if command.sheet:
+                rows.append(clip)
+    if command.sheet:
+        labels = [f"{i * config.clip_s:g} s" if i else command.prompt for i in range(len(rows))]
+        save_sheet(command.sheet, rows, labels, scale=2)
+        print(f"{command.sheet}: contact sheet, a row every {config.clip_s:g} s")
+    if command.timings and (peak_mib := peak_memory_mib()):
+        print(f"peak memory {peak_mib:.0f} MiB")
+    return 0
+
+
+def tokenize(command: Tokenize, watch: Stopwatch) -> int:
+    """The file's metadata says source, frames, fps and model."""
+    output = Path(command.output)
+    if output.suffix != TOKENS_SUFFIX:
+        raise ValueError(f"{output}: expected a name ending in {TOKENS_SUFFIX}")
+    check_parent(output)
+    with watch.stage("load"):
+        tokenizer, model = _load_tokenizer(command.model, command.device)
+    with watch.stage("encode"):
+        frames, tokens = _encode(tokenizer, command.input)
+    fps = tokenizer.config.fps
+    note = {"source": Path(command.input).name, "frames": len(frames), "fps": fps, **model}
+    partial = output.with_name(f".{output.name}.part")
+    try:
+        partial.write_bytes(save({"tokens": tokens[0].cpu()}, {name: str(value) for name, value in note.items()}))
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    k, n, d = tokens.shape[1:]
+    print(f"{output}: {k} key frames × {n} tokens × {d} numbers for {len(frames)} frames at {fps:g} fps")
+    print(watch.text())
+    return 0
+
+
+def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
+    """A video and its saved tokens give the same file."""
+    is_saved = Path(command.input).suffix == TOKENS_SUFFIX
+    if is_saved and command.side_by_side:
+        raise ValueError(f"--side-by-side: {command.input} holds tokens, not the video to show beside them")
+    with watch.stage("load"):
+        tokenizer, model = _load_tokenizer(command.model, command.device)
+    frames: Video | None = None
+    with watch.stage("encode"):
+        if is_saved:
+            tokens, num_frames, source = _read_tokens(tokenizer, model, Path(command.input))
+        else:
+            frames, tokens = _encode(tokenizer, command.input)
+            num_frames, source = len(frames), Path(command.input).name
+    config = tokenizer.config
+    steps = config.steps if command.steps is None else command.steps
+    guidance = config.guidance if command.decoder_guidance is None else command.decoder_guidance
+    stacks = tokenizer.decode(tokens, seed=command.seed, steps=steps, guidance=guidance, joins=command.joins)
+    options = {"seed": command.seed, "steps": steps, "decoder_guidance": guidance, "joins": command.joins}
+    metadata = {"source": source, **options, **model}
+    with _written(command.output, config.fps, metadata, command.scale, num_frames, watch) as (writer, bar):
+        for (clip,) in watch.timed("decode", trimmed(stacks, num_frames)):
+            shown = clip.numpy()
+            if frames is not None and command.side_by_side:
+                original = frames[writer.num_frames : writer.num_frames + len(shown)]
+                shown = np.concatenate([original, shown], axis=2)
+            with watch.stage("write"):
+                writer.write(shown)
+            bar.update(len(shown))
+    return 0
+
+
+def train(command: Train, watch: Stopwatch) -> int:
+    """Leaves with exit code 75 (`SystemExit`) where a signal stopped the run after a checkpoint."""
+    try:
+        from dicode.train.loop import NonFiniteLossError
+        from dicode.train.stages import run_recipe
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "train") from error
+    folder = command.run_folder or Path("runs") / command.recipe.rpartition(":")[2]
+    recipe = {"recipe": command.recipe, "run": config_to_dict(command.run), "dicode": __version__}
+    try:
+        best = run_recipe(command.run, folder, recipe)
+    except NonFiniteLossError as error:
+        print(f"dicode: {error}", file=sys.stderr)
+        return 1
+    print(f"{folder}/best: " + "  ".join(f"{name} {value:.4g}" for name, value in best.items()))
+    return 0
+
+
+def info(command: Info, watch: Stopwatch) -> int:
+    """Everything is read from the files' headers and `config.json`; no network is built."""
+    folder = resolve(command.model)
+    sections = read_config(folder)
+    if not {"tokenizer", "lm"} <= sections.keys():
+        raise CheckpointError(f"{folder}/config.json: expected sections tokenizer and lm, got {sorted(sections)}")
+    config = config_from_dict(TokenizerConfig, sections["tokenizer"], "tokenizer")
+    lm = config_from_dict(DeepLMConfig, sections["lm"], "lm")
+    defaults = config_from_dict(GenerationConfig, sections.get("generation", {}), "generation")
+    parts = parameters_by_part(folder)
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 1e6:.1f} MB")
+    print(f"{config.size}×{config.size} pixels, {config.fps:g} fps, clips of {config.clip_frames} frames, ", end="")
+    print(f"up to {(lm.keyframe_limit - 1) * config.clip_s:g} s")
+    print("sampling: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(defaults).items()))
+    print(f"licence: {_licence(folder)}\n\n{'parameters':<54}")
+    for part, count in [*parts.items(), ("together", sum(parts.values()))]:
+        print(f"  {part:<32}{count:>12,}")
+    rates = {  # tokens a second, numbers a token, bits a number
+        "deep tokens (float32)": (lm.tokens_per_keyframe / config.clip_s, lm.token_width, 32),
+        "latents (float32)": (config.fps * config.latent_size**2, config.first_stage.latent_channels, 32),
+        "pixels (uint8)": (config.fps * config.size**2, 3, 8),
+    }
+    print(f"\n{'a second of video':<34}{'tokens':>12}{'numbers':>12}{'bits':>12}")
+    for name, (tokens, numbers, bits) in rates.items():
+        print(f"  {name:<32}{tokens:>12,.0f}{tokens * numbers:>12,.0f}{tokens * numbers * bits:>12,.0f}")
+    return 0
+
+
+def progress(total: int, unit: str) -> tqdm:
+    """A bar on the terminal, for what takes longer than two seconds."""
+    return tqdm(total=total, unit=unit, delay=PROGRESS_AFTER_S, disable=None, leave=False)
+
+
+def pick_device(name: str) -> str:
+    """`auto` → the accelerator of this machine or cpu; raises `ValueError` for a device that cannot be used."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator.type if accelerator else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which of them depends on the device
+        raise ValueError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from error
+    return name
+
+
+def weights_hash(files: Iterable[Path]) -> str:
+    """Sixteen hexadecimal digits that stand for the content of weight files."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def origin(folder: Path, weights: Iterable[Path]) -> dict[str, str]:
+    """What made a file, for its metadata: model, its weights, and version."""
+    return {"model": folder.resolve().name, "weights": weights_hash(weights), "dicode": __version__}
+
+
+def parameters_by_part(folder: Path) -> dict[str, int]:
+    """Parameters of a checkpoint, by weight file and the first word of their names."""
+    counts: dict[str, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                part = f"{path.stem}: {name.split('.')[0]}"
+                counts[part] = counts.get(part, 0) + math.prod(file.get_slice(name).get_shape())
+    return counts
+
+
+def peak_memory_mib() -> float | None:
+    """The most memory this process has held; unknown on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def check_parent(path: Path | None) -> None:
+    """Raise before any work is done where the folder of an output is missing."""
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name!r} in")
+
+
+@contextmanager
+def _written(
+    path: str, fps: float, metadata: dict[str, Any], scale: int, num_frames: int, watch: Stopwatch
+) -> Iterator[tuple[VideoWriter, tqdm]]:
+    """A writer and a progress bar; at the end says where the file lies and what took how long."""
+    with VideoWriter(path, fps, metadata, scale=scale) as writer, progress(num_frames, "frame") as bar:
+        yield writer, bar
+        with watch.stage("write"):
+            writer.close()
+    video_s = writer.num_frames / fps
+    worked_s = sum(seconds for name, seconds in watch.seconds.items() if name != "load")
+    beside = writer.path / "metadata.json" if writer.path.is_dir() else writer.path.with_suffix(".json")
+    print(f"{writer.path}: {video_s:g} s, {writer.num_frames} frames; prompt and options in {beside}")
+    print(watch.text())
+    print(f"real-time factor {video_s / worked_s:.2f}: {video_s:g} s of video in {worked_s:.2f} s, once loaded")
+
+
+def _time_language_model(model: DiCoDe, watch: Stopwatch) -> None:
+    """Key frames are written when the decoder asks for them; this tells their time from the decoder's."""
+    write = model.lm.generate
+    model.lm.generate = lambda *given, **options: watch.timed("language model", write(*given, **options))  # type: ignore[method-assign]
+
+
+def _load_tokenizer(name: str, device: str) -> tuple[VideoTokenizer, dict[str, str]]:
+    folder = resolve(name)
+    tokenizer = VideoTokenizer.from_pretrained(folder).to(pick_device(device))
+    return tokenizer, origin(folder, (folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS))
+
+
+def _encode(tokenizer: VideoTokenizer, path: str) -> tuple[Video, DeepTokens]:
+    frames = read_video(path, tokenizer.config.fps, tokenizer.config.size, min_frames=2).frames
+    return frames, tokenizer.encode(torch.from_numpy(frames)[None]).float()
+
+
+def _read_tokens(tokenizer: VideoTokenizer, model: dict[str, str], path: Path) -> tuple[DeepTokens, int, str]:
+    """Tokens `1 k n d`, how many frames they stand for, and the name of the video they came from."""
+    tensors = read_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        note = file.metadata() or {}
+    expected = (tokenizer.config.resampler.queries, tokenizer.config.resampler.token_width)
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if list(found) != ["tokens"] or len(found["tokens"]) != 3 or found["tokens"][1:] != expected:
+        raise ValueError(f"{path}: expected one tensor 'tokens' of k × {expected[0]} × {expected[1]}, got {found}")
+    if note.get("weights", model["weights"]) != model["weights"]:
+        raise ValueError(
+            f"{path}: made by model {note.get('model')!r} with weights {note['weights']}; this is {model['model']!r} "
+            f"with weights {model['weights']}: name the right one with --model"
+        )
+    tokens = tensors["tokens"][None].float()
+    num_frames = int(note.get("frames", (tokens.shape[1] - 1) * tokenizer.config.clip_frames))
+    return tokens, num_frames, note.get("source", path.name)
+
+
+def _licence(folder: Path) -> str:
+    card = folder / "README.md"
+    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("license:")), "see the model card")

@@ -1,0 +1,203 @@
+"""Training: resume is exact, runs are reproducible, and the whole path from clips to a generated video works."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_tokenizer import tiny_config
+
+from dicode.generate import DiCoDe
+from dicode.hub import read_config
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.lm.sizes import DeepLMConfig
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.clips import TokenizerRun
+from dicode.train.images import FirstStageRun
+from dicode.train.language import LanguageRun
+from dicode.train.loop import LoopConfig, NonFiniteLossError, OptimConfig, sample_indices, train
+from dicode.train.stages import run_recipe, stage_of
+from dicode.video.shards import CachedVideo, FrameCache
+from dicode.video.synthetic import draw_clip
+
+SIZE = 32
+
+
+def write_cache(folder: Path, count: int = 18) -> None:
+    """Drawn clips of 12 to 20 frames with captions, every sixth held out."""
+    videos, frames, times = [], [], []
+    first = 0
+    for i in range(count):
+        length = 12 + i % 9
+        clip, caption = draw_clip(i, length, SIZE)
+        videos.append(
+            CachedVideo("drawn", f"{i}.mp4", (caption, f"a clip of {caption}"), i % 6 == 0, True, first, length, length / 8)
+        )
+        frames.append(torch.from_numpy(clip.copy()))
+        times.append(torch.arange(length, dtype=torch.float64) / 8)
+        first += length
+    FrameCache(tuple(videos), torch.cat(frames), torch.cat(times)).save(folder)
+
+
+def loop(steps: int, **changes: object) -> LoopConfig:
+    optim = OptimConfig(steps=steps, batch_size=4, lr=2e-3, warmup_steps=2, ema_decay=0.9)
+    return LoopConfig(bf16=False, log_every=1, evaluate_every=4, checkpoint_every=2, optim=optim, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache and one short run of each stage, as its recipes would leave it."""
+    root = tmp_path_factory.mktemp("runs")
+    torch.set_num_threads(1)
+    write_cache(root / "cache")
+    for name, run in runs(root).items():
+        run_recipe(run, root / name, {"name": name})
+    return root
+
+
+def runs(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
+    config = tiny_config()
+    cache, first_stage = str(root / "cache"), str(root / "first_stage/best")
+    key_frames = TokenizerRun(
+        cache=cache, first_stage=first_stage, model=config, loop=loop(4), images_per_step=6, denoises=False
+    )
+    return {
+        "first_stage": FirstStageRun(cache=cache, model=config.first_stage, loop=loop(4)),
+        "key_frames": key_frames,
+        "denoiser": dataclasses.replace(
+            key_frames, init=str(root / "key_frames/best"), freeze_key_frames=True, denoises=True, images_per_step=0
+        ),
+        "lm": LanguageRun(cache=cache, tokenizer=str(root / "key_frames/best"), model=LM, loop=loop(4), longer=(5,), longer_share=(0.5,)),
+    }
+
+
+LM = DeepLMConfig(
+    body="llama", width=32, depth=1, heads=2, positions=48, vocab_size=300, token_width=6, tokens_per_keyframe=4,
+    max_keyframes=6, text_length=12, components=3, input_noise=0.1,
+)  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+@pytest.mark.parametrize("stage", ["first_stage", "key_frames", "denoiser", "lm"])
+def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
+    """Three steps, a stop, then the rest: same weights, EMA, buffers, optimizer and losses as in one go."""
+    run = runs(trained)[stage]
+    whole = dataclasses.replace(run, loop=loop(6))
+    run_recipe(whole, tmp_path / "whole", {})
+
+    stopping = stage_of(whole)
+    original, calls = stopping.batch, []
+
+    def batch(indices: torch.Tensor, generator: torch.Generator) -> object:
+        calls.append(indices)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(indices, generator)
+
+    stopping.batch = batch  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train(stopping, whole.loop, tmp_path / "parts", {})
+    run_recipe(whole, tmp_path / "parts", {})
+    for name in ("weights", "ema", "buffers", "optimizer"):
+        one, other = (load_file(tmp_path / kind / f"step-00000006/{name}.safetensors") for kind in ("whole", "parts"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    replayed = losses(tmp_path / "parts")  # step 3 was done, lost with the stop, and done again
+    assert replayed[:3] + replayed[3:][1:] == losses(tmp_path / "whole")
+    assert replayed[2] == replayed[3]
+
+
+def test_every_sample_comes_once_an_epoch_whatever_the_batch_size() -> None:
+    epoch = torch.cat([sample_indices(10, 3, seed=1, step=step) for step in range(10)])
+    for e in range(3):
+        assert sorted(epoch[10 * e : 10 * e + 10].tolist()) == list(range(10))
+    other = torch.cat([sample_indices(10, 5, seed=1, step=step) for step in range(6)])
+    assert torch.equal(epoch, other)
+    assert not torch.equal(epoch[:10], epoch[10:20])
+
+
+def test_learning_rate_warms_up_stays_and_decays_to_nothing() -> None:
+    optim = OptimConfig(steps=100, lr=1.0, warmup_steps=10, decay_fraction=0.2)
+    assert [optim.lr_at(s) for s in (0, 9, 50, 79)] == pytest.approx([0.1, 1, 1, 1])
+    assert [optim.lr_at(s) for s in (90, 99)] == pytest.approx([0.5, 0.05])
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_step(trained: Path, tmp_path: Path) -> None:
+    run = runs(trained)["denoiser"]
+    stage = stage_of(run)
+    original = stage.loss
+
+    def loss(batch: object, generator: torch.Generator) -> object:
+        value, scalars = original(batch, generator)
+        return value * (math.nan if len(stage_calls) == 2 else 1), scalars
+
+    stage_calls: list[int] = []
+    stage.batch, before = (lambda i, g: (stage_calls.append(1), before(i, g))[1]), stage.batch  # type: ignore[method-assign]
+    stage.loss = loss  # type: ignore[method-assign, assignment]
+    with pytest.raises(NonFiniteLossError, match="step 1.*denoiser"):
+        train(stage, run.loop, tmp_path, {})
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_frozen_key_frames_keep_their_tokens(trained: Path) -> None:
+    before, after = (load_file(trained / run / "best/tokenizer.safetensors") for run in ("key_frames", "denoiser"))
+    for name in before:
+        assert torch.equal(before[name], after[name]) is not name.startswith("denoiser."), name
+
+
+def test_deep_tokens_are_normalised_over_the_training_frames(tmp_path: Path) -> None:
+    """The statistics in the checkpoint, not those of the batch, make the tokens' mean 0 and deviation 1."""
+    write_cache(tmp_path / "cache")
+    made = runs(tmp_path)
+    run_recipe(made["first_stage"], tmp_path / "first_stage", {})
+    run = dataclasses.replace(made["key_frames"], loop=loop(40), images_per_step=16)
+    run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, evaluate_every=40, checkpoint_every=40, log_every=40))
+    run_recipe(run, tmp_path / "key_frames", {})
+    tokenizer = VideoTokenizer.from_pretrained(tmp_path / "key_frames/best")
+    cache = FrameCache.load(tmp_path / "cache").subset(validation=False)
+    frames = cache.frames[cache.frame_rows()]
+    tokens = torch.cat([tokenizer.encode(pair[None])[0] for pair in frames.split(2) if len(pair) == 2])
+    assert tokens.mean().abs() < 0.05
+    assert tokens.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_longer_samples_are_trained_at_the_share_asked_for(trained: Path) -> None:
+    stage = stage_of(runs(trained)["lm"])
+    lengths = [
+        stage.batch(torch.tensor([0, 1]), torch.Generator().manual_seed(i))["tokens"].shape[1] for i in range(60)
+    ]
+    assert set(lengths) == {3, 5}
+    assert 15 <= lengths.count(5) <= 45
+
+
+def test_trained_stages_make_one_model_that_generates(trained: Path, tmp_path: Path) -> None:
+    """Train → assemble → save → load → generate, lazily and exactly as long as asked."""
+    tokenizer = VideoTokenizer.from_pretrained(trained / "denoiser/best")
+    model = DiCoDe(tokenizer, DeepTokenLM.from_pretrained(trained / "lm/best"))
+    model.save_pretrained(tmp_path, torch.bfloat16)
+    assert set(read_config(tmp_path)) == {"tokenizer", "lm", "generation"}
+    model = DiCoDe.from_pretrained(tmp_path)
+    clips = list(model.generate("a red square moves right", seconds=5.0, seed=3))
+    assert [clip.shape for clip in clips] == [(16, SIZE, SIZE, 3), (16, SIZE, SIZE, 3), (8, SIZE, SIZE, 3)]
+    again = list(model.generate("a red square moves right", seconds=5.0, seed=3))
+    assert all((a == b).all() for a, b in zip(clips, again, strict=True))
+    other = next(model.generate("a red square moves right", seconds=5.0, seed=4))
+    assert (other != clips[0]).any()
+
+
+def test_more_seconds_than_the_model_holds_is_an_error_before_anything_is_made(trained: Path) -> None:
+    tokenizer = VideoTokenizer.from_pretrained(trained / "denoiser/best")
+    model = DiCoDe(tokenizer, DeepTokenLM.from_pretrained(trained / "lm/best"))
+    with pytest.raises(ValueError, match="key frames asked for"):
+        model.generate("a red square", seconds=60.0)
+    with pytest.raises(ValueError, match="prompt"):
+        model.generate("  ", seconds=2.0)
+    with pytest.raises(ValueError, match="unknown options"):
+        model.generate("a red square", guidnace=2.0)
