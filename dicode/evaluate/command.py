@@ -1,0 +1,38 @@
+"""What `dicode evaluate` does; its flags are in `cli.py`."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from dicode.cli import Evaluate
+from dicode.evaluate.report import write_result
+from dicode.evaluate.suite import evaluate_generation, evaluate_reconstruction, evaluate_speed
+from dicode.generate import DiCoDe
+from dicode.stopwatch import Stopwatch
+from dicode.video.shards import FrameCache
+
+
+def evaluate(command: Evaluate, watch: Stopwatch) -> int:
+    """One result file and one contact sheet a part: generation, reconstruction, speed."""
+    with watch.stage("load"):
+        model = DiCoDe.from_pretrained(command.model)
+        cache = FrameCache.load(command.cache)
+    command.output.mkdir(parents=True, exist_ok=True)
+    bank = Path(command.cache) / "efficientnet-lite0.safetensors"
+    line = "dicode " + shlex.join(sys.argv[1:])
+    name = Path(command.model).name
+    parts = {
+        "generation": lambda: evaluate_generation(model, cache, bank, command.prompts, command.seed),
+        "reconstruction": lambda: evaluate_reconstruction(model, cache, bank, command.seed),
+        "speed": lambda: (evaluate_speed(model, "a swirling ice vortex"), None),
+    }
+    for part in command.parts:
+        with watch.stage(part):
+            figures, sheet = parts[part]()
+        n = {"generation": command.prompts, "reconstruction": figures.get("n"), "speed": 3}[part]
+        write_result(command.output / f"{name}-{part}.json", f"{name}: {part}", figures, n, command.seed, line)
+        if sheet is not None:
+            sheet.save(command.sheets / f"{name}-{part}.png") if command.sheets else None
+        print(f"{command.output / f'{name}-{part}.json'}")
+    print(watch.text())
+    return 0

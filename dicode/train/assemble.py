@@ -1,0 +1,36 @@
+"""From the best weights of separate runs to one checkpoint folder."""
+
+from pathlib import Path
+
+import torch
+
+from dicode.generate import DiCoDe, GenerationConfig
+from dicode.hub import CheckpointError, load_weights
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.tokenizer.first_stage import FirstStage
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
+
+
+def assemble(
+    tokenizer: Path,
+    lm: Path,
+    output: Path,
+    first_stage: Path | None = None,
+    defaults: GenerationConfig | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> DiCoDe:
+    """Join a tokenizer run's and a language model run's weights; returns the model as loaded back from `output`.
+
+    `first_stage` names a later run of the same first stage whose encoder was frozen: only its decoder may differ, so that
+    latents and deep tokens stay what they were. float16 keeps three more bits than bfloat16, and weights fit its range.
+    """
+    parts = VideoTokenizer.from_pretrained(tokenizer)
+    if first_stage is not None:
+        later = FirstStage(parts.config.first_stage)
+        load_weights(later, first_stage / FIRST_STAGE_WEIGHTS)
+        for name, value in parts.first_stage.state_dict().items():
+            if not name.startswith("autoencoder.decoder") and not torch.equal(value, later.state_dict()[name]):
+                raise CheckpointError(f"{first_stage}: {name} differs from {tokenizer}; the deep tokens would change")
+        parts.first_stage.load_state_dict(later.state_dict())
+    DiCoDe(parts, DeepTokenLM.from_pretrained(lm), defaults).save_pretrained(output, dtype)
+    return DiCoDe.from_pretrained(output)
