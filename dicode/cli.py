@@ -1,7 +1,7 @@
-"""The command line: generate, tokenize, reconstruct, train, data, info.
+"""The command line: its commands, their flags, and what becomes of errors.
 
-A command is a frozen dataclass: its fields are its flags, their comments its help. The work is done in `commands.py`
-and `data_commands.py`, imported when a command runs, so that `dicode --help` needs no torch.
+A command is a frozen dataclass: its fields are its flags, their comments its help. The work is done by a function of
+the same name elsewhere (`COMMANDS`), imported when the command runs, so that `dicode --help` needs no torch.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Positional, Suppress, arg
+from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, Positional, Suppress, arg
 from tyro.extras import SubcommandApp
 
 from dicode import __version__
@@ -26,6 +26,8 @@ USAGE_ERROR = 2  # as tyro and argparse
 
 # Text, not a Path: the slash at the end of "frames/" says that a folder is meant.
 Output = Annotated[str, arg(aliases=("-o",))]
+Folder = Annotated[Positional[Path], arg(metavar="FOLDER")]
+Folders = Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER …")]
 Input = Annotated[Positional[str], arg(metavar="INPUT")]
 Joins = Literal["chained", "parallel"]
 
@@ -78,7 +80,7 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a run of a recipe; the same command continues it. `dicode train FILE.py:RUN --help` lists the run's flags."""
+    """Train a run of a recipe; the same command continues it. FILE.py:RUN --help lists the flags of the run itself."""
 
     recipe: Annotated[Positional[str], arg(metavar="FILE.py:RUN")]  # a function of that file which returns a run
     run_folder: Path | None = None  # default: runs/RUN
@@ -86,17 +88,46 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Assemble:
+    """Join the best weights of a tokenizer run and a language model run into one checkpoint folder."""
+
+    tokenizer: Annotated[Positional[Path], arg(metavar="TOKENIZER")]  # runs/NAME/best of a tokenizer run
+    lm: Annotated[Positional[Path], arg(metavar="LM")]  # runs/NAME/best of a language model run
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    first_stage: Path | None = None  # a later run of the same first stage, whose decoder to take
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights on disk
+    guidance: float | None = None  # this and the following: how the model is sampled where nothing else is asked for
+    variance_scale: float | None = None
+    decoder_guidance: float | None = None
+    steps: int | None = None
+    joins: Joins | None = None
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a model against its training and validation clips: one JSON a part, written from this command alone."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = "sprites"  # a model in the box, or a checkpoint folder
+    cache: Path = Path("cache/sprites")  # real clips, from `dicode data cache`
+    output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON files
+    sheets: Path | None = None  # folder for contact sheets
+    parts: tuple[Literal["generation", "reconstruction", "speed"], ...] = ("generation", "reconstruction", "speed")
+    prompts: int = 100  # training captions to draw
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Index:
     """Read every file of data sets to its end; list the bad ones, and exit with their count (at most 125)."""
 
-    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER …")]  # with captions.jsonl, captions.csv, or a .txt beside each clip
+    folders: Folders  # with captions.jsonl, captions.csv, or a .txt beside each clip
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Keep all frames of data sets, with their times, in one folder to train from; exits with the count of bad files."""
+    """Keep all frames of data sets, with their times, to train from; exits with the count of bad files."""
 
-    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER …")]  # with captions.jsonl, captions.csv, or a .txt beside each clip
+    folders: Folders  # with captions.jsonl, captions.csv, or a .txt beside each clip
     output: Annotated[Path, arg(aliases=("-o",))]  # a folder such as cache/sprites
     size: int = 64  # side of the frames, scaled to cover it and cropped at the centre
     max_fps: float = 12.5  # frames closer together than this are left out
@@ -107,7 +138,7 @@ class Cache:
 class Sheet:
     """Draw a contact sheet of a data set: clips picked by the seed, one a row, with their captions."""
 
-    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]  # with captions.jsonl, captions.csv, or a .txt beside each clip
+    folder: Folder  # with captions.jsonl, captions.csv, or a .txt beside each clip
     output: Annotated[Path, arg(aliases=("-o",))] = Path("sheet.png")
     count: int = 16  # clips
     seed: int = 0  # which clips
@@ -122,8 +153,9 @@ class Info:
 
 
 COMMANDS = {
-    "dicode.commands": (Generate, Tokenize, Reconstruct, Train, Info),
+    "dicode.commands": (Generate, Tokenize, Reconstruct, Train, Assemble, Info),
     "dicode.data_commands": (Index, Cache, Sheet),
+    "dicode.evaluate.command": (Evaluate,),
 }
 
 
@@ -161,12 +193,11 @@ def parse(argv: list[str]) -> Any:
     if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
         return _parse_train(argv[1], argv[2:])
     app, data = SubcommandApp(), SubcommandApp()
-    for command in (Generate, Tokenize, Reconstruct, Train):
-        app.command(command, name=command.__name__.lower())
-    for command in (Index, Cache, Sheet):
-        data.command(command, name=command.__name__.lower())
+    for command in (Generate, Tokenize, Reconstruct, Train, Assemble, Evaluate, Info):
+        app.command(name=command.__name__.lower())(command)
+    for part in (Index, Cache, Sheet):
+        data.command(name=part.__name__.lower())(part)
     app.command(data, name="data", help="Check, cache or look at folders of clips.")
-    app.command(Info, name="info")
     description = "Text to video with a language model. `dicode --version` tells the version."
     return app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
 
@@ -178,7 +209,7 @@ def _parse_train(recipe: str, flags: list[str]) -> Train:
 
     def train(
         run_folder: Path | None = None,
-        run: OmitArgPrefixes[AvoidSubcommands[kind]] = default,  # type: ignore[valid-type]
+        run: Annotated[AvoidSubcommands[kind], arg(name="")] = default,  # type: ignore[valid-type]
     ) -> Train:
         return Train(recipe, run_folder, run)
 

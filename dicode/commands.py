@@ -1,10 +1,9 @@
-"""What `dicode generate`, `tokenize`, `reconstruct`, `train` and `info` do; their flags are in `cli.py`."""
+"""What `dicode generate`, `tokenize`, `reconstruct`, `train`, `assemble` and `info` do; their flags are in `cli.py`."""
 
 import dataclasses
-import hashlib
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,17 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from dicode import __version__
-from dicode.cli import Generate, Info, Reconstruct, Tokenize, Train, missing_extra
+from dicode.cli import Assemble, Generate, Info, Reconstruct, Tokenize, Train, missing_extra
 from dicode.generate import DiCoDe, GenerationConfig, trimmed
-from dicode.hub import CheckpointError, config_from_dict, config_to_dict, read_config, read_tensors, resolve
+from dicode.hub import (
+    CheckpointError,
+    config_from_dict,
+    config_to_dict,
+    content_hash,
+    read_config,
+    read_tensors,
+    resolve,
+)
 from dicode.lm.sizes import DeepLMConfig
 from dicode.shapes import DeepTokens, Video
 from dicode.stopwatch import Stopwatch
@@ -38,12 +45,11 @@ def generate(command: Generate, watch: Stopwatch) -> int:
         folder = resolve(command.model)
         model = DiCoDe.from_pretrained(folder, device=pick_device(command.device))
     _time_language_model(model, watch)
-    own = {name: getattr(command, name) for name in GenerationConfig.__dataclass_fields__}
-    options = dataclasses.asdict(model.defaults) | {name: value for name, value in own.items() if value is not None}
+    options = dataclasses.asdict(_sampling(command, model.defaults))
     asked = {"prompt": command.prompt, "seed": command.seed, "seconds": command.seconds}
     clips = model.generate(command.prompt, seconds=command.seconds, seed=command.seed, **options)
     config, num_frames = model.tokenizer.config, model.num_frames(command.seconds)
-    metadata = {**asked, **options, **origin(folder, folder.glob("*.safetensors"))}
+    metadata = {**asked, **options, **origin(folder, *folder.glob("*.safetensors"))}
     rows: list[Video] = []
     with _written(command.output, config.fps, metadata, command.scale, num_frames, watch) as (writer, bar):
         before = dict(watch.seconds)
@@ -139,6 +145,15 @@ def train(command: Train, watch: Stopwatch) -> int:
     return 0
 
 
+def assemble(command: Assemble, watch: Stopwatch) -> int:
+    """Says what came out, as `dicode info` does."""
+    from dicode.train.assemble import assemble as join
+
+    defaults, dtype = _sampling(command, GenerationConfig()), getattr(torch, command.dtype)
+    join(command.tokenizer, command.lm, command.output, command.first_stage, defaults, dtype)
+    return info(Info(str(command.output)), watch)
+
+
 def info(command: Info, watch: Stopwatch) -> int:
     """Everything is read from the files' headers and `config.json`; no network is built."""
     folder = resolve(command.model)
@@ -184,17 +199,9 @@ def pick_device(name: str) -> str:
     return name
 
 
-def weights_hash(files: Iterable[Path]) -> str:
-    """Sixteen hexadecimal digits that stand for the content of weight files."""
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-def origin(folder: Path, weights: Iterable[Path]) -> dict[str, str]:
+def origin(folder: Path, *weights: Path) -> dict[str, str]:
     """What made a file, for its metadata: model, its weights, and version."""
-    return {"model": folder.resolve().name, "weights": weights_hash(weights), "dicode": __version__}
+    return {"model": folder.resolve().name, "weights": content_hash(*weights), "dicode": __version__}
 
 
 def parameters_by_part(folder: Path) -> dict[str, int]:
@@ -240,6 +247,11 @@ def _written(
     print(f"real-time factor {video_s / worked_s:.2f}: {video_s:g} s of video in {worked_s:.2f} s, once loaded")
 
 
+def _sampling(command: Generate | Assemble, defaults: GenerationConfig) -> GenerationConfig:
+    asked = {name: getattr(command, name) for name in GenerationConfig.__dataclass_fields__}
+    return dataclasses.replace(defaults, **{name: value for name, value in asked.items() if value is not None})
+
+
 def _time_language_model(model: DiCoDe, watch: Stopwatch) -> None:
     """Key frames are written when the decoder asks for them; this tells their time from the decoder's."""
     write = model.lm.generate
@@ -249,7 +261,7 @@ def _time_language_model(model: DiCoDe, watch: Stopwatch) -> None:
 def _load_tokenizer(name: str, device: str) -> tuple[VideoTokenizer, dict[str, str]]:
     folder = resolve(name)
     tokenizer = VideoTokenizer.from_pretrained(folder).to(pick_device(device))
-    return tokenizer, origin(folder, (folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS))
+    return tokenizer, origin(folder, folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS)
 
 
 def _encode(tokenizer: VideoTokenizer, path: str) -> tuple[Video, DeepTokens]:

@@ -17,8 +17,8 @@ from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
 from dicode.video.clips import ClipRecord, check_files, is_validation, read_index
 from dicode.video.io import VideoReadError, native_frames, read_video
-from dicode.video.sheet import save_sheet
 from dicode.video.shards import CachedVideo, FrameCache, thin
+from dicode.video.sheet import save_sheet
 
 MOST_COUNTED = 125  # exit codes from 126 on mean other things to a shell
 T = TypeVar("T")
@@ -37,9 +37,9 @@ def index(command: Index, watch: Stopwatch) -> int:
         good, bad = check_files(bar(records, folder.name))
         for file in bad:
             print(f"bad: {file.reason}")
-        captioned = sum(bool(record.caption) for record in good)
+        captions = sum(bool(record.caption) for record in good)
         held_out = sum(is_validation(record) for record in good)
-        print(f"{folder}: {len(good)} clips, {captioned} with captions, {held_out} for validation; {len(bad)} bad files")
+        print(f"{folder}: {len(good)} clips, {captions} with captions, {held_out} for validation; {len(bad)} bad files")
         total_bad += len(bad)
     return min(total_bad, MOST_COUNTED)
 

@@ -75,9 +75,7 @@ class DiCoDe:
         `options` are fields of `GenerationConfig`. Raises `ValueError` at the call for an empty prompt, an unknown
         option, or more seconds than the language model has positions for.
         """
-        clips = self.generate_batch(
-            [prompt], seconds=seconds, seed=seed, sample_indices=[sample_index], **options
-        )
+        clips = self.generate_batch([prompt], seconds=seconds, seed=seed, sample_indices=[sample_index], **options)
         return (clip[0].numpy() for clip in clips)
 
     def generate_batch(

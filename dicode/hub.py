@@ -1,7 +1,8 @@
-"""A checkpoint is a folder: `config.json`, `*.safetensors`, `README.md`. It loads strictly and runs no code of its own."""
+"""A checkpoint is a folder: `config.json`, `*.safetensors`, `README.md`. It loads strictly, runs no code of its own."""
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import types
 import typing
@@ -96,7 +97,7 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a module from a safetensors file. Missing, extra or misshapen tensors raise `CheckpointError` naming them."""
+    """Fill a module from a safetensors file: missing, extra or misshapen tensors raise `CheckpointError` by name."""
     load_state(module, read_tensors(path), str(path))
 
 
@@ -108,7 +109,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download or copy it again") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}); download or copy it again"
+        ) from error
+
+
+def content_hash(*files: Path) -> str:
+    """Sixteen hexadecimal digits that stand for the names and the content of files."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

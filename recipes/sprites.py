@@ -61,9 +61,7 @@ def lm() -> LanguageRun:
     """A 2.8 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB."""
     return LanguageRun(
         tokenizer="runs/key_frames/best",
-        model=replace(
-            SIZES["sprites"], width=192, depth=6, heads=3, feed_forward=384, vocab_size=1536, text_length=64
-        ),
+        model=replace(SIZES["sprites"], width=192, depth=6, heads=3, feed_forward=384, vocab_size=1536, text_length=64),
         loop=LoopConfig(
             evaluate_every=500,
             checkpoint_every=250,

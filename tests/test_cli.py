@@ -18,9 +18,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dicode import __version__, commands
-from dicode.cli import main
-from dicode.generate import DiCoDe
+from dicode import __version__
+from dicode.cli import Assemble, Generate, main
+from dicode.generate import DiCoDe, GenerationConfig
+from dicode.hub import content_hash
 from dicode.stopwatch import Stopwatch
 from dicode.video.io import read_metadata, read_video
 from dicode.video.shards import FrameCache
@@ -28,11 +29,13 @@ from dicode.video.shards import FrameCache
 PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
-    "generate": "--decoder-guidance --device --guidance --help --joins --model --output --scale --seconds --seed --sheet "
-    "--steps --timings --variance-scale",
+    "generate": "--decoder-guidance --device --guidance --help --joins --model --output --scale --seconds --seed "
+    "--sheet --steps --timings --variance-scale",
     "tokenize": "--device --help --model --output",
     "reconstruct": "--decoder-guidance --device --help --joins --model --output --scale --seed --side-by-side --steps",
     "train": "--help --run-folder",
+    "assemble": "--decoder-guidance --dtype --first-stage --guidance --help --joins --output --steps --variance-scale",
+    "evaluate": "--cache --help --output --parts --prompts --seed --sheets",
     "data": "--help",
     "data index": "--help",
     "data cache": "--help --loops --max-fps --output --size",
@@ -90,7 +93,7 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
     assert video.frames.shape == (20, 64, 64, 3)
     assert video.source_fps == pytest.approx(8, rel=0.01)
     metadata = read_metadata(path)
-    assert metadata.pop("weights") == commands.weights_hash(tiny_model.glob("*.safetensors"))
+    assert metadata.pop("weights") == content_hash(*tiny_model.glob("*.safetensors"))
     assert metadata.pop("fps", 8.0) == 8.0  # a folder needs to say it
     assert metadata == {
         "prompt": PROMPT,
@@ -121,25 +124,23 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(capsys, tmp_
 
 def test_generate_writes_what_the_python_api_yields(capsys, tmp_path, tiny_model):
     generate(capsys, tiny_model, f"{tmp_path}/frames/", "--seconds", 3, "--seed", 4, "--scale", 1, "--steps", 3)
-    clips = list(DiCoDe.from_pretrained(tiny_model).generate(PROMPT, seconds=3, seed=4, steps=3))
+    clips = list(DiCoDe.from_pretrained(tiny_model).generate(PROMPT, seconds=3.0, seed=4, steps=3))
     assert [len(clip) for clip in clips] == [16, 8]
     assert (read_video(tmp_path / "frames").frames == np.concatenate(clips)).all()
 
 
 def test_sheet_and_timings_show_every_clip(capsys, tmp_path, tiny_model):
     sheet = tmp_path / "sheet.png"
-    out = generate(capsys, tiny_model, tmp_path / "a.gif", "--seconds", 3, "--sheet", sheet, "--timings")
+    out = generate(capsys, tiny_model, tmp_path / "a.gif", "--seconds", 4, "--sheet", sheet, "--timings")
     assert re.findall(r"^clip (\d): .*decode", out, re.MULTILINE) == ["0", "1"]
     assert "peak memory" in out
     with Image.open(sheet) as image:
         assert image.height == 2 * (2 * 32 + 2)
 
 
-def test_options_of_generate_are_the_fields_of_its_configuration():
-    from dicode.cli import Generate
-    from dicode.generate import GenerationConfig
-
-    assert GenerationConfig.__dataclass_fields__.keys() <= Generate.__dataclass_fields__.keys()
+def test_sampling_options_are_the_fields_of_its_configuration():
+    for command in (Generate, Assemble):
+        assert GenerationConfig.__dataclass_fields__.keys() <= command.__dataclass_fields__.keys()
 
 
 def test_tokens_give_the_same_file_as_their_video(capsys, tmp_path, tiny_model, drawn_clips):
@@ -219,7 +220,7 @@ def test_an_expected_error_is_one_line_and_leaves_nothing(
     assert message in err
     assert err.startswith("dicode: ")
     assert err.count("\n") == 1
-    assert [path.name for path in Path().iterdir() if path.suffix != ".pyc" and path.name != "__pycache__"] == ["recipe.py"]
+    assert {path.name for path in Path().iterdir()} - {"__pycache__"} == {"recipe.py"}
 
 
 def test_debugging_shows_the_traceback(monkeypatch):
@@ -288,14 +289,15 @@ def test_help_and_version_need_no_torch_and_little_time():
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     for flag, expected in (("--help", "usage: dicode"), ("--version", f"dicode {__version__}")):
-        times_s = []
+        spent_s = []
         for _ in range(3):
-            start_s = time.perf_counter()
+            before = os.times()
             argv = [sys.executable, "-c", program, flag]
             out = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout
-            times_s.append(time.perf_counter() - start_s)
+            after = os.times()
+            spent_s.append(sum(after[2:4]) - sum(before[2:4]))  # processor time: a busy machine stretches any other
         assert out.startswith(expected)
-        assert min(times_s) < 1.0, times_s  # 0.2 s on an idle machine; this one may be busy
+        assert min(spent_s) < 0.5, spent_s
 
 
 def test_train_hands_the_run_with_its_overrides_to_training(capsys, tmp_path, monkeypatch):
@@ -367,8 +369,8 @@ def test_index_counts_no_more_than_an_exit_code_holds(capsys, tmp_path):
 
 
 def test_cache_holds_every_frame_of_the_good_files(capsys, tmp_path, drawn_clips, spoilt_clips):
-    argv = ["data", "cache", drawn_clips, spoilt_clips, "-o", tmp_path / "cache", "--size", 24, "--max-fps", 4, "--loops"]
-    code, out, err = run(capsys, *argv)
+    options = ["--size", 24, "--max-fps", 4, "--loops"]
+    code, out, err = run(capsys, "data", "cache", drawn_clips, spoilt_clips, "-o", tmp_path / "cache", *options)
     assert code == 2
     assert err.count("bad: ") == 2
     assert "10 clips (2 for validation), 100 frames of 24×24" in out
@@ -382,8 +384,8 @@ def test_cache_holds_every_frame_of_the_good_files(capsys, tmp_path, drawn_clips
     video = cache.videos[1]
     assert (video.file, video.captions) == ("videos/0001.gif", ("a green square moves right",))
     assert video.period_s == pytest.approx(2.5)
-    rows = cache.clip_rows(video, start_s=0, num_frames=10, fps=4)
-    expected = read_video(drawn_clips / video.file, fps=4, size=24).frames
+    rows = cache.clip_rows(video, start_s=0.0, num_frames=10, fps=4.0)
+    expected = read_video(drawn_clips / video.file, fps=4.0, size=24).frames
     assert (cache.frames[rows].numpy() == expected).all()
 
 
@@ -405,6 +407,13 @@ def test_info_counts_parameters_and_rates(capsys, tiny_model):
     assert re.search(r"deep tokens \(float32\) +2 +12 +384", out)  # 4 tokens of 6 numbers every two seconds
     assert re.search(r"pixels \(uint8\) +8,192 +24,576 +196,608", out)
     assert "up to 16 s" in out
+
+
+def test_assemble_joins_two_runs_and_keeps_how_to_sample_them(capsys, tmp_path, tiny_model):
+    code, out, err = run(capsys, "assemble", tiny_model, tiny_model, "-o", tmp_path / "joined", "--steps", 5)
+    assert code == 0, err
+    assert "guidance 1.0, variance_scale 1.0, decoder_guidance 1.0, steps 5, joins chained" in out
+    assert DiCoDe.from_pretrained(tmp_path / "joined").defaults == GenerationConfig(steps=5)
 
 
 def test_a_stopwatch_gives_time_to_the_innermost_stage(monkeypatch):

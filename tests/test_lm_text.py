@@ -65,7 +65,7 @@ def test_missing_and_damaged_files_name_their_path(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         TextTokenizer.load(tmp_path)
-    with pytest.raises(CheckpointError, match="vocab.json and merges.txt"):
+    with pytest.raises(CheckpointError, match=r"vocab\.json and merges\.txt"):
         TextTokenizer.gpt2(tmp_path)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from safetensors.torch import load_file
 
 from dicode.hub import CheckpointError, read_config, write_config
@@ -207,7 +207,9 @@ def test_clip_preprocessing_maps_white_to_clips_white() -> None:
     seen = []
     encoder.tower.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     encoder(torch.ones(1, 3, 50, 50))
-    expected = (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    expected = (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor(
+        [0.26862954, 0.26130258, 0.27577711]
+    )
     torch.testing.assert_close(seen[0][0, :, 3, 5], expected)
 
 
@@ -225,6 +227,36 @@ def test_first_stage_latents_are_normalised(kind: str) -> None:
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(5), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(5), atol=1e-2, rtol=0)
     assert stage.decode(latents).shape == pixels.shape
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+def test_a_diffusers_autoencoder_gives_its_own_scaled_latents(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "tiny":
+        library = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 2), num_decoder_blocks=(2, 1), latent_channels=3, scaling_factor=0.5,
+        )  # fmt: skip
+    else:
+        library = AutoencoderKL(
+            block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=3,
+        )  # fmt: skip
+    library.save_pretrained(tmp_path)
+    stage = FirstStage.from_diffusers(tmp_path)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    encoded = library.encode(pixels)
+    raw = encoded.latents if kind == "tiny" else encoded.latent_dist.mode()
+    torch.testing.assert_close(stage.encode(pixels), raw * library.config.scaling_factor, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        stage.decode(raw * library.config.scaling_factor), library.decode(raw).sample, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_folder_of_another_class_is_no_first_stage(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderDC"}))
+    with pytest.raises(CheckpointError, match="expected AutoencoderKL or AutoencoderTiny, got 'AutoencoderDC'"):
+        FirstStage.from_diffusers(tmp_path)
 
 
 @pytest.mark.parametrize("objective", ["flow", "v_prediction"])

@@ -34,7 +34,9 @@ def write_cache(folder: Path, count: int = 18) -> None:
         length = 12 + i % 9
         clip, caption = draw_clip(i, length, SIZE)
         videos.append(
-            CachedVideo("drawn", f"{i}.mp4", (caption, f"a clip of {caption}"), i % 6 == 0, True, first, length, length / 8)
+            CachedVideo(
+                "drawn", f"{i}.mp4", (caption, f"a clip of {caption}"), i % 6 == 0, True, first, length, length / 8
+            )
         )
         frames.append(torch.from_numpy(clip.copy()))
         times.append(torch.arange(length, dtype=torch.float64) / 8)
@@ -70,7 +72,14 @@ def runs(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
         "denoiser": dataclasses.replace(
             key_frames, init=str(root / "key_frames/best"), freeze_key_frames=True, denoises=True, images_per_step=0
         ),
-        "lm": LanguageRun(cache=cache, tokenizer=str(root / "key_frames/best"), model=LM, loop=loop(4), longer=(5,), longer_share=(0.5,)),
+        "lm": LanguageRun(
+            cache=cache,
+            tokenizer=str(root / "key_frames/best"),
+            model=LM,
+            loop=loop(4),
+            longer=(5,),
+            longer_share=(0.5,),
+        ),
     }
 
 
@@ -141,7 +150,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(trained: Path, tmp_p
     stage_calls: list[int] = []
     stage.batch, before = (lambda i, g: (stage_calls.append(1), before(i, g))[1]), stage.batch  # type: ignore[method-assign]
     stage.loss = loss  # type: ignore[method-assign, assignment]
-    with pytest.raises(NonFiniteLossError, match="step 1.*denoiser"):
+    with pytest.raises(NonFiniteLossError, match=r"step 1.*denoiser"):
         train(stage, run.loop, tmp_path, {})
     assert not list(tmp_path.glob("step-*"))
 
@@ -158,7 +167,9 @@ def test_deep_tokens_are_normalised_over_the_training_frames(tmp_path: Path) -> 
     made = runs(tmp_path)
     run_recipe(made["first_stage"], tmp_path / "first_stage", {})
     run = dataclasses.replace(made["key_frames"], loop=loop(40), images_per_step=16)
-    run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, evaluate_every=40, checkpoint_every=40, log_every=40))
+    run = dataclasses.replace(
+        run, loop=dataclasses.replace(run.loop, evaluate_every=40, checkpoint_every=40, log_every=40)
+    )
     run_recipe(run, tmp_path / "key_frames", {})
     tokenizer = VideoTokenizer.from_pretrained(tmp_path / "key_frames/best")
     cache = FrameCache.load(tmp_path / "cache").subset(validation=False)

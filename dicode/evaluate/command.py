@@ -29,10 +29,11 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> int:
     for part in command.parts:
         with watch.stage(part):
             figures, sheet = parts[part]()
-        n = {"generation": command.prompts, "reconstruction": figures.get("n"), "speed": 3}[part]
+        n = {"generation": command.prompts, "reconstruction": figures.get("n", 0), "speed": 3}[part]
         write_result(command.output / f"{name}-{part}.json", f"{name}: {part}", figures, n, command.seed, line)
-        if sheet is not None:
-            sheet.save(command.sheets / f"{name}-{part}.png") if command.sheets else None
+        if sheet is not None and command.sheets is not None:
+            command.sheets.mkdir(parents=True, exist_ok=True)
+            sheet.save(command.sheets / f"{name}-{part}.png")
         print(f"{command.output / f'{name}-{part}.json'}")
     print(watch.text())
     return 0

@@ -77,7 +77,7 @@ class EfficientNetLite0Features:
         if images.shape[-2:] != size:
             images = functional.interpolate(images, size, mode="bilinear", antialias=True)
         images = ((images - RGB_MEAN) / RGB_DEVIATION).contiguous(memory_format=torch.channels_last)
-        return self._network.extract_features(images).mean(dim=(2, 3)).cpu()  # type: ignore[operator]
+        return self._network.extract_features(images).mean(dim=(2, 3)).cpu()
 
 
 def summarise(frame_features: Float32[Tensor, "f width"]) -> ClipFeatures:

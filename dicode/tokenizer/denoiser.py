@@ -60,11 +60,11 @@ class Hourglass(nn.Module):
         self.norm = nn.LayerNorm(fine)
         self.out = nn.Conv2d(fine, latent_channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        nn.init.zeros_(self.out.get_parameter("bias"))
 
     def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
         """Noisy latents `b f c h w`, timestep `b` in 0…1000 → prediction `b f c h w`, float32."""
-        b, f = noisy.shape[:2]
+        f = noisy.shape[1]
         h, w = (side // 2 for side in noisy.shape[-2:])
         time = self.time(get_timestep_embedding(timestep, self.config.fine_width, flip_sin_to_cos=True))
         x = frames_convolved(self.stem, rearrange(known.channels(noisy, self.config), "b f c h w -> b f h w c"))
@@ -77,9 +77,7 @@ class Hourglass(nn.Module):
         tokens = rearrange(self.tokens(known.tokens) + token_places, "b two n c -> b (two n) c")
         sequence = torch.cat([coarse + places, tokens, self.time_token(time)[:, None]], dim=1)
         coarse = self.up(self.blocks(sequence)[:, : coarse.shape[1]])
-        x = x + rearrange(
-            coarse, "b (f h w) (i j k c) -> b (f i) (h j) (w k) c", f=f // 2, h=h, w=w, i=2, j=2, k=2
-        )
+        x = x + rearrange(coarse, "b (f h w) (i j k c) -> b (f i) (h j) (w k) c", f=f // 2, h=h, w=w, i=2, j=2, k=2)
         for block in self.up_blocks:
             x = block(x, time)
         return rearrange(frames_convolved(self.out, self.norm(x)), "b f h w c -> b f c h w").float()

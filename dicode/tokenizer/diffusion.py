@@ -82,9 +82,7 @@ def sample(
         ratio = conditional.std(axes, keepdim=True) / prediction.std(axes, keepdim=True)
         return prediction * (config.guidance_rescale * ratio + 1 - config.guidance_rescale)
 
-    scheduler = (
-        FlowMatchEulerDiscreteScheduler(shift=config.shift) if config.objective == "flow" else ddim_scheduler()
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift) if config.objective == "flow" else ddim_scheduler()
     scheduler.set_timesteps(steps, device=noise.device)
     latents = noise
     for timestep in scheduler.timesteps:

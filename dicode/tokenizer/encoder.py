@@ -60,6 +60,9 @@ class PatchEncoder(nn.Module):
 class ClipEncoder(nn.Module):
     """A CLIP image tower from transformers, with its own preprocessing on tensors."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.size = config.size

@@ -1,12 +1,15 @@
 """The first stage: an image autoencoder from diffusers, frame by frame, with normalised latents."""
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
+from dicode.hub import CheckpointError, load_state
 from dicode.shapes import ImageLatents, KeyFramePixels
 
 
@@ -36,7 +39,7 @@ class FirstStage(nn.Module):
         super().__init__()
         self.config = config
         if config.kind == "tiny":
-            self.autoencoder: nn.Module = AutoencoderTiny(
+            self.autoencoder: Any = AutoencoderTiny(
                 encoder_block_out_channels=config.channels,
                 # diffusers' decoder reads the list from fine to coarse too, and keeps one width throughout
                 decoder_block_out_channels=config.channels,
@@ -55,7 +58,38 @@ class FirstStage(nn.Module):
             )
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_deviation", torch.ones(config.latent_channels))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_diffusers(cls, folder: str | Path) -> "FirstStage":
+        """A first stage from a diffusers folder of an AutoencoderKL or AutoencoderTiny (as Stable Diffusion's `vae/`).
+
+        Latents are scaled as its `scaling_factor` and `shift_factor` say. Raises `CheckpointError` for another class
+        and for an architecture that `FirstStageConfig` cannot tell.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        kind = values.get("_class_name")
+        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise CheckpointError(f"{path}: expected AutoencoderKL or AutoencoderTiny, got {kind!r}")
+        library = AutoencoderKL if kind == "AutoencoderKL" else AutoencoderTiny
+        loaded = library.from_pretrained(folder, local_files_only=True)
+        own = loaded.config
+        if kind == "AutoencoderKL":
+            channels, blocks = tuple(own.block_out_channels), (own.layers_per_block,)
+            config = FirstStageConfig("kl", channels, own.latent_channels, blocks, blocks)
+        else:
+            channels = tuple(own.encoder_block_out_channels)
+            encoder_blocks, decoder_blocks = tuple(own.num_encoder_blocks), tuple(own.num_decoder_blocks)
+            config = FirstStageConfig("tiny", channels, own.latent_channels, encoder_blocks, decoder_blocks)
+        stage = cls(config)
+        load_state(stage.autoencoder, loaded.state_dict(), str(folder))
+        stage.latent_mean.fill_(own.get("shift_factor") or 0.0)
+        stage.latent_deviation.fill_(1 / own.scaling_factor)
+        return stage
 
     def raw_latents(self, pixels: KeyFramePixels) -> ImageLatents:
         """Latents before normalisation; a KL autoencoder gives the mode of its posterior."""

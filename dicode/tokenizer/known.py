@@ -42,7 +42,9 @@ class Known:
 
     def repeat(self, times: int) -> "Known":
         """The same, tiled along the batch."""
-        return Known(*(torch.cat([x] * times) for x in (self.tokens, self.key_latents, self.context, self.context_mask)))
+        return Known(
+            *(torch.cat([x] * times) for x in (self.tokens, self.key_latents, self.context, self.context_mask))
+        )
 
     def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> Tensor:
         """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""

@@ -6,6 +6,7 @@ section 3.1.1), with the parameter names of the public weights.
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange, repeat
@@ -50,11 +51,12 @@ class Resampler(nn.Module):
 
     def forward(self, features: PatchFeatures) -> KeyFrameTokens:
         """Features `b p width` of one key frame → its deep tokens `b n d`."""
-        queries = repeat(self.latents, "1 n width -> b n width", b=len(features))
+        queries: Tensor = repeat(self.latents, "1 n width -> b n width", b=len(features))
         features = self.proj_in(features)
         if self.config.grid_queries:
             queries = queries + self.cells(features)
-        for attention, feedforward in self.layers:  # type: ignore[misc]
+        for layer in self.layers:
+            attention, feedforward = cast(nn.ModuleList, layer)
             queries = queries + attention(features, queries)
             queries = queries + feedforward(queries)
         return self.norm_out(self.proj_out(queries))

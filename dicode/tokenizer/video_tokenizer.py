@@ -77,7 +77,9 @@ class VideoTokenizer(nn.Module):
         self.resampler = Resampler(config.resampler)
         # Token statistics: BatchNorm without affine part is a running mean and deviation a token place and dimension
         self.normalizer = nn.BatchNorm1d(n * d, affine=False, momentum=0.01)
-        self.key_head = KeyFrameHead(n, d, channels, config.latent_size, config.key_head_width, config.key_head_depth, 3)
+        self.key_head = KeyFrameHead(
+            n, d, channels, config.latent_size, config.key_head_width, config.key_head_depth, 3
+        )
         self.denoiser = build_denoiser(config.denoiser, channels, n, d, config.clip_frames, config.latent_size)
 
     @classmethod
@@ -129,8 +131,10 @@ class VideoTokenizer(nn.Module):
         The running estimate lags behind the weights, and behind their average more so; what is saved must not.
         """
         tokens = torch.cat([self.resampler(self.encoder(source)).float().flatten(1) for source in sources])
-        self.normalizer.running_mean.copy_(tokens.mean(0))
-        self.normalizer.running_var.copy_(tokens.var(0))
+        mean, variance = self.normalizer.running_mean, self.normalizer.running_var
+        assert mean is not None and variance is not None  # BatchNorm has both unless told not to track
+        mean.copy_(tokens.mean(0))
+        variance.copy_(tokens.var(0))
 
     # tokens → frames
 
@@ -209,7 +213,9 @@ class VideoTokenizer(nn.Module):
     def known(self, pair: DeepTokens, before: ContextLatents | None = None) -> Known:
         """What the denoiser is told about clips with these head and tail tokens `b 2 n d` and these frames before."""
         b = len(pair)
-        keys = rearrange(self.key_head(rearrange(pair, "b two n d -> (b two) n d")), "(b two) c h w -> b two c h w", b=b)
+        keys = rearrange(
+            self.key_head(rearrange(pair, "b two n d -> (b two) n d")), "(b two) c h w -> b two c h w", b=b
+        )
         frames = self.config.denoiser.context_frames
         context = keys.new_zeros(b, frames, *keys.shape[2:]) if before is None else before
         return Known(pair, keys, context, keys.new_full((b,), float(before is not None)))

@@ -49,7 +49,12 @@ def save_checkpoint(
         if p in optimizer.state
         for key in ("exp_avg", "exp_avg_sq", "step")
     }
-    groups = {"weights": {n: p.detach() for n, p in trained.items()}, "ema": ema, "buffers": buffers, "optimizer": moments}
+    groups = {
+        "weights": {n: p.detach() for n, p in trained.items()},
+        "ema": ema,
+        "buffers": buffers,
+        "optimizer": moments,
+    }
     for name, tensors in groups.items():
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps(asdict(state)))

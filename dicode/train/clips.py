@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from dicode.hub import config_from_dict, load_weights, read_config, write_config
+from dicode.hub import config_from_dict, content_hash, load_weights, read_config, write_config
 from dicode.seeds import generator_for
 from dicode.tokenizer.diffusion import noised
 from dicode.tokenizer.first_stage import FirstStageConfig
@@ -47,9 +47,8 @@ class TokenizerRun:
     drop_context: float = 0.5  # share of clips that see nothing of the clip before
 
 
-def first_stage_latents(tokenizer: VideoTokenizer, cache: FrameCache, folder: Path) -> Tensor:
-    """Latents of all cached frames and of their mirror images, float16 `2 f c h w`; kept beside the first stage."""
-    path = folder / f"latents-{len(cache.frames)}.safetensors"
+def first_stage_latents(tokenizer: VideoTokenizer, cache: FrameCache, path: Path) -> Tensor:
+    """Latents of all cached frames and of their mirror images, float16 `2 f z y x`; computed once, kept at `path`."""
     if not path.is_file():
         parts = []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -71,10 +70,13 @@ class TokenizerTraining:
         self.best = "-denoising_loss" if run.denoises else "-key_frame_error"
         torch.manual_seed(run.loop.seed)
         self.module = VideoTokenizer(run.model)
-        expected = config_from_dict(FirstStageConfig, read_config(Path(run.first_stage))["first_stage"])
-        if expected != run.model.first_stage:
-            raise ValueError(f"{run.first_stage} holds {expected}, the recipe names {run.model.first_stage}")
-        load_weights(self.module.first_stage, Path(run.first_stage) / FIRST_STAGE_WEIGHTS)
+        weights = Path(run.first_stage) / FIRST_STAGE_WEIGHTS
+        section = read_config(Path(run.first_stage))
+        section = section["first_stage"] if "first_stage" in section else section["tokenizer"]["first_stage"]
+        held = config_from_dict(FirstStageConfig, section)
+        if held != run.model.first_stage:
+            raise ValueError(f"{run.first_stage} holds {held}, the recipe names {run.model.first_stage}")
+        load_weights(self.module.first_stage, weights)
         if run.init:
             load_weights(TokenizerParts(self.module), Path(run.init) / WEIGHTS)
         if run.freeze_key_frames:
@@ -83,10 +85,13 @@ class TokenizerTraining:
                 part.requires_grad_(False)
         if not run.denoises:
             self.module.denoiser.requires_grad_(False)
+        if run.loop.compile:
+            self.module.denoiser.compile(dynamic=False)
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
         self.rows = self.cache.frame_rows()
-        self.latents = first_stage_latents(self.module, cache, Path(run.first_stage))
+        kept = Path(run.cache) / f"latents-{content_hash(weights)}.safetensors"
+        self.latents = first_stage_latents(self.module, cache, kept)
 
     def num_samples(self) -> int:
         return len(self.cache.videos)
@@ -103,7 +108,7 @@ class TokenizerTraining:
         return {"clips": torch.stack(clips).float(), "images": self.latents[flips, rows].float()}
 
     def clip(self, video: CachedVideo, start: float, mirrored: int = 0) -> Tensor:
-        """Latents of the context frames, the 16 frames of a clip and its tail key frame, from `start` in 0…1 of the period."""
+        """Latents of context frames, the 16 frames of a clip, and its tail key frame, from `start` (0…1 of the period)."""
         config = self.run.model
         before = config.denoiser.context_frames
         start_s = start * video.period_s + (video.period_s if video.loops else before / config.fps)
@@ -144,14 +149,17 @@ class TokenizerTraining:
     def denoising_loss(self, clips: Tensor, known: Known, generator: torch.Generator) -> Tensor:
         """Mean squared error of the denoiser's prediction at random times; hidden context is zeroed by its mask."""
         known = Known(
-            known.tokens, known.key_latents, known.context * known.context_mask[:, None, None, None, None], known.context_mask
+            known.tokens,
+            known.key_latents,
+            known.context * known.context_mask[:, None, None, None, None],
+            known.context_mask,
         )
         noise = torch.randn(clips.shape, generator=generator).to(clips)
         noisy, timestep, target = noised(self.run.model.diffusion, clips, noise, generator)
         return functional.mse_loss(self.module.denoiser(noisy, timestep, known), target)
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
-        """Key-frame error and PSNR, denoising loss with fixed noise, and a sheet of real, key-head and rendered frames."""
+        """Key-frame error and PSNR, denoising loss with fixed noise; a sheet of real, key-head and rendered frames."""
         module, device = self.module, self.module.device
         if not self.run.freeze_key_frames:
             rows = self.rows[:: max(1, len(self.rows) // 2048)]
@@ -165,7 +173,12 @@ class TokenizerTraining:
             tokens = module.tokens_of(torch.cat([head, tail]).to(device))
             predicted = module.key_head(tokens)
             errors.append(functional.mse_loss(predicted[: len(part)].cpu(), head))
-            psnrs.append(psnr_db(module.first_stage.decode(predicted[: len(part)]).cpu(), module.first_stage.decode(head.to(device)).cpu()))
+            psnrs.append(
+                psnr_db(
+                    module.first_stage.decode(predicted[: len(part)]).cpu(),
+                    module.first_stage.decode(head.to(device)).cpu(),
+                )
+            )
             if self.run.denoises:
                 pair = rearrange(tokens, "(two b) n d -> b two n d", two=2)
                 known = module.known(pair, part[:, :before].to(device))

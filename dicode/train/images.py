@@ -86,7 +86,9 @@ class FirstStageTraining:
         strips = []
         for source, rows in self.validation.items():
             pixels = frames_to_pixels(self.frames[rows])
-            decoded = torch.cat([self.module.decode(self.module.encode(part.to(device))).cpu() for part in pixels.split(64)])
+            decoded = torch.cat(
+                [self.module.decode(self.module.encode(part.to(device))).cpu() for part in pixels.split(64)]
+            )
             metrics[f"psnr_{source}_db"] = psnr_db(decoded, pixels).mean().item()
             picks = torch.arange(0, len(rows), max(1, len(rows) // 16))[:16]
             strips += [pixels[picks], decoded[picks].clamp(-1, 1)]

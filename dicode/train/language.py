@@ -10,12 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dicode.hub import load_weights, read_config, write_config
+from dicode.hub import content_hash, load_weights, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.lm.text import TextTokenizer
-from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
 from dicode.train.images import frames_to_pixels, pixels_to_frames
 from dicode.train.loop import LoopConfig
 from dicode.video.shards import CachedVideo, FrameCache
@@ -58,7 +58,7 @@ def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, path: Path) -> Te
 class LanguageTraining:
     """The `Stage` of a `LanguageRun`."""
 
-    best = "caption_rank"
+    best = "-validation_loss"
 
     def __init__(self, run: LanguageRun):
         self.run = run
@@ -66,12 +66,16 @@ class LanguageTraining:
         self.tokenizer = VideoTokenizer.from_pretrained(folder)
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
-        self.tokens = frame_tokens(self.tokenizer, cache, folder / f"tokens-{len(cache.frames)}.safetensors")
+        made_by = content_hash(folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS)
+        self.tokens = frame_tokens(self.tokenizer, cache, Path(run.cache) / f"tokens-{made_by}.safetensors")
         text = TextTokenizer.load(Path(run.init)) if run.init else self._learn_text()
         torch.manual_seed(run.loop.seed)
+        self.text = text
         self.module = DeepTokenLM(replace(run.model, pad_id=text.pad_id, begin_id=text.begin_id), text)
         if run.init:
             load_weights(self.module, Path(run.init) / LM_WEIGHTS)
+        if run.loop.compile:
+            self.module.compile(dynamic=False)
 
     def _learn_text(self) -> TextTokenizer:
         captions = [caption for video in self.cache.videos for caption in video.captions]
@@ -116,9 +120,8 @@ class LanguageTraining:
     def encode(self, texts: list[str]) -> Tensor:
         """Text ids, cut to the model's length: expanded captions run over it, and their beginning says most."""
         length = self.run.model.text_length
-        text = self.module.text
-        rows = [entry.ids[:length] for entry in text.tokenizer.encode_batch([" ".join(t.split()) for t in texts])]
-        return torch.tensor([row + [text.pad_id] * (length - len(row)) for row in rows])
+        rows = [entry.ids[:length] for entry in self.text.tokenizer.encode_batch([" ".join(t.split()) for t in texts])]
+        return torch.tensor([row + [self.text.pad_id] * (length - len(row)) for row in rows])
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.module.parameters()).device
@@ -142,7 +145,7 @@ class LanguageTraining:
         return ids.to(device), self.tokens[rows].float().to(device)
 
     def caption_rank(self) -> float:
-        """Mean percentile rank (100 best, 50 chance) of a clip's own caption among all, by the likelihood of its tokens.
+        """Mean percentile rank (100 best, 50 chance) of a clip's own caption among all, by its tokens' likelihood.
 
         Unlike the loss it does not punish confidence: a model may be overfitted in its variances and still know best.
         """
@@ -156,7 +159,7 @@ class LanguageTraining:
         return torch.stack(ranks).mean().item()
 
     def sheet(self) -> Image.Image:
-        """First and last key frames, through the key-frame head, written for six training and six validation captions."""
+        """Real and written key frames, through the key-frame head, for six training and six validation captions."""
         videos = self.cache.videos[:: len(self.cache.videos) // 6][:6] + self.validation.videos[::20][:6]
         ids, real = self.sample_of(videos)
         written = torch.stack(list(self.module.generate(ids, self.run.key_frames, variance_scale=0.5)), dim=1)

@@ -51,11 +51,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the loop itself needs; `bf16` is autocast with float32 weights, right wherever the machine has bf16 units."""
+    """What the loop itself needs; `bf16` is autocast with float32 weights, for machines that have bf16 units."""
 
     seed: int = 0
     device: str = "auto"
     bf16: bool = True
+    compile: bool = (
+        False  # torch.compile: minutes once, then 1.4× (language model) to 1.7× (denoiser) the speed on CPUs
+    )
     log_every: int = 20
     evaluate_every: int = 1000
     checkpoint_every: int = 500
@@ -66,8 +69,12 @@ class LoopConfig:
 class Stage(Protocol):
     """What is trained: a module, its batches, its loss, its validation. `best` names the metric that picks weights."""
 
-    module: nn.Module
     best: str  # validation metric; a leading '-' means lower is better
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+        ...
 
     def num_samples(self) -> int:
         """Training samples an epoch."""
@@ -216,7 +223,7 @@ def _evaluate(
     raw = {name: p.detach().clone() for name, p in trained.items()}
     _copy_into(trained, ema)
     stage.module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # its shapes would each be compiled anew
         metrics, sheet = stage.validate()
     log.write("validation", state.step, metrics)
     if sheet is not None:

@@ -1,7 +1,7 @@
 """The training cache: every native frame of a data set once, with its time, so that any clip at any rate is a lookup.
 
-    cache/frames.safetensors   frames u8 `f h w c`, times_s f64 `f`
-    cache/index.json           one entry a video: captions, source, split, first frame, count, period
+cache/frames.safetensors   frames u8 `f h w c`, times_s f64 `f`
+cache/index.json           one entry a video: captions, source, split, first frame, count, period
 """
 
 import dataclasses

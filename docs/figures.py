@@ -1,0 +1,71 @@
+"""Write the figures of `results/` into README.md and the model card; `--check` only compares."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- figures: docs/figures.py -->", "<!-- end of figures -->"
+
+
+def main() -> int:
+    """Rewrite the block between the marks in each file; returns 1 where `--check` finds a stale one."""
+    table = figures("sprites")
+    stale = []
+    for path in (ROOT / "README.md", ROOT / "dicode/checkpoints/sprites/README.md"):
+        text = path.read_text(encoding="utf-8")
+        before, _, rest = text.partition(START)
+        _, _, after = rest.partition(END)
+        fresh = f"{before}{START}\n{table}\n{END}{after}"
+        if fresh != text:
+            stale.append(path)
+            if "--check" not in sys.argv:
+                path.write_text(fresh, encoding="utf-8")
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+def figures(model: str) -> str:
+    """The results of one model in the box as a Markdown table."""
+    made, rebuilt, speed = (
+        json.loads((ROOT / f"results/{model}-{part}.json").read_text(encoding="utf-8"))["values"]
+        for part in ("generation", "reconstruction", "speed")
+    )
+    control, rank, motion = made["text_control"], made["validation_percentile"], made["motion"]
+    frechet = {name: scores["FVD-EffLite0"] for name, scores in rebuilt["frechet"].items()}
+    first_stage = rebuilt["first_stage_psnr"]
+    rows = [
+        (
+            f"text control: nearest real training clip has the prompt's caption, {control['n']} training captions",
+            f"{control['share']:.0%} ({interval(control, 100)} %; chance {control['chance']:.1%})",
+        ),
+        (
+            f"percentile rank of the true clip, {rank['n']} validation captions",
+            f"{rank['mean']:.1f} ({interval(rank)}; chance 50)",
+        ),
+        ("motion of generated clips against real ones", f"{motion['ratio']:.2f} ({interval(motion)})"),
+        (
+            f"reconstruction, FVD-EffLite0, {rebuilt['n']} validation clips (lower is better)",
+            f"{frechet['reconstruction']:.0f}; hold the head frame {frechet['hold_head']:.0f}, "
+            f"cross-fade {frechet['cross_fade']:.0f}",
+        ),
+        (
+            "first stage alone, PSNR on validation clips",
+            ", ".join(f"{source} {score['mean_db']:.1f} dB" for source, score in first_stage.items()),
+        ),
+        (
+            f"{speed['seconds_of_video']:g} s of video, {speed['threads']} CPU threads, model loaded",
+            f"{speed['median_s']:.1f} s, peak memory {speed['peak_memory_gib']:.2f} GiB",
+        ),
+    ]
+    return "\n".join(["| measured | value (95 % interval) |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def interval(score: dict[str, Any], scale: float = 1) -> str:
+    """`low–high`, with as many digits as help."""
+    low, high = (value * scale for value in score["interval"])
+    return f"{low:.0f}–{high:.0f}" if high > 10 else f"{low:.2f}–{high:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

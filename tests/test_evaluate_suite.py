@@ -1,0 +1,57 @@
+"""`dicode evaluate` on a tiny model: every figure it promises is there, finite, and repeatable."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_training import write_cache
+
+from dicode.cli import main
+from dicode.evaluate.suite import evaluate_generation, first_clip, generated_clips
+from dicode.generate import DiCoDe
+from dicode.video.shards import FrameCache
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lose their end")  # the tiny model reads 12 text tokens
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    write_cache(tmp_path / "cache", count=12)
+    return tmp_path / "cache"
+
+
+def test_evaluate_writes_a_result_a_part(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
+    flags = [str(tiny_model), "--cache", str(cache), "-o", str(tmp_path / "results"), "--prompts", "3"]
+    assert main(["evaluate", *flags, "--sheets", str(tmp_path / "sheets")]) == 0
+    made = {p.name: json.loads(p.read_text()) for p in (tmp_path / "results").iterdir()}
+    assert set(made) == {"tiny-generation.json", "tiny-reconstruction.json", "tiny-speed.json"}
+    generation, reconstruction, speed = (
+        made[f"tiny-{p}.json"]["values"] for p in ("generation", "reconstruction", "speed")
+    )
+    assert 0 <= generation["text_control"]["share"] <= 1
+    assert generation["validation_percentile"]["n"] == 2  # clips 0 and 6 of twelve are held out
+    assert set(reconstruction["frechet"]) == {"reconstruction", "hold_head", "cross_fade"}
+    assert speed["frames"] == 32
+    assert {p.name for p in (tmp_path / "sheets").iterdir()} == {"tiny-generation.png", "tiny-reconstruction.png"}
+
+
+def test_generation_figures_repeat_with_the_seed(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
+    model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
+    first, again = (evaluate_generation(model, frames, tmp_path / "bank", count=3, seed=1)[0] for _ in range(2))
+    assert first == again
+
+
+def test_evaluated_clips_are_single_samples_of_the_seed(tiny_model: Path) -> None:
+    model = DiCoDe.from_pretrained(tiny_model)
+    prompts = [f"a red square {i}" for i in range(12)]  # more than a batch
+    clips = generated_clips(model, prompts, seed=2)
+    alone = next(model.generate(prompts[11], seconds=2.0, seed=2, sample_index=11))
+    assert abs(clips[11].astype(int) - alone.astype(int)).max() <= 1
+
+
+def test_first_clip_starts_with_the_video_and_ends_on_its_tail_key_frame(tiny_model: Path, cache: Path) -> None:
+    frames = FrameCache.load(cache)
+    video = frames.videos[1]  # 13 frames at 8 fps, looping
+    clip = first_clip(DiCoDe.from_pretrained(tiny_model), frames, video)
+    own = frames.frames[video.first : video.first + video.count].numpy()
+    assert (clip == own[[i % 13 for i in range(17)]]).all()
