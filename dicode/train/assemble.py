@@ -21,8 +21,8 @@ def assemble(
 ) -> DiCoDe:
     """Join a tokenizer run's and a language model run's weights; returns the model as loaded back from `output`.
 
-    `first_stage` names a later run of the same first stage whose encoder was frozen: only its decoder may differ, for
-    latents and deep tokens to stay what they were. float16 keeps three more bits than bfloat16, and weights fit its range.
+    `first_stage` names a later run of the same first stage, its encoder frozen: only its decoder may differ, for
+    latents and deep tokens to stay what they were. float16 keeps three more bits than bfloat16, and weights fit it.
     """
     parts = VideoTokenizer.from_pretrained(tokenizer)
     if first_stage is not None:

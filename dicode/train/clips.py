@@ -108,7 +108,7 @@ class TokenizerTraining:
         return {"clips": torch.stack(clips).float(), "images": self.latents[flips, rows].float()}
 
     def clip(self, video: CachedVideo, start: float, mirrored: int = 0) -> Tensor:
-        """Latents of context frames, the 16 frames of a clip, and its tail key frame, from `start` (0…1 of the period)."""
+        """Latents: context frames, the 16 frames of a clip, its tail key frame, from `start` (0…1 of its period)."""
         config = self.run.model
         before = config.denoiser.context_frames
         start_s = start * video.period_s + (video.period_s if video.loops else before / config.fps)
