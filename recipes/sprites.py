@@ -5,7 +5,10 @@
     dicode train recipes/sprites.py:key_frames
     dicode train recipes/sprites.py:denoiser      # these two
     dicode train recipes/sprites.py:lm            # side by side
-    dicode assemble runs/denoiser/best runs/lm/best -o dicode/checkpoints/sprites
+    dicode assemble runs/denoiser/best runs/lm/best -o dicode/checkpoints/sprites \\
+        --guidance 1.5 --variance-scale 0.1 --decoder-guidance 2.0
+
+To train the model in the box further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
 
 Every run continues where it was stopped when its command is given again. Hours and results of each: docs/log.md.
 """
@@ -58,10 +61,23 @@ def denoiser() -> TokenizerRun:
 
 
 def lm() -> LanguageRun:
-    """A 2.8 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB."""
+    """A 2.8 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB.
+
+    Strong noise on the tokens it reads makes it read the caption (docs/log.md).
+    """
     return LanguageRun(
         tokenizer="runs/key_frames/best",
-        model=replace(SIZES["sprites"], width=192, depth=6, heads=3, feed_forward=384, vocab_size=1536, text_length=64),
+        model=replace(
+            SIZES["sprites"],
+            width=192,
+            depth=6,
+            heads=3,
+            feed_forward=384,
+            vocab_size=1536,
+            text_length=64,
+            input_noise=1.0,
+        ),
+        from_start=1.0,
         loop=LoopConfig(
             evaluate_every=500,
             checkpoint_every=250,

@@ -11,7 +11,10 @@ from dicode.evaluate.suite import evaluate_generation, first_clip, generated_cli
 from dicode.generate import DiCoDe
 from dicode.video.shards import FrameCache
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*lose their end")  # the tiny model reads 12 text tokens
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*lose their end"),  # the tiny model reads 12 text tokens
+    pytest.mark.filterwarnings("ignore:Fréchet distance of"),  # and two clips are few
+]
 
 
 @pytest.fixture

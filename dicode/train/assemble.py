@@ -1,5 +1,6 @@
 """From the best weights of separate runs to one checkpoint folder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,5 +33,7 @@ def assemble(
             if not name.startswith("autoencoder.decoder") and not torch.equal(value, later.state_dict()[name]):
                 raise CheckpointError(f"{first_stage}: {name} differs from {tokenizer}; the deep tokens would change")
         parts.first_stage.load_state_dict(later.state_dict())
+    if defaults is not None:  # reconstruction samples as generation does
+        parts.config = replace(parts.config, steps=defaults.steps, guidance=defaults.decoder_guidance)
     DiCoDe(parts, DeepTokenLM.from_pretrained(lm), defaults).save_pretrained(output, dtype)
     return DiCoDe.from_pretrained(output)
