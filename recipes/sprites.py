@@ -5,8 +5,7 @@
     dicode train recipes/sprites.py:key_frames
     dicode train recipes/sprites.py:denoiser      # these two
     dicode train recipes/sprites.py:lm            # side by side
-    dicode assemble runs/denoiser/best runs/lm/best -o dicode/checkpoints/sprites \\
-        --guidance 1.5 --variance-scale 0.1 --decoder-guidance 2.0
+    dicode assemble runs/denoiser/best runs/lm/best -o sprites --guidance 1.5 --variance-scale 0.1 --decoder-guidance 2
 
 To train the model in the box further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
 
