@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -265,3 +266,25 @@ with VideoWriter(sys.argv[1]) as writer:
     command = [sys.executable, "-c", program, str(tmp_path / "a.mp4")]
     grown_kib = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert grown_kib < 16 * 1024  # the 16 clips after are 48 MiB
+
+
+def test_bytes_do_not_depend_on_what_lay_in_memory(tmp_path):
+    """glibc fills new memory with a byte of MALLOC_PERTURB_; what an encoder reads before it writes then shows."""
+    script = (
+        "import sys\n"
+        "from dicode.video.synthetic import draw_clip\n"
+        "from dicode.video.writer import VideoWriter\n"
+        "for suffix in ('.mp4', '.webm', '.gif'):\n"
+        "    with VideoWriter(sys.argv[1] + suffix, scale=2) as writer:\n"
+        "        for seed in (1, 2): writer.write(draw_clip(seed=seed, num_frames=16, size=32)[0])\n"
+    )
+    for filling in ("1", "85", "255"):
+        (tmp_path / filling).mkdir()
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / filling / "out")],
+            env={**os.environ, "MALLOC_PERTURB_": filling},
+            check=True,
+        )
+    first, second, third = (contents(tmp_path / filling) for filling in ("1", "85", "255"))
+    assert set(first) == {"out.mp4", "out.webm", "out.gif"}
+    assert first == second == third
