@@ -94,6 +94,7 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files for their owner alone; a checkpoint is there to be shared
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -82,9 +82,10 @@ class DeepTokenLM(nn.Module):
         """The loss of every deep token given the text and all deep tokens before it.
 
         `keyframe_mask` is True where a key frame is real; padding comes after the last real one, where causality
-        keeps it from every prediction. In training mode the tokens read (not the targets) carry Gaussian noise whose
-        deviation is uniform in 0 … `input_noise` for each sample, so that the clean tokens of use are among them;
-        `generator` draws it (default: torch's own).
+        keeps it from every prediction. In training mode the tokens read (not the targets) are mixed with Gaussian
+        noise, whose share is uniform in 0 … `input_noise` for each sample (CAM, arXiv 2411.18447): what it reads is
+        seldom exact, as in use, and where little of it is left the caption must say the rest. `generator` draws it
+        (default: torch's own).
         """
         self._check(text_ids, tokens, tokens.shape[1])
         read = _noised(tokens, self.config.input_noise, generator) if self.training else tokens
@@ -245,6 +246,7 @@ def _noised(tokens: DeepTokens, strength: float, generator: torch.Generator | No
     if strength == 0.0:
         return tokens
     device = tokens.device if generator is None else generator.device
-    deviation = strength * torch.rand(len(tokens), 1, 1, 1, generator=generator, device=device)
+    share = strength * torch.rand(len(tokens), 1, 1, 1, generator=generator, device=device)
     noise = torch.randn(tokens.shape, generator=generator, device=device)
-    return tokens + (deviation * noise).to(tokens)
+    share, noise = share.to(tokens), noise.to(tokens)
+    return (1 - share) * tokens + share * noise

@@ -27,7 +27,7 @@ class DeepLMConfig:
     components: int = 16  # 1 makes the mixture a Gaussian
     token_variance: float = 0.0  # mixture only: added to every variance, 0 as published (see `MixtureHead`)
     dropout: float = 0.0
-    input_noise: float = 0.0  # largest standard deviation added to the deep tokens read in training
+    input_noise: float = 0.0  # largest share (0…1) of noise in the deep tokens read in training
     key_value_heads: int | None = None  # Llama only; default: as many as heads
     feed_forward: int | None = None  # default: 4 × width (GPT-2) or 3 × width (Llama)
     rope_base: float = 10_000.0  # Llama only

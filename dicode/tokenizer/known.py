@@ -20,6 +20,7 @@ class DenoiserConfig:
     kind: Literal["hourglass", "wan", "unet3d"] = "hourglass"
     context_frames: int = 2
     uses_key_latents: bool = True
+    predicts_change: bool = False  # what the clip adds to a cross-fade of its key latents; `flow` objective only
     depth: int = 2  # transformer blocks; `unet3d`: residual layers a level
     heads: int = 4  # of attention; `unet3d`: at its finest level
     width: int = 224  # `hourglass`, `wan`: of the transformer
@@ -45,6 +46,12 @@ class Known:
         return Known(
             *(torch.cat([x] * times) for x in (self.tokens, self.key_latents, self.context, self.context_mask))
         )
+
+    def cross_fade(self, frames: int) -> ClipLatents:
+        """The simplest clip between both key latents, `b f c h w`: frame i has i/f of the tail, the rest is head."""
+        share = torch.arange(frames).to(self.key_latents)[:, None, None, None] / frames
+        head, tail = self.key_latents[:, :1], self.key_latents[:, 1:]
+        return (1 - share) * head + share * tail
 
     def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> Tensor:
         """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""

@@ -19,6 +19,7 @@ from dicode.tokenizer.encoder import EncoderConfig, KeyFrameHead, build_encoder
 from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
 from dicode.tokenizer.known import DenoiserConfig, Known
 from dicode.tokenizer.resampler import Resampler, ResamplerConfig
+from dicode.video.clips import key_frame_indices
 
 WEIGHTS = "tokenizer.safetensors"
 FIRST_STAGE_WEIGHTS = "first_stage.safetensors"
@@ -69,6 +70,8 @@ class VideoTokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
+        if config.denoiser.predicts_change and config.diffusion.objective != "flow":
+            raise ValueError("predicts_change: only the objective 'flow' is linear in the clip, found v_prediction")
         self.config = config
         n, d = config.resampler.queries, config.resampler.token_width
         channels = config.first_stage.latent_channels
@@ -100,21 +103,13 @@ class VideoTokenizer(nn.Module):
 
     # frames → tokens
 
-    def key_frame_numbers(self, num_frames: int) -> list[int]:
-        """Frame numbers of the key frames of a video: every 16th, and the end of the last clip."""
-        step = self.config.clip_frames
-        if num_frames < 2:
-            raise ValueError(f"expected at least 2 frames, got {num_frames}")
-        clips = max(1, -(-(num_frames - 1) // step))
-        return [min(i * step, num_frames - 1) for i in range(clips + 1)]
-
     @torch.no_grad()
     def encode(self, frames: FrameStack) -> DeepTokens:
         """uint8 frames `b f h w c` of the tokenizer's size and rate → normalised deep tokens `b k n d`."""
         expected = (self.config.size, self.config.size, 3)
         if tuple(frames.shape[2:]) != expected:
             raise ValueError(f"expected frames of {expected}, got {tuple(frames.shape[2:])}; resize them first")
-        keys = frames[:, self.key_frame_numbers(frames.shape[1])]
+        keys = frames[:, key_frame_indices(frames.shape[1], self.config.clip_frames)]
         pixels = rearrange(keys, "b k h w c -> (b k) c h w").to(self.device).float() / 127.5 - 1
         source = self.first_stage.encode(pixels) if self.config.encoder.reads_latents else pixels
         return rearrange(self.tokens_of(source), "(b k) n d -> b k n d", b=len(frames))
@@ -202,13 +197,25 @@ class VideoTokenizer(nn.Module):
         guidance = config.guidance if guidance is None else guidance
         return sample(
             config.diffusion,
-            lambda latents, timestep: self.denoiser(latents, timestep, known),
-            None if guidance == 1.0 else lambda latents, timestep: self.denoiser(latents, timestep, null),
+            lambda latents, timestep: self.predict(latents, timestep, known),
+            None if guidance == 1.0 else lambda latents, timestep: self.predict(latents, timestep, null),
             noise,
             steps or config.steps,
             guidance,
             [generator_for(seed, "sampler", i, clip) for i in indices],
         )
+
+    def predict(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
+        """The denoiser's prediction; with `predicts_change` it works on what differs from the cross-fade.
+
+        Flow matching is linear in the clip, so the same difference is taken from what it sees and what it says:
+        noisy = (1 − t)·clip + t·noise, prediction = noise − clip.
+        """
+        if not self.config.denoiser.predicts_change:
+            return self.denoiser(noisy, timestep, known)
+        fade = known.cross_fade(noisy.shape[1])
+        clean = (1 - timestep / 1000)[:, None, None, None, None]
+        return self.denoiser(noisy - clean * fade, timestep, known) - fade
 
     def known(self, pair: DeepTokens, before: ContextLatents | None = None) -> Known:
         """What the denoiser is told about clips with these head and tail tokens `b 2 n d` and these frames before."""

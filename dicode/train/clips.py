@@ -156,7 +156,7 @@ class TokenizerTraining:
         )
         noise = torch.randn(clips.shape, generator=generator).to(clips)
         noisy, timestep, target = noised(self.run.model.diffusion, clips, noise, generator)
-        return functional.mse_loss(self.module.denoiser(noisy, timestep, known), target)
+        return functional.mse_loss(self.module.predict(noisy, timestep, known), target)
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         """Key-frame error and PSNR, denoising loss with fixed noise; a sheet of real, key-head and rendered frames."""

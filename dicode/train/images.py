@@ -8,20 +8,28 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from dicode.hub import config_to_dict, save_weights, write_config
+from dicode.hub import config_to_dict, load_weights, save_weights, write_config
 from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
 from dicode.train.loop import LoopConfig
+from dicode.train.perceptual import PerceptualDistance
 from dicode.video.shards import FrameCache
 
 
 @dataclass(frozen=True)
 class FirstStageRun:
-    """Train the image autoencoder on all frames of a cache."""
+    """Train the image autoencoder on all frames of a cache; `init` continues from a checkpoint folder's weights.
+
+    With `freeze_encoder` the decoder is trained alone: latents, hence deep tokens and what was trained on them, stay.
+    """
 
     cache: str = "cache/sprites"
+    init: str | None = None
+    freeze_encoder: bool = False
     model: FirstStageConfig = field(default_factory=FirstStageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     l1_weight: float = 0.1  # beside the squared error: keeps flat areas of pixel art flat
+    perceptual_weight: float = 0.0  # of `PerceptualDistance`, which squared error alone leaves blurred
     latent_noise: float = 0.05  # of the batch's latent deviation: the decoder will see imperfect latents
 
 
@@ -44,10 +52,10 @@ def psnr_db(pixels: Tensor, target: Tensor) -> Tensor:
 class FirstStageTraining:
     """The `Stage` of a `FirstStageRun`."""
 
-    best = "psnr_db"
-
     def __init__(self, run: FirstStageRun):
         self.run = run
+        self.best = "-perceptual" if run.perceptual_weight else "psnr_db"
+        self.perceptual = PerceptualDistance() if run.perceptual_weight else None
         cache = FrameCache.load(run.cache)
         self.frames = cache.frames
         self.rows = cache.subset(validation=False).frame_rows()
@@ -60,6 +68,10 @@ class FirstStageTraining:
         }
         torch.manual_seed(run.loop.seed)
         self.module = FirstStage(run.model)
+        if run.init:
+            load_weights(self.module, Path(run.init) / WEIGHTS)
+        if run.freeze_encoder:
+            self.module.autoencoder.encoder.requires_grad_(False)
 
     def num_samples(self) -> int:
         return len(self.rows)
@@ -74,28 +86,39 @@ class FirstStageTraining:
         latents = self.module.raw_latents(pixels)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         latents = latents + self.run.latent_noise * latents.detach().std() * noise
-        error = self.module.autoencoder.decoder(latents).float() - pixels
-        squared, absolute = error.square().mean(), error.abs().mean()
-        return squared + self.run.l1_weight * absolute, {"squared": squared.detach(), "absolute": absolute.detach()}
+        decoded = self.module.autoencoder.decoder(latents).float()
+        error = decoded - pixels
+        parts = {"squared": error.square().mean(), "absolute": error.abs().mean()}
+        loss = parts["squared"] + self.run.l1_weight * parts["absolute"]
+        if self.perceptual:
+            parts["perceptual"] = self.perceptual(decoded, pixels)
+            loss = loss + self.run.perceptual_weight * parts["perceptual"]
+        return loss, {name: part.detach() for name, part in parts.items()}
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         device = self.module.latent_mean.device
         sample = frames_to_pixels(self.frames[self.rows[:: max(1, len(self.rows) // 512)]]).to(device)
-        self.module.fit_statistics(torch.cat([self.module.raw_latents(part) for part in sample.split(64)]))
+        if not self.run.freeze_encoder:
+            self.module.fit_statistics(torch.cat([self.module.raw_latents(part) for part in sample.split(64)]))
         metrics: dict[str, float] = {}
-        strips = []
+        strips, distances = [], []
         for source, rows in self.validation.items():
             pixels = frames_to_pixels(self.frames[rows])
             decoded = torch.cat(
                 [self.module.decode(self.module.encode(part.to(device))).cpu() for part in pixels.split(64)]
             )
             metrics[f"psnr_{source}_db"] = psnr_db(decoded, pixels).mean().item()
+            if self.perceptual:
+                pairs = zip(decoded.split(64), pixels.split(64), strict=True)
+                distances += [self.perceptual(a.to(device), b.to(device)).cpu() for a, b in pairs]
             picks = torch.arange(0, len(rows), max(1, len(rows) // 16))[:16]
             strips += [pixels[picks], decoded[picks].clamp(-1, 1)]
         metrics["psnr_db"] = sum(metrics.values()) / len(metrics)
+        if distances:
+            metrics["perceptual"] = torch.stack(distances).mean().item()
         sheet = torch.cat([rearrange(pixels_to_frames(s), "b h w c -> h (b w) c") for s in strips])
         return metrics, Image.fromarray(sheet.numpy())
 
     def export(self, folder: Path) -> None:
         write_config(folder, {"first_stage": config_to_dict(self.run.model)})
-        save_weights(self.module, folder / "first_stage.safetensors")
+        save_weights(self.module, folder / WEIGHTS)

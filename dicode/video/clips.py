@@ -1,4 +1,4 @@
-"""Clips and their captions: reading an index of them, checking the files, cutting a video at its key frames."""
+"""Clips and their captions: reading an index of them, checking the files, where key frames lie."""
 
 import csv
 import json
@@ -8,17 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import UInt8
-from numpy import ndarray
-
-from dicode.shapes import Video
 from dicode.video.io import DEFAULT_FPS, VIDEO_SUFFIXES, VideoReadError, natural_key, read_video
 
 INDEX_NAMES = ("captions.jsonl", "captions.csv")
 DROID_VALIDATION_LAB = "f147f077"  # one lab's rooms and cameras, so that none of them is trained on
 VALIDATION_EVERY = 15
-Clip = UInt8[ndarray, "frames_per_clip h w c"]
-KeyFrames = UInt8[ndarray, "k h w c"]
 _log = logging.getLogger(__name__)
 
 
@@ -98,25 +92,15 @@ def check_files(
 
 
 def key_frame_indices(num_frames: int, frames_per_clip: int = 16) -> list[int]:
-    """Indices of the N+1 key frames of N = num_frames // frames_per_clip clips: 0, 16, 32, … 16·N (DESIGN §2.9).
+    """Indices of the key frames of a video: 0, 16, 32, … and the end of its last clip (DESIGN §2.9).
 
-    A video that ends with its last clip has no frame 16·N: its last frame takes that place. Raises ValueError for a
-    video shorter than one clip.
+    N clips have N+1 key frames. A video that ends with or within its last clip has no frame 16·N: its last frame takes
+    that place. Raises ValueError for a video of fewer than 2 frames.
     """
-    num_clips = num_frames // frames_per_clip
-    if num_clips == 0:
-        raise ValueError(f"expected at least one clip of {frames_per_clip} frames, got {num_frames} frames")
+    if num_frames < 2:
+        raise ValueError(f"expected at least 2 frames, got {num_frames}")
+    num_clips = max(1, -(-(num_frames - 1) // frames_per_clip))
     return [min(i * frames_per_clip, num_frames - 1) for i in range(num_clips + 1)]
-
-
-def split_clips(frames: Video, frames_per_clip: int = 16) -> tuple[list[Clip], KeyFrames]:
-    """Cut a video into its N whole clips (views, no copies) and its N+1 key frames; the rest of the frames is left out.
-
-    Clip i is frames 16·i … 16·i+15; it lies between key frames i and i+1 (see `key_frame_indices`).
-    """
-    key_frames = key_frame_indices(len(frames), frames_per_clip)
-    clips = [frames[i * frames_per_clip : (i + 1) * frames_per_clip] for i in range(len(key_frames) - 1)]
-    return clips, frames[key_frames]
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 
-from dicode.shapes import Video
-
+AnyVideo = UInt8[ndarray, "_f _h _w c"]  # unlike `Video`: rows of a sheet may differ in length and size
 GAP = 2  # pixels between frames
 LABEL_WIDTH, LABEL_CHARACTERS, LABEL_SIZE = 150, 24, 11  # pixels, characters that fit, font height
 
 
 def contact_sheet(
-    clips: Sequence[Video], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1
+    clips: Sequence[AnyVideo], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1
 ) -> Image.Image:
     """One row a clip: its label at the left, then `columns` frames picked evenly from first to last.
 
@@ -41,7 +42,7 @@ def contact_sheet(
 
 
 def save_sheet(
-    path: str | Path, clips: Sequence[Video], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1
+    path: str | Path, clips: Sequence[AnyVideo], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1
 ) -> None:
     """Write the contact sheet of some clips as an image file; an interrupted write leaves no half of it."""
     path = Path(path)

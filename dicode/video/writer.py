@@ -38,8 +38,8 @@ class _Format:
     container_options: Mapping[str, str] = field(default_factory=dict)
 
 
-# One thread each: encoders split the picture, and so change the bytes, by the number of threads. No macroblock tree: in
-# x264's vector code it reads memory that nobody set, and the bytes vary with what lay there (tests/test_video_writer.py).
+# One thread each: encoders split the picture, and so change the bytes, by the number of threads. No macroblock
+# tree: x264's vector code for it reads memory that nobody set, and the bytes vary with it (tests/test_video_writer.py).
 _X264 = {"preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
 _FORMATS = {
     ".mp4": _Format("mp4", "libx264", "yuv420p", 16, _X264, {"movflags": "+faststart"}),
