@@ -41,6 +41,7 @@ class Generate:
     seed: int = 0  # the same seed, prompt and options give the same file
     guidance: float | None = None  # of the language model: above 1 follows the prompt more closely
     variance_scale: float | None = None  # of the next token's distribution: 0 takes its mean
+    temperature: float | None = None  # of the choice between its components: 0 takes the likeliest
     decoder_guidance: float | None = None  # of the decoder: above 1 follows the tokens more closely
     steps: int | None = None  # denoising steps a clip
     joins: Joins | None = None  # chained: every clip sees the end of the one before
@@ -98,6 +99,7 @@ class Assemble:
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights on disk
     guidance: float | None = None  # this and the following: how the model is sampled where nothing else is asked for
     variance_scale: float | None = None
+    temperature: float | None = None
     decoder_guidance: float | None = None
     steps: int | None = None
     joins: Joins | None = None

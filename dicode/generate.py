@@ -23,6 +23,7 @@ class GenerationConfig:
 
     guidance: float = 1.0  # of the language model against the null prompt
     variance_scale: float = 1.0  # of the mixture over the next deep token; 0 takes its mean
+    temperature: float = 1.0  # of the choice between the mixture's components; 0 takes the likeliest
     decoder_guidance: float = 1.0  # of the denoiser against null tokens
     steps: int = 12  # of the denoiser a clip
     joins: Joins = "chained"
@@ -107,6 +108,7 @@ class DiCoDe:
             sample_indices=indices,
             guidance=settings.guidance,
             variance_scale=settings.variance_scale,
+            temperature=settings.temperature,
         )
         clips = self.tokenizer.decode_pairs(
             consecutive(key_frames),

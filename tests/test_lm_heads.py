@@ -75,6 +75,17 @@ def test_variance_scale_narrows_draws_and_zero_gives_the_mean() -> None:
     torch.testing.assert_close(mixture_mean(MEANS, LOG_WEIGHTS).expand(300, -1), expected)
 
 
+def test_temperature_sharpens_the_choice_of_component_down_to_the_likeliest() -> None:
+    head = head_with(MEANS, VARIANCES, LOG_WEIGHTS)
+    hidden, likeliest = torch.zeros(2000, 4), LOG_WEIGHTS[0].argmax()
+    for temperature in (0.0, 0.5, 1.0):
+        generators = [generator_for(1, i) for i in range(2000)]
+        draws = head.sample(hidden, generators, variance_scale=0.01, temperature=temperature)
+        component = (draws[:, None] - MEANS).square().sum(-1).argmin(-1)
+        expected = 1.0 if temperature == 0 else (LOG_WEIGHTS[0] / temperature).softmax(-1)[likeliest].item()
+        assert (component == likeliest).float().mean().item() == pytest.approx(expected, abs=0.04)
+
+
 @pytest.mark.parametrize("head", [MixtureHead(6, 5, 3), RegressionHead(6, 5)])
 def test_guidance_extrapolates_from_the_null_mean(head: MixtureHead | RegressionHead) -> None:
     hidden, null_hidden = torch.randn(4, 6), torch.randn(4, 6)

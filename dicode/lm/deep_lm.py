@@ -107,6 +107,7 @@ class DeepTokenLM(nn.Module):
         sample_indices: Sequence[int] | None = None,
         guidance: float = 1.0,
         variance_scale: float = 1.0,
+        temperature: float = 1.0,
         null_ids: TextIds | None = None,
         use_cache: bool = True,
     ) -> Iterator[KeyFrameTokens]:
@@ -115,8 +116,9 @@ class DeepTokenLM(nn.Module):
         The prefix is read, not yielded. To change the prompt on the way, call again with everything so far as the
         prefix. A sample depends on (seed, its entry of `sample_indices`, key frame index) only; the default indices
         are 0, 1, …. `guidance` 1 is the plain conditional; other values run the null prompt (default: all padding)
-        beside it. `variance_scale` 0 writes each token's mean, without chance. `use_cache=False` reads the whole
-        sequence again for every token.
+        beside it. `variance_scale` 0 writes each token's mean, without chance; `temperature` sharpens the choice
+        between the mixture's components, down to 0, the likeliest. `use_cache=False` reads the whole sequence again for
+        every token.
 
         Raises at the call, before anything is generated: `ValueError` when the key frames do not fit (see
         `DeepLMConfig.keyframe_limit`), when shapes do not match, or in training mode.
@@ -132,6 +134,8 @@ class DeepTokenLM(nn.Module):
             raise ValueError(f"sample_indices: expected {len(prompt_ids)}, one a prompt, got {len(indices)}")
         if variance_scale < 0:
             raise ValueError(f"variance_scale: expected 0 or more, got {variance_scale}")
+        if temperature < 0:
+            raise ValueError(f"temperature: expected 0 or more, got {temperature}")
         if null_ids is None:
             null_ids = torch.full_like(prompt_ids, self.config.pad_id)
         if null_ids.shape != prompt_ids.shape:
@@ -145,6 +149,7 @@ class DeepTokenLM(nn.Module):
             indices,
             guidance,
             variance_scale,
+            temperature,
             self.backbone.new_cache() if use_cache else None,
         )
 
@@ -158,6 +163,7 @@ class DeepTokenLM(nn.Module):
         indices: Sequence[int],
         guidance: float,
         variance_scale: float,
+        temperature: float,
         cache: Any,
     ) -> Iterator[KeyFrameTokens]:
         b, repeats = len(indices), len(text_ids) // len(indices)  # repeats: 2 where the null prompt runs beside
@@ -175,6 +181,7 @@ class DeepTokenLM(nn.Module):
                     hidden[:b],
                     generators,
                     variance_scale=variance_scale,
+                    temperature=temperature,
                     null_hidden=hidden[b:] if repeats == 2 else None,
                     guidance=guidance,
                 )

@@ -38,6 +38,7 @@ class Head(Protocol):
         generators: Sequence[torch.Generator],
         *,
         variance_scale: float = 1.0,
+        temperature: float = 1.0,
         null_hidden: StepHidden | None = None,
         guidance: float = 1.0,
     ) -> StepTokens:
@@ -82,17 +83,24 @@ class MixtureHead(nn.Module):
         generators: Sequence[torch.Generator],
         *,
         variance_scale: float = 1.0,
+        temperature: float = 1.0,
         null_hidden: StepHidden | None = None,
         guidance: float = 1.0,
     ) -> StepTokens:
         """Draw a component, then a token of it with its variance scaled; a scale of 0 gives the mixture's mean instead.
+
+        `temperature` is of the choice between components: below 1 likely ones are chosen yet more often, 0 takes the
+        likeliest. Unlike a mean it blends none of them.
 
         Guidance moves the draw by (guidance − 1) × (mean − null mean), so that at scale 0 it is the published
         null mean + guidance × (mean − null mean).
         """
         means, variances, log_weights = self.distribution(hidden)
         mean = mixture_mean(means, log_weights)
-        drawn = _draw(means, variances * variance_scale, log_weights, generators) if variance_scale > 0 else mean
+        drawn = mean
+        if variance_scale > 0:
+            weights = tempered(log_weights, temperature)
+            drawn = _draw(means, variances * variance_scale, weights, generators)
         return drawn if null_hidden is None else drawn + (guidance - 1) * (mean - self.mean(null_hidden))
 
 
@@ -117,10 +125,11 @@ class RegressionHead(nn.Module):
         generators: Sequence[torch.Generator],
         *,
         variance_scale: float = 1.0,
+        temperature: float = 1.0,
         null_hidden: StepHidden | None = None,
         guidance: float = 1.0,
     ) -> StepTokens:
-        """The predicted token, guided like the mixture's mean; generators and variance scale have nothing to act on."""
+        """The predicted token, guided like the mixture's mean; all that concerns chance has nothing to act on."""
         mean = self.mean(hidden)
         return mean if null_hidden is None else mean + (guidance - 1) * (mean - self.mean(null_hidden))
 
@@ -152,16 +161,23 @@ def mixture_mean(means: Float[Tensor, "*place m d"], log_weights: Float[Tensor, 
     return (log_weights.exp().unsqueeze(-1) * means).sum(-2)
 
 
+def tempered(log_weights: Float[Tensor, "b m"], temperature: float) -> Float[Tensor, "b m"]:
+    """Weights raised to 1/temperature and normalised; at 0 all weight is on the likeliest component."""
+    if temperature == 0:
+        return torch.zeros_like(log_weights).scatter(-1, log_weights.argmax(-1, keepdim=True), 1.0)
+    return (log_weights / temperature).softmax(-1)
+
+
 def _draw(
     means: Float[Tensor, "b m d"],
     variances: Float[Tensor, "b m d"],
-    log_weights: Float[Tensor, "b m"],
+    weights: Float[Tensor, "b m"],
     generators: Sequence[torch.Generator],
 ) -> StepTokens:
     # All chance is drawn on the CPU, one row a sample, so that neither device nor batch changes it.
     uniform = torch.cat([torch.rand(1, generator=g) for g in generators]).to(means.device)
     normal = torch.stack([torch.randn(means.shape[-1], generator=g) for g in generators]).to(means.device)
-    below = log_weights.exp().cumsum(-1) < uniform.unsqueeze(-1)
+    below = weights.cumsum(-1) < uniform.unsqueeze(-1)
     component = below.sum(-1).clamp(max=means.shape[1] - 1)  # the sum of weights may round to just below 1
     row = torch.arange(len(means), device=means.device)
     return means[row, component] + variances[row, component].sqrt() * normal

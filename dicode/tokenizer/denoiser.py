@@ -7,6 +7,8 @@ diffusers, `Hourglass` a small convolution–transformer made for two CPU cores:
 than `Wan` at equal size, because all its arithmetic is dense bf16 matrix products (measured in docs/log.md).
 """
 
+from dataclasses import replace
+
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import get_timestep_embedding
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from dicode.shapes import ClipLatents
 from dicode.tokenizer.encoder import grid_positions, transformer
-from dicode.tokenizer.known import DenoiserConfig, Known, input_channels
+from dicode.tokenizer.known import DenoiserConfig, Known, cross_faded, input_channels
 from dicode.tokenizer.unet3d import UNet3D
 
 
@@ -23,11 +25,55 @@ def build_denoiser(
     config: DenoiserConfig, latent_channels: int, num_tokens: int, token_width: int, frames: int, size: int
 ) -> nn.Module:
     """The denoiser of a configuration, with random weights, for clips of `frames` latents of `size`×`size`."""
+    if config.predicts_change:
+        plain = replace(config, predicts_change=False)
+        return ChangeDenoiser(build_denoiser(plain, latent_channels, num_tokens, token_width, frames, size), frames)
     if config.kind == "hourglass":
         return Hourglass(config, latent_channels, num_tokens, token_width, frames, size)
     if config.kind == "wan":
         return Wan(config, latent_channels, num_tokens, token_width)
     return UNet3D(config, latent_channels, token_width)
+
+
+class ChangeDenoiser(nn.Module):
+    """Any denoiser, made to predict what a clip adds to the cross-fade of its key frames. Flow matching only.
+
+    Flow matching is linear in the clip: take (1 − t)·fade from what is seen and −fade from what is said, and both speak
+    of the change alone. A frame near a key frame changes little, which `deviation` knows for each frame, measured on
+    training clips; input, output and a skip are scaled by it so that the network sees and says unit variance at every
+    time (the preconditioning of Karras et al. 2022, for flow matching). Near its key frame a frame is copied by
+    construction, where a plain network has to learn 16 channels' identity. Where the key frames are dropped the change
+    is the clip, of deviation 1.
+    """
+
+    deviation: Tensor
+
+    def __init__(self, network: nn.Module, frames: int):
+        super().__init__()
+        self.network = network
+        self.register_buffer("deviation", torch.ones(frames))
+
+    def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
+        """As `Hourglass.forward`."""
+        fade = cross_faded(known.key_latents, noisy.shape[1]).to(noisy)
+        given = known.keys_mask[:, None].to(noisy)
+        deviation = (given * self.deviation + 1 - given)[..., None, None, None]
+        t = (timestep / 1000).to(noisy)[:, None, None, None, None]
+        change = noisy - (1 - t) * fade
+        variance = ((1 - t) * deviation).square() + t.square()
+        skip = (t - (1 - t) * deviation.square()) / variance
+        said = self.network(change * variance.rsqrt(), timestep, known)
+        return skip * change + deviation * variance.rsqrt() * said - fade
+
+    @torch.no_grad()
+    def fit_deviation(self, clips: ClipLatents, tails: Tensor, smallest: float = 0.2) -> None:
+        """Measure each frame's deviation from the cross-fade, on clips `b f c h w` and their tail key frames `b c h w`.
+
+        `smallest` stands for what the key-frame head gets wrong.
+        """
+        keys = torch.stack([clips[:, 0], tails], dim=1)
+        change = clips - cross_faded(keys, clips.shape[1])
+        self.deviation.copy_(change.square().mean((0, 2, 3, 4)).sqrt().clamp_min(smallest))
 
 
 class Hourglass(nn.Module):

@@ -20,7 +20,7 @@ class DenoiserConfig:
     kind: Literal["hourglass", "wan", "unet3d"] = "hourglass"
     context_frames: int = 2
     uses_key_latents: bool = True
-    predicts_change: bool = False  # what the clip adds to a cross-fade of its key latents; `flow` objective only
+    predicts_change: bool = False  # work on what differs from a cross-fade of the key latents (`ChangeDenoiser`)
     depth: int = 2  # transformer blocks; `unet3d`: residual layers a level
     heads: int = 4  # of attention; `unet3d`: at its finest level
     width: int = 224  # `hourglass`, `wan`: of the transformer
@@ -37,21 +37,19 @@ class Known:
     """What the decoder is told about a clip."""
 
     tokens: Tensor  # b 2 n d: of the head and of the tail key frame; zeros where dropped for guidance
-    key_latents: Tensor  # b 2 c h w: the coarse latents of both, predicted from the tokens
+    key_latents: Tensor  # b 2 c h w: the coarse latents of both, predicted from the tokens; zeros where dropped
+    keys_mask: Tensor  # b: 1 where tokens and key latents are given, 0 where dropped
     context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent
     context_mask: Tensor  # b: 1 where the context is given
 
     def repeat(self, times: int) -> "Known":
         """The same, tiled along the batch."""
         return Known(
-            *(torch.cat([x] * times) for x in (self.tokens, self.key_latents, self.context, self.context_mask))
+            *(
+                torch.cat([x] * times)
+                for x in (self.tokens, self.key_latents, self.keys_mask, self.context, self.context_mask)
+            )
         )
-
-    def cross_fade(self, frames: int) -> ClipLatents:
-        """The simplest clip between both key latents, `b f c h w`: frame i has i/f of the tail, the rest is head."""
-        share = torch.arange(frames).to(self.key_latents)[:, None, None, None] / frames
-        head, tail = self.key_latents[:, :1], self.key_latents[:, 1:]
-        return (1 - share) * head + share * tail
 
     def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> Tensor:
         """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""
@@ -70,3 +68,9 @@ def input_channels(config: DenoiserConfig, latent_channels: int) -> int:
     keys = 2 * latent_channels if config.uses_key_latents else 0
     context = config.context_frames * latent_channels + 1 if config.context_frames else 0
     return latent_channels + keys + context
+
+
+def cross_faded(keys: Tensor, frames: int) -> ClipLatents:
+    """The simplest clip between head and tail latents `b 2 c h w`: frame i has i/f of the tail, the rest is head."""
+    share = torch.arange(frames).to(keys)[:, None, None, None] / frames
+    return (1 - share) * keys[:, :1] + share * keys[:, 1:]

@@ -192,30 +192,21 @@ class VideoTokenizer(nn.Module):
         noise = torch.stack([normal(shape, seed, "clip", i, clip) for i in indices]).to(self.device)
         known = self.known(pair, before)
         null = dataclasses.replace(
-            known, tokens=torch.zeros_like(known.tokens), key_latents=torch.zeros_like(known.key_latents)
+            known,
+            tokens=torch.zeros_like(known.tokens),
+            key_latents=torch.zeros_like(known.key_latents),
+            keys_mask=torch.zeros_like(known.keys_mask),
         )
         guidance = config.guidance if guidance is None else guidance
         return sample(
             config.diffusion,
-            lambda latents, timestep: self.predict(latents, timestep, known),
-            None if guidance == 1.0 else lambda latents, timestep: self.predict(latents, timestep, null),
+            lambda latents, timestep: self.denoiser(latents, timestep, known),
+            None if guidance == 1.0 else lambda latents, timestep: self.denoiser(latents, timestep, null),
             noise,
             steps or config.steps,
             guidance,
             [generator_for(seed, "sampler", i, clip) for i in indices],
         )
-
-    def predict(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
-        """The denoiser's prediction; with `predicts_change` it works on what differs from the cross-fade.
-
-        Flow matching is linear in the clip, so the same difference is taken from what it sees and what it says:
-        noisy = (1 − t)·clip + t·noise, prediction = noise − clip.
-        """
-        if not self.config.denoiser.predicts_change:
-            return self.denoiser(noisy, timestep, known)
-        fade = known.cross_fade(noisy.shape[1])
-        clean = (1 - timestep / 1000)[:, None, None, None, None]
-        return self.denoiser(noisy - clean * fade, timestep, known) - fade
 
     def known(self, pair: DeepTokens, before: ContextLatents | None = None) -> Known:
         """What the denoiser is told about clips with these head and tail tokens `b 2 n d` and these frames before."""
@@ -225,7 +216,7 @@ class VideoTokenizer(nn.Module):
         )
         frames = self.config.denoiser.context_frames
         context = keys.new_zeros(b, frames, *keys.shape[2:]) if before is None else before
-        return Known(pair, keys, context, keys.new_full((b,), float(before is not None)))
+        return Known(pair, keys, keys.new_ones(b), context, keys.new_full((b,), float(before is not None)))
 
     def frames_of(self, latents: ClipLatents) -> FrameStack:
         """First-stage latents of clips → uint8 frames."""

@@ -3,7 +3,7 @@
 A step holds clips (for the denoiser) and single frames (for the key-frame regression, at a sixteenth of the cost).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from dicode.hub import config_from_dict, content_hash, load_weights, read_config, write_config
 from dicode.seeds import generator_for
+from dicode.tokenizer.denoiser import ChangeDenoiser
 from dicode.tokenizer.diffusion import noised
 from dicode.tokenizer.first_stage import FirstStageConfig
 from dicode.tokenizer.known import Known
@@ -92,6 +93,12 @@ class TokenizerTraining:
         self.rows = self.cache.frame_rows()
         kept = Path(run.cache) / f"latents-{content_hash(weights)}.safetensors"
         self.latents = first_stage_latents(self.module, cache, kept)
+        if isinstance(self.module.denoiser, ChangeDenoiser):
+            before = run.model.denoiser.context_frames
+            clips = torch.stack(
+                [self.clip(v, 0.0)[before:] for v in self.cache.videos[:: len(self.cache.videos) // 512 + 1]]
+            )
+            self.module.denoiser.fit_deviation(clips[:, :-1].float(), clips[:, -1].float())
 
     def num_samples(self) -> int:
         return len(self.cache.videos)
@@ -136,6 +143,7 @@ class TokenizerTraining:
             tokens=rearrange(noisy_tokens[: 2 * b], "(two b) n d -> b two n d", two=2) * kept[:, None, None, None],
             key_latents=rearrange(predicted[: 2 * b].detach(), "(two b) c h w -> b two c h w", two=2)
             * kept[:, None, None, None, None],
+            keys_mask=kept,
             context=context,
             context_mask=(torch.rand(b, generator=generator) >= self.run.drop_context).to(tokens),
         )
@@ -148,15 +156,10 @@ class TokenizerTraining:
 
     def denoising_loss(self, clips: Tensor, known: Known, generator: torch.Generator) -> Tensor:
         """Mean squared error of the denoiser's prediction at random times; hidden context is zeroed by its mask."""
-        known = Known(
-            known.tokens,
-            known.key_latents,
-            known.context * known.context_mask[:, None, None, None, None],
-            known.context_mask,
-        )
+        known = replace(known, context=known.context * known.context_mask[:, None, None, None, None])
         noise = torch.randn(clips.shape, generator=generator).to(clips)
         noisy, timestep, target = noised(self.run.model.diffusion, clips, noise, generator)
-        return functional.mse_loss(self.module.predict(noisy, timestep, known), target)
+        return functional.mse_loss(self.module.denoiser(noisy, timestep, known), target)
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         """Key-frame error and PSNR, denoising loss with fixed noise; a sheet of real, key-head and rendered frames."""
