@@ -33,7 +33,8 @@ def test_evaluate_writes_a_result_a_part(tiny_model: Path, cache: Path, tmp_path
     )
     assert 0 <= generation["text_control"]["share"] <= 1
     assert generation["validation_percentile"]["n"] == 2  # clips 0 and 6 of twelve are held out
-    assert set(reconstruction["frechet"]) == {"reconstruction", "hold_head", "cross_fade"}
+    baselines = {"hold_head", "cross_fade", "hold_head_of_tokens", "cross_fade_of_tokens"}
+    assert set(reconstruction["frechet"]) == {"reconstruction", "first_stage", *baselines}
     assert speed["frames"] == 32
     assert {p.name for p in (tmp_path / "sheets").iterdir()} == {"tiny-generation.png", "tiny-reconstruction.png"}
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from dicode.hub import CheckpointError, read_config, write_config
 from dicode.seeds import generator_for
-from dicode.tokenizer.denoiser import build_denoiser
+from dicode.tokenizer.denoiser import ChangeDenoiser, build_denoiser
 from dicode.tokenizer.diffusion import DiffusionConfig, noised, sample
 from dicode.tokenizer.encoder import ClipEncoder, EncoderConfig, KeyFrameHead
 from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
-from dicode.tokenizer.known import DenoiserConfig, Known
+from dicode.tokenizer.known import DenoiserConfig, Known, cross_faded
 from dicode.tokenizer.resampler import Resampler, ResamplerConfig
 from dicode.tokenizer.video_tokenizer import TokenizerConfig, VideoTokenizer
 
@@ -60,6 +60,7 @@ def known(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> Known:
     return Known(
         torch.randn(b, 2, n, d, generator=g),
         torch.randn(b, 2, c, side, side, generator=g),
+        torch.ones(b),
         torch.randn(b, 2, c, side, side, generator=g),
         torch.ones(b),
     )
@@ -174,6 +175,54 @@ def test_every_denoiser_listens_to_noise_time_tokens_and_context(kind: str) -> N
     }
     for name, arguments in changed.items():
         assert (denoiser(*arguments) - plain).abs().max() > 1e-4, name
+
+
+def test_a_change_denoiser_that_says_nothing_gives_the_best_guess_for_gaussian_changes() -> None:
+    """What is left of the target is then `deviation`/√variance of what the network has to say, at every time."""
+    torch.manual_seed(0)
+    b = 400
+    denoiser = ChangeDenoiser(Silent(), 4)
+    denoiser.deviation.copy_(torch.tensor([0.1, 0.5, 1.0, 2.0]))
+    told = Known(torch.zeros(b, 2, 1, 1), torch.randn(b, 2, 3, 4, 4), torch.ones(b), torch.zeros(b, 1), torch.zeros(b))
+    clips = cross_faded(told.key_latents, 4) + denoiser.deviation[:, None, None, None] * torch.randn(b, 4, 3, 4, 4)
+    for t in (0.05, 0.5, 0.95):
+        noise = torch.randn_like(clips)
+        predicted = denoiser((1 - t) * clips + t * noise, torch.full((b,), 1000 * t), told)
+        left = (noise - clips - predicted).square().mean((0, 2, 3, 4)).sqrt()
+        expected = denoiser.deviation / (((1 - t) * denoiser.deviation) ** 2 + t**2).sqrt()
+        torch.testing.assert_close(left, expected, rtol=0.05, atol=0)
+
+
+def test_a_change_denoiser_takes_the_whole_clip_for_change_where_keys_are_dropped() -> None:
+    denoiser = ChangeDenoiser(Silent(), 4)
+    denoiser.deviation.fill_(0.1)
+    told = known(2)
+    dropped = dataclasses.replace(told, key_latents=told.key_latents * 0, keys_mask=torch.zeros(2))
+    noisy, time = torch.randn(2, 4, 5, 8, 8), torch.full((2,), 1000.0)
+    torch.testing.assert_close(denoiser(noisy, time, dropped), noisy)  # at t = 1, noise is the best guess
+    torch.testing.assert_close(denoiser(noisy, time * 0, dropped), -noisy)  # at t = 0, minus the clip
+
+
+def test_deviations_of_the_change_are_measured_a_frame() -> None:
+    denoiser = ChangeDenoiser(Silent(), 4)
+    keys = torch.randn(50, 2, 5, 8, 8)
+    clips = cross_faded(keys, 4)
+    clips[:, 2] += 3 * torch.randn_like(clips[:, 2])
+    denoiser.fit_deviation(clips, keys[:, 1], smallest=0.2)
+    torch.testing.assert_close(denoiser.deviation, torch.tensor([0.2, 0.2, 3.0, 0.2]), rtol=0.02, atol=0)
+
+
+def test_change_needs_an_objective_that_is_linear_in_the_clip() -> None:
+    denoiser = dataclasses.replace(DENOISERS["hourglass"], predicts_change=True)
+    with pytest.raises(ValueError, match="predicts_change"):
+        VideoTokenizer(tiny_config(denoiser=denoiser, diffusion=DiffusionConfig(objective="v_prediction")))
+
+
+class Silent(torch.nn.Module):
+    """A network that predicts nothing."""
+
+    def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, known: Known) -> torch.Tensor:
+        return torch.zeros_like(noisy)
 
 
 def test_unet_shows_head_tokens_to_the_first_half_of_a_clip_only() -> None:

@@ -14,11 +14,13 @@ from dicode.generate import DiCoDe
 from dicode.hub import read_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import DeepLMConfig
+from dicode.tokenizer.denoiser import ChangeDenoiser
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.clips import TokenizerRun
-from dicode.train.images import FirstStageRun
+from dicode.train.images import FirstStageRun, frames_to_pixels
 from dicode.train.language import LanguageRun
 from dicode.train.loop import LoopConfig, NonFiniteLossError, OptimConfig, sample_indices, train
+from dicode.train.perceptual import PerceptualDistance
 from dicode.train.stages import run_recipe, stage_of
 from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.synthetic import draw_clip
@@ -177,6 +179,39 @@ def test_deep_tokens_are_normalised_over_the_training_frames(tmp_path: Path) -> 
     tokens = torch.cat([tokenizer.encode(pair[None])[0] for pair in frames.split(2) if len(pair) == 2])
     assert tokens.mean().abs() < 0.05
     assert tokens.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_frozen_encoder_keeps_latents_while_the_decoder_learns(trained: Path, tmp_path: Path) -> None:
+    run = dataclasses.replace(runs(trained)["first_stage"], init=str(trained / "first_stage/best"), freeze_encoder=True)
+    run_recipe(run, tmp_path, {})
+    files = (trained / "first_stage/best", tmp_path / "best")
+    before, after = (load_file(folder / "first_stage.safetensors") for folder in files)
+    for name in before:
+        assert torch.equal(before[name], after[name]) is not name.startswith("autoencoder.decoder."), name
+
+
+def test_the_perceptual_distance_sees_blur_and_has_gradients() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    frames, _ = draw_clip(seed=1, num_frames=4, size=64)
+    sharp = frames_to_pixels(torch.from_numpy(frames))
+    blurred = torch.nn.functional.avg_pool2d(sharp, 5, 1, 2).requires_grad_()
+    distance = PerceptualDistance()
+    assert distance(sharp, sharp).item() == pytest.approx(0, abs=1e-6)
+    far = distance(blurred, sharp)
+    far.backward()
+    assert far > 0.05 and blurred.grad is not None and blurred.grad.abs().max() > 0
+
+
+def test_a_denoiser_of_changes_measures_their_deviation_before_it_trains(trained: Path, tmp_path: Path) -> None:
+    run = runs(trained)["denoiser"]
+    assert isinstance(run, TokenizerRun)
+    denoiser = dataclasses.replace(run.model.denoiser, predicts_change=True)
+    fresh = dataclasses.replace(run, init=None, freeze_key_frames=False, images_per_step=6)
+    run_recipe(dataclasses.replace(fresh, model=dataclasses.replace(run.model, denoiser=denoiser)), tmp_path, {})
+    tokenizer = VideoTokenizer.from_pretrained(tmp_path / "best")
+    assert isinstance(tokenizer.denoiser, ChangeDenoiser)
+    assert tokenizer.denoiser.deviation[0] == pytest.approx(0.2)  # the head itself
+    assert tokenizer.denoiser.deviation[1:].min() > 0.2
 
 
 def test_longer_samples_are_trained_at_the_share_asked_for(trained: Path) -> None:

@@ -16,7 +16,7 @@ from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, fe
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
 from dicode.evaluate.reconstruction import cross_fade, frechet_scores, hold_head, psnr_score
 from dicode.generate import DiCoDe
-from dicode.shapes import Video
+from dicode.shapes import KeyFrameTokens, Video
 from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.sheet import contact_sheet
 
@@ -82,19 +82,25 @@ def evaluate_generation(
 def evaluate_reconstruction(
     model: DiCoDe, cache: FrameCache, bank_path: Path, seed: int = 0
 ) -> tuple[dict[str, Any], Any]:
-    """Validation clips through tokens and back, beside two baselines; the first stage alone, a source."""
+    """Validation clips through tokens and back, beside two baselines: of the real key frames, and of their tokens."""
     extractor = EfficientNetLite0Features()
     videos = [v for v in cache.videos if v.validation]
     real = [first_clip(model, cache, v) for v in videos]
     made: list[Video] = []
+    keys: list[Video] = []  # head and tail, as the key-frame head shows them
     for first in range(0, len(real), BATCH):
-        frames = torch.from_numpy(np.stack(real[first : first + BATCH]))
-        made += list(next(model.tokenizer.decode(model.tokenizer.encode(frames), seed=seed)).cpu().numpy())
+        tokens = model.tokenizer.encode(torch.from_numpy(np.stack(real[first : first + BATCH])))
+        made += list(next(model.tokenizer.decode(tokens, seed=seed)).cpu().numpy())
+        keys += [key_frames_of(model, pair) for pair in tokens]
     clips = [clip[:-1] for clip in real]
     candidates = {
         "reconstruction": made,
         "hold_head": [hold_head(clip) for clip in clips],
         "cross_fade": [cross_fade(clip[0], clip[-1], len(clip) - 1) for clip in real],
+        # the same baselines from what the tokens hold, and every frame through the first stage: what it costs alone
+        "hold_head_of_tokens": [np.repeat(pair[:1], len(clips[0]), axis=0) for pair in keys],
+        "cross_fade_of_tokens": [cross_fade(pair[0], pair[1], len(clips[0])) for pair in keys],
+        "first_stage": [through_first_stage(model, clip) for clip in clips],
     }
     features = bank_features(model, cache, extractor, bank_path)
     held = np.array([v.validation for v in cache.videos])
@@ -107,8 +113,9 @@ def evaluate_reconstruction(
     psnr = {name: asdict(psnr_score(clips, those, seed=seed)) for name, those in candidates.items()}
     first_stage = {}
     for source in sorted({v.source for v in videos}):
-        own = [clip for clip, v in zip(clips, videos, strict=True) if v.source == source]
-        first_stage[source] = asdict(psnr_score(own, [through_first_stage(model, clip) for clip in own], seed=seed))
+        own = [i for i, v in enumerate(videos) if v.source == source]
+        through = candidates["first_stage"]
+        first_stage[source] = asdict(psnr_score([clips[i] for i in own], [through[i] for i in own], seed=seed))
     figures = {
         "frechet": scores,
         "psnr": psnr,
@@ -118,6 +125,12 @@ def evaluate_reconstruction(
     }
     rows = [clip for i in range(0, len(clips), max(1, len(clips) // 10)) for clip in (clips[i], made[i])]
     return figures, contact_sheet(rows[:20])
+
+
+@torch.no_grad()
+def key_frames_of(model: DiCoDe, tokens: KeyFrameTokens) -> Video:
+    """Key frames as the key-frame head alone shows them, without diffusion."""
+    return model.tokenizer.frames_of(model.tokenizer.key_latents(tokens)[None])[0].cpu().numpy()
 
 
 @torch.no_grad()
