@@ -43,6 +43,7 @@ class Generate:
     variance_scale: float | None = None  # of the next token's distribution: 0 takes its mean
     temperature: float | None = None  # of the choice between its components: 0 takes the likeliest
     decoder_guidance: float | None = None  # of the decoder: above 1 follows the tokens more closely
+    decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
     steps: int | None = None  # denoising steps a clip
     joins: Joins | None = None  # chained: every clip sees the end of the one before
     model: str = "sprites"  # a model in the box, or a checkpoint folder
@@ -72,6 +73,7 @@ class Reconstruct:
     side_by_side: bool = False  # the video at the left, what its tokens give at the right
     seed: int = 0  # of the decoder
     decoder_guidance: float | None = None  # above 1 follows the tokens more closely
+    decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
     steps: int | None = None  # denoising steps a clip
     joins: Joins = "chained"  # chained: every clip sees the end of the one before
     model: str = "sprites"  # a model in the box, or a checkpoint folder
@@ -101,6 +103,7 @@ class Assemble:
     variance_scale: float | None = None
     temperature: float | None = None
     decoder_guidance: float | None = None
+    decoder_temperature: float | None = None
     steps: int | None = None
     joins: Joins | None = None
 

@@ -112,8 +112,17 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
     config = tokenizer.config
     steps = config.steps if command.steps is None else command.steps
     guidance = config.guidance if command.decoder_guidance is None else command.decoder_guidance
-    stacks = tokenizer.decode(tokens, seed=command.seed, steps=steps, guidance=guidance, joins=command.joins)
-    options = {"seed": command.seed, "steps": steps, "decoder_guidance": guidance, "joins": command.joins}
+    temperature = config.temperature if command.decoder_temperature is None else command.decoder_temperature
+    stacks = tokenizer.decode(
+        tokens, seed=command.seed, steps=steps, guidance=guidance, temperature=temperature, joins=command.joins
+    )
+    options = {
+        "seed": command.seed,
+        "steps": steps,
+        "decoder_guidance": guidance,
+        "decoder_temperature": temperature,
+        "joins": command.joins,
+    }
     metadata = {"source": source, **options, **model}
     with _written(command.output, config.fps, metadata, command.scale, num_frames, watch) as (writer, bar):
         for (clip,) in watch.timed("decode", trimmed(stacks, num_frames)):

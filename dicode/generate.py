@@ -25,6 +25,7 @@ class GenerationConfig:
     variance_scale: float = 1.0  # of the mixture over the next deep token; 0 takes its mean
     temperature: float = 1.0  # of the choice between the mixture's components; 0 takes the likeliest
     decoder_guidance: float = 1.0  # of the denoiser against null tokens
+    decoder_temperature: float = 1.0  # of its noise: below 1 clips hold together better and move less
     steps: int = 12  # of the denoiser a clip
     joins: Joins = "chained"
 
@@ -116,6 +117,7 @@ class DiCoDe:
             sample_indices=indices,
             steps=settings.steps,
             guidance=settings.decoder_guidance,
+            temperature=settings.decoder_temperature,
             joins=settings.joins,
         )
         return trimmed(clips, frames)

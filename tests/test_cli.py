@@ -29,12 +29,15 @@ from dicode.video.shards import FrameCache
 PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
-    "generate": "--decoder-guidance --device --guidance --help --joins --model --output --scale --seconds --seed "
+    "generate": "--decoder-guidance --decoder-temperature "
+    "--device --guidance --help --joins --model --output --scale --seconds --seed "
     "--sheet --steps --temperature --timings --variance-scale",
     "tokenize": "--device --help --model --output",
-    "reconstruct": "--decoder-guidance --device --help --joins --model --output --scale --seed --side-by-side --steps",
+    "reconstruct": "--decoder-guidance --decoder-temperature "
+    "--device --help --joins --model --output --scale --seed --side-by-side --steps",
     "train": "--help --run-folder",
-    "assemble": "--decoder-guidance --dtype --first-stage --guidance --help --joins --output --steps --temperature "
+    "assemble": "--decoder-guidance --decoder-temperature "
+    "--dtype --first-stage --guidance --help --joins --output --steps --temperature "
     "--variance-scale",
     "evaluate": "--cache --help --output --parts --prompts --seed --sheets",
     "data": "--help",
@@ -104,6 +107,7 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
         "variance_scale": 0.5,
         "temperature": 1.0,
         "decoder_guidance": 1.0,
+        "decoder_temperature": 1.0,
         "steps": 2,
         "joins": "chained",
         "model": "tiny",
@@ -414,7 +418,8 @@ def test_info_counts_parameters_and_rates(capsys, tiny_model):
 def test_assemble_joins_two_runs_and_keeps_how_to_sample_them(capsys, tmp_path, tiny_model):
     code, out, err = run(capsys, "assemble", tiny_model, tiny_model, "-o", tmp_path / "joined", "--steps", 5)
     assert code == 0, err
-    assert "guidance 1.0, variance_scale 1.0, temperature 1.0, decoder_guidance 1.0, steps 5, joins chained" in out
+    assert "guidance 1.0, variance_scale 1.0, temperature 1.0, decoder_guidance 1.0, decoder_temperature 1.0" in out
+    assert "steps 5, joins chained" in out
     assert DiCoDe.from_pretrained(tmp_path / "joined").defaults == GenerationConfig(steps=5)
 
 

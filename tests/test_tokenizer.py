@@ -145,6 +145,16 @@ def test_seed_and_sample_index_change_the_clip() -> None:
     assert (plain - other_sample).abs().mean() > 1
 
 
+def test_temperature_scales_the_noise_that_a_clip_starts_from() -> None:
+    tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 2, 4, 6)
+
+    def made(temperature: float, seed: int) -> torch.Tensor:
+        return next(tokenizer.decode(tokens, seed=seed, temperature=temperature)).float()
+
+    differences = [(made(t, 1) - made(t, 2)).abs().mean() for t in (1.0, 0.5, 0.0)]
+    assert differences[0] > differences[1] > differences[2] == 0
+
+
 def test_chained_clips_see_the_clip_before_and_parallel_ones_do_not() -> None:
     tokenizer = tiny_tokenizer()
     tokens, others = torch.randn(1, 3, 4, 6), torch.randn(1, 3, 4, 6)

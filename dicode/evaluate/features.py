@@ -82,9 +82,9 @@ class EfficientNetLite0Features:
         x = functional.interpolate(x, size, mode="bilinear") if x.shape[-2:] != size else x
         x = x.contiguous(memory_format=torch.channels_last)
         network = self._network
-        x = network._swish(network._conv_stem(x))  # type: ignore[operator]
+        x = network._swish(network._conv_stem(x))
         maps = []
-        for number, block in enumerate(network._blocks):  # type: ignore[arg-type]
+        for number, block in enumerate(network._blocks):
             x = block(x)
             if number in STAGE_ENDS:
                 maps.append(x)

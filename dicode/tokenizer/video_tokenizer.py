@@ -53,6 +53,7 @@ class TokenizerConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     steps: int = 12  # sampling steps where the caller names none
     guidance: float = 1.0
+    temperature: float = 1.0  # of the noise a clip starts from: below 1 clips hold together better and move less
 
     @property
     def latent_size(self) -> int:
@@ -141,6 +142,7 @@ class VideoTokenizer(nn.Module):
         sample_indices: Sequence[int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        temperature: float | None = None,
         joins: Literal["chained", "parallel"] = "chained",
     ) -> Iterator[FrameStack]:
         """Render N key frames' tokens `b k n d` as k−1 clips, each uint8 `b 16 h w c`, one after the other.
@@ -152,7 +154,13 @@ class VideoTokenizer(nn.Module):
             raise ValueError(f"expected at least 2 key frames (one clip), got {tokens.shape[1]}")
         pairs = (tokens[:, i : i + 2] for i in range(tokens.shape[1] - 1))
         return self.decode_pairs(
-            pairs, seed=seed, sample_indices=sample_indices, steps=steps, guidance=guidance, joins=joins
+            pairs,
+            seed=seed,
+            sample_indices=sample_indices,
+            steps=steps,
+            guidance=guidance,
+            temperature=temperature,
+            joins=joins,
         )
 
     def decode_pairs(
@@ -163,6 +171,7 @@ class VideoTokenizer(nn.Module):
         sample_indices: Sequence[int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        temperature: float | None = None,
         joins: Literal["chained", "parallel"] = "chained",
         first_clip: int = 0,
     ) -> Iterator[FrameStack]:
@@ -171,7 +180,7 @@ class VideoTokenizer(nn.Module):
         for clip, pair in enumerate(pairs, start=first_clip):
             with torch.no_grad():
                 indices = sample_indices or range(len(pair))
-                latents = self._render(pair.to(self.device), before, seed, indices, clip, steps, guidance)
+                latents = self._render(pair.to(self.device), before, seed, indices, clip, steps, guidance, temperature)
                 if joins == "chained" and self.config.denoiser.context_frames:
                     before = latents[:, -self.config.denoiser.context_frames :]
                 yield self.frames_of(latents)
@@ -185,6 +194,7 @@ class VideoTokenizer(nn.Module):
         clip: int,
         steps: int | None,
         guidance: float | None,
+        temperature: float | None,
     ) -> ClipLatents:
         config = self.config
         side = config.latent_size
@@ -198,11 +208,12 @@ class VideoTokenizer(nn.Module):
             keys_mask=torch.zeros_like(known.keys_mask),
         )
         guidance = config.guidance if guidance is None else guidance
+        temperature = config.temperature if temperature is None else temperature
         return sample(
             config.diffusion,
             lambda latents, timestep: self.denoiser(latents, timestep, known),
             None if guidance == 1.0 else lambda latents, timestep: self.denoiser(latents, timestep, null),
-            noise,
+            temperature * noise,
             steps or config.steps,
             guidance,
             [generator_for(seed, "sampler", i, clip) for i in indices],

@@ -34,6 +34,11 @@ def assemble(
                 raise CheckpointError(f"{first_stage}: {name} differs from {tokenizer}; the deep tokens would change")
         parts.first_stage.load_state_dict(later.state_dict())
     if defaults is not None:  # reconstruction samples as generation does
-        parts.config = replace(parts.config, steps=defaults.steps, guidance=defaults.decoder_guidance)
+        parts.config = replace(
+            parts.config,
+            steps=defaults.steps,
+            guidance=defaults.decoder_guidance,
+            temperature=defaults.decoder_temperature,
+        )
     DiCoDe(parts, DeepTokenLM.from_pretrained(lm), defaults).save_pretrained(output, dtype)
     return DiCoDe.from_pretrained(output)
