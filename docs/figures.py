@@ -46,8 +46,10 @@ def figures(model: str) -> str:
         ("motion of generated clips against real ones", f"{motion['ratio']:.2f} ({interval(motion)})"),
         (
             f"reconstruction, FVD-EffLite0, {rebuilt['n']} validation clips (lower is better)",
-            f"{frechet['reconstruction']:.0f}; hold the head frame {frechet['hold_head']:.0f}, "
-            f"cross-fade {frechet['cross_fade']:.0f}",
+            f"{frechet['reconstruction']:.0f}; real head frame held {frechet['hold_head']:.0f}, real key frames "
+            f"cross-faded {frechet['cross_fade']:.0f}; the same from what the tokens hold "
+            f"{frechet['hold_head_of_tokens']:.0f}, {frechet['cross_fade_of_tokens']:.0f}; every frame through the "
+            f"first stage {frechet['first_stage']:.0f}",
         ),
         (
             "first stage alone, PSNR on validation clips",

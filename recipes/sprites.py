@@ -3,9 +3,10 @@
     dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
     dicode train recipes/sprites.py:first_stage
     dicode train recipes/sprites.py:key_frames
-    dicode train recipes/sprites.py:denoiser      # these two
-    dicode train recipes/sprites.py:lm            # side by side
-    dicode assemble runs/denoiser/best runs/lm/best -o sprites --guidance 1.5 --variance-scale 0.1 --decoder-guidance 2
+    dicode train recipes/sprites.py:denoiser            # these three need nothing of each other
+    dicode train recipes/sprites.py:lm
+    dicode train recipes/sprites.py:first_stage_decoder
+    dicode assemble runs/denoiser/best runs/lm/best --first-stage runs/first_stage_decoder/best -o sprites
 
 To train the model in the box further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
 
@@ -15,10 +16,14 @@ Every run continues where it was stopped when its command is given again. Hours 
 from dataclasses import replace
 
 from dicode.lm.sizes import SIZES
+from dicode.tokenizer.known import DenoiserConfig
+from dicode.tokenizer.video_tokenizer import TokenizerConfig
 from dicode.train.clips import TokenizerRun
 from dicode.train.images import FirstStageRun
 from dicode.train.language import LanguageRun
 from dicode.train.loop import LoopConfig, OptimConfig
+
+MODEL = TokenizerConfig(denoiser=DenoiserConfig(predicts_change=True))
 
 
 def first_stage() -> FirstStageRun:
@@ -32,9 +37,24 @@ def first_stage() -> FirstStageRun:
     )
 
 
+def first_stage_decoder() -> FirstStageRun:
+    """The same autoencoder's decoder once more, with a perceptual distance: sharper frames from the same latents."""
+    return FirstStageRun(
+        init="runs/first_stage/best",
+        freeze_encoder=True,
+        perceptual_weight=0.2,
+        loop=LoopConfig(
+            evaluate_every=400,
+            checkpoint_every=200,
+            optim=OptimConfig(steps=2000, batch_size=16, lr=5e-4, warmup_steps=50, decay_fraction=0.5, ema_decay=0.99),
+        ),
+    )
+
+
 def key_frames() -> TokenizerRun:
     """Encoder, resampler and key-frame head on single frames: fixes what the deep tokens are."""
     return TokenizerRun(
+        model=MODEL,
         denoises=False,
         images_per_step=96,
         loop=LoopConfig(
@@ -51,6 +71,7 @@ def denoiser() -> TokenizerRun:
         init="runs/key_frames/best",
         freeze_key_frames=True,
         images_per_step=0,
+        model=MODEL,
         loop=LoopConfig(
             evaluate_every=500,
             checkpoint_every=250,
@@ -77,6 +98,12 @@ def lm() -> LanguageRun:
             input_noise=1.0,
         ),
         from_start=1.0,
+        key_frames=2,
+        longer=(9,),
+        longer_share=(0.03,),
+        long_captions=0.3,
+        null_captions=0.08,
+        word_dropout=0.25,
         loop=LoopConfig(
             evaluate_every=500,
             checkpoint_every=250,
