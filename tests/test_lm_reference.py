@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dicode.convert.names import lm_state
 from dicode.hub import load_state
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import MixtureHead, mixture_mean, mixture_nll, split_mixture
@@ -46,22 +47,8 @@ def model() -> DeepTokenLM:
         components=values["num_kernels"],
     )
     model = DeepTokenLM(config).eval()
-    load_state(model, ours(load_file(REFERENCE / "lm.weights.safetensors")), "lm.weights")
+    load_state(model, lm_state(load_file(REFERENCE / "lm.weights.safetensors")), "lm.weights")
     return model
-
-
-def ours(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Public parameter names to ours; `lm_head` is tied to the text embedding and unused."""
-    renamed = {}
-    for name, value in published.items():
-        if name == "llm.lm_head.weight":
-            continue
-        name = name.replace("llm.transformer.", "backbone.body.")
-        name = name.replace("input_resampler.", "embedding.mlp.").replace("output_resampler.", "head.mlp.")
-        name = name.replace("video_pos_token.frame_token", "embedding.keyframe")
-        name = name.replace("video_pos_token.pos_token", "embedding.place")
-        renamed[name] = value.flatten(0, 1) if value.ndim == 3 else value
-    return renamed
 
 
 def test_mixture_is_the_published_one(vectors: dict[str, Tensor]) -> None:
