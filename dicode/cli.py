@@ -66,7 +66,10 @@ class Tokenize:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Send a video through deep tokens and back, or render tokens that `dicode tokenize` saved."""
+    """Send a video through deep tokens and back, or render tokens that `dicode tokenize` saved.
+
+    Of 16·N + 1 frames the last is only the last clip's tail key frame: 16·N come back.
+    """
 
     input: Input  # video, animated image, folder of frames, or tokens.safetensors
     output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
@@ -140,6 +143,14 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class Encode:
+    """Compute the latents and deep tokens of a cache now, which training would compute when it first needs them."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]  # from `dicode data cache`
+    model: str = "sprites"  # whose first stage and tokenizer: a model in the box, or a folder such as runs/NAME/best
+
+
+@dataclass(frozen=True)
 class Sheet:
     """Draw a contact sheet of a data set: clips picked by the seed, one a row, with their captions."""
 
@@ -159,7 +170,7 @@ class Info:
 
 COMMANDS = {
     "dicode.commands": (Generate, Tokenize, Reconstruct, Train, Assemble, Info),
-    "dicode.data_commands": (Index, Cache, Sheet),
+    "dicode.data_commands": (Index, Cache, Encode, Sheet),
     "dicode.evaluate.command": (Evaluate,),
 }
 
@@ -200,9 +211,9 @@ def parse(argv: list[str]) -> Any:
     app, data = SubcommandApp(), SubcommandApp()
     for command in (Generate, Tokenize, Reconstruct, Train, Assemble, Evaluate, Info):
         app.command(name=command.__name__.lower())(command)
-    for part in (Index, Cache, Sheet):
+    for part in (Index, Cache, Encode, Sheet):
         data.command(name=part.__name__.lower())(part)
-    app.command(data, name="data", help="Check, cache or look at folders of clips.")
+    app.command(data, name="data", help="Check, cache, encode or look at folders of clips.")
     description = "Text to video with a language model. `dicode --version` tells the version."
     return app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dicode import __version__
 from dicode.cli import Assemble, Generate, Info, Reconstruct, Tokenize, Train, missing_extra
+from dicode.device import pick_device
 from dicode.generate import DiCoDe, GenerationConfig, trimmed
 from dicode.hub import (
     CheckpointError,
@@ -43,7 +44,7 @@ def generate(command: Generate, watch: Stopwatch) -> int:
     check_parent(command.sheet)
     with watch.stage("load"):
         folder = resolve(command.model)
-        model = DiCoDe.from_pretrained(folder, device=pick_device(command.device))
+        model = DiCoDe.from_pretrained(folder, device=str(pick_device(command.device)))
     _time_language_model(model, watch)
     options = dataclasses.asdict(_sampling(command, model.defaults))
     asked = {"prompt": command.prompt, "seed": command.seed, "seconds": command.seconds}
@@ -194,18 +195,6 @@ def info(command: Info, watch: Stopwatch) -> int:
 def progress(total: int, unit: str) -> tqdm:
     """A bar on the terminal, for what takes longer than two seconds."""
     return tqdm(total=total, unit=unit, delay=PROGRESS_AFTER_S, disable=None, leave=False)
-
-
-def pick_device(name: str) -> str:
-    """`auto` → the accelerator of this machine or cpu; raises `ValueError` for a device that cannot be used."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator.type if accelerator else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which of them depends on the device
-        raise ValueError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from error
-    return name
 
 
 def origin(folder: Path, *weights: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What `dicode data index`, `cache` and `sheet` do; their flags are in `cli.py`."""
+"""What `dicode data index`, `cache`, `encode` and `sheet` do; their flags are in `cli.py`."""
 
 import sys
 from collections.abc import Sequence
@@ -10,11 +10,13 @@ import torch
 from numpy import ndarray
 from tqdm import tqdm
 
-from dicode.cli import Cache, Index, Sheet
+from dicode.cli import Cache, Encode, Index, Sheet, missing_extra
 from dicode.commands import PROGRESS_AFTER_S, check_parent
+from dicode.hub import resolve
 from dicode.seeds import generator_for
 from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.video.clips import ClipRecord, check_files, is_validation, read_index
 from dicode.video.io import VideoReadError, native_frames, read_video
 from dicode.video.shards import CachedVideo, FrameCache, thin
@@ -73,6 +75,25 @@ def cache(command: Cache, watch: Stopwatch) -> int:
         f"{command.size}×{command.size}, {pixels.numel() / 1e6:.0f} MB; {num_bad} bad files"
     )
     return min(num_bad, MOST_COUNTED)
+
+
+def encode(command: Encode, watch: Stopwatch) -> int:
+    """Written where training looks for them; what is there already is kept."""
+    try:
+        from dicode.train.clips import first_stage_latents
+        from dicode.train.language import frame_tokens
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "train") from error
+    source = resolve(command.model)
+    with watch.stage("load"):
+        tokenizer, frames = VideoTokenizer.from_pretrained(source), FrameCache.load(command.cache)
+    with watch.stage("latents"):
+        latents = first_stage_latents(tokenizer, frames, command.cache, source / FIRST_STAGE_WEIGHTS)
+    with watch.stage("tokens"):
+        tokens = frame_tokens(tokenizer, frames, command.cache, source)
+    print(f"{command.cache}: latents {tuple(latents.shape)} of frames and mirror images, tokens {tuple(tokens.shape)}")
+    print(watch.text())
+    return 0
 
 
 def sheet(command: Sheet, watch: Stopwatch) -> int:

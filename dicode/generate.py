@@ -62,6 +62,7 @@ class DiCoDe:
                 "tokenizer": self.tokenizer.save_pretrained(folder, dtype),
                 "lm": self.lm.save_part(folder, dtype),
                 "generation": config_to_dict(self.defaults),
+                "deep_tokens": self.tokenizer.token_hash(dtype),
             },
         )
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,6 +95,18 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors makes files for their owner alone; a checkpoint is there to be shared
+
+
+def kept_tensors(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file that `make` fills on first use; an interrupted first use leaves no file."""
+    if not path.is_file():
+        partial = path.with_name(f".{path.name}.part")
+        try:
+            save_file(make(), partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return read_tensors(path)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 Video = UInt8[ndarray, "f h w c"]  # one video or clip in memory, as read from or written to a file
 FrameStack = UInt8[Tensor, "b f h w c"]
-KeyFrameStack = UInt8[Tensor, "b k h w c"]
 
 KeyFramePixels = Float[Tensor, "b c h w"]  # one key frame a batch entry, −1…1
 ImageLatents = Float[Tensor, "b z y x"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from dicode.cli import Assemble, Generate, main
 from dicode.generate import DiCoDe, GenerationConfig
 from dicode.hub import content_hash
 from dicode.stopwatch import Stopwatch
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.video.io import read_metadata, read_video
 from dicode.video.shards import FrameCache
 
@@ -43,6 +45,7 @@ FLAGS = {
     "data": "--help",
     "data index": "--help",
     "data cache": "--help --loops --max-fps --output --size",
+    "data encode": "--help --model",
     "data sheet": "--count --help --output --seed --size",
     "info": "--help",
 }
@@ -202,7 +205,7 @@ def test_tokens_of_another_model_are_refused(capsys, tmp_path, tiny_model):
         (["generate", "x", "--model", "MODEL", "-o", "a.avi"], "a.avi: expected a name ending in .mp4"),
         (["generate", "x", "--model", "MODEL", "-o", "no/a.mp4"], "no: no such folder to write 'a.mp4' in"),
         (["generate", "x", "--model", "MODEL", "--sheet", "no/a.png"], "no: no such folder to write 'a.png' in"),
-        (["generate", "x", "--model", "MODEL", "--device", "toaster"], "--device toaster: cannot be used here"),
+        (["generate", "x", "--model", "MODEL", "--device", "toaster"], "device toaster: cannot be used here"),
         (["tokenize", "nothing.mp4", "--model", "MODEL"], "nothing.mp4: no such file or folder"),
         (["tokenize", "VIDEO", "-o", "tokens.pt", "--model", "MODEL"], "expected a name ending in .safetensors"),
         (["reconstruct", "t.safetensors", "--side-by-side"], "--side-by-side: t.safetensors holds tokens"),
@@ -393,6 +396,24 @@ def test_cache_holds_every_frame_of_the_good_files(capsys, tmp_path, drawn_clips
     rows = cache.clip_rows(video, start_s=0.0, num_frames=10, fps=4.0)
     expected = read_video(drawn_clips / video.file, fps=4.0, size=24).frames
     assert (cache.frames[rows].numpy() == expected).all()
+
+
+def test_encode_puts_latents_and_tokens_where_training_looks_and_a_new_cache_drops_them(
+    capsys, tmp_path, drawn_clips, tiny_model
+):
+    making = ["data", "cache", drawn_clips, "-o", tmp_path / "cache", "--size", 32]
+    assert run(capsys, *making)[0] == 0
+    code, out, err = run(capsys, "data", "encode", tmp_path / "cache", "--model", tiny_model)
+    assert code == 0, err
+    assert "tokens (120, " in out
+    made = {path.name.split("-")[0]: path for path in (tmp_path / "cache").glob("*-*.safetensors")}
+    cache, tokenizer = FrameCache.load(tmp_path / "cache"), VideoTokenizer.from_pretrained(tiny_model)
+    tokens, latents = load_file(made["tokens"])["tokens"], load_file(made["latents"])["latents"]
+    assert latents.shape[:2] == (2, len(cache.frames))
+    expected = tokenizer.encode(cache.frames[[0, 16]][None])[0]
+    torch.testing.assert_close(tokens[[0, 16]].float(), expected, atol=0.1, rtol=0.1)  # bfloat16 and float16
+    assert run(capsys, *making)[0] == 0
+    assert not list((tmp_path / "cache").glob("*-*.safetensors"))
 
 
 def test_sheet_shows_as_many_clips_as_asked_for(capsys, tmp_path, spoilt_clips):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +144,14 @@ def test_seed_and_sample_index_change_the_clip() -> None:
     )
     assert (plain - other_seed).abs().mean() > 1
     assert (plain - other_sample).abs().mean() > 1
+
+
+def test_impossible_options_are_refused_before_anything_is_made() -> None:
+    tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 2, 4, 6)
+    wrong: dict[str, dict[str, Any]] = {"steps": {"steps": 0}, "temperature": {"temperature": -0.5}}
+    for message, options in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            tokenizer.decode(tokens, **options)
 
 
 def test_temperature_scales_the_noise_that_a_clip_starts_from() -> None:
@@ -334,7 +343,16 @@ def test_a_perfect_denoiser_recovers_the_latents(objective: str) -> None:
         implied_noise = (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         return alpha.sqrt() * implied_noise - (1 - alpha).sqrt() * clean
 
-    made = sample(config, perfect, None, noise, steps=20, guidance=1.0)
+    times = []
+
+    def watched(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        times.append(timestep[0].item())
+        return perfect(latents, timestep)
+
+    made = sample(config, watched, None, noise, steps=20, guidance=1.0)
+    assert len(times) == 20
+    if objective == "flow":
+        assert times == pytest.approx([1000 - 50 * i for i in range(20)], abs=0.01)  # no step is wasted
     # the published schedule stops at t = 1, where noise of deviation 0.03 is left
     torch.testing.assert_close(made, clean, atol=0.15 if objective == "v_prediction" else 1e-4, rtol=0)
 

@@ -10,15 +10,18 @@ import torch
 from safetensors.torch import load_file
 from test_tokenizer import tiny_config
 
-from dicode.generate import DiCoDe
-from dicode.hub import read_config
+from dicode.generate import DiCoDe, GenerationConfig
+from dicode.hub import CheckpointError, read_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import DeepLMConfig
+from dicode.seeds import generator_for
 from dicode.tokenizer.denoiser import ChangeDenoiser
-from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.tokenizer.first_stage import DECODER, FirstStageConfig
+from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
+from dicode.train.assemble import assemble
 from dicode.train.clips import TokenizerRun
 from dicode.train.images import FirstStageRun, frames_to_pixels
-from dicode.train.language import LanguageRun
+from dicode.train.language import LanguageRun, LanguageTraining
 from dicode.train.loop import LoopConfig, NonFiniteLossError, OptimConfig, sample_indices, train
 from dicode.train.perceptual import PerceptualDistance
 from dicode.train.stages import run_recipe, stage_of
@@ -85,6 +88,20 @@ def runs(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
     }
 
 
+def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
+    """Runs that differ from `runs` in one part."""
+    first_stage, denoiser = runs(root)["first_stage"], runs(root)["denoiser"]
+    assert isinstance(first_stage, FirstStageRun) and isinstance(denoiser, TokenizerRun)
+    kl = FirstStageConfig("kl", (8, 8, 8), latent_channels=5, encoder_blocks=(1,), decoder_blocks=(1,))
+    frozen = dataclasses.replace(first_stage, init=str(root / "first_stage/best"), freeze_encoder=True)
+    change = dataclasses.replace(denoiser.model.denoiser, predicts_change=True)
+    return {
+        "kl": dataclasses.replace(first_stage, model=kl),
+        "perceptual": dataclasses.replace(frozen, perceptual_weight=0.2),
+        "change": dataclasses.replace(denoiser, model=dataclasses.replace(denoiser.model, denoiser=change)),
+    }
+
+
 LM = DeepLMConfig(
     body="llama", width=32, depth=1, heads=2, positions=48, vocab_size=300, token_width=6, tokens_per_keyframe=4,
     max_keyframes=6, text_length=12, components=3, input_noise=0.1,
@@ -96,10 +113,10 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
-@pytest.mark.parametrize("stage", ["first_stage", "key_frames", "denoiser", "lm"])
+@pytest.mark.parametrize("stage", ["first_stage", "kl", "perceptual", "key_frames", "denoiser", "change", "lm"])
 def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
     """Three steps, a stop, then the rest: same weights, EMA, buffers, optimizer and losses as in one go."""
-    run = runs(trained)[stage]
+    run = {**runs(trained), **variants(trained)}[stage]
     whole = dataclasses.replace(run, loop=loop(6))
     run_recipe(whole, tmp_path / "whole", {})
 
@@ -181,13 +198,72 @@ def test_deep_tokens_are_normalised_over_the_training_frames(tmp_path: Path) -> 
     assert tokens.std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_a_frozen_encoder_keeps_latents_while_the_decoder_learns(trained: Path, tmp_path: Path) -> None:
-    run = dataclasses.replace(runs(trained)["first_stage"], init=str(trained / "first_stage/best"), freeze_encoder=True)
-    run_recipe(run, tmp_path, {})
-    files = (trained / "first_stage/best", tmp_path / "best")
-    before, after = (load_file(folder / "first_stage.safetensors") for folder in files)
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+def test_a_frozen_encoder_keeps_latents_while_the_decoder_learns(trained: Path, tmp_path: Path, kind: str) -> None:
+    run = runs(trained)["first_stage"] if kind == "tiny" else variants(trained)["kl"]
+    run_recipe(run, tmp_path / "before", {})
+    run_recipe(
+        dataclasses.replace(run, init=str(tmp_path / "before/best"), freeze_encoder=True), tmp_path / "after", {}
+    )
+    files = (tmp_path / f"{name}/best/first_stage.safetensors" for name in ("before", "after"))
+    before, after = (load_file(file) for file in files)
     for name in before:
-        assert torch.equal(before[name], after[name]) is not name.startswith("autoencoder.decoder."), name
+        assert torch.equal(before[name], after[name]) is not name.startswith(DECODER), name
+
+
+def test_nothing_is_frozen_that_was_never_trained(trained: Path) -> None:
+    for stage, freeze in (("first_stage", "freeze_encoder"), ("denoiser", "freeze_key_frames")):
+        with pytest.raises(ValueError, match=f"{freeze}: name the trained"):
+            stage_of(dataclasses.replace(runs(trained)[stage], init=None, **{freeze: True}))
+
+
+def test_another_denoiser_takes_over_all_but_the_denoiser(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = stage_of(variants(trained)["change"])  # starts from a run whose denoiser predicts the clip itself
+    assert "another denoiser" in capsys.readouterr().out
+    held = load_file(trained / "key_frames/best/tokenizer.safetensors")
+    for name, value in TokenizerParts(stage.module).state_dict().items():
+        assert name.startswith("denoiser.") or torch.equal(value, held[name]), name
+
+
+def test_assembling_takes_a_later_decoder_and_refuses_what_does_not_fit(trained: Path, tmp_path: Path) -> None:
+    tokenizer, lm = trained / "denoiser/best", trained / "lm/best"
+    run_recipe(variants(trained)["perceptual"], tmp_path / "later", {})
+    model = assemble(tokenizer, lm, tmp_path / "model", tmp_path / "later/best", GenerationConfig(steps=3))
+    assert model.defaults.steps == model.tokenizer.config.steps == 3
+    held = load_file(tmp_path / "later/best/first_stage.safetensors")
+    for name, value in model.tokenizer.first_stage.state_dict().items():
+        torch.testing.assert_close(value, held[name], rtol=1e-3, atol=1e-3)  # float16
+    run_recipe(dataclasses.replace(runs(trained)["first_stage"], loop=loop(5)), tmp_path / "other", {})
+    with pytest.raises(CheckpointError, match="the deep tokens would change"):
+        assemble(tokenizer, lm, tmp_path / "wrong", tmp_path / "other/best")
+    other = dataclasses.replace(runs(trained)["key_frames"], loop=loop(5))
+    run_recipe(other, tmp_path / "key_frames", {})
+    with pytest.raises(CheckpointError, match="learnt the deep tokens"):
+        assemble(tmp_path / "key_frames/best", lm, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_recipe_changed_on_the_way_is_kept_beside_the_first(trained: Path, tmp_path: Path) -> None:
+    run = runs(trained)["first_stage"]
+    run_recipe(run, tmp_path, {})
+    run_recipe(dataclasses.replace(run, loop=loop(6)), tmp_path, {})
+    steps = [json.loads((tmp_path / name).read_text())["loop"]["optim"]["steps"]
+             for name in ("recipe.json", "recipe-from-step-00000004.json")]  # fmt: skip
+    assert steps == [4, 6]
+
+
+def test_key_frames_past_the_end_of_a_video_are_masked(trained: Path) -> None:
+    stage = stage_of(runs(trained)["lm"])
+    assert isinstance(stage, LanguageTraining)
+    video = dataclasses.replace(stage.cache.videos[0], loops=False, period_s=4.5)
+    stage.cache = dataclasses.replace(stage.cache, videos=(video,))
+    stage.run = dataclasses.replace(stage.run, key_frames=5, from_start=1.0, longer_share=(0.0,))
+    batch = stage.batch(torch.tensor([0, 0]), generator_for(0))
+    assert batch["mask"].tolist() == [[True, True, True, False, False]] * 2  # at 0, 2 and 4 s
+    changed = {**batch, "tokens": batch["tokens"].clone()}
+    changed["tokens"][:, 3:] = 9.0
+    stage.module.eval()
+    assert torch.equal(stage.loss(batch, generator_for(1))[0], stage.loss(changed, generator_for(1))[0])
 
 
 def test_the_perceptual_distance_sees_blur_and_has_gradients() -> None:
@@ -228,7 +304,7 @@ def test_trained_stages_make_one_model_that_generates(trained: Path, tmp_path: P
     tokenizer = VideoTokenizer.from_pretrained(trained / "denoiser/best")
     model = DiCoDe(tokenizer, DeepTokenLM.from_pretrained(trained / "lm/best"))
     model.save_pretrained(tmp_path, torch.bfloat16)
-    assert set(read_config(tmp_path)) == {"tokenizer", "lm", "generation"}
+    assert set(read_config(tmp_path)) == {"tokenizer", "lm", "generation", "deep_tokens"}
     model = DiCoDe.from_pretrained(tmp_path)
     clips = list(model.generate("a red square moves right", seconds=5.0, seed=3))
     assert [clip.shape for clip in clips] == [(16, SIZE, SIZE, 3), (16, SIZE, SIZE, 3), (8, SIZE, SIZE, 3)]

@@ -8,6 +8,7 @@ from dicode.cli import Evaluate
 from dicode.evaluate.report import write_result
 from dicode.evaluate.suite import evaluate_generation, evaluate_reconstruction, evaluate_speed
 from dicode.generate import DiCoDe
+from dicode.hub import resolve
 from dicode.stopwatch import Stopwatch
 from dicode.video.shards import FrameCache
 
@@ -18,13 +19,14 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> int:
         model = DiCoDe.from_pretrained(command.model)
         cache = FrameCache.load(command.cache)
     command.output.mkdir(parents=True, exist_ok=True)
-    bank = Path(command.cache) / "efficientnet-lite0.safetensors"
+    config = model.tokenizer.config
+    bank = Path(command.cache) / f"EffLite0-{config.clip_frames}-frames-{config.fps:g}-fps.safetensors"
     line = "dicode " + shlex.join(sys.argv[1:])
     name = Path(command.model).name
     parts = {
         "generation": lambda: evaluate_generation(model, cache, bank, command.prompts, command.seed),
         "reconstruction": lambda: evaluate_reconstruction(model, cache, bank, command.seed),
-        "speed": lambda: (evaluate_speed(model, "a swirling ice vortex"), None),
+        "speed": lambda: (evaluate_speed(model, resolve(command.model), "a swirling ice vortex"), None),
     }
     for part in command.parts:
         with watch.stage(part):

@@ -79,12 +79,12 @@ class EfficientNetLite0Features:
         """
         size = (self.image_size, self.image_size)
         x = (pixels * 127.5 + 127.5 - RGB_MEAN) / RGB_DEVIATION
-        x = functional.interpolate(x, size, mode="bilinear") if x.shape[-2:] != size else x
+        x = functional.interpolate(x, size, mode="bilinear", antialias=True) if x.shape[-2:] != size else x
         x = x.contiguous(memory_format=torch.channels_last)
         network = self._network
         x = network._swish(network._conv_stem(x))
         maps = []
-        for number, block in enumerate(network._blocks):
+        for number, block in enumerate(network._blocks[: STAGE_ENDS[-1] + 1]):
             x = block(x)
             if number in STAGE_ENDS:
                 maps.append(x)

@@ -1,21 +1,24 @@
 """Everything measured of a model in the box, from one command: text control, motion, reconstruction, speed."""
 
-import resource
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
 from dicode.evaluate.reconstruction import cross_fade, frechet_scores, hold_head, psnr_score
 from dicode.generate import DiCoDe
+from dicode.hub import kept_tensors
 from dicode.shapes import KeyFrameTokens, Video
 from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.sheet import contact_sheet
@@ -43,11 +46,13 @@ def generated_clips(model: DiCoDe, prompts: Sequence[str], seed: int, **options:
 
 def bank_features(model: DiCoDe, cache: FrameCache, extractor: EfficientNetLite0Features, path: Path) -> ClipFeatures:
     """Features of the first clip of every cached video, kept at `path`."""
-    if not path.is_file():
+
+    def computed() -> dict[str, torch.Tensor]:
         clips = (first_clip(model, cache, v)[:-1] for v in tqdm(cache.videos, desc="real clips", mininterval=5))
         features = features_of_clips(extractor, clips)
-        save_file({"mean": features.mean, "difference": features.difference}, path)
-    return ClipFeatures(**load_file(path))
+        return {name: torch.from_numpy(value) for name, value in features._asdict().items()}
+
+    return ClipFeatures(**{name: value.numpy() for name, value in kept_tensors(path, computed).items()})
 
 
 def evaluate_generation(
@@ -67,7 +72,8 @@ def evaluate_generation(
     control = text_control(
         features_of_clips(extractor, clips).mean, prompts, features.mean[~chosen], train_captions, seed=seed
     )
-    real = [first_clip(model, cache, cache.videos[captions.index(prompt)])[:-1] for prompt in prompts]
+    train_videos = [video for video, held in zip(cache.videos, chosen, strict=True) if not held]
+    real = [first_clip(model, cache, train_videos[train_captions.index(prompt)])[:-1] for prompt in prompts]
     held_out = [i for i in np.flatnonzero(chosen) if captions[i]]
     held_clips = generated_clips(model, [captions[i] for i in held_out], seed + 1, **options)
     rank = percentile_of_true_clip(features_of_clips(extractor, held_clips).mean, features.mean[held_out], seed=seed)
@@ -88,9 +94,10 @@ def evaluate_reconstruction(
     real = [first_clip(model, cache, v) for v in videos]
     made: list[Video] = []
     keys: list[Video] = []  # head and tail, as the key-frame head shows them
-    for first in range(0, len(real), BATCH):
+    for first in tqdm(range(0, len(real), BATCH), desc="reconstructing", unit="batch", mininterval=5):
         tokens = model.tokenizer.encode(torch.from_numpy(np.stack(real[first : first + BATCH])))
-        made += list(next(model.tokenizer.decode(tokens, seed=seed)).cpu().numpy())
+        indices = list(range(first, first + len(tokens)))
+        made += list(next(model.tokenizer.decode(tokens, seed=seed, sample_indices=indices)).cpu().numpy())
         keys += [key_frames_of(model, pair) for pair in tokens]
     clips = [clip[:-1] for clip in real]
     candidates = {
@@ -140,18 +147,30 @@ def through_first_stage(model: DiCoDe, clip: Video) -> Video:
     return model.tokenizer.frames_of(model.tokenizer.first_stage.encode(pixels)[None])[0].cpu().numpy()
 
 
-def evaluate_speed(model: DiCoDe, prompt: str, seconds: float = 4.0, repeats: int = 3) -> dict[str, Any]:
-    """Seconds for one video, model loaded: median of `repeats` after a warm-up; peak memory of this process."""
+def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.0, repeats: int = 3) -> dict[str, Any]:
+    """Seconds for one video: model loaded (median of `repeats` after a warm-up), and a whole process and its memory."""
     times = []
     for repeat in range(repeats + 1):
         started = time.perf_counter()
         frames = sum(len(clip) for clip in model.generate(prompt, seconds=seconds, seed=repeat))
         times.append(time.perf_counter() - started)
+    with TemporaryDirectory() as scratch:
+        command = ["generate", prompt, "--seconds", str(seconds), "--model", str(folder), "--timings"]
+        started = time.perf_counter()
+        process = subprocess.run(
+            [sys.executable, "-m", "dicode", *command, "-o", f"{scratch}/out.mp4"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        process_s = time.perf_counter() - started
+    memory = re.search(r"peak memory ([\d.]+) MiB", process.stdout)
     return {
         "seconds_of_video": seconds,
         "frames": frames,
         "median_s": float(np.median(times[1:])),
         "first_s": times[0],
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "process_s": process_s,
+        "peak_memory_gib": float(memory[1]) / 2**10 if memory else None,
         "threads": torch.get_num_threads(),
     }

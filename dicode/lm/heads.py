@@ -177,7 +177,7 @@ def _draw(
     # All chance is drawn on the CPU, one row a sample, so that neither device nor batch changes it.
     uniform = torch.cat([torch.rand(1, generator=g) for g in generators]).to(means.device)
     normal = torch.stack([torch.randn(means.shape[-1], generator=g) for g in generators]).to(means.device)
-    below = weights.cumsum(-1) < uniform.unsqueeze(-1)
+    below = weights.cumsum(-1) <= uniform.unsqueeze(-1)  # a draw of 0 takes no component of weight 0
     component = below.sum(-1).clamp(max=means.shape[1] - 1)  # the sum of weights may round to just below 1
     row = torch.arange(len(means), device=means.device)
     return means[row, component] + variances[row, component].sqrt() * normal

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -82,8 +83,12 @@ def sample(
         ratio = conditional.std(axes, keepdim=True) / prediction.std(axes, keepdim=True)
         return prediction * (config.guidance_rescale * ratio + 1 - config.guidance_rescale)
 
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift) if config.objective == "flow" else ddim_scheduler()
-    scheduler.set_timesteps(steps, device=noise.device)
+    if config.objective == "flow":  # from 1 in equal steps to 0; left alone, diffusers takes its last step at 0.001
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=noise.device)
+    else:
+        scheduler = ddim_scheduler()
+        scheduler.set_timesteps(steps, device=noise.device)
     latents = noise
     for timestep in scheduler.timesteps:
         prediction = guided(latents, timestep.expand(len(latents)).to(noise))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dicode.hub import CheckpointError, load_state
 from dicode.shapes import ImageLatents, KeyFramePixels
 
+DECODER = ("autoencoder.decoder.", "autoencoder.post_quant_conv.")  # what may change without changing a latent
+
 
 @dataclass(frozen=True)
 class FirstStageConfig:
@@ -105,10 +107,18 @@ class FirstStage(nn.Module):
     def decode(self, latents: ImageLatents) -> KeyFramePixels:
         """Normalised latents → float32 pixels, not clamped."""
         raw = latents * self.latent_deviation[:, None, None] + self.latent_mean[:, None, None]
-        raw = raw.contiguous(memory_format=torch.channels_last)
+        return self.raw_decode(raw.contiguous(memory_format=torch.channels_last))
+
+    def raw_decode(self, latents: ImageLatents) -> KeyFramePixels:
+        """Latents before normalisation → float32 pixels."""
         if self.config.kind == "kl":
-            return self.autoencoder.decode(raw).sample.float()
-        return self.autoencoder.decoder(raw).float()
+            return self.autoencoder.decode(latents).sample.float()
+        return self.autoencoder.decoder(latents).float()
+
+    def freeze_encoder(self) -> None:
+        """Leave gradients to what acts after the latents alone (see `DECODER`)."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(DECODER))
 
     @torch.no_grad()
     def fit_statistics(self, latents: ImageLatents) -> None:

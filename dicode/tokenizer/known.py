@@ -42,15 +42,6 @@ class Known:
     context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent
     context_mask: Tensor  # b: 1 where the context is given
 
-    def repeat(self, times: int) -> "Known":
-        """The same, tiled along the batch."""
-        return Known(
-            *(
-                torch.cat([x] * times)
-                for x in (self.tokens, self.key_latents, self.keys_mask, self.context, self.context_mask)
-            )
-        )
-
     def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> Tensor:
         """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""
         f, h, w = noisy.shape[1], *noisy.shape[-2:]

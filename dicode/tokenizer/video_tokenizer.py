@@ -1,6 +1,7 @@
 """Frames ⇄ deep tokens: the whole tokenizer, from key frames to rendered clips."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,29 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dicode.hub import config_from_dict, config_to_dict, load_weights, read_config, resolve, save_weights
+from dicode.hub import (
+    CheckpointError,
+    config_from_dict,
+    config_to_dict,
+    load_weights,
+    read_config,
+    resolve,
+    save_weights,
+)
 from dicode.seeds import generator_for, normal
-from dicode.shapes import ClipLatents, ContextLatents, DeepTokens, FrameStack, ImageLatents, KeyFrameTokens
+from dicode.shapes import (
+    ClipLatents,
+    ContextLatents,
+    DeepTokens,
+    FrameStack,
+    ImageLatents,
+    KeyFramePixels,
+    KeyFrameTokens,
+)
 from dicode.tokenizer.denoiser import build_denoiser
 from dicode.tokenizer.diffusion import DiffusionConfig, sample
 from dicode.tokenizer.encoder import EncoderConfig, KeyFrameHead, build_encoder
-from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
+from dicode.tokenizer.first_stage import DECODER, FirstStage, FirstStageConfig
 from dicode.tokenizer.known import DenoiserConfig, Known
 from dicode.tokenizer.resampler import Resampler, ResamplerConfig
 from dicode.video.clips import key_frame_indices
@@ -90,7 +107,10 @@ class VideoTokenizer(nn.Module):
     def from_pretrained(cls, name_or_folder: str | Path | None = None) -> "VideoTokenizer":
         """Load from a checkpoint folder or the name of a model in the box; strict, in eval mode, float32."""
         folder = resolve(name_or_folder)
-        config = config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}/config.json: tokenizer")
+        sections = read_config(folder)
+        if "tokenizer" not in sections:
+            raise CheckpointError(f"{folder}/config.json: no section 'tokenizer'; it has {sorted(sections)}")
+        config = config_from_dict(TokenizerConfig, sections["tokenizer"], f"{folder}/config.json: tokenizer")
         tokenizer = cls(config)
         load_weights(tokenizer.first_stage, folder / FIRST_STAGE_WEIGHTS)
         load_weights(TokenizerParts(tokenizer), folder / WEIGHTS)
@@ -112,13 +132,29 @@ class VideoTokenizer(nn.Module):
             raise ValueError(f"expected frames of {expected}, got {tuple(frames.shape[2:])}; resize them first")
         keys = frames[:, key_frame_indices(frames.shape[1], self.config.clip_frames)]
         pixels = rearrange(keys, "b k h w c -> (b k) c h w").to(self.device).float() / 127.5 - 1
-        source = self.first_stage.encode(pixels) if self.config.encoder.reads_latents else pixels
-        return rearrange(self.tokens_of(source), "(b k) n d -> b k n d", b=len(frames))
+        return rearrange(self.tokens_of(self.source_of(pixels)), "(b k) n d -> b k n d", b=len(frames))
+
+    def source_of(self, pixels: KeyFramePixels) -> Tensor:
+        """What the encoder reads of pixels in −1…1: the first stage's latents, or the pixels themselves."""
+        return self.first_stage.encode(pixels) if self.config.encoder.reads_latents else pixels
 
     def tokens_of(self, source: Tensor) -> KeyFrameTokens:
         """What the encoder reads, one key frame a batch entry → normalised tokens, with gradients."""
         tokens = self.resampler(self.encoder(source)).float()
         return self.normalizer(tokens.flatten(1)).view_as(tokens)
+
+    def token_hash(self, dtype: torch.dtype | None = None) -> str:
+        """Sixteen hexadecimal digits that stand for all weights which decide what the deep tokens of a frame are.
+
+        With a `dtype`, of these weights as saved in it.
+        """
+        digest = hashlib.sha256()
+        for part in (self.first_stage, self.encoder, self.resampler, self.normalizer):
+            for name, value in part.state_dict().items():
+                if not name.startswith(DECODER):
+                    saved = value.to(dtype) if dtype and value.is_floating_point() else value
+                    digest.update(name.encode() + saved.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def fit_statistics(self, sources: Sequence[Tensor]) -> None:
@@ -173,15 +209,35 @@ class VideoTokenizer(nn.Module):
         guidance: float | None = None,
         temperature: float | None = None,
         joins: Literal["chained", "parallel"] = "chained",
-        first_clip: int = 0,
     ) -> Iterator[FrameStack]:
         """As `decode`, from a stream of (head, tail) token pairs `b 2 n d`; draws the next pair only when asked."""
+        steps = self.config.steps if steps is None else steps
+        guidance = self.config.guidance if guidance is None else guidance
+        temperature = self.config.temperature if temperature is None else temperature
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        if temperature < 0:
+            raise ValueError(f"temperature of the decoder: expected 0 or more, got {temperature}")
+        if joins not in ("chained", "parallel"):
+            raise ValueError(f"joins: expected 'chained' or 'parallel', got {joins!r}")
+        return self._decode_pairs(pairs, seed, sample_indices, steps, guidance, temperature, joins == "chained")
+
+    def _decode_pairs(
+        self,
+        pairs: Iterator[DeepTokens],
+        seed: int,
+        sample_indices: Sequence[int] | None,
+        steps: int,
+        guidance: float,
+        temperature: float,
+        chained: bool,
+    ) -> Iterator[FrameStack]:
         before: ContextLatents | None = None
-        for clip, pair in enumerate(pairs, start=first_clip):
+        for clip, pair in enumerate(pairs):
             with torch.no_grad():
                 indices = sample_indices or range(len(pair))
                 latents = self._render(pair.to(self.device), before, seed, indices, clip, steps, guidance, temperature)
-                if joins == "chained" and self.config.denoiser.context_frames:
+                if chained and self.config.denoiser.context_frames:
                     before = latents[:, -self.config.denoiser.context_frames :]
                 yield self.frames_of(latents)
 
@@ -192,9 +248,9 @@ class VideoTokenizer(nn.Module):
         seed: int,
         indices: Sequence[int],
         clip: int,
-        steps: int | None,
-        guidance: float | None,
-        temperature: float | None,
+        steps: int,
+        guidance: float,
+        temperature: float,
     ) -> ClipLatents:
         config = self.config
         side = config.latent_size
@@ -207,14 +263,12 @@ class VideoTokenizer(nn.Module):
             key_latents=torch.zeros_like(known.key_latents),
             keys_mask=torch.zeros_like(known.keys_mask),
         )
-        guidance = config.guidance if guidance is None else guidance
-        temperature = config.temperature if temperature is None else temperature
         return sample(
             config.diffusion,
             lambda latents, timestep: self.denoiser(latents, timestep, known),
             None if guidance == 1.0 else lambda latents, timestep: self.denoiser(latents, timestep, null),
             temperature * noise,
-            steps or config.steps,
+            steps,
             guidance,
             [generator_for(seed, "sampler", i, clip) for i in indices],
         )

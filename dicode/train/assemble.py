@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from dicode.generate import DiCoDe, GenerationConfig
-from dicode.hub import CheckpointError, load_weights
+from dicode.hub import CheckpointError, load_weights, read_config
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.tokenizer.first_stage import FirstStage
+from dicode.tokenizer.first_stage import DECODER, FirstStage
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 
 
@@ -24,16 +24,19 @@ def assemble(
 
     `first_stage` names a later run of the same first stage, its encoder frozen: only its decoder may differ, for
     latents and deep tokens to stay what they were. float16 keeps three more bits than bfloat16, and weights fit it.
+    Raises `CheckpointError` where they do not, or where the language model was trained on other tokens.
     """
     parts = VideoTokenizer.from_pretrained(tokenizer)
+    if (learnt := read_config(lm).get("deep_tokens")) != parts.token_hash():
+        raise CheckpointError(f"{lm} learnt the deep tokens {learnt}, {tokenizer} makes {parts.token_hash()}")
     if first_stage is not None:
         later = FirstStage(parts.config.first_stage)
         load_weights(later, first_stage / FIRST_STAGE_WEIGHTS)
         for name, value in parts.first_stage.state_dict().items():
-            if not name.startswith("autoencoder.decoder") and not torch.equal(value, later.state_dict()[name]):
+            if not name.startswith(DECODER) and not torch.equal(value, later.state_dict()[name]):
                 raise CheckpointError(f"{first_stage}: {name} differs from {tokenizer}; the deep tokens would change")
         parts.first_stage.load_state_dict(later.state_dict())
-    if defaults is not None:  # reconstruction samples as generation does
+    if defaults is not None:  # what a reconstruction takes where it is told nothing
         parts.config = replace(
             parts.config,
             steps=defaults.steps,

@@ -82,6 +82,9 @@ def load_checkpoint(
     moments = load_file(path / "optimizer.safetensors")
     if differing := sorted((weights.keys() ^ trained.keys()) | (kept.keys() ^ buffers.keys())):
         raise CheckpointError(f"{path}: made by another recipe; differing tensors: {differing[:5]}")
+    held = {**weights, **kept}
+    if misshapen := [n for n, t in {**trained, **buffers}.items() if t.shape != held[n].shape]:
+        raise CheckpointError(f"{path}: made by another recipe; tensors of other shapes: {misshapen[:5]}")
     with torch.no_grad():
         for name, buffer in buffers.items():
             buffer.copy_(kept[name])

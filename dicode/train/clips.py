@@ -9,11 +9,20 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
+from tqdm import tqdm
 
-from dicode.hub import config_from_dict, content_hash, load_weights, read_config, write_config
+from dicode.hub import (
+    config_from_dict,
+    content_hash,
+    kept_tensors,
+    load_state,
+    load_weights,
+    read_config,
+    read_tensors,
+    write_config,
+)
 from dicode.seeds import generator_for
 from dicode.tokenizer.denoiser import ChangeDenoiser
 from dicode.tokenizer.diffusion import noised
@@ -48,17 +57,22 @@ class TokenizerRun:
     drop_context: float = 0.5  # share of clips that see nothing of the clip before
 
 
-def first_stage_latents(tokenizer: VideoTokenizer, cache: FrameCache, path: Path) -> Tensor:
-    """Latents of all cached frames and of their mirror images, float16 `2 f z y x`; computed once, kept at `path`."""
-    if not path.is_file():
+def first_stage_latents(tokenizer: VideoTokenizer, cache: FrameCache, folder: Path, weights: Path) -> Tensor:
+    """Latents of all cached frames and of their mirror images, float16 `2 f z y x`.
+
+    Computed once and kept in the cache's `folder`, under a name that tells the first stage's `weights` file.
+    """
+
+    def computed() -> dict[str, Tensor]:
         parts = []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            for part in cache.frames.split(128):
+            for part in tqdm(cache.frames.split(128), desc="first-stage latents", delay=2, disable=None, leave=False):
                 pixels = frames_to_pixels(part)
                 parts.append(tokenizer.first_stage.encode(torch.cat([pixels, pixels.flip(-1)])))
         both = torch.cat([rearrange(part, "(two f) c h w -> two f c h w", two=2) for part in parts], dim=1)
-        save_file({"latents": both.half()}, path)
-    return load_file(path)["latents"]
+        return {"latents": both.half()}
+
+    return kept_tensors(folder / f"latents-{content_hash(weights)}.safetensors", computed)["latents"]
 
 
 class TokenizerTraining:
@@ -78,8 +92,10 @@ class TokenizerTraining:
         if held != run.model.first_stage:
             raise ValueError(f"{run.first_stage} holds {held}, the recipe names {run.model.first_stage}")
         load_weights(self.module.first_stage, weights)
+        if run.freeze_key_frames and not run.init:
+            raise ValueError("freeze_key_frames: name the trained tokenizer in init; random parts would stay random")
         if run.init:
-            load_weights(TokenizerParts(self.module), Path(run.init) / WEIGHTS)
+            self._start_from(Path(run.init))
         if run.freeze_key_frames:
             module = self.module
             for part in (module.encoder, module.resampler, module.key_head):
@@ -91,14 +107,27 @@ class TokenizerTraining:
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
         self.rows = self.cache.frame_rows()
-        kept = Path(run.cache) / f"latents-{content_hash(weights)}.safetensors"
-        self.latents = first_stage_latents(self.module, cache, kept)
+        self.latents = first_stage_latents(self.module, cache, Path(run.cache), weights)
         if isinstance(self.module.denoiser, ChangeDenoiser):
             before = run.model.denoiser.context_frames
             clips = torch.stack(
                 [self.clip(v, 0.0)[before:] for v in self.cache.videos[:: len(self.cache.videos) // 512 + 1]]
             )
             self.module.denoiser.fit_deviation(clips[:, :-1].float(), clips[:, -1].float())
+
+    def _start_from(self, folder: Path) -> None:
+        """Take another run's weights, all of them; where its denoiser is another network, ours starts afresh."""
+        held = config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}: tokenizer")
+        parts = TokenizerParts(self.module)
+        if held.denoiser == self.run.model.denoiser:
+            load_weights(parts, folder / WEIGHTS)
+            return
+        print(
+            f"{folder} holds another denoiser ({held.denoiser.kind}): this one starts with random weights", flush=True
+        )
+        theirs = {n: t for n, t in read_tensors(folder / WEIGHTS).items() if not n.startswith("denoiser.")}
+        ours = {n: t for n, t in parts.state_dict().items() if n.startswith("denoiser.")}
+        load_state(parts, {**theirs, **ours}, str(folder / WEIGHTS))
 
     def num_samples(self) -> int:
         return len(self.cache.videos)
@@ -115,10 +144,13 @@ class TokenizerTraining:
         return {"clips": torch.stack(clips).float(), "images": self.latents[flips, rows].float()}
 
     def clip(self, video: CachedVideo, start: float, mirrored: int = 0) -> Tensor:
-        """Latents: context frames, the 16 frames of a clip, its tail key frame, from `start` (0…1 of its period)."""
+        """Latents: context frames, the 16 frames of a clip, its tail key frame, from `start` (0…1 of where it may be).
+
+        A looping clip may start anywhere; another where it still lasts to its end, if it is long enough.
+        """
         config = self.run.model
         before = config.denoiser.context_frames
-        start_s = start * video.period_s + (video.period_s if video.loops else before / config.fps)
+        start_s = (1 + start) * video.period_s if video.loops else start * max(0.0, video.period_s - config.clip_s)
         rows = self.cache.clip_rows(video, start_s - before / config.fps, before + config.clip_frames + 1, config.fps)
         return self.latents[mirrored, rows]
 

@@ -53,6 +53,8 @@ class FirstStageTraining:
     """The `Stage` of a `FirstStageRun`."""
 
     def __init__(self, run: FirstStageRun):
+        if run.freeze_encoder and not run.init:
+            raise ValueError("freeze_encoder: name the trained first stage in init; a random encoder would stay random")
         self.run = run
         self.best = "-perceptual" if run.perceptual_weight else "psnr_db"
         self.perceptual = PerceptualDistance() if run.perceptual_weight else None
@@ -71,7 +73,7 @@ class FirstStageTraining:
         if run.init:
             load_weights(self.module, Path(run.init) / WEIGHTS)
         if run.freeze_encoder:
-            self.module.autoencoder.encoder.requires_grad_(False)
+            self.module.freeze_encoder()
 
     def num_samples(self) -> int:
         return len(self.rows)
@@ -86,7 +88,7 @@ class FirstStageTraining:
         latents = self.module.raw_latents(pixels)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         latents = latents + self.run.latent_noise * latents.detach().std() * noise
-        decoded = self.module.autoencoder.decoder(latents).float()
+        decoded = self.module.raw_decode(latents)
         error = decoded - pixels
         parts = {"squared": error.square().mean(), "absolute": error.abs().mean()}
         loss = parts["squared"] + self.run.l1_weight * parts["absolute"]

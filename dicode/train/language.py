@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from dicode.hub import content_hash, load_weights, read_config, write_config
+from dicode.hub import content_hash, kept_tensors, load_weights, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, DeepLMConfig
@@ -22,6 +22,7 @@ from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.sheet import contact_sheet
 
 RANKED_CLIPS = 48  # validation clips whose captions are matched with each other
+WRITTEN_CLIPS = 64  # captions of either split that the model writes from at every evaluation
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,28 @@ class LanguageRun:
     dropped_words: float = 0.3  # … and how many of them
 
 
-def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, path: Path) -> Tensor:
-    """Deep tokens of every cached frame, float16 `f n d`, computed once and kept at `path`."""
-    if not path.is_file():
+def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, folder: Path, source: Path) -> Tensor:
+    """Deep tokens of every cached frame, float16 `f n d`.
+
+    Computed once and kept in the cache's `folder`, under a name that tells the weights of the tokenizer's `source`.
+    """
+
+    def computed() -> dict[str, Tensor]:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             parts = [
-                tokenizer.tokens_of(tokenizer.first_stage.encode(frames_to_pixels(part)))
-                for part in cache.frames.split(128)
+                tokenizer.tokens_of(tokenizer.source_of(frames_to_pixels(part)))
+                for part in tqdm(cache.frames.split(128), desc="deep tokens", delay=2, disable=None, leave=False)
             ]
-        save_file({"tokens": torch.cat(parts).half()}, path)
-    return load_file(path)["tokens"]
+        return {"tokens": torch.cat(parts).half()}
+
+    made_by = content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)
+    return kept_tensors(folder / f"tokens-{made_by}.safetensors", computed)["tokens"]
 
 
 class LanguageTraining:
     """The `Stage` of a `LanguageRun`."""
 
-    best = "-validation_loss"
+    best = "written_share"  # the loss is least long before the caption is heard (docs/log.md)
 
     def __init__(self, run: LanguageRun):
         self.run = run
@@ -66,8 +73,7 @@ class LanguageTraining:
         self.tokenizer = VideoTokenizer.from_pretrained(folder)
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
-        made_by = content_hash(folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS)
-        self.tokens = frame_tokens(self.tokenizer, cache, Path(run.cache) / f"tokens-{made_by}.safetensors")
+        self.tokens = frame_tokens(self.tokenizer, cache, Path(run.cache), folder)
         text = TextTokenizer.load(Path(run.init)) if run.init else self._learn_text()
         torch.manual_seed(run.loop.seed)
         self.text = text
@@ -93,13 +99,21 @@ class LanguageTraining:
             if 0 <= drawn < share:
                 key_frames = longer
             drawn -= share
-        texts, rows = [], []
+        texts, rows, masks = [], [], []
+        clip_s = self.tokenizer.config.clip_s
         for i in indices:
             video = self.cache.videos[int(i)]
-            start_s = 0.0 if chance() < self.run.from_start else chance() * video.period_s
+            last_start_s = video.period_s if video.loops else max(0.0, video.period_s - clip_s)
+            start_s = 0.0 if chance() < self.run.from_start else chance() * last_start_s
             rows.append(self.key_frame_rows(video, key_frames, start_s))
+            moments_s = start_s + clip_s * torch.arange(key_frames)
+            masks.append(torch.full((key_frames,), True) if video.loops else moments_s <= max(clip_s, video.period_s))
             texts.append(self.text_of(video, generator))
-        return {"text_ids": self.encode(texts), "tokens": self.tokens[torch.stack(rows)].float()}
+        return {
+            "text_ids": self.encode(texts),
+            "tokens": self.tokens[torch.stack(rows)].float(),
+            "mask": torch.stack(masks),  # False: past the end of a video that does not loop
+        }
 
     def key_frame_rows(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
         """Cache rows of `key_frames` frames, one clip apart."""
@@ -125,7 +139,8 @@ class LanguageTraining:
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.module.parameters()).device
-        output = self.module(batch["text_ids"].to(device), batch["tokens"].to(device), generator=generator)
+        mask = None if batch["mask"].all() else batch["mask"].to(device)
+        output = self.module(batch["text_ids"].to(device), batch["tokens"].to(device), mask, generator)
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
@@ -135,6 +150,8 @@ class LanguageTraining:
             losses = [self.module(*self.sample_of(part)).loss for part in chunks(videos, 32)]
             metrics[f"{name}_loss"] = torch.stack(losses).mean().item()
         metrics["caption_rank"] = self.caption_rank()
+        metrics["written_share"] = self.written(self.cache.videos)[0]
+        metrics["written_rank"] = self.written(self.validation.videos)[1]
         return metrics, self.sheet()
 
     def sample_of(self, videos: tuple[CachedVideo, ...], key_frames: int | None = None) -> tuple[Tensor, Tensor]:
@@ -155,14 +172,34 @@ class LanguageTraining:
         ranks = []
         for own in range(n):
             loss = self.module(ids, repeat(tokens[own], "k n d -> b k n d", b=n)).keyframe_loss[:, 0]
-            ranks.append((loss > loss[own]).float().sum() / (n - 1) * 100)
+            ranks.append((loss > loss[own]).float().sum() / max(1, n - 1) * 100)
         return torch.stack(ranks).mean().item()
+
+    def written(self, videos: tuple[CachedVideo, ...]) -> tuple[float, float]:
+        """Write the first key frame of up to 64 captions and look it up among the real ones of all `videos`.
+
+        Returns the share whose nearest real key frame carries the caption (0…1), and the mean percentile rank (100
+        best, 50 chance) of the true one: text control without the decoder.
+        """
+        captioned = tuple(v for v in videos if v.captions)
+        asked = captioned[:: max(1, len(captioned) // WRITTEN_CLIPS)][:WRITTEN_CLIPS]
+        real = torch.stack([self.sample_of((v,), key_frames=1)[1].flatten() for v in captioned])
+        ids, _ = self.sample_of(asked, key_frames=1)
+        made = next(self.module.generate(ids, 1, variance_scale=0.1, temperature=0.0, guidance=1.5))
+        distances = torch.cdist(made.flatten(1).to(real), real)
+        own = torch.tensor([captioned.index(v) for v in asked], device=distances.device)
+        nearest = [captioned[i].captions[0] for i in distances.argmin(1).tolist()]
+        share = sum(n == v.captions[0] for n, v in zip(nearest, asked, strict=True)) / len(asked)
+        nearer = (distances < distances.gather(1, own[:, None])).float().sum(1) / max(1, len(captioned) - 1)
+        return share, 100 * (1 - nearer).mean().item()
 
     def sheet(self) -> Image.Image:
         """Real and written key frames, through the key-frame head, for six training and six validation captions."""
-        videos = self.cache.videos[:: len(self.cache.videos) // 6][:6] + self.validation.videos[::20][:6]
+        videos = self.cache.videos[:: max(1, len(self.cache.videos) // 6)][:6] + self.validation.videos[::20][:6]
         ids, real = self.sample_of(videos)
-        written = torch.stack(list(self.module.generate(ids, self.run.key_frames, variance_scale=0.5)), dim=1)
+        written = torch.stack(
+            list(self.module.generate(ids, self.run.key_frames, variance_scale=0.1, temperature=0.0)), dim=1
+        )
         both = torch.cat([real, written.to(real)], dim=1)
         latents = self.tokenizer.key_latents(rearrange(both, "b k n d -> (b k) n d").to(self.tokenizer.device))
         frames = pixels_to_frames(self.tokenizer.first_stage.decode(latents))
@@ -171,7 +208,8 @@ class LanguageTraining:
 
     def export(self, folder: Path) -> None:
         section: dict[str, Any] = self.module.save_part(folder)
-        write_config(folder, {"lm": section, "tokenizer": read_config(Path(self.run.tokenizer))["tokenizer"]})
+        tokenizer = read_config(Path(self.run.tokenizer))["tokenizer"]
+        write_config(folder, {"lm": section, "tokenizer": tokenizer, "deep_tokens": self.tokenizer.token_hash()})
 
 
 def chunks(videos: tuple[CachedVideo, ...], size: int) -> list[tuple[CachedVideo, ...]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.tensorboard import SummaryWriter
 
+from dicode.device import pick_device
 from dicode.hub import config_to_dict
 from dicode.seeds import generator_for
 from dicode.train.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -56,9 +57,7 @@ class LoopConfig:
     seed: int = 0
     device: str = "auto"
     bf16: bool = True
-    compile: bool = (
-        False  # torch.compile: minutes once, then 1.4× (language model) to 1.7× (denoiser) the speed on CPUs
-    )
+    compile: bool = False  # torch.compile: a minute once, then 1.4× the speed on CPUs; language model (docs/log.md)
     log_every: int = 20
     evaluate_every: int = 1000
     checkpoint_every: int = 500
@@ -114,15 +113,6 @@ def sample_indices(num_samples: int, batch_size: int, seed: int, step: int) -> T
     return torch.stack(picked)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` → cuda, mps or cpu, whichever is there first."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def train(stage: Stage, config: LoopConfig, folder: Path, recipe: dict[str, Any]) -> dict[str, float]:
     """Train to `config.optim.steps` in `folder`, continuing from its newest checkpoint; returns the best metrics.
 
@@ -142,13 +132,16 @@ def train(stage: Stage, config: LoopConfig, folder: Path, recipe: dict[str, Any]
     buffers = dict(module.named_buffers())
     state = TrainState(step=0, best=None, trained_s=0.0)
     folder.mkdir(parents=True, exist_ok=True)
+    asked = json.dumps({"recipe": recipe, "loop": config_to_dict(config)}, indent=2, default=str) + "\n"
     if newest := latest_checkpoint(folder):
         state = load_checkpoint(newest, trained, ema, buffers, optimizer)
         print(f"continuing {folder} from step {state.step}", flush=True)
+        if asked != (folder / "recipe.json").read_text():
+            changed = folder / f"recipe-from-step-{state.step:08d}.json"
+            changed.write_text(asked)
+            print(f"the recipe is not the one the run began with: see {changed}", flush=True)
     else:
-        (folder / "recipe.json").write_text(
-            json.dumps({"recipe": recipe, "loop": config_to_dict(config)}, indent=2, default=str) + "\n"
-        )
+        (folder / "recipe.json").write_text(asked)
     log = RunLog(folder)
     # torch's fused attention for CPUs runs backward at 8 GFLOP/s on short sequences; plain products train 1.2× faster
     attention = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]

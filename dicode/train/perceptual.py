@@ -1,9 +1,10 @@
 """A perceptual distance of images in the manner of LPIPS (Zhang et al. 2018), on features that install offline."""
 
-from torch import Tensor
+import torch
 from torch.nn import functional
 
 from dicode.evaluate.features import EfficientNetLite0Features
+from dicode.shapes import KeyFramePixels
 
 
 class PerceptualDistance:
@@ -15,13 +16,15 @@ class PerceptualDistance:
     """
 
     def __init__(self) -> None:
-        self.network = EfficientNetLite0Features()
+        self._network: EfficientNetLite0Features | None = None  # on the device of the first images
 
-    def __call__(self, pixels: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, pixels: KeyFramePixels, target: KeyFramePixels) -> torch.Tensor:
         """Scalar mean distance of pixels `b 3 h w` in −1…1 to `target`; gradients flow into `pixels`."""
-        maps, target_maps = (self.network.stage_features(x) for x in (pixels, target))
+        if self._network is None:
+            self._network = EfficientNetLite0Features(device=pixels.device)
+        maps, target_maps = (self._network.stage_features(x) for x in (pixels, target))
         distances = [
-            (functional.normalize(a, dim=1) - functional.normalize(b, dim=1)).float().square().sum(1).mean()
+            (functional.normalize(a.float(), dim=1) - functional.normalize(b.float(), dim=1)).square().sum(1).mean()
             for a, b in zip(maps, target_maps, strict=True)
         ]
-        return sum(distances[1:], distances[0]) / len(distances)
+        return torch.stack(distances).mean()

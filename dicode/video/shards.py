@@ -52,16 +52,23 @@ class FrameCache:
         return cls(videos, tensors["frames"], tensors["times_s"])
 
     def save(self, folder: str | Path) -> None:
-        """Write frames and index; an interrupted write leaves no index and so no cache."""
+        """Write frames and index; an interrupted write leaves no index and so no cache.
+
+        What was computed from frames that lay there before (latents, tokens, features) is removed with them.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "index.json").unlink(missing_ok=True)
+        for old in folder.glob("*.safetensors"):
+            old.unlink()
         save_file({"frames": self.frames, "times_s": self.times_s}, folder / "frames.safetensors")
         (folder / "index.json").write_text(json.dumps([dataclasses.asdict(v) for v in self.videos], indent=0))
 
     def subset(self, validation: bool) -> "FrameCache":
-        """The videos of one split; the frames are shared, not copied."""
+        """The videos of one split; the frames are shared, not copied. Raises `ValueError` where it has none."""
         chosen = tuple(v for v in self.videos if v.validation == validation)
+        if not chosen:
+            raise ValueError(f"none of {len(self.videos)} videos is for {'validation' if validation else 'training'}")
         return dataclasses.replace(self, videos=chosen)
 
     def frame_rows(self) -> Tensor:
