@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,6 +143,37 @@ def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
     replayed = losses(tmp_path / "parts")  # step 3 was done, lost with the stop, and done again
     assert replayed[:3] + replayed[3:][1:] == losses(tmp_path / "whole")
     assert replayed[2] == replayed[3]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGTERM")
+def test_sigterm_leaves_a_checkpoint_and_the_same_command_continues(trained: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from dicode.tokenizer.first_stage import FirstStageConfig\n"
+        "from dicode.train.images import FirstStageRun\n"
+        "from dicode.train.loop import LoopConfig, OptimConfig\n"
+        "def tiny():\n"
+        "    model = FirstStageConfig('tiny', (8, 8, 8), 5, (1, 1, 1), (1, 1, 1))\n"
+        "    loop = LoopConfig(log_every=1, evaluate_every=10**6, checkpoint_every=10**6,\n"
+        "                      optim=OptimConfig(steps=10**6, batch_size=4))\n"
+        f"    return FirstStageRun(cache={str(trained / 'cache')!r}, model=model, loop=loop)\n"
+    )
+    command = [sys.executable, "-m", "dicode", "train", f"{recipe}:tiny", "--run-folder", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("train 3:"):
+                break
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()
+    assert process.returncode == 75
+    (checkpoint,) = (tmp_path / "run").glob("step-*")
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert step >= 3 and f"stopped at step {step}; the same command continues" in said
+    more = subprocess.run(
+        [*command, "--loop.optim.steps", str(step + 2)], check=True, capture_output=True, text=True
+    ).stdout
+    assert f"continuing {tmp_path / 'run'} from step {step}" in more and f"train {step + 2}:" in more
 
 
 def test_every_sample_comes_once_an_epoch_whatever_the_batch_size() -> None:

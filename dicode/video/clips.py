@@ -13,6 +13,7 @@ from dicode.video.io import DEFAULT_FPS, VIDEO_SUFFIXES, VideoReadError, natural
 INDEX_NAMES = ("captions.jsonl", "captions.csv")
 DROID_VALIDATION_LAB = "f147f077"  # one lab's rooms and cameras, so that none of them is trained on
 VALIDATION_EVERY = 15
+CHECKED_SIZE = 32  # files are checked at this size: every frame is decoded, and little of it kept
 _log = logging.getLogger(__name__)
 
 
@@ -84,7 +85,7 @@ def check_files(
     bad: list[BadFile] = []
     for record in records:
         try:
-            read_video(record.path, fps, min_frames=min_frames)
+            read_video(record.path, fps, CHECKED_SIZE, min_frames=min_frames)
             good.append(record)
         except (VideoReadError, OSError) as error:
             bad.append(BadFile(record, str(error)))
