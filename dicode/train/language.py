@@ -182,6 +182,8 @@ class LanguageTraining:
         best, 50 chance) of the true one: text control without the decoder.
         """
         captioned = tuple(v for v in videos if v.captions)
+        if not captioned:
+            return 0.0, 50.0
         asked = captioned[:: max(1, len(captioned) // WRITTEN_CLIPS)][:WRITTEN_CLIPS]
         real = torch.stack([self.sample_of((v,), key_frames=1)[1].flatten() for v in captioned])
         ids, _ = self.sample_of(asked, key_frames=1)
