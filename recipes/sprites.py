@@ -98,7 +98,6 @@ def lm() -> LanguageRun:
             input_noise=1.0,
         ),
         from_start=1.0,
-        key_frames=2,
         longer=(9, 31),
         longer_share=(0.03, 0.01),
         long_captions=0.3,
