@@ -197,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dicode: interrupted; no unfinished file is left", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `dicode info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        return 0
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("DICODE_DEBUG"):
             raise

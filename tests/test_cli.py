@@ -371,6 +371,13 @@ def test_index_lists_bad_files_and_exits_with_their_count(capsys, tmp_path, draw
     assert f"{spoilt_clips}: 4 clips" in out
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_a_reader_that_stops_early_is_no_error(tiny_model):
+    command = f"{sys.executable} -m dicode info {tiny_model} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
 def test_index_counts_no_more_than_an_exit_code_holds(capsys, tmp_path):
     lines = [json.dumps({"file": f"{i}.mp4", "caption": "x"}) for i in range(300)]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
