@@ -57,7 +57,8 @@ def figures(model: str) -> str:
         ),
         (
             f"{speed['seconds_of_video']:g} s of video, {speed['threads']} CPU threads, model loaded",
-            f"{speed['median_s']:.1f} s; the whole process {speed['process_s']:.1f} s, {speed['peak_memory_gib']:.2f} GiB",
+            f"{speed['median_s']:.1f} s; the whole process {speed['process_s']:.1f} s, "
+            f"{speed['peak_memory_gib']:.2f} GiB",
         ),
     ]
     return "\n".join(["| measured | value (95 % interval) |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
