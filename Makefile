@@ -28,6 +28,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python docs/figures.py --check
 
 clean:
 	rm -rf $(VENV) build dist demo.mp4 demo.json demo.png .pytest_cache .mypy_cache .ruff_cache

@@ -8,7 +8,8 @@
     dicode train recipes/sprites.py:first_stage_decoder
     dicode assemble runs/denoiser/best runs/lm/best --first-stage runs/first_stage_decoder/best -o sprites
 
-To train the model in the box further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
+The box was assembled with `--guidance 1.25 --variance-scale 0 --decoder-guidance 2.5` as well.
+To train it further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
 
 Every run continues where it was stopped when its command is given again. Hours and results of each: docs/log.md.
 """

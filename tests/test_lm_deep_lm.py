@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dicode.hub import CheckpointError
-from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM
+from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM, _noised
 from dicode.lm.sizes import SIZES
 from dicode.lm.text import TextTokenizer
 
@@ -176,6 +176,18 @@ def test_input_noise_acts_in_training_only_and_follows_its_generator() -> None:
     model.train()
     first, again, other = (model(PROMPTS, tokens, None, torch.Generator().manual_seed(s)).loss for s in (1, 1, 2))
     assert torch.equal(first, again) and first != clean and first != other
+
+
+def test_a_share_of_noise_is_at_most_all() -> None:
+    with pytest.raises(ValueError, match="input_noise"):
+        build(input_noise=1.5)
+
+
+def test_with_a_share_of_one_what_is_read_may_be_all_noise() -> None:
+    tokens = torch.full((4000, 1, 1, 2), 5.0)
+    read = _noised(tokens, 1.0, torch.Generator().manual_seed(0))
+    assert read.mean().item() == pytest.approx(2.5, abs=0.1)  # half of the tokens is left, on average
+    assert read.min() < 0 and read.max() > 4.9
 
 
 def test_bfloat16_autocast_keeps_the_loss_in_float32() -> None:

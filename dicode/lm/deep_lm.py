@@ -51,6 +51,8 @@ class DeepTokenLM(nn.Module):
                 f"{config.positions} positions and {config.max_keyframes} key frames hold no key frame of "
                 f"{config.tokens_per_keyframe} tokens after {config.text_length} text tokens"
             )
+        if not 0 <= config.input_noise <= 1:
+            raise ValueError(f"input_noise: expected a share of noise, 0 to 1, got {config.input_noise}")
         self.config, self.text = config, text
         self.backbone = Backbone(config)
         self.embedding = DeepTokenEmbedding(

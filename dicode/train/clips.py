@@ -109,11 +109,14 @@ class TokenizerTraining:
         self.rows = self.cache.frame_rows()
         self.latents = first_stage_latents(self.module, cache, Path(run.cache), weights)
         if isinstance(self.module.denoiser, ChangeDenoiser):
-            before = run.model.denoiser.context_frames
-            clips = torch.stack(
-                [self.clip(v, 0.0)[before:] for v in self.cache.videos[:: len(self.cache.videos) // 512 + 1]]
-            )
-            self.module.denoiser.fit_deviation(clips[:, :-1].float(), clips[:, -1].float())
+            self._measure_change(self.module.denoiser)
+
+    def _measure_change(self, denoiser: ChangeDenoiser) -> None:
+        """Tell the denoiser how far frames lie from a cross-fade of their key frames, from up to 512 training clips."""
+        chosen = self.cache.videos[:: len(self.cache.videos) // 512 + 1]
+        clips = torch.stack([self.clip(video, 0.0) for video in chosen]).float()
+        clips = clips[:, self.run.model.denoiser.context_frames :]
+        denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
 
     def _start_from(self, folder: Path) -> None:
         """Take another run's weights, all of them; where its denoiser is another network, ours starts afresh."""
