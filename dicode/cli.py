@@ -29,7 +29,9 @@ Output = Annotated[str, arg(aliases=("-o",))]
 Folder = Annotated[Positional[Path], arg(metavar="FOLDER")]
 Folders = Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER …")]
 Input = Annotated[Positional[str], arg(metavar="INPUT")]
+Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Joins = Literal["chained", "parallel"]
+Dtype = Literal["float16", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Generate:
     decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
     steps: int | None = None  # denoising steps a clip
     joins: Joins | None = None  # chained: every clip sees the end of the one before
-    model: str = "sprites"  # a model in the box, or a checkpoint folder
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
     output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
     scale: int = 4  # enlarge every pixel this many times along each side
     sheet: Path | None = None  # also write a contact sheet, one row a clip
@@ -60,7 +63,8 @@ class Tokenize:
 
     input: Input  # video, animated image, or folder of frames
     output: Output = "tokens.safetensors"
-    model: str = "sprites"  # a model in the box, or a checkpoint folder
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
     device: str = "auto"  # cpu, cuda, mps
 
 
@@ -79,7 +83,8 @@ class Reconstruct:
     decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
     steps: int | None = None  # denoising steps a clip
     joins: Joins = "chained"  # chained: every clip sees the end of the one before
-    model: str = "sprites"  # a model in the box, or a checkpoint folder
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
     scale: int = 4  # enlarge every pixel this many times along each side
     device: str = "auto"  # cpu, cuda, mps
 
@@ -101,7 +106,7 @@ class Assemble:
     lm: Annotated[Positional[Path], arg(metavar="LM")]  # runs/NAME/best of a language model run
     output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
     first_stage: Path | None = None  # a later run of the same first stage, whose decoder to take
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights on disk
+    dtype: Dtype = "float16"  # of the weights on disk
     guidance: float | None = None  # this and the following: how the model is sampled where nothing else is asked for
     variance_scale: float | None = None
     temperature: float | None = None
@@ -115,7 +120,7 @@ class Assemble:
 class Evaluate:
     """Measure a model against its training and validation clips: one JSON a part, written from this command alone."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")] = "sprites"  # a model in the box, or a checkpoint folder
+    model: Model = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     cache: Path = Path("cache/sprites")  # real clips, from `dicode data cache`
     output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON files
     sheets: Path | None = None  # folder for contact sheets
@@ -162,16 +167,62 @@ class Sheet:
 
 
 @dataclass(frozen=True)
-class Info:
-    """Show a model's parameters, its rate in tokens, numbers and bits, and its sampling options."""
+class Official:
+    """Convert the published DiCoDe weights into a checkpoint folder. Every tensor is used, or named and why not."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")] = "sprites"  # a model in the box, or a checkpoint folder
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    tokenizer: Path | None = None  # models/pytorch_model.bin
+    lm: Path | None = None  # models/gpt2_large.bin
+    clip: Path | None = None  # OpenCLIP ViT-H/14, file or folder, where the tokenizer's file lacks a tower
+    vocabulary: str = "openai-community/gpt2"  # of GPT-2: a folder with vocab.json and merges.txt, or a Hub id
+    dtype: Dtype = "float16"  # of the weights on disk
+
+
+@dataclass(frozen=True)
+class Dynamicrafter:
+    """Convert DynamiCrafter-256 into a checkpoint folder from which to train a tokenizer (recipes/paper.py)."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]  # model.ckpt
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    clip: Path | None = None  # OpenCLIP ViT-H/14, file or folder, where the checkpoint lacks a tower
+    dtype: Dtype = "float16"  # of the weights on disk
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Convert OpenCLIP's weights into a folder of transformers, or those of transformers into a file of OpenCLIP."""
+
+    weights: Annotated[Positional[Path], arg(metavar="WEIGHTS")]  # a file, or a folder with one
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    dtype: Dtype = "float32"  # of the weights on disk
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Convert CompVis' autoencoder, alone or within a larger checkpoint, into a folder of diffusers."""
+
+    weights: Annotated[Positional[Path], arg(metavar="WEIGHTS")]  # a torch or safetensors file
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    dtype: Dtype = "float32"  # of the weights on disk
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what a model or a preset takes: parameters, FLOPs, memory, and a second of video in tokens and bits."""
+
+    model: Model = "sprites"  # a model in the box, a checkpoint folder, owner/name on the Hub, or a preset: gpt2-large
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    gpus: tuple[int, ...] = (1, 8)  # to train on, with weights, gradients and optimizer shared out among them
+    batch_size: int = 1  # samples on each of them
+    json: Annotated[Path | None, arg(metavar="FILE")] = None  # keep the figures in a result file
 
 
 COMMANDS = {
-    "dicode.commands": (Generate, Tokenize, Reconstruct, Train, Assemble, Info),
+    "dicode.commands": (Generate, Tokenize, Reconstruct, Train, Assemble),
+    "dicode.info_command": (Info,),
     "dicode.data_commands": (Index, Cache, Encode, Sheet),
     "dicode.evaluate.command": (Evaluate,),
+    "dicode.convert.command": (Official, Dynamicrafter, Clip, Vae),
 }
 
 
@@ -211,12 +262,15 @@ def parse(argv: list[str]) -> Any:
     """The command of these arguments, one of the dataclasses above."""
     if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
         return _parse_train(argv[1], argv[2:])
-    app, data = SubcommandApp(), SubcommandApp()
+    app, data, convert = SubcommandApp(), SubcommandApp(), SubcommandApp()
     for command in (Generate, Tokenize, Reconstruct, Train, Assemble, Evaluate, Info):
         app.command(name=command.__name__.lower())(command)
     for part in (Index, Cache, Encode, Sheet):
         data.command(name=part.__name__.lower())(part)
+    for source in (Official, Dynamicrafter, Clip, Vae):
+        convert.command(name=source.__name__.lower())(source)
     app.command(data, name="data", help="Check, cache, encode or look at folders of clips.")
+    app.command(convert, name="convert", help="Turn weights that others published into ours.")
     description = "Text to video with a language model. `dicode --version` tells the version."
     return app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
 

@@ -1,7 +1,6 @@
-"""What `dicode generate`, `tokenize`, `reconstruct`, `train`, `assemble` and `info` do; their flags are in `cli.py`."""
+"""What `dicode generate`, `tokenize`, `reconstruct`, `train` and `assemble` do; their flags are in `cli.py`."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +18,15 @@ from dicode.cli import Assemble, Generate, Info, Reconstruct, Tokenize, Train, m
 from dicode.device import pick_device
 from dicode.generate import DiCoDe, GenerationConfig, trimmed
 from dicode.hub import (
-    CheckpointError,
-    config_from_dict,
     config_to_dict,
     content_hash,
-    read_config,
+    model_name,
     read_tensors,
     resolve,
 )
-from dicode.lm.sizes import DeepLMConfig
 from dicode.shapes import DeepTokens, Video
 from dicode.stopwatch import Stopwatch
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerConfig, VideoTokenizer
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
 from dicode.video.io import read_video
 from dicode.video.sheet import save_sheet
 from dicode.video.writer import VideoWriter
@@ -43,7 +39,7 @@ def generate(command: Generate, watch: Stopwatch) -> int:
     """Clips are written as they come; the file appears when the last one has."""
     check_parent(command.sheet)
     with watch.stage("load"):
-        folder = resolve(command.model)
+        folder = resolve(command.model, command.revision)
         model = DiCoDe.from_pretrained(folder, device=str(pick_device(command.device)))
     _time_language_model(model, watch)
     options = dataclasses.asdict(_sampling(command, model.defaults))
@@ -59,7 +55,7 @@ def generate(command: Generate, watch: Stopwatch) -> int:
                 writer.write(clip)
             bar.update(len(clip))
             if command.timings:
-                bar.write(f"clip {(writer.num_frames - 1) // config.clip_frames}: {watch.text(before)}")
+                bar.write(f"clip {(writer.num_frames - 1) // config.tail_frame}: {watch.text(before)}")
                 before = dict(watch.seconds)
             if command.sheet:
                 rows.append(clip)
@@ -79,7 +75,7 @@ def tokenize(command: Tokenize, watch: Stopwatch) -> int:
         raise ValueError(f"{output}: expected a name ending in {TOKENS_SUFFIX}")
     check_parent(output)
     with watch.stage("load"):
-        tokenizer, model = _load_tokenizer(command.model, command.device)
+        tokenizer, model = _load_tokenizer(command)
     with watch.stage("encode"):
         frames, tokens = _encode(tokenizer, command.input)
     fps = tokenizer.config.fps
@@ -102,7 +98,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
     if is_saved and command.side_by_side:
         raise ValueError(f"--side-by-side: {command.input} holds tokens, not the video to show beside them")
     with watch.stage("load"):
-        tokenizer, model = _load_tokenizer(command.model, command.device)
+        tokenizer, model = _load_tokenizer(command)
     frames: Video | None = None
     with watch.stage("encode"):
         if is_saved:
@@ -157,39 +153,12 @@ def train(command: Train, watch: Stopwatch) -> int:
 
 def assemble(command: Assemble, watch: Stopwatch) -> int:
     """Says what came out, as `dicode info` does."""
+    from dicode.info_command import info
     from dicode.train.assemble import assemble as join
 
     defaults, dtype = _sampling(command, GenerationConfig()), getattr(torch, command.dtype)
     join(command.tokenizer, command.lm, command.output, command.first_stage, defaults, dtype)
     return info(Info(str(command.output)), watch)
-
-
-def info(command: Info, watch: Stopwatch) -> int:
-    """Everything is read from the files' headers and `config.json`; no network is built."""
-    folder = resolve(command.model)
-    sections = read_config(folder)
-    if not {"tokenizer", "lm"} <= sections.keys():
-        raise CheckpointError(f"{folder}/config.json: expected sections tokenizer and lm, got {sorted(sections)}")
-    config = config_from_dict(TokenizerConfig, sections["tokenizer"], "tokenizer")
-    lm = config_from_dict(DeepLMConfig, sections["lm"], "lm")
-    defaults = config_from_dict(GenerationConfig, sections.get("generation", {}), "generation")
-    parts = parameters_by_part(folder)
-    print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 1e6:.1f} MB")
-    print(f"{config.size}×{config.size} pixels, {config.fps:g} fps, clips of {config.clip_frames} frames, ", end="")
-    print(f"up to {(lm.keyframe_limit - 1) * config.clip_s:g} s")
-    print("sampling: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(defaults).items()))
-    print(f"licence: {_licence(folder)}\n\n{'parameters':<54}")
-    for part, count in [*parts.items(), ("together", sum(parts.values()))]:
-        print(f"  {part:<32}{count:>12,}")
-    rates = {  # tokens a second, numbers a token, bits a number
-        "deep tokens (float32)": (lm.tokens_per_keyframe / config.clip_s, lm.token_width, 32),
-        "latents (float32)": (config.fps * config.latent_size**2, config.first_stage.latent_channels, 32),
-        "pixels (uint8)": (config.fps * config.size**2, 3, 8),
-    }
-    print(f"\n{'a second of video':<34}{'tokens':>12}{'numbers':>12}{'bits':>12}")
-    for name, (tokens, numbers, bits) in rates.items():
-        print(f"  {name:<32}{tokens:>12,.0f}{tokens * numbers:>12,.0f}{tokens * numbers * bits:>12,.0f}")
-    return 0
 
 
 def progress(total: int, unit: str) -> tqdm:
@@ -199,18 +168,7 @@ def progress(total: int, unit: str) -> tqdm:
 
 def origin(folder: Path, *weights: Path) -> dict[str, str]:
     """What made a file, for its metadata: model, its weights, and version."""
-    return {"model": folder.resolve().name, "weights": content_hash(*weights), "dicode": __version__}
-
-
-def parameters_by_part(folder: Path) -> dict[str, int]:
-    """Parameters of a checkpoint, by weight file and the first word of their names."""
-    counts: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                part = f"{path.stem}: {name.split('.')[0]}"
-                counts[part] = counts.get(part, 0) + math.prod(file.get_slice(name).get_shape())
-    return counts
+    return {"model": model_name(folder), "weights": content_hash(*weights), "dicode": __version__}
 
 
 def peak_memory_mib() -> float | None:
@@ -256,9 +214,9 @@ def _time_language_model(model: DiCoDe, watch: Stopwatch) -> None:
     model.lm.generate = lambda *given, **options: watch.timed("language model", write(*given, **options))  # type: ignore[method-assign]
 
 
-def _load_tokenizer(name: str, device: str) -> tuple[VideoTokenizer, dict[str, str]]:
-    folder = resolve(name)
-    tokenizer = VideoTokenizer.from_pretrained(folder).to(pick_device(device))
+def _load_tokenizer(command: Tokenize | Reconstruct) -> tuple[VideoTokenizer, dict[str, str]]:
+    folder = resolve(command.model, command.revision)
+    tokenizer = VideoTokenizer.from_pretrained(folder).to(pick_device(command.device))
     return tokenizer, origin(folder, folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS)
 
 
@@ -272,7 +230,8 @@ def _read_tokens(tokenizer: VideoTokenizer, model: dict[str, str], path: Path) -
     tensors = read_tensors(path)
     with safe_open(path, framework="pt") as file:
         note = file.metadata() or {}
-    expected = (tokenizer.config.resampler.queries, tokenizer.config.resampler.token_width)
+    config = tokenizer.config
+    expected = (config.resampler.queries, config.resampler.token_width)
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if list(found) != ["tokens"] or len(found["tokens"]) != 3 or found["tokens"][1:] != expected:
         raise ValueError(f"{path}: expected one tensor 'tokens' of k × {expected[0]} × {expected[1]}, got {found}")
@@ -282,11 +241,5 @@ def _read_tokens(tokenizer: VideoTokenizer, model: dict[str, str], path: Path) -
             f"with weights {model['weights']}: name the right one with --model"
         )
     tokens = tensors["tokens"][None].float()
-    num_frames = int(note.get("frames", (tokens.shape[1] - 1) * tokenizer.config.clip_frames))
+    num_frames = int(note.get("frames", (tokens.shape[1] - 1) * config.tail_frame + config.repeated_frames))
     return tokens, num_frames, note.get("source", path.name)
-
-
-def _licence(folder: Path) -> str:
-    card = folder / "README.md"
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("license:")), "see the model card")

@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
 import torch
 
-from dicode.hub import config_from_dict, config_to_dict, read_config, resolve, write_config
+from dicode.hub import config_from_dict, config_to_dict, push_folder, read_config, resolve, write_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens, Video
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
@@ -46,12 +47,21 @@ class DiCoDe:
         self.text = lm.text
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path | None = None, device: str = "cpu") -> "DiCoDe":
-        """Load a checkpoint folder or a model in the box (default: `sprites`); no download, strict."""
-        folder = resolve(name_or_folder)
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path | None = None,
+        device: str = "cpu",
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "DiCoDe":
+        """Load a checkpoint folder, a model in the box (default: `sprites`) or `owner/name` from the Hub, strictly.
+
+        `revision` is a branch, tag or commit on the Hub, `dtype` that of the parameters (default: float32).
+        """
+        folder = resolve(name_or_folder, revision)
         defaults = config_from_dict(GenerationConfig, read_config(folder).get("generation", {}), "generation")
-        tokenizer = VideoTokenizer.from_pretrained(folder).to(device)
-        return cls(tokenizer, DeepTokenLM.from_pretrained(folder).to(device), defaults)
+        tokenizer = VideoTokenizer.from_pretrained(folder, dtype=dtype).to(device)
+        return cls(tokenizer, DeepTokenLM.from_pretrained(folder, dtype=dtype).to(device), defaults)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint folder (weights and `config.json`; the model card is the caller's)."""
@@ -65,6 +75,34 @@ class DiCoDe:
                 "deep_tokens": self.tokenizer.token_hash(dtype),
             },
         )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a dicode model",
+        card: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes, and a model card, to a repository on the Hub; returns its address.
+
+        Repository and branch (`revision`, default: main) are made where missing. `card` is the text of README.md;
+        without one a card that is there stays. Raises `ValueError` where `private` is asked of a public repository.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype)
+            return push_folder(
+                Path(folder),
+                repo_id,
+                private=private,
+                revision=revision,
+                token=token,
+                commit_message=commit_message,
+                card=card,
+            )
 
     def num_frames(self, seconds: float) -> int:
         """Frames of a video of this length, at least one."""
@@ -100,7 +138,7 @@ class DiCoDe:
         if not (math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"seconds: expected a positive number, got {seconds}")
         frames = self.num_frames(seconds)
-        num_clips = math.ceil(frames / self.tokenizer.config.clip_frames)
+        num_clips = self.tokenizer.config.num_clips(frames)
         indices = list(range(len(prompts))) if sample_indices is None else list(sample_indices)
         ids = self.text.encode(list(prompts), self.lm.config.text_length).to(self.tokenizer.device)
         key_frames = self.lm.generate(

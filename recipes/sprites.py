@@ -17,14 +17,13 @@ Every run continues where it was stopped when its command is given again. Hours 
 from dataclasses import replace
 
 from dicode.lm.sizes import SIZES
-from dicode.tokenizer.known import DenoiserConfig
-from dicode.tokenizer.video_tokenizer import TokenizerConfig
+from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.train.clips import TokenizerRun
 from dicode.train.images import FirstStageRun
 from dicode.train.language import LanguageRun
 from dicode.train.loop import LoopConfig, OptimConfig
 
-MODEL = TokenizerConfig(denoiser=DenoiserConfig(predicts_change=True))
+MODEL = TOKENIZERS["sprites"]
 
 
 def first_stage() -> FirstStageRun:
@@ -84,7 +83,7 @@ def denoiser() -> TokenizerRun:
 def lm() -> LanguageRun:
     """A 2.8 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB.
 
-    Strong noise on the tokens it reads makes it read the caption (docs/log.md).
+    Strong noise on the tokens it reads makes it read the caption, Muon learns captions by heart faster (docs/log.md).
     """
     return LanguageRun(
         tokenizer="runs/key_frames/best",
@@ -107,6 +106,14 @@ def lm() -> LanguageRun:
         loop=LoopConfig(
             evaluate_every=500,
             checkpoint_every=250,
-            optim=OptimConfig(steps=12_000, batch_size=32, lr=1e-3, warmup_steps=200, ema_decay=0.998),
+            optim=OptimConfig(
+                optimizer="muon",
+                steps=12_000,
+                batch_size=32,
+                lr=1.5e-3,
+                warmup_steps=100,
+                decay_fraction=0.7,
+                ema_decay=0.998,
+            ),
         ),
     )

@@ -32,11 +32,11 @@ PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
     "generate": "--decoder-guidance --decoder-temperature "
-    "--device --guidance --help --joins --model --output --scale --seconds --seed "
+    "--device --guidance --help --joins --model --output --revision --scale --seconds --seed "
     "--sheet --steps --temperature --timings --variance-scale",
-    "tokenize": "--device --help --model --output",
+    "tokenize": "--device --help --model --output --revision",
     "reconstruct": "--decoder-guidance --decoder-temperature "
-    "--device --help --joins --model --output --scale --seed --side-by-side --steps",
+    "--device --help --joins --model --output --revision --scale --seed --side-by-side --steps",
     "train": "--help --run-folder",
     "assemble": "--decoder-guidance --decoder-temperature "
     "--dtype --first-stage --guidance --help --joins --output --steps --temperature "
@@ -47,7 +47,7 @@ FLAGS = {
     "data cache": "--help --loops --max-fps --output --size",
     "data encode": "--help --model",
     "data sheet": "--count --help --output --seed --size",
-    "info": "--help",
+    "info": "--batch-size --gpus --help --json --revision",
 }
 RECIPE = """
 from dataclasses import dataclass, field
@@ -435,9 +435,8 @@ def test_info_counts_parameters_and_rates(capsys, tiny_model):
     model = DiCoDe.from_pretrained(tiny_model)
     code, out, err = run(capsys, "info", tiny_model)
     assert code == 0, err
-    held = [*model.tokenizer.state_dict().items(), *model.lm.state_dict().items()]
-    total = sum(value.numel() for _, value in held)
-    assert re.search(rf"together +{total:,}", out)
+    for part in (model.tokenizer, model.lm):
+        assert re.search(rf"together +{sum(p.numel() for p in part.parameters()):,}\n", out)
     assert re.search(r"deep tokens \(float32\) +2 +12 +384", out)  # 4 tokens of 6 numbers every two seconds
     assert re.search(r"pixels \(uint8\) +8,192 +24,576 +196,608", out)
     assert "up to 16 s" in out

@@ -1,47 +1,33 @@
 """The public code's weights, renamed, give the public code's outputs in our networks."""
 
-import json
-import os
+import dataclasses
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from safetensors.torch import load_file
+from published import values_of, vectors_of, weights_of
 from torch import Tensor
 
+from dicode.convert.configs import denoiser_config, first_stage_config, first_stage_of
 from dicode.convert.names import unet_state, vae_state
 from dicode.hub import load_state
 from dicode.tokenizer.diffusion import DiffusionConfig, sample
-from dicode.tokenizer.known import DenoiserConfig, Known
+from dicode.tokenizer.first_stage import FirstStage
+from dicode.tokenizer.known import Known
 from dicode.tokenizer.unet3d import UNet3D
-
-REFERENCE = Path(os.environ.get("DICODE_REFERENCE", Path(__file__).parent / "reference"))
 
 
 @pytest.fixture(scope="module")
 def unet_vectors() -> dict[str, Tensor]:
-    return load_file(REFERENCE / "unet.io.safetensors")
+    return vectors_of("unet")
 
 
 def published_unet(null_text: Tensor, frame_stride: int) -> UNet3D:
-    values = json.loads((REFERENCE / "unet.json").read_text())
-    channels = tuple(values["model_channels"] * factor for factor in values["channel_mult"])
-    config = DenoiserConfig(
-        kind="unet3d",
-        context_frames=0,
-        uses_key_latents=False,
-        depth=values["num_res_blocks"],
-        heads=values["model_channels"] // values["num_head_channels"],
-        channels=channels,
-        text_width=values["context_dim"],
-        text_tokens=null_text.shape[1],
-        frame_stride=frame_stride,
-    )
+    values = values_of("unet")
+    config = dataclasses.replace(denoiser_config(values, null_text.shape[1]), frame_stride=frame_stride)
     network = UNet3D(config, values["in_channels"], values["context_dim"]).eval()
-    weights = load_file(REFERENCE / "unet.weights.safetensors")
-    state = unet_state(weights, len(channels), values["num_res_blocks"])
+    weights = weights_of("unet")
+    state = unet_state(weights, len(config.channels), config.depth)
     assert len(state) == len(weights)
     load_state(network, {**state, "null_text": null_text}, "unet.weights")
     return network
@@ -65,8 +51,8 @@ def test_unet_prediction_is_the_published_one(unet_vectors: dict[str, Tensor]) -
 
 @pytest.mark.parametrize("steps", [4, 10])
 def test_guided_sampling_is_the_published_one(unet_vectors: dict[str, Tensor], steps: int) -> None:
-    values = json.loads((REFERENCE / "ddim.json").read_text())
-    v, d = unet_vectors, load_file(REFERENCE / "ddim.io.safetensors")
+    values = values_of("ddim")
+    v, d = unet_vectors, vectors_of("ddim")
     config = DiffusionConfig(objective="v_prediction", eta=values["eta"], guidance_rescale=values["guidance_rescale"])
     guidance = values["guidance_scale"]
     for i, stride in enumerate(values["frame_stride"]):
@@ -83,18 +69,12 @@ def test_guided_sampling_is_the_published_one(unet_vectors: dict[str, Tensor], s
 
 
 def test_vae_is_the_published_one() -> None:
-    values = json.loads((REFERENCE / "vae.json").read_text())["ddconfig"]
-    channels = tuple(values["ch"] * factor for factor in values["ch_mult"])
-    vae = AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        layers_per_block=values["num_res_blocks"],
-        latent_channels=values["z_channels"],
-        norm_num_groups=32,
-    ).eval()
-    load_state(vae, vae_state(load_file(REFERENCE / "vae.weights.safetensors"), len(channels)), "vae.weights")
-    v = load_file(REFERENCE / "vae.io.safetensors")
+    weights = weights_of("vae")
+    config = first_stage_config(values_of("vae")["ddconfig"])
+    assert first_stage_of(weights) == config
+    vae = FirstStage(config).autoencoder.eval()
+    load_state(vae, vae_state(weights, len(config.channels)), "vae.weights")
+    v = vectors_of("vae")
     with torch.no_grad():
         latents = vae.encode(v["pixels"]).latent_dist
         torch.testing.assert_close(latents.mode(), v["latent_mode"], rtol=1e-5, atol=1e-5)

@@ -1,21 +1,15 @@
 """The published arrangement: outputs agree with vectors that the public code computed with random weights."""
 
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
+from published import REFERENCE, reference_lm_config
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dicode.convert.names import lm_state
+from dicode.convert.official import Report, language_state
 from dicode.hub import load_state
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import MixtureHead, mixture_mean, mixture_nll, split_mixture
-from dicode.lm.sizes import DeepLMConfig
-
-REFERENCE = Path(os.environ.get("DICODE_REFERENCE", Path(__file__).parent / "reference"))
 
 
 def assert_agrees(actual: Tensor, expected: Tensor) -> None:
@@ -29,25 +23,9 @@ def vectors() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def model() -> DeepTokenLM:
-    values = json.loads((REFERENCE / "lm.json").read_text())
-    gpt2 = values["gpt2"]
-    config = DeepLMConfig(
-        body="gpt2",
-        width=gpt2["n_embd"],
-        depth=gpt2["n_layer"],
-        heads=gpt2["n_head"],
-        positions=gpt2["n_positions"],
-        vocab_size=gpt2["vocab_size"],
-        token_width=values["token_dim"],
-        max_keyframes=values["max_length"] // values["tokens_per_frame"],
-        text_length=values["text_length"],
-        tokens_per_keyframe=values["tokens_per_frame"],
-        pad_id=values["pad_id"],
-        begin_id=values["boi_id"],
-        components=values["num_kernels"],
-    )
-    model = DeepTokenLM(config).eval()
-    load_state(model, lm_state(load_file(REFERENCE / "lm.weights.safetensors")), "lm.weights")
+    model = DeepTokenLM(reference_lm_config()).eval()
+    weights = REFERENCE / "lm.weights.safetensors"
+    load_state(model, language_state(weights, None, Report()), "lm.weights")
     return model
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
+from published import values_of, vectors_of, weights_of
 from safetensors.torch import load_file
 
+from dicode.convert.configs import resampler_config
 from dicode.hub import CheckpointError, read_config, write_config
 from dicode.seeds import generator_for
 from dicode.tokenizer.denoiser import ChangeDenoiser, build_denoiser
@@ -20,7 +22,6 @@ from dicode.tokenizer.known import DenoiserConfig, Known, cross_faded
 from dicode.tokenizer.resampler import Resampler, ResamplerConfig
 from dicode.tokenizer.video_tokenizer import TokenizerConfig, VideoTokenizer
 
-REFERENCE = Path(__file__).parent / "reference"
 DENOISERS = {
     "hourglass": DenoiserConfig(width=32, fine_width=16, fine_blocks=1, depth=1, heads=2),
     "wan": DenoiserConfig(kind="wan", width=32, depth=1, heads=2),
@@ -68,21 +69,9 @@ def known(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> Known:
 
 
 def test_resampler_agrees_with_the_public_code() -> None:
-    values = json.loads((REFERENCE / "resampler.json").read_text())
-    resampler = Resampler(
-        ResamplerConfig(
-            width=values["dim"],
-            depth=values["depth"],
-            heads=values["heads"],
-            head_width=values["dim_head"],
-            queries=values["num_queries"],
-            feature_width=values["embedding_dim"],
-            token_width=values["output_dim"],
-            feedforward_factor=values["ff_mult"],
-        )
-    )
-    resampler.load_state_dict(load_file(REFERENCE / "resampler.weights.safetensors"))
-    vectors = load_file(REFERENCE / "resampler.io.safetensors")
+    resampler = Resampler(resampler_config(values_of("resampler")))
+    resampler.load_state_dict(weights_of("resampler"))
+    vectors = vectors_of("resampler")
     torch.testing.assert_close(resampler(vectors["features"]), vectors["tokens"], rtol=1e-5, atol=1e-5)
 
 

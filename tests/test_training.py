@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_tokenizer import tiny_config
+from torch import nn
 
 from dicode.generate import DiCoDe, GenerationConfig
 from dicode.hub import CheckpointError, read_config
@@ -25,7 +26,7 @@ from dicode.train.assemble import assemble
 from dicode.train.clips import TokenizerRun
 from dicode.train.images import FirstStageRun, frames_to_pixels
 from dicode.train.language import LanguageRun, LanguageTraining
-from dicode.train.loop import LoopConfig, NonFiniteLossError, OptimConfig, sample_indices, train
+from dicode.train.loop import LoopConfig, NonFiniteLossError, OptimConfig, make_optimizers, sample_indices, train
 from dicode.train.perceptual import PerceptualDistance
 from dicode.train.stages import run_recipe, stage_of
 from dicode.video.shards import CachedVideo, FrameCache
@@ -93,7 +94,8 @@ def runs(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
 
 def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
     """Runs that differ from `runs` in one part."""
-    first_stage, denoiser = runs(root)["first_stage"], runs(root)["denoiser"]
+    first_stage, denoiser, lm = (runs(root)[name] for name in ("first_stage", "denoiser", "lm"))
+    muon = dataclasses.replace(lm.loop.optim, optimizer="muon")
     assert isinstance(first_stage, FirstStageRun) and isinstance(denoiser, TokenizerRun)
     kl = FirstStageConfig("kl", (8, 8, 8), latent_channels=5, encoder_blocks=(1,), decoder_blocks=(1,))
     frozen = dataclasses.replace(first_stage, init=str(root / "first_stage/best"), freeze_encoder=True)
@@ -101,6 +103,7 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
     return {
         "kl": dataclasses.replace(first_stage, model=kl),
         "perceptual": dataclasses.replace(frozen, perceptual_weight=0.2),
+        "muon": dataclasses.replace(lm, loop=dataclasses.replace(lm.loop, optim=muon)),
         "change": dataclasses.replace(denoiser, model=dataclasses.replace(denoiser.model, denoiser=change)),
     }
 
@@ -111,16 +114,25 @@ LM = DeepLMConfig(
 )  # fmt: skip
 
 
+def test_muon_moves_the_weights_of_linear_layers_alone() -> None:
+    module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
+    adamw, muon = make_optimizers(module, OptimConfig(optimizer="muon"))
+    assert isinstance(muon, torch.optim.Muon) and muon.param_groups[0]["params"] == [module[1].weight]
+    assert len(adamw.param_groups[0]["params"]) == 4
+    assert len(make_optimizers(module, OptimConfig())) == 1
+
+
 def losses(folder: Path) -> list[float]:
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
-@pytest.mark.parametrize("stage", ["first_stage", "kl", "perceptual", "key_frames", "denoiser", "change", "lm"])
+@pytest.mark.parametrize("stage", ["first_stage", "kl", "perceptual", "key_frames", "denoiser", "change", "lm", "muon"])
 def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
     """Three steps, a stop, then the rest: same weights, EMA, buffers, optimizer and losses as in one go."""
     run = {**runs(trained), **variants(trained)}[stage]
-    whole = dataclasses.replace(run, loop=loop(6))
+    optim = dataclasses.replace(loop(6).optim, optimizer=run.loop.optim.optimizer)
+    whole = dataclasses.replace(run, loop=dataclasses.replace(loop(6), optim=optim))
     run_recipe(whole, tmp_path / "whole", {})
 
     stopping = stage_of(whole)

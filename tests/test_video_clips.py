@@ -90,7 +90,7 @@ def test_n_clips_have_n_plus_1_key_frames():
     assert key_frame_indices(33) == [0, 16, 32]
     assert key_frame_indices(40) == [0, 16, 32, 39]  # the last clip is shorter, and ends with its last frame
     assert key_frame_indices(32) == [0, 16, 31]  # no frame 32: the last one ends the last clip
-    assert key_frame_indices(4, frames_per_clip=4) == [0, 3]
+    assert key_frame_indices(4, spacing=4) == [0, 3]
     assert key_frame_indices(2) == [0, 1]
     with pytest.raises(ValueError, match="at least 2 frames, got 1"):
         key_frame_indices(1)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
@@ -113,16 +114,83 @@ def _as_matrix(name: str, value: Tensor) -> Tensor:
     return value[..., 0, 0] if re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name) else value
 
 
-def lm_state(published: Mapping[str, Tensor]) -> State:
-    """The public language model (`llm_agent.` taken off) → the state of our `DeepTokenLM`.
+# OpenCLIP's tower → that of transformers; the image tower's names begin with `visual.`, the text tower's with nothing.
+_CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_CLIP_ENDS = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # sic
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "visual.proj": "visual_projection.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection": "text_projection.weight",
+    "logit_scale": "logit_scale",
+}
+_CLIP_TRANSPOSED = ("visual.proj", "text_projection")
+_CLIP_LAYER_NAME = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
+_CLIP_PACKED_NAME = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 
-    GPT-2's `lm_head` is tied to its text embedding and never used here; the resampler's second copy belongs to the
-    tokenizer, which is where its reader has to compare it.
-    """
+
+def clip_state(published: Mapping[str, Tensor]) -> State:
+    """OpenCLIP's model, or either tower of it → the state of transformers' `CLIPModel`, or of that part of it."""
     renamed: State = {}
     for name, value in published.items():
-        if name == "llm.lm_head.weight" or name.startswith("pre_input_resampler."):
+        if name in _CLIP_ENDS:
+            renamed[_CLIP_ENDS[name]] = value.T if name in _CLIP_TRANSPOSED else value
+        elif packed := _CLIP_PACKED_NAME.fullmatch(name):
+            layer = f"{_tower(packed[1])}.encoder.layers.{packed[2]}.self_attn"
+            for which, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[f"{layer}.{which}_proj.{packed[3]}"] = part
+        elif (found := _CLIP_LAYER_NAME.fullmatch(name)) and found[3] in _CLIP_LAYER:
+            renamed[f"{_tower(found[1])}.encoder.layers.{found[2]}.{_CLIP_LAYER[found[3]]}.{found[4]}"] = value
+        else:
+            raise KeyError(name)
+    return renamed
+
+
+def _tower(visual: str | None) -> str:
+    return "vision_model" if visual else "text_model"
+
+
+def open_clip_state(ours: Mapping[str, Tensor]) -> State:
+    """The way back: transformers' `CLIPModel`, or a part of it → OpenCLIP's names."""
+    ends = {theirs: name for name, theirs in _CLIP_ENDS.items()}
+    layers = {theirs: name for name, theirs in _CLIP_LAYER.items()}
+    renamed: State = {}
+    for name, value in ours.items():
+        if name in ends:
+            renamed[ends[name]] = value.T.contiguous() if ends[name] in _CLIP_TRANSPOSED else value
             continue
+        found = re.fullmatch(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        if found is None:
+            raise KeyError(name)
+        layer = f"{'visual.' if found[1] == 'vision' else ''}transformer.resblocks.{found[2]}"
+        if found[3] in layers:
+            renamed[f"{layer}.{layers[found[3]]}.{found[4]}"] = value
+        elif found[3] == "self_attn.q_proj":
+            parts = [ours[name.replace("q_proj", f"{which}_proj")] for which in "qkv"]
+            renamed[f"{layer}.attn.in_proj_{found[4]}"] = torch.cat(parts)
+        elif found[3] not in ("self_attn.k_proj", "self_attn.v_proj"):
+            raise KeyError(name)
+    return renamed
+
+
+def lm_state(published: Mapping[str, Tensor]) -> State:
+    """The public language model, less what it does not use → the state of our `DeepTokenLM`."""
+    renamed: State = {}
+    for name, value in published.items():
         for theirs, ours in _LM.items():
             name = name.replace(theirs, ours)
         renamed[name] = value.flatten(0, 1) if value.ndim == 3 else value

@@ -8,15 +8,19 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from dicode.hub import (
     CheckpointError,
+    cast_parameters,
     config_from_dict,
     config_to_dict,
+    load_state,
     load_weights,
     read_config,
     resolve,
     save_weights,
+    without_initialisation,
     write_config,
 )
 from dicode.lm.backbone import Backbone
@@ -85,9 +89,9 @@ class DeepTokenLM(nn.Module):
 
         `keyframe_mask` is True where a key frame is real; padding comes after the last real one, where causality
         keeps it from every prediction. In training mode the tokens read (not the targets) are mixed with Gaussian
-        noise, whose share is uniform in 0 … `input_noise` for each sample (CAM, arXiv 2411.18447): what it reads is
-        seldom exact, as in use, and where little of it is left the caption must say the rest. `generator` draws it
-        (default: torch's own).
+        noise (CAM, arXiv 2411.18447), whose share is drawn for each sample from 0 … `input_noise` with a density that
+        rises linearly: what it reads is seldom exact, as in use, and where little of it is left the caption must say
+        the rest. `generator` draws it (default: torch's own).
         """
         self._check(text_ids, tokens, tokens.shape[1])
         read = _noised(tokens, self.config.input_noise, generator) if self.training else tokens
@@ -213,6 +217,27 @@ class DeepTokenLM(nn.Module):
                 f"(max_keyframes {config.max_keyframes}, positions {config.positions}): ask for fewer"
             )
 
+    def load_body(self, folder: Path) -> None:
+        """Take the weights of a GPT-2 or Llama that `transformers` saved; text entries it lacks get its entries' mean.
+
+        Raises `CheckpointError` that names every size in which it differs, and where tensors are missing or not ours.
+        """
+        body, what = self.backbone.body, {"local_files_only": True}
+        try:
+            theirs = AutoConfig.from_pretrained(folder, **what)
+            if problems := body_differences(body.config, theirs, self.config.positions):
+                raise CheckpointError(f"{folder} holds another network: {'; '.join(problems)}")
+            held, report = type(body).from_pretrained(folder, use_safetensors=True, output_loading_info=True, **what)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise error if isinstance(error, CheckpointError) else CheckpointError(f"{folder}: {error}") from error
+        unused = report["unexpected_keys"] - {"lm_head.weight"}  # writes words, where ours writes deep tokens
+        if problems := sorted(report["missing_keys"] | unused):
+            raise CheckpointError(f"{folder}: tensors missing or unknown: {', '.join(problems[:8])}")
+        entries = held.get_input_embeddings().weight.detach().float()
+        further = entries.mean(0).expand(self.config.vocab_size - len(entries), -1)
+        held.get_input_embeddings().weight = nn.Parameter(torch.cat([entries, further]))
+        load_state(body, held.state_dict(), str(folder))
+
     def save_part(self, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Write weights and text tokenizer into a checkpoint folder; returns this part's section of `config.json`."""
         if self.text is None:
@@ -222,8 +247,8 @@ class DeepTokenLM(nn.Module):
         return config_to_dict(self.config)
 
     @classmethod
-    def load_part(cls, folder: Path, section: dict[str, Any]) -> "DeepTokenLM":
-        """Build the model of a section of `config.json` fill it, strictly, from the folder; ready for use (eval)."""
+    def load_part(cls, folder: Path, section: dict[str, Any], dtype: torch.dtype | None = None) -> "DeepTokenLM":
+        """Build the model of a section of `config.json`, fill it, strictly, from the folder; ready for use (eval)."""
         text = TextTokenizer.load(folder)
         config = config_from_dict(DeepLMConfig, section, SECTION)
         if (text.pad_id, text.begin_id) != (config.pad_id, config.begin_id) or text.vocab_size > config.vocab_size:
@@ -231,7 +256,9 @@ class DeepTokenLM(nn.Module):
                 f"{folder}: text tokenizer (vocabulary {text.vocab_size}, pad {text.pad_id}, begin {text.begin_id}) "
                 f"is not the model's ({config.vocab_size}, {config.pad_id}, {config.begin_id})"
             )
-        model = cls(config, text)
+        with without_initialisation():
+            model = cls(config, text)
+        cast_parameters(model, dtype)
         load_weights(model, folder / WEIGHTS)
         return model.eval()
 
@@ -242,20 +269,60 @@ class DeepTokenLM(nn.Module):
         write_config(folder, {**others, SECTION: self.save_part(folder, dtype)})
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path | None = None) -> "DeepTokenLM":
-        """The language model of a checkpoint folder, or of a model in the box."""
-        folder = resolve(name_or_folder)
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "DeepTokenLM":
+        """The language model of what `DiCoDe.from_pretrained` takes, with parameters of `dtype` (default: float32)."""
+        folder = resolve(name_or_folder, revision)
         config = read_config(folder)
         if SECTION not in config:
             raise CheckpointError(f"{folder}/config.json: no section {SECTION!r}; it has {sorted(config)}")
-        return cls.load_part(folder, config[SECTION])
+        return cls.load_part(folder, config[SECTION], dtype)
+
+
+BODY_SIZES = {
+    "gpt2": (
+        "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "layer_norm_epsilon", "activation_function",
+        "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+    ),
+    "llama": (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "intermediate_size", "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
+    ),
+}  # fmt: skip
+
+
+def body_differences(ours: Any, theirs: Any, positions: int) -> list[str]:
+    """What keeps the weights of one `transformers` configuration from another, each with both values."""
+    if theirs.model_type != ours.model_type:
+        return [f"model_type: expected {ours.model_type}, got {theirs.model_type}"]
+    names = BODY_SIZES[ours.model_type]
+    found = {name: (_body_size(ours, name), _body_size(theirs, name)) for name in names}
+    problems = [f"{name}: expected {own}, got {other}" for name, (own, other) in found.items() if own != other]
+    if theirs.vocab_size > ours.vocab_size:
+        problems.append(f"vocab_size: expected at most {ours.vocab_size}, got {theirs.vocab_size}")
+    if theirs.max_position_embeddings < positions:
+        problems.append(f"max_position_embeddings: expected {positions} or more, got {theirs.max_position_embeddings}")
+    return problems
+
+
+def _body_size(config: Any, name: str) -> Any:
+    value = getattr(config, name)
+    if name == "n_inner" and value is None:
+        return 4 * config.n_embd
+    if name == "rope_parameters":
+        return {key: part for key, part in value.items() if part is not None}
+    return "gelu_pytorch_tanh" if value == "gelu_new" else value  # two codes of one function
 
 
 def _noised(tokens: DeepTokens, strength: float, generator: torch.Generator | None) -> DeepTokens:
     if strength == 0.0:
         return tokens
     device = tokens.device if generator is None else generator.device
-    share = strength * torch.rand(len(tokens), 1, 1, 1, generator=generator, device=device)
+    share = strength * torch.rand(len(tokens), 1, 1, 1, generator=generator, device=device).sqrt()
     noise = torch.randn(tokens.shape, generator=generator, device=device)
     share, noise = share.to(tokens), noise.to(tokens)
     return (1 - share) * tokens + share * noise

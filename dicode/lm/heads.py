@@ -6,6 +6,7 @@ distributions by their means here, a flow by its velocities.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -190,5 +191,6 @@ def _mlp(width: int, out: int) -> nn.Sequential:
 def _in_float32(mlp: nn.Sequential, hidden: PlacedHidden) -> Float[Tensor, "*place p"]:
     """Run a head's layers with the last one in float32: bfloat16's three digits would blur means and variances."""
     between, last = mlp[:-1](hidden), cast(nn.Linear, mlp[-1])
-    with torch.autocast(hidden.device.type, enabled=False):
+    meta = hidden.device.type == "meta"  # sizing counts there; torch has no autocast for it, not even to switch off
+    with nullcontext() if meta else torch.autocast(hidden.device.type, enabled=False):
         return F.linear(between.float(), last.weight.float(), last.bias.float())

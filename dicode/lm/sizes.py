@@ -74,7 +74,8 @@ def _llama(width: int, depth: int, heads: int) -> DeepLMConfig:
     )
 
 
-# The published family, plus the model in the box. GPT-2 shapes: Radford et al. 2019; Llama 3.2 shapes: its model cards.
+# The published family, the model in the box, and smaller ones. GPT-2 shapes: Radford et al. 2019 (distilgpt2: Sanh
+# et al. 2019); Llama 3.2 shapes: its model cards.
 SIZES: dict[str, DeepLMConfig] = {
     "sprites": DeepLMConfig(
         body="llama",
@@ -87,6 +88,8 @@ SIZES: dict[str, DeepLMConfig] = {
         max_keyframes=33,  # a minute is 31; two more continue it
         token_variance=0.03,
     ),
+    "gpt2-mini": _gpt2(512, 8, 8),
+    "distilgpt2": _gpt2(768, 6, 12),
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),

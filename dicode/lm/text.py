@@ -12,20 +12,20 @@ from dicode.shapes import TextIds
 
 FILE = "tokenizer.json"
 PAD, BEGIN = "<pad>", "<img>"
-GPT2_PAD = "<|endoftext|>"
+GPT2_PAD, LLAMA_PAD = "<|endoftext|>", "<|end_of_text|>"
+PADS = (PAD, GPT2_PAD, LLAMA_PAD)
 # The published vocabulary adds these to GPT-2's, in this order (ids 50,257 …); only `<img>` is used.
-GPT2_EXTRA = ["</img>", BEGIN, *(f"<img_{i:05d}>" for i in range(64))]
+IMAGE_ENTRIES = ["</img>", BEGIN, *(f"<img_{i:05d}>" for i in range(64))]
 
 
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with padding and begin-of-image entries. Empty text is all padding: the null prompt."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        pad_id = tokenizer.token_to_id(PAD)
-        pad_id = tokenizer.token_to_id(GPT2_PAD) if pad_id is None else pad_id
+        pad_id = next((i for i in map(tokenizer.token_to_id, PADS) if i is not None), None)
         begin_id = tokenizer.token_to_id(BEGIN)
         if pad_id is None or begin_id is None:
-            raise CheckpointError(f"text tokenizer: expected entries {PAD!r} (or {GPT2_PAD!r}) and {BEGIN!r}")
+            raise CheckpointError(f"text tokenizer: expected entries {PAD!r} (or one of {PADS[1:]}) and {BEGIN!r}")
         tokenizer.encode_special_tokens = True  # a prompt that spells "<img>" is text like any other
         self.tokenizer, self.pad_id, self.begin_id = tokenizer, pad_id, begin_id
 
@@ -65,18 +65,30 @@ class TextTokenizer:
         tokenizer = Tokenizer(models.BPE.from_file(str(folder / vocab), str(folder / merges)))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([GPT2_PAD, *GPT2_EXTRA])
+        tokenizer.add_special_tokens([GPT2_PAD, *IMAGE_ENTRIES])
+        return cls(tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "TextTokenizer":
+        """GPT-2's or Llama's vocabulary from a folder of `transformers`, plus the published entries for images.
+
+        Read from `tokenizer.json`, else as by `gpt2`. Nothing is put around a text, not even Llama's begin of text, so
+        that empty text stays all padding. A vocabulary that has the entries is taken as it is.
+        """
+        if not (folder / FILE).is_file():
+            return cls.gpt2(folder)
+        tokenizer = _read(folder / FILE)
+        tokenizer.post_processor = None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        if tokenizer.token_to_id(BEGIN) is None:
+            tokenizer.add_special_tokens(IMAGE_ENTRIES)
         return cls(tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> "TextTokenizer":
         """Read `tokenizer.json` of a checkpoint folder."""
-        path = folder / FILE
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises a bare Exception for a missing and for a damaged file
-            raise CheckpointError(f"{path}: not a readable text tokenizer ({error})") from error
-        return cls(tokenizer)
+        return cls(_read(folder / FILE))
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` into a checkpoint folder."""
@@ -95,3 +107,10 @@ class TextTokenizer:
             )
         rows = [(ids + [self.pad_id] * length)[:length] for ids in encoded]
         return torch.tensor(rows, dtype=torch.long).view(len(texts), length)
+
+
+def _read(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a bare Exception for a missing and for a damaged file
+        raise CheckpointError(f"{path}: not a readable text tokenizer ({error})") from error

@@ -112,7 +112,8 @@ class Hourglass(nn.Module):
         """Noisy latents `b f c h w`, timestep `b` in 0…1000 → prediction `b f c h w`, float32."""
         f = noisy.shape[1]
         h, w = (side // 2 for side in noisy.shape[-2:])
-        time = self.time(get_timestep_embedding(timestep, self.config.fine_width, flip_sin_to_cos=True))
+        noisy = noisy.to(self.frame_positions.dtype)
+        time = self.time(get_timestep_embedding(timestep, self.config.fine_width, flip_sin_to_cos=True).to(noisy))
         x = frames_convolved(self.stem, rearrange(known.channels(noisy, self.config), "b f c h w -> b f h w c"))
         x = x + self.frame_positions
         for block in self.down_blocks:
@@ -120,7 +121,7 @@ class Hourglass(nn.Module):
         coarse = self.down(rearrange(x, "b (f i) (h j) (w k) c -> b (f h w) (i j k c)", i=2, j=2, k=2))
         places = self.positions + self.moments.expand(-1, h * w, -1).flatten(0, 1)
         token_places = self.token_positions + self.token_moments
-        tokens = rearrange(self.tokens(known.tokens) + token_places, "b two n c -> b (two n) c")
+        tokens = rearrange(self.tokens(known.tokens.to(noisy)) + token_places, "b two n c -> b (two n) c")
         sequence = torch.cat([coarse + places, tokens, self.time_token(time)[:, None]], dim=1)
         coarse = self.up(self.blocks(sequence)[:, : coarse.shape[1]])
         x = x + rearrange(coarse, "b (f h w) (i j k c) -> b (f i) (h j) (w k) c", f=f // 2, h=h, w=w, i=2, j=2, k=2)
@@ -178,6 +179,7 @@ class Wan(nn.Module):
 
     def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
         """As `Hourglass.forward`."""
+        noisy = noisy.to(self.token_places.dtype)
         x = rearrange(known.channels(noisy, self.config), "b f c h w -> b c f h w")
         tokens = rearrange(known.tokens + self.token_places, "b two n d -> b (two n) d").to(x)
         y = self.transformer(x, timestep, tokens, return_dict=False)[0]

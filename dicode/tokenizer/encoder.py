@@ -54,7 +54,8 @@ class PatchEncoder(nn.Module):
 
     def forward(self, latents: ImageLatents) -> PatchFeatures:
         """Latents `b c h w` → features `b p width`."""
-        return self.blocks(self.patches(latents).flatten(2).transpose(1, 2) + self.positions)
+        patches = self.patches(latents.to(self.positions.dtype))
+        return self.blocks(patches.flatten(2).transpose(1, 2) + self.positions)
 
 
 class ClipEncoder(nn.Module):
@@ -133,6 +134,7 @@ class KeyFrameHead(nn.Module):
         """Tokens `b n d` → latents `b c h w`."""
         h = math.isqrt(tokens.shape[1])
         i = self.size // h
+        tokens = tokens.to(self.queries.dtype)
         queries = self.queries + rearrange(self.cell(tokens), "b (h w) (i j c) -> b (h i w j) c", h=h, w=h, i=i, j=i)
         hidden = self.blocks(torch.cat([queries, self.tokens(tokens) + self.places], dim=1))
         latents = self.out(hidden[:, : self.size**2])

@@ -48,13 +48,14 @@ class UNet3D(nn.Module):
     def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
         """Noisy latents `b f c h w`, timestep `b` in 0…999 → prediction `b f c h w`, float32."""
         b, f = noisy.shape[:2]
+        noisy = noisy.to(self.unet.dtype)
         halves = torch.arange(f, device=noisy.device) * 2 // f
-        frame_tokens = rearrange(known.tokens[:, halves], "b f n d -> (b f) n d")
+        frame_tokens = rearrange(known.tokens[:, halves].to(noisy), "b f n d -> (b f) n d")
         sample = rearrange(known.channels(noisy, self.config), "b f c h w -> b c f h w")
         prediction = self.unet(
             sample,
             timestep,
-            self.null_text.expand(b, -1, -1),
+            self.null_text.to(noisy).expand(b, -1, -1),
             timestep_cond=torch.full((b,), self.config.frame_stride, device=noisy.device),
             # diffusers hands this name to every attention without complaint; only `DeepTokenAttention` reads it
             cross_attention_kwargs={"ip_hidden_states": frame_tokens},

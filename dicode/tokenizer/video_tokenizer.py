@@ -2,23 +2,27 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dicode.hub import (
     CheckpointError,
+    cast_parameters,
     config_from_dict,
     config_to_dict,
     load_weights,
     read_config,
     resolve,
     save_weights,
+    without_initialisation,
 )
 from dicode.seeds import generator_for, normal
 from dicode.shapes import (
@@ -44,11 +48,17 @@ FIRST_STAGE_WEIGHTS = "first_stage.safetensors"
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Every part of a tokenizer, and the clip it works on. A clip is frames 0…15 between key frames at 0 and 16."""
+    """Every part of a tokenizer, and the clip it works on.
+
+    A clip of ours is frames 0…15 between key frames at 0 and 16, the next clip's first. Published: `tail_frame` 15, so
+    that both key frames are the clip's own and the next clip begins with the same frame again (shown once).
+    """
 
     size: int = 64
     fps: float = 8.0
     clip_frames: int = 16
+    tail_frame: int = 16  # where a clip's tail key frame lies: `clip_frames`, or one less
+    null_image: Literal["none", "black"] = "none"  # whose tokens guidance steers away from; none: zeros
     key_head_width: int = 192
     key_head_depth: int = 3
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
@@ -79,8 +89,17 @@ class TokenizerConfig:
 
     @property
     def clip_s(self) -> float:
-        """Seconds a clip lasts."""
-        return self.clip_frames / self.fps
+        """Seconds from one key frame to the next."""
+        return self.tail_frame / self.fps
+
+    @property
+    def repeated_frames(self) -> int:
+        """Frames at a clip's start that the clip before it has shown."""
+        return self.clip_frames - self.tail_frame
+
+    def num_clips(self, frames: int) -> int:
+        """Clips that hold a video of this many frames."""
+        return max(1, math.ceil((frames - self.repeated_frames) / self.tail_frame))
 
 
 class VideoTokenizer(nn.Module):
@@ -90,6 +109,10 @@ class VideoTokenizer(nn.Module):
         super().__init__()
         if config.denoiser.predicts_change and config.diffusion.objective != "flow":
             raise ValueError("predicts_change: only the objective 'flow' is linear in the clip, found v_prediction")
+        if config.tail_frame not in (config.clip_frames, config.clip_frames - 1):
+            raise ValueError(f"tail_frame: expected the clip's last frame or the one after it, got {config.tail_frame}")
+        if config.denoiser.predicts_change and (config.repeated_frames or not config.denoiser.uses_key_latents):
+            raise ValueError("predicts_change: needs key latents, and the tail key frame after the clip")
         self.config = config
         n, d = config.resampler.queries, config.resampler.token_width
         channels = config.first_stage.latent_channels
@@ -98,20 +121,32 @@ class VideoTokenizer(nn.Module):
         self.resampler = Resampler(config.resampler)
         # Token statistics: BatchNorm without affine part is a running mean and deviation a token place and dimension
         self.normalizer = nn.BatchNorm1d(n * d, affine=False, momentum=0.01)
-        self.key_head = KeyFrameHead(
-            n, d, channels, config.latent_size, config.key_head_width, config.key_head_depth, 3
+        self.key_head = (
+            KeyFrameHead(n, d, channels, config.latent_size, config.key_head_width, config.key_head_depth, 3)
+            if config.denoiser.uses_key_latents
+            else None
         )
         self.denoiser = build_denoiser(config.denoiser, channels, n, d, config.clip_frames, config.latent_size)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path | None = None) -> "VideoTokenizer":
-        """Load from a checkpoint folder or the name of a model in the box; strict, in eval mode, float32."""
-        folder = resolve(name_or_folder)
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "VideoTokenizer":
+        """Load what `DiCoDe.from_pretrained` takes; strict, in eval mode, parameters of `dtype` (default: float32).
+
+        Frames, tokens, latents and statistics are float32 whatever the parameters are.
+        """
+        folder = resolve(name_or_folder, revision)
         sections = read_config(folder)
         if "tokenizer" not in sections:
             raise CheckpointError(f"{folder}/config.json: no section 'tokenizer'; it has {sorted(sections)}")
         config = config_from_dict(TokenizerConfig, sections["tokenizer"], f"{folder}/config.json: tokenizer")
-        tokenizer = cls(config)
+        with without_initialisation():
+            tokenizer = cls(config)
+        cast_parameters(tokenizer, dtype)
         load_weights(tokenizer.first_stage, folder / FIRST_STAGE_WEIGHTS)
         load_weights(TokenizerParts(tokenizer), folder / WEIGHTS)
         return tokenizer.eval()
@@ -130,7 +165,7 @@ class VideoTokenizer(nn.Module):
         expected = (self.config.size, self.config.size, 3)
         if tuple(frames.shape[2:]) != expected:
             raise ValueError(f"expected frames of {expected}, got {tuple(frames.shape[2:])}; resize them first")
-        keys = frames[:, key_frame_indices(frames.shape[1], self.config.clip_frames)]
+        keys = frames[:, key_frame_indices(frames.shape[1], self.config.tail_frame)]
         pixels = rearrange(keys, "b k h w c -> (b k) c h w").to(self.device).float() / 127.5 - 1
         return rearrange(self.tokens_of(self.source_of(pixels)), "(b k) n d -> b k n d", b=len(frames))
 
@@ -148,13 +183,7 @@ class VideoTokenizer(nn.Module):
 
         With a `dtype`, of these weights as saved in it.
         """
-        digest = hashlib.sha256()
-        for part in (self.first_stage, self.encoder, self.resampler, self.normalizer):
-            for name, value in part.state_dict().items():
-                if not name.startswith(DECODER):
-                    saved = value.to(dtype) if dtype and value.is_floating_point() else value
-                    digest.update(name.encode() + saved.detach().cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return hash_of_tokens(self.first_stage.state_dict(), TokenizerParts(self).state_dict(), dtype)
 
     @torch.no_grad()
     def fit_statistics(self, sources: Sequence[Tensor]) -> None:
@@ -182,6 +211,8 @@ class VideoTokenizer(nn.Module):
         joins: Literal["chained", "parallel"] = "chained",
     ) -> Iterator[FrameStack]:
         """Render N key frames' tokens `b k n d` as k−1 clips, each uint8 `b 16 h w c`, one after the other.
+
+        Where clips share a frame (see `TokenizerConfig`), all but the first come without it.
 
         `chained` gives every clip the last frames of the one before as clean context. A sample's noise depends on
         (seed, its sample index, clip number) only.
@@ -239,7 +270,7 @@ class VideoTokenizer(nn.Module):
                 latents = self._render(pair.to(self.device), before, seed, indices, clip, steps, guidance, temperature)
                 if chained and self.config.denoiser.context_frames:
                     before = latents[:, -self.config.denoiser.context_frames :]
-                yield self.frames_of(latents)
+                yield self.frames_of(latents[:, self.config.repeated_frames if clip else 0 :])
 
     def _render(
         self,
@@ -259,7 +290,7 @@ class VideoTokenizer(nn.Module):
         known = self.known(pair, before)
         null = dataclasses.replace(
             known,
-            tokens=torch.zeros_like(known.tokens),
+            tokens=self.null_tokens().to(known.tokens).expand_as(known.tokens),
             key_latents=torch.zeros_like(known.key_latents),
             keys_mask=torch.zeros_like(known.keys_mask),
         )
@@ -276,9 +307,7 @@ class VideoTokenizer(nn.Module):
     def known(self, pair: DeepTokens, before: ContextLatents | None = None) -> Known:
         """What the denoiser is told about clips with these head and tail tokens `b 2 n d` and these frames before."""
         b = len(pair)
-        keys = rearrange(
-            self.key_head(rearrange(pair, "b two n d -> (b two) n d")), "(b two) c h w -> b two c h w", b=b
-        )
+        keys = rearrange(self.key_latents(rearrange(pair, "b two n d -> (b two) n d")), "(b two) ... -> b two ...", b=b)
         frames = self.config.denoiser.context_frames
         context = keys.new_zeros(b, frames, *keys.shape[2:]) if before is None else before
         return Known(pair, keys, keys.new_ones(b), context, keys.new_full((b,), float(before is not None)))
@@ -290,8 +319,18 @@ class VideoTokenizer(nn.Module):
         return rearrange(frames, "(b f) c h w -> b f h w c", b=len(latents))
 
     def key_latents(self, tokens: KeyFrameTokens) -> ImageLatents:
-        """The coarse latents of single key frames: a preview without diffusion."""
+        """The coarse latents of single key frames: a preview without diffusion. Zeros where no head predicts them."""
+        if self.key_head is None:
+            side = self.config.latent_size
+            return tokens.new_zeros(len(tokens), self.config.first_stage.latent_channels, side, side)
         return self.key_head(tokens)
+
+    def null_tokens(self) -> Float[Tensor, "1 n d"]:
+        """What the denoiser sees in place of tokens that guidance drops: zeros, or the tokens of a black image."""
+        resampler, size = self.config.resampler, self.config.size
+        if self.config.null_image == "none":
+            return torch.zeros(1, resampler.queries, resampler.token_width, device=self.device)
+        return self.tokens_of(self.source_of(torch.full((1, 3, size, size), -1.0, device=self.device)))
 
     @property
     def device(self) -> torch.device:
@@ -309,3 +348,17 @@ class TokenizerParts(nn.Module):
         self.normalizer = tokenizer.normalizer
         self.key_head = tokenizer.key_head
         self.denoiser = tokenizer.denoiser
+
+
+def hash_of_tokens(
+    first_stage: Mapping[str, Tensor], parts: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> str:
+    """`VideoTokenizer.token_hash`, of the states of a first stage and of `TokenizerParts`."""
+    digest = hashlib.sha256()
+    named = [(name, value) for name, value in first_stage.items() if not name.startswith(DECODER)]
+    for part in ("encoder.", "resampler.", "normalizer."):
+        named += [(name.removeprefix(part), value) for name, value in parts.items() if name.startswith(part)]
+    for name, value in named:
+        saved = value.to(dtype) if dtype and value.is_floating_point() else value
+        digest.update(name.encode() + saved.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def save_checkpoint(
     trained: dict[str, nn.Parameter],
     ema: dict[str, Tensor],
     buffers: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> Path:
     """Write `folder/step-…` under a temporary name, flush it to disk, rename it; older ones beyond two are deleted."""
     final = folder / f"step-{state.step:08d}"
@@ -44,10 +45,10 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     moments = {
-        f"{key}/{name}": optimizer.state[p][key]
+        f"{key}/{name}": value
         for name, p in trained.items()
-        if p in optimizer.state
-        for key in ("exp_avg", "exp_avg_sq", "step")
+        for optimizer in optimizers
+        for key, value in optimizer.state.get(p, {}).items()
     }
     groups = {
         "weights": {n: p.detach() for n, p in trained.items()},
@@ -73,7 +74,7 @@ def load_checkpoint(
     trained: dict[str, nn.Parameter],
     ema: dict[str, Tensor],
     buffers: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> TrainState:
     """Restore a run from one checkpoint; tensors that do not match the recipe raise `CheckpointError`."""
     weights = load_file(path / "weights.safetensors")
@@ -91,9 +92,14 @@ def load_checkpoint(
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
             ema[name].copy_(averages[name])
-            optimizer.state[parameter] = {
+    for optimizer in optimizers:
+        own = {p for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in trained.items():
+            if parameter in own:
+                state = {key.split("/", 1)[0]: m for key, m in moments.items() if key.split("/", 1)[1] == name}
                 # in the parameter's memory layout: fused AdamW walks both storages side by side
-                key: torch.empty_like(parameter).copy_(moments[f"{key}/{name}"])
-                for key in ("exp_avg", "exp_avg_sq")
-            } | {"step": moments[f"step/{name}"].clone()}
+                optimizer.state[parameter] = {
+                    key: torch.empty_like(parameter).copy_(m) if m.shape == parameter.shape else m.clone()
+                    for key, m in state.items()
+                }
     return TrainState(**json.loads((path / "state.json").read_text()))

@@ -1,6 +1,7 @@
 """Stage 1: encoder, resampler, key-frame head and denoiser learn on cached first-stage latents.
 
-A step holds clips (for the denoiser) and single frames (for the key-frame regression, at a sixteenth of the cost).
+A step holds clips (for the denoiser) and single frames (for the key-frame regression, at a sixteenth of the cost). An
+encoder that reads pixels gets them from the cached frames.
 """
 
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from dicode.device import pick_device
 from dicode.hub import (
     config_from_dict,
     content_hash,
@@ -42,7 +44,10 @@ from dicode.video.shards import CachedVideo, FrameCache
 
 @dataclass(frozen=True)
 class TokenizerRun:
-    """Train a tokenizer; `init` continues from another run's weights, `freeze_key_frames` trains the denoiser alone."""
+    """Train a tokenizer; `init` continues from another run's weights, `freeze_key_frames` trains the denoiser alone.
+
+    An encoder of kind `clip` is never trained: `init` has to bring its weights.
+    """
 
     cache: str = "cache/sprites"
     first_stage: str = "runs/first_stage/best"
@@ -50,6 +55,7 @@ class TokenizerRun:
     freeze_key_frames: bool = False  # encoder, resampler, token statistics and key-frame head stay as they are
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    fits_statistics: bool = True  # False, as published: the normalizer stays as `init` has it, or without effect
     images_per_step: int = 64  # single frames beside the clips, for the key-frame regression
     denoises: bool = True  # False: images only
     token_noise: float = 0.2  # highest deviation of noise on the tokens the decoder sees (DESIGN §2.4)
@@ -65,23 +71,42 @@ def first_stage_latents(tokenizer: VideoTokenizer, cache: FrameCache, folder: Pa
 
     def computed() -> dict[str, Tensor]:
         parts = []
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            for part in tqdm(cache.frames.split(128), desc="first-stage latents", delay=2, disable=None, leave=False):
-                pixels = frames_to_pixels(part)
-                parts.append(tokenizer.first_stage.encode(torch.cat([pixels, pixels.flip(-1)])))
-        both = torch.cat([rearrange(part, "(two f) c h w -> two f c h w", two=2) for part in parts], dim=1)
-        return {"latents": both.half()}
+        device, pieces = tokenizer.device, cache.frames.split(at_once(128, cache.frames.shape[1]))
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            for piece in tqdm(pieces, desc="first-stage latents", delay=2, disable=None, leave=False):
+                pixels = frames_to_pixels(piece).to(device)
+                parts.append(tokenizer.first_stage.encode(torch.cat([pixels, pixels.flip(-1)])).half().cpu())
+        return {"latents": torch.cat([rearrange(part, "(two f) c h w -> two f c h w", two=2) for part in parts], dim=1)}
 
     return kept_tensors(folder / f"latents-{content_hash(weights)}.safetensors", computed)["latents"]
+
+
+def at_once(count: int, size: int) -> int:
+    """How many images of `size`×`size` to handle at a time: `count`, fewer of those above 64×64."""
+    return max(1, min(count, count * 64**2 // size**2))
+
+
+def check(run: TokenizerRun) -> None:
+    """Raise `ValueError` where a run would leave random what it does not train, or train what its model lacks."""
+    if run.freeze_key_frames and not run.init:
+        raise ValueError("freeze_key_frames: name the trained tokenizer in init; random parts would stay random")
+    if run.freeze_key_frames and not run.denoises:
+        raise ValueError("freeze_key_frames: nothing is left to train where denoises is False")
+    if run.model.encoder.kind == "clip" and not run.init:
+        raise ValueError("encoder 'clip' stays as it is: name in init a checkpoint that has it (see dicode convert)")
+    if not run.model.denoiser.uses_key_latents and (run.images_per_step or not run.denoises):
+        found = f"{run.images_per_step} and {run.denoises}"
+        raise ValueError(f"uses_key_latents is False: expected images_per_step 0 and denoises True, got {found}")
 
 
 class TokenizerTraining:
     """The `Stage` of a `TokenizerRun`."""
 
     def __init__(self, run: TokenizerRun):
-        if not run.model.encoder.reads_latents:
-            raise ValueError("cached latents train encoders that read latents; got encoder kind 'clip'")
+        check(run)
         self.run = run
+        self.head = run.model.denoiser.context_frames  # where among the rows of `clip_rows` the clip begins …
+        self.tail = self.head + run.model.tail_frame  # … and its tail key frame lies
         self.best = "-denoising_loss" if run.denoises else "-key_frame_error"
         torch.manual_seed(run.loop.seed)
         self.module = VideoTokenizer(run.model)
@@ -92,18 +117,17 @@ class TokenizerTraining:
         if held != run.model.first_stage:
             raise ValueError(f"{run.first_stage} holds {held}, the recipe names {run.model.first_stage}")
         load_weights(self.module.first_stage, weights)
-        if run.freeze_key_frames and not run.init:
-            raise ValueError("freeze_key_frames: name the trained tokenizer in init; random parts would stay random")
         if run.init:
             self._start_from(Path(run.init))
         if run.freeze_key_frames:
-            module = self.module
-            for part in (module.encoder, module.resampler, module.key_head):
-                part.requires_grad_(False)
+            for part in (self.module.encoder, self.module.resampler, self.module.key_head):
+                if part is not None:
+                    part.requires_grad_(False)
         if not run.denoises:
             self.module.denoiser.requires_grad_(False)
         if run.loop.compile:
             self.module.denoiser.compile(dynamic=False)
+        self.module.to(pick_device(run.loop.device))
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
         self.rows = self.cache.frame_rows()
@@ -114,8 +138,8 @@ class TokenizerTraining:
     def _measure_change(self, denoiser: ChangeDenoiser) -> None:
         """Tell the denoiser how far frames lie from a cross-fade of their key frames, from up to 512 training clips."""
         chosen = self.cache.videos[:: len(self.cache.videos) // 512 + 1]
-        clips = torch.stack([self.clip(video, 0.0) for video in chosen]).float()
-        clips = clips[:, self.run.model.denoiser.context_frames :]
+        rows = torch.stack([self.clip_rows(video, 0.0) for video in chosen])
+        clips = self.latents[0, rows[:, self.head :]].float()
         denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
 
     def _start_from(self, folder: Path) -> None:
@@ -137,57 +161,78 @@ class TokenizerTraining:
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         starts = torch.rand(len(indices), generator=generator)
-        mirrored = torch.rand(len(indices), generator=generator) < 0.5
-        clips = [
-            self.clip(self.cache.videos[int(i)], float(start), int(flip))
-            for i, start, flip in zip(indices, starts, mirrored, strict=True)
-        ]
-        rows = self.rows[torch.randint(len(self.rows), (self.run.images_per_step,), generator=generator)]
-        flips = torch.randint(2, (len(rows),), generator=generator)
-        return {"clips": torch.stack(clips).float(), "images": self.latents[flips, rows].float()}
+        mirrored = (torch.rand(len(indices), generator=generator) < 0.5).long()
+        videos = [self.cache.videos[int(i)] for i in indices]
+        rows = torch.stack([self.clip_rows(v, float(start)) for v, start in zip(videos, starts, strict=True)])
+        keys = self.rows[torch.randint(len(self.rows), (self.run.images_per_step,), generator=generator)]
+        flips = torch.randint(2, (len(keys),), generator=generator)
+        if self.run.denoises:
+            keys = torch.cat([rows[:, self.head], rows[:, self.tail], keys])
+            flips = torch.cat([mirrored, mirrored, flips])
+        return {
+            "clips": self.latents[mirrored[:, None], rows].float(),
+            "keys": self.sources(keys, flips),  # of the clips, then single frames
+            "key_latents": self.latents[flips, keys].float(),
+        }
 
-    def clip(self, video: CachedVideo, start: float, mirrored: int = 0) -> Tensor:
-        """Latents: context frames, the 16 frames of a clip, its tail key frame, from `start` (0…1 of where it may be).
+    def clip_rows(self, video: CachedVideo, start: float) -> Tensor:
+        """Cache rows of context frames, the 16 frames of a clip, and its tail key frame where it lies after them.
 
-        A looping clip may start anywhere; another where it still lasts to its end, if it is long enough.
+        The clip begins at `start`, 0…1 of where it may: anywhere in a loop, elsewhere where it still lasts to its end.
         """
         config = self.run.model
-        before = config.denoiser.context_frames
+        count = max(self.head + config.clip_frames, self.tail + 1)
         start_s = (1 + start) * video.period_s if video.loops else start * max(0.0, video.period_s - config.clip_s)
-        rows = self.cache.clip_rows(video, start_s - before / config.fps, before + config.clip_frames + 1, config.fps)
-        return self.latents[mirrored, rows]
+        return self.cache.clip_rows(video, start_s - self.head / config.fps, count, config.fps)
+
+    def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
+        """What the encoder reads of cached frames, those where `mirrored` is 1 as their mirror images."""
+        if self.run.model.encoder.reads_latents:
+            return self.latents[mirrored, rows].float()
+        pixels = frames_to_pixels(self.cache.frames[rows])
+        return torch.where(mirrored[:, None, None, None] == 1, pixels.flip(-1), pixels)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.run.freeze_key_frames:
-            self.module.normalizer.eval()
-        device = self.module.device
-        clips, images = batch["clips"].to(device), batch["images"].to(device)
-        before = self.run.model.denoiser.context_frames
-        context, clips, tails = clips[:, :before], clips[:, before:-1], clips[:, -1]
-        b = len(clips)
-        keys = torch.cat([clips[:, 0], tails, images]) if self.run.denoises else images
+        self._hold_still()
+        clips, keys, key_latents = (batch[name].to(self.module.device) for name in ("clips", "keys", "key_latents"))
         tokens = self.module.tokens_of(keys)
         level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
         noisy_tokens = tokens + (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
-        predicted = self.module.key_head(noisy_tokens)
-        key_frame_error = functional.mse_loss(predicted, keys)
-        if not self.run.denoises:
-            return key_frame_error, {"key_frame_error": key_frame_error.detach()}
-        kept = (torch.rand(b, generator=generator) >= self.run.drop_tokens).to(tokens)
-        known = Known(
-            tokens=rearrange(noisy_tokens[: 2 * b], "(two b) n d -> b two n d", two=2) * kept[:, None, None, None],
-            key_latents=rearrange(predicted[: 2 * b].detach(), "(two b) c h w -> b two c h w", two=2)
-            * kept[:, None, None, None, None],
-            keys_mask=kept,
+        predicted = self.module.key_latents(noisy_tokens)
+        losses = {}
+        if self.module.key_head is not None:
+            losses["key_frame_error"] = functional.mse_loss(predicted, key_latents)
+        if self.run.denoises:
+            known = self.told(noisy_tokens, predicted.detach(), clips[:, : self.head], generator)
+            losses["denoising_loss"] = self.denoising_loss(self.within(clips), known, generator)
+        learnt = losses["denoising_loss"] if self.run.freeze_key_frames else torch.stack(list(losses.values())).sum()
+        return learnt, {name: loss.detach() for name, loss in losses.items()}
+
+    def _hold_still(self) -> None:
+        """Take what does not learn out of training mode, into which the loop puts everything."""
+        self.module.first_stage.eval()
+        if not self.run.model.encoder.reads_latents:
+            self.module.encoder.eval()
+        if self.run.freeze_key_frames or not self.run.fits_statistics:
+            self.module.normalizer.eval()
+
+    def told(self, tokens: Tensor, key_latents: Tensor, context: Tensor, generator: torch.Generator) -> Known:
+        """What the denoiser learns from: now and then without key frames, or without what came before the clip."""
+        b = len(context)
+        kept = (torch.rand(b, generator=generator) >= self.run.drop_tokens).to(tokens.device)
+        seen = (torch.rand(b, generator=generator) >= self.run.drop_context).to(tokens)
+        self.module.normalizer.eval()  # a single image has no statistics
+        return Known(
+            tokens=torch.where(kept[:, None, None, None], pairs(tokens[: 2 * b]), self.module.null_tokens()),
+            key_latents=pairs(key_latents[: 2 * b]) * kept[:, None, None, None, None],
+            keys_mask=kept.to(tokens),
             context=context,
-            context_mask=(torch.rand(b, generator=generator) >= self.run.drop_context).to(tokens),
+            context_mask=seen,
         )
-        denoising_loss = self.denoising_loss(clips, known, generator)
-        total = denoising_loss if self.run.freeze_key_frames else denoising_loss + key_frame_error
-        return total, {
-            "key_frame_error": key_frame_error.detach(),
-            "denoising_loss": denoising_loss.detach(),
-        }
+
+    def within(self, clips: Tensor) -> Tensor:
+        """The clips themselves, without the frames before and after them."""
+        return clips[:, self.head : self.head + self.run.model.clip_frames]
 
     def denoising_loss(self, clips: Tensor, known: Known, generator: torch.Generator) -> Tensor:
         """Mean squared error of the denoiser's prediction at random times; hidden context is zeroed by its mask."""
@@ -198,50 +243,54 @@ class TokenizerTraining:
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         """Key-frame error and PSNR, denoising loss with fixed noise; a sheet of real, key-head and rendered frames."""
-        module, device = self.module, self.module.device
-        if not self.run.freeze_key_frames:
-            rows = self.rows[:: max(1, len(self.rows) // 2048)]
-            module.fit_statistics([part.float().to(device) for part in self.latents[0, rows].split(64)])
+        module, device, size = self.module, self.module.device, self.run.model.size
+        if self.run.fits_statistics and not self.run.freeze_key_frames:
+            frames = self.rows[:: max(1, len(self.rows) // 2048)].split(at_once(64, size))
+            module.fit_statistics([self.sources(part, torch.zeros_like(part)).to(device) for part in frames])
         generator = generator_for(0, "validation")
-        before = self.run.model.denoiser.context_frames
-        clips = torch.stack([self.clip(v, 0.0) for v in self.validation.videos]).float()
+        rows = torch.stack([self.clip_rows(v, 0.0) for v in self.validation.videos])
         errors, psnrs, losses = [], [], []
-        for part in clips.split(32):
-            head, tail = part[:, before], part[:, -1]
-            tokens = module.tokens_of(torch.cat([head, tail]).to(device))
-            predicted = module.key_head(tokens)
-            errors.append(functional.mse_loss(predicted[: len(part)].cpu(), head))
-            psnrs.append(
-                psnr_db(
-                    module.first_stage.decode(predicted[: len(part)]).cpu(),
-                    module.first_stage.decode(head.to(device)).cpu(),
-                )
-            )
+        for part in rows.split(at_once(32, size)):
+            clips = self.latents[0, part].float().to(device)
+            head, tokens = clips[:, self.head], self.key_tokens(part)
+            if module.key_head is not None:
+                predicted = module.key_head(tokens)[: len(part)]
+                errors.append(functional.mse_loss(predicted, head))
+                psnrs.append(psnr_db(module.first_stage.decode(predicted), module.first_stage.decode(head)))
             if self.run.denoises:
-                pair = rearrange(tokens, "(two b) n d -> b two n d", two=2)
-                known = module.known(pair, part[:, :before].to(device))
-                losses.append(self.denoising_loss(part[:, before:-1].to(device), known, generator))
-        metrics = {
-            "key_frame_error": torch.stack(errors).mean().item(),
-            "key_frame_psnr_db": torch.cat(psnrs).mean().item(),
-        }
-        if losses:
-            metrics["denoising_loss"] = torch.stack(losses).mean().item()
-        shown = clips[:: max(1, len(clips) // 8)][:8].to(device)
-        return metrics, self.sheet(shown[:, before:])
+                known = module.known(pairs(tokens), clips[:, : self.head])
+                losses.append(self.denoising_loss(self.within(clips), known, generator))
+        metrics = {"key_frame_error": errors, "key_frame_psnr_db": psnrs, "denoising_loss": losses}
+        shown = rows[:: max(1, len(rows) // 8)][:8]
+        return {name: mean(values) for name, values in metrics.items() if values}, self.sheet(shown)
 
-    def sheet(self, clips: Tensor) -> Image.Image:
-        """Three strips a clip: the frames through the first stage, through tokens and key-frame head, and rendered."""
+    def key_tokens(self, rows: Tensor) -> Tensor:
+        """Tokens of the head key frames of clips, then of their tails."""
+        keys = torch.cat([rows[:, self.head], rows[:, self.tail]])
+        return self.module.tokens_of(self.sources(keys, torch.zeros_like(keys)).to(self.module.device))
+
+    def sheet(self, rows: Tensor) -> Image.Image:
+        """Strips of each clip: the frames through the first stage, through tokens and key-frame head, and rendered."""
         module = self.module
-        keys = torch.cat([clips[:, 0], clips[:, -1]])
-        pair = rearrange(module.tokens_of(keys), "(two b) n d -> b two n d", two=2)
-        real = module.frames_of(clips[:, 0:-1:3])
-        coarse = pixels_to_frames(module.first_stage.decode(module.key_head(pair[:, 0])))[:, None]
-        columns = [real.cpu(), coarse.cpu()]
+        clips = self.within(self.latents[0, rows].float().to(module.device))
+        pair = pairs(self.key_tokens(rows))
+        columns = [module.frames_of(clips[:, ::3])]
+        if module.key_head is not None:
+            columns.append(pixels_to_frames(module.first_stage.decode(module.key_head(pair[:, 0])))[:, None])
         if self.run.denoises:
-            columns.append(next(module.decode(pair, seed=0))[:, ::3].cpu())
-        rows = [rearrange(column, "b f h w c -> (b h) (f w) c") for column in columns]
-        return Image.fromarray(torch.cat(rows, dim=1).numpy())
+            columns.append(next(module.decode(pair, seed=0))[:, ::3])
+        strips = [rearrange(column.cpu(), "b f h w c -> (b h) (f w) c") for column in columns]
+        return Image.fromarray(torch.cat(strips, dim=1).numpy())
 
     def export(self, folder: Path) -> None:
         write_config(folder, {"tokenizer": self.module.save_pretrained(folder)})
+
+
+def pairs(heads_then_tails: Tensor) -> Tensor:
+    """`(2 b) …` → `b 2 …`, as `Known` has them."""
+    return rearrange(heads_then_tails, "(two b) ... -> b two ...", two=2)
+
+
+def mean(values: list[Tensor]) -> float:
+    """Mean of all numbers of some tensors."""
+    return torch.cat([value.flatten() for value in values]).mean().item()

@@ -10,12 +10,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dicode.hub import content_hash, kept_tensors, load_weights, read_config, write_config
+from dicode.device import pick_device
+from dicode.hub import content_hash, downloaded, kept_tensors, load_weights, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.lm.text import TextTokenizer
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
+from dicode.train.clips import at_once
 from dicode.train.images import frames_to_pixels, pixels_to_frames
 from dicode.train.loop import LoopConfig
 from dicode.video.shards import CachedVideo, FrameCache
@@ -23,15 +25,22 @@ from dicode.video.sheet import contact_sheet
 
 RANKED_CLIPS = 48  # validation clips whose captions are matched with each other
 WRITTEN_CLIPS = 64  # captions of either split that the model writes from at every evaluation
+BODY_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
 
 
 @dataclass(frozen=True)
 class LanguageRun:
-    """Train a language model on the deep tokens of a tokenizer; `init` continues from another run's weights."""
+    """Train a language model on the deep tokens of a tokenizer; `init` continues from another run's weights.
+
+    `body` begins from a language model for text, a GPT-2 or Llama of `transformers` with the sizes of `model`, and
+    extends its vocabulary. Without either, the vocabulary is learnt from the captions or taken from `vocabulary`.
+    """
 
     cache: str = "cache/sprites"
     tokenizer: str = "runs/tokenizer/best"
     init: str | None = None
+    body: str | None = None  # a folder, or an id of Hugging Face
+    vocabulary: str | None = None  # a folder with tokenizer.json, or with vocab.json and merges.txt
     model: DeepLMConfig = field(default_factory=lambda: SIZES["sprites"])
     loop: LoopConfig = field(default_factory=LoopConfig)
     key_frames: int = 3  # of most samples: 4 s
@@ -51,15 +60,21 @@ def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, folder: Path, sou
     """
 
     def computed() -> dict[str, Tensor]:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        device, pieces = tokenizer.device, cache.frames.split(at_once(128, cache.frames.shape[1]))
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             parts = [
-                tokenizer.tokens_of(tokenizer.source_of(frames_to_pixels(part)))
-                for part in tqdm(cache.frames.split(128), desc="deep tokens", delay=2, disable=None, leave=False)
+                tokenizer.tokens_of(tokenizer.source_of(frames_to_pixels(part).to(device))).half().cpu()
+                for part in tqdm(pieces, desc="deep tokens", delay=2, disable=None, leave=False)
             ]
-        return {"tokens": torch.cat(parts).half()}
+        return {"tokens": torch.cat(parts)}
 
     made_by = content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)
     return kept_tensors(folder / f"tokens-{made_by}.safetensors", computed)["tokens"]
+
+
+def body_folder(name: str) -> Path:
+    """The folder of a `transformers` model: one on disk, or downloaded by its id. Raises `CheckpointError`."""
+    return Path(name) if Path(name).is_dir() else downloaded(name, BODY_FILES)
 
 
 class LanguageTraining:
@@ -68,22 +83,36 @@ class LanguageTraining:
     best = "written_share"  # the loss is least long before the caption is heard (docs/log.md)
 
     def __init__(self, run: LanguageRun):
+        named = [name for name in ("init", "body", "vocabulary") if getattr(run, name)]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)}: each brings a vocabulary of its own; name one of them")
         self.run = run
         folder = Path(run.tokenizer)
-        self.tokenizer = VideoTokenizer.from_pretrained(folder)
+        self.tokenizer = VideoTokenizer.from_pretrained(folder).to(pick_device(run.loop.device))
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
+        body = body_folder(run.body) if run.body else None
+        text = self._text(body)
+        if text.vocab_size > run.model.vocab_size:
+            raise ValueError(f"vocab_size: expected {text.vocab_size} or more, got {run.model.vocab_size}")
         self.tokens = frame_tokens(self.tokenizer, cache, Path(run.cache), folder)
-        text = TextTokenizer.load(Path(run.init)) if run.init else self._learn_text()
+        self.tokenizer.cpu()  # an accelerator's memory is for the language model
         torch.manual_seed(run.loop.seed)
         self.text = text
         self.module = DeepTokenLM(replace(run.model, pad_id=text.pad_id, begin_id=text.begin_id), text)
         if run.init:
             load_weights(self.module, Path(run.init) / LM_WEIGHTS)
+        if body:
+            self.module.load_body(body)
         if run.loop.compile:
             self.module.compile(dynamic=False)
 
-    def _learn_text(self) -> TextTokenizer:
+    def _text(self, body: Path | None) -> TextTokenizer:
+        """The vocabulary of the weights to begin from, the one named, or one learnt from the captions."""
+        if self.run.init:
+            return TextTokenizer.load(Path(self.run.init))
+        if folder := body or self.run.vocabulary:
+            return TextTokenizer.from_pretrained(Path(folder))
         captions = [caption for video in self.cache.videos for caption in video.captions]
         return TextTokenizer.train(captions, self.run.model.vocab_size)
 
@@ -143,8 +172,11 @@ class LanguageTraining:
         output = self.module(batch["text_ids"].to(device), batch["tokens"].to(device), mask, generator)
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
-    def validate(self) -> tuple[dict[str, float], Image.Image]:
-        """Loss on validation and on training clips from their start; how well captions pick out their own clip."""
+    def validate(self) -> tuple[dict[str, float], Image.Image | None]:
+        """Loss on validation and on training clips from their start; how well captions pick out their own clip.
+
+        No sheet where a tokenizer has no key-frame head, and would have to render clips for it.
+        """
         metrics: dict[str, float] = {}
         for name, videos in (("validation", self.validation.videos), ("training", self.cache.videos[::14])):
             losses = [self.module(*self.sample_of(part)).loss for part in chunks(videos, 32)]
@@ -152,7 +184,7 @@ class LanguageTraining:
         metrics["caption_rank"] = self.caption_rank()
         metrics["written_share"] = self.written(self.cache.videos)[0]
         metrics["written_rank"] = self.written(self.validation.videos)[1]
-        return metrics, self.sheet()
+        return metrics, None if self.tokenizer.key_head is None else self.sheet()
 
     def sample_of(self, videos: tuple[CachedVideo, ...], key_frames: int | None = None) -> tuple[Tensor, Tensor]:
         """Short captions and tokens of videos from their start, without augmentation."""

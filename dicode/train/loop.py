@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -30,8 +30,13 @@ RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal after a checkpoint; th
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up, a constant stretch, and a linear decay over the last `decay_fraction` of the steps."""
+    """Warm-up, a constant stretch, and a linear decay over the last `decay_fraction` of the steps.
 
+    `muon` orthogonalises the updates of linear layers' weights, scaled to AdamW's size so that one `lr` serves both
+    (arXiv 2502.16982); all other parameters stay with AdamW.
+    """
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
     steps: int = 10_000
     batch_size: int = 32
     lr: float = 1e-3
@@ -113,6 +118,22 @@ def sample_indices(num_samples: int, batch_size: int, seed: int, step: int) -> T
     return torch.stack(picked)
 
 
+def make_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a module's trained parameters, each with its own share of them."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    linear = {m.weight for m in module.modules() if isinstance(m, nn.Linear)} if config.optimizer == "muon" else set()
+    matrices = [p for p in trained if p in linear]
+    others = [p for p in trained if p not in linear]
+    made: list[torch.optim.Optimizer] = []
+    if others:
+        betas = (config.beta1, config.beta2)
+        made.append(torch.optim.AdamW(others, config.lr, betas, weight_decay=config.weight_decay, fused=True))
+    if matrices:
+        momentum, decay = config.beta2, config.weight_decay
+        made.append(torch.optim.Muon(matrices, config.lr, decay, momentum, adjust_lr_fn="match_rms_adamw"))
+    return made
+
+
 def train(stage: Stage, config: LoopConfig, folder: Path, recipe: dict[str, Any]) -> dict[str, float]:
     """Train to `config.optim.steps` in `folder`, continuing from its newest checkpoint; returns the best metrics.
 
@@ -121,20 +142,14 @@ def train(stage: Stage, config: LoopConfig, folder: Path, recipe: dict[str, Any]
     device = pick_device(config.device)
     module = stage.module.to(device)
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trained.values(),
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        weight_decay=config.optim.weight_decay,
-        fused=True,
-    )
+    optimizers = make_optimizers(module, config.optim)
     ema = {name: p.detach().clone() for name, p in trained.items()}
     buffers = dict(module.named_buffers())
     state = TrainState(step=0, best=None, trained_s=0.0)
     folder.mkdir(parents=True, exist_ok=True)
     asked = json.dumps({"recipe": recipe, "loop": config_to_dict(config)}, indent=2, default=str) + "\n"
     if newest := latest_checkpoint(folder):
-        state = load_checkpoint(newest, trained, ema, buffers, optimizer)
+        state = load_checkpoint(newest, trained, ema, buffers, optimizers)
         print(f"continuing {folder} from step {state.step}", flush=True)
         if asked != (folder / "recipe.json").read_text():
             changed = folder / f"recipe-from-step-{state.step:08d}.json"
@@ -148,7 +163,7 @@ def train(stage: Stage, config: LoopConfig, folder: Path, recipe: dict[str, Any]
     with log, StopSignal() as stop, sdpa_kernel(attention):
         started_s = time.monotonic() - state.trained_s
         while state.step < config.optim.steps:
-            scalars = _step(stage, config, optimizer, trained, ema, state.step)
+            scalars = _step(stage, config, optimizers, trained, ema, state.step)
             state.step += 1
             state.trained_s = time.monotonic() - started_s
             if state.step % config.log_every == 0 or state.step == 1:
@@ -157,7 +172,7 @@ def train(stage: Stage, config: LoopConfig, folder: Path, recipe: dict[str, Any]
             if state.step % config.evaluate_every == 0 or last:
                 _evaluate(stage, trained, ema, state, log, folder)
             if state.step % config.checkpoint_every == 0 or last or stop.asked:
-                save_checkpoint(folder, state, trained, ema, buffers, optimizer)
+                save_checkpoint(folder, state, trained, ema, buffers, optimizers)
             if stop.asked and not last:
                 print(f"stopped at step {state.step}; the same command continues", flush=True)
                 raise SystemExit(RESUME_EXIT_CODE)
@@ -167,7 +182,7 @@ def train(stage: Stage, config: LoopConfig, folder: Path, recipe: dict[str, Any]
 def _step(
     stage: Stage,
     config: LoopConfig,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     trained: dict[str, nn.Parameter],
     ema: dict[str, Tensor],
     step: int,
@@ -180,7 +195,7 @@ def _step(
     stage.module.train()
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         loss, scalars = stage.loss(batch, generator_for(config.seed, "noise", step))
-    optimizer.zero_grad(set_to_none=True)
+    stage.module.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(trained.values(), optim.clip_norm)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -190,9 +205,10 @@ def _step(
             f"{bad[:3]}; samples {indices.tolist()[:8]}"
         )
     lr = optim.lr_at(step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
     decay = min(optim.ema_decay, (1 + step) / (10 + step))  # short memory at first, as in Karras et al. 2022
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - decay)

@@ -1,0 +1,106 @@
+"""Weights in, weights out: other people's files read tensor by tensor, ours written the same way."""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dicode.hub import CheckpointError, read_tensors
+
+State = dict[str, Tensor]
+CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}  # of safetensors
+WRAPPERS = ("module", "state_dict")  # of DeepSpeed and of Lightning
+FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+def read_weights(path: Path) -> State:
+    """The tensors of a torch pickle, a safetensors file, or a folder that holds one such file.
+
+    Pickles run no code (`weights_only`) and are mapped, so that memory holds what is being looked at. What DeepSpeed or
+    Lightning wrapped around the weights is taken off. Raises `CheckpointError` for anything else.
+    """
+    if path.is_dir():
+        found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        if not found:
+            raise CheckpointError(f"{path}: expected one of {', '.join(FOLDER_FILES)} in it")
+        path = found[0]
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, … for one and the same thing
+        raise CheckpointError(f"{path}: not a torch file of plain tensors ({' '.join(str(error).split())})") from error
+    for wrapper in WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{path}: expected tensors by name, found {_kinds(loaded)}")
+    return dict(loaded)
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether torch wrote it after version 1.6; older files cannot be mapped."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _kinds(loaded: object) -> str:
+    if not isinstance(loaded, Mapping):
+        return type(loaded).__name__
+    return ", ".join(f"{name}: {type(value).__name__}" for name, value in list(loaded.items())[:5])
+
+
+def without_prefix(state: Mapping[str, Tensor], parts: Iterable[str], source: str) -> State:
+    """Names without what stands before every one of them, such as `module.`; `parts` are how known names begin."""
+    starts = {name[: name.index(part)] for name in state for part in parts if f".{part}" in f".{name}"}
+    shortest = min(starts, key=len, default="")
+    if others := [name for name in state if not name.startswith(shortest)]:
+        raise CheckpointError(f"{source}: most names begin with {shortest!r}, but not {others[:5]}")
+    return {name.removeprefix(shortest): value for name, value in state.items()}
+
+
+def taken(state: State, prefix: str) -> State:
+    """Move the tensors of one part out of `state`, without the part's name."""
+    return {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype, exact: tuple[str, ...] = ()) -> None:
+    """Write a safetensors file with one tensor at a time in memory, floating-point ones in `dtype`.
+
+    Names that begin with one of `exact` keep float32. An interrupted write leaves no file.
+    """
+    kinds = {
+        name: value.dtype if not value.is_floating_point() else torch.float32 if name.startswith(exact) else dtype
+        for name, value in state.items()
+    }
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, value in state.items():
+        start, end = end, end + math.prod(value.shape) * kinds[name].itemsize
+        header[name] = {"dtype": CODES[kinds[name]], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, value in state.items():
+                flat = value.detach().to(kinds[name]).contiguous().flatten()
+                file.write(flat.view(torch.uint8).numpy().data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file, from its header."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -1,0 +1,142 @@
+"""What others published to start from: DynamiCrafter, CompVis' autoencoders, OpenCLIP."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPConfig, CLIPModel
+
+from dicode.convert.configs import CLIP_HEAD_WIDTH, first_stage_of
+from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
+from dicode.convert.names import clip_state, open_clip_state, vae_state
+from dicode.convert.official import (
+    EXACT,
+    IMAGE_TOWER,
+    LATENT_SCALE,
+    RESAMPLER,
+    TEXT_TOWER,
+    TOKENIZER_PARTS,
+    UNET,
+    VAE,
+    Report,
+    drop_unused,
+    fitted,
+    joined,
+    tokenizer_sections,
+    towers,
+)
+from dicode.hub import CheckpointError, write_config
+from dicode.tokenizer.first_stage import FirstStage
+from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerConfig
+
+VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+VAE_UNUSED = {r"(loss\..*|model_ema\..*)": "the autoencoder's own training"}
+
+
+def convert_dynamicrafter(
+    path: Path,
+    output: Path,
+    *,
+    clip: Path | None = None,
+    config: TokenizerConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Report:
+    """DynamiCrafter's checkpoint → a folder from which to train a tokenizer of the published arrangement.
+
+    Its U-Net reads the latents of a given image beside the noisy ones: that half of the first convolution is left out.
+    Its resampler has 16 queries for each of 16 frames; ours begins as those of the first frame.
+    """
+    config, report = config or TOKENIZERS["paper_tokenizer_256"], Report()
+    state = without_prefix(read_weights(path), TOKENIZER_PARTS, str(path))
+    unet, vae, resampler = (taken(state, part) for part in (UNET, VAE, RESAMPLER))
+    image, text = towers(taken(state, IMAGE_TOWER), taken(state, TEXT_TOWER), clip, str(path), report)
+    drop_unused(state, str(path), report)
+    first, channels = "input_blocks.0.0.weight", config.first_stage.latent_channels
+    if first not in unet or "latents" not in resampler:
+        raise CheckpointError(f"{path}: expected DynamiCrafter's {UNET}{first} and {RESAMPLER}latents")
+    if unet[first].shape[1] > channels:
+        report.leave("reads the latents of a given image", [f"{UNET}{first}, input channels from {channels}"])
+        unet[first] = unet[first][:, :channels]
+    queries = config.resampler.queries
+    if resampler["latents"].shape[1] > queries:
+        report.leave("queries of later frames", [f"{RESAMPLER}latents, from {queries}"])
+        resampler["latents"] = resampler["latents"][:, :queries]
+    missing_scale = [name.replace("to_k_ip.weight", "alpha") for name in unet if name.endswith("attn2.to_k_ip.weight")]
+    for name in missing_scale:
+        unet.setdefault(name, torch.zeros(()))  # a fixed scale of 1 there; tanh(0) + 1 here
+    first_stage, parts = joined(unet, vae, resampler, image, text, config, str(path), report)
+    write_tensors(output / FIRST_STAGE_WEIGHTS, first_stage, dtype, EXACT)
+    write_tensors(output / WEIGHTS, parts, dtype, EXACT)
+    write_config(output, tokenizer_sections(config, first_stage, parts, dtype))
+    return report
+
+
+def convert_vae(path: Path, output: Path, dtype: torch.dtype = torch.float32) -> Report:
+    """CompVis' KL autoencoder, alone or within a larger checkpoint → a diffusers folder (`AutoencoderKL`)."""
+    state, report = read_weights(path), Report()
+    if within := {name: value for name, value in state.items() if VAE in name}:
+        report.leave("other parts of the file", [name for name in state if name not in within])
+        state = {name[name.index(VAE) + len(VAE) :]: value for name, value in within.items()}
+    drop_unused({n: t for n, t in state.items() if not n.startswith(VAE_PARTS)}, str(path), report, VAE_UNUSED)
+    state = {name: value for name, value in state.items() if name.startswith(VAE_PARTS)}
+    if "post_quant_conv.weight" not in state:
+        raise CheckpointError(f"{path}: expected CompVis' names, such as {VAE}encoder.conv_in.weight")
+    config = first_stage_of(state)
+    renamed = vae_state(state, len(config.channels))
+    with torch.device("meta"):
+        autoencoder = FirstStage(config).autoencoder
+    renamed = fitted(renamed, autoencoder, str(path))
+    write_tensors(output / "diffusion_pytorch_model.safetensors", renamed, dtype)
+    settings = {**dict(autoencoder.config), "scaling_factor": LATENT_SCALE}
+    text = json.dumps({"_class_name": AutoencoderKL.__name__, **settings}, indent=2, default=str)
+    (output / "config.json").write_text(text + "\n")
+    report.use("autoencoder", renamed)
+    return report
+
+
+def convert_clip(path: Path, output: Path, dtype: torch.dtype = torch.float32) -> Report:
+    """OpenCLIP's file → a transformers folder (`CLIPModel`); transformers' file or folder → OpenCLIP's file."""
+    state, report = read_weights(path), Report()
+    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
+        back = open_clip_state({name: t for name, t in state.items() if not name.endswith(".position_ids")})
+        write_tensors(output / "open_clip_model.safetensors", back, dtype)
+        report.use("OpenCLIP model", back)
+        return report
+    try:
+        renamed = clip_state({name: t for name, t in state.items() if name != "attn_mask"})
+    except KeyError as error:
+        raise CheckpointError(f"{path}: neither OpenCLIP's names nor those of transformers: {error}") from error
+    config = clip_config_of(renamed)
+    with torch.device("meta"):
+        renamed = fitted(renamed, CLIPModel(config), str(path))
+    write_tensors(output / "model.safetensors", renamed, dtype)
+    config.save_pretrained(output)
+    report.use("CLIP model", renamed)
+    return report
+
+
+def clip_config_of(state: State) -> CLIPConfig:
+    """Sizes of both towers, told from their weights; heads are as wide as those of ViT-H/14."""
+    towers = {}
+    for tower in ("vision", "text"):
+        layers = [name for name in state if name.startswith(f"{tower}_model.encoder.layers.")]
+        width = len(state[f"{tower}_model.encoder.layers.0.layer_norm1.weight"])
+        towers[tower] = {
+            "hidden_size": width,
+            "intermediate_size": len(state[f"{tower}_model.encoder.layers.0.mlp.fc1.bias"]),
+            "num_hidden_layers": 1 + max(int(name.split(".")[3]) for name in layers),
+            "num_attention_heads": max(1, width // CLIP_HEAD_WIDTH[tower]),
+            "hidden_act": "gelu",
+        }
+    kernel = state["vision_model.embeddings.patch_embedding.weight"]
+    side = round((len(state["vision_model.embeddings.position_embedding.weight"]) - 1) ** 0.5)
+    towers["vision"] |= {"patch_size": kernel.shape[-1], "image_size": side * kernel.shape[-1]}
+    words, places = (state[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
+    towers["text"] |= {"vocab_size": len(words), "max_position_embeddings": len(places)}
+    return CLIPConfig(
+        vision_config=towers["vision"],
+        text_config=towers["text"],
+        projection_dim=len(state["text_projection.weight"]),
+    )

@@ -1,0 +1,25 @@
+"""Tokenizers that have a name."""
+
+from dicode.tokenizer.diffusion import DiffusionConfig
+from dicode.tokenizer.encoder import EncoderConfig
+from dicode.tokenizer.first_stage import FirstStageConfig
+from dicode.tokenizer.known import DenoiserConfig
+from dicode.tokenizer.resampler import ResamplerConfig
+from dicode.tokenizer.video_tokenizer import TokenizerConfig
+
+TOKENIZERS: dict[str, TokenizerConfig] = {
+    "sprites": TokenizerConfig(denoiser=DenoiserConfig(predicts_change=True)),
+    # Published (arXiv 2412.04446): OpenCLIP ViT-H/14, DynamiCrafter-256's U-Net without image concatenation, SD's VAE
+    "paper_tokenizer_256": TokenizerConfig(
+        size=256,
+        tail_frame=15,
+        null_image="black",
+        first_stage=FirstStageConfig("kl", (128, 256, 512, 512), 4, (2,), (2,)),
+        encoder=EncoderConfig("clip", width=1280, depth=32, heads=16, size=224, patch=14, channels=3),
+        resampler=ResamplerConfig(),
+        denoiser=DenoiserConfig("unet3d", context_frames=0, uses_key_latents=False, depth=2, heads=5),
+        diffusion=DiffusionConfig(objective="v_prediction", eta=1.0, guidance_rescale=0.7),
+        steps=50,
+        guidance=7.5,
+    ),
+}

@@ -1,0 +1,107 @@
+"""The published model (arXiv 2412.04446) and its family of language models: 256×256, 8 fps, 16 frames a clip.
+
+    dicode data cache FOLDER… -o cache/videos --size 256 --max-fps 8
+    dicode convert dynamicrafter model.ckpt -o checkpoints/dynamicrafter
+    dicode train recipes/paper.py:paper_tokenizer_256
+    dicode train recipes/paper.py:gpt2
+    dicode assemble runs/paper_tokenizer_256/best runs/gpt2/best -o paper
+
+None of these runs has been made: steps, batch sizes and learning rates are the usual ones for such sizes, untested;
+hours, results and the memory of activations are unknown. The state given below is reckoned, not measured: 20 bytes a
+trained parameter (weights, gradients, two moments and the average of the weights, float32), 4 more in validation.
+A run uses one GPU, and holds its cache in main memory: a frame takes 0.2 MB, its latents 16 kB, its deep tokens 33 kB.
+"""
+
+from dicode.lm.sizes import SIZES, DeepLMConfig
+from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.train.clips import TokenizerRun
+from dicode.train.language import LanguageRun
+from dicode.train.loop import LoopConfig, OptimConfig
+
+PRIOR = "checkpoints/dynamicrafter"
+
+
+def paper_tokenizer_256() -> TokenizerRun:
+    """Resampler and U-Net, 1.49 B parameters, from a video prior; CLIP ViT-H/14 and Stable Diffusion's VAE stay.
+
+    `--init` and `--first-stage` also take the published tokenizer (`dicode convert official`). As published, tokens are
+    not normalised; `--fits-statistics` would normalise them from the first step on, and so change them for a U-Net and
+    a language model that know the published ones. State of 30 GB and 3 GB of frozen parts: meant for a GPU of 80 GB.
+    """
+    return TokenizerRun(
+        cache="cache/videos",
+        first_stage=PRIOR,
+        init=PRIOR,
+        model=TOKENIZERS["paper_tokenizer_256"],
+        fits_statistics=False,
+        images_per_step=0,
+        token_noise=0.0,
+        loop=LoopConfig(
+            evaluate_every=2000,
+            checkpoint_every=1000,
+            optim=OptimConfig(steps=100_000, batch_size=8, lr=1e-5, warmup_steps=1000, ema_decay=0.9999),
+        ),
+    )
+
+
+def gpt2_mini() -> LanguageRun:
+    """51 M and 18 M parameters, from scratch. State of 1.4 GB."""
+    return _language_model(SIZES["gpt2-mini"], lr=6e-4)
+
+
+def distilgpt2() -> LanguageRun:
+    """82 M and 27 M parameters; `--body distilbert/distilgpt2`. State of 2.2 GB."""
+    return _language_model(SIZES["distilgpt2"], lr=6e-4)
+
+
+def gpt2() -> LanguageRun:
+    """GPT-2's 124 M parameters and 27 M for deep tokens, from scratch. State of 3 GB.
+
+    From its published weights, at a learning rate as untested:
+
+        dicode train recipes/paper.py:gpt2 --body openai-community/gpt2 --loop.optim.lr 1e-4
+
+    `--vocabulary FOLDER` takes its vocabulary alone; without either, one is learnt from the captions.
+    """
+    return _language_model(SIZES["gpt2"], lr=6e-4)
+
+
+def gpt2_medium() -> LanguageRun:
+    """355 M and 37 M parameters; `--body openai-community/gpt2-medium`. State of 8 GB."""
+    return _language_model(SIZES["gpt2-medium"], lr=3e-4)
+
+
+def gpt2_large() -> LanguageRun:
+    """774 M and 47 M parameters; `--body openai-community/gpt2-large`. State of 16 GB."""
+    return _language_model(SIZES["gpt2-large"], lr=2.5e-4)
+
+
+def llama_1b() -> LanguageRun:
+    """1.24 B and 78 M parameters; `--body meta-llama/Llama-3.2-1B`. State of 26 GB."""
+    return _language_model(SIZES["llama-1b"], lr=2e-4)
+
+
+def llama_3b() -> LanguageRun:
+    """3.21 B and 123 M parameters; `--body meta-llama/Llama-3.2-3B`. State of 67 GB, 80 GB in validation.
+
+    With activations that is more than a GPU of 80 GB holds.
+    """
+    return _language_model(SIZES["llama-3b"], lr=1.6e-4)
+
+
+def _language_model(model: DeepLMConfig, lr: float) -> LanguageRun:
+    """From scratch; learning rates are those of GPT-3's family (arXiv 2005.14165, table 2.1) at the nearest size."""
+    return LanguageRun(
+        cache="cache/videos",
+        tokenizer="runs/paper_tokenizer_256/best",
+        model=model,
+        long_captions=0.0,
+        word_dropout=0.0,
+        loop=LoopConfig(
+            evaluate_every=2000,
+            checkpoint_every=1000,
+            optim=OptimConfig(
+                steps=100_000, batch_size=64, lr=lr, warmup_steps=2000, weight_decay=0.1, ema_decay=0.9999
+            ),
+        ),
+    )

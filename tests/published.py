@@ -1,0 +1,143 @@
+"""Checkpoints as the authors published them, at toy size: the reference weights, with small CLIP towers beside them."""
+
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dicode.convert.configs import denoiser_config, first_stage_config, lm_config, resampler_config
+from dicode.lm.sizes import DeepLMConfig
+from dicode.tokenizer.diffusion import DiffusionConfig
+from dicode.tokenizer.encoder import EncoderConfig
+from dicode.tokenizer.video_tokenizer import TokenizerConfig
+
+REFERENCE = Path(os.environ.get("DICODE_REFERENCE", Path(__file__).parent / "reference"))
+TEXT_LENGTH, TEXT_DEPTH, IMAGE_HEADS = 7, 3, 2
+
+
+def values_of(name: str) -> dict[str, Any]:
+    return json.loads((REFERENCE / f"{name}.json").read_text())
+
+
+def weights_of(name: str) -> dict[str, Tensor]:
+    return load_file(REFERENCE / f"{name}.weights.safetensors")
+
+
+def vectors_of(name: str) -> dict[str, Tensor]:
+    return load_file(REFERENCE / f"{name}.io.safetensors")
+
+
+def reference_lm_config() -> DeepLMConfig:
+    return lm_config(values_of("lm"))
+
+
+def reference_config(text_tokens: int = TEXT_LENGTH) -> TokenizerConfig:
+    """A tokenizer of the published arrangement out of the reference parts."""
+    resampler = resampler_config(values_of("resampler"), features=5)
+    ddim = values_of("ddim")
+    return TokenizerConfig(
+        size=32,
+        clip_frames=4,
+        tail_frame=3,
+        null_image="black",
+        first_stage=first_stage_config(values_of("vae")["ddconfig"]),
+        encoder=EncoderConfig("clip", resampler.feature_width, 2, IMAGE_HEADS, size=28, patch=14, channels=3),
+        resampler=resampler,
+        denoiser=denoiser_config(values_of("unet"), text_tokens),
+        diffusion=DiffusionConfig("v_prediction", eta=ddim["eta"], guidance_rescale=ddim["guidance_rescale"]),
+        steps=4,
+        guidance=ddim["guidance_scale"],
+    )
+
+
+def published_tokenizer() -> dict[str, Tensor]:
+    """What `models/pytorch_model.bin` holds, under its names."""
+    torch.manual_seed(0)
+    clip = OpenClip(image_width=values_of("resampler")["embedding_dim"], text_width=values_of("unet")["context_dim"])
+    image = {f"embedder.model.visual.{name}": value for name, value in clip.visual.state_dict().items()}
+    text = {n: t for n, t in clip.state_dict().items() if not n.startswith("visual.")}
+    return {
+        **{f"model.diffusion_model.{name}": value for name, value in weights_of("unet").items()},
+        **{f"first_stage_model.{name}": value for name, value in weights_of("vae").items()},
+        **{f"image_proj_model.{name}": value for name, value in weights_of("resampler").items()},
+        **image,
+        **{f"cond_stage_model.model.{name}": value.clone() for name, value in text.items()},
+        "embedder.model.logit_scale": torch.ones(()),
+        "embedder.model.ln_final.weight": torch.ones(3),
+        "betas": torch.zeros(10),
+        "sqrt_one_minus_alphas_cumprod": torch.zeros(10),
+    }
+
+
+class Block(nn.Module):
+    """OpenCLIP's residual block, under its names."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        layers = [
+            ("c_fc", nn.Linear(width, 4 * width)),
+            ("gelu", nn.GELU()),
+            ("c_proj", nn.Linear(4 * width, width)),
+        ]
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Blocks(nn.Module):
+    def __init__(self, width: int, heads: int, depth: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+
+
+class ImageTower(nn.Module):
+    def __init__(self, width: int, heads: int, depth: int, joint: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 14, 14, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.positional_embedding = nn.Parameter(torch.randn(5, width))
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = Blocks(width, heads, depth)
+        self.proj = nn.Parameter(torch.randn(width, joint))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Tokens after the last block, the class token first."""
+        patches = self.conv1(pixels).flatten(2).transpose(1, 2)
+        classes = self.class_embedding.expand(len(pixels), 1, -1)
+        x = self.ln_pre(torch.cat([classes, patches], dim=1) + self.positional_embedding)
+        for block in self.transformer.resblocks:
+            x = block(x)
+        return x
+
+
+class OpenClip(nn.Module):
+    """OpenCLIP's model at toy size, written with torch's own attention: independent of transformers."""
+
+    def __init__(self, image_width: int, text_width: int, joint: int = 6):
+        super().__init__()
+        self.visual = ImageTower(image_width, IMAGE_HEADS, 2, joint)
+        self.token_embedding = nn.Embedding(49_408, text_width)
+        self.positional_embedding = nn.Parameter(torch.randn(TEXT_LENGTH, text_width))
+        self.transformer = Blocks(text_width, 1, TEXT_DEPTH)
+        self.ln_final = nn.LayerNorm(text_width)
+        self.text_projection = nn.Parameter(torch.randn(text_width, joint))
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        nn.init.normal_(self.ln_final.weight)  # else the last norm could be forgotten unnoticed
+
+    def text_features(self, ids: Tensor, layers: int = TEXT_DEPTH) -> Tensor:
+        """After the first `layers` blocks and the last norm."""
+        x = self.token_embedding(ids) + self.positional_embedding
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        for block in self.transformer.resblocks[:layers]:
+            x = block(x, mask)
+        return self.ln_final(x)

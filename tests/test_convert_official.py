@@ -1,0 +1,346 @@
+"""Published weights become a folder of ours: every tensor, every wrapping, and an error for whatever does not fit."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from published import (
+    IMAGE_HEADS,
+    TEXT_DEPTH,
+    TEXT_LENGTH,
+    OpenClip,
+    published_tokenizer,
+    reference_config,
+    reference_lm_config,
+    values_of,
+    vectors_of,
+    weights_of,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPModel
+
+from dicode.cli import main
+from dicode.convert.files import read_weights, write_tensors
+from dicode.convert.names import clip_state
+from dicode.convert.official import convert_official, null_text
+from dicode.convert.priors import convert_clip, convert_dynamicrafter, convert_vae
+from dicode.hub import CheckpointError
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.lm.heads import MixtureHead
+from dicode.lm.text import TextTokenizer
+from dicode.tokenizer.first_stage import FirstStage
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, Tensor]:
+    return published_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocabulary in GPT-2's form, small enough for the reference language model: 34 + 1 + 66 entries."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    letters = "abcdefghijklmnopqrstuvwxyzĠ.,!?'-:"
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+def saved(state: Any, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+WRAPPINGS = {
+    "plain": lambda state: state,
+    "deepspeed": lambda state: {"module": state, "dp_world_size": 4},
+    "lightning": lambda state: {"state_dict": state, "epoch": 3},
+    "prefixed": lambda state: {f"_forward_module.module.{name}": value for name, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_every_wrapping_of_the_tokenizer_gives_the_same_folder(
+    published: dict[str, Tensor], tmp_path: Path, wrapping: str
+) -> None:
+    config = reference_config()
+    convert_official(tmp_path / "plain", saved(published, tmp_path / "plain.bin"), config=config)
+    convert_official(tmp_path / "out", saved(WRAPPINGS[wrapping](published), tmp_path / "w.bin"), config=config)
+    for file in ("tokenizer.safetensors", "first_stage.safetensors", "config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_converted_tokenizer_gives_the_published_outputs(published: dict[str, Tensor], tmp_path: Path) -> None:
+    report = convert_official(tmp_path / "out", saved(published, tmp_path / "t.bin"), config=reference_config())
+    tokenizer = VideoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.token_hash() == json.loads((tmp_path / "out" / "config.json").read_text())["deep_tokens"]
+    r, v = vectors_of("resampler"), vectors_of("vae")
+    with torch.no_grad():
+        torch.testing.assert_close(tokenizer.resampler(r["features"]), r["tokens"], rtol=1e-5, atol=1e-5)
+        pixels = v["pixels"]
+        torch.testing.assert_close(
+            tokenizer.first_stage.encode(pixels), v["latent_mode"] * 0.18215, rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(
+            tokenizer.first_stage.decode(v["latent_mode"] * 0.18215), v["decoded"], rtol=1e-5, atol=1e-5
+        )
+        features = torch.randn(2, 5, 40)
+        tokens = tokenizer.normalizer(tokenizer.resampler(features).flatten(1))
+        torch.testing.assert_close(tokens, tokenizer.resampler(features).flatten(1), rtol=1e-6, atol=1e-6)
+    held = tokenizer.denoiser.state_dict()
+    assert sum(value.numel() for name, value in held.items() if name != "null_text") == sum(
+        value.numel() for value in weights_of("unet").values()
+    )
+    assert "noise schedule" in report.text() and "text half" in report.text()
+
+
+def test_converted_tokenizer_shows_each_shared_frame_once(published: dict[str, Tensor], tmp_path: Path) -> None:
+    convert_official(tmp_path / "out", saved(published, tmp_path / "t.bin"), config=reference_config())
+    tokenizer = VideoTokenizer.from_pretrained(tmp_path / "out")
+    frames = torch.randint(256, (1, 7, 32, 32, 3), dtype=torch.uint8)
+    tokens = tokenizer.encode(frames)
+    assert tokens.shape == (1, 3, 4, 32)  # frames 0, 3 and 6
+    clips = list(tokenizer.decode(tokens, steps=1))
+    assert [clip.shape[1] for clip in clips] == [4, 3]
+    assert tokenizer.config.num_clips(7) == 2 and tokenizer.config.num_clips(8) == 3
+
+
+def test_guidance_steers_away_from_a_black_image(published: dict[str, Tensor], tmp_path: Path) -> None:
+    convert_official(tmp_path / "out", saved(published, tmp_path / "t.bin"), config=reference_config())
+    tokenizer = VideoTokenizer.from_pretrained(tmp_path / "out")
+    black = tokenizer.encode(torch.zeros(1, 2, 32, 32, 3, dtype=torch.uint8))
+    torch.testing.assert_close(tokenizer.null_tokens(), black[:, 0])
+    plain, guided = (next(tokenizer.decode(black, steps=2, guidance=g)) for g in (1.0, 7.5))
+    assert (plain.int() - guided.int()).abs().max() <= 1  # away from itself is nowhere
+
+
+def test_null_text_is_what_open_clip_says_of_nothing(published: dict[str, Tensor]) -> None:
+    text = {
+        name.removeprefix("cond_stage_model.model."): value
+        for name, value in published.items()
+        if name.startswith("cond_stage_model.")
+    }
+    clip = OpenClip(40, 32)
+    clip.load_state_dict({**clip.state_dict(), **text})
+    ids = torch.tensor([[49_406, 49_407] + [0] * (TEXT_LENGTH - 2)])
+    tower = {n.removeprefix("text_model."): t for n, t in clip_state(text).items() if n.startswith("text_model.")}
+    with torch.no_grad():
+        expected = clip.eval().text_features(ids, TEXT_DEPTH - 1)
+    torch.testing.assert_close(null_text(tower), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_image_tower_sees_what_open_clip_sees(published: dict[str, Tensor], tmp_path: Path) -> None:
+    convert_official(tmp_path / "out", saved(published, tmp_path / "t.bin"), config=reference_config())
+    encoder = VideoTokenizer.from_pretrained(tmp_path / "out").encoder
+    clip = OpenClip(40, 32).eval()
+    image = {n.removeprefix("embedder.model."): t for n, t in published.items() if ".visual." in n}
+    clip.load_state_dict({**clip.state_dict(), **image})
+    pixels = torch.rand(2, 3, 28, 28) * 2 - 1
+    with torch.no_grad():
+        normalised = ((pixels + 1) / 2 - encoder.mean) / encoder.deviation
+        torch.testing.assert_close(encoder(pixels), clip.visual(normalised), rtol=1e-4, atol=1e-5)
+
+
+def test_towers_may_come_from_another_file(published: dict[str, Tensor], tmp_path: Path) -> None:
+    config = reference_config()
+    convert_official(tmp_path / "whole", saved(published, tmp_path / "t.bin"), config=config)
+    without = {n: t for n, t in published.items() if not n.startswith(("embedder.", "cond_stage_model."))}
+    clip = {n.removeprefix("embedder.model."): t for n, t in published.items() if ".visual." in n}
+    clip |= {n.removeprefix("cond_stage_model.model."): t for n, t in published.items() if n.startswith("cond_stage")}
+    bare = saved(without, tmp_path / "bare.bin")
+    with pytest.raises(CheckpointError, match="--clip"):
+        convert_official(tmp_path / "none", bare, config=config)
+    convert_official(tmp_path / "other", bare, clip=saved(clip, tmp_path / "clip.bin"), config=config)
+    name = "tokenizer.safetensors"
+    assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    changed = {**clip, "visual.ln_pre.weight": clip["visual.ln_pre.weight"] + 1}
+    with pytest.raises(CheckpointError, match="different towers"):
+        convert_official(tmp_path / "no", tmp_path / "t.bin", clip=saved(changed, tmp_path / "c.bin"), config=config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update({"model.diffusion_model.strange.weight": torch.zeros(2)}), "strange"),
+        (lambda s: s.update({"something.else": torch.zeros(2)}), "something.else"),
+        (lambda s: s.pop("image_proj_model.proj_in.bias"), "missing resampler.proj_in.bias"),
+        (lambda s: s.update({"image_proj_model.proj_in.bias": torch.zeros(2)}), r"expected shape \(48,\), got \(2,\)"),
+        (lambda s: s.pop("first_stage_model.post_quant_conv.bias"), "post_quant_conv.bias"),
+    ],
+)
+def test_missing_and_unknown_tensors_stop_the_conversion(
+    published: dict[str, Tensor], tmp_path: Path, change: Any, message: str
+) -> None:
+    state = dict(published)
+    change(state)
+    with pytest.raises(CheckpointError, match=message):
+        convert_official(tmp_path / "out", saved(state, tmp_path / "t.bin"), config=reference_config())
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickles_that_hold_code_are_refused(tmp_path: Path) -> None:
+    path = saved({"x": Path("harmless")}, tmp_path / "code.bin")
+    with pytest.raises(CheckpointError, match="plain tensors"):
+        read_weights(path)
+    (tmp_path / "cut.bin").write_bytes(saved({"x": torch.zeros(500)}, tmp_path / "x.bin").read_bytes()[:900])
+    with pytest.raises(CheckpointError, match=r"cut\.bin"):
+        read_weights(tmp_path / "cut.bin")
+
+
+@pytest.mark.parametrize("prefix", ["", "llm_agent.", "module.llm_agent."])
+def test_converted_language_model_gives_the_published_outputs(
+    published: dict[str, Tensor], gpt2_folder: Path, tmp_path: Path, prefix: str
+) -> None:
+    weights = {**weights_of("lm"), **{f"pre_input_resampler.{n}": t for n, t in weights_of("resampler").items()}}
+    weights["llm.transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    path = saved({f"{prefix}{name}": value for name, value in weights.items()}, tmp_path / "lm.bin")
+    report = convert_official(
+        tmp_path / "out",
+        saved(published, tmp_path / "t.bin"),
+        path,
+        vocabulary=TextTokenizer.gpt2(gpt2_folder),
+        config=reference_config(),
+        lm_config=reference_lm_config(),
+    )
+    assert "equal to the first" in report.text()
+    model = DeepTokenLM.from_pretrained(tmp_path / "out")
+    assert (model.config.pad_id, model.config.begin_id) == (34, 36)
+    values, v = values_of("lm"), vectors_of("lm")
+    model.config = dataclasses.replace(model.config, pad_id=values["pad_id"], begin_id=values["boi_id"])
+    with torch.no_grad():
+        output = model(v["text_ids"], v["deep_tokens"])
+        assert isinstance(model.head, MixtureHead)
+        torch.testing.assert_close(model.head.mlp(output.hidden), v["head_output"], rtol=1e-5, atol=1e-5)
+    key_frames = list(model.generate(v["text_ids"], v["generated_cfg2"].shape[1], guidance=2.0, variance_scale=0.0))
+    torch.testing.assert_close(torch.stack(key_frames, dim=1), v["generated_cfg2"], rtol=1e-5, atol=1e-5)
+
+
+def test_language_model_of_another_tokenizer_is_refused(
+    published: dict[str, Tensor], gpt2_folder: Path, tmp_path: Path
+) -> None:
+    other = {f"pre_input_resampler.{n}": t + 1 for n, t in weights_of("resampler").items()}
+    path = saved({**weights_of("lm"), **other}, tmp_path / "lm.bin")
+    vocabulary = TextTokenizer.gpt2(gpt2_folder)
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        convert_official(
+            tmp_path / "out",
+            saved(published, tmp_path / "t.bin"),
+            path,
+            vocabulary=vocabulary,
+            config=reference_config(),
+            lm_config=reference_lm_config(),
+        )
+    with pytest.raises(CheckpointError, match="no known language model has width 32 and depth 2"):
+        convert_official(tmp_path / "out", lm=saved(weights_of("lm"), tmp_path / "l.bin"), vocabulary=vocabulary)
+    scaled = saved({**weights_of("lm"), "pre_normalizer": torch.full((1, 4, 1), 2.0)}, tmp_path / "s.bin")
+    with pytest.raises(CheckpointError, match="scales deep tokens"):
+        convert_official(tmp_path / "out", lm=scaled, vocabulary=vocabulary, lm_config=reference_lm_config())
+
+
+def test_prompt_that_says_nothing_or_key_frames_that_do_not_fit_are_errors(gpt2_folder: Path, tmp_path: Path) -> None:
+    """The public demo ignores its prompt and delivers fewer key frames than asked, both in silence."""
+    path = saved(weights_of("lm"), tmp_path / "lm.bin")
+    vocabulary = TextTokenizer.gpt2(gpt2_folder)
+    convert_official(tmp_path / "out", lm=path, vocabulary=vocabulary, lm_config=reference_lm_config())
+    model = DeepTokenLM.from_pretrained(tmp_path / "out")
+    ids = vocabulary.encode(["a dog", "no cat"], model.config.text_length)
+    first, second = next(model.generate(ids, 1, variance_scale=0.0))
+    assert not torch.allclose(first, second, atol=1e-3)
+    with pytest.raises(ValueError, match="ask for fewer"):
+        model.generate(ids, model.config.keyframe_limit + 1)
+    weights = load_file(tmp_path / "out" / "lm.safetensors")
+    del weights["backbone.body.h.1.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "out" / "lm.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing backbone\.body\.h\.1\.mlp\.c_fc\.weight"):
+        DeepTokenLM.from_pretrained(tmp_path / "out")
+
+
+def test_clip_goes_to_transformers_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicode.convert.priors.CLIP_HEAD_WIDTH", {"vision": 40 // IMAGE_HEADS, "text": 32})
+    clip = OpenClip(40, 32).eval()
+    state = {name: value.detach() for name, value in clip.state_dict().items()}
+    convert_clip(saved(state, tmp_path / "clip.bin"), tmp_path / "transformers")
+    model = CLIPModel.from_pretrained(tmp_path / "transformers").eval()
+    ids, pixels = torch.randint(49_408, (2, TEXT_LENGTH)), torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        seen = model.vision_model(pixels).last_hidden_state
+        torch.testing.assert_close(seen, clip.visual(pixels), rtol=1e-4, atol=1e-5)
+        read = model.text_model(ids).last_hidden_state
+        torch.testing.assert_close(read, clip.text_features(ids), rtol=1e-4, atol=1e-5)
+        pooled = clip.visual.ln_post(clip.visual(pixels)[:, 0]) @ clip.visual.proj
+        torch.testing.assert_close(model.get_image_features(pixels).pooler_output, pooled, rtol=1e-4, atol=1e-4)
+    convert_clip(tmp_path / "transformers", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "open_clip_model.safetensors")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_dynamicrafter_starts_a_tokenizer(published: dict[str, Tensor], tmp_path: Path) -> None:
+    """It reads image latents too, has queries for every frame, and a fixed scale of the image attention."""
+    state = {n: t for n, t in published.items() if not n.endswith("attn2.alpha")}
+    first, queries = "model.diffusion_model.input_blocks.0.0.weight", "image_proj_model.latents"
+    state[first] = torch.cat([state[first], torch.randn(32, 4, 3, 3)], dim=1)
+    state[queries] = torch.cat([state[queries], torch.randn(1, 12, 48)], dim=1)
+    path = saved({"state_dict": state}, tmp_path / "model.ckpt")
+    report = convert_dynamicrafter(path, tmp_path / "out", config=reference_config())
+    tokenizer = VideoTokenizer.from_pretrained(tmp_path / "out")
+    assert "given image" in report.text() and "later frames" in report.text()
+    assert torch.equal(tokenizer.denoiser.unet.conv_in.weight, published[first].float())
+    assert torch.equal(tokenizer.resampler.latents, published[queries].float())
+    alphas = [t for n, t in tokenizer.denoiser.state_dict().items() if n.endswith("alpha")]
+    assert alphas and not any(alphas)
+
+
+def test_compvis_autoencoder_becomes_a_diffusers_folder(published: dict[str, Tensor], tmp_path: Path) -> None:
+    report = convert_vae(saved({"state_dict": published}, tmp_path / "sd.ckpt"), tmp_path / "vae")
+    stage = FirstStage.from_diffusers(tmp_path / "vae").eval()
+    v = vectors_of("vae")
+    with torch.no_grad():
+        decoded = stage.decode(v["latent_mode"] * 0.18215)
+    torch.testing.assert_close(decoded, v["decoded"], rtol=1e-5, atol=1e-5)
+    assert sum(report.used.values()) == sum(value.numel() for value in weights_of("vae").values())
+
+
+def test_streamed_file_reads_like_any_other(tmp_path: Path) -> None:
+    state = {"a": torch.randn(3, 5).T, "latent_x": torch.randn(4), "n": torch.tensor(7), "s": torch.tensor(0.5)}
+    write_tensors(tmp_path / "x.safetensors", state, torch.bfloat16, ("latent_",))
+    back = load_file(tmp_path / "x.safetensors")
+    assert [back[n].dtype for n in state] == [torch.bfloat16, torch.float32, torch.int64, torch.bfloat16]
+    assert torch.equal(back["a"], state["a"].bfloat16()) and torch.equal(back["latent_x"], state["latent_x"])
+    assert back["n"] == 7 and back["s"] == 0.5
+
+
+def test_conversion_holds_less_than_half_as_much_again_as_its_file(tmp_path: Path) -> None:
+    """Peak memory above that of the imports, of a 256 MiB file."""
+    torch.save({f"w{i}": torch.zeros(8 * 2**20) for i in range(8)}, tmp_path / "big.bin")
+    code = """
+import resource, sys, torch
+from pathlib import Path
+from dicode.convert.files import read_weights, write_tensors
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+folder, before = Path(sys.argv[1]), peak()
+write_tensors(folder / "out.safetensors", read_weights(folder / "big.bin"), torch.float16)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.5 * (tmp_path / "big.bin").stat().st_size
+
+
+def test_command_tells_what_became_of_every_tensor(
+    published: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(published, tmp_path / "t.bin")
+    assert main(["convert", "vae", str(path), "-o", str(tmp_path / "vae")]) == 0
+    out = capsys.readouterr().out
+    assert "autoencoder" in out and "other parts of the file" in out
+    assert main(["convert", "official", "--tokenizer", str(path), "-o", str(tmp_path / "no")]) == 2
+    assert "do not fit" in capsys.readouterr().err  # not of the published size
+    assert main(["convert", "official", "--lm", str(path), "--vocabulary", str(tmp_path), "-o", "x"]) == 2
+    assert "vocab.json" in capsys.readouterr().err
