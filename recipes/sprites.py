@@ -38,10 +38,14 @@ def first_stage() -> FirstStageRun:
 
 
 def first_stage_decoder() -> FirstStageRun:
-    """The same autoencoder's decoder once more, with a perceptual distance: sharper frames from the same latents."""
+    """The same autoencoder's decoder once more, with a perceptual distance: sharper frames from the same latents.
+
+    Half of them are what deep tokens hold of them, which is what it has to decode in use.
+    """
     return FirstStageRun(
         init="runs/first_stage/best",
         freeze_encoder=True,
+        tokenizer="runs/key_frames/best",
         perceptual_weight=0.2,
         loop=LoopConfig(
             evaluate_every=400,

@@ -102,7 +102,7 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
     change = dataclasses.replace(denoiser.model.denoiser, predicts_change=True)
     return {
         "kl": dataclasses.replace(first_stage, model=kl),
-        "perceptual": dataclasses.replace(frozen, perceptual_weight=0.2),
+        "perceptual": dataclasses.replace(frozen, perceptual_weight=0.2, tokenizer=str(root / "key_frames/best")),
         "muon": dataclasses.replace(lm, loop=dataclasses.replace(lm.loop, optim=muon)),
         "change": dataclasses.replace(denoiser, model=dataclasses.replace(denoiser.model, denoiser=change)),
     }

@@ -9,8 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from dicode.hub import config_to_dict, load_weights, save_weights, write_config
+from dicode.shapes import ImageLatents, KeyFramePixels
 from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import LoopConfig
 from dicode.train.perceptual import PerceptualDistance
 from dicode.video.shards import FrameCache
@@ -26,6 +28,7 @@ class FirstStageRun:
     cache: str = "cache/sprites"
     init: str | None = None
     freeze_encoder: bool = False
+    tokenizer: str | None = None  # on this first stage: half of the latents come from deep tokens, as they will in use
     model: FirstStageConfig = field(default_factory=FirstStageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     l1_weight: float = 0.1  # beside the squared error: keeps flat areas of pixel art flat
@@ -55,7 +58,10 @@ class FirstStageTraining:
     def __init__(self, run: FirstStageRun):
         if run.freeze_encoder and not run.init:
             raise ValueError("freeze_encoder: name the trained first stage in init; a random encoder would stay random")
+        if run.tokenizer and not run.freeze_encoder:
+            raise ValueError("tokenizer: its tokens stand for the latents of a frozen encoder; set freeze_encoder")
         self.run = run
+        self.tokenizer = VideoTokenizer.from_pretrained(run.tokenizer).requires_grad_(False) if run.tokenizer else None
         self.best = "-perceptual" if run.perceptual_weight else "psnr_db"
         self.perceptual = PerceptualDistance() if run.perceptual_weight else None
         cache = FrameCache.load(run.cache)
@@ -86,6 +92,9 @@ class FirstStageTraining:
     def loss(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = batch.to(self.module.latent_mean.device).contiguous(memory_format=torch.channels_last)
         latents = self.module.raw_latents(pixels)
+        if self.tokenizer is not None:
+            half = len(latents) // 2
+            latents = torch.cat([self.through_tokens(pixels[:half]), latents[half:]])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         latents = latents + self.run.latent_noise * latents.detach().std() * noise
         decoded = self.module.raw_decode(latents)
@@ -96,6 +105,14 @@ class FirstStageTraining:
             parts["perceptual"] = self.perceptual(decoded, pixels)
             loss = loss + self.run.perceptual_weight * parts["perceptual"]
         return loss, {name: part.detach() for name, part in parts.items()}
+
+    @torch.no_grad()
+    def through_tokens(self, pixels: KeyFramePixels) -> ImageLatents:
+        """Raw latents as the key-frame head tells them from an image's deep tokens: smoother than the encoder's."""
+        assert self.tokenizer is not None
+        tokenizer = self.tokenizer.to(pixels.device)
+        latents = tokenizer.key_latents(tokenizer.tokens_of(tokenizer.source_of(pixels)))
+        return latents * self.module.latent_deviation[:, None, None] + self.module.latent_mean[:, None, None]
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         device = self.module.latent_mean.device
@@ -111,11 +128,16 @@ class FirstStageTraining:
             )
             metrics[f"psnr_{source}_db"] = psnr_db(decoded, pixels).mean().item()
             if self.perceptual:
-                pairs = zip(decoded.split(64), pixels.split(64), strict=True)
+                shown = [decoded]
+                if self.tokenizer is not None:
+                    parts = (part.to(device) for part in pixels.split(64))
+                    shown.append(torch.cat([self.module.raw_decode(self.through_tokens(part)).cpu() for part in parts]))
+                    metrics[f"psnr_{source}_of_tokens_db"] = psnr_db(shown[1], pixels).mean().item()
+                pairs = ((a, b) for made in shown for a, b in zip(made.split(64), pixels.split(64), strict=True))
                 distances += [self.perceptual(a.to(device), b.to(device)).cpu() for a, b in pairs]
             picks = torch.arange(0, len(rows), max(1, len(rows) // 16))[:16]
             strips += [pixels[picks], decoded[picks].clamp(-1, 1)]
-        metrics["psnr_db"] = sum(metrics.values()) / len(metrics)
+        metrics["psnr_db"] = sum(metrics.values()) / len(metrics)  # of all kinds
         if distances:
             metrics["perceptual"] = torch.stack(distances).mean().item()
         sheet = torch.cat([rearrange(pixels_to_frames(s), "b h w c -> h (b w) c") for s in strips])
