@@ -67,6 +67,7 @@ def published_tokenizer() -> dict[str, Tensor]:
         **{f"image_proj_model.{name}": value for name, value in weights_of("resampler").items()},
         **image,
         **{f"cond_stage_model.model.{name}": value.clone() for name, value in text.items()},
+        "cond_stage_model.model.attn_mask": torch.zeros(TEXT_LENGTH, TEXT_LENGTH),
         "embedder.model.logit_scale": torch.ones(()),
         "embedder.model.ln_final.weight": torch.ones(3),
         "betas": torch.zeros(10),

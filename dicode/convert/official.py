@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from dicode import __version__
 from dicode.convert.configs import CLIP_HEAD_WIDTH, lm_size_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import clip_state, lm_state, unet_state, vae_state
 from dicode.generate import GenerationConfig
-from dicode.hub import CheckpointError, config_to_dict, load_state, write_config
+from dicode.hub import CheckpointError, config_to_dict, load_state, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM
 from dicode.lm.text import TextTokenizer
@@ -118,8 +119,21 @@ def convert_official(
         write_tensors(output / name, state, dtype, EXACT)
     if lm is not None and vocabulary is not None:
         vocabulary.save(output)
-    write_config(output, sections)
+    others = read_config(output) if (output / "config.json").is_file() else {}
+    write_config(output, {**others, **sections})
+    write_card(output, [path.name for path in (tokenizer, lm, clip) if path is not None], report)
     return report
+
+
+def write_card(folder: Path, sources: list[str], report: Report) -> None:
+    """Say in README.md where the weights come from and what became of them; a card that is there stays."""
+    card = folder / "README.md"
+    if not card.exists():
+        head = "---\nlibrary_name: dicode\npipeline_tag: text-to-video\n---\n\n"
+        made = (
+            f"Converted by dicode {__version__} from {', '.join(sources)}; their licence holds for these weights too."
+        )
+        card.write_text(f"{head}# {folder.resolve().name}\n\n{made}\n\n```\n{report.text()}\n```\n", encoding="utf-8")
 
 
 def tokenizer_sections(config: TokenizerConfig, first_stage: State, parts: State, dtype: torch.dtype) -> dict[str, Any]:
@@ -210,6 +224,8 @@ def joined(
 
 def towers(image: State, text: State, clip: Path | None, source: str, report: Report) -> tuple[State, State]:
     """Both CLIP towers under transformers' names, from the tokenizer's file or, where it lacks one, from `clip`."""
+    text = dict(text)
+    report.leave("causal mask", ["attn_mask"] if text.pop("attn_mask", None) is not None else [])
     own = {**{f"visual.{name}": value for name, value in image.items()}, **text}
     try:
         held = clip_state(own)

@@ -25,6 +25,7 @@ from dicode.convert.official import (
     joined,
     tokenizer_sections,
     towers,
+    write_card,
 )
 from dicode.hub import CheckpointError, write_config
 from dicode.tokenizer.first_stage import FirstStage
@@ -70,6 +71,7 @@ def convert_dynamicrafter(
     write_tensors(output / FIRST_STAGE_WEIGHTS, first_stage, dtype, EXACT)
     write_tensors(output / WEIGHTS, parts, dtype, EXACT)
     write_config(output, tokenizer_sections(config, first_stage, parts, dtype))
+    write_card(output, [path.name], report)
     return report
 
 
