@@ -288,13 +288,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
 
 def _fill(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], source: str) -> None:
     own = module.state_dict()
-    problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in shapes]
-    problems += [f"unexpected {name}{nearest(name, list(own))}" for name in shapes if name not in own]
-    problems += [
-        f"{name}: expected shape {tuple(own[name].shape)}, got {shape}"
-        for name, shape in shapes.items()
-        if name in own and tuple(own[name].shape) != shape
-    ]
+    problems = misfits(module, shapes)
     fits = not problems
     with torch.no_grad():
         for name in shapes:
@@ -305,6 +299,19 @@ def _fill(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], read: Callab
         shown = "\n  ".join(problems[:8])
         more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{source} does not fit the model of its config.json:\n  {shown}{more}")
+
+
+def misfits(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps tensors of these names and shapes from being the module's state, a line each."""
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    problems = [f"missing {name} {shape}" for name, shape in own.items() if name not in shapes]
+    problems += [f"unexpected {name}{nearest(name, list(own))}" for name in shapes if name not in own]
+    problems += [
+        f"{name}: expected shape {own[name]}, got {shape}"
+        for name, shape in shapes.items()
+        if name in own and own[name] != shape
+    ]
+    return problems
 
 
 def _is_finite(value: Tensor) -> bool:

@@ -114,6 +114,37 @@ LM = DeepLMConfig(
 )  # fmt: skip
 
 
+def train_in_parts(run: FirstStageRun | TokenizerRun | LanguageRun, folder: Path) -> None:
+    """Stop a run in its fourth step, then continue it to its end."""
+    stopping = stage_of(run)
+    original, calls = stopping.batch, []
+
+    def batch(indices: torch.Tensor, generator: torch.Generator) -> object:
+        calls.append(indices)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(indices, generator)
+
+    stopping.batch = batch  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train(stopping, run.loop, folder, {})
+    run_recipe(run, folder, {})
+
+
+def assert_same_checkpoint(folder: Path, other_folder: Path, step: int) -> None:
+    for name in ("weights", "ema", "buffers", "optimizer"):
+        one, other = (load_file(p / f"step-{step:08d}/{name}.safetensors") for p in (folder, other_folder))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_a_run_does_not_go_on_with_another_optimizer(trained: Path, tmp_path: Path) -> None:
+    run = variants(trained)["muon"]
+    run_recipe(dataclasses.replace(run, loop=dataclasses.replace(run.loop, optim=loop(2).optim)), tmp_path, {})
+    with pytest.raises(CheckpointError, match=r"made with another optimizer; .* has no momentum_buffer"):
+        run_recipe(run, tmp_path, {})
+
+
 def test_muon_moves_the_weights_of_linear_layers_alone() -> None:
     module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
     adamw, muon = make_optimizers(module, OptimConfig(optimizer="muon"))
@@ -134,24 +165,8 @@ def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
     optim = dataclasses.replace(loop(6).optim, optimizer=run.loop.optim.optimizer)
     whole = dataclasses.replace(run, loop=dataclasses.replace(loop(6), optim=optim))
     run_recipe(whole, tmp_path / "whole", {})
-
-    stopping = stage_of(whole)
-    original, calls = stopping.batch, []
-
-    def batch(indices: torch.Tensor, generator: torch.Generator) -> object:
-        calls.append(indices)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(indices, generator)
-
-    stopping.batch = batch  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        train(stopping, whole.loop, tmp_path / "parts", {})
-    run_recipe(whole, tmp_path / "parts", {})
-    for name in ("weights", "ema", "buffers", "optimizer"):
-        one, other = (load_file(tmp_path / kind / f"step-00000006/{name}.safetensors") for kind in ("whole", "parts"))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
+    train_in_parts(whole, tmp_path / "parts")
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts", step=6)
     replayed = losses(tmp_path / "parts")  # step 3 was done, lost with the stop, and done again
     assert replayed[:3] + replayed[3:][1:] == losses(tmp_path / "whole")
     assert replayed[2] == replayed[3]

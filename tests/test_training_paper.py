@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_lm_text import CAPTIONS
 from test_tokenizer import DENOISERS, tiny_config
-from test_training import SIZE, loop, write_cache
+from test_training import SIZE, assert_same_checkpoint, loop, train_in_parts, write_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -30,7 +30,6 @@ from dicode.tokenizer.video_tokenizer import TokenizerConfig, TokenizerParts, Vi
 from dicode.train.clips import TokenizerRun, TokenizerTraining
 from dicode.train.images import frames_to_pixels
 from dicode.train.language import LanguageRun, LanguageTraining
-from dicode.train.loop import train
 from dicode.train.stages import run_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes/paper.py"
@@ -177,23 +176,8 @@ def trained(root: Path) -> Path:
 
 
 def test_resume_is_bit_exact(trained: Path, tmp_path: Path) -> None:
-    stopping = TokenizerTraining(run(trained))
-    original, calls = stopping.batch, []
-
-    def batch(indices: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        calls.append(indices)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(indices, generator)
-
-    stopping.batch = batch  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        train(stopping, stopping.run.loop, tmp_path, {})
-    run_recipe(run(trained), tmp_path, {})
-    for name in ("weights", "ema", "buffers", "optimizer"):
-        one, other = (load_file(p / f"step-00000004/{name}.safetensors") for p in (trained / "tokenizer", tmp_path))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
+    train_in_parts(run(trained), tmp_path)
+    assert_same_checkpoint(trained / "tokenizer", tmp_path, step=4)
 
 
 def test_what_was_trained_encodes_and_decodes_clips_that_share_a_frame(trained: Path) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dicode.hub import CheckpointError
 from dicode.lm.sizes import SIZES, DeepLMConfig
-from dicode.tokenizer.encoder import EncoderConfig
 from dicode.tokenizer.first_stage import FirstStageConfig
 from dicode.tokenizer.known import DenoiserConfig
 from dicode.tokenizer.resampler import ResamplerConfig
@@ -77,16 +76,6 @@ def resampler_config(values: Mapping[str, Any], features: int = 257) -> Resample
         token_width=values["output_dim"],
         feedforward_factor=values["ff_mult"],
     )
-
-
-def clip_encoder_of(state: Mapping[str, Tensor], heads: int | None = None) -> EncoderConfig:
-    """An image tower, told from the state of transformers' `CLIPVisionModel`; `heads` default to widths of 80."""
-    kernel = state["embeddings.patch_embedding.weight"]
-    side = round((len(state["embeddings.position_embedding.weight"]) - 1) ** 0.5)
-    width, patch = kernel.shape[0], kernel.shape[-1]
-    depth = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layers."))
-    heads = heads or width // CLIP_HEAD_WIDTH["vision"]
-    return EncoderConfig("clip", width=width, depth=depth, heads=heads, size=side * patch, patch=patch, channels=3)
 
 
 def lm_config(values: Mapping[str, Any]) -> DeepLMConfig:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dicode.hub import CheckpointError, read_tensors
@@ -98,9 +97,3 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype, e
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file, from its header."""
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -15,7 +15,7 @@ from dicode.convert.configs import CLIP_HEAD_WIDTH, lm_size_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import clip_state, lm_state, unet_state, vae_state
 from dicode.generate import GenerationConfig
-from dicode.hub import CheckpointError, config_to_dict, load_state, read_config, write_config
+from dicode.hub import CheckpointError, config_to_dict, load_state, misfits, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM
 from dicode.lm.text import TextTokenizer
@@ -246,17 +246,20 @@ def towers(image: State, text: State, clip: Path | None, source: str, report: Re
     return kept["vision_model."], kept["text_model."]
 
 
+def is_transformers_clip(state: Mapping[str, Tensor]) -> bool:
+    """Whether names are those of transformers' `CLIPModel`, not of OpenCLIP."""
+    return any(name.startswith(("vision_model.", "text_model.")) for name in state)
+
+
 def read_clip(path: Path) -> State:
     """A CLIP model's file or folder, of OpenCLIP or transformers → the state of transformers' `CLIPModel`."""
     state = read_weights(path)
-    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
+    if is_transformers_clip(state):
         return {name: value for name, value in state.items() if not name.endswith(".position_ids")}
     try:
         return clip_state({name: value for name, value in state.items() if name != "attn_mask"})
     except KeyError as error:
-        raise CheckpointError(
-            f"{path}: neither OpenCLIP's names nor those of transformers' CLIPModel: {error}"
-        ) from error
+        raise CheckpointError(f"{path}: neither OpenCLIP's names nor those of transformers: {error}") from error
 
 
 @torch.no_grad()
@@ -320,15 +323,6 @@ def fitted(state: Mapping[str, Tensor], module: nn.Module, source: str) -> State
 
     Raises `CheckpointError` where names or shapes are not those of the module.
     """
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
-    problems += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in expected]
-    problems += [
-        f"{name}: expected shape {shape}, got {found[name]}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
+    if problems := misfits(module, {name: tuple(value.shape) for name, value in state.items()}):
         raise CheckpointError(f"{source}: {len(problems)} tensors do not fit:\n  " + "\n  ".join(problems[:20]))
-    return {name: state[name] for name in expected}
+    return {name: state[name] for name in module.state_dict()}

@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from dicode.convert.configs import CLIP_HEAD_WIDTH, first_stage_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
-from dicode.convert.names import clip_state, open_clip_state, vae_state
+from dicode.convert.names import open_clip_state, vae_state
 from dicode.convert.official import (
     EXACT,
     IMAGE_TOWER,
@@ -22,7 +22,9 @@ from dicode.convert.official import (
     Report,
     drop_unused,
     fitted,
+    is_transformers_clip,
     joined,
+    read_clip,
     tokenizer_sections,
     towers,
     write_card,
@@ -100,22 +102,18 @@ def convert_vae(path: Path, output: Path, dtype: torch.dtype = torch.float32) ->
 
 def convert_clip(path: Path, output: Path, dtype: torch.dtype = torch.float32) -> Report:
     """OpenCLIP's file → a transformers folder (`CLIPModel`); transformers' file or folder → OpenCLIP's file."""
-    state, report = read_weights(path), Report()
-    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
-        back = open_clip_state({name: t for name, t in state.items() if not name.endswith(".position_ids")})
+    state, report = read_clip(path), Report()
+    if is_transformers_clip(read_weights(path)):
+        back = open_clip_state(state)
         write_tensors(output / "open_clip_model.safetensors", back, dtype)
         report.use("OpenCLIP model", back)
         return report
-    try:
-        renamed = clip_state({name: t for name, t in state.items() if name != "attn_mask"})
-    except KeyError as error:
-        raise CheckpointError(f"{path}: neither OpenCLIP's names nor those of transformers: {error}") from error
-    config = clip_config_of(renamed)
+    config = clip_config_of(state)
     with torch.device("meta"):
-        renamed = fitted(renamed, CLIPModel(config), str(path))
-    write_tensors(output / "model.safetensors", renamed, dtype)
+        state = fitted(state, CLIPModel(config), str(path))
+    write_tensors(output / "model.safetensors", state, dtype)
     config.save_pretrained(output)
-    report.use("CLIP model", renamed)
+    report.use("CLIP model", state)
     return report
 
 

@@ -36,7 +36,7 @@ class DenoiserConfig:
 class Known:
     """What the decoder is told about a clip."""
 
-    tokens: Tensor  # b 2 n d: of the head and of the tail key frame; zeros where dropped for guidance
+    tokens: Tensor  # b 2 n d: of the head and of the tail key frame; null tokens where dropped for guidance
     key_latents: Tensor  # b 2 c h w: the coarse latents of both, predicted from the tokens; zeros where dropped
     keys_mask: Tensor  # b: 1 where tokens and key latents are given, 0 where dropped
     context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent

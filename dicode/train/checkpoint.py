@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dicode.hub import CheckpointError
 
 KEPT = 2
+STATE_OF = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"), torch.optim.Muon: ("momentum_buffer",)}
 
 
 @dataclass
@@ -92,14 +93,17 @@ def load_checkpoint(
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
             ema[name].copy_(averages[name])
+    names = {parameter: name for name, parameter in trained.items()}
     for optimizer in optimizers:
-        own = {p for group in optimizer.param_groups for p in group["params"]}
-        for name, parameter in trained.items():
-            if parameter in own:
-                state = {key.split("/", 1)[0]: m for key, m in moments.items() if key.split("/", 1)[1] == name}
-                # in the parameter's memory layout: fused AdamW walks both storages side by side
-                optimizer.state[parameter] = {
-                    key: torch.empty_like(parameter).copy_(m) if m.shape == parameter.shape else m.clone()
-                    for key, m in state.items()
-                }
+        keys = STATE_OF[type(optimizer)]
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            name = names[parameter]
+            if missing := [key for key in keys if f"{key}/{name}" not in moments]:
+                raise CheckpointError(f"{path}: made with another optimizer; {name} has no {', '.join(missing)}")
+            found = {key: moments[f"{key}/{name}"] for key in keys}
+            # in the parameter's memory layout: fused AdamW walks both storages side by side
+            optimizer.state[parameter] = {
+                key: torch.empty_like(parameter).copy_(m) if m.shape == parameter.shape else m.clone()
+                for key, m in found.items()
+            }
     return TrainState(**json.loads((path / "state.json").read_text()))
