@@ -30,28 +30,46 @@ Folder = Annotated[Positional[Path], arg(metavar="FOLDER")]
 Folders = Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER …")]
 Input = Annotated[Positional[str], arg(metavar="INPUT")]
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
-Joins = Literal["chained", "parallel"]
+Joins = Literal["chained", "parallel", "independent"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Write a video of a prompt. Sampling options left out are the model's own; `dicode info` shows them."""
+    """Write a video of a prompt. Sampling options left out are the model's own; `dicode info` shows them.
 
-    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]  # what the video shows
-    seconds: float = 4.0  # how long it lasts
+    A storyboard changes the prompt on the way: "[4s: a spark] [4s: it grows into a fireball]".
+    """
+
+    prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None  # what the video shows
+    seconds: float | None = None  # how long it lasts; default: 4, or as long as the storyboard
     seed: int = 0  # the same seed, prompt and options give the same file
+    sample: int = 0  # another number gives another video of the same seed
+    storyboard: Path | None = None  # a YAML file in place of the prompt: a list of {seconds: 4, prompt: a spark}
+    prompts: Path | None = None  # a text file in place of the prompt: a video a line, out-000.mp4, out-001.mp4, …
+    image: Path | None = None  # the first frame
+    last_image: Path | None = None  # the frame that the video ends on
+    loop: bool = False  # end on the first frame
+    continue_from: Path | None = None  # a video to go on from: the new one begins on its last frame
+    reroll_from: int | None = (
+        None  # from this clip on (the first is 0) take another seed; those before stay as they are
+    )
+    reroll_seed: int = 1  # that other seed
     guidance: float | None = None  # of the language model: above 1 follows the prompt more closely
-    variance_scale: float | None = None  # of the next token's distribution: 0 takes its mean
+    variance_scale: float | None = None  # of the next tokens' distribution: 0 takes its mean
     temperature: float | None = None  # of the choice between its components: 0 takes the likeliest
+    flow_steps: int | None = None  # of a flow head
+    window: int | None = None  # key frames that the language model reads at most, for any length; 0: all that it holds
     decoder_guidance: float | None = None  # of the decoder: above 1 follows the tokens more closely
     decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
     steps: int | None = None  # denoising steps a clip
-    joins: Joins | None = None  # chained: every clip sees the end of the one before
+    joins: Joins | None = None  # chained: a clip sees the end of the one before; parallel: blended over the join
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
     output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
     scale: int = 4  # enlarge every pixel this many times along each side
+    stream: bool = False  # write so that it can be watched from the first clip on; stopping early keeps what is there
+    preview: bool = False  # first write out.preview.mp4, of fewer denoising steps
     sheet: Path | None = None  # also write a contact sheet, one row a clip
     device: str = "auto"  # cpu, cuda, mps
     timings: bool = False  # also show the times of every clip, and the memory used
@@ -82,7 +100,7 @@ class Reconstruct:
     decoder_guidance: float | None = None  # above 1 follows the tokens more closely
     decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
     steps: int | None = None  # denoising steps a clip
-    joins: Joins = "chained"  # chained: every clip sees the end of the one before
+    joins: Joins = "chained"  # chained: a clip sees the end of the one before; parallel: blended over the join
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
     scale: int = 4  # enlarge every pixel this many times along each side
@@ -110,6 +128,8 @@ class Assemble:
     guidance: float | None = None  # this and the following: how the model is sampled where nothing else is asked for
     variance_scale: float | None = None
     temperature: float | None = None
+    flow_steps: int | None = None
+    window: int | None = None
     decoder_guidance: float | None = None
     decoder_temperature: float | None = None
     steps: int | None = None
@@ -124,8 +144,15 @@ class Evaluate:
     cache: Path = Path("cache/sprites")  # real clips, from `dicode data cache`
     output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON files
     sheets: Path | None = None  # folder for contact sheets
-    parts: tuple[Literal["generation", "reconstruction", "speed"], ...] = ("generation", "reconstruction", "speed")
+    parts: tuple[Literal["generation", "reconstruction", "speed", "long"], ...] = (
+        "generation",
+        "reconstruction",
+        "speed",
+        "long",
+    )
     prompts: int = 100  # training captions to draw
+    long_prompts: int = 8  # training captions to draw for long videos
+    long_seconds: float = 60.0  # how long they last
     seed: int = 0
 
 
@@ -218,7 +245,8 @@ class Info:
 
 
 COMMANDS = {
-    "dicode.commands": (Generate, Tokenize, Reconstruct, Train, Assemble),
+    "dicode.generate_command": (Generate,),
+    "dicode.commands": (Tokenize, Reconstruct, Train, Assemble),
     "dicode.info_command": (Info,),
     "dicode.data_commands": (Index, Cache, Encode, Sheet),
     "dicode.evaluate.command": (Evaluate,),
@@ -245,8 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with watch.stage("load"):
                 work = getattr(import_module(module), type(command).__name__.lower())
             return work(command, watch)
-    except KeyboardInterrupt:
-        print("dicode: interrupted; no unfinished file is left", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"dicode: interrupted; {str(interrupt) or 'no unfinished file is left'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has seen enough, as in `dicode info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit

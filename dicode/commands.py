@@ -1,4 +1,4 @@
-"""What `dicode generate`, `tokenize`, `reconstruct`, `train` and `assemble` do; their flags are in `cli.py`."""
+"""What `dicode tokenize`, `reconstruct`, `train` and `assemble` do; their flags are in `cli.py`."""
 
 import dataclasses
 import sys
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dicode import __version__
 from dicode.cli import Assemble, Generate, Info, Reconstruct, Tokenize, Train, missing_extra
 from dicode.device import pick_device
-from dicode.generate import DiCoDe, GenerationConfig, trimmed
+from dicode.generate import GenerationConfig, trimmed
 from dicode.hub import (
     config_to_dict,
     content_hash,
@@ -28,44 +28,10 @@ from dicode.shapes import DeepTokens, Video
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
 from dicode.video.io import read_video
-from dicode.video.sheet import save_sheet
 from dicode.video.writer import VideoWriter
 
 PROGRESS_AFTER_S = 2.0
 TOKENS_SUFFIX = ".safetensors"
-
-
-def generate(command: Generate, watch: Stopwatch) -> int:
-    """Clips are written as they come; the file appears when the last one has."""
-    check_parent(command.sheet)
-    with watch.stage("load"):
-        folder = resolve(command.model, command.revision)
-        model = DiCoDe.from_pretrained(folder, device=str(pick_device(command.device)))
-    _time_language_model(model, watch)
-    options = dataclasses.asdict(_sampling(command, model.defaults))
-    asked = {"prompt": command.prompt, "seed": command.seed, "seconds": command.seconds}
-    clips = model.generate(command.prompt, seconds=command.seconds, seed=command.seed, **options)
-    config, num_frames = model.tokenizer.config, model.num_frames(command.seconds)
-    metadata = {**asked, **options, **origin(folder, *folder.glob("*.safetensors"))}
-    rows: list[Video] = []
-    with _written(command.output, config.fps, metadata, command.scale, num_frames, watch) as (writer, bar):
-        before = dict(watch.seconds)
-        for clip in watch.timed("decode", clips):
-            with watch.stage("write"):
-                writer.write(clip)
-            bar.update(len(clip))
-            if command.timings:
-                bar.write(f"clip {(writer.num_frames - 1) // config.tail_frame}: {watch.text(before)}")
-                before = dict(watch.seconds)
-            if command.sheet:
-                rows.append(clip)
-    if command.sheet:
-        labels = [f"{i * config.clip_s:g} s" if i else command.prompt for i in range(len(rows))]
-        save_sheet(command.sheet, rows, labels, scale=2)
-        print(f"{command.sheet}: contact sheet, a row every {config.clip_s:g} s")
-    if command.timings and (peak_mib := peak_memory_mib()):
-        print(f"peak memory {peak_mib:.0f} MiB")
-    return 0
 
 
 def tokenize(command: Tokenize, watch: Stopwatch) -> int:
@@ -121,7 +87,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
         "joins": command.joins,
     }
     metadata = {"source": source, **options, **model}
-    with _written(command.output, config.fps, metadata, command.scale, num_frames, watch) as (writer, bar):
+    with written(command.output, config.fps, metadata, command.scale, num_frames, watch) as (writer, bar):
         for (clip,) in watch.timed("decode", trimmed(stacks, num_frames)):
             shown = clip.numpy()
             if frames is not None and command.side_by_side:
@@ -156,7 +122,7 @@ def assemble(command: Assemble, watch: Stopwatch) -> int:
     from dicode.info_command import info
     from dicode.train.assemble import assemble as join
 
-    defaults, dtype = _sampling(command, GenerationConfig()), getattr(torch, command.dtype)
+    defaults, dtype = sampling(command, GenerationConfig()), getattr(torch, command.dtype)
     join(command.tokenizer, command.lm, command.output, command.first_stage, defaults, dtype)
     return info(Info(str(command.output)), watch)
 
@@ -187,11 +153,17 @@ def check_parent(path: Path | None) -> None:
 
 
 @contextmanager
-def _written(
-    path: str, fps: float, metadata: dict[str, Any], scale: int, num_frames: int, watch: Stopwatch
+def written(
+    path: str,
+    fps: float,
+    metadata: dict[str, Any],
+    scale: int,
+    num_frames: int,
+    watch: Stopwatch,
+    stream: bool = False,
 ) -> Iterator[tuple[VideoWriter, tqdm]]:
     """A writer and a progress bar; at the end says where the file lies and what took how long."""
-    with VideoWriter(path, fps, metadata, scale=scale) as writer, progress(num_frames, "frame") as bar:
+    with VideoWriter(path, fps, metadata, scale=scale, stream=stream) as writer, progress(num_frames, "frame") as bar:
         yield writer, bar
         with watch.stage("write"):
             writer.close()
@@ -203,15 +175,10 @@ def _written(
     print(f"real-time factor {video_s / worked_s:.2f}: {video_s:g} s of video in {worked_s:.2f} s, once loaded")
 
 
-def _sampling(command: Generate | Assemble, defaults: GenerationConfig) -> GenerationConfig:
+def sampling(command: Generate | Assemble, defaults: GenerationConfig) -> GenerationConfig:
+    """The defaults, changed by the flags that were given."""
     asked = {name: getattr(command, name) for name in GenerationConfig.__dataclass_fields__}
     return dataclasses.replace(defaults, **{name: value for name, value in asked.items() if value is not None})
-
-
-def _time_language_model(model: DiCoDe, watch: Stopwatch) -> None:
-    """Key frames are written when the decoder asks for them; this tells their time from the decoder's."""
-    write = model.lm.generate
-    model.lm.generate = lambda *given, **options: watch.timed("language model", write(*given, **options))  # type: ignore[method-assign]
 
 
 def _load_tokenizer(command: Tokenize | Reconstruct) -> tuple[VideoTokenizer, dict[str, str]]:

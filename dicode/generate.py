@@ -12,10 +12,13 @@ import torch
 
 from dicode.hub import config_from_dict, config_to_dict, push_folder, read_config, resolve, write_config
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens, Video
+from dicode.seeds import SeedPlan
+from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens, Still, Video
+from dicode.storyboard import Shot, key_frames_of
+from dicode.tokenizer.joins import Joins
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
-Joins = Literal["chained", "parallel"]
+Prompt = str | Sequence[Shot]  # a storyboard's shots follow one another within one video
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,21 @@ class GenerationConfig:
     guidance: float = 1.0  # of the language model against the null prompt
     variance_scale: float = 1.0  # of the mixture over the next deep token; 0 takes its mean
     temperature: float = 1.0  # of the choice between the mixture's components; 0 takes the likeliest
+    flow_steps: int = 8  # of the flow head a token or key frame
     decoder_guidance: float = 1.0  # of the denoiser against null tokens
     decoder_temperature: float = 1.0  # of its noise: below 1 clips hold together better and move less
     steps: int = 12  # of the denoiser a clip
     joins: Joins = "chained"
+    window: int = 0  # key frames that the language model reads at most, for any length; 0: all, as many as it holds
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of videos before any of it is written, a batch entry each. `DiCoDe.given` makes it of frames."""
+
+    key_frames: DeepTokens | None = None  # `b k n d`, what they begin with; clips come from the last of them on
+    before: FrameStack | None = None  # the frames right before that last one, for chained joins
+    goal: KeyFrameTokens | Literal["first"] | None = None  # the key frame that they end on
 
 
 class DiCoDe:
@@ -108,64 +122,181 @@ class DiCoDe:
         """Frames of a video of this length, at least one."""
         return max(1, round(seconds * self.tokenizer.config.fps))
 
-    def generate(
-        self, prompt: str, *, seconds: float = 4.0, seed: int = 0, sample_index: int = 0, **options: object
-    ) -> Iterator[Video]:
-        """Clips of one video, uint8 `f h w c`, each made when asked for; together exactly `seconds` long.
+    def given(
+        self,
+        *,
+        image: Still | None = None,
+        last_image: Still | None = None,
+        continued: Video | None = None,
+        loop: bool = False,
+    ) -> Given:
+        """What one video shall begin and end with, uint8 `f h w c` of the tokenizer's size (images: `1 h w c`).
 
-        `options` are fields of `GenerationConfig`. Raises `ValueError` at the call for an empty prompt, an unknown
-        option, or more seconds than the language model has positions for.
+        `image` is its first frame, `last_image` the one after its last, `loop` makes that the first again. `continued`
+        is a video that it goes on from, beginning on its last frame: frames counted from there, a clip's length apart,
+        are the key frames read. Raises `ValueError` for two beginnings or two ends.
         """
-        clips = self.generate_batch([prompt], seconds=seconds, seed=seed, sample_indices=[sample_index], **options)
+        if image is not None and continued is not None:
+            raise ValueError("image and continued: a video begins with one of them")
+        if loop and (last_image is not None or continued is not None):
+            raise ValueError("loop: ends on the first frame; it cannot continue a video or end on another image")
+        goal: KeyFrameTokens | Literal["first"] | None = "first" if loop else None
+        if last_image is not None:
+            goal = self.tokenizer.encode_frames(last_image)[:, 0]
+        if continued is None:
+            return Given(None if image is None else self.tokenizer.encode_frames(image), None, goal)
+        spacing, context = self.tokenizer.config.tail_frame, self.tokenizer.config.denoiser.context_frames
+        before = continued[-1 - context : -1]
+        return Given(
+            self.tokenizer.encode_frames(continued[(len(continued) - 1) % spacing :: spacing]),
+            torch.from_numpy(before.copy())[None] if len(before) == context > 0 else None,
+            goal,
+        )
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        seconds: float | None = None,
+        seed: int | SeedPlan = 0,
+        sample_index: int = 0,
+        given: Given | None = None,
+        **options: object,
+    ) -> Iterator[Video]:
+        """Clips of one video, uint8 `f h w c`, each made when asked for; together exactly `seconds` long (default: 4).
+
+        `prompt` is a text, or the shots of a storyboard, which bring their own seconds. `given` is what it begins and
+        ends with, `options` are fields of `GenerationConfig`. Raises `ValueError` at the call for an empty prompt, an
+        unknown option, or more seconds than the language model has positions for.
+        """
+        clips = self.generate_batch(
+            [prompt], seconds=seconds, seed=seed, sample_indices=[sample_index], given=given, **options
+        )
         return (clip[0].numpy() for clip in clips)
 
     def generate_batch(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
-        seconds: float = 4.0,
-        seed: int = 0,
+        seconds: float | None = None,
+        seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
+        given: Given | None = None,
         **options: object,
     ) -> Iterator[FrameStack]:
         """As `generate` for several prompts at once: clips uint8 `b f h w c`, sample i as if it were made alone."""
-        unknown = options.keys() - GenerationConfig.__dataclass_fields__.keys()
-        if unknown:
-            raise ValueError(f"unknown options {sorted(unknown)}; known: {list(GenerationConfig.__dataclass_fields__)}")
-        settings = replace(self.defaults, **options)  # type: ignore[arg-type]
-        if not prompts or not all(prompt.strip() for prompt in prompts):
-            raise ValueError("expected a prompt of at least one word")
-        if not (math.isfinite(seconds) and seconds > 0):
-            raise ValueError(f"seconds: expected a positive number, got {seconds}")
-        frames = self.num_frames(seconds)
-        num_clips = self.tokenizer.config.num_clips(frames)
         indices = list(range(len(prompts))) if sample_indices is None else list(sample_indices)
-        ids = self.text.encode(list(prompts), self.lm.config.text_length).to(self.tokenizer.device)
-        key_frames = self.lm.generate(
-            ids,
-            num_clips + 1,
-            seed=seed,
-            sample_indices=indices,
-            guidance=settings.guidance,
-            variance_scale=settings.variance_scale,
-            temperature=settings.temperature,
-        )
+        key_frames = self.write(prompts, seconds=seconds, seed=seed, sample_indices=indices, given=given, **options)
+        length = length_s(prompts, seconds)
+        return self.render(key_frames, length, seed=seed, sample_indices=indices, given=given, **options)
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seconds: float | None = None,
+        seed: int | SeedPlan = 0,
+        sample_indices: Sequence[int] | None = None,
+        given: Given | None = None,
+        **options: object,
+    ) -> Iterator[KeyFrameTokens]:
+        """The language model's part of `generate_batch`: key frames, from the first clip's head to the last one's tail.
+
+        A storyboard's prompt changes after the key frame that ends its shot. Everything is checked at the call.
+        """
+        settings, given = self.settings(**options), given or Given()
+        length = length_s(prompts, seconds)
+        scripts = [[Shot(p, length)] if isinstance(p, str) else list(p) for p in prompts]
+        start = 0 if given.key_frames is None else given.key_frames.shape[1]
+        counts = key_frames_of(scripts[0], self.tokenizer.config.clip_s)
+        counts[-1] += self.tokenizer.config.num_clips(self.num_frames(length)) + 1 - sum(counts)
+        counts[0] -= start > 0
+        texts = [[shot.prompt for shot in shots] for shots in zip(*scripts, strict=True)]
+        text_ids = [self.text.encode(part, self.lm.config.text_length).to(self.tokenizer.device) for part in texts]
+
+        def written(text: int, prefix: DeepTokens | None, count: int) -> Iterator[KeyFrameTokens]:
+            return self.lm.generate(
+                text_ids[text],
+                count,
+                prefix=prefix,
+                goal=given.goal,
+                goal_keyframe=None if given.goal is None else start + sum(counts) - 1,
+                seed=seed,
+                sample_indices=sample_indices,
+                guidance=settings.guidance,
+                variance_scale=settings.variance_scale,
+                temperature=settings.temperature,
+                flow_steps=settings.flow_steps,
+                window=settings.window,
+            )
+
+        def shots() -> Iterator[KeyFrameTokens]:
+            done = given.key_frames
+            if done is not None:
+                yield done[:, -1]
+            for text, count in enumerate(counts):
+                for tokens in written(text, done, count) if count else ():
+                    done = tokens[:, None] if done is None else torch.cat([done, tokens[:, None].to(done)], dim=1)
+                    yield tokens
+
+        written(0, given.key_frames, sum(counts))  # writes nothing yet: it checks the whole length
+        return shots()
+
+    def render(
+        self,
+        key_frames: Iterator[KeyFrameTokens],
+        seconds: float,
+        *,
+        seed: int | SeedPlan = 0,
+        sample_indices: Sequence[int] | None = None,
+        given: Given | None = None,
+        **options: object,
+    ) -> Iterator[FrameStack]:
+        """The decoder's part of `generate_batch`: the clips between key frames, made as they are asked for."""
+        settings, given = self.settings(**options), given or Given()
         clips = self.tokenizer.decode_pairs(
             consecutive(key_frames),
             seed=seed,
-            sample_indices=indices,
+            sample_indices=sample_indices,
             steps=settings.steps,
             guidance=settings.decoder_guidance,
             temperature=settings.decoder_temperature,
             joins=settings.joins,
+            before=given.before,
+            first_clip=0 if given.key_frames is None else given.key_frames.shape[1] - 1,
         )
-        return trimmed(clips, frames)
+        return trimmed(clips, self.num_frames(seconds))
+
+    def settings(self, **options: object) -> GenerationConfig:
+        """The model's own settings with these changed. Raises `ValueError` for one that does not exist."""
+        unknown = options.keys() - GenerationConfig.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f"unknown options {sorted(unknown)}; known: {list(GenerationConfig.__dataclass_fields__)}")
+        return replace(self.defaults, **options)  # type: ignore[arg-type]
 
     def reconstruct(self, frames: Video, *, seed: int = 0, **decode_options: object) -> Iterator[Video]:
         """Clips of a video after its way through deep tokens; as many frames as went in, less a lone last one."""
         tokens = self.tokenizer.encode(torch.from_numpy(np.ascontiguousarray(frames))[None])
         clips = self.tokenizer.decode(tokens, seed=seed, **decode_options)  # type: ignore[arg-type]
         return (clip[0].numpy() for clip in trimmed(clips, len(frames)))
+
+
+def length_s(prompts: Sequence[Prompt], seconds: float | None) -> float:
+    """How long the videos of these prompts last, all the same. Raises `ValueError` where that cannot be."""
+    if not prompts or not all(prompt.strip() if isinstance(prompt, str) else prompt for prompt in prompts):
+        raise ValueError("expected a prompt of at least one word")
+    boards = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if not boards:
+        length = 4.0 if seconds is None else seconds
+        if not (math.isfinite(length) and length > 0):
+            raise ValueError(f"seconds: expected a positive number, got {length}")
+        return length
+    durations = {tuple(shot.seconds for shot in board) for board in boards}
+    if len(durations) > 1 or len(boards) < len(prompts):
+        raise ValueError(f"storyboards of one batch: expected shots of the same seconds, got {sorted(durations)}")
+    if seconds is not None:
+        raise ValueError(f"seconds: a storyboard's shots say how long they last, got {seconds:g} as well")
+    return sum(shot.seconds for shot in boards[0])
 
 
 def consecutive(key_frames: Iterator[KeyFrameTokens]) -> Iterator[DeepTokens]:

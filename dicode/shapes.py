@@ -17,6 +17,7 @@ from numpy import ndarray
 from torch import Tensor
 
 Video = UInt8[ndarray, "f h w c"]  # one video or clip in memory, as read from or written to a file
+Still = UInt8[ndarray, "1 h w c"]  # a video of one frame
 FrameStack = UInt8[Tensor, "b f h w c"]
 
 KeyFramePixels = Float[Tensor, "b c h w"]  # one key frame a batch entry, −1…1

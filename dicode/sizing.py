@@ -101,17 +101,18 @@ def size_lm(config: DeepLMConfig, batch_size: int = 1) -> Sizing:
 
     Embedding tables are looked up, not read: they are no part of the bytes a token.
     """
-    length = config.text_length + config.keyframe_limit * (config.tokens_per_keyframe + 1)
+    length = config.text_length + config.keyframe_limit * config.block_length
     with torch.device("meta"):
         used = DeepTokenLM(config).eval().requires_grad_(False)
         texts = _texts(config, 1)
         read = cost(lambda: used(*texts))
-        prompt = cost(lambda: _next_token(used, used.backbone.new_cache(), config.text_length + 1))
+        ahead = used.together  # positions that are read to write as many tokens
+        prompt = cost(lambda: _next_tokens(used, used.backbone.new_cache(), config.text_length + ahead))
         with Meter() as meter, FusedAttention():
             cache = used.backbone.new_cache()
-            used.backbone(torch.empty(1, length - 1, config.width), cache)
+            used.backbone(torch.empty(1, length - ahead, config.width), cache)
             meter.flops, meter.peak_bytes = 0, meter.bytes
-            _next_token(used, cache, 1)
+            _next_tokens(used, cache, ahead)
         model = DeepTokenLM(config).train()
         batch = _texts(config, batch_size)
         flops, training = training_cost(model, lambda: model(*batch).loss)
@@ -127,7 +128,7 @@ def size_lm(config: DeepLMConfig, batch_size: int = 1) -> Sizing:
         },
         flops={
             f"sequence of {length} read": read.flops,
-            "deep token written": meter.flops,
+            f"deep token{'s' * (ahead > 1)} written": meter.flops,
             "sequence trained on": flops // batch_size,
         },
         inference_bytes={
@@ -235,7 +236,7 @@ def _texts(config: DeepLMConfig, batch_size: int) -> tuple[Tensor, Tensor]:
     return ids, torch.empty(batch_size, config.keyframe_limit, config.tokens_per_keyframe, config.token_width)
 
 
-def _next_token(model: DeepTokenLM, cache: Any, positions: int) -> Tensor:
-    hidden = model.backbone(torch.empty(1, positions, model.config.width), cache)[:, -1]
+def _next_tokens(model: DeepTokenLM, cache: Any, positions: int) -> Tensor:
+    hidden = model.backbone(torch.empty(1, positions, model.config.width), cache)[:, -model.together :]
     mean = cast(Head, model.head).mean(hidden)
-    return model.embedding(mean[:, None, None], model.config.keyframe_limit - 1)
+    return model.embedding(mean[:, None], model.config.keyframe_limit - 1)

@@ -24,13 +24,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         width=24,
         depth=1,
         heads=2,
-        positions=12 + 9 * 5,
+        positions=12 + 10 * 5,
         vocab_size=300,
         token_width=tokenizer.config.resampler.token_width,
         max_keyframes=9,
         text_length=12,
         tokens_per_keyframe=tokenizer.config.resampler.queries,
         components=2,
+        reads_goal=True,
     )
     torch.manual_seed(1)
     lm = DeepTokenLM(config, TextTokenizer.train(CAPTIONS, 300))

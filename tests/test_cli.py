@@ -31,17 +31,18 @@ from dicode.video.shards import FrameCache
 PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
-    "generate": "--decoder-guidance --decoder-temperature "
-    "--device --guidance --help --joins --model --output --revision --scale --seconds --seed "
-    "--sheet --steps --temperature --timings --variance-scale",
+    "generate": "--continue-from --decoder-guidance --decoder-temperature "
+    "--device --flow-steps --guidance --help --image --joins --last-image --loop --model --output --preview --prompts "
+    "--reroll-from --reroll-seed --revision --sample --scale --seconds --seed "
+    "--sheet --steps --storyboard --stream --temperature --timings --variance-scale --window",
     "tokenize": "--device --help --model --output --revision",
     "reconstruct": "--decoder-guidance --decoder-temperature "
     "--device --help --joins --model --output --revision --scale --seed --side-by-side --steps",
     "train": "--help --run-folder",
     "assemble": "--decoder-guidance --decoder-temperature "
-    "--dtype --first-stage --guidance --help --joins --output --steps --temperature "
-    "--variance-scale",
-    "evaluate": "--cache --help --output --parts --prompts --seed --sheets",
+    "--dtype --first-stage --flow-steps --guidance --help --joins --output --steps --temperature "
+    "--variance-scale --window",
+    "evaluate": "--cache --help --long-prompts --long-seconds --output --parts --prompts --seed --sheets",
     "data": "--help",
     "data index": "--help",
     "data cache": "--help --loops --max-fps --output --size",
@@ -92,6 +93,16 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (path.iterdir() if path.is_dir() else [path])}
 
 
+def interrupt_after_a_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = DiCoDe.render
+
+    def interrupted(self: DiCoDe, *given: Any, **options: Any) -> Any:
+        yield next(whole(self, *given, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DiCoDe, "render", interrupted)
+
+
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "frames/"])
 def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_model, name):
     out = generate(capsys, tiny_model, f"{tmp_path}/{name}", "--seconds", 2.5, "--seed", 3, "--guidance", 1.5)
@@ -105,10 +116,13 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
     assert metadata == {
         "prompt": PROMPT,
         "seed": 3,
+        "sample": 0,
         "seconds": 2.5,
         "guidance": 1.5,
         "variance_scale": 0.5,
         "temperature": 1.0,
+        "flow_steps": 8,
+        "window": 0,
         "decoder_guidance": 1.0,
         "decoder_temperature": 1.0,
         "steps": 2,
@@ -247,13 +261,7 @@ def test_an_unknown_flag_names_the_nearest(capsys, tiny_model, word, nearest):
 
 @pytest.mark.parametrize("name", ["out.mp4", "frames/"])
 def test_an_interrupt_leaves_no_file(capsys, tmp_path, monkeypatch, tiny_model, name):
-    whole = DiCoDe.generate
-
-    def interrupted(self: DiCoDe, *given: Any, **options: Any) -> Any:
-        yield next(whole(self, *given, **options))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(DiCoDe, "generate", interrupted)
+    interrupt_after_a_clip(monkeypatch)
     code, out, err = run(capsys, "generate", PROMPT, "--model", tiny_model, "-o", f"{tmp_path}/{name}")
     assert (code, out, err) == (130, "", "dicode: interrupted; no unfinished file is left\n")
     assert list(tmp_path.iterdir()) == []
@@ -445,7 +453,7 @@ def test_info_counts_parameters_and_rates(capsys, tiny_model):
 def test_assemble_joins_two_runs_and_keeps_how_to_sample_them(capsys, tmp_path, tiny_model):
     code, out, err = run(capsys, "assemble", tiny_model, tiny_model, "-o", tmp_path / "joined", "--steps", 5)
     assert code == 0, err
-    assert "guidance 1.0, variance_scale 1.0, temperature 1.0, decoder_guidance 1.0, decoder_temperature 1.0" in out
+    assert "guidance 1.0, variance_scale 1.0, temperature 1.0, flow_steps 8, decoder_guidance 1.0" in out
     assert "steps 5, joins chained" in out
     assert DiCoDe.from_pretrained(tmp_path / "joined").defaults == GenerationConfig(steps=5)
 

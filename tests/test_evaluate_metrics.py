@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import scipy.linalg
 from PIL import Image, ImageFilter
+from scipy.spatial.distance import pdist
 from scipy.stats import rankdata
 
 from dicode.evaluate.metrics import (
     FrechetStatistics,
+    at_joins,
     bootstrap_interval,
+    frame_steps,
     frechet_distance,
+    mean_pair_distance,
     motion,
     percentile_rank,
     principal_components,
@@ -166,3 +170,29 @@ def test_bootstrap_interval_of_a_mean_is_the_normal_one_and_repeats() -> None:
     assert bootstrap_interval(np.mean, sample, seed=2, resamples=2000) != (low, high)
     with pytest.raises(ValueError, match="not empty"):
         bootstrap_interval(np.mean, sample[:0])
+
+
+def test_bootstrap_resamples_rows_even_of_a_sample_of_one() -> None:
+    rows = np.array([[3.0, 2.0]])
+    assert bootstrap_interval(lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), rows, resamples=3) == (1.5, 1.5)
+
+
+def test_frame_steps_are_the_mean_absolute_difference_of_neighbours() -> None:
+    frames = np.random.default_rng(4).integers(0, 256, (5, 3, 4, 3)).astype(np.uint8)
+    np.testing.assert_allclose(frame_steps(frames), np.abs(np.diff(frames.astype(float), axis=0)).mean(axis=(1, 2, 3)))
+
+
+def test_joins_lie_where_one_clip_ends_and_the_next_begins() -> None:
+    ours, published = at_joins(49, 16), at_joins(47, 16, repeated_frames=1)
+    assert np.flatnonzero(ours).tolist() == [15, 31, 47] and len(ours) == 48
+    # published: 16 frames, then 15 a clip, for the first of each has been shown
+    assert np.flatnonzero(published).tolist() == [15, 30, 45]
+    with pytest.raises(ValueError, match="2 or more new frames a clip, got 16 less 15 repeated"):
+        at_joins(49, 16, 15)
+
+
+def test_mean_pair_distance_is_that_of_all_pairs() -> None:
+    points = np.random.default_rng(5).normal(size=(9, 4))
+    assert mean_pair_distance(points) == pytest.approx(pdist(points).mean(), rel=1e-12)
+    with pytest.raises(ValueError, match="at least 2 points, got 1"):
+        mean_pair_distance(points[:1])

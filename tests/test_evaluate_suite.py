@@ -1,13 +1,15 @@
 """`dicode evaluate` on a tiny model: every figure it promises is there, finite, and repeatable."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from test_training import write_cache
 
 from dicode.cli import main
-from dicode.evaluate.suite import evaluate_generation, first_clip, generated_clips
+from dicode.evaluate.long import JOINS
+from dicode.evaluate.suite import evaluate_generation, first_clip, generated_clips, output_of
 from dicode.generate import DiCoDe
 from dicode.video.shards import FrameCache
 
@@ -25,18 +27,37 @@ def cache(tmp_path: Path) -> Path:
 
 def test_evaluate_writes_a_result_a_part(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
     flags = [str(tiny_model), "--cache", str(cache), "-o", str(tmp_path / "results"), "--prompts", "3"]
-    assert main(["evaluate", *flags, "--sheets", str(tmp_path / "sheets")]) == 0
+    long = ["--long-prompts", "2", "--long-seconds", "16"]  # the most that the tiny model holds
+    assert main(["evaluate", *flags, *long, "--sheets", str(tmp_path / "sheets")]) == 0
     made = {p.name: json.loads(p.read_text()) for p in (tmp_path / "results").iterdir()}
-    assert set(made) == {"tiny-generation.json", "tiny-reconstruction.json", "tiny-speed.json"}
-    generation, reconstruction, speed = (
-        made[f"tiny-{p}.json"]["values"] for p in ("generation", "reconstruction", "speed")
-    )
+    parts = ("generation", "reconstruction", "speed", "long")
+    assert set(made) == {f"tiny-{part}.json" for part in parts}
+    generation, reconstruction, speed, minute = (made[f"tiny-{part}.json"]["values"] for part in parts)
     assert 0 <= generation["text_control"]["share"] <= 1
     assert generation["validation_percentile"]["n"] == 2  # clips 0 and 6 of twelve are held out
     baselines = {"hold_head", "cross_fade", "hold_head_of_tokens", "cross_fade_of_tokens"}
     assert set(reconstruction["frechet"]) == {"reconstruction", "first_stage", *baselines}
     assert speed["frames"] == 32
-    assert {p.name for p in (tmp_path / "sheets").iterdir()} == {"tiny-generation.png", "tiny-reconstruction.png"}
+    assert minute["frames_asked"] == minute["cost"]["frames"] == 128
+    assert {"chained", "parallel"} <= set(JOINS) == minute["joins"].keys() and made["tiny-long.json"]["n"] == 2
+    assert all(figures["frames"] == [128, 128] for figures in minute["joins"].values())
+    assert minute["cost"]["memory_ratio"] > 0
+    sheets = {p.name for p in (tmp_path / "sheets").iterdir()}
+    assert sheets == {"tiny-generation.png", "tiny-reconstruction.png", "tiny-long.png"}
+
+
+def test_evaluate_says_at_once_that_a_model_holds_no_minute(
+    tiny_model: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(tiny_model), "--cache", str(cache), "-o", str(tmp_path / "results")]) == 2
+    assert "31 key frames asked for, this model holds 9" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_peak_memory_of_a_command_is_not_that_of_the_process_that_starts_it() -> None:
+    ask = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    own, theirs = (int(output_of([sys.executable, "-c", code])) for code in (ask, f"bytearray(50_000_000); {ask}"))
+    assert own < 40_000 < theirs < 100_000  # KiB; this process holds torch
 
 
 def test_generation_figures_repeat_with_the_seed(tiny_model: Path, cache: Path, tmp_path: Path) -> None:

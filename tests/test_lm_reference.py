@@ -30,10 +30,11 @@ def model() -> DeepTokenLM:
 
 
 def test_mixture_is_the_published_one(vectors: dict[str, Tensor]) -> None:
-    means, variances, log_weights = split_mixture(vectors["mixture_params"], 3)
-    nll = mixture_nll(means, variances, log_weights, vectors["mixture_target"]).mean() / 16
+    means, variances, logits = split_mixture(vectors["mixture_params"].unsqueeze(-2), 3)
+    log_weights = logits.squeeze(-2).log_softmax(-1)
+    nll = mixture_nll(means, variances, log_weights, vectors["mixture_target"].unsqueeze(-2)).mean() / 16
     assert_agrees(nll, vectors["mixture_nll"].squeeze())
-    assert_agrees(mixture_mean(means, log_weights), vectors["mixture_mean"])
+    assert_agrees(mixture_mean(means, log_weights).squeeze(-2), vectors["mixture_mean"])
 
 
 def test_loss_and_head_output_are_the_published_ones(model: DeepTokenLM, vectors: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 
 from dicode.convert.configs import resampler_config
 from dicode.hub import CheckpointError, read_config, write_config
-from dicode.seeds import generator_for
+from dicode.seeds import SeedPlan, generator_for
 from dicode.tokenizer.denoiser import ChangeDenoiser, build_denoiser
 from dicode.tokenizer.diffusion import DiffusionConfig, noised, sample
 from dicode.tokenizer.encoder import ClipEncoder, EncoderConfig, KeyFrameHead
 from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
+from dicode.tokenizer.joins import BLEND_FRAMES, Joins, blended
 from dicode.tokenizer.known import DenoiserConfig, Known, cross_faded
 from dicode.tokenizer.resampler import Resampler, ResamplerConfig
 from dicode.tokenizer.video_tokenizer import TokenizerConfig, VideoTokenizer
@@ -137,7 +139,12 @@ def test_seed_and_sample_index_change_the_clip() -> None:
 
 def test_impossible_options_are_refused_before_anything_is_made() -> None:
     tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 2, 4, 6)
-    wrong: dict[str, dict[str, Any]] = {"steps": {"steps": 0}, "temperature": {"temperature": -0.5}}
+    wrong: dict[str, dict[str, Any]] = {
+        "steps": {"steps": 0},
+        "temperature": {"temperature": -0.5},
+        "clips_at_once: expected at least 1": {"joins": "parallel", "clips_at_once": 0},
+        "first_clip": {"first_clip": -1},
+    }
     for message, options in wrong.items():
         with pytest.raises(ValueError, match=message):
             tokenizer.decode(tokens, **options)
@@ -153,13 +160,140 @@ def test_temperature_scales_the_noise_that_a_clip_starts_from() -> None:
     assert differences[0] > differences[1] > differences[2] == 0
 
 
-def test_chained_clips_see_the_clip_before_and_parallel_ones_do_not() -> None:
+def test_chained_clips_see_the_clip_before_and_independent_ones_do_not() -> None:
     tokenizer = tiny_tokenizer()
     tokens, others = torch.randn(1, 3, 4, 6), torch.randn(1, 3, 4, 6)
     others[:, 1:] = tokens[:, 1:]  # the second clip's own key frames are the same
-    for joins, differs in (("chained", True), ("parallel", False)):
+    for joins, differs in (("chained", True), ("independent", False)):
         second = [list(tokenizer.decode(t, joins=joins))[1].float() for t in (tokens, others)]  # type: ignore[arg-type]
         assert bool((second[0] - second[1]).abs().max() > 0) is differs
+
+
+def latents_of(tokenizer: VideoTokenizer, tokens: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+    """What `decode` hands to the first stage, clip by clip."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "frames_of", lambda latents: latents)
+        return list(tokenizer.decode(tokens, **options))
+
+
+def clips_equal(made: list[torch.Tensor], expected: list[torch.Tensor]) -> list[bool]:
+    return [torch.equal(a, b) for a, b in zip(made, expected, strict=True)]
+
+
+@pytest.mark.parametrize("tail_frame", [15, 16])
+def test_parallel_clips_do_not_depend_on_how_many_are_rendered_at_once(tail_frame: int) -> None:
+    tokenizer, tokens = tiny_tokenizer(tail_frame=tail_frame), torch.randn(2, 6, 4, 6)
+    alone = latents_of(tokenizer, tokens, guidance=2.0, joins="parallel", clips_at_once=1)
+    assert [clip.shape[1] for clip in alone] == [16] + [tail_frame] * 4
+    for clips_at_once in (2, 3, 9):
+        together = latents_of(tokenizer, tokens, guidance=2.0, joins="parallel", clips_at_once=clips_at_once)
+        for made, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("joins", "clips_at_once", "ahead"), [("independent", 3, 1), ("parallel", 1, 2), ("parallel", 3, 4)]
+)
+def test_pairs_drawn_ahead_of_what_was_given_are_bounded(joins: Joins, clips_at_once: int, ahead: int) -> None:
+    drawn, most = 0, 0
+
+    def pairs() -> Iterator[torch.Tensor]:
+        nonlocal drawn, most
+        for _ in range(8):
+            drawn += 1
+            most = max(most, drawn - given)
+            yield torch.randn(1, 2, 4, 6)
+
+    given = 0
+    for _ in tiny_tokenizer().decode_pairs(pairs(), steps=1, joins=joins, clips_at_once=clips_at_once):
+        given += 1
+    assert (given, most) == (8, ahead)
+
+
+@pytest.mark.parametrize("moves_later", [True, False])
+@pytest.mark.parametrize("shares_frame", [True, False])
+def test_a_jump_is_spread_evenly_over_the_steps_around_a_join(shares_frame: bool, moves_later: bool) -> None:
+    """Two clips of a thing that moves at constant speed, the second of which is off by a jump."""
+    speed, jump = torch.randn(2, 5, 3, 4), 4 * torch.randn(2, 5, 3, 4)
+    times = torch.arange(12.0)[:, None, None, None]
+    earlier = speed[:, None] * times
+    later = speed[:, None] * (times + 12 - int(shares_frame)) + jump[:, None]
+    closed = blended(earlier, later, shares_frame, moves_later)
+    shown = torch.cat([closed[0], closed[1][:, shares_frame:]], dim=1)
+    frames = BLEND_FRAMES * (1 + moves_later) + (not shares_frame)
+    expected = speed[:, None].repeat(1, shown.shape[1] - 1, 1, 1, 1)
+    expected[:, 11 - BLEND_FRAMES :][:, :frames] += jump[:, None] / frames
+    torch.testing.assert_close(shown.diff(dim=1), expected, rtol=0, atol=1e-4)
+    if shares_frame:
+        torch.testing.assert_close(closed[0][:, -1], closed[1][:, 0], rtol=0, atol=1e-4)
+    if not moves_later:
+        assert torch.equal(closed[1], later)
+
+
+def test_a_join_as_uneven_as_its_clips_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    clips = torch.randn(2, 32, 5, 8, 8).cumsum(1).split(16, dim=1)  # steps of deviation 1, the join's like the others
+    for made, given in zip(blended(clips[0], clips[1], shares_frame=False), clips, strict=True):
+        assert (made - given).square().mean().sqrt() < 0.05
+
+
+def test_independent_clips_with_their_numbers_equal_those_of_the_whole() -> None:
+    tokenizer, tokens = tiny_tokenizer(), torch.randn(2, 7, 4, 6)
+    whole = list(tokenizer.decode(tokens, joins="independent"))
+    assert (
+        clips_equal(list(tokenizer.decode(tokens[:, 3:], joins="independent", first_clip=3)), whole[3:]) == [True] * 3
+    )
+    assert clips_equal(list(tokenizer.decode(tokens[:, 3:], joins="independent")), whole[3:]) == [False] * 3
+
+
+def test_a_rerolled_video_is_the_old_one_up_to_its_clip_and_another_after() -> None:
+    tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 5, 4, 6)
+    for joins in ("chained", "independent"):
+        old, new = (list(tokenizer.decode(tokens, seed=s, joins=joins)) for s in (1, SeedPlan(1, 2, 9)))
+        assert clips_equal(new, old) == [True, True, False, False]
+    all_of_it = list(tokenizer.decode(tokens, seed=SeedPlan(1, 0, 9)))
+    assert clips_equal(all_of_it, list(tokenizer.decode(tokens, seed=9))) == [True] * 4
+
+
+def test_a_plan_that_rerolls_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="reroll_from: expected the number of a clip"):
+        SeedPlan(1, -1, 2)
+    with pytest.raises(ValueError, match="reroll_seed: expected another seed"):
+        SeedPlan(3, 2, 3)
+
+
+def test_a_given_video_is_continued_as_an_own_clip_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a first stage that loses nothing, the frames of a clip are as good a context as its latents."""
+    tokenizer, tokens = tiny_tokenizer(), torch.randn(2, 4, 4, 6)
+    whole = latents_of(tokenizer, tokens)
+    before = torch.randint(0, 256, (2, 5, 32, 32, 3), dtype=torch.uint8)
+    seen = []
+
+    def lossless(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(pixels)
+        return whole[0][:, -2:].flatten(0, 1)
+
+    monkeypatch.setattr(tokenizer.first_stage, "encode", lossless)
+    continued = latents_of(tokenizer, tokens[:, 1:], before=before, first_clip=1)
+    assert clips_equal(continued, whole[1:]) == [True] * 2
+    expected = before[:, -2:].flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_frames_before_change_the_first_clip_where_clips_are_chained_alone() -> None:
+    tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 2, 4, 6)
+    before = torch.randint(0, 256, (1, 2, 32, 32, 3), dtype=torch.uint8)
+    for joins, same in (("chained", False), ("parallel", True), ("independent", True)):
+        made = [list(tokenizer.decode(tokens, joins=joins, before=b)) for b in (None, before)]  # type: ignore[arg-type]
+        assert clips_equal(made[0], made[1]) == [same]
+
+
+def test_frames_before_that_do_not_fit_are_refused() -> None:
+    tokenizer, tokens = tiny_tokenizer(), torch.randn(2, 2, 4, 6)
+    wrong = {"at least 2 frames": (2, 1, 32), "expected frames of": (2, 2, 64), "a batch of 2": (1, 2, 32)}
+    for message, (b, f, side) in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            next(tokenizer.decode(tokens, before=torch.zeros(b, f, side, side, 3, dtype=torch.uint8)))
 
 
 @pytest.mark.parametrize("kind", DENOISERS)

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dicode.video import writer as writer_module
 from dicode.video.io import read_metadata, read_video
 from dicode.video.synthetic import draw_clip
 from dicode.video.writer import VideoWriter
 
 NAMES = ["out.mp4", "out.webm", "out.gif", "frames/", "frames"]
+STREAMED = ["out.mp4", "out.webm", "frames/"]
 METADATA = {
     "prompt": 'ein Wirbel "aus" Eis ❄ ' + "sehr lang " * 60,
     "seed": 7,
@@ -36,6 +38,29 @@ def write(path: str | Path, clips: Iterable[np.ndarray], **settings) -> Path:
 def contents(path: Path) -> dict[str, bytes]:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return {file.name: file.read_bytes() for file in files}
+
+
+def decoded(path: Path) -> tuple[np.ndarray, list[float]]:
+    """What a player sees, through PyAV alone: frames, and when each is shown in seconds."""
+    if path.is_dir():
+        frames = [np.asarray(Image.open(file)) for file in sorted(path.glob("*.png"))]
+        return np.stack(frames), [index / 8 for index in range(len(frames))]
+    with av.open(str(path)) as container:
+        shown = [(frame.to_ndarray(format="rgb24"), frame.time) for frame in container.decode(video=0)]
+    return np.stack([frame for frame, _ in shown]), [time for _, time in shown]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
+    """Ctrl-C while frame `index` is written."""
+    for sink in ("_MovieSink", "_FolderSink"):
+        write_frame = getattr(writer_module, sink).write
+
+        def interrupted(self, frame, at, write_frame=write_frame) -> None:
+            if at == index:
+                raise KeyboardInterrupt
+            write_frame(self, frame, at)
+
+        monkeypatch.setattr(writer_module, sink, type(sink, (getattr(writer_module, sink),), {"write": interrupted}))
 
 
 def decoded_gif(path: Path) -> tuple[np.ndarray, list[int]]:
@@ -216,6 +241,7 @@ def test_impossible_requests_are_refused_before_anything_is_generated(tmp_path):
         (ValueError, "ending in .mp4, .webm, .gif.*got '.avi'", {"path": "a.avi"}),
         (ValueError, "positive rate, got 0", {"path": "a.mp4", "fps": 0.0}),
         (ValueError, "at most 50 frames", {"path": "a.gif", "fps": 60.0}),
+        (ValueError, "until it is whole; write .mp4, .webm or a folder", {"path": "a.gif", "stream": True}),
         (ValueError, "for .mp4 and .webm only", {"path": "a.gif", "crf": 20}),
         (ValueError, "from 1 on, got 0", {"path": "a.mp4", "scale": 0}),
         (ValueError, "JSON", {"path": "a.mp4", "metadata": {"loss": float("nan")}}),
@@ -251,19 +277,20 @@ def test_frames_of_another_kind_or_size_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_does_not_grow_with_the_length_of_the_video(tmp_path):
+@pytest.mark.parametrize("stream", [False, True])
+def test_memory_does_not_grow_with_the_length_of_the_video(tmp_path, stream):
     program = """
 import resource, sys
 import numpy as np
 from dicode.video.writer import VideoWriter
-with VideoWriter(sys.argv[1]) as writer:
+with VideoWriter(sys.argv[1], stream=sys.argv[2] == "True") as writer:
     for clip in range(24):
         writer.write(np.full((16, 256, 256, 3), clip, dtype=np.uint8))  # 3 MiB
         if clip == 7:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    command = [sys.executable, "-c", program, str(tmp_path / "a.mp4")]
+    command = [sys.executable, "-c", program, str(tmp_path / "a.mp4"), str(stream)]
     grown_kib = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert grown_kib < 16 * 1024  # the 16 clips after are 48 MiB
 
@@ -274,8 +301,8 @@ def test_bytes_do_not_depend_on_what_lay_in_memory(tmp_path):
         "import sys\n"
         "from dicode.video.synthetic import draw_clip\n"
         "from dicode.video.writer import VideoWriter\n"
-        "for suffix in ('.mp4', '.webm', '.gif'):\n"
-        "    with VideoWriter(sys.argv[1] + suffix, scale=2) as writer:\n"
+        "for suffix in ('.mp4', '.webm', '.gif', '_live.mp4', '_live.webm'):\n"
+        "    with VideoWriter(sys.argv[1] + suffix, scale=2, stream='live' in suffix) as writer:\n"
         "        for seed in (1, 2): writer.write(draw_clip(seed=seed, num_frames=16, size=32)[0])\n"
     )
     for filling in ("1", "85", "255"):
@@ -286,5 +313,146 @@ def test_bytes_do_not_depend_on_what_lay_in_memory(tmp_path):
             check=True,
         )
     first, second, third = (contents(tmp_path / filling) for filling in ("1", "85", "255"))
-    assert set(first) == {"out.mp4", "out.webm", "out.gif"}
+    assert set(first) == {"out.mp4", "out.webm", "out.gif", "out_live.mp4", "out_live.webm"}
     assert first == second == third
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_streamed_video_holds_every_frame_after_every_write(tmp_path, name):
+    frames = np.concatenate([draw_clip(seed, 20, 32)[0] for seed in (1, 2)])
+    with VideoWriter(f"{tmp_path}/{name}", metadata=METADATA, stream=True) as writer:
+        writer.write(frames[:0])
+        assert not writer.path.exists()
+        for start, stop in [(0, 1), (1, 8), (8, 24), (24, 24), (24, 27), (27, 40)]:
+            writer.write(frames[start:stop])
+            seen, times_s = decoded(writer.path)
+            assert times_s == [index / 8 for index in range(stop)]
+            assert np.abs(seen.astype(int) - frames[:stop]).mean(axis=(1, 2, 3)).max() < 4
+            assert len(read_video(writer.path).frames) == stop
+            assert {**read_metadata(writer.path), "fps": 8.0} == {"fps": 8.0, **METADATA}
+            assert name == "frames/" or json.loads(writer.path.with_suffix(".json").read_text("utf-8")) == METADATA
+    np.testing.assert_array_equal(decoded(writer.path)[0], seen)  # packed anew at the end, not encoded anew
+
+
+def test_a_streamed_video_ends_as_an_ordinary_one(tmp_path):
+    clip = draw_clip(0, 16, 32)[0]
+    for suffix in (".mp4", ".webm"):
+        path = write(tmp_path / f"a{suffix}", [clip[:5], clip[5:]], metadata=METADATA, stream=True)
+        with av.open(str(path)) as container:
+            assert container.duration == 2_000_000
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # as browsers like it
+    assert b"moof" not in data
+    assert read_metadata(tmp_path / "a.mp4") == METADATA
+    assert {file.name for file in tmp_path.iterdir()} == {"a.mp4", "a.webm", "a.json"}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_streamed_frames_give_the_same_bytes_in_one_piece_or_many(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
+    frames = np.concatenate([noise, draw_clip(1, 24, 64)[0][:, :48]])
+    for run, pieces in {"one": [frames], "many": [frames[:1], frames[1:13], frames[13:19], frames[19:]]}.items():
+        (tmp_path / run).mkdir()
+        write(f"{tmp_path}/{run}/{name}", pieces, metadata=METADATA, stream=True)
+    stem = name.strip("/")
+    assert contents(tmp_path / "one" / stem) == contents(tmp_path / "many" / stem)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_streamed_video_replaces_the_old_one_with_its_first_whole_clip(tmp_path, monkeypatch, name):
+    clip = draw_clip(0, 12, 32)[0]
+    path = write(f"{tmp_path}/{name}", [clip], metadata={"seed": 1})
+    before = {file.name: contents(file) for file in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            write(f"{tmp_path}/{name}", [clip[:9]], metadata={"seed": 2}, stream=True)
+    assert {file.name: contents(file) for file in tmp_path.iterdir()} == before
+    with VideoWriter(f"{tmp_path}/{name}", metadata={"seed": 2}, stream=True) as writer:
+        writer.write(clip[:3])
+        assert len(decoded(path)[0]) == 3
+        assert read_metadata(path)["seed"] == 2
+
+
+@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("ending", [RuntimeError, KeyboardInterrupt, "abort", "within a clip"])
+def test_a_streamed_video_that_is_stopped_stays_and_is_finished(tmp_path, monkeypatch, name, ending):
+    clip = draw_clip(0, 12, 32)[0]
+    num_frames = 10 if ending == "within a clip" else 7
+    interrupt_at(monkeypatch, 10)
+    with (
+        contextlib.suppress(RuntimeError, KeyboardInterrupt),
+        VideoWriter(f"{tmp_path}/{name}", metadata=METADATA, stream=True) as writer,
+    ):
+        writer.write(clip[:7])
+        writer.note(stopped=ending == "abort")
+        if ending == "within a clip":
+            writer.write(clip[7:])
+        if ending == "abort":
+            writer.abort()
+        else:
+            raise ending
+    assert len(decoded(writer.path)[0]) == writer.num_frames == num_frames
+    assert name != "out.mp4" or b"moof" not in writer.path.read_bytes()
+    beside = writer.path / "metadata.json" if writer.path.is_dir() else writer.path.with_suffix(".json")
+    noted = {**METADATA, "stopped": ending == "abort"}
+    assert json.loads(beside.read_text("utf-8")) == ({"fps": 8.0, **noted} if writer.path.is_dir() else noted)
+    left = [file for file in tmp_path.rglob("*") if file.suffix != ".png" and file.name != writer.path.name]
+    assert left == [beside]
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm"])
+def test_what_was_streamed_outlives_a_failing_disk_and_the_first_error_is_raised(tmp_path, monkeypatch, name):
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    def clips() -> Iterator[np.ndarray]:
+        yield draw_clip(0, 7, 32)[0]
+        monkeypatch.setattr("os.fsync", full)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        write(tmp_path / name, clips(), stream=True)
+    assert "No space left" in raised.value.__notes__[0]
+    assert len(decoded(tmp_path / name)[0]) == 7
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm"])
+def test_what_was_streamed_outlives_a_killed_process(tmp_path, name):
+    script = """
+import os, signal, sys
+from dicode.video.synthetic import draw_clip
+from dicode.video.writer import VideoWriter
+writer = VideoWriter(sys.argv[1], stream=True)
+for seed in range(3):
+    writer.write(draw_clip(seed, 5, 32)[0])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=False)
+    assert len(decoded(tmp_path / name)[0]) == 15
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notes_are_beside_the_file_and_not_in_it(tmp_path, name):
+    with VideoWriter(f"{tmp_path}/{name}", metadata=METADATA) as writer:
+        writer.note(frames_delivered=1)
+        writer.write(draw_clip(0, 3, 16)[0])
+        writer.note(frames_delivered=3, prompt="said later")
+        with pytest.raises(TypeError, match="JSON"):
+            writer.note(model=object())
+    noted = {**METADATA, "frames_delivered": 3, "prompt": "said later"}
+    if name.startswith("frames"):
+        assert read_metadata(writer.path) == {"fps": 8.0, **noted}
+    else:
+        assert json.loads(writer.path.with_suffix(".json").read_text(encoding="utf-8")) == noted
+        assert read_metadata(writer.path) == METADATA
+    with pytest.raises(ValueError, match="already closed"):
+        writer.note(late=True)
+
+
+def test_notes_alone_make_a_json_too(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4") as writer:
+        writer.write(draw_clip(0, 3, 16)[0])
+        writer.note(stopped=True)
+    assert read_metadata(tmp_path / "a.mp4") == {"stopped": True}

@@ -145,7 +145,7 @@ def tokenizer_sections(config: TokenizerConfig, first_stage: State, parts: State
     }
     stage, encoding = ({name: saved[name] for name in part if name in saved} for part in (first_stage, parts))
     published = GenerationConfig(
-        variance_scale=0.01, decoder_guidance=config.guidance, steps=config.steps, joins="parallel"
+        variance_scale=0.01, decoder_guidance=config.guidance, steps=config.steps, joins="independent"
     )
     return {
         "tokenizer": config_to_dict(config),

@@ -1,14 +1,25 @@
-"""Does a generated clip show what its prompt says, and does it move? Measured against banks of real clips."""
+"""Does a generated clip show what its prompt says, and does it move? Does a long video stay as it began?"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from dicode.evaluate.metrics import Clips, bootstrap_interval, motion, percentile_rank, retrieval, similarities
+from dicode.evaluate.metrics import (
+    Clips,
+    FrechetStatistics,
+    at_joins,
+    bootstrap_interval,
+    frame_steps,
+    frechet_distance,
+    motion,
+    percentile_rank,
+    retrieval,
+    similarities,
+)
 from dicode.seeds import generator_for
 
 Captions = Sequence[str | Sequence[str]]  # one entry a clip: its caption, or all captions that are true of it
@@ -51,11 +62,52 @@ class MotionRatio:
     n: int
 
 
+@dataclass(frozen=True)
+class JoinScore:
+    """Mean frame difference across joins over that inside clips: 1 where a join cannot be told from motion."""
+
+    score: float
+    interval: Interval  # 95 %, over videos
+    across: float  # across joins, in steps of 0…255
+    inside: float  # inside clips
+    n: int  # videos measured
+    still: int  # further videos without any motion inside their clips, which are left out
+
+
+@dataclass(frozen=True)
+class MotionOverTime:
+    """Mean frame difference inside clips at a video's end over that at its beginning: 1 where motion lasts."""
+
+    ratio: float  # of the means over videos
+    interval: Interval  # 95 %, over videos
+    ratios: tuple[float, ...]  # of each video measured
+    share_below_half: float  # of these: videos that come to rest
+    first: float  # at the beginning, in steps of 0…255
+    last: float
+    n: int  # videos measured
+    still: int  # further videos that do not move at their beginning, which are left out
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the clips at a video's end are from those at its beginning: squared Fréchet distances.
+
+    Read `distance` against `chance`, what small samples alone give, and `by_window`, whose first entry is the distance
+    of neighbouring windows: without drift it does not grow.
+    """
+
+    distance: float  # of the last window's clips to the first's
+    by_window: tuple[float, ...]  # of every further window's to the first's, in order; the last is `distance`
+    chance: float  # between two sets as large, to which each video's clips of both windows are dealt at random: mean
+    chance_interval: Interval  # and 95 % of such splits
+    clips: int  # on either side
+
+
 def draw_prompts(captions: Iterable[str], count: int, seed: int) -> list[str]:
     """`count` distinct captions; depends on the set of captions and the seed, not on the order they are listed in."""
     distinct = sorted(set(captions))
-    if count > len(distinct):
-        raise ValueError(f"expected at most the {len(distinct)} distinct captions, got a count of {count}")
+    if not 1 <= count <= len(distinct):
+        raise ValueError(f"expected 1 to the {len(distinct)} distinct captions, got a count of {count}")
     order = torch.randperm(len(distinct), generator=generator_for(seed, "prompts"))
     return [distinct[i] for i in order[:count].tolist()]
 
@@ -74,8 +126,8 @@ def text_control(
     """
     _check_length("prompts", prompts, "generated clips", generated_features)
     _check_length("captions", bank_captions, "bank clips", bank_features)
-    carried = [{_plain(c) for c in ([entry] if isinstance(entry, str) else entry)} for entry in bank_captions]
-    carries = np.array([[_plain(prompt) in captions for captions in carried] for prompt in prompts])
+    carried = [{plain_caption(c) for c in ([entry] if isinstance(entry, str) else entry)} for entry in bank_captions]
+    carries = np.array([[plain_caption(prompt) in captions for captions in carried] for prompt in prompts])
     orphans = [prompt for prompt, row in zip(prompts, carries, strict=True) if not row.any()]
     if orphans:
         raise ValueError(f"no bank clip carries {len(orphans)} of the prompts, the first being {orphans[0]!r}")
@@ -144,7 +196,107 @@ def motion_ratio(generated: Clips, real: Clips, seed: int = 0) -> MotionRatio:
     )
 
 
-def _plain(caption: str) -> str:
+def join_score(videos: Clips, clip_frames: int, repeated_frames: int = 0, seed: int = 0) -> JoinScore:
+    """Compare the steps across joins with those inside clips, pooled over videos (see `at_joins`).
+
+    A video that is still inside its clips has no measure for its joins: it is counted, not scored. Raises `ValueError`
+    where a video has no join, and where all are still. `seed` is the bootstrap's.
+    """
+    rows = []
+    for number, frames in enumerate(videos):
+        joins, steps = at_joins(len(frames), clip_frames, repeated_frames), frame_steps(frames)
+        if not joins.any():
+            raise ValueError(f"video {number}: expected more frames than a clip's {clip_frames}, got {len(frames)}")
+        rows.append([steps[joins].sum(), joins.sum(), steps[~joins].sum(), (~joins).sum()])
+    sums = np.array(rows)
+    moving = _moving(sums[:, 2] if rows else np.zeros(0), "inside its clips")
+    sums = sums[moving]
+    across, across_count, inside, inside_count = sums.sum(axis=0)
+
+    def ratio(drawn: ndarray) -> float:
+        across, across_count, inside, inside_count = drawn.sum(axis=0)
+        return float((across / across_count) / (inside / inside_count))
+
+    return JoinScore(
+        score=ratio(sums),
+        interval=bootstrap_interval(ratio, sums, seed=seed),
+        across=float(across / across_count),
+        inside=float(inside / inside_count),
+        n=len(sums),
+        still=int((~moving).sum()),
+    )
+
+
+def motion_over_time(
+    videos: Clips, window_frames: int, clip_frames: int, repeated_frames: int = 0, seed: int = 0
+) -> MotionOverTime:
+    """Compare motion in the last `window_frames` with that in the first, inside clips: a jump at a join is no motion.
+
+    A video that is still at its beginning has no ratio: it is counted, not scored. Raises `ValueError` where all are,
+    and where a video has fewer frames than two windows. `seed` is the bootstrap's.
+    """
+    rows = []
+    for number, frames in enumerate(videos):
+        if window_frames < 3 or len(frames) < 2 * window_frames:  # of two steps one at least is inside a clip
+            raise ValueError(
+                f"video {number}: expected two windows of at least 3 frames, "
+                f"got windows of {window_frames} in {len(frames)} frames"
+            )
+        steps, inside = frame_steps(frames), ~at_joins(len(frames), clip_frames, repeated_frames)
+        first, last = slice(None, window_frames - 1), slice(1 - window_frames, None)
+        rows.append([steps[first][inside[first]].mean(), steps[last][inside[last]].mean()])
+    means = np.array(rows).reshape(-1, 2)
+    moving = _moving(means[:, 0], "at its beginning")
+    means = means[moving]
+    ratios = means[:, 1] / means[:, 0]
+    return MotionOverTime(
+        ratio=float(means[:, 1].sum() / means[:, 0].sum()),
+        interval=bootstrap_interval(lambda drawn: drawn[:, 1].sum() / drawn[:, 0].sum(), means, seed=seed),
+        ratios=tuple(ratios.tolist()),
+        share_below_half=float((ratios < 0.5).mean()),
+        first=float(means[:, 0].mean()),
+        last=float(means[:, 1].mean()),
+        n=len(means),
+        still=int((~moving).sum()),
+    )
+
+
+def drift(features: Float[ndarray, "videos clips width"], window: int, splits: int = 200, seed: int = 0) -> Drift:
+    """Compare the clips of later windows of `window` clips with those of the first, all videos together.
+
+    All distances are of equally many clips, so their small-sample bias is alike; it falls with more videos. `seed`
+    deals the splits of `chance`.
+    """
+    videos, clips, _ = features.shape
+    if not 1 <= window <= clips // 2:
+        raise ValueError(f"window: expected 1 to {clips // 2} of {clips} clips a video, got {window}")
+    starts = [*range(window, clips - window, window), clips - window]
+    by_window = [_distance(features[:, :window], features[:, start : start + window]) for start in starts]
+    ends = np.concatenate([features[:, :window], features[:, -window:]], axis=1)
+    generator, dealt = generator_for(seed, "splits"), []
+    for _ in range(splits):
+        order = torch.rand(videos, 2 * window, generator=generator).argsort(dim=1).numpy()
+        shuffled = np.take_along_axis(ends, order[:, :, None], axis=1)
+        dealt.append(_distance(shuffled[:, :window], shuffled[:, window:]))
+    low, high = np.quantile(dealt, [0.025, 0.975])
+    return Drift(by_window[-1], tuple(by_window), float(np.mean(dealt)), (float(low), float(high)), videos * window)
+
+
+def _distance(one: Float[ndarray, "v c width"], other: Float[ndarray, "v c width"]) -> float:
+    sets = (FrechetStatistics.of(clips.reshape(-1, clips.shape[-1])) for clips in (one, other))
+    return frechet_distance(*sets)
+
+
+def _moving(motion_of_video: Float[ndarray, "v"], where: str) -> Bool[ndarray, "v"]:
+    """Which videos move at all; raises `ValueError` where none does."""
+    moving = motion_of_video > 0
+    if not moving.any():
+        raise ValueError(f"expected a video that moves {where}, got {len(moving)} videos, all still there")
+    return moving
+
+
+def plain_caption(caption: str) -> str:
+    """A caption without case and surplus spaces, as captions are compared."""
     return " ".join(caption.casefold().split())
 
 

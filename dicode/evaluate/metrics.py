@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int, UInt8
+from jaxtyping import Bool, Float, Float64, Int, UInt8
 from numpy import ndarray
 
 from dicode.seeds import generator_for
@@ -127,9 +128,36 @@ def squared_error(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
 
 def motion(frames: Video) -> float:
     """Mean absolute difference of consecutive frames in steps of 0…255: it depends on frame rate and resolution."""
+    return float(frame_steps(frames).mean())
+
+
+def frame_steps(frames: Video) -> Float64[ndarray, "steps"]:
+    """Mean absolute difference of every frame to the next, in steps of 0…255: one number fewer than frames."""
     if len(frames) < 2:
         raise ValueError(f"expected at least 2 frames in a clip, got {len(frames)}: one frame has no motion")
-    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(dtype=np.float64))
+    # One pair at a time: the whole of a long video as int16 is twice its memory, and its differences are as much again.
+    steps = [np.abs(after.astype(np.int16) - before).mean(dtype=np.float64) for before, after in pairwise(frames)]
+    return np.array(steps)
+
+
+def at_joins(num_frames: int, clip_frames: int, repeated_frames: int = 0) -> Bool[ndarray, "steps"]:
+    """Which of a video's `frame_steps` lead from one clip into the next.
+
+    All clips but the first come without their first `repeated_frames`, which the clip before has shown.
+    """
+    if repeated_frames < 0 or clip_frames - repeated_frames < 2:
+        raise ValueError(f"expected 2 or more new frames a clip, got {clip_frames} less {repeated_frames} repeated")
+    opens = np.arange(1, num_frames)
+    return (opens >= clip_frames) & ((opens - repeated_frames) % (clip_frames - repeated_frames) == 0)
+
+
+def mean_pair_distance(points: Float[ndarray, "n width"]) -> float:
+    """Mean Euclidean distance over all pairs of different points: the unbiased estimate of E‖X-X'‖."""
+    if len(points) < 2:
+        raise ValueError(f"expected at least 2 points, got {len(points)}: one has no distance to another")
+    points = points.astype(np.float64)
+    rows = [np.linalg.norm(points[i + 1 :] - point, axis=1) for i, point in enumerate(points[:-1])]
+    return float(np.concatenate(rows).mean())
 
 
 def similarities(
@@ -182,11 +210,11 @@ def bootstrap_interval(
     if any(len(sample) == 0 for sample in samples):
         raise ValueError("expected samples that are not empty")
     generator = generator_for(seed, "bootstrap")
-    values = [
-        float(
-            statistic(*(sample[torch.randint(len(sample), (len(sample),), generator=generator)] for sample in samples))
-        )
-        for _ in range(resamples)
-    ]
+
+    def resampled(sample: ndarray) -> ndarray:
+        # As a numpy array: numpy takes a tensor of one number for a number, and would return a row, not a sample of one
+        return sample[torch.randint(len(sample), (len(sample),), generator=generator).numpy()]
+
+    values = [float(statistic(*(resampled(sample) for sample in samples))) for _ in range(resamples)]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

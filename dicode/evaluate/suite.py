@@ -32,7 +32,7 @@ def first_clip(model: DiCoDe, cache: FrameCache, video: CachedVideo) -> Video:
     return cache.frames[cache.clip_rows(video, 0.0, config.clip_frames + 1, config.fps)].numpy()
 
 
-def generated_clips(model: DiCoDe, prompts: Sequence[str], seed: int, **options: object) -> list[Video]:
+def generated_clips(model: DiCoDe, prompts: Sequence[str], seed: int, **options: Any) -> list[Video]:
     """One 2-s clip a prompt; clip i is sample i of the seed, however they are batched."""
     clips: list[Video] = []
     for first in tqdm(range(0, len(prompts), BATCH), desc="generating", unit="batch", mininterval=5):
@@ -56,7 +56,7 @@ def bank_features(model: DiCoDe, cache: FrameCache, extractor: EfficientNetLite0
 
 
 def evaluate_generation(
-    model: DiCoDe, cache: FrameCache, bank_path: Path, count: int = 100, seed: int = 0, **options: object
+    model: DiCoDe, cache: FrameCache, bank_path: Path, count: int = 100, seed: int = 0, **options: Any
 ) -> tuple[dict[str, Any], Any]:
     """Text control on `count` training captions, rank of the true clip on all validation captions, motion.
 
@@ -154,23 +154,37 @@ def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.
         started = time.perf_counter()
         frames = sum(len(clip) for clip in model.generate(prompt, seconds=seconds, seed=repeat))
         times.append(time.perf_counter() - started)
-    with TemporaryDirectory() as scratch:
-        command = ["generate", prompt, "--seconds", str(seconds), "--model", str(folder), "--timings"]
-        started = time.perf_counter()
-        process = subprocess.run(
-            [sys.executable, "-m", "dicode", *command, "-o", f"{scratch}/out.mp4"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        process_s = time.perf_counter() - started
-    memory = re.search(r"peak memory ([\d.]+) MiB", process.stdout)
+    process_s, peak_memory_gib = whole_process(model, folder, prompt, seconds)
     return {
         "seconds_of_video": seconds,
         "frames": frames,
         "median_s": float(np.median(times[1:])),
         "first_s": times[0],
         "process_s": process_s,
-        "peak_memory_gib": float(memory[1]) / 2**10 if memory else None,
+        "peak_memory_gib": peak_memory_gib,
         "threads": torch.get_num_threads(),
     }
+
+
+def whole_process(model: DiCoDe, folder: Path, prompt: str, seconds: float) -> tuple[float, float | None]:
+    """Seconds and peak memory in GiB of `dicode generate`, from the model's `folder` to the file, on its device."""
+    device = model.tokenizer.device.type
+    command = ["generate", prompt, "--seconds", str(seconds), "--model", str(folder), "--device", device, "--timings"]
+    with TemporaryDirectory() as scratch:
+        started = time.perf_counter()
+        printed = output_of([sys.executable, "-m", "dicode", *command, "-o", f"{scratch}/out.mp4"])
+        process_s = time.perf_counter() - started
+    memory = re.search(r"peak memory ([\d.]+) MiB", printed)  # unknown on Windows
+    return process_s, float(memory[1]) / 2**10 if memory else None
+
+
+def output_of(command: Sequence[str]) -> str:
+    """What a command prints, run so that the peak memory it reports of itself is its own.
+
+    Linux hands the peak of the process that starts another one on to it (`ru_maxrss` outlives exec), and this one holds
+    a model: a small process stands in between. What the command says of errors is shown.
+    """
+    between = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+    return subprocess.run(
+        [sys.executable, "-c", between, *command], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -23,12 +24,13 @@ from dicode.hub import (
     without_initialisation,
     write_config,
 )
-from dicode.lm.backbone import Backbone
-from dicode.lm.heads import Head, MixtureHead, RegressionHead
-from dicode.lm.sequence import BeginHidden, DeepTokenEmbedding, KeyFrameHidden, arrange, predicting
+from dicode.lm.backbone import Backbone, Reading, body_differences
+from dicode.lm.flow_head import FlowHead
+from dicode.lm.heads import Head, MixtureHead, RegressionHead, TokenSampling
+from dicode.lm.sequence import BeginHidden, DeepTokenEmbedding, KeyFrameHidden, appended, arrange, predicting, sees
 from dicode.lm.sizes import DeepLMConfig
 from dicode.lm.text import TextTokenizer
-from dicode.seeds import generator_for
+from dicode.seeds import SeedPlan, generator_for, seed_of_clip
 from dicode.shapes import DeepTokens, KeyFrameMask, KeyFrameTokens, TextIds
 
 __all__ = ["DeepLMConfig", "DeepLMOutput", "DeepTokenLM"]
@@ -60,23 +62,21 @@ class DeepTokenLM(nn.Module):
         self.config, self.text = config, text
         self.backbone = Backbone(config)
         self.embedding = DeepTokenEmbedding(
-            config.token_width, config.width, config.max_keyframes, config.tokens_per_keyframe
+            config.token_width, config.width, config.max_keyframes, config.tokens_per_keyframe, config.reads_goal
         )
-        self.head: nn.Module = (
-            MixtureHead(config.width, config.token_width, config.components, config.token_variance)
-            if config.head == "mixture"
-            else RegressionHead(config.width, config.token_width)
-        )
+        self.head: nn.Module = _build_head(config)
         self._initialise()
 
     def _initialise(self) -> None:
         """Normal of deviation 0.02 and zero biases, as published; the body initialises itself the same way."""
-        for module in (*self.embedding.modules(), *self.head.modules()):
+        head = [] if isinstance(self.head, FlowHead) else self.head.modules()  # a flow's is in place already
+        for module in (*self.embedding.modules(), *head):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.embedding.keyframe, std=0.02)
-        nn.init.trunc_normal_(self.embedding.place, std=0.02)
+        for learned in (self.embedding.keyframe, self.embedding.place, self.embedding.goal):
+            if learned is not None:
+                nn.init.trunc_normal_(learned, std=0.02)
 
     def forward(
         self,
@@ -84,24 +84,54 @@ class DeepTokenLM(nn.Module):
         tokens: DeepTokens,
         keyframe_mask: KeyFrameMask | None = None,
         generator: torch.Generator | None = None,
+        goal: bool = False,
     ) -> DeepLMOutput:
         """The loss of every deep token given the text and all deep tokens before it.
 
         `keyframe_mask` is True where a key frame is real; padding comes after the last real one, where causality
-        keeps it from every prediction. In training mode the tokens read (not the targets) are mixed with Gaussian
-        noise (CAM, arXiv 2411.18447), whose share is drawn for each sample from 0 … `input_noise` with a density that
-        rises linearly: what it reads is seldom exact, as in use, and where little of it is left the caption must say
-        the rest. `generator` draws it (default: torch's own).
+        keeps it from every prediction. With `goal` the last key frame is known from the second on, and has no loss of
+        its own. In training mode the tokens read (not the targets) are mixed with Gaussian noise (CAM, arXiv
+        2411.18447), whose share is drawn for each sample from 0 … `input_noise` with a density that rises linearly:
+        what it reads is seldom exact, as in use, and where little of it is left the caption must say the rest.
+        `generator` draws it (default: torch's own).
+
+        Raises `ValueError` for a goal that the model cannot read, or that is not there or not ahead.
         """
-        self._check(text_ids, tokens, tokens.shape[1])
-        read = _noised(tokens, self.config.input_noise, generator) if self.training else tokens
-        sequence = arrange(self.backbone.embed_text(text_ids), self._begin(len(text_ids)), self.embedding(read))
-        hidden = predicting(self.backbone(sequence), self.config.text_length, self.config.tokens_per_keyframe)
-        keyframe_loss = self._head.loss(hidden, tokens).mean(-1)
+        config, k = self.config, tokens.shape[1]
+        self._check(text_ids, tokens, k, goal)
+        if goal and (k < 3 or keyframe_mask is not None):
+            raise ValueError(f"goal: expected 3 key frames or more, all of them real, got {k}")
+        read = _noised(tokens, config.input_noise, generator) if self.training else tokens
+        blocks = self.embedding(read)
+        if goal:
+            known = self.embedding.of_goal(read[:, -1], k - 1)
+            blocks = torch.cat([blocks[:, :1], known, blocks[:, 1:-1]], dim=1)
+            tokens = tokens[:, :-1]
+        hidden = self._hidden(text_ids, blocks)
+        if goal:  # of these two blocks one predicts the goal (token order), or what the other does better (keyframe)
+            hidden = torch.cat([hidden[:, :1], hidden[:, 2:]], dim=1)
+        groups = rearrange(hidden, "b k (g p) width -> b k g p width", p=self.together)
+        targets = rearrange(tokens, "b k (g p) d -> b k g p d", p=self.together)
+        keyframe_loss = self._head.loss(groups, targets, generator).mean(-1)
         if keyframe_mask is None:
             return DeepLMOutput(keyframe_loss.mean(), keyframe_loss, hidden)
         keyframe_loss = torch.where(keyframe_mask, keyframe_loss, 0.0)
         return DeepLMOutput(keyframe_loss.sum() / keyframe_mask.sum().clamp(min=1), keyframe_loss, hidden)
+
+    def _hidden(self, text_ids: TextIds, blocks: KeyFrameHidden) -> KeyFrameHidden:
+        """The hidden states that predict each block."""
+        text, begin = self.backbone.embed_text(text_ids), self._begin(len(text_ids))
+        length, n = self.config.text_length, self.config.tokens_per_keyframe
+        if self.config.order == "token":
+            return predicting(self.backbone(arrange(text, begin, blocks)), length, n)
+        sequence = appended(text, torch.cat([self.embedding.start(begin), blocks[:, :-1]], dim=1))
+        hidden = self.backbone(sequence, mask=sees(length, blocks.shape[1], n, sequence.device))
+        return rearrange(hidden[:, length:], "b (k n) width -> b k n width", n=n)
+
+    @property
+    def together(self) -> int:
+        """Tokens that are predicted at once."""
+        return self.config.tokens_per_keyframe if self.config.order == "keyframe" else 1
 
     def generate(
         self,
@@ -109,11 +139,15 @@ class DeepTokenLM(nn.Module):
         num_keyframes: int,
         *,
         prefix: DeepTokens | None = None,
-        seed: int = 0,
+        goal: KeyFrameTokens | Literal["first"] | None = None,
+        goal_keyframe: int | None = None,
+        seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
         guidance: float = 1.0,
         variance_scale: float = 1.0,
         temperature: float = 1.0,
+        flow_steps: int = 8,
+        window: int = 0,
         null_ids: TextIds | None = None,
         use_cache: bool = True,
     ) -> Iterator[KeyFrameTokens]:
@@ -122,8 +156,12 @@ class DeepTokenLM(nn.Module):
         The prefix is read, not yielded. To change the prompt on the way, call again with everything so far as the
         prefix. A sample depends on (seed, its entry of `sample_indices`, key frame index) only; the default indices
         are 0, 1, …. `guidance` 1 is the plain conditional; other values run the null prompt (default: all padding)
-        beside it. `variance_scale` 0 writes each token's mean, without chance; `temperature` sharpens the choice
-        between the mixture's components, down to 0, the likeliest. `use_cache=False` reads the whole sequence again for
+        beside it. `variance_scale`, `temperature` and `flow_steps`: see `TokenSampling`.
+
+        `goal` is what the video comes to: key frame `goal_keyframe` (default: the last one asked for) is yielded as
+        given, and those before it lead there (needs `reads_goal`); "first" comes back to key frame 0, for a loop.
+        `window` is how many key frames are read at most: beyond it the text and the later half of them are read anew
+        as if the video began there, for any length; 0 reads all. `use_cache=False` reads the whole sequence again for
         every token.
 
         Raises at the call, before anything is generated: `ValueError` when the key frames do not fit (see
@@ -134,29 +172,36 @@ class DeepTokenLM(nn.Module):
             raise ValueError("generate() in training mode would drop out activations: call .eval() first")
         if num_keyframes < 1:
             raise ValueError(f"num_keyframes: expected at least 1, got {num_keyframes}")
-        self._check(prompt_ids, prefix, start + num_keyframes)
+        last = start + num_keyframes - 1
+        aim = None
+        if goal is not None:
+            aim = _Goal(None if isinstance(goal, str) else goal, last if goal_keyframe is None else goal_keyframe)
+            expected = (len(prompt_ids), self.config.tokens_per_keyframe, self.config.token_width)
+            if aim.tokens is not None and tuple(aim.tokens.shape) != expected:
+                raise ValueError(f"goal: expected shape (b, n, d) = {expected}, got {tuple(aim.tokens.shape)}")
+            if aim.keyframe < max(1, last):
+                raise ValueError(f"goal_keyframe: expected {max(1, last)} or later, got {aim.keyframe}")
+        leads = aim is not None and aim.keyframe > 1  # else nothing is written between the first key frame and it
+        if window and not 2 <= window <= self._limit(leads):
+            raise ValueError(f"window: expected 2 to {self._limit(leads)} key frames, or 0, got {window}")
+        self._check(prompt_ids, prefix, min(last + 1, window) if window else last + 1, leads)
         indices = range(len(prompt_ids)) if sample_indices is None else sample_indices
         if len(indices) != len(prompt_ids):
             raise ValueError(f"sample_indices: expected {len(prompt_ids)}, one a prompt, got {len(indices)}")
-        if variance_scale < 0:
-            raise ValueError(f"variance_scale: expected 0 or more, got {variance_scale}")
-        if temperature < 0:
-            raise ValueError(f"temperature: expected 0 or more, got {temperature}")
         if null_ids is None:
             null_ids = torch.full_like(prompt_ids, self.config.pad_id)
         if null_ids.shape != prompt_ids.shape:
             raise ValueError(f"null_ids: expected shape {tuple(prompt_ids.shape)}, got {tuple(null_ids.shape)}")
-        repeats = 1 if guidance == 1.0 else 2
         return self._generate(
-            prompt_ids if repeats == 1 else torch.cat([prompt_ids, null_ids]),
+            prompt_ids if guidance == 1.0 else torch.cat([prompt_ids, null_ids]),
             range(start, start + num_keyframes),
-            None if prefix is None else prefix.repeat(repeats, 1, 1, 1),
+            [] if prefix is None else list(prefix.unbind(1)),
+            aim,
             seed,
             indices,
-            guidance,
-            variance_scale,
-            temperature,
-            self.backbone.new_cache() if use_cache else None,
+            TokenSampling(guidance, variance_scale, temperature, flow_steps),
+            window,
+            use_cache,
         )
 
     @torch.no_grad()
@@ -164,37 +209,80 @@ class DeepTokenLM(nn.Module):
         self,
         text_ids: TextIds,
         keyframes: range,
-        prefix: DeepTokens | None,
-        seed: int,
+        written: list[Tensor],
+        goal: "_Goal | None",
+        seed: int | SeedPlan,
         indices: Sequence[int],
-        guidance: float,
-        variance_scale: float,
-        temperature: float,
-        cache: Any,
+        sampling: TokenSampling,
+        window: int,
+        use_cache: bool,
     ) -> Iterator[KeyFrameTokens]:
-        b, repeats = len(indices), len(text_ids) // len(indices)  # repeats: 2 where the null prompt runs beside
-        begin = self._begin(len(text_ids))
-        unread = self.backbone.embed_text(text_ids)
-        if prefix is not None:
-            unread = arrange(unread, begin, self.embedding(prefix))
+        # `written` are the key frames that the transformer reads, the first of them being number `first`
+        reading: Reading | None = None
+        first = 0
+        if goal and goal.tokens is None and written:
+            goal = _Goal(written[0], goal.keyframe)
         for keyframe in keyframes:
-            generators = [generator_for(seed, "deep tokens", index, keyframe) for index in indices]
-            unread = torch.cat([unread, begin], dim=1)
-            tokens: list[Tensor] = []
-            for place in range(self.config.tokens_per_keyframe):
-                hidden = self.backbone(unread, cache)[:, -1]
-                token = self._head.sample(
-                    hidden[:b],
-                    generators,
-                    variance_scale=variance_scale,
-                    temperature=temperature,
-                    null_hidden=hidden[b:] if repeats == 2 else None,
-                    guidance=guidance,
-                )
-                tokens.append(token)
-                embedded = self.embedding(token[:, None, None].repeat(repeats, 1, 1, 1), keyframe, place)[:, 0]
-                unread = embedded if cache is not None else torch.cat([unread, embedded.to(unread.dtype)], dim=1)
-            yield torch.stack(tokens, dim=1)
+            start = _window_start(keyframe, window)
+            if reading is None or start > first:
+                written, first = written[start - first :], start
+                reading = self._begin_reading(text_ids, use_cache)
+                for number, tokens in enumerate(written):
+                    self._read(reading, tokens, number)
+                    if number == 0 and goal and goal.keyframe > first + 1:
+                        self._read_goal(reading, goal, first)
+            if goal and keyframe == goal.keyframe:
+                assert goal.tokens is not None, "key frame 0 is written before the goal is reached"
+                yield goal.tokens.to(self.embedding.keyframe.device)
+                return
+            clip_seed = seed_of_clip(seed, max(0, keyframe - 1))  # a clip needs its tail; the first one its head too
+            generators = [generator_for(clip_seed, "deep tokens", index, keyframe) for index in indices]
+            tokens = self._write(reading, keyframe - first, generators, sampling)
+            if goal and keyframe == first:
+                goal = goal if goal.tokens is not None else _Goal(tokens, goal.keyframe)
+                if goal.keyframe > first + 1:
+                    self._read_goal(reading, goal, first)
+            written.append(tokens)
+            yield tokens
+
+    def _begin_reading(self, text_ids: TextIds, use_cache: bool) -> Reading:
+        blockwise = self.config.order == "keyframe"
+        reading = Reading(self.backbone, self.backbone.embed_text(text_ids), use_cache, blockwise)
+        if blockwise:
+            reading.add(self.embedding.start(self._begin(len(text_ids)))[:, 0])
+        return reading
+
+    def _read(self, reading: Reading, tokens: KeyFrameTokens, number: int) -> None:
+        """Let the transformer read a key frame's tokens `b n d`, its `number` counted from the first that is read."""
+        repeats = reading.batch // len(tokens)  # 2 where the null prompt runs beside
+        self._read_block(reading, self.embedding(tokens[:, None].repeat(repeats, 1, 1, 1), number))
+
+    def _read_goal(self, reading: Reading, goal: "_Goal", first: int) -> None:
+        assert goal.tokens is not None
+        tokens = goal.tokens.to(self.embedding.keyframe.device)
+        repeats = reading.batch // len(tokens)
+        self._read_block(reading, self.embedding.of_goal(tokens.repeat(repeats, 1, 1), goal.keyframe - first))
+
+    def _read_block(self, reading: Reading, block: KeyFrameHidden) -> None:
+        if self.config.order == "token":
+            reading.add(self._begin(reading.batch))
+        reading.add(block[:, 0])
+
+    def _write(
+        self, reading: Reading, number: int, generators: Sequence[torch.Generator], sampling: TokenSampling
+    ) -> KeyFrameTokens:
+        """Draw a key frame's tokens `b n d`, together or one after the other; the transformer reads them too."""
+        b, tokens = len(generators), torch.empty(0)
+        if self.config.order == "token":
+            reading.add(self._begin(reading.batch))
+        for place in range(0, self.config.tokens_per_keyframe, self.together):
+            hidden = reading.last(self.together)
+            null_hidden = None if reading.batch == b else hidden[b:]
+            drawn = self._head.sample(hidden[:b], generators, sampling, null_hidden)
+            block = drawn[:, None].repeat(reading.batch // b, 1, 1, 1)
+            reading.add(self.embedding(block, number, place)[:, 0])
+            tokens = drawn if place == 0 else torch.cat([tokens, drawn], dim=1)
+        return tokens
 
     @property
     def _head(self) -> Head:
@@ -204,17 +292,24 @@ class DeepTokenLM(nn.Module):
         device = self.embedding.keyframe.device
         return self.backbone.embed_text(torch.full((batch, 1), self.config.begin_id, device=device))
 
-    def _check(self, text_ids: TextIds, tokens: DeepTokens | None, num_keyframes: int) -> None:
+    def _limit(self, goal: bool) -> int:
+        """The most key frames that fit; a goal is read beside them."""
+        room = (self.config.positions - self.config.text_length) // self.config.block_length
+        return min(self.config.max_keyframes, room - goal)
+
+    def _check(self, text_ids: TextIds, tokens: DeepTokens | None, num_keyframes: int, goal: bool = False) -> None:
         config = self.config
         if text_ids.shape[1] != config.text_length:
             raise ValueError(f"text ids: expected {config.text_length} a text, got {text_ids.shape[1]}")
         expected = (len(text_ids), config.tokens_per_keyframe, config.token_width)
         if tokens is not None and (found := (len(tokens), *tokens.shape[2:])) != expected:
             raise ValueError(f"deep tokens: expected (b, n, d) = {expected}, got {found}")
-        if num_keyframes > config.keyframe_limit:
+        if goal and not config.reads_goal:
+            raise ValueError("goal: this model was trained without one (`reads_goal`), and cannot end where it is told")
+        if num_keyframes > self._limit(goal):
             raise ValueError(
-                f"{num_keyframes} key frames asked for, this model holds {config.keyframe_limit} "
-                f"(max_keyframes {config.max_keyframes}, positions {config.positions}): ask for fewer"
+                f"{num_keyframes} key frames asked for, this model holds {self._limit(goal)} "
+                f"(max_keyframes {config.max_keyframes}, positions {config.positions}): ask for fewer, or name a window"
             )
 
     def load_body(self, folder: Path) -> None:
@@ -283,39 +378,28 @@ class DeepTokenLM(nn.Module):
         return cls.load_part(folder, config[SECTION], dtype)
 
 
-BODY_SIZES = {
-    "gpt2": (
-        "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "layer_norm_epsilon", "activation_function",
-        "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
-    ),
-    "llama": (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "intermediate_size", "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
-    ),
-}  # fmt: skip
+@dataclass(frozen=True)
+class _Goal:
+    tokens: KeyFrameTokens | None  # None: those of key frame 0, not yet written
+    keyframe: int
 
 
-def body_differences(ours: Any, theirs: Any, positions: int) -> list[str]:
-    """What keeps the weights of one `transformers` configuration from another, each with both values."""
-    if theirs.model_type != ours.model_type:
-        return [f"model_type: expected {ours.model_type}, got {theirs.model_type}"]
-    names = BODY_SIZES[ours.model_type]
-    found = {name: (_body_size(ours, name), _body_size(theirs, name)) for name in names}
-    problems = [f"{name}: expected {own}, got {other}" for name, (own, other) in found.items() if own != other]
-    if theirs.vocab_size > ours.vocab_size:
-        problems.append(f"vocab_size: expected at most {ours.vocab_size}, got {theirs.vocab_size}")
-    if theirs.max_position_embeddings < positions:
-        problems.append(f"max_position_embeddings: expected {positions} or more, got {theirs.max_position_embeddings}")
-    return problems
+def _build_head(config: DeepLMConfig) -> nn.Module:
+    width, d = config.width, config.token_width
+    if config.head == "regression":
+        return RegressionHead(width, d)
+    if config.head == "flow":
+        places = config.tokens_per_keyframe if config.order == "keyframe" else 1
+        return FlowHead(width, d, places, config.flow_width, config.flow_depth)
+    return MixtureHead(width, d, config.components if config.head == "mixture" else 1, config.token_variance)
 
 
-def _body_size(config: Any, name: str) -> Any:
-    value = getattr(config, name)
-    if name == "n_inner" and value is None:
-        return 4 * config.n_embd
-    if name == "rope_parameters":
-        return {key: part for key, part in value.items() if part is not None}
-    return "gelu_pytorch_tanh" if value == "gelu_new" else value  # two codes of one function
+def _window_start(keyframe: int, window: int) -> int:
+    """The first key frame that is read when this one is written. Only these two decide, so prefixes change nothing."""
+    if window == 0 or keyframe < window:
+        return 0
+    jump = max(1, window // 2)
+    return -(-(keyframe + 1 - window) // jump) * jump
 
 
 def _noised(tokens: DeepTokens, strength: float, generator: torch.Generator | None) -> DeepTokens:

@@ -1,12 +1,14 @@
-"""From a hidden state to the next deep token: its loss in training, a draw from its distribution in use.
+"""From hidden states to deep tokens: their loss in training, a draw from their distribution in use.
 
-A head owns guidance, because how a conditional and an unconditional prediction combine depends on what is predicted:
-distributions by their means here, a flow by its velocities.
+A head predicts `p` tokens together, one hidden state each: the next token (p = 1) or all tokens of a key frame. It owns
+guidance, because how a conditional and an unconditional prediction combine depends on what is predicted: distributions
+by their means here, a flow by its velocities (flow_head.py).
 """
 
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -14,41 +16,64 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-PlacedHidden = Float[Tensor, "*place width"]
-PlacedTokens = Float[Tensor, "*place d"]
-PlacedLoss = Float[Tensor, "*place"]
-StepHidden = Float[Tensor, "b width"]
-StepTokens = Float[Tensor, "b d"]
+GroupHidden = Float[Tensor, "*group p width"]  # p tokens predicted together …
+GroupTokens = Float[Tensor, "*group p d"]
+GroupLoss = Float[Tensor, "*group"]
+StepHidden = Float[Tensor, "b p width"]  # … and the same at a step of generation, a group a sample
+StepTokens = Float[Tensor, "b p d"]
+Components = Float[Tensor, "*group p m d"]
+LogWeights = Float[Tensor, "*group m"]
 
 SMALLEST_VARIANCE = 1e-5  # published; keeps the likelihood finite where a component collapses onto a token
+
+
+@dataclass(frozen=True)
+class TokenSampling:
+    """How tokens are drawn from what a head predicts. A head passes over what its kind of prediction does not have."""
+
+    guidance: float = 1.0  # against the null prompt: 1 is the plain conditional
+    variance_scale: float = 1.0  # of a distribution's variance, or of a flow's first noise; 0 leaves no chance
+    temperature: float = 1.0  # of the choice between a mixture's components, down to 0, the likeliest
+    flow_steps: int = 8  # Euler steps of a flow
+
+    def __post_init__(self) -> None:
+        for name in ("variance_scale", "temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.flow_steps < 1:
+            raise ValueError(f"flow_steps: expected at least 1, got {self.flow_steps}")
 
 
 @runtime_checkable
 class Head(Protocol):
     """What the language model asks of a head; any module with these three fits."""
 
-    def loss(self, hidden: PlacedHidden, target: PlacedTokens) -> PlacedLoss:
-        """The float32 loss of each place, comparable between token widths."""
+    def loss(self, hidden: GroupHidden, target: GroupTokens, generator: torch.Generator | None = None) -> GroupLoss:
+        """The float32 loss of each group, comparable between token widths and group sizes.
 
-    def mean(self, hidden: PlacedHidden) -> PlacedTokens:
-        """The expected token of each place, float32."""
+        `generator` is of a loss that draws (a flow's times and noise; default: torch's own).
+        """
+
+    def mean(self, hidden: GroupHidden) -> GroupTokens:
+        """The expected tokens, float32."""
 
     def sample(
         self,
         hidden: StepHidden,
         generators: Sequence[torch.Generator],
-        *,
-        variance_scale: float = 1.0,
-        temperature: float = 1.0,
+        sampling: TokenSampling,
         null_hidden: StepHidden | None = None,
-        guidance: float = 1.0,
     ) -> StepTokens:
-        """One token a sample, float32, drawn from that sample's own CPU generator."""
+        """The tokens of one group a sample, float32, drawn from that sample's own CPU generator.
+
+        `null_hidden` is of the null prompt, from which guidance leads away.
+        """
 
 
 class MixtureHead(nn.Module):
-    """A Gaussian mixture with diagonal covariance over the next deep token; one component makes it a plain Gaussian.
+    """A Gaussian mixture with diagonal covariance over the tokens of a group; one component makes it a Gaussian.
 
+    A component is one of the whole group: its logit is the mean of those that each token's hidden state gives.
     The last layer gives 2·m·d + m numbers: means, variances before softplus, and component logits, in this order and
     component by component. It runs in float32, whatever the rest of the model runs in.
 
@@ -62,18 +87,17 @@ class MixtureHead(nn.Module):
         self.token_width, self.components, self.token_variance = token_width, components, token_variance
         self.mlp = _mlp(width, 2 * components * token_width + components)
 
-    def distribution(
-        self, hidden: PlacedHidden
-    ) -> tuple[Float[Tensor, "*place m d"], Float[Tensor, "*place m d"], Float[Tensor, "*place m"]]:
+    def distribution(self, hidden: GroupHidden) -> tuple[Components, Components, LogWeights]:
         """Means, variances and log-weights of the components."""
-        means, variances, log_weights = split_mixture(_in_float32(self.mlp, hidden), self.components)
-        return means, variances + self.token_variance, log_weights
+        means, variances, logits = split_mixture(_in_float32(self.mlp, hidden), self.components)
+        return means, variances + self.token_variance, logits.mean(-2).log_softmax(-1)
 
-    def loss(self, hidden: PlacedHidden, target: PlacedTokens) -> PlacedLoss:
-        """Negative log-likelihood in nats, divided by the token width."""
-        return mixture_nll(*self.distribution(hidden), target.float()) / self.token_width
+    def loss(self, hidden: GroupHidden, target: GroupTokens, generator: torch.Generator | None = None) -> GroupLoss:
+        """Negative log-likelihood in nats, divided by the count of numbers it is of."""
+        p, d = target.shape[-2:]
+        return mixture_nll(*self.distribution(hidden), target.float()) / (p * d)
 
-    def mean(self, hidden: PlacedHidden) -> PlacedTokens:
+    def mean(self, hidden: GroupHidden) -> GroupTokens:
         """The mixture's mean, not that of its likeliest component."""
         means, _, log_weights = self.distribution(hidden)
         return mixture_mean(means, log_weights)
@@ -82,16 +106,12 @@ class MixtureHead(nn.Module):
         self,
         hidden: StepHidden,
         generators: Sequence[torch.Generator],
-        *,
-        variance_scale: float = 1.0,
-        temperature: float = 1.0,
+        sampling: TokenSampling,
         null_hidden: StepHidden | None = None,
-        guidance: float = 1.0,
     ) -> StepTokens:
-        """Draw a component, then a token of it with its variance scaled; a scale of 0 gives the mixture's mean instead.
+        """Draw a component, then tokens of it with its variance scaled; a scale of 0 gives the mixture's mean instead.
 
-        `temperature` is of the choice between components: below 1 likely ones are chosen yet more often, 0 takes the
-        likeliest. Unlike a mean it blends none of them.
+        A temperature below 1 chooses likely components yet more often, 0 the likeliest. Unlike a mean it blends none.
 
         Guidance moves the draw by (guidance − 1) × (mean − null mean), so that at scale 0 it is the published
         null mean + guidance × (mean − null mean).
@@ -99,67 +119,59 @@ class MixtureHead(nn.Module):
         means, variances, log_weights = self.distribution(hidden)
         mean = mixture_mean(means, log_weights)
         drawn = mean
-        if variance_scale > 0:
-            weights = tempered(log_weights, temperature)
-            drawn = _draw(means, variances * variance_scale, weights, generators)
-        return drawn if null_hidden is None else drawn + (guidance - 1) * (mean - self.mean(null_hidden))
+        if sampling.variance_scale > 0:
+            weights = tempered(log_weights, sampling.temperature)
+            drawn = _draw(means, variances * sampling.variance_scale, weights, generators)
+        return drawn if null_hidden is None else drawn + (sampling.guidance - 1) * (mean - self.mean(null_hidden))
 
 
 class RegressionHead(nn.Module):
-    """The next deep token itself, trained by mean squared error: no distribution, hence nothing to draw."""
+    """The deep tokens themselves, trained by mean squared error: no distribution, hence nothing to draw."""
 
     def __init__(self, width: int, token_width: int) -> None:
         super().__init__()
         self.mlp = _mlp(width, token_width)
 
-    def loss(self, hidden: PlacedHidden, target: PlacedTokens) -> PlacedLoss:
-        """Mean squared error over the token's width."""
-        return (self.mean(hidden) - target.float()).square().mean(-1)
+    def loss(self, hidden: GroupHidden, target: GroupTokens, generator: torch.Generator | None = None) -> GroupLoss:
+        """Mean squared error over the group's numbers."""
+        return (self.mean(hidden) - target.float()).square().mean((-2, -1))
 
-    def mean(self, hidden: PlacedHidden) -> PlacedTokens:
-        """The predicted token."""
+    def mean(self, hidden: GroupHidden) -> GroupTokens:
+        """The predicted tokens."""
         return _in_float32(self.mlp, hidden)
 
     def sample(
         self,
         hidden: StepHidden,
         generators: Sequence[torch.Generator],
-        *,
-        variance_scale: float = 1.0,
-        temperature: float = 1.0,
+        sampling: TokenSampling,
         null_hidden: StepHidden | None = None,
-        guidance: float = 1.0,
     ) -> StepTokens:
-        """The predicted token, guided like the mixture's mean; all that concerns chance has nothing to act on."""
+        """The predicted tokens, guided like the mixture's mean; all that concerns chance has nothing to act on."""
         mean = self.mean(hidden)
-        return mean if null_hidden is None else mean + (guidance - 1) * (mean - self.mean(null_hidden))
+        return mean if null_hidden is None else mean + (sampling.guidance - 1) * (mean - self.mean(null_hidden))
 
 
 def split_mixture(
-    parameters: Float[Tensor, "*place p"], components: int
-) -> tuple[Float[Tensor, "*place m d"], Float[Tensor, "*place m d"], Float[Tensor, "*place m"]]:
-    """Read means, variances and log-weights of a mixture from the numbers that a network gives."""
+    parameters: Float[Tensor, "*group p numbers"], components: int
+) -> tuple[Components, Components, Float[Tensor, "*group p m"]]:
+    """Read means, variances and component logits of a mixture from the numbers that a network gives."""
     width = (parameters.shape[-1] - components) // 2
     means, raw_variances, logits = parameters.split((width, width, components), dim=-1)
     variances = F.softplus(raw_variances).clamp(min=SMALLEST_VARIANCE)
-    return means.unflatten(-1, (components, -1)), variances.unflatten(-1, (components, -1)), logits.log_softmax(-1)
+    return means.unflatten(-1, (components, -1)), variances.unflatten(-1, (components, -1)), logits
 
 
-def mixture_nll(
-    means: Float[Tensor, "*place m d"],
-    variances: Float[Tensor, "*place m d"],
-    log_weights: Float[Tensor, "*place m"],
-    target: PlacedTokens,
-) -> PlacedLoss:
-    """−log p(target) in nats, summed over the token's width."""
+def mixture_nll(means: Components, variances: Components, log_weights: LogWeights, target: GroupTokens) -> GroupLoss:
+    """−log p(target) in nats, summed over the group's tokens and their width."""
     squared = (target.unsqueeze(-2) - means).square() / variances
-    log_density = -0.5 * (squared + variances.log() + math.log(2 * math.pi)).sum(-1)
+    log_density = -0.5 * (squared + variances.log() + math.log(2 * math.pi)).sum((-3, -1))
     return -torch.logsumexp(log_weights + log_density, dim=-1)
 
 
-def mixture_mean(means: Float[Tensor, "*place m d"], log_weights: Float[Tensor, "*place m"]) -> PlacedTokens:
+def mixture_mean(means: Components, log_weights: LogWeights) -> GroupTokens:
     """The components' means, weighted."""
-    return (log_weights.exp().unsqueeze(-1) * means).sum(-2)
+    return (log_weights.exp()[..., None, :, None] * means).sum(-2)
 
 
 def tempered(log_weights: Float[Tensor, "b m"], temperature: float) -> Float[Tensor, "b m"]:
@@ -170,25 +182,26 @@ def tempered(log_weights: Float[Tensor, "b m"], temperature: float) -> Float[Ten
 
 
 def _draw(
-    means: Float[Tensor, "b m d"],
-    variances: Float[Tensor, "b m d"],
+    means: Float[Tensor, "b p m d"],
+    variances: Float[Tensor, "b p m d"],
     weights: Float[Tensor, "b m"],
     generators: Sequence[torch.Generator],
 ) -> StepTokens:
     # All chance is drawn on the CPU, one row a sample, so that neither device nor batch changes it.
+    p, m, d = means.shape[1:]
     uniform = torch.cat([torch.rand(1, generator=g) for g in generators]).to(means.device)
-    normal = torch.stack([torch.randn(means.shape[-1], generator=g) for g in generators]).to(means.device)
+    normal = torch.stack([torch.randn(p, d, generator=g) for g in generators]).to(means.device)
     below = weights.cumsum(-1) <= uniform.unsqueeze(-1)  # a draw of 0 takes no component of weight 0
-    component = below.sum(-1).clamp(max=means.shape[1] - 1)  # the sum of weights may round to just below 1
+    component = below.sum(-1).clamp(max=m - 1)  # the sum of weights may round to just below 1
     row = torch.arange(len(means), device=means.device)
-    return means[row, component] + variances[row, component].sqrt() * normal
+    return means[row, :, component] + variances[row, :, component].sqrt() * normal
 
 
 def _mlp(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))
 
 
-def _in_float32(mlp: nn.Sequential, hidden: PlacedHidden) -> Float[Tensor, "*place p"]:
+def _in_float32(mlp: nn.Sequential, hidden: GroupHidden) -> Float[Tensor, "*group p numbers"]:
     """Run a head's layers with the last one in float32: bfloat16's three digits would blur means and variances."""
     between, last = mlp[:-1](hidden), cast(nn.Linear, mlp[-1])
     meta = hidden.device.type == "meta"  # sizing counts there; torch has no autocast for it, not even to switch off

@@ -1,13 +1,25 @@
-"""The sequence that the language model reads: padded text, then for every key frame a begin-of-image token and its deep
-tokens. The hidden state at a position predicts the deep token at the next one."""
+"""The sequences that the language model reads: padded text, then blocks of `n` deep tokens, a key frame each.
+
+`token` order (published): every block begins with a begin-of-image token, all is causal, and the hidden state at a
+position predicts the deep token at the next one.
+
+`keyframe` order: a block sees all of itself and what came before it, and its hidden states predict the next block's
+tokens, place by place; the first block, which predicts the first key frame, is begin-of-image embeddings alone.
+
+A *goal* is a later key frame known beforehand. Its block stands right after the first key frame's and predicts nothing
+of itself; in `keyframe` order the second key frame is predicted from it.
+"""
+
+from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dicode.shapes import DeepTokens, Hidden
+from dicode.shapes import DeepTokens, Hidden, KeyFrameTokens
 
+Order = Literal["token", "keyframe"]
 KeyFrameHidden = Float[Tensor, "b k n width"]
 BeginHidden = Float[Tensor, "b 1 width"]
 LongerHidden = Float[Tensor, "b _ width"]
@@ -16,11 +28,14 @@ LongerHidden = Float[Tensor, "b _ width"]
 class DeepTokenEmbedding(nn.Module):
     """Deep tokens as the transformer reads them: an MLP, plus learned embeddings of key frame and place in it."""
 
-    def __init__(self, token_width: int, width: int, max_keyframes: int, tokens_per_keyframe: int) -> None:
+    def __init__(
+        self, token_width: int, width: int, max_keyframes: int, tokens_per_keyframe: int, reads_goal: bool = False
+    ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(token_width, width), nn.GELU(), nn.Linear(width, width))
         self.keyframe = nn.Parameter(torch.empty(max_keyframes, width))
         self.place = nn.Parameter(torch.empty(tokens_per_keyframe, width))
+        self.goal = nn.Parameter(torch.empty(width)) if reads_goal else None
 
     def forward(self, tokens: DeepTokens, first_keyframe: int = 0, first_place: int = 0) -> KeyFrameHidden:
         """Embed tokens that begin at the given key frame and place; a single token is `b 1 1 d`."""
@@ -29,15 +44,35 @@ class DeepTokenEmbedding(nn.Module):
         place = self.place[first_place : first_place + n]
         return self.mlp(tokens.to(keyframe.dtype)) + keyframe + place
 
+    def of_goal(self, tokens: KeyFrameTokens, keyframe: int) -> KeyFrameHidden:
+        """Embed the tokens of a key frame that lies ahead, one block; beyond the last embedding it is just far away."""
+        assert self.goal is not None, "the model was built without reads_goal"
+        return self(tokens.unsqueeze(1), min(keyframe, len(self.keyframe) - 1)) + self.goal
 
-def arrange(text: Hidden, begin: BeginHidden, keyframes: KeyFrameHidden) -> LongerHidden:
-    """Put embeddings in the sequence's order: text, then one begin and n deep tokens a key frame."""
-    begins = begin.unsqueeze(1).expand(-1, keyframes.shape[1], -1, -1)
-    video = torch.cat([begins, keyframes.to(begins.dtype)], dim=2)
-    return torch.cat([text, rearrange(video, "b k n width -> b (k n) width")], dim=1)
+    def start(self, begin: BeginHidden) -> KeyFrameHidden:
+        """The block that predicts the first key frame in `keyframe` order."""
+        return (begin + self.place).unsqueeze(1)
+
+
+def arrange(text: Hidden, begin: BeginHidden, blocks: KeyFrameHidden) -> LongerHidden:
+    """The sequence of `token` order: text, then one begin and n deep tokens a block."""
+    begins = begin.unsqueeze(1).expand(-1, blocks.shape[1], -1, -1)
+    return appended(text, torch.cat([begins, blocks.to(begins.dtype)], dim=2))
+
+
+def appended(text: Hidden, blocks: Float[Tensor, "b k _ width"]) -> LongerHidden:
+    """Text, then blocks as they are."""
+    return torch.cat([text, rearrange(blocks.to(text.dtype), "b k n width -> b (k n) width")], dim=1)
 
 
 def predicting(hidden: Hidden, text_length: int, tokens_per_keyframe: int) -> KeyFrameHidden:
-    """The hidden states that predict deep tokens: each one position before its token."""
+    """The hidden states of `token` order that predict deep tokens: each one position before its token."""
     video = rearrange(hidden[:, text_length:], "b (k n) width -> b k n width", n=tokens_per_keyframe + 1)
     return video[:, :, :-1]
+
+
+def sees(text_length: int, blocks: int, tokens_per_keyframe: int, device: torch.device) -> Bool[Tensor, "s s"]:
+    """Which position (row) sees which (column) in `keyframe` order: text causally, blocks their own whole block too."""
+    block = torch.arange(blocks, device=device).repeat_interleave(tokens_per_keyframe) + text_length
+    group = torch.cat([torch.arange(text_length, device=device), block])
+    return group[:, None] >= group

@@ -23,9 +23,13 @@ class DeepLMConfig:
     tokens_per_keyframe: int = 16
     pad_id: int = 0
     begin_id: int = 1  # the begin-of-image token, an entry of the text vocabulary
-    head: Literal["mixture", "regression"] = "mixture"
-    components: int = 16  # 1 makes the mixture a Gaussian
-    token_variance: float = 0.0  # mixture only: added to every variance, 0 as published (see `MixtureHead`)
+    head: Literal["mixture", "gaussian", "regression", "flow"] = "mixture"
+    order: Literal["token", "keyframe"] = "token"  # what is predicted at once (see sequence.py); published: a token
+    reads_goal: bool = False  # whether a later key frame may be given: loops, a last image
+    components: int = 16  # mixture only; a Gaussian is a mixture of one
+    flow_width: int = 256  # flow only: of the network that turns noise into tokens …
+    flow_depth: int = 3  # … and its blocks
+    token_variance: float = 0.0  # mixture and Gaussian: added to every variance, 0 as published (see `MixtureHead`)
     dropout: float = 0.0
     input_noise: float = 0.0  # largest share (0…1) of noise in the deep tokens read in training
     key_value_heads: int | None = None  # Llama only; default: as many as heads
@@ -36,7 +40,12 @@ class DeepLMConfig:
     @property
     def keyframe_limit(self) -> int:
         """The most key frames that a sequence can hold, given positions and learned key frame embeddings."""
-        return min(self.max_keyframes, (self.positions - self.text_length) // (self.tokens_per_keyframe + 1))
+        return min(self.max_keyframes, (self.positions - self.text_length) // self.block_length)
+
+    @property
+    def block_length(self) -> int:
+        """Positions that a key frame takes."""
+        return self.tokens_per_keyframe + (self.order == "token")  # the begin-of-image token
 
 
 def _gpt2(width: int, depth: int, heads: int) -> DeepLMConfig:

@@ -5,9 +5,11 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -24,7 +26,7 @@ from dicode.hub import (
     save_weights,
     without_initialisation,
 )
-from dicode.seeds import generator_for, normal
+from dicode.seeds import SeedPlan, generator_for, normal, seed_of_clip
 from dicode.shapes import (
     ClipLatents,
     ContextLatents,
@@ -33,11 +35,13 @@ from dicode.shapes import (
     ImageLatents,
     KeyFramePixels,
     KeyFrameTokens,
+    Video,
 )
 from dicode.tokenizer.denoiser import build_denoiser
 from dicode.tokenizer.diffusion import DiffusionConfig, sample
 from dicode.tokenizer.encoder import EncoderConfig, KeyFrameHead, build_encoder
 from dicode.tokenizer.first_stage import DECODER, FirstStage, FirstStageConfig
+from dicode.tokenizer.joins import Joins, blended_stream
 from dicode.tokenizer.known import DenoiserConfig, Known
 from dicode.tokenizer.resampler import Resampler, ResamplerConfig
 from dicode.video.clips import key_frame_indices
@@ -102,6 +106,31 @@ class TokenizerConfig:
         return max(1, math.ceil((frames - self.repeated_frames) / self.tail_frame))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the denoiser is sampled, for every clip of a stream."""
+
+    seed: int | SeedPlan
+    sample_indices: Sequence[int] | None  # of the batch entries; none: 0, 1, …
+    steps: int
+    guidance: float
+    temperature: float
+
+
+class DecodeOptions(TypedDict, total=False):
+    """The keywords of `VideoTokenizer.decode_pairs`, which says what they do."""
+
+    seed: int | SeedPlan
+    sample_indices: Sequence[int] | None
+    steps: int | None
+    guidance: float | None
+    temperature: float | None
+    joins: Joins
+    clips_at_once: int
+    before: FrameStack | None
+    first_clip: int
+
+
 class VideoTokenizer(nn.Module):
     """Deep tokens of key frames, and clips rendered from them."""
 
@@ -162,12 +191,22 @@ class VideoTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, frames: FrameStack) -> DeepTokens:
         """uint8 frames `b f h w c` of the tokenizer's size and rate → normalised deep tokens `b k n d`."""
+        keys = frames[:, key_frame_indices(frames.shape[1], self.config.tail_frame)]
+        pixels = self._pixels_of(keys)
+        return rearrange(self.tokens_of(self.source_of(pixels)), "(b k) n d -> b k n d", b=len(frames))
+
+    @torch.no_grad()
+    def encode_frames(self, frames: Video) -> DeepTokens:
+        """Every frame, uint8 `f h w c` of the tokenizer's size, as a key frame: tokens `1 f n d`."""
+        pixels = self._pixels_of(torch.from_numpy(np.ascontiguousarray(frames))[None])
+        return self.tokens_of(self.source_of(pixels))[None]
+
+    def _pixels_of(self, frames: FrameStack) -> Tensor:
+        """uint8 frames `b f h w c` → pixels `(b f) c h w`; raises `ValueError` for a size not the tokenizer's."""
         expected = (self.config.size, self.config.size, 3)
         if tuple(frames.shape[2:]) != expected:
             raise ValueError(f"expected frames of {expected}, got {tuple(frames.shape[2:])}; resize them first")
-        keys = frames[:, key_frame_indices(frames.shape[1], self.config.tail_frame)]
-        pixels = rearrange(keys, "b k h w c -> (b k) c h w").to(self.device).float() / 127.5 - 1
-        return rearrange(self.tokens_of(self.source_of(pixels)), "(b k) n d -> b k n d", b=len(frames))
+        return rearrange(frames, "b f h w c -> (b f) c h w").to(self.device).float() / 127.5 - 1
 
     def source_of(self, pixels: KeyFramePixels) -> Tensor:
         """What the encoder reads of pixels in −1…1: the first stage's latents, or the pixels themselves."""
@@ -199,110 +238,128 @@ class VideoTokenizer(nn.Module):
 
     # tokens → frames
 
-    def decode(
-        self,
-        tokens: DeepTokens,
-        *,
-        seed: int = 0,
-        sample_indices: Sequence[int] | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        temperature: float | None = None,
-        joins: Literal["chained", "parallel"] = "chained",
-    ) -> Iterator[FrameStack]:
-        """Render N key frames' tokens `b k n d` as k−1 clips, each uint8 `b 16 h w c`, one after the other.
-
-        Where clips share a frame (see `TokenizerConfig`), all but the first come without it.
-
-        `chained` gives every clip the last frames of the one before as clean context. A sample's noise depends on
-        (seed, its sample index, clip number) only.
-        """
+    def decode(self, tokens: DeepTokens, **options: Unpack[DecodeOptions]) -> Iterator[FrameStack]:
+        """Render N key frames' tokens `b k n d` as k−1 clips, each uint8 `b 16 h w c`; options as of `decode_pairs`."""
         if tokens.shape[1] < 2:
             raise ValueError(f"expected at least 2 key frames (one clip), got {tokens.shape[1]}")
-        pairs = (tokens[:, i : i + 2] for i in range(tokens.shape[1] - 1))
-        return self.decode_pairs(
-            pairs,
-            seed=seed,
-            sample_indices=sample_indices,
-            steps=steps,
-            guidance=guidance,
-            temperature=temperature,
-            joins=joins,
-        )
+        return self.decode_pairs((tokens[:, i : i + 2] for i in range(tokens.shape[1] - 1)), **options)
 
     def decode_pairs(
         self,
         pairs: Iterator[DeepTokens],
         *,
-        seed: int = 0,
+        seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         temperature: float | None = None,
-        joins: Literal["chained", "parallel"] = "chained",
+        joins: Joins = "chained",
+        clips_at_once: int = 4,
+        before: FrameStack | None = None,
+        first_clip: int = 0,
     ) -> Iterator[FrameStack]:
-        """As `decode`, from a stream of (head, tail) token pairs `b 2 n d`; draws the next pair only when asked."""
+        """A stream of (head, tail) token pairs `b 2 n d` → clips, uint8 `b 16 h w c`, one after the other.
+
+        Where clips share a frame (see `TokenizerConfig`), all but the first come without it.
+
+        `chained` gives every clip the last frames of the one before as clean context, the first one those of `before`
+        (uint8 frames `b f h w c` of the tokenizer's size that end where the stream begins); it draws a pair when its
+        clip is asked for. `parallel` renders `clips_at_once` clips as one batch without context and blends their
+        joins, for which it holds one clip back: at most `clips_at_once` + 1 pairs are drawn ahead of what was given.
+        `independent` leaves every clip as it was rendered. These two ignore `before`.
+
+        A sample's noise depends on (seed, its sample index, clip number) only; the first clip's number is `first_clip`.
+        Raises `ValueError` at the call for options out of range, and for `before` too short or of another size.
+        """
         steps = self.config.steps if steps is None else steps
         guidance = self.config.guidance if guidance is None else guidance
         temperature = self.config.temperature if temperature is None else temperature
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
+        for name, value, least in (
+            ("steps", steps, 1),
+            ("clips_at_once", clips_at_once, 1),
+            ("first_clip", first_clip, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
         if temperature < 0:
             raise ValueError(f"temperature of the decoder: expected 0 or more, got {temperature}")
-        if joins not in ("chained", "parallel"):
-            raise ValueError(f"joins: expected 'chained' or 'parallel', got {joins!r}")
-        return self._decode_pairs(pairs, seed, sample_indices, steps, guidance, temperature, joins == "chained")
+        if joins not in get_args(Joins):
+            raise ValueError(f"joins: expected one of {', '.join(get_args(Joins))}, got {joins!r}")
+        context = None if before is None or joins != "chained" else self.context_of(before)
+        sampling = Sampling(seed, sample_indices, steps, guidance, temperature)
+        numbered = enumerate(pairs, first_clip)
+        if joins == "chained":
+            return self._shown(self._chained(numbered, context, sampling))
+        clips = self._at_once(numbered, clips_at_once if joins == "parallel" else 1, sampling)
+        if joins == "parallel":
+            # what predicts the change from a key frame has a clip's first frame right, the key frame itself
+            moves_later = not self.config.denoiser.predicts_change
+            clips = blended_stream(clips, shares_frame=self.config.repeated_frames > 0, moves_later=moves_later)
+        return self._shown(clips)
 
-    def _decode_pairs(
-        self,
-        pairs: Iterator[DeepTokens],
-        seed: int,
-        sample_indices: Sequence[int] | None,
-        steps: int,
-        guidance: float,
-        temperature: float,
-        chained: bool,
-    ) -> Iterator[FrameStack]:
-        before: ContextLatents | None = None
-        for clip, pair in enumerate(pairs):
-            with torch.no_grad():
-                indices = sample_indices or range(len(pair))
-                latents = self._render(pair.to(self.device), before, seed, indices, clip, steps, guidance, temperature)
-                if chained and self.config.denoiser.context_frames:
-                    before = latents[:, -self.config.denoiser.context_frames :]
-                yield self.frames_of(latents[:, self.config.repeated_frames if clip else 0 :])
+    @torch.no_grad()
+    def _shown(self, clips: Iterator[ClipLatents]) -> Iterator[FrameStack]:
+        for position, latents in enumerate(clips):
+            yield self.frames_of(latents[:, self.config.repeated_frames if position else 0 :])
+
+    def _chained(
+        self, numbered: Iterator[tuple[int, DeepTokens]], context: ContextLatents | None, sampling: Sampling
+    ) -> Iterator[ClipLatents]:
+        frames = self.config.denoiser.context_frames
+        for clip, pair in numbered:
+            if context is not None and len(context) != len(pair):
+                raise ValueError(f"before: expected a batch of {len(pair)}, as the tokens, got {len(context)}")
+            (latents,) = self._render([pair], context, [clip], sampling)
+            context = latents[:, -frames:] if frames else None
+            yield latents
+
+    def _at_once(
+        self, numbered: Iterator[tuple[int, DeepTokens]], clips_at_once: int, sampling: Sampling
+    ) -> Iterator[ClipLatents]:
+        while drawn := list(islice(numbered, clips_at_once)):
+            yield from self._render([pair for _, pair in drawn], None, [clip for clip, _ in drawn], sampling)
 
     def _render(
-        self,
-        pair: DeepTokens,
-        before: ContextLatents | None,
-        seed: int,
-        indices: Sequence[int],
-        clip: int,
-        steps: int,
-        guidance: float,
-        temperature: float,
-    ) -> ClipLatents:
+        self, pairs: list[DeepTokens], before: ContextLatents | None, clips: list[int], sampling: Sampling
+    ) -> Sequence[ClipLatents]:
+        """The latents of some clips, rendered as one batch of the denoiser; `before` is the context of every one."""
         config = self.config
         side = config.latent_size
         shape = (config.clip_frames, config.first_stage.latent_channels, side, side)
-        noise = torch.stack([normal(shape, seed, "clip", i, clip) for i in indices]).to(self.device)
-        known = self.known(pair, before)
+        places = [
+            (seed_of_clip(sampling.seed, clip), i, clip)
+            for clip, pair in zip(clips, pairs, strict=True)
+            for i in sampling.sample_indices or range(len(pair))
+        ]
+        noise = torch.stack([normal(shape, seed, "clip", i, clip) for seed, i, clip in places]).to(self.device)
+        known = self.known(torch.cat(pairs).to(self.device), before)
         null = dataclasses.replace(
             known,
             tokens=self.null_tokens().to(known.tokens).expand_as(known.tokens),
             key_latents=torch.zeros_like(known.key_latents),
             keys_mask=torch.zeros_like(known.keys_mask),
         )
-        return sample(
+        latents = sample(
             config.diffusion,
             lambda latents, timestep: self.denoiser(latents, timestep, known),
-            None if guidance == 1.0 else lambda latents, timestep: self.denoiser(latents, timestep, null),
-            temperature * noise,
-            steps,
-            guidance,
-            [generator_for(seed, "sampler", i, clip) for i in indices],
+            None if sampling.guidance == 1.0 else lambda latents, timestep: self.denoiser(latents, timestep, null),
+            sampling.temperature * noise,
+            sampling.steps,
+            sampling.guidance,
+            [generator_for(seed, "sampler", i, clip) for seed, i, clip in places],
         )
+        return latents.split([len(pair) for pair in pairs])
+
+    @torch.no_grad()
+    def context_of(self, before: FrameStack) -> ContextLatents | None:
+        """What a clip after these frames is told about them: the last ones' latents, None where it is told nothing."""
+        frames = self.config.denoiser.context_frames
+        if before.shape[1] < frames:
+            raise ValueError(f"before: expected at least {frames} frames, the decoder's context, got {before.shape[1]}")
+        if not frames:
+            return None
+        latents = self.first_stage.encode(self._pixels_of(before[:, -frames:]))
+        return rearrange(latents, "(b f) c h w -> b f c h w", f=frames)
 
     def known(self, pair: DeepTokens, before: ContextLatents | None = None) -> Known:
         """What the denoiser is told about clips with these head and tail tokens `b 2 n d` and these frames before."""

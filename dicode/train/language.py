@@ -46,6 +46,7 @@ class LanguageRun:
     key_frames: int = 3  # of most samples: 4 s
     longer: tuple[int, ...] = (9, 31)  # key frames of the steps that teach long videos, up to a minute …
     longer_share: tuple[float, ...] = (0.08, 0.02)  # … and the share of steps of each
+    goal_share: float = 0.0  # of steps that tell the last key frame beforehand (needs `model.reads_goal`)
     from_start: float = 0.75  # share of samples that begin where the video does; the others begin anywhere in its loop
     long_captions: float = 0.4  # share of samples with the expanded caption, where there is one
     null_captions: float = 0.1  # share without text, for guidance
@@ -138,10 +139,13 @@ class LanguageTraining:
             moments_s = start_s + clip_s * torch.arange(key_frames)
             masks.append(torch.full((key_frames,), True) if video.loops else moments_s <= max(clip_s, video.period_s))
             texts.append(self.text_of(video, generator))
+        mask = torch.stack(masks)
+        may = self.run.goal_share > 0 and key_frames > 2 and bool(mask.all())
         return {
             "text_ids": self.encode(texts),
             "tokens": self.tokens[torch.stack(rows)].float(),
-            "mask": torch.stack(masks),  # False: past the end of a video that does not loop
+            "mask": mask,  # False: past the end of a video that does not loop
+            "goal": torch.tensor(may and chance() < self.run.goal_share),
         }
 
     def key_frame_rows(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
@@ -169,7 +173,8 @@ class LanguageTraining:
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.module.parameters()).device
         mask = None if batch["mask"].all() else batch["mask"].to(device)
-        output = self.module(batch["text_ids"].to(device), batch["tokens"].to(device), mask, generator)
+        told = bool(batch["goal"])
+        output = self.module(batch["text_ids"].to(device), batch["tokens"].to(device), mask, generator, goal=told)
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
     def validate(self) -> tuple[dict[str, float], Image.Image | None]:

@@ -1,0 +1,103 @@
+"""What a language model's samples are worth as a distribution, without the decoder: to compare its heads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from dicode.evaluate.generation import Captions, Interval, plain_caption
+from dicode.evaluate.metrics import bootstrap_interval, mean_pair_distance
+
+
+@dataclass(frozen=True)
+class EnergyScore:
+    """Mean energy score a condition, divided by √width: lower is better, least for samples of the true distribution."""
+
+    mean: float  # error - spread / 2
+    interval: Interval  # 95 %, over conditions
+    error: float  # mean distance of a sample to the truth, by √width
+    spread: float  # mean distance of two samples of a condition, by √width
+    n: int  # conditions
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Mean distance of two samples of a caption over that of two real clips of it: 1 as diverse as they are."""
+
+    ratio: float  # of the means over captions
+    interval: Interval  # 95 %, over captions
+    generated: float
+    real: float
+    n: int  # captions
+
+
+def energy_score(
+    samples: Sequence[Float[ndarray, "_s width"]], truths: Sequence[Float[ndarray, "width"]], seed: int = 0
+) -> EnergyScore:
+    """E‖X-y‖ - ½E‖X-X'‖ of each condition's samples X and its truth y (Gneiting & Raftery 2007, equation 22).
+
+    A proper score: unlike a distance to the truth alone it does not reward writing the mean. The second expectation is
+    over pairs of different samples, without bias. Raises `ValueError` for fewer than 2 samples. `seed` is the
+    bootstrap's.
+    """
+    _check_pairs("truths", truths, "conditions", samples)
+    rows = []
+    for drawn, truth in zip(samples, truths, strict=True):
+        if drawn.shape[1:] != truth.shape:
+            raise ValueError(f"expected samples of the truth's width {len(truth)}, got samples {drawn.shape}")
+        error = float(np.linalg.norm(drawn.astype(np.float64) - truth, axis=1).mean())
+        rows.append(np.array([error, mean_pair_distance(drawn)]) / np.sqrt(len(truth)))
+    parts = np.stack(rows)
+    scores = parts[:, 0] - parts[:, 1] / 2
+    return EnergyScore(
+        mean=float(scores.mean()),
+        interval=bootstrap_interval(np.mean, scores, seed=seed),
+        error=float(parts[:, 0].mean()),
+        spread=float(parts[:, 1].mean()),
+        n=len(scores),
+    )
+
+
+def diversity(
+    features: Sequence[Float[ndarray, "_s width"]], real: Sequence[Float[ndarray, "_r width"]], seed: int = 0
+) -> Diversity:
+    """Compare how far apart a caption's samples are with its real variants, an emoji's skin tones for example.
+
+    Two or more a caption on either side, `features` and `real` in the same order of captions (see
+    `captions_with_variants`). Raises `ValueError` where a caption's real variants are all the same. `seed` is the
+    bootstrap's.
+    """
+    _check_pairs("captions' samples", features, "captions' real variants", real)
+    rows = np.array([[mean_pair_distance(a), mean_pair_distance(b)] for a, b in zip(features, real, strict=True)])
+    if (same := np.flatnonzero(rows[:, 1] == 0)).size:
+        raise ValueError(f"the real variants of {len(same)} captions are all the same, first: caption {same[0]}")
+    return Diversity(
+        ratio=float(rows[:, 0].sum() / rows[:, 1].sum()),
+        interval=bootstrap_interval(lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), rows, seed=seed),
+        generated=float(rows[:, 0].mean()),
+        real=float(rows[:, 1].mean()),
+        n=len(rows),
+    )
+
+
+def captions_with_variants(captions: Captions, least: int = 4) -> dict[str, list[int]]:
+    """Captions that at least `least` clips carry, as the first of these spells it, with the clips' positions.
+
+    Captions are compared without case and surplus spaces, and come in alphabetical order.
+    """
+    carriers: dict[str, list[int]] = {}
+    spelling: dict[str, str] = {}
+    for clip, entry in enumerate(captions):
+        for caption in [entry] if isinstance(entry, str) else entry:
+            plain = plain_caption(caption)
+            spelling.setdefault(plain, caption)
+            if plain and carriers.setdefault(plain, [])[-1:] != [clip]:  # a clip may carry a caption twice
+                carriers[plain].append(clip)
+    return {spelling[plain]: clips for plain, clips in sorted(carriers.items()) if len(clips) >= least}
+
+
+def _check_pairs(name: str, values: Sequence[ndarray], other: str, others: Sequence[ndarray]) -> None:
+    if len(values) != len(others) or not values:
+        raise ValueError(f"expected as many {name} as {other} and at least one, got {len(values)} and {len(others)}")

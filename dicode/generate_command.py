@@ -1,0 +1,185 @@
+"""What `dicode generate` does: one video, or one a line of a file; its flags are in `cli.py`."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dicode.cli import Generate
+from dicode.commands import check_parent, origin, peak_memory_mib, sampling, written
+from dicode.device import pick_device
+from dicode.generate import DiCoDe, GenerationConfig, Given, Prompt, length_s
+from dicode.hub import resolve
+from dicode.seeds import SeedPlan
+from dicode.shapes import KeyFrameTokens, Video
+from dicode.stopwatch import Stopwatch
+from dicode.storyboard import parse_storyboard, read_storyboard
+from dicode.video.io import read_video
+from dicode.video.sheet import save_sheet
+
+PREVIEW_STEPS = 2  # and no guidance: a twelfth of the work of the model in the box
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One video to write."""
+
+    prompt: Prompt
+    sample: int
+    output: str
+    sheet: Path | None
+
+
+def generate(command: Generate, watch: Stopwatch) -> int:
+    """Clips are written as they come; the file appears when the last one has, or from the first on (`--stream`)."""
+    check_parent(command.sheet)
+    jobs = jobs_of(command)
+    with watch.stage("load"):
+        folder = resolve(command.model, command.revision)
+        model = DiCoDe.from_pretrained(folder, device=str(pick_device(command.device)))
+        given = given_of(command, model)
+    made_by = origin(folder, *folder.glob("*.safetensors"))
+    settings = sampling(command, model.defaults)
+    for job in jobs:
+        key_frames = _key_frames(command, job, model, given, settings, watch)
+        if command.preview:
+            kept = list(key_frames)
+            preview = dataclasses.replace(job, output=beside(job.output, "preview"), sheet=None)
+            quick = dataclasses.replace(settings, steps=PREVIEW_STEPS, decoder_guidance=1.0)
+            _render(command, preview, model, iter(kept), given, quick, made_by, watch)
+            key_frames = iter(kept)
+        _render(command, job, model, key_frames, given, settings, made_by, watch)
+    if command.timings and (peak_mib := peak_memory_mib()):
+        print(f"peak memory {peak_mib:.0f} MiB")
+    return 0
+
+
+def jobs_of(command: Generate) -> list[Job]:
+    """The videos that are asked for. Raises `ValueError` unless exactly one of prompt, storyboard and file is given."""
+    sources = (command.prompt, command.storyboard, command.prompts)
+    if sum(source is not None for source in sources) != 1:
+        raise ValueError("expected one of PROMPT, --storyboard FILE and --prompts FILE")
+    if command.reroll_from is not None and command.reroll_from < 0:
+        raise ValueError(f"--reroll-from: expected the number of a clip, from 0 on, got {command.reroll_from}")
+    if command.prompts is None:
+        prompt: Prompt = read_storyboard(command.storyboard) if command.storyboard else str(command.prompt)
+        if isinstance(prompt, str):
+            prompt = parse_storyboard(prompt) or prompt
+        return [Job(prompt, command.sample, command.output, command.sheet)]
+    lines = [line.strip() for line in command.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{command.prompts}: expected a prompt a line, found none")
+    return [
+        Job(
+            parse_storyboard(line) or line,
+            command.sample + number,
+            beside(command.output, f"{number:03d}", "-"),
+            command.sheet and Path(beside(str(command.sheet), f"{number:03d}", "-")),
+        )
+        for number, line in enumerate(lines)
+    ]
+
+
+def given_of(command: Generate, model: DiCoDe) -> Given:
+    """What the images and the video that were named say about the new one."""
+    config = model.tokenizer.config
+
+    def frames(path: Path | None) -> Video | None:
+        return None if path is None else read_video(path, config.fps, config.size).frames
+
+    image, last_image = frames(command.image), frames(command.last_image)
+    return model.given(
+        image=None if image is None else image[:1],
+        last_image=None if last_image is None else last_image[:1],
+        continued=frames(command.continue_from),
+        loop=command.loop,
+    )
+
+
+def beside(output: str, word: str, between: str = ".") -> str:
+    """The name of another output: out.mp4 → out.preview.mp4, frames/ → frames.preview/."""
+    if output.endswith("/"):
+        return f"{output.rstrip('/')}{between}{word}/"
+    path = Path(output)
+    return str(path.with_name(f"{path.stem}{between}{word}{path.suffix}"))
+
+
+def _seed(command: Generate) -> int | SeedPlan:
+    if command.reroll_from is None:
+        return command.seed
+    return SeedPlan(command.seed, command.reroll_from, command.reroll_seed)
+
+
+def _key_frames(
+    command: Generate, job: Job, model: DiCoDe, given: Given, settings: GenerationConfig, watch: Stopwatch
+) -> Iterator[KeyFrameTokens]:
+    """Written when the decoder asks for them: their time is told from the decoder's."""
+    key_frames = model.write(
+        [job.prompt],
+        seconds=command.seconds,
+        seed=_seed(command),
+        sample_indices=[job.sample],
+        given=given,
+        **dataclasses.asdict(settings),
+    )
+    return watch.timed("language model", key_frames)
+
+
+def _render(
+    command: Generate,
+    job: Job,
+    model: DiCoDe,
+    key_frames: Iterator[KeyFrameTokens],
+    given: Given,
+    settings: GenerationConfig,
+    made_by: dict[str, str],
+    watch: Stopwatch,
+) -> None:
+    """Decode and write one video, and its contact sheet."""
+    length, config = length_s([job.prompt], command.seconds), model.tokenizer.config
+    options = dataclasses.asdict(settings)
+    clips = model.render(key_frames, length, seed=_seed(command), sample_indices=[job.sample], given=given, **options)
+    metadata = {**_asked(command, job, length), **options, **made_by}
+    num_frames = model.num_frames(length)
+    rows: list[Video] = []
+    with written(job.output, config.fps, metadata, command.scale, num_frames, watch, command.stream) as (writer, bar):
+        before = dict(watch.seconds)
+        try:
+            for clip in watch.timed("decode", clips):
+                rows += [clip[0].numpy()] if job.sheet else []
+                with watch.stage("write"):
+                    writer.write(clip[0].numpy())
+                bar.update(clip.shape[1])
+                if command.timings:
+                    bar.write(f"clip {(writer.num_frames - 1) // config.tail_frame}: {watch.text(before)}")
+                    before = dict(watch.seconds)
+        except KeyboardInterrupt as interrupt:
+            if not (command.stream and writer.num_frames):
+                raise
+            writer.note(frames=writer.num_frames, stopped_early=True)
+            raise KeyboardInterrupt(f"{job.output} ends after {writer.num_frames / config.fps:g} s") from interrupt
+    if job.sheet:
+        labels = [f"{i * config.clip_s:g} s" if i else _text(job.prompt) for i in range(len(rows))]
+        save_sheet(job.sheet, rows, labels, scale=2)
+        print(f"{job.sheet}: contact sheet, a row every {config.clip_s:g} s")
+
+
+def _asked(command: Generate, job: Job, length: float) -> dict[str, Any]:
+    """What a file's metadata tells of the command, beside the sampling options."""
+    named = {name: getattr(command, name) for name in ("image", "last_image", "continue_from")}
+    reroll = {name: getattr(command, name) for name in ("reroll_from", "reroll_seed")}
+    return {
+        "prompt": _text(job.prompt),
+        "seed": command.seed,
+        "sample": job.sample,
+        "seconds": length,
+        **{name: path.name for name, path in named.items() if path is not None},
+        **({"loop": True} if command.loop else {}),
+        **(reroll if command.reroll_from is not None else {}),
+    }
+
+
+def _text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return " ".join(f"[{shot.seconds:g}s: {shot.prompt}]" for shot in prompt)

@@ -1,0 +1,218 @@
+"""Heads and orders of the language model, compared: one transformer, data, FLOPs and seeds, one thing changed.
+
+    python recipes/heads.py cache/sprites    # trains and measures 8 arrangements × 3 seeds, writes results/heads.json
+
+Each arrangement is a recipe as well:
+
+    dicode train recipes/heads.py:run --model.head flow --model.order keyframe --loop.seed 1
+
+Small on purpose, to be repeated on a CPU: 440 clips of the 200-odd captions below, learnt by a transformer of 0.8 M
+parameters. A run that was interrupted goes on where it was; a run that is measured is not trained again.
+"""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
+from dicode.evaluate.generation import draw_prompts, text_control
+from dicode.evaluate.reconstruction import frechet_scores
+from dicode.evaluate.report import write_result
+from dicode.evaluate.suite import bank_features, first_clip, generated_clips
+from dicode.evaluate.tokens import captions_with_variants, diversity, energy_score
+from dicode.generate import DiCoDe, GenerationConfig
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.lm.sizes import SIZES
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.language import LanguageRun, LanguageTraining
+from dicode.train.loop import LoopConfig, OptimConfig
+from dicode.train.stages import run_recipe
+from dicode.video.shards import CachedVideo, FrameCache
+
+TOKENIZER = "dicode/checkpoints/sprites"
+CACHE = Path("cache/heads")  # the clips of this comparison, taken from the cache named
+HEADS, ORDERS, SEEDS = ("regression", "gaussian", "mixture", "flow"), ("token", "keyframe"), (0, 1, 2)
+OTHER_CAPTIONS = 160  # besides those with four variants or more
+STEPS = 1600  # of the mixture over tokens; the others take as many as cost the same
+PROMPTS, SAMPLES, CONDITIONS = 80, 6, 64
+# How each is sampled: the mixture and the Gaussian with the published variance scale, the flow as it is.
+SAMPLING = {"guidance": 1.5, "variance_scale": 0.01, "temperature": 1.0, "flow_steps": 8}
+
+
+def run() -> LanguageRun:
+    """A small Llama on short captions as they stand, in 3 key frames (4 s)."""
+    return LanguageRun(
+        cache=str(CACHE),
+        tokenizer=TOKENIZER,
+        model=replace(
+            SIZES["sprites"], width=128, depth=3, heads=2, feed_forward=384, vocab_size=1024, text_length=16,
+            input_noise=1.0, flow_width=96, flow_depth=2, positions=16 + 17 * 34,
+        ),
+        from_start=1.0,
+        longer=(),
+        longer_share=(),
+        long_captions=0.0,
+        null_captions=0.1,
+        word_dropout=0.0,
+        loop=LoopConfig(
+            evaluate_every=100_000,
+            checkpoint_every=400,
+            optim=OptimConfig(
+                optimizer="muon", steps=STEPS, batch_size=16, lr=3e-3, warmup_steps=50, decay_fraction=0.6,
+                ema_decay=0.99,
+            ),
+        ),
+    )  # fmt: skip
+
+
+def arrangement(head: str, order: str, seed: int) -> LanguageRun:
+    """The run with another head, order and seed."""
+    base = run()
+    model = replace(base.model, head=head, order=order)
+    return replace(base, model=model, loop=replace(base.loop, seed=seed))
+
+
+def chosen_clips(whole: FrameCache) -> FrameCache:
+    """All clips of the captions with four variants and of some others; all validation clips."""
+    training = [v for v in whole.videos if not v.validation and v.captions]
+    variants = captions_with_variants([v.captions[0] for v in training], 4)
+    others = draw_prompts({v.captions[0] for v in training} - set(variants), OTHER_CAPTIONS, seed=0)
+    kept = {*variants, *others}
+    videos, rows = [], []
+    for video in whole.videos:
+        if video.validation or (video.captions and video.captions[0] in kept):
+            videos.append(replace(video, first=len(rows)))
+            rows += range(video.first, video.first + video.count)
+    return FrameCache(tuple(videos), whole.frames[rows], whole.times_s[rows])
+
+
+def step_flops(stage: LanguageTraining, batch_size: int) -> int:
+    """FLOPs of one training step, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    batch = stage.batch(torch.arange(batch_size), generator)
+    with FlopCounterMode(display=False) as counter:
+        stage.loss(batch, generator)[0].backward()
+    stage.module.zero_grad()
+    return counter.get_total_flops()
+
+
+def measure(model: DiCoDe, stage: LanguageTraining, bank: FrameCache, features: Any, seed: int) -> dict[str, Any]:
+    """Everything in the table, of one trained run."""
+    extractor = EfficientNetLite0Features()
+    training = [v for v in stage.cache.videos if v.captions]
+    prompts = draw_prompts({v.captions[0] for v in training}, PROMPTS, seed=0)
+    clips = generated_clips(model, prompts, seed)
+    made = features_of_clips(extractor, clips)
+    real = [first_clip(model, stage.cache, next(v for v in training if v.captions[0] == p))[:-1] for p in prompts]
+    held = np.array([v.validation for v in bank.videos])
+    captions = [v.captions[0] if v.captions else "" for v in bank.videos if not v.validation]
+    control = text_control(made.mean, prompts, features.mean[~held], captions, seed=0)
+    joined = np.concatenate([features.mean[~held], features.difference[~held]], axis=1)
+    frechet = frechet_scores(features_of_clips(extractor, real).joined(), {"generated": made.joined()}, bank=joined)
+    variants = captions_with_variants([v.captions[0] for v in training], 4)
+    drawn = [key_frame_features(model, extractor, c, seed) for c in variants]
+    own = [real_key_frames(extractor, model, stage.cache, [training[i] for i in rows]) for rows in variants.values()]
+    return {
+        "text_control": control.share,
+        "text_control_interval": control.interval,
+        "frechet": frechet,
+        "diversity": asdict(diversity(drawn, own, seed=0)),
+        "energy_validation": asdict(scored(model, stage, stage.validation.videos, seed)),
+        "energy_training": asdict(scored(model, stage, tuple(training), seed)),
+    }
+
+
+def scored(model: DiCoDe, stage: LanguageTraining, videos: tuple[CachedVideo, ...], seed: int) -> Any:
+    """Energy score of the first two key frames, without guidance, which makes no samples of a distribution."""
+    videos = videos[:: max(1, len(videos) // CONDITIONS)][:CONDITIONS]
+    ids, truth = stage.sample_of(videos, key_frames=2)
+    sampling = {**SAMPLING, "guidance": 1.0}
+    indices = list(range(SAMPLES * len(ids)))
+    tokens = model.lm.generate(
+        ids.repeat_interleave(SAMPLES, 0),
+        2,
+        seed=seed,
+        sample_indices=indices,
+        **sampling,  # type: ignore[arg-type]
+    )
+    samples = torch.stack(list(tokens), dim=1).unflatten(0, (-1, SAMPLES)).flatten(2)
+    return energy_score(list(samples.numpy()), list(truth.flatten(1).numpy()))
+
+
+@torch.no_grad()
+def key_frame_features(model: DiCoDe, extractor: EfficientNetLite0Features, caption: str, seed: int) -> np.ndarray:
+    """Features of the first key frame of several samples, as the key-frame head shows it: the decoder has no part."""
+    ids = model.text.encode([caption] * SAMPLES, model.lm.config.text_length)
+    sampling = {name: getattr(model.defaults, name) for name in SAMPLING}
+    tokens = next(model.lm.generate(ids, 1, seed=seed, **sampling))
+    frames = model.tokenizer.frames_of(model.tokenizer.key_latents(tokens)[None])[0]
+    return extractor.frame_features(frames).double().numpy()
+
+
+def real_key_frames(
+    extractor: EfficientNetLite0Features, model: DiCoDe, cache: FrameCache, videos: list[CachedVideo]
+) -> np.ndarray:
+    """Features of the first frames of real clips."""
+    frames = np.stack([first_clip(model, cache, v)[0] for v in videos])
+    return extractor.frame_features(frames).double().numpy()
+
+
+def trained_and_measured(
+    head: str, order: str, seed: int, tokenizer: VideoTokenizer, bank: FrameCache, features: Any
+) -> dict[str, Any]:
+    """One run, from wherever it stands to its figures, which are kept beside it."""
+    folder = Path("runs/heads") / f"{head}-{order}-{seed}"
+    if (folder / "figures.json").exists():
+        return json.loads((folder / "figures.json").read_text())
+    reference = LanguageTraining(arrangement("mixture", "token", 0))
+    budget = STEPS * step_flops(reference, reference.run.loop.optim.batch_size)
+    asked = arrangement(head, order, seed)
+    stage = LanguageTraining(asked)
+    flops = step_flops(stage, asked.loop.optim.batch_size)
+    steps = round(budget / flops)
+    asked = replace(asked, loop=replace(asked.loop, optim=replace(asked.loop.optim, steps=steps)))
+    metrics = run_recipe(asked, folder, {"head": head, "order": order, "seed": seed})
+    lm = DeepTokenLM.from_pretrained(folder / "best")
+    defaults = GenerationConfig(decoder_guidance=2.5, decoder_temperature=0.95, **SAMPLING)  # type: ignore[arg-type]
+    figures = {
+        "parameters": sum(p.numel() for p in lm.parameters()),
+        "steps": steps,
+        "training_tflop": steps * flops / 1e12,
+        "validation_loss": metrics["validation_loss"],
+        "training_loss": metrics["training_loss"],
+        **measure(DiCoDe(tokenizer, lm, defaults), stage, bank, features, seed),
+    }
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
+    return figures
+
+
+def main(cache: str, *seeds: str) -> None:
+    """Run all arrangements of these seeds (default: all); with all of them the result file is written too."""
+    bank = FrameCache.load(cache)
+    if not (CACHE / "index.json").exists():
+        chosen_clips(bank).save(CACHE)
+    box = DiCoDe.from_pretrained(TOKENIZER)
+    path = Path(cache) / "EffLite0-16-frames-8-fps.safetensors"  # as `dicode evaluate` keeps it
+    features = bank_features(box, bank, EfficientNetLite0Features(), path)
+    values: dict[str, Any] = {}
+    for seed in [int(s) for s in seeds] or SEEDS:
+        for order in ORDERS:
+            for head in HEADS:
+                figures = trained_and_measured(head, order, seed, box.tokenizer, bank, features)
+                values[f"{head}-{order}-{seed}"] = figures
+                print(head, order, seed, {k: v for k, v in figures.items() if not isinstance(v, dict)}, flush=True)
+    if not seeds:
+        write_result(
+            "results/heads.json", "heads and orders", {"sampling": SAMPLING, "runs": values}, PROMPTS, 0,
+            "python recipes/heads.py " + cache,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

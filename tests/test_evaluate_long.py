@@ -1,0 +1,172 @@
+"""Scores of long videos are the numbers one can work out by hand, and the cost of length is a straight line's."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dicode.evaluate.features import EfficientNetLite0Features
+from dicode.evaluate.generation import drift, join_score, motion_over_time
+from dicode.evaluate.long import (
+    JOINS,
+    VideoTime,
+    check_length,
+    clips_of,
+    long_video,
+    over_time,
+    time_figures,
+    timed_video,
+)
+from dicode.generate import DiCoDe
+
+few_clips = pytest.mark.filterwarnings("ignore:Fréchet distance of")
+
+
+def video_of(steps: list[int]) -> np.ndarray:
+    """Grey frames whose values go up by these steps, and down where they would leave 0…255."""
+    values = [100]
+    for step in steps:
+        values.append(values[-1] + (step if values[-1] + step <= 255 else -step))
+    return np.stack([np.full((2, 3, 3), value, np.uint8) for value in values])
+
+
+def with_joins(inside: int, across: int, clips: int = 3, clip_frames: int = 4) -> np.ndarray:
+    return video_of((([inside] * (clip_frames - 1) + [across]) * clips)[:-1])
+
+
+def test_join_score_is_the_step_across_joins_over_the_step_inside_clips() -> None:
+    one = join_score([with_joins(inside=2, across=6)], clip_frames=4)
+    assert (one.score, one.across, one.inside, one.interval) == (3, 6, 2, (3, 3))
+    assert join_score([with_joins(5, 5)], clip_frames=4).score == 1
+    published = video_of([2, 2, 2, 9, 2, 2, 9, 2, 2])  # 4 frames, then 3 a clip
+    assert join_score([published], clip_frames=4, repeated_frames=1).score == 4.5
+
+
+def test_join_score_pools_videos_by_their_joins_and_bounds_the_choice_of_videos() -> None:
+    videos = [with_joins(1, 1, clips=2), with_joins(3, 9, clips=3)]  # 1 and 2 joins, 6 and 9 steps inside
+    pooled = join_score(videos, clip_frames=4)
+    assert pooled.across == pytest.approx((1 + 9 + 9) / 3) and pooled.inside == pytest.approx((6 + 27) / 15)
+    assert pooled.score == pytest.approx(pooled.across / pooled.inside)
+    assert pooled.interval == (1, 3) and pooled.n == 2
+
+
+def test_still_videos_are_counted_and_not_scored() -> None:
+    jumps_only, moving = with_joins(0, 50), with_joins(2, 6)
+    score = join_score([jumps_only, moving], clip_frames=4)
+    assert (score.score, score.n, score.still) == (3, 1, 1)
+    motion = motion_over_time([jumps_only, moving], window_frames=4, clip_frames=4)
+    assert (motion.ratio, motion.n, motion.still) == (1, 1, 1)
+    with pytest.raises(ValueError, match="got 1 videos, all still there"):
+        join_score([jumps_only], clip_frames=4)
+    with pytest.raises(ValueError, match="moves at its beginning, got 2 videos"):
+        motion_over_time([jumps_only] * 2, window_frames=4, clip_frames=4)
+
+
+def test_what_has_no_join_or_no_two_windows_is_refused() -> None:
+    with pytest.raises(ValueError, match="video 1: expected more frames than a clip's 4, got 4"):
+        join_score([with_joins(2, 6), with_joins(2, 6, clips=1)], clip_frames=4)
+    with pytest.raises(ValueError, match="video 0: expected two windows of at least 3 frames, got windows of 7 in 12"):
+        motion_over_time([with_joins(2, 6)], window_frames=7, clip_frames=4)
+
+
+def test_motion_over_time_compares_both_ends_and_takes_no_jump_for_motion() -> None:
+    slowing = video_of([4, 4, 4, 90, 4, 4, 4, 90, 3, 3, 3, 90, 1, 1, 1, 90, 1, 1, 1])  # joins after every fourth frame
+    steady = with_joins(inside=2, across=60, clips=5)
+    alone = motion_over_time([slowing], window_frames=8, clip_frames=4)
+    assert (alone.ratio, alone.first, alone.last, alone.share_below_half) == (0.25, 4, 1, 1)
+    both = motion_over_time([slowing, steady], window_frames=8, clip_frames=4)
+    assert both.ratios == (0.25, 1) and both.share_below_half == 0.5
+    assert both.ratio == pytest.approx((1 + 2) / (4 + 2)) and both.interval == (0.25, 1)
+
+
+def test_drift_of_shifted_features_has_the_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(4, 3, 5))
+    walk = np.concatenate([first, first + 1, 3 * first], axis=1)  # nine clips of four videos: three windows
+    result = drift(walk, window=3)
+    mean, spread = first.reshape(-1, 5).mean(0), np.trace(np.cov(first.reshape(-1, 5).T))
+    assert result.by_window == pytest.approx((5, 4 * mean @ mean + 4 * spread))
+    assert result.distance == result.by_window[-1] and result.clips == 12
+
+
+def test_drift_stands_out_from_chance_only_where_there_is_some() -> None:
+    rng = np.random.default_rng(1)
+    scenes = 5 * rng.normal(size=(8, 1, 6))  # videos differ more than clips of one do
+    steady = scenes + rng.normal(size=(8, 30, 6))
+    none = drift(steady, window=5)
+    assert none.chance_interval[0] < none.distance < none.chance_interval[1]
+    drifting = drift(steady + np.linspace(0, 4, 30)[:, None], window=5)
+    assert len(drifting.by_window) == 5 and list(drifting.by_window) == sorted(drifting.by_window)
+    assert drifting.distance > 3 * drifting.chance_interval[1]
+    assert drift(steady, window=5, seed=1).chance_interval != none.chance_interval
+    with pytest.raises(ValueError, match="expected 1 to 15 of 30 clips a video, got 16"):
+        drift(steady, window=16)
+
+
+def test_a_video_falls_apart_into_the_clips_it_was_made_of() -> None:
+    video = with_joins(1, 2, clips=3)
+    assert [len(clip) for clip in clips_of(video, 4)] == [4, 4, 4]
+    assert [len(clip) for clip in clips_of(video[:9], 4)] == [4, 4]  # one frame alone shows no motion
+    assert [len(clip) for clip in clips_of(video[:11], 4, repeated_frames=1)] == [4, 3, 3]
+    np.testing.assert_array_equal(np.concatenate(clips_of(video, 4)), video)
+
+
+@few_clips
+def test_videos_of_a_model_have_exactly_the_frames_asked_for_and_finite_scores(tiny_model: Path) -> None:
+    model = DiCoDe.from_pretrained(tiny_model)
+    videos = [long_video(model, "a red square", 16.0, 3, index, "chained") for index in range(2)]
+    figures = over_time(model, videos, EfficientNetLite0Features(image_size=32), seed=3)
+    assert figures["frames"] == [128, 128] and figures["window_s"] == 2
+    assert figures["drift"]["FVD-EffLite0"]["clips"] == 2
+    assert len(figures["drift"]["FVD-EffLite0"]["by_window"]) == 7
+    assert figures["join_score"]["score"] > 0 and figures["motion"]["ratio"] > 0
+
+
+def test_deep_tokens_are_the_same_for_every_kind_of_joins(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DiCoDe.from_pretrained(tiny_model)
+    write, written = model.lm.generate, []
+
+    def kept(*given: object, **options: object) -> Iterator[torch.Tensor]:
+        for key_frame in write(*given, **options):
+            written.append(key_frame)
+            yield key_frame
+
+    monkeypatch.setattr(model.lm, "generate", kept)
+    videos = {joins: long_video(model, "a red square", 6.0, 0, 0, joins) for joins in JOINS}
+    assert (videos["chained"] != videos["parallel"]).any()
+    first, *others = torch.stack(written).split(4)  # four key frames a video
+    assert len(others) == len(JOINS) - 1 and all((other == first).all() for other in others)
+
+
+def test_cost_of_length_is_read_off_the_line_through_short_videos() -> None:
+    # 0.5 s at the start and 0.25 s a clip: 30 clips take 8 s, 1.0667 times thirty marginal clips
+    times = {
+        clips * 2.0: [
+            VideoTime(0.5 + 0.25 * clips + late, 0.1 * clips, 0.2 * clips, clips * 16) for late in (0.0, 0.0, 9.0)
+        ]
+        for clips in (1, 2, 3, 4, 30)
+    }
+    figures = time_figures(times, seconds=60.0, clip_s=2.0)
+    assert figures["marginal_clip_s"] == pytest.approx(0.25) and figures["start_s"] == pytest.approx(0.5)
+    assert figures["median_s"] == 8 and figures["time_ratio"] == pytest.approx(8 / 7.5)
+    assert figures["processor_s"] == pytest.approx(6) and figures["processor_time_ratio"] == pytest.approx(1)
+    assert figures["language_model_share"] == pytest.approx(3 / 8) and figures["frames"] == 480
+    assert figures["short_median_s"] == {"2": 0.75, "4": 1.0, "6": 1.25, "8": 1.5}
+
+
+def test_timing_tells_the_language_model_apart_and_leaves_the_model_as_it_was(tiny_model: Path) -> None:
+    model = DiCoDe.from_pretrained(tiny_model)
+    time = timed_video(model, "a red square", 4.0)
+    assert 0 < time.language_model_s < time.total_s and time.processor_s > 0 and time.frames == 32
+    assert "generate" not in vars(model.lm)
+
+
+def test_a_length_that_cannot_be_measured_is_refused_before_the_work(tiny_model: Path) -> None:
+    model = DiCoDe.from_pretrained(tiny_model)
+    check_length(model, 16.0)
+    with pytest.raises(ValueError, match="31 key frames asked for, this model holds 9"):
+        check_length(model, 60.0)
+    with pytest.raises(ValueError, match="seconds: expected at least 6, to compare with shorter videos, got 4"):
+        check_length(model, 4.0)

@@ -1,0 +1,180 @@
+"""Orders, heads, goals, windows, re-rolling: what generation reads is what training reads, in every combination."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from test_lm_deep_lm import CAPTIONS, CONFIG, PROMPTS, TEXT, build, written
+
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.seeds import SeedPlan
+
+ORDERS = ["token", "keyframe"]
+HEADS = ["mixture", "gaussian", "regression", "flow"]
+BODIES = ["llama", "gpt2"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_cached_generation_equals_uncached(head: str, order: str, guidance: float) -> None:
+    model = build(head=head, order=order, reads_goal=True)
+    options: dict[str, Any] = {"guidance": guidance, "variance_scale": 0.5, "goal": torch.randn(3, 5, 7)}
+    cached = written(model, num_keyframes=4, **options)
+    torch.testing.assert_close(
+        cached, written(model, num_keyframes=4, use_cache=False, **options), rtol=1e-5, atol=1e-5
+    )
+    assert cached.shape == (3, 4, 5, 7) and cached.dtype == torch.float32
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("goal", [False, True])
+def test_what_regression_writes_has_no_loss(order: str, body: str, goal: bool) -> None:
+    model = build(head="regression", order=order, body=body, reads_goal=True)
+    tokens = written(model, num_keyframes=4, goal=torch.randn(3, 5, 7) if goal else None)
+    with torch.no_grad():
+        output = model(PROMPTS, tokens, goal=goal)
+    assert output.keyframe_loss.shape == (3, 3 if goal else 4)
+    assert output.loss < 1e-8 < model(PROMPTS, tokens + 0.1, goal=goal).loss
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_key_frame_order_sees_all_of_a_key_frame_and_nothing_later(body: str) -> None:
+    model, tokens = build(order="keyframe", body=body), torch.randn(3, 4, 5, 7)
+    changed = tokens.clone()
+    changed[:, 1, 2] += 1.0
+    with torch.no_grad():
+        difference = (model(PROMPTS, tokens).hidden - model(PROMPTS, changed).hidden).abs().amax((0, -1))
+    assert difference[:2].max() < 1e-6  # the states that predict key frames 0 and 1
+    assert difference[2:].min() > 1e-4  # all places of the later ones
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_goal_changes_what_comes_between_and_is_reached_exactly(order: str) -> None:
+    model, goal = build(order=order, reads_goal=True), torch.randn(3, 5, 7)
+    plain, led = written(model, num_keyframes=5), written(model, num_keyframes=5, goal=goal)
+    assert torch.equal(led[:, 4], goal)
+    assert torch.equal(led[:, 0], plain[:, 0])  # written before the goal is read
+    assert (led[:, 1:4] - plain[:, 1:4]).abs().amax((0, 2, 3)).min() > 1e-3
+    nearer = written(model, num_keyframes=4, goal=goal)
+    assert (nearer[:, 1] - led[:, 1]).abs().max() > 1e-3  # when it comes is read too
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_loop_ends_on_the_key_frame_it_began_with(order: str) -> None:
+    model = build(order=order, reads_goal=True)
+    loop = written(model, num_keyframes=4, goal="first")
+    assert torch.equal(loop[:, 3], loop[:, 0])
+    as_goal = written(model, num_keyframes=3, prefix=loop[:, :1], goal=loop[:, 0])
+    torch.testing.assert_close(as_goal, loop[:, 1:], rtol=1e-5, atol=1e-5)
+    later = written(model, num_keyframes=2, prefix=loop[:, :2], goal="first")
+    torch.testing.assert_close(later, loop[:, 2:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_loop_of_one_clip_needs_no_goal_to_be_read() -> None:
+    model = build()
+    loop = written(model, num_keyframes=2, goal="first")
+    assert torch.equal(loop[:, 0], written(model, num_keyframes=1)[:, 0]) and torch.equal(loop[:, 1], loop[:, 0])
+
+
+def test_a_goal_that_cannot_be_read_raises_before_anything_is_written() -> None:
+    goal = torch.zeros(3, 5, 7)
+    with pytest.raises(ValueError, match="reads_goal"):
+        build().generate(PROMPTS, 4, goal=goal)
+    model = build(reads_goal=True)
+    with pytest.raises(ValueError, match="goal_keyframe"):
+        model.generate(PROMPTS, 4, goal=goal, goal_keyframe=2)
+    with pytest.raises(ValueError, match="goal: expected shape"):
+        model.generate(PROMPTS, 4, goal=goal[:, :4])
+    with pytest.raises(ValueError, match="3 key frames or more"):
+        model(PROMPTS, torch.zeros(3, 2, 5, 7), goal=True)
+    with pytest.raises(ValueError, match="this model holds 7"):
+        build(reads_goal=True, positions=12 + 6 * 8).generate(PROMPTS, 8, goal=goal)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("window", [2, 3, 4])
+def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, window: int) -> None:
+    model = build(order=order, head="regression")
+    tokens = written(model, num_keyframes=13, window=window)  # the model holds 8
+    jump = window // 2
+    for keyframe in range(window, 13):
+        kept = window - jump + (keyframe - window) % jump  # a jump drops the earlier half
+        alone = written(model, num_keyframes=1, prefix=tokens[:, keyframe - kept : keyframe])
+        torch.testing.assert_close(alone[:, 0], tokens[:, keyframe], rtol=1e-5, atol=1e-5)
+    plain = written(model, num_keyframes=8)
+    torch.testing.assert_close(tokens[:, :window], plain[:, :window])
+    assert (tokens[:, window:8] - plain[:, window:]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_prefix_and_a_window_continue_what_one_call_writes(order: str) -> None:
+    model = build(order=order, reads_goal=True)
+    options: dict[str, Any] = {"window": 4, "goal": "first", "goal_keyframe": 11, "guidance": 2.0, "seed": 3}
+    whole = written(model, num_keyframes=12, **options)
+    for start in (1, 4, 7, 10):
+        rest = written(model, num_keyframes=12 - start, prefix=whole[:, :start], **options)
+        torch.testing.assert_close(rest, whole[:, start:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_the_model_cannot_hold_raises() -> None:
+    for window in (1, 9):
+        with pytest.raises(ValueError, match="window: expected 2 to 8"):
+            build().generate(PROMPTS, 4, window=window)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_re_rolling_keeps_the_clips_before(order: str) -> None:
+    model = build(order=order)
+    first, other = written(model, num_keyframes=6, seed=1), written(model, num_keyframes=6, seed=2)
+    rolled = written(model, num_keyframes=6, seed=SeedPlan(1, reroll_from=3, reroll_seed=2))
+    assert torch.equal(rolled[:, :4], first[:, :4])  # clips 0, 1, 2 are made of key frames 0 … 3
+    assert (rolled[:, 4:] - first[:, 4:]).abs().amax((0, 2, 3)).min() > 1e-2
+    again = written(model, num_keyframes=2, seed=2, prefix=first[:, :4])
+    torch.testing.assert_close(rolled[:, 4:], again, rtol=1e-5, atol=1e-5)
+    assert torch.equal(written(model, num_keyframes=6, seed=SeedPlan(1, 0, 2)), other)
+
+
+def test_a_key_frame_is_one_pass_in_key_frame_order() -> None:
+    model, calls = build(order="keyframe"), []
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    for count, _ in enumerate(model.generate(PROMPTS, 4), start=1):
+        assert len(calls) == count
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_masked_key_frames_change_no_loss_and_autocast_keeps_it_in_float32(head: str, order: str) -> None:
+    model, tokens = build(head=head, order=order), torch.randn(3, 4, 5, 7)
+    mask = torch.tensor([[True, True, False, False]]).expand(3, 4)
+    changed = torch.where(mask[..., None, None], tokens, 9.0)
+    assert torch.equal(model(PROMPTS, tokens, mask).loss, model(PROMPTS, changed, mask).loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.train()(PROMPTS, tokens, None, torch.Generator().manual_seed(0)).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.head.parameters())
+
+
+@pytest.mark.parametrize(("head", "order"), [("flow", "keyframe"), ("flow", "token"), ("mixture", "keyframe")])
+def test_four_captions_are_memorised_and_written_back(head: str, order: str) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, width=64, heads=4, token_variance=0.03, head=head, order=order)
+    model = DeepTokenLM(dataclasses.replace(config, reads_goal=True, flow_width=96), TEXT)
+    ids, tokens = TEXT.encode(CAPTIONS, 12), torch.randn(4, 3, 5, 7)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(400):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * min(1, step / 20) * (1 - step / 400)
+        loss = model(ids, tokens, None, generator, goal=step % 4 == 0).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    again = written(model.eval(), ids, 3, variance_scale=0.01, flow_steps=12)
+    error = (again.unsqueeze(1) - tokens).square().mean((2, 3, 4))  # written caption, true caption
+    assert error.argmin(1).tolist() == [0, 1, 2, 3]
+    assert error.diagonal().max() < 0.1  # of unit-variance tokens: another caption's are 2 away
