@@ -54,7 +54,7 @@ class Generate:
     reroll_from: int | None = (
         None  # from this clip on (the first is 0) take another seed; those before stay as they are
     )
-    reroll_seed: int = 1  # that other seed
+    reroll_seed: int | None = None  # that other seed; default: the next one
     guidance: float | None = None  # of the language model: above 1 follows the prompt more closely
     variance_scale: float | None = None  # of the next tokens' distribution: 0 takes its mean
     temperature: float | None = None  # of the choice between its components: 0 takes the likeliest

@@ -33,7 +33,7 @@ class Job:
 def generate(command: Generate, watch: Stopwatch) -> int:
     """Clips are written as they come; the file appears when the last one has, or from the first on (`--stream`)."""
     check_parent(command.sheet)
-    jobs = jobs_of(command)
+    jobs, _ = jobs_of(command), seed_of(command)  # both say what is wrong before anything is loaded
     with watch.stage("load"):
         folder = resolve(command.model, command.revision)
         model = DiCoDe.from_pretrained(folder, device=str(pick_device(command.device)))
@@ -59,8 +59,6 @@ def jobs_of(command: Generate) -> list[Job]:
     sources = (command.prompt, command.storyboard, command.prompts)
     if sum(source is not None for source in sources) != 1:
         raise ValueError("expected one of PROMPT, --storyboard FILE and --prompts FILE")
-    if command.reroll_from is not None and command.reroll_from < 0:
-        raise ValueError(f"--reroll-from: expected the number of a clip, from 0 on, got {command.reroll_from}")
     if command.prompts is None:
         prompt: Prompt = read_storyboard(command.storyboard) if command.storyboard else str(command.prompt)
         if isinstance(prompt, str):
@@ -104,10 +102,14 @@ def beside(output: str, word: str, between: str = ".") -> str:
     return str(path.with_name(f"{path.stem}{between}{word}{path.suffix}"))
 
 
-def _seed(command: Generate) -> int | SeedPlan:
+def seed_of(command: Generate) -> int | SeedPlan:
+    """One seed, or the plan of a re-roll."""
     if command.reroll_from is None:
+        if command.reroll_seed is not None:
+            raise ValueError("--reroll-seed: needs --reroll-from, the first clip to take it")
         return command.seed
-    return SeedPlan(command.seed, command.reroll_from, command.reroll_seed)
+    other = command.seed + 1 if command.reroll_seed is None else command.reroll_seed
+    return SeedPlan(command.seed, command.reroll_from, other)
 
 
 def _key_frames(
@@ -117,7 +119,7 @@ def _key_frames(
     key_frames = model.write(
         [job.prompt],
         seconds=command.seconds,
-        seed=_seed(command),
+        seed=seed_of(command),
         sample_indices=[job.sample],
         given=given,
         **dataclasses.asdict(settings),
@@ -138,7 +140,7 @@ def _render(
     """Decode and write one video, and its contact sheet."""
     length, config = length_s([job.prompt], command.seconds), model.tokenizer.config
     options = dataclasses.asdict(settings)
-    clips = model.render(key_frames, length, seed=_seed(command), sample_indices=[job.sample], given=given, **options)
+    clips = model.render(key_frames, length, seed=seed_of(command), sample_indices=[job.sample], given=given, **options)
     metadata = {**_asked(command, job, length), **options, **made_by}
     num_frames = model.num_frames(length)
     rows: list[Video] = []
@@ -167,7 +169,7 @@ def _render(
 def _asked(command: Generate, job: Job, length: float) -> dict[str, Any]:
     """What a file's metadata tells of the command, beside the sampling options."""
     named = {name: getattr(command, name) for name in ("image", "last_image", "continue_from")}
-    reroll = {name: getattr(command, name) for name in ("reroll_from", "reroll_seed")}
+    seed = seed_of(command)
     return {
         "prompt": _text(job.prompt),
         "seed": command.seed,
@@ -175,7 +177,7 @@ def _asked(command: Generate, job: Job, length: float) -> dict[str, Any]:
         "seconds": length,
         **{name: path.name for name, path in named.items() if path is not None},
         **({"loop": True} if command.loop else {}),
-        **(reroll if command.reroll_from is not None else {}),
+        **({"reroll_from": seed.reroll_from, "reroll_seed": seed.reroll_seed} if isinstance(seed, SeedPlan) else {}),
     }
 
 
