@@ -116,13 +116,14 @@ def measure(model: DiCoDe, stage: LanguageTraining, bank: FrameCache, features: 
     joined = np.concatenate([features.mean[~held], features.difference[~held]], axis=1)
     frechet = frechet_scores(features_of_clips(extractor, real).joined(), {"generated": made.joined()}, bank=joined)
     variants = captions_with_variants([v.captions[0] for v in training], 4)
-    drawn = [key_frame_features(model, extractor, c, seed) for c in variants]
-    own = [real_key_frames(extractor, model, stage.cache, [training[i] for i in rows]) for rows in variants.values()]
+    own = {c: real_key_frames(extractor, model, stage.cache, [training[i] for i in r]) for c, r in variants.items()}
+    own = {c: features for c, features in own.items() if features.std(0).any()}  # some begin with the same picture
+    drawn = [key_frame_features(model, extractor, c, seed) for c in own]
     return {
         "text_control": control.share,
         "text_control_interval": control.interval,
         "frechet": frechet,
-        "diversity": asdict(diversity(drawn, own, seed=0)),
+        "diversity": asdict(diversity(drawn, list(own.values()), seed=0)),
         "energy_validation": asdict(scored(model, stage, stage.validation.videos, seed)),
         "energy_training": asdict(scored(model, stage, tuple(training), seed)),
     }
