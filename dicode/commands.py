@@ -1,6 +1,7 @@
 """What `dicode tokenize`, `reconstruct`, `train` and `assemble` do; their flags are in `cli.py`."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,7 +139,13 @@ def origin(folder: Path, *weights: Path) -> dict[str, str]:
 
 
 def peak_memory_mib() -> float | None:
-    """The most memory this process has held; unknown on Windows."""
+    """The most memory this process has held; unknown on Windows.
+
+    On Linux `getrusage` tells a process the peak of the one that started it, where that was larger.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(peak[1]) / 2**10
     try:
         import resource
     except ImportError:

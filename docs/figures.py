@@ -27,9 +27,9 @@ def main() -> int:
 
 def figures(model: str) -> str:
     """The results of one model in the box as a Markdown table."""
-    made, rebuilt, speed = (
+    made, rebuilt, speed, long = (
         json.loads((ROOT / f"results/{model}-{part}.json").read_text(encoding="utf-8"))["values"]
-        for part in ("generation", "reconstruction", "speed")
+        for part in ("generation", "reconstruction", "speed", "long")
     )
     control, rank, motion = made["text_control"], made["validation_percentile"], made["motion"]
     frechet = {name: scores["FVD-EffLite0"] for name, scores in rebuilt["frechet"].items()}
@@ -60,8 +60,35 @@ def figures(model: str) -> str:
             f"{speed['median_s']:.1f} s; the whole process {speed['process_s']:.1f} s, "
             f"{speed['peak_memory_gib']:.2f} GiB",
         ),
+        *long_rows(long),
     ]
     return "\n".join(["| measured | value (95 % interval) |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def long_rows(long: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a minute costs, and how it holds together, for every kind of joins."""
+    kinds, cost = long["joins"], long["cost"]
+    what = f"{long['seconds']:g} s of video, {len(long['prompts'])} training captions"
+    return [
+        (
+            f"{what}: step at joins over step inside clips",
+            ", ".join(f"{kind} {part['join_score']['score']:.2f}" for kind, part in kinds.items()),
+        ),
+        (
+            f"{what}: motion of the last ten seconds over that of the first",
+            ", ".join(f"{kind} {part['motion']['ratio']:.2f}" for kind, part in kinds.items()),
+        ),
+        (
+            f"{what}: FVD-EffLite0 of the last ten seconds against the first",
+            ", ".join(f"{kind} {part['drift']['FVD-EffLite0']['distance']:.0f}" for kind, part in kinds.items())
+            + f" (same seconds dealt at random: {kinds['chained']['drift']['FVD-EffLite0']['chance']:.0f})",
+        ),
+        (
+            f"{long['seconds']:g} s against 2 s",
+            f"time of a clip ×{cost['time_ratio']:.2f}, memory ×{cost['memory_ratio']:.2f}; language model "
+            f"{cost['language_model_share']:.0%} of the time",
+        ),
+    ]
 
 
 def interval(score: dict[str, Any], scale: float = 1) -> str:

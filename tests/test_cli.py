@@ -468,3 +468,15 @@ def test_a_stopwatch_gives_time_to_the_innermost_stage(monkeypatch):
     assert list(watch.timed("items", "ab")) == ["a", "b"]
     assert watch.seconds["items"] == 3.0  # the third look finds the end
     assert watch.text({"outer": 2.0, "inner": 0.5}) == "inner 0.50 s · items 3.00 s"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows tells no process its peak memory")
+def test_peak_memory_is_not_that_of_the_process_that_starts_the_command():
+    ask = "from dicode.commands import peak_memory_mib; print(peak_memory_mib())"
+    held = bytearray(2**30)
+    held[:: 2**12] = b"x" * 2**18  # touched, so that it is there
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    out = subprocess.run(
+        [sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert 50 < float(out) < 1500 and len(held) == 2**31

@@ -172,19 +172,8 @@ def whole_process(model: DiCoDe, folder: Path, prompt: str, seconds: float) -> t
     command = ["generate", prompt, "--seconds", str(seconds), "--model", str(folder), "--device", device, "--timings"]
     with TemporaryDirectory() as scratch:
         started = time.perf_counter()
-        printed = output_of([sys.executable, "-m", "dicode", *command, "-o", f"{scratch}/out.mp4"])
+        argv = [sys.executable, "-m", "dicode", *command, "-o", f"{scratch}/out.mp4"]
+        printed = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
         process_s = time.perf_counter() - started
     memory = re.search(r"peak memory ([\d.]+) MiB", printed)  # unknown on Windows
     return process_s, float(memory[1]) / 2**10 if memory else None
-
-
-def output_of(command: Sequence[str]) -> str:
-    """What a command prints, run so that the peak memory it reports of itself is its own.
-
-    Linux hands the peak of the process that starts another one on to it (`ru_maxrss` outlives exec), and this one holds
-    a model: a small process stands in between. What the command says of errors is shown.
-    """
-    between = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
-    return subprocess.run(
-        [sys.executable, "-c", between, *command], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
