@@ -59,7 +59,7 @@ class Generate:
     variance_scale: float | None = None  # of the next tokens' distribution: 0 takes its mean
     temperature: float | None = None  # of the choice between its components: 0 takes the likeliest
     flow_steps: int | None = None  # of a flow head
-    window: int | None = None  # key frames that the language model reads at most, for any length; 0: all that it holds
+    window: int | None = None  # key frames of the language model's sequence, for any length; 0: all that it holds
     decoder_guidance: float | None = None  # of the decoder: above 1 follows the tokens more closely
     decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
     steps: int | None = None  # denoising steps a clip

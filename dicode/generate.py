@@ -33,7 +33,7 @@ class GenerationConfig:
     decoder_temperature: float = 1.0  # of its noise: below 1 clips hold together better and move less
     steps: int = 12  # of the denoiser a clip
     joins: Joins = "chained"
-    window: int = 0  # key frames that the language model reads at most, for any length; 0: all, as many as it holds
+    window: int = 0  # key frames of the language model's sequence, for any length; 0: all, as many as it holds
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@
     dicode train recipes/sprites.py:first_stage_decoder
     dicode assemble runs/denoiser/best runs/lm/best --first-stage runs/first_stage_decoder/best -o sprites
 
-The box was assembled with `--guidance 1.25 --variance-scale 0 --decoder-guidance 2.5` as well.
+The box was assembled with `--guidance 1.25 --variance-scale 0 --decoder-guidance 2.5 --decoder-temperature 0.95
+--window 4` as well.
 To train it further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
 
 Every run continues where it was stopped when its command is given again. Hours and results of each: docs/log.md.
@@ -79,7 +80,15 @@ def denoiser() -> TokenizerRun:
         loop=LoopConfig(
             evaluate_every=500,
             checkpoint_every=250,
-            optim=OptimConfig(steps=12_000, batch_size=16, lr=1e-3, warmup_steps=200, ema_decay=0.998),
+            optim=OptimConfig(
+                optimizer="muon",
+                steps=12_000,
+                batch_size=16,
+                lr=1e-3,
+                warmup_steps=200,
+                decay_fraction=0.4,
+                ema_decay=0.998,
+            ),
         ),
     )
 

@@ -160,9 +160,9 @@ class DeepTokenLM(nn.Module):
 
         `goal` is what the video comes to: key frame `goal_keyframe` (default: the last one asked for) is yielded as
         given, and those before it lead there (needs `reads_goal`); "first" comes back to key frame 0, for a loop.
-        `window` is how many key frames are read at most: beyond it the text and the later half of them are read anew
-        as if the video began there, for any length; 0 reads all. `use_cache=False` reads the whole sequence again for
-        every token.
+        `window` is how many key frames the sequence holds at most, with the one that is written: beyond it the text and
+        the later half are read anew as if the video began there, for any length; 0 keeps all. `use_cache=False` reads
+        the whole sequence again for every token.
 
         Raises at the call, before anything is generated: `ValueError` when the key frames do not fit (see
         `DeepLMConfig.keyframe_limit`), when shapes do not match, or in training mode.
