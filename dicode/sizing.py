@@ -99,7 +99,7 @@ def size_tokenizer(config: TokenizerConfig, batch_size: int = 1) -> Sizing:
 def size_lm(config: DeepLMConfig, batch_size: int = 1) -> Sizing:
     """Count a language model at its full length: a sequence read at once, its last token written, a training step.
 
-    Embedding tables are looked up, not read: they are no part of the bytes a token.
+    Embedding tables are looked up, not read: no part of the bytes a token. Of a flow head one Euler step counts.
     """
     length = config.text_length + config.keyframe_limit * config.block_length
     with torch.device("meta"):

@@ -255,3 +255,13 @@ def test_info_names_the_nearest_preset_and_refuses_no_gpus(capsys):
     assert "did you mean 'gpt2-large'?" in capsys.readouterr().err
     assert main(["info", "gpt2", "--gpus", "0"]) == 2
     assert "at least 1, got 1 and [0]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", ["token", "keyframe"])
+@pytest.mark.parametrize("head", ["gaussian", "regression", "flow"])
+def test_every_head_and_order_is_sized(head: str, order: str) -> None:
+    config = dataclasses.replace(SIZES["sprites"], head=head, order=order, depth=2, width=64, heads=2, flow_width=48)
+    sized = size_lm(config)
+    assert sum(sized.parameters.values()) == sum(p.numel() for p in DeepTokenLM(config).parameters())
+    written = [flops for name, flops in sized.flops.items() if name.endswith("written")]
+    assert len(written) == 1 and written[0] > 0
