@@ -1,8 +1,7 @@
 """A minute of video: does it hold together from clip to clip and to its end, and what does it cost beside a clip?"""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -170,18 +169,8 @@ def time_figures(times: Mapping[float, Sequence[VideoTime]], seconds: float, cli
 def timed_video(model: DiCoDe, prompt: str, seconds: float) -> VideoTime:
     """Generate a video, keep none of it, and tell the time."""
     watch, processor_before_s = Stopwatch(), time.process_time()
-    with _language_model_timed(model, watch), watch.stage("decode"):
-        frames = sum(len(clip) for clip in model.generate(prompt, seconds=seconds))
+    with watch.stage("decode"):
+        key_frames = watch.timed("language model", model.write([prompt], seconds=seconds))
+        frames = sum(clip.shape[1] for clip in model.render(key_frames, seconds))
     processor_s = time.process_time() - processor_before_s
     return VideoTime(sum(watch.seconds.values()), watch.seconds["language model"], processor_s, frames)
-
-
-@contextmanager
-def _language_model_timed(model: DiCoDe, watch: Stopwatch) -> Iterator[None]:
-    """Key frames are written when the decoder asks for them; this tells their time from the decoder's."""
-    write = model.lm.generate
-    model.lm.generate = lambda *given, **options: watch.timed("language model", write(*given, **options))  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.lm.generate  # the class's own shows again
