@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from dicode.evaluate.suite import bank_features, first_clip, generated_clips
 from dicode.evaluate.tokens import captions_with_variants, diversity, energy_score
 from dicode.generate import DiCoDe, GenerationConfig
 from dicode.lm.deep_lm import DeepTokenLM
+from dicode.lm.sequence import Order
 from dicode.lm.sizes import SIZES
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.language import LanguageRun, LanguageTraining
@@ -37,7 +38,8 @@ from dicode.video.shards import CachedVideo, FrameCache
 
 TOKENIZER = "dicode/checkpoints/sprites"
 CACHE = Path("cache/heads")  # the clips of this comparison, taken from the cache named
-HEADS, ORDERS, SEEDS = ("regression", "gaussian", "mixture", "flow"), ("token", "keyframe"), (0, 1, 2)
+HeadName = Literal["regression", "gaussian", "mixture", "flow"]
+HEADS, ORDERS, SEEDS = get_args(HeadName), get_args(Order), (0, 1, 2)
 OTHER_CAPTIONS = 160  # besides those with four variants or more
 STEPS = 1600  # of the mixture over tokens; the others take as many as cost the same
 PROMPTS, SAMPLES, CONDITIONS = 80, 6, 64
@@ -71,7 +73,7 @@ def run() -> LanguageRun:
     )  # fmt: skip
 
 
-def arrangement(head: str, order: str, seed: int) -> LanguageRun:
+def arrangement(head: HeadName, order: Order, seed: int) -> LanguageRun:
     """The run with another head, order and seed."""
     base = run()
     model = replace(base.model, head=head, order=order)
@@ -84,7 +86,8 @@ def chosen_clips(whole: FrameCache) -> FrameCache:
     variants = captions_with_variants([v.captions[0] for v in training], 4)
     others = draw_prompts({v.captions[0] for v in training} - set(variants), OTHER_CAPTIONS, seed=0)
     kept = {*variants, *others}
-    videos, rows = [], []
+    videos: list[CachedVideo] = []
+    rows: list[int] = []
     for video in whole.videos:
         if video.validation or (video.captions and video.captions[0] in kept):
             videos.append(replace(video, first=len(rows)))
@@ -165,7 +168,7 @@ def real_key_frames(
 
 
 def trained_and_measured(
-    head: str, order: str, seed: int, tokenizer: VideoTokenizer, bank: FrameCache, features: Any
+    head: HeadName, order: Order, seed: int, tokenizer: VideoTokenizer, bank: FrameCache, features: Any
 ) -> dict[str, Any]:
     """One run, from wherever it stands to its figures, which are kept beside it."""
     folder = Path("runs/heads") / f"{head}-{order}-{seed}"
