@@ -297,10 +297,11 @@ class VideoTokenizer(nn.Module):
             clips = blended_stream(clips, shares_frame=self.config.repeated_frames > 0, moves_later=moves_later)
         return self._shown(clips)
 
-    @torch.no_grad()
     def _shown(self, clips: Iterator[ClipLatents]) -> Iterator[FrameStack]:
         for position, latents in enumerate(clips):
-            yield self.frames_of(latents[:, self.config.repeated_frames if position else 0 :])
+            with torch.no_grad():
+                frames = self.frames_of(latents[:, self.config.repeated_frames if position else 0 :])
+            yield frames
 
     def _chained(
         self, numbered: Iterator[tuple[int, DeepTokens]], context: ContextLatents | None, sampling: Sampling
@@ -319,6 +320,7 @@ class VideoTokenizer(nn.Module):
         while drawn := list(islice(numbered, clips_at_once)):
             yield from self._render([pair for _, pair in drawn], None, [clip for clip, _ in drawn], sampling)
 
+    @torch.no_grad()
     def _render(
         self, pairs: list[DeepTokens], before: ContextLatents | None, clips: list[int], sampling: Sampling
     ) -> Sequence[ClipLatents]:
