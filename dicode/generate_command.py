@@ -25,6 +25,7 @@ class Job:
     """One video to write."""
 
     prompt: Prompt
+    seed: int | SeedPlan
     sample: int
     output: str
     sheet: Path | None
@@ -33,7 +34,7 @@ class Job:
 def generate(command: Generate, watch: Stopwatch) -> int:
     """Clips are written as they come; the file appears when the last one has, or from the first on (`--stream`)."""
     check_parent(command.sheet)
-    jobs, _ = jobs_of(command), seed_of(command)  # both say what is wrong before anything is loaded
+    jobs = jobs_of(command)
     with watch.stage("load"):
         folder = resolve(command.model, command.revision)
         model = DiCoDe.from_pretrained(folder, device=str(pick_device(command.device)))
@@ -59,17 +60,19 @@ def jobs_of(command: Generate) -> list[Job]:
     sources = (command.prompt, command.storyboard, command.prompts)
     if sum(source is not None for source in sources) != 1:
         raise ValueError("expected one of PROMPT, --storyboard FILE and --prompts FILE")
+    seed = seed_of(command)
     if command.prompts is None:
         prompt: Prompt = read_storyboard(command.storyboard) if command.storyboard else str(command.prompt)
         if isinstance(prompt, str):
             prompt = parse_storyboard(prompt) or prompt
-        return [Job(prompt, command.sample, command.output, command.sheet)]
+        return [Job(prompt, seed, command.sample, command.output, command.sheet)]
     lines = [line.strip() for line in command.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{command.prompts}: expected a prompt a line, found none")
     return [
         Job(
             parse_storyboard(line) or line,
+            seed,
             command.sample + number,
             beside(command.output, f"{number:03d}", "-"),
             command.sheet and Path(beside(str(command.sheet), f"{number:03d}", "-")),
@@ -119,7 +122,7 @@ def _key_frames(
     key_frames = model.write(
         [job.prompt],
         seconds=command.seconds,
-        seed=seed_of(command),
+        seed=job.seed,
         sample_indices=[job.sample],
         given=given,
         **dataclasses.asdict(settings),
@@ -140,7 +143,7 @@ def _render(
     """Decode and write one video, and its contact sheet."""
     length, config = length_s([job.prompt], command.seconds), model.tokenizer.config
     options = dataclasses.asdict(settings)
-    clips = model.render(key_frames, length, seed=seed_of(command), sample_indices=[job.sample], given=given, **options)
+    clips = model.render(key_frames, length, seed=job.seed, sample_indices=[job.sample], given=given, **options)
     metadata = {**_asked(command, job, length), **options, **made_by}
     num_frames = model.num_frames(length)
     rows: list[Video] = []
@@ -169,7 +172,6 @@ def _render(
 def _asked(command: Generate, job: Job, length: float) -> dict[str, Any]:
     """What a file's metadata tells of the command, beside the sampling options."""
     named = {name: getattr(command, name) for name in ("image", "last_image", "continue_from")}
-    seed = seed_of(command)
     return {
         "prompt": _text(job.prompt),
         "seed": command.seed,
@@ -177,7 +179,7 @@ def _asked(command: Generate, job: Job, length: float) -> dict[str, Any]:
         "seconds": length,
         **{name: path.name for name, path in named.items() if path is not None},
         **({"loop": True} if command.loop else {}),
-        **({"reroll_from": seed.reroll_from, "reroll_seed": seed.reroll_seed} if isinstance(seed, SeedPlan) else {}),
+        **({} if isinstance(job.seed, int) else dataclasses.asdict(job.seed)),
     }
 
 

@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,17 +28,14 @@ from dicode.evaluate.suite import bank_features, first_clip, generated_clips
 from dicode.evaluate.tokens import captions_with_variants, diversity, energy_score
 from dicode.generate import DiCoDe, GenerationConfig
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.sequence import Order
-from dicode.lm.sizes import SIZES
+from dicode.lm.sizes import SIZES, HeadName, Order
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.language import LanguageRun, LanguageTraining
-from dicode.train.loop import LoopConfig, OptimConfig
-from dicode.train.stages import run_recipe
+from dicode.train.loop import LoopConfig, OptimConfig, train
 from dicode.video.shards import CachedVideo, FrameCache
 
 TOKENIZER = "dicode/checkpoints/sprites"
 CACHE = Path("cache/heads")  # the clips of this comparison, taken from the cache named
-HeadName = Literal["regression", "gaussian", "mixture", "flow"]
 HEADS, ORDERS, SEEDS = get_args(HeadName), get_args(Order), (0, 1, 2)
 OTHER_CAPTIONS = 160  # besides those with four variants or more
 STEPS = 1600  # of the mixture over tokens; the others take as many as cost the same
@@ -95,10 +92,10 @@ def chosen_clips(whole: FrameCache) -> FrameCache:
     return FrameCache(tuple(videos), whole.frames[rows], whole.times_s[rows])
 
 
-def step_flops(stage: LanguageTraining, batch_size: int) -> int:
+def step_flops(stage: LanguageTraining) -> int:
     """FLOPs of one training step, forward and backward."""
     generator = torch.Generator().manual_seed(0)
-    batch = stage.batch(torch.arange(batch_size), generator)
+    batch = stage.batch(torch.arange(stage.run.loop.optim.batch_size), generator)
     with FlopCounterMode(display=False) as counter:
         stage.loss(batch, generator)[0].backward()
     stage.module.zero_grad()
@@ -168,20 +165,18 @@ def real_key_frames(
 
 
 def trained_and_measured(
-    head: HeadName, order: Order, seed: int, tokenizer: VideoTokenizer, bank: FrameCache, features: Any
+    head: HeadName, order: Order, seed: int, budget: int, tokenizer: VideoTokenizer, bank: FrameCache, features: Any
 ) -> dict[str, Any]:
-    """One run, from wherever it stands to its figures, which are kept beside it."""
+    """One run of `budget` FLOPs, from wherever it stands to its figures, which are kept beside it."""
     folder = Path("runs/heads") / f"{head}-{order}-{seed}"
     if (folder / "figures.json").exists():
         return json.loads((folder / "figures.json").read_text())
-    reference = LanguageTraining(arrangement("mixture", "token", 0))
-    budget = STEPS * step_flops(reference, reference.run.loop.optim.batch_size)
     asked = arrangement(head, order, seed)
     stage = LanguageTraining(asked)
-    flops = step_flops(stage, asked.loop.optim.batch_size)
+    flops = step_flops(stage)
     steps = round(budget / flops)
-    asked = replace(asked, loop=replace(asked.loop, optim=replace(asked.loop.optim, steps=steps)))
-    metrics = run_recipe(asked, folder, {"head": head, "order": order, "seed": seed})
+    loop = replace(asked.loop, optim=replace(asked.loop.optim, steps=steps))
+    metrics = train(stage, loop, folder, {"head": head, "order": order, "seed": seed})
     lm = DeepTokenLM.from_pretrained(folder / "best")
     defaults = GenerationConfig(decoder_guidance=2.5, decoder_temperature=0.95, **SAMPLING)  # type: ignore[arg-type]
     figures = {
@@ -204,11 +199,12 @@ def main(cache: str, *seeds: str) -> None:
     box = DiCoDe.from_pretrained(TOKENIZER)
     path = Path(cache) / "EffLite0-16-frames-8-fps.safetensors"  # as `dicode evaluate` keeps it
     features = bank_features(box, bank, EfficientNetLite0Features(), path)
+    budget = STEPS * step_flops(LanguageTraining(arrangement("mixture", "token", 0)))
     values: dict[str, Any] = {}
     for seed in [int(s) for s in seeds] or SEEDS:
         for order in ORDERS:
             for head in HEADS:
-                figures = trained_and_measured(head, order, seed, box.tokenizer, bank, features)
+                figures = trained_and_measured(head, order, seed, budget, box.tokenizer, bank, features)
                 values[f"{head}-{order}-{seed}"] = figures
                 print(head, order, seed, {k: v for k, v in figures.items() if not isinstance(v, dict)}, flush=True)
     if not seeds:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lm_deep_lm import CAPTIONS, CONFIG, PROMPTS, TEXT, build, written
+from test_lm_deep_lm import CAPTIONS, CONFIG, PROMPTS, TEXT, build, fit, written
 
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import SeedPlan
@@ -164,17 +164,8 @@ def test_four_captions_are_memorised_and_written_back(head: str, order: str) -> 
     config = dataclasses.replace(CONFIG, width=64, heads=4, token_variance=0.03, head=head, order=order)
     model = DeepTokenLM(dataclasses.replace(config, reads_goal=True, flow_width=96), TEXT)
     ids, tokens = TEXT.encode(CAPTIONS, 12), torch.randn(4, 3, 5, 7)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(400):
-        for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * min(1, step / 20) * (1 - step / 400)
-        loss = model(ids, tokens, None, generator, goal=step % 4 == 0).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    again = written(model.eval(), ids, 3, variance_scale=0.01, flow_steps=12)
+    fit(model, ids, tokens, steps=400, goal_every=4)
+    again = written(model, ids, 3, variance_scale=0.01, flow_steps=12)
     error = (again.unsqueeze(1) - tokens).square().mean((2, 3, 4))  # written caption, true caption
     assert error.argmin(1).tolist() == [0, 1, 2, 3]
     assert error.diagonal().max() < 0.1  # of unit-variance tokens: another caption's are 2 away

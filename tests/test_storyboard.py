@@ -146,7 +146,9 @@ def test_shots_add_a_key_frame_a_clip_and_the_first_one_more(durations_s, clip_s
     ],
 )
 def test_a_prompt_that_would_change_between_key_frames_is_refused(durations_s, said):
-    shots = [Shot(prompt, float(seconds)) for prompt, seconds in zip("abc", durations_s, strict=False)]
+    shots = [
+        Shot(prompt, float(seconds)) for prompt, seconds in zip("abc"[: len(durations_s)], durations_s, strict=True)
+    ]
     with pytest.raises(ValueError, match=said):
         key_frames_of(shots, 2.0)
 

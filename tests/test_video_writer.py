@@ -52,7 +52,7 @@ def decoded(path: Path) -> tuple[np.ndarray, list[float]]:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     """Ctrl-C while frame `index` is written."""
-    for sink in ("_MovieSink", "_FolderSink"):
+    for sink in ("MovieSink", "FolderSink"):
         write_frame = getattr(writer_module, sink).write
 
         def interrupted(self, frame, at, write_frame=write_frame) -> None:

@@ -182,8 +182,10 @@ class DeepTokenLM(nn.Module):
             if aim.keyframe < max(1, last):
                 raise ValueError(f"goal_keyframe: expected {max(1, last)} or later, got {aim.keyframe}")
         leads = aim is not None and aim.keyframe > 1  # else nothing is written between the first key frame and it
-        if window and not 2 <= window <= self._limit(leads):
-            raise ValueError(f"window: expected 2 to {self._limit(leads)} key frames, or 0, got {window}")
+        if window and not 2 <= window <= self.config.most_keyframes(leads):
+            raise ValueError(
+                f"window: expected 2 to {self.config.most_keyframes(leads)} key frames, or 0, got {window}"
+            )
         self._check(prompt_ids, prefix, min(last + 1, window) if window else last + 1, leads)
         indices = range(len(prompt_ids)) if sample_indices is None else sample_indices
         if len(indices) != len(prompt_ids):
@@ -292,11 +294,6 @@ class DeepTokenLM(nn.Module):
         device = self.embedding.keyframe.device
         return self.backbone.embed_text(torch.full((batch, 1), self.config.begin_id, device=device))
 
-    def _limit(self, goal: bool) -> int:
-        """The most key frames that fit; a goal is read beside them."""
-        room = (self.config.positions - self.config.text_length) // self.config.block_length
-        return min(self.config.max_keyframes, room - goal)
-
     def _check(self, text_ids: TextIds, tokens: DeepTokens | None, num_keyframes: int, goal: bool = False) -> None:
         config = self.config
         if text_ids.shape[1] != config.text_length:
@@ -306,9 +303,9 @@ class DeepTokenLM(nn.Module):
             raise ValueError(f"deep tokens: expected (b, n, d) = {expected}, got {found}")
         if goal and not config.reads_goal:
             raise ValueError("goal: this model was trained without one (`reads_goal`), and cannot end where it is told")
-        if num_keyframes > self._limit(goal):
+        if num_keyframes > config.most_keyframes(goal):
             raise ValueError(
-                f"{num_keyframes} key frames asked for, this model holds {self._limit(goal)} "
+                f"{num_keyframes} key frames asked for, this model holds {config.most_keyframes(goal)} "
                 f"(max_keyframes {config.max_keyframes}, positions {config.positions}): ask for fewer, or name a window"
             )
 

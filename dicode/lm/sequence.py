@@ -10,8 +10,6 @@ A *goal* is a later key frame known beforehand. Its block stands right after the
 of itself; in `keyframe` order the second key frame is predicted from it.
 """
 
-from typing import Literal
-
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
@@ -19,7 +17,6 @@ from torch import Tensor, nn
 
 from dicode.shapes import DeepTokens, Hidden, KeyFrameTokens
 
-Order = Literal["token", "keyframe"]
 KeyFrameHidden = Float[Tensor, "b k n width"]
 BeginHidden = Float[Tensor, "b 1 width"]
 LongerHidden = Float[Tensor, "b _ width"]

@@ -6,6 +6,9 @@ from typing import Literal
 GPT2_VOCABULARY = 50_257 + 66  # published: `</img>`, `<img>` and 64 `<img_000NN>` follow GPT-2's own entries
 LLAMA_VOCABULARY = 128_256 + 66
 
+HeadName = Literal["mixture", "gaussian", "regression", "flow"]
+Order = Literal["token", "keyframe"]
+
 
 @dataclass(frozen=True)
 class DeepLMConfig:
@@ -23,8 +26,8 @@ class DeepLMConfig:
     tokens_per_keyframe: int = 16
     pad_id: int = 0
     begin_id: int = 1  # the begin-of-image token, an entry of the text vocabulary
-    head: Literal["mixture", "gaussian", "regression", "flow"] = "mixture"
-    order: Literal["token", "keyframe"] = "token"  # what is predicted at once (see sequence.py); published: a token
+    head: HeadName = "mixture"
+    order: Order = "token"  # what is predicted at once (see sequence.py); published: a token
     reads_goal: bool = False  # whether a later key frame may be given: loops, a last image
     components: int = 16  # mixture only; a Gaussian is a mixture of one
     flow_width: int = 256  # flow only: of the network that turns noise into tokens …
@@ -40,7 +43,12 @@ class DeepLMConfig:
     @property
     def keyframe_limit(self) -> int:
         """The most key frames that a sequence can hold, given positions and learned key frame embeddings."""
-        return min(self.max_keyframes, (self.positions - self.text_length) // self.block_length)
+        return self.most_keyframes()
+
+    def most_keyframes(self, beside: int = 0) -> int:
+        """As `keyframe_limit` where `beside` further blocks are read: a goal."""
+        room = (self.positions - self.text_length) // self.block_length
+        return min(self.max_keyframes, room - beside)
 
     @property
     def block_length(self) -> int:
