@@ -26,8 +26,9 @@ USAGE_ERROR = 2  # as tyro and argparse
 
 # Text, not a Path: the slash at the end of "frames/" says that a folder is meant.
 Output = Annotated[str, arg(aliases=("-o",))]
-Folder = Annotated[Positional[Path], arg(metavar="FOLDER")]
-Folders = Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER …")]
+# Text, since a Path would take one slash off s3://…
+Folder = Annotated[Positional[str], arg(metavar="FOLDER")]
+Folders = Annotated[Positional[tuple[str, ...]], arg(metavar="FOLDER …")]
 Input = Annotated[Positional[str], arg(metavar="INPUT")]
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Joins = Literal["chained", "parallel", "independent"]
@@ -117,6 +118,34 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Finetune:
+    """Teach a model your own clips: low-rank adapters, merged into a new model. The same command continues it.
+
+    Every 15th clip of a folder, from the first on, is kept for validation.
+    """
+
+    folders: Folders  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
+    output: Annotated[Path, arg(aliases=("-o",))]  # the checkpoint folder to write
+    model: str = "sprites"  # to begin from: a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    parts: tuple[Literal["denoiser", "lm"], ...] = ("denoiser", "lm")  # how it moves; what a caption means
+    steps: int = 500  # of each part
+    rank: int = 16  # of the adapters: higher learns more, and takes more clips
+    alpha: float = 16.0  # what an adapter adds counts alpha/rank
+    dropout: float = 0.0  # share of an adapter that is left out of a training step
+    targets: tuple[str, ...] = ()  # layers to adapt, by the ends of their names; none named: every layer
+    lr: float = 1e-3
+    batch_size: int = 16
+    key_frames: int = 3  # that the language model learns to write of a clip, one every two seconds
+    loops: bool = False  # the clips repeat without a seam
+    work_folder: Path | None = None  # of cache and runs; default: OUTPUT.work, and it can be deleted afterwards
+    seed: int = 0
+    device: str = "auto"  # cpu, cuda, mps
+    dtype: Dtype = "float16"  # of the weights on disk
+    json: Annotated[Path | None, arg(metavar="FILE")] = None  # keep the figures in a result file
+
+
+@dataclass(frozen=True)
 class Assemble:
     """Join the best weights of a tokenizer run and a language model run into one checkpoint folder."""
 
@@ -160,18 +189,34 @@ class Evaluate:
 class Index:
     """Read every file of data sets to its end; list the bad ones, and exit with their count (at most 125)."""
 
-    folders: Folders  # with captions.jsonl, captions.csv, or a .txt beside each clip
+    folders: Folders  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Keep all frames of data sets, with their times, to train from; exits with the count of bad files."""
+    """Keep all frames of data sets, with their times, in shards to train from; exits with the count of bad files.
 
-    folders: Folders  # with captions.jsonl, captions.csv, or a .txt beside each clip
-    output: Annotated[Path, arg(aliases=("-o",))]  # a folder such as cache/sprites
+    The same command goes on where it was stopped. Equal files and options give equal bytes, whoever does the work.
+    Folders and output may be URLs of object stores: s3://bucket/folder.
+    """
+
+    folders: Folders  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
+    output: Annotated[str, arg(aliases=("-o",))]  # a folder such as cache/sprites
     size: int = 64  # side of the frames, scaled to cover it and cropped at the centre
     max_fps: float = 12.5  # frames closer together than this are left out
     loops: bool = False  # the clips repeat without a seam
+    scenes: float | None = None  # cut videos where the scene changes, and leave out scenes of fewer seconds than this
+    dedupe: int | None = None  # leave out copies: perceptual hashes differ in at most so many of 64 bits; 4 is usual
+    files_per_shard: int = 64  # a worker holds the frames of that many files in memory
+    workers: int = 1  # processes
+    ray: str | None = None  # spread the work by Ray Data: the address of a cluster, auto, or local for one started here
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Read all shards of a cache and compare their hashes with its index; exits with the count of bad ones."""
+
+    cache: Annotated[Positional[str], arg(metavar="CACHE")]  # from `dicode data cache`
 
 
 @dataclass(frozen=True)
@@ -183,10 +228,18 @@ class Encode:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a cache as WebDataset archives: a tar a shard, H.264 videos with .txt and .json beside them."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]  # from `dicode data cache`
+    output: Annotated[str, arg(aliases=("-o",))]  # a folder
+
+
+@dataclass(frozen=True)
 class Sheet:
     """Draw a contact sheet of a data set: clips picked by the seed, one a row, with their captions."""
 
-    folder: Folder  # with captions.jsonl, captions.csv, or a .txt beside each clip
+    folder: Folder  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
     output: Annotated[Path, arg(aliases=("-o",))] = Path("sheet.png")
     count: int = 16  # clips
     seed: int = 0  # which clips
@@ -235,20 +288,30 @@ class Vae:
 
 @dataclass(frozen=True)
 class Info:
-    """Show what a model or a preset takes: parameters, FLOPs, memory, and a second of video in tokens and bits."""
+    """Show what a model, a preset or a recipe takes: parameters, FLOPs, memory, a second of video in tokens and bits.
 
-    model: Model = "sprites"  # a model in the box, a checkpoint folder, owner/name on the Hub, or a preset: gpt2-large
+    Of a recipe (recipes/paper.py:gpt2, or all of recipes/paper.py) it plans the training, as the recipe says or as the
+    flags change it.
+    """
+
+    model: Model = "sprites"  # in the box, a checkpoint folder, owner/name on the Hub, a preset, FILE.py:RUN or FILE.py
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
-    gpus: tuple[int, ...] = (1, 8)  # to train on, with weights, gradients and optimizer shared out among them
-    batch_size: int = 1  # samples on each of them
+    gpus: tuple[int, ...] | None = None  # to train on; default: 1 for a recipe, 1 and 8 for all else
+    batch_size: int | None = None  # samples on each of them (default 1); of a recipe: on all together
+    gpu: str = "a100-80gb"  # this and the following for recipes: which GPUs
+    mfu: float = 0.4  # the share of their peak that is assumed to be reached
+    strategy: Literal["ddp", "fsdp"] | None = None  # each GPU with all weights, or with its share
+    pieces: int | None = None  # to cut a batch into
+    checkpoint_activations: bool = False  # computes blocks twice instead of keeping what they computed
     json: Annotated[Path | None, arg(metavar="FILE")] = None  # keep the figures in a result file
 
 
 COMMANDS = {
     "dicode.generate_command": (Generate,),
     "dicode.commands": (Tokenize, Reconstruct, Train, Assemble),
+    "dicode.finetune_command": (Finetune,),
     "dicode.info_command": (Info,),
-    "dicode.data_commands": (Index, Cache, Encode, Sheet),
+    "dicode.data_commands": (Index, Cache, Verify, Encode, Export, Sheet),
     "dicode.evaluate.command": (Evaluate,),
     "dicode.convert.command": (Official, Dynamicrafter, Clip, Vae),
 }
@@ -291,13 +354,13 @@ def parse(argv: list[str]) -> Any:
     if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
         return _parse_train(argv[1], argv[2:])
     app, data, convert = SubcommandApp(), SubcommandApp(), SubcommandApp()
-    for command in (Generate, Tokenize, Reconstruct, Train, Assemble, Evaluate, Info):
+    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Info):
         app.command(name=command.__name__.lower())(command)
-    for part in (Index, Cache, Encode, Sheet):
+    for part in (Index, Cache, Verify, Encode, Export, Sheet):
         data.command(name=part.__name__.lower())(part)
     for source in (Official, Dynamicrafter, Clip, Vae):
         convert.command(name=source.__name__.lower())(source)
-    app.command(data, name="data", help="Check, cache, encode or look at folders of clips.")
+    app.command(data, name="data", help="Check, cache, encode, export or look at folders of clips.")
     app.command(convert, name="convert", help="Turn weights that others published into ours.")
     description = "Text to video with a language model. `dicode --version` tells the version."
     return app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))

@@ -1,7 +1,6 @@
 """What `dicode tokenize`, `reconstruct`, `train` and `assemble` do; their flags are in `cli.py`."""
 
 import dataclasses
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,7 +109,7 @@ def train(command: Train, watch: Stopwatch) -> int:
     folder = command.run_folder or Path("runs") / command.recipe.rpartition(":")[2]
     recipe = {"recipe": command.recipe, "run": config_to_dict(command.run), "dicode": __version__}
     try:
-        best = run_recipe(command.run, folder, recipe)
+        best = run_recipe(command.run, folder, recipe, Path(command.recipe.rpartition(":")[0]))
     except NonFiniteLossError as error:
         print(f"dicode: {error}", file=sys.stderr)
         return 1
@@ -136,21 +135,6 @@ def progress(total: int, unit: str) -> tqdm:
 def origin(folder: Path, *weights: Path) -> dict[str, str]:
     """What made a file, for its metadata: model, its weights, and version."""
     return {"model": model_name(folder), "weights": content_hash(*weights), "dicode": __version__}
-
-
-def peak_memory_mib() -> float | None:
-    """The most memory this process has held; unknown on Windows.
-
-    On Linux `getrusage` tells a process the peak of the one that started it, where that was larger.
-    """
-    status = Path("/proc/self/status")
-    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(peak[1]) / 2**10
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def check_parent(path: Path | None) -> None:

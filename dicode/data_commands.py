@@ -1,27 +1,27 @@
-"""What `dicode data index`, `cache`, `encode` and `sheet` do; their flags are in `cli.py`."""
+"""What `dicode data index`, `cache`, `verify`, `encode`, `export` and `sheet` do; their flags are in `cli.py`."""
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import fields
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy import ndarray
 from tqdm import tqdm
 
-from dicode.cli import Cache, Encode, Index, Sheet, missing_extra
-from dicode.commands import PROGRESS_AFTER_S, check_parent
+from dicode.cli import Cache, Encode, Export, Index, Sheet, Verify, missing_extra
+from dicode.data.build import CacheOptions, build_cache
+from dicode.data.places import place
+from dicode.data.tars import write_tars
 from dicode.hub import resolve
 from dicode.seeds import generator_for
 from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
-from dicode.video.clips import ClipRecord, check_files, is_validation, read_index
-from dicode.video.io import VideoReadError, native_frames, read_video
-from dicode.video.shards import CachedVideo, FrameCache, thin
+from dicode.video.clips import check_files, is_validation, read_index
+from dicode.video.io import VideoReadError, read_video
+from dicode.video.shards import FrameCache, fault, read_cache_index
 from dicode.video.sheet import save_sheet
 
+PROGRESS_AFTER_S = 2.0
 MOST_COUNTED = 125  # exit codes from 126 on mean other things to a shell
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def index(command: Index, watch: Stopwatch) -> int:
             print(f"bad: {error}")
             total_bad += 1
             continue
-        good, bad = check_files(bar(records, folder.name))
+        good, bad = check_files(bar(records, place(folder).name))
         for file in bad:
             print(f"bad: {file.reason}")
         captions = sum(bool(record.caption) for record in good)
@@ -47,39 +47,45 @@ def index(command: Index, watch: Stopwatch) -> int:
 
 
 def cache(command: Cache, watch: Stopwatch) -> int:
-    """Bad files are listed and left out; without a single good one nothing is written."""
-    videos: list[CachedVideo] = []
-    frames: list[Video] = []
-    times_s: list[ndarray] = []
-    num_bad = num_frames = 0
-    for folder in _named(command.folders):
-        for record in bar(read_index(folder), folder.name):
-            try:
-                shown, starts_s, period_s = native_frames(record.path, command.size)
-            except (VideoReadError, OSError) as error:
-                print(f"bad: {error}", file=sys.stderr)
-                num_bad += 1
-                continue
-            kept = thin(starts_s.tolist(), command.max_fps)
-            videos.append(_entry(record, folder, num_frames, len(kept), period_s, command.loops))
-            num_frames += len(kept)
-            frames.append(shown[kept])
-            times_s.append(starts_s[kept])
-    if not videos:
-        raise VideoReadError(f"{', '.join(map(str, command.folders))}: none of {num_bad} files can be read")
-    pixels, times = (torch.from_numpy(np.concatenate(parts)) for parts in (frames, times_s))
-    FrameCache(tuple(videos), pixels, times).save(command.output)
-    held_out = sum(video.validation for video in videos)
+    """Bad files are listed and left out; a cache with nothing in it is an error."""
+    options = CacheOptions(**{field.name: getattr(command, field.name) for field in fields(CacheOptions)})
+    records = [record for folder in _named(command.folders) for record in read_index(folder)]
+    output = place(command.output)
+    try:
+        with watch.stage("shards"):
+            made = build_cache(records, output, options, command.workers, command.ray)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("finished shards are kept; the same command continues") from error
+    bad = [file for unit in made for file in unit.bad]
+    for file in bad:
+        print(f"bad: {file.reason}", file=sys.stderr)
+    videos = [entry.video for unit in made for entry in unit.entries if not entry.repeats]
+    copies = sum(bool(entry.repeats) for unit in made for entry in unit.entries)
+    shards = [unit.shard for unit in made if unit.shard]
     print(
-        f"{command.output}: {len(videos)} clips ({held_out} for validation), {num_frames} frames of "
-        f"{command.size}×{command.size}, {pixels.numel() / 1e6:.0f} MB; {num_bad} bad files"
+        f"{command.output}: {len(videos)} clips ({sum(video.validation for video in videos)} for validation), "
+        f"{sum(shard.frames for shard in shards)} frames of {command.size}×{command.size}, "
+        f"{sum(shard.bytes for shard in shards) / 1e6:.0f} MB in {len(shards)} shards; {len(bad)} bad files"
+        + (f"; {copies} copies left out" if command.dedupe is not None else "")
     )
-    return min(num_bad, MOST_COUNTED)
+    return min(len(bad), MOST_COUNTED)
+
+
+def verify(command: Verify, watch: Stopwatch) -> int:
+    """Every shard is read; exits with the count of those that are not what the index says."""
+    folder = place(command.cache)
+    shards, videos = read_cache_index(folder)
+    faults = [said for shard in bar(shards, folder.name) if (said := fault(folder, shard, hashes=True))]
+    for said in faults:
+        print(f"bad: {said}")
+    print(f"{command.cache}: {len(shards)} shards, {len(videos)} clips; {len(faults)} bad shards")
+    return min(len(faults), MOST_COUNTED)
 
 
 def encode(command: Encode, watch: Stopwatch) -> int:
     """Written where training looks for them; what is there already is kept."""
     try:
+        from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
         from dicode.train.clips import first_stage_latents
         from dicode.train.language import frame_tokens
     except ModuleNotFoundError as error:
@@ -88,16 +94,26 @@ def encode(command: Encode, watch: Stopwatch) -> int:
     with watch.stage("load"):
         tokenizer, frames = VideoTokenizer.from_pretrained(source), FrameCache.load(command.cache)
     with watch.stage("latents"):
-        latents = first_stage_latents(tokenizer, frames, command.cache, source / FIRST_STAGE_WEIGHTS)
+        latents = first_stage_latents(tokenizer, frames, source / FIRST_STAGE_WEIGHTS)
     with watch.stage("tokens"):
-        tokens = frame_tokens(tokenizer, frames, command.cache, source)
+        tokens = frame_tokens(tokenizer, frames, source)
     print(f"{command.cache}: latents {tuple(latents.shape)} of frames and mirror images, tokens {tuple(tokens.shape)}")
     print(watch.text())
     return 0
 
 
+def export(command: Export, watch: Stopwatch) -> int:
+    """One archive a shard."""
+    cache = FrameCache.load(command.cache)
+    archives = write_tars(cache, place(command.output))
+    print(f"{command.output}: {len(cache.videos)} clips in {len(archives)} archives")
+    return 0
+
+
 def sheet(command: Sheet, watch: Stopwatch) -> int:
     """Bad files are listed and others take their place."""
+    from dicode.commands import check_parent  # brings diffusers: five seconds that the other commands need not wait
+
     check_parent(command.output)
     records = read_index(command.folder)
     order = torch.randperm(len(records), generator=generator_for(command.seed, "sheet")).tolist()
@@ -108,7 +124,8 @@ def sheet(command: Sheet, watch: Stopwatch) -> int:
             if len(clips) == command.count:
                 break
             try:
-                clips.append(read_video(record.path, size=command.size, fit="pad").frames)
+                with record.opened() as path:
+                    clips.append(read_video(path, size=command.size, fit="pad").frames)
             except (VideoReadError, OSError) as error:
                 print(f"bad: {error}", file=sys.stderr)
                 continue
@@ -124,20 +141,7 @@ def bar(items: Sequence[T], name: str) -> "tqdm[Any]":
     return tqdm(items, desc=name, unit="clip", delay=PROGRESS_AFTER_S, disable=None, leave=False)
 
 
-def _named(folders: Sequence[Path]) -> Sequence[Path]:
+def _named(folders: Sequence[str]) -> Sequence[str]:
     if not folders:
         raise ValueError("expected at least one folder of clips, got none")
     return folders
-
-
-def _entry(record: ClipRecord, folder: Path, first: int, count: int, period_s: float, loops: bool) -> CachedVideo:
-    return CachedVideo(
-        source=folder.resolve().name,
-        file=record.path.relative_to(record.folder).as_posix(),
-        captions=record.captions,
-        validation=is_validation(record),
-        loops=loops,
-        first=first,
-        count=count,
-        period_s=period_s,
-    )

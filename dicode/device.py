@@ -1,4 +1,8 @@
-"""Where to compute."""
+"""Where to compute, and how much memory it took."""
+
+import re
+import sys
+from pathlib import Path
 
 import torch
 
@@ -12,3 +16,25 @@ def pick_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # which of them depends on the device
         raise ValueError(f"device {name}: cannot be used here ({str(error).splitlines()[0]})") from error
+
+
+def peak_memory_mib() -> float | None:
+    """The most memory this process has held; unknown on Windows.
+
+    On Linux `getrusage` tells a process the peak of the one that started it, where that was larger.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(peak[1]) / 2**10
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that tensors took on an accelerator, or the process on a CPU (0 where nothing tells)."""
+    if device.type == "cpu":
+        return (peak_memory_mib() or 0.0) / 1024
+    return torch.accelerator.max_memory_allocated(device) / 2**30

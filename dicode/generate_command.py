@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dicode.cli import Generate
-from dicode.commands import check_parent, origin, peak_memory_mib, sampling, written
-from dicode.device import pick_device
+from dicode.commands import check_parent, origin, sampling, written
+from dicode.device import peak_memory_mib, pick_device
 from dicode.generate import DiCoDe, GenerationConfig, Given, Prompt, length_s
 from dicode.hub import resolve
 from dicode.seeds import SeedPlan

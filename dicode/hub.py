@@ -293,7 +293,7 @@ def _fill(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], read: Callab
     with torch.no_grad():
         for name in shapes:
             value = own[name].copy_(read(name)) if fits else read(name)
-            if not _is_finite(value):
+            if not is_finite(value):
                 problems.append(f"{name}: holds NaN or infinity in {value.dtype}")
     if problems:
         shown = "\n  ".join(problems[:8])
@@ -314,7 +314,8 @@ def misfits(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[st
     return problems
 
 
-def _is_finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     # NaN spreads to the extremes, which take a tenth of the time of asking every value
     return value.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
 

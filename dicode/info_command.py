@@ -1,53 +1,108 @@
 """What `dicode info` does; its flags are in `cli.py`."""
 
 import dataclasses
+import re
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dicode.cli import Info
+from dicode.cli import Info, load_run
 from dicode.evaluate.report import write_result
 from dicode.generate import GenerationConfig
 from dicode.hub import CheckpointError, config_from_dict, nearest, read_config, resolve
 from dicode.lm.sizes import SIZES, DeepLMConfig
-from dicode.sizing import Sizing, size_lm, size_tokenizer
+from dicode.sizing import GPUS, Sizing, size_lm, size_tokenizer
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.sizes import TOKENIZERS
-from dicode.tokenizer.video_tokenizer import TokenizerConfig
+from dicode.tokenizer.video_tokenizer import WEIGHTS, TokenizerConfig
+
+if TYPE_CHECKING:
+    from dicode.plans import Plan  # needs what training needs
 
 GIB, MIB = 2**30, 2**20
+RUNS = re.compile(r"^def ([a-z]\w*)\(\) -> \w*Run:", re.MULTILINE)
 
 
 def info(command: Info, watch: Stopwatch) -> int:
     """Everything is counted from configurations; no weights are read and no network takes memory.
 
-    In training all is float32, but where activations are said to be bfloat16: see `TrainingBytes`.
+    Of a model, all in training is float32 but where activations are said to be bfloat16: see `TrainingBytes`. Of a
+    recipe, all is as the training loop has it: see `plans.py`.
     """
-    if command.batch_size < 1 or not command.gpus or min(command.gpus) < 1:
-        raise ValueError(
-            f"expected a batch size and GPUs of at least 1, got {command.batch_size} and {list(command.gpus)}"
-        )
-    configs = _describe(command)
-    values: dict[str, Any] = {"batch_size": command.batch_size}
-    for part, config in configs.items():
-        if isinstance(config, TokenizerConfig):
-            sizing = size_tokenizer(config, command.batch_size)
-            values["a_second_of_video"] = rates(config)
-        else:
-            sizing = size_lm(config, command.batch_size)
-        training = {f"{n} GPU{'s' * (n > 1)}": sizing.training_bytes.on(n) for n in command.gpus}
-        values[part] = {**dataclasses.asdict(sizing), "training_bytes": training}
-        print(f"\n{part}")
-        _print_sizing(sizing, training, command.batch_size)
-    if "a_second_of_video" in values:
-        _print_table("a second of video", values["a_second_of_video"], "{:,.1f}")
+    is_recipe = command.model.rpartition(":")[0].endswith(".py") or command.model.endswith(".py")
+    batch_size = 1 if command.batch_size is None else command.batch_size
+    gpus = command.gpus or ((1,) if is_recipe else (1, 8))
+    if batch_size < 1 or min(gpus) < 1:
+        raise ValueError(f"expected a batch size and GPUs of at least 1, got {batch_size} and {list(gpus)}")
+    values = _plans(command, gpus) if is_recipe else _sizes(command, gpus, batch_size)
     if command.json is not None:
-        line = "dicode " + shlex.join(sys.argv[1:])
-        write_result(command.json, f"{Path(command.model).name}: sizes", values, 1, 0, line, "meta")
+        line, what = "dicode " + shlex.join(sys.argv[1:]), "plans" if is_recipe else "sizes"
+        write_result(command.json, f"{Path(command.model).name}: {what}", values, 1, 0, line, "meta")
         print(f"\n{command.json}: the same, in bytes")
     return 0
+
+
+def _sizes(command: Info, gpus: tuple[int, ...], batch_size: int) -> dict[str, Any]:
+    """Print what the parts of a model take, and return it."""
+    configs = _describe(command)
+    values: dict[str, Any] = {"batch_size": batch_size}
+    for part, config in configs.items():
+        if isinstance(config, TokenizerConfig):
+            sizing = size_tokenizer(config, batch_size)
+            values["a_second_of_video"] = rates(config)
+        else:
+            sizing = size_lm(config, batch_size)
+        training = {f"{n} GPU{'s' * (n > 1)}": sizing.training_bytes.on(n) for n in gpus}
+        values[part] = {**dataclasses.asdict(sizing), "training_bytes": training}
+        print(f"\n{part}")
+        _print_sizing(sizing, training, batch_size)
+    if "a_second_of_video" in values:
+        _print_table("a second of video", values["a_second_of_video"], "{:,.1f}")
+    return values
+
+
+def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
+    """Print what it takes to train the runs of a recipe, and return it."""
+    from dicode.plans import USABLE, Planner
+
+    if command.gpu not in GPUS:
+        raise ValueError(f"gpu: {command.gpu!r} is none of {', '.join(GPUS)}{nearest(command.gpu, list(GPUS))}")
+    if not 0 < command.mfu <= 1:
+        raise ValueError(f"mfu: expected a share of the peak, above 0 and up to 1, got {command.mfu}")
+    gpu = GPUS[command.gpu]
+    assumed = {"memory_gib": gpu.memory_gib, "peak_flops": gpu.peak_flops, "mfu": command.mfu, "usable_memory": USABLE}
+    values: dict[str, Any] = {"assumed": {"gpu": command.gpu, **assumed}}
+    for name, run in _runs(command).items():
+        planner = Planner(run)
+        plans = {n: planner.plan(n, gpu, command.mfu) for n in gpus}
+        values[name] = {f"{n} GPU{'s' * (n > 1)}": dataclasses.asdict(plan) for n, plan in plans.items()}
+        print(f"\n{name}: {run.loop.optim.steps:,} steps with a batch of {run.loop.optim.batch_size}")
+        _print_plans({f"{n} × {command.gpu}": plan for n, plan in plans.items()})
+    print(f"\nAssumed: {command.mfu:.0%} of {gpu.peak_flops / 1e12:g} TFLOP/s; {USABLE:.0%} of {gpu.memory_gib:g} GiB")
+    return values
+
+
+def _runs(command: Info) -> dict[str, Any]:
+    """The runs of a recipe file, or the one named, changed by the flags that were given."""
+    file, _, name = command.model.rpartition(":")
+    if command.model.endswith(".py"):
+        file = command.model
+        names = RUNS.findall(Path(file).read_text(encoding="utf-8"))
+    else:
+        names = [name]
+    runs = {name: load_run(f"{file}:{name}") for name in names}
+    for name, run in runs.items():
+        loop = run.loop
+        changes = {"pieces": command.pieces, "strategy": command.strategy}
+        if command.checkpoint_activations:
+            changes["checkpoint_activations"] = True
+        loop = dataclasses.replace(loop, **{key: value for key, value in changes.items() if value is not None})
+        if command.batch_size is not None:
+            loop = dataclasses.replace(loop, optim=dataclasses.replace(loop.optim, batch_size=command.batch_size))
+        runs[name] = dataclasses.replace(run, loop=loop)
+    return runs
 
 
 def rates(config: TokenizerConfig) -> dict[str, dict[str, float]]:
@@ -77,17 +132,24 @@ def _describe(command: Info) -> dict[str, TokenizerConfig | DeepLMConfig]:
         print(f"{command.model}: a preset, without weights\n{_summary(config)}")
         return {"tokenizer" if isinstance(config, TokenizerConfig) else "language model": config}
     sections = read_config(folder)
-    if not {"tokenizer", "lm"} <= sections.keys():
+    if not {"tokenizer", "lm"} & sections.keys():
         raise CheckpointError(f"{folder}/config.json: expected sections tokenizer and lm, got {sorted(sections)}")
-    tokenizer = config_from_dict(TokenizerConfig, sections["tokenizer"], "tokenizer")
-    lm = config_from_dict(DeepLMConfig, sections["lm"], "lm")
-    defaults = config_from_dict(GenerationConfig, sections.get("generation", {}), "generation")
     print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 1e6:.1f} MB")
-    print(f"{_summary(tokenizer)}, up to {(lm.keyframe_limit - 1) * tokenizer.clip_s:g} s\n{_summary(lm)}")
-    print("sampling: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(defaults).items()))
+    parts: dict[str, TokenizerConfig | DeepLMConfig] = {}
+    # a language model's run keeps the configuration of the tokenizer that its tokens came from, not the tokenizer
+    if "tokenizer" in sections and (folder / WEIGHTS).exists():
+        parts["tokenizer"] = tokenizer = config_from_dict(TokenizerConfig, sections["tokenizer"], "tokenizer")
+        print(_summary(tokenizer))
+    if "lm" in sections:
+        parts["language model"] = lm = config_from_dict(DeepLMConfig, sections["lm"], "lm")
+        print(_summary(lm))
+    if len(parts) == 2:
+        defaults = config_from_dict(GenerationConfig, sections.get("generation", {}), "generation")
+        print(f"up to {(lm.keyframe_limit - 1) * tokenizer.clip_s:g} s")
+        print("sampling: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(defaults).items()))
+        parts["tokenizer"] = dataclasses.replace(tokenizer, steps=defaults.steps, guidance=defaults.decoder_guidance)
     print(f"licence: {_licence(folder)}")
-    tokenizer = dataclasses.replace(tokenizer, steps=defaults.steps, guidance=defaults.decoder_guidance)
-    return {"tokenizer": tokenizer, "language model": lm}
+    return parts
 
 
 def _summary(config: TokenizerConfig | DeepLMConfig) -> str:
@@ -113,6 +175,30 @@ def _print_sizing(sizing: Sizing, training: dict[str, dict[str, int]], batch_siz
     print("  bfloat16: all activations; autocast adds copies of the weights, 2 bytes a number, and keeps some float32")
 
 
+def _print_plans(plans: Mapping[str, "Plan"]) -> None:
+    """Tables of one run, a column for each number of GPUs."""
+    parameters = {"trained": "trained", "frozen": "frozen"}
+    counts = {row: {column: getattr(plan, name) for column, plan in plans.items()} for row, name in parameters.items()}
+    _print_table("parameters", counts, "{:,}")
+    memory = {column: plan.memory() for column, plan in plans.items()}
+    rows = max(memory.values(), key=len)  # a single GPU has less to hold
+    _print_bytes("on each GPU", {row: {column: memory[column].get(row, 0) for column in plans} for row in rows})
+    tell = {
+        "strategy": lambda plan: plan.strategy,
+        "pieces of a batch": lambda plan: f"{plan.pieces}",
+        "activations": lambda plan: "recomputed" if plan.recomputes else "kept",
+        "fits": lambda plan: "yes" if plan.fits else "no",
+        "fewest pieces that fit": lambda plan: f"{plan.fewest_pieces or 'none do'}",
+        "TFLOP": lambda plan: f"{plan.step_flops / 1e12:,.1f}",
+        "TFLOP with what is computed twice": lambda plan: f"{plan.computed_flops / 1e12:,.1f}",
+        "seconds": lambda plan: f"{plan.step_s:,.3f}",
+        "steps a day": lambda plan: f"{plan.steps_a_day:,.0f}",
+        "days": lambda plan: f"{plan.days:.2g}",
+    }
+    steps = {row: {column: told(plan) for column, plan in plans.items()} for row, told in tell.items()}
+    _print_table("a step", steps, "{}")
+
+
 def _print_bytes(title: str, rows: Mapping[str, Mapping[str, int]]) -> None:
     most = max(count for row in rows.values() for count in row.values())
     unit, size = ("GiB", GIB) if most >= GIB else ("MiB", MIB)
@@ -120,7 +206,7 @@ def _print_bytes(title: str, rows: Mapping[str, Mapping[str, int]]) -> None:
     _print_table(f"{unit} {title}", scaled, "{:,.2f}")
 
 
-def _print_table(title: str, rows: Mapping[str, Mapping[str, int | float]], form: str) -> None:
+def _print_table(title: str, rows: Mapping[str, Mapping[str, int | float | str]], form: str) -> None:
     columns = next(iter(rows.values()))
     print(f"\n{title:<42}" + "".join(f"{column:>15}" for column in columns))
     for name, row in rows.items():

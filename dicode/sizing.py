@@ -1,32 +1,69 @@
-"""What a model takes before there is one: parameters, FLOPs and memory, counted on torch's meta device.
+"""What a model takes before there is one: parameters, FLOPs and memory, counted on tensors without content.
 
-Tensors there have a shape and no content: the model's own code runs in seconds and in no memory, whatever its size.
+These (torch's meta device, its fake tensors) have a shape only: a model's own code runs in seconds and in no memory.
 `tests/test_sizing.py` compares the memory with what torch's allocator hands out on a CPU. Not seen is what a kernel
 keeps to itself, such as the work space of cuDNN, nor what an allocator wastes.
 """
 
+import re
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import Head
 from dicode.lm.sizes import DeepLMConfig
+from dicode.seeds import generator_for
 from dicode.shapes import ClipLatents
 from dicode.tokenizer.video_tokenizer import TokenizerConfig, VideoTokenizer
 
+if TYPE_CHECKING:
+    from dicode.train.loop import Stage  # which imports this file
+
 FLOAT32, BFLOAT16 = 4, 2  # bytes a number
+DRAWS = 200  # of batches, for their mean FLOPs: kinds that make up 2 % of the steps count to within a third
+MEASURED_S = 0.1  # of matrix products, where no table tells a device's speed
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU, by a pattern for the name that its driver gives it."""
+
+    named: str
+    memory_gib: int
+    peak_flops: float  # a second: matrix products in bfloat16 summed in float32, dense
+
+
+# From NVIDIA's data sheets (GeForce: the architectures' white papers); where they print rates "with sparsity", half.
+GPUS = {
+    "a100-40gb": Gpu(r"A100.*40GB", 40, 312e12),
+    "a100-80gb": Gpu(r"A100.*80GB", 80, 312e12),
+    "h100-pcie": Gpu(r"H100 PCIe", 80, 756e12),
+    "h100-80gb": Gpu(r"H100 80GB HBM3", 80, 989e12),  # the SXM module
+    "h200": Gpu(r"H200$", 141, 989e12),
+    "b200": Gpu(r"\bB200", 180, 2250e12),
+    "l4": Gpu(r"L4$", 24, 121e12),
+    "l40s": Gpu(r"L40S", 48, 362e12),
+    "a6000": Gpu(r"RTX A6000", 48, 154.8e12),
+    "rtx-3090": Gpu(r"RTX 3090$", 24, 71e12),
+    "rtx-4090": Gpu(r"RTX 4090$", 24, 165.2e12),
+}
 
 
 @dataclass(frozen=True)
@@ -109,10 +146,10 @@ def size_lm(config: DeepLMConfig, batch_size: int = 1) -> Sizing:
         ahead = used.together  # positions that are read to write as many tokens
         prompt = cost(lambda: _next_tokens(used, used.backbone.new_cache(), config.text_length + ahead))
         with Meter() as meter, FusedAttention():
-            cache = used.backbone.new_cache()
-            used.backbone(torch.empty(1, length - ahead, config.width), cache)
+            past = used.backbone.new_cache()
+            used.backbone(torch.empty(1, length - ahead, config.width), past)
             meter.flops, meter.peak_bytes = 0, meter.bytes
-            _next_tokens(used, cache, ahead)
+            _next_tokens(used, past, ahead)
         model = DeepTokenLM(config).train()
         batch = _texts(config, batch_size)
         flops, training = training_cost(model, lambda: model(*batch).loss)
@@ -158,6 +195,92 @@ def training_cost(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, Tr
     return flops[0], TrainingBytes(weights, one, one, 2 * one, *activations)
 
 
+def peak_flops(device: torch.device) -> float:
+    """Matrix products in bfloat16, FLOPs a second: of a GPU known by name its data sheet's, of all others measured."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for gpu in GPUS.values():
+            if re.search(gpu.named, name):
+                return gpu.peak_flops
+    return measured_flops(device)
+
+
+@cache
+def measured_flops(device: torch.device) -> float:
+    """The best rate of three sizes of matrix products in bfloat16, FLOPs a second; takes half a second, once."""
+    best = 0.0
+    for size in (512, 2048, 8192):
+        if best and 2 * size**3 / best > 2 * MEASURED_S:
+            break  # CPUs end at 2048, those without bfloat16 units at 512; a large GPU is kept busy by 8192 alone
+        matrix, flops, spent_s = torch.ones(size, size, dtype=torch.bfloat16, device=device), 0, 0.0
+        (matrix @ matrix)[0, 0].item()  # the first one also loads the library
+        began_s = time.perf_counter()
+        while spent_s < MEASURED_S:
+            (matrix @ matrix)[0, 0].item()
+            flops, spent_s = flops + 2 * size**3, time.perf_counter() - began_s
+        best = max(best, flops / spent_s)
+    return best
+
+
+def step_flops(stage: "Stage") -> int:
+    """FLOPs of a training step, forward and backward once: the mean over the kinds of batches that a stage draws.
+
+    Nothing is computed, and nothing changes. To be called before processes share out the weights, and before blocks
+    are made to recompute. Which kind a batch is has to be drawn before anything that depends on its samples.
+    """
+    loop, samples = stage.run.loop, torch.arange(stage.run.loop.optim.batch_size // stage.run.loop.pieces)
+
+    def drawn(draw: int, indices: Tensor) -> Any:
+        return stage.batch(indices % stage.num_samples(), generator_for(loop.seed, "batch", draw, 0))
+
+    before = [buffer.clone() for buffer in stage.module.buffers()]
+    kinds = [tuple(t.shape for t in tree_leaves(drawn(draw, samples[:1]))) for draw in range(DRAWS)]
+    flops = {kind: batch_flops(stage, drawn(kinds.index(kind), samples)) for kind in set(kinds)}
+    for buffer, value in zip(stage.module.buffers(), before, strict=True):  # a count of batches is computed after all
+        buffer.copy_(value)
+    return round(loop.pieces * sum(flops[kind] for kind in kinds) / DRAWS)
+
+
+def batch_flops(stage: "Stage", batch: Any, fake: FakeTensorMode | None = None) -> int:
+    """FLOPs of the loss of one batch and its gradients, with attention as plain products.
+
+    `fake` is the mode of a module that is made of fake tensors already.
+    """
+    trained = [p for p in stage.module.parameters() if p.requires_grad]
+    eager = torch.compiler.set_stance("force_eager")
+    fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, sdpa_kernel(SDPBackend.MATH), eager, Meter() as meter:
+        loss, _ = stage.loss(batch, torch.Generator())
+        torch.autograd.grad(loss, trained, allow_unused=True)
+    return meter.flops
+
+
+@dataclass(frozen=True)
+class PieceCost:
+    """What computing one piece of a step's batch takes, beside weights, gradients and optimizer."""
+
+    flops: int  # with what blocks compute once more in the backward pass, and fused attention always does
+    kept_bytes: int  # when the loss is known: what autograd keeps for the backward pass
+    peak_bytes: int  # the most at one time
+
+
+def piece_cost(stage: "Stage", batch: Any, bf16: bool, on_gpu: bool = True) -> PieceCost:
+    """Run a stage on fake CPU tensors (its module's and the batch's), within their `FakeTensorMode`.
+
+    With `on_gpu` attention is fused, and norms are float32 under autocast, as CUDA has it.
+    """
+    for p in stage.module.parameters():
+        p.grad = torch.empty_like(p) if p.requires_grad else None  # there already, so not counted
+    modes = (FusedAttention(), GpuAutocast()) if on_gpu else (sdpa_kernel(SDPBackend.MATH), nullcontext())
+    with Meter() as meter, modes[0], modes[1]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss, _ = stage.loss(batch, torch.Generator())
+        kept = meter.bytes
+        # `loss.backward()` would run outside of the modes, and what blocks recompute differ from what they computed
+        _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
+    return PieceCost(meter.flops, kept, meter.peak_bytes)
+
+
 def count_parameters(module: nn.Module) -> int:
     """Numbers that training changes, or froze."""
     return sum(p.numel() for p in module.parameters())
@@ -178,7 +301,12 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
-            return True  # transformers asks whether all positions follow one another
+            held = getattr(args[0], "constant", args[0])  # what a fake tensor was made from, or None
+            # transformers asks whether all positions follow one another, the loss whether all key frames are real
+            if held is None or held.is_meta:
+                return True
+            with _disable_current_modes():
+                return bool(held)
         kwargs = kwargs or {}
         given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **kwargs)
@@ -211,6 +339,18 @@ class FusedAttention(TorchFunctionMode):
         return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], scale=(kwargs or {}).get("scale"))[0]
 
 
+class GpuAutocast(TorchFunctionMode):
+    """What autocast does on GPUs and not on CPUs: norms in float32. And fused attention in bfloat16 on either."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_autocast_enabled("cpu"):
+            if func in (functional.layer_norm, functional.group_norm):
+                args = (args[0].float(), *args[1:])
+            elif func is functional.scaled_dot_product_attention:
+                args = (*(tensor.bfloat16() for tensor in args[:3]), *args[3:])
+        return func(*args, **(kwargs or {}))
+
+
 def cost(work: Callable[[], object]) -> Meter:
     """What calling `work` on meta tensors takes, with fused attention; its result is let go."""
     with Meter() as meter, FusedAttention():
@@ -236,7 +376,7 @@ def _texts(config: DeepLMConfig, batch_size: int) -> tuple[Tensor, Tensor]:
     return ids, torch.empty(batch_size, config.keyframe_limit, config.tokens_per_keyframe, config.token_width)
 
 
-def _next_tokens(model: DeepTokenLM, cache: Any, positions: int) -> Tensor:
-    hidden = model.backbone(torch.empty(1, positions, model.config.width), cache)[:, -model.together :]
+def _next_tokens(model: DeepTokenLM, past: Any, positions: int) -> Tensor:
+    hidden = model.backbone(torch.empty(1, positions, model.config.width), past)[:, -model.together :]
     mean = cast(Head, model.head).mean(hidden)
     return model.embedding(mean[:, None], model.config.keyframe_limit - 1)

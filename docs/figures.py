@@ -1,4 +1,4 @@
-"""Write the figures of `results/` into README.md and the model card; `--check` only compares."""
+"""Write the figures of `results/` into README.md, the model card and plans.md; `--check` only compares."""
 
 import json
 import sys
@@ -12,8 +12,9 @@ START, END = "<!-- figures: docs/figures.py -->", "<!-- end of figures -->"
 def main() -> int:
     """Rewrite the block between the marks in each file; returns 1 where `--check` finds a stale one."""
     table = figures("sprites")
+    tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/plans.md": plans()}
     stale = []
-    for path in (ROOT / "README.md", ROOT / "dicode/checkpoints/sprites/README.md"):
+    for path, table in ((ROOT / name, table) for name, table in tables.items()):
         text = path.read_text(encoding="utf-8")
         before, _, rest = text.partition(START)
         _, _, after = rest.partition(END)
@@ -63,6 +64,45 @@ def figures(model: str) -> str:
         *long_rows(long),
     ]
     return "\n".join(["| measured | value (95 % interval) |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def plans() -> str:
+    """What training each run of recipes/paper.py takes, as a Markdown table."""
+    values = json.loads((ROOT / "results/plans.json").read_text(encoding="utf-8"))["values"]
+    assumed = values.pop("assumed")
+    shared = ("FSDP's whole weights", "FSDP's whole gradients")
+    columns = {
+        "trained + frozen": lambda plan: (
+            f"{plan['trained'] / 1e6:,.0f} M" + f" + {plan['frozen'] / 1e6:,.0f} M" * (plan["frozen"] > 0)
+        ),
+        "batch, in pieces of": lambda plan: f"{plan['batch_size']}, {plan['batch_size'] // plan['pieces']}",
+        "strategy": lambda plan: plan["strategy"].upper(),
+        "weights": lambda plan: gib(plan["bytes_held"]["weights"]),
+        "gradients": lambda plan: gib(plan["bytes_held"]["gradients"]),
+        "average": lambda plan: gib(plan["bytes_held"]["moving average"]),
+        "optimizer": lambda plan: gib(plan["bytes_held"]["optimizer"]),
+        "for sharing": lambda plan: gib(sum(plan["bytes_held"].get(name, 0) for name in shared)),
+        "activations (recomputed)": lambda plan: (
+            f"{gib(plan['activations']['kept'])} ({gib(plan['activations']['recomputed'])})"
+        ),
+        "GiB on each GPU": lambda plan: f"**{gib(sum(plan['bytes_held'].values()))}**",
+        "TFLOP a step": lambda plan: f"{plan['step_flops'] / 1e12:.3g}",
+        "steps a day": lambda plan: f"{float(format(plan['steps_a_day'], '.3g')):,.0f}",
+        "steps": lambda plan: f"{plan['steps']:,}",
+        "days": lambda plan: f"{plan['days']:.2g}",
+    }
+    rows = [[f"`{name}`", *(tell(plan["4 GPUs"]) for tell in columns.values())] for name, plan in values.items()]
+    head = ["run", *columns]
+    what = f"4 × {assumed['gpu']}: {assumed['mfu']:.0%} of {assumed['peak_flops'] / 1e12:g} TFLOP/s"
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(
+        [f"{what}; {assumed['usable_memory']:.0%} of {assumed['memory_gib']} GiB can be used.", "", *lines]
+    )
+
+
+def gib(count: int) -> str:
+    """Bytes as GiB, with one decimal."""
+    return f"{count / 2**30:.1f}"
 
 
 def long_rows(long: dict[str, Any]) -> list[tuple[str, str]]:

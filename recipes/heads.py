@@ -18,7 +18,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import draw_prompts, text_control
@@ -29,6 +28,7 @@ from dicode.evaluate.tokens import captions_with_variants, diversity, energy_sco
 from dicode.generate import DiCoDe, GenerationConfig
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, HeadName, Order
+from dicode.sizing import step_flops
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.language import LanguageRun, LanguageTraining
 from dicode.train.loop import LoopConfig, OptimConfig, train
@@ -40,8 +40,8 @@ HEADS, ORDERS, SEEDS = get_args(HeadName), get_args(Order), (0, 1, 2)
 OTHER_CAPTIONS = 160  # besides those with four variants or more
 STEPS = 1600  # of the mixture over tokens; the others take as many as cost the same
 PROMPTS, SAMPLES, CONDITIONS = 80, 6, 64
-# How each is sampled: the mixture and the Gaussian with the published variance scale, the flow as it is.
-SAMPLING = {"guidance": 1.5, "variance_scale": 0.01, "temperature": 1.0, "flow_steps": 8}
+SAMPLING = {"guidance": 1.5, "variance_scale": 0.01, "temperature": 1.0, "flow_steps": 8}  # the published scale …
+AS_LEARNT = {"flow"}  # … but of these heads, which are drawn from as they are
 
 
 def run() -> LanguageRun:
@@ -92,16 +92,6 @@ def chosen_clips(whole: FrameCache) -> FrameCache:
     return FrameCache(tuple(videos), whole.frames[rows], whole.times_s[rows])
 
 
-def step_flops(stage: LanguageTraining) -> int:
-    """FLOPs of one training step, forward and backward."""
-    generator = torch.Generator().manual_seed(0)
-    batch = stage.batch(torch.arange(stage.run.loop.optim.batch_size), generator)
-    with FlopCounterMode(display=False) as counter:
-        stage.loss(batch, generator)[0].backward()
-    stage.module.zero_grad()
-    return counter.get_total_flops()
-
-
 def measure(model: DiCoDe, stage: LanguageTraining, bank: FrameCache, features: Any, seed: int) -> dict[str, Any]:
     """Everything in the table, of one trained run."""
     extractor = EfficientNetLite0Features()
@@ -129,18 +119,23 @@ def measure(model: DiCoDe, stage: LanguageTraining, bank: FrameCache, features: 
     }
 
 
+def sampling_of(head: HeadName) -> dict[str, Any]:
+    """How a head is drawn from."""
+    return {**SAMPLING, "variance_scale": 1.0} if head in AS_LEARNT else SAMPLING
+
+
 def scored(model: DiCoDe, stage: LanguageTraining, videos: tuple[CachedVideo, ...], seed: int) -> Any:
     """Energy score of the first two key frames, without guidance, which makes no samples of a distribution."""
     videos = videos[:: max(1, len(videos) // CONDITIONS)][:CONDITIONS]
     ids, truth = stage.sample_of(videos, key_frames=2)
-    sampling = {**SAMPLING, "guidance": 1.0}
+    sampling = {**sampling_of(model.lm.config.head), "guidance": 1.0}
     indices = list(range(SAMPLES * len(ids)))
     tokens = model.lm.generate(
         ids.repeat_interleave(SAMPLES, 0),
         2,
         seed=seed,
         sample_indices=indices,
-        **sampling,  # type: ignore[arg-type]
+        **sampling,
     )
     samples = torch.stack(list(tokens), dim=1).unflatten(0, (-1, SAMPLES)).flatten(2)
     return energy_score(list(samples.numpy()), list(truth.flatten(1).numpy()))
@@ -178,7 +173,7 @@ def trained_and_measured(
     loop = replace(asked.loop, optim=replace(asked.loop.optim, steps=steps))
     metrics = train(stage, loop, folder, {"head": head, "order": order, "seed": seed})
     lm = DeepTokenLM.from_pretrained(folder / "best")
-    defaults = GenerationConfig(decoder_guidance=2.5, decoder_temperature=0.95, **SAMPLING)  # type: ignore[arg-type]
+    defaults = GenerationConfig(decoder_guidance=2.5, decoder_temperature=0.95, **sampling_of(head))
     figures = {
         "parameters": sum(p.numel() for p in lm.parameters()),
         "steps": steps,
@@ -209,7 +204,7 @@ def main(cache: str, *seeds: str) -> None:
                 print(head, order, seed, {k: v for k, v in figures.items() if not isinstance(v, dict)}, flush=True)
     if not seeds:
         write_result(
-            "results/heads.json", "heads and orders", {"sampling": SAMPLING, "runs": values}, PROMPTS, 0,
+            "results/heads.json", "heads and orders", {"sampling": {head: sampling_of(head) for head in HEADS}, "runs": values}, PROMPTS, 0,
             "python recipes/heads.py " + cache,
         )  # fmt: skip
 

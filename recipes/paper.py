@@ -6,10 +6,14 @@
     dicode train recipes/paper.py:gpt2
     dicode assemble runs/paper_tokenizer_256/best runs/gpt2/best -o paper
 
+Each is meant for four GPUs of 80 GB, and says the pieces of a batch and the strategy that fit there (docs/plans.md has
+memory and days; `dicode info recipes/paper.py:gpt2 --gpus 8 --pieces 16` plans another machine):
+
+    torchrun --nproc-per-node 4 -m dicode train recipes/paper.py:gpt2
+
 None of these runs has been made: steps, batch sizes and learning rates are the usual ones for such sizes, untested;
-hours, results and the memory of activations are unknown. The state given below is reckoned, not measured: 20 bytes a
-trained parameter (weights, gradients, two moments and the average of the weights, float32), 4 more in validation.
-A run uses one GPU, and holds its cache in main memory: a frame takes 0.2 MB, its latents 16 kB, its deep tokens 33 kB.
+hours and results are unknown. A run reads its cache from disk, through memory maps: a frame takes 0.2 MB, its latents
+16 kB, its deep tokens 33 kB.
 """
 
 from dicode.lm.sizes import SIZES, DeepLMConfig
@@ -17,6 +21,7 @@ from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.train.clips import TokenizerRun
 from dicode.train.language import LanguageRun
 from dicode.train.loop import LoopConfig, OptimConfig
+from dicode.train.parallel import Strategy
 
 PRIOR = "checkpoints/dynamicrafter"
 
@@ -26,7 +31,7 @@ def paper_tokenizer_256() -> TokenizerRun:
 
     `--init` and `--first-stage` also take the published tokenizer (`dicode convert official`). As published, tokens are
     not normalised; `--fits-statistics` would normalise them from the first step on, and so change them for a U-Net and
-    a language model that know the published ones. State of 30 GB and 3 GB of frozen parts: meant for a GPU of 80 GB.
+    a language model that know the published ones.
     """
     return TokenizerRun(
         cache="cache/videos",
@@ -37,6 +42,7 @@ def paper_tokenizer_256() -> TokenizerRun:
         images_per_step=0,
         token_noise=0.0,
         loop=LoopConfig(
+            pieces=4,
             evaluate_every=2000,
             checkpoint_every=1000,
             optim=OptimConfig(steps=100_000, batch_size=8, lr=1e-5, warmup_steps=1000, ema_decay=0.9999),
@@ -45,17 +51,17 @@ def paper_tokenizer_256() -> TokenizerRun:
 
 
 def gpt2_mini() -> LanguageRun:
-    """51 M and 18 M parameters, from scratch. State of 1.4 GB."""
+    """51 M and 18 M parameters, from scratch."""
     return _language_model(SIZES["gpt2-mini"], lr=6e-4)
 
 
 def distilgpt2() -> LanguageRun:
-    """82 M and 27 M parameters; `--body distilbert/distilgpt2`. State of 2.2 GB."""
+    """82 M and 27 M parameters; `--body distilbert/distilgpt2`."""
     return _language_model(SIZES["distilgpt2"], lr=6e-4)
 
 
 def gpt2() -> LanguageRun:
-    """GPT-2's 124 M parameters and 27 M for deep tokens, from scratch. State of 3 GB.
+    """GPT-2's 124 M parameters and 27 M for deep tokens, from scratch.
 
     From its published weights, at a learning rate as untested:
 
@@ -67,29 +73,26 @@ def gpt2() -> LanguageRun:
 
 
 def gpt2_medium() -> LanguageRun:
-    """355 M and 37 M parameters; `--body openai-community/gpt2-medium`. State of 8 GB."""
+    """355 M and 37 M parameters; `--body openai-community/gpt2-medium`."""
     return _language_model(SIZES["gpt2-medium"], lr=3e-4)
 
 
 def gpt2_large() -> LanguageRun:
-    """774 M and 47 M parameters; `--body openai-community/gpt2-large`. State of 16 GB."""
+    """774 M and 47 M parameters; `--body openai-community/gpt2-large`."""
     return _language_model(SIZES["gpt2-large"], lr=2.5e-4)
 
 
 def llama_1b() -> LanguageRun:
-    """1.24 B and 78 M parameters; `--body meta-llama/Llama-3.2-1B`. State of 26 GB."""
+    """1.24 B and 78 M parameters; `--body meta-llama/Llama-3.2-1B`."""
     return _language_model(SIZES["llama-1b"], lr=2e-4)
 
 
 def llama_3b() -> LanguageRun:
-    """3.21 B and 123 M parameters; `--body meta-llama/Llama-3.2-3B`. State of 67 GB, 80 GB in validation.
-
-    With activations that is more than a GPU of 80 GB holds.
-    """
-    return _language_model(SIZES["llama-3b"], lr=1.6e-4)
+    """3.21 B and 123 M parameters; `--body meta-llama/Llama-3.2-3B`. FSDP: no GPU of 80 GB holds its state."""
+    return _language_model(SIZES["llama-3b"], lr=1.6e-4, pieces=8, strategy="fsdp")
 
 
-def _language_model(model: DeepLMConfig, lr: float) -> LanguageRun:
+def _language_model(model: DeepLMConfig, lr: float, pieces: int = 4, strategy: Strategy = "ddp") -> LanguageRun:
     """From scratch; learning rates are those of GPT-3's family (arXiv 2005.14165, table 2.1) at the nearest size."""
     return LanguageRun(
         cache="cache/videos",
@@ -98,6 +101,8 @@ def _language_model(model: DeepLMConfig, lr: float) -> LanguageRun:
         long_captions=0.0,
         word_dropout=0.0,
         loop=LoopConfig(
+            pieces=pieces,
+            strategy=strategy,
             evaluate_every=2000,
             checkpoint_every=1000,
             optim=OptimConfig(

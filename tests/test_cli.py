@@ -39,16 +39,20 @@ FLAGS = {
     "reconstruct": "--decoder-guidance --decoder-temperature "
     "--device --help --joins --model --output --revision --scale --seed --side-by-side --steps",
     "train": "--help --run-folder",
+    "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --model "
+    "--output --parts --rank --revision --seed --steps --targets --work-folder",
     "assemble": "--decoder-guidance --decoder-temperature "
     "--dtype --first-stage --flow-steps --guidance --help --joins --output --steps --temperature "
     "--variance-scale --window",
     "evaluate": "--cache --help --long-prompts --long-seconds --output --parts --prompts --seed --sheets",
     "data": "--help",
     "data index": "--help",
-    "data cache": "--help --loops --max-fps --output --size",
+    "data cache": "--dedupe --files-per-shard --help --loops --max-fps --output --ray --scenes --size --workers",
+    "data verify": "--help",
     "data encode": "--help --model",
+    "data export": "--help --output",
     "data sheet": "--count --help --output --seed --size",
-    "info": "--batch-size --gpus --help --json --revision",
+    "info": "--batch-size --checkpoint-activations --gpu --gpus --help --json --mfu --pieces --revision --strategy",
 }
 RECIPE = """
 from dataclasses import dataclass, field
@@ -329,7 +333,8 @@ def test_train_hands_the_run_with_its_overrides_to_training(capsys, tmp_path, mo
     monkeypatch.setitem(sys.modules, "dicode.train.stages", types.SimpleNamespace(run_recipe=run_recipe))
     code, out, err = run(capsys, "train", "recipe.py:short", "--inner.lr", "2e-4", "--inner.names", "x", "y")
     assert code == 0, err
-    (run_, folder, recipe) = seen.pop()
+    (run_, folder, recipe, source) = seen.pop()
+    assert source == Path("recipe.py")
     assert (run_.steps, run_.inner.lr, run_.inner.names) == (7, 2e-4, ("x", "y"))
     assert folder == Path("runs/short")
     assert recipe == {
@@ -421,14 +426,16 @@ def test_encode_puts_latents_and_tokens_where_training_looks_and_a_new_cache_dro
     code, out, err = run(capsys, "data", "encode", tmp_path / "cache", "--model", tiny_model)
     assert code == 0, err
     assert "tokens (120, " in out
-    made = {path.name.split("-")[0]: path for path in (tmp_path / "cache").glob("*-*.safetensors")}
+    made = {path.suffixes[0][1:].split("-")[0]: path for path in (tmp_path / "cache").glob("*.*-*.safetensors")}
     cache, tokenizer = FrameCache.load(tmp_path / "cache"), VideoTokenizer.from_pretrained(tiny_model)
-    tokens, latents = load_file(made["tokens"])["tokens"], load_file(made["latents"])["latents"]
-    assert latents.shape[:2] == (2, len(cache.frames))
+    tokens, latents = (load_file(made[name])["values"] for name in ("tokens", "latents"))
+    assert latents.shape[:2] == (len(cache.frames), 2)
     expected = tokenizer.encode(cache.frames[[0, 16]][None])[0]
     torch.testing.assert_close(tokens[[0, 16]].float(), expected, atol=0.1, rtol=0.1)  # bfloat16 and float16
-    assert run(capsys, *making)[0] == 0
-    assert not list((tmp_path / "cache").glob("*-*.safetensors"))
+    assert run(capsys, *making)[0] == 0  # the shard is there, and stays
+    assert sorted((tmp_path / "cache").glob("*.*-*.safetensors")) == sorted(made.values())
+    assert run(capsys, *making[:-1], 24)[0] == 0
+    assert not list((tmp_path / "cache").glob("*.*-*.safetensors"))
 
 
 def test_sheet_shows_as_many_clips_as_asked_for(capsys, tmp_path, spoilt_clips):
@@ -472,7 +479,7 @@ def test_a_stopwatch_gives_time_to_the_innermost_stage(monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows tells no process its peak memory")
 def test_peak_memory_is_not_that_of_the_process_that_starts_the_command():
-    ask = "from dicode.commands import peak_memory_mib; print(peak_memory_mib())"
+    ask = "from dicode.device import peak_memory_mib; print(peak_memory_mib())"
     held = bytearray(2**30)
     held[:: 2**12] = b"x" * 2**18  # touched, so that it is there
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

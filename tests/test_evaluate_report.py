@@ -52,7 +52,7 @@ def test_commit_is_that_of_the_checkout_and_none_outside_one(tmp_path: Path, mon
     shutil.copy(report.__file__, copy)
     monkeypatch.setattr(report, "__file__", str(copy))
     nothing = {"commit": None, "uncommitted_changes": None}
-    assert report._commit() == nothing
+    assert report.describe_commit() == nothing
 
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "core.hooksPath=/dev/null")
@@ -60,10 +60,10 @@ def test_commit_is_that_of_the_checkout_and_none_outside_one(tmp_path: Path, mon
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init")
-    assert report._commit() == nothing  # installed inside some other checkout: not tracked there
+    assert report.describe_commit() == nothing  # installed inside some other checkout: not tracked there
     git("add", ".")
-    assert report._commit() == nothing  # tracked, but there is no commit yet
+    assert report.describe_commit() == nothing  # tracked, but there is no commit yet
     git("commit", "-m", "first")
-    assert report._commit() == {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": False}
+    assert report.describe_commit() == {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": False}
     copy.write_text("# changed\n")
-    assert report._commit()["uncommitted_changes"] is True
+    assert report.describe_commit()["uncommitted_changes"] is True

@@ -4,19 +4,38 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from test_tokenizer import tiny_config
+from test_training import write_cache
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dicode.cli import main
+from dicode.cli import load_run, main
+from dicode.hub import write_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, DeepLMConfig
-from dicode.sizing import TrainingBytes, count_parameters, size_lm, size_tokenizer
+from dicode.plans import Planner, blank_batches, blank_stage, state_bytes
+from dicode.seeds import generator_for
+from dicode.sizing import (
+    GPUS,
+    Gpu,
+    TrainingBytes,
+    count_parameters,
+    peak_flops,
+    piece_cost,
+    size_lm,
+    size_tokenizer,
+    step_flops,
+)
 from dicode.tokenizer.diffusion import DiffusionConfig
 from dicode.tokenizer.encoder import EncoderConfig
 from dicode.tokenizer.first_stage import FirstStageConfig
@@ -24,7 +43,10 @@ from dicode.tokenizer.known import DenoiserConfig
 from dicode.tokenizer.resampler import ResamplerConfig
 from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import TokenizerConfig, VideoTokenizer
-from dicode.train.loop import OptimConfig, make_optimizers
+from dicode.train.clips import TokenizerRun
+from dicode.train.language import LanguageRun
+from dicode.train.loop import LoopConfig, OptimConfig, Stage, make_optimizers
+from dicode.train.stages import stage_of
 
 NAMESAKES = {
     "distilgpt2": 81_912_576,
@@ -265,3 +287,221 @@ def test_every_head_and_order_is_sized(head: str, order: str) -> None:
     assert sum(sized.parameters.values()) == sum(p.numel() for p in DeepTokenLM(config).parameters())
     written = [flops for name, flops in sized.flops.items() if name.endswith("written")]
     assert len(written) == 1 and written[0] > 0
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
+    """A run of either kind whose data are there: a batch of 6 in 2 pieces, 3 key frames."""
+    cache = tmp_path_factory.mktemp("cache")
+    write_cache(cache, count=8)
+    loop = LoopConfig(pieces=2, optim=OptimConfig(batch_size=6, optimizer="muon"))
+    lm = dataclasses.replace(
+        LLAMA, width=32, depth=3, heads=2, vocab_size=300, token_width=6, tokens_per_keyframe=4, text_length=12,
+        dropout=0.0,
+    )  # fmt: skip
+    return {
+        "tokenizer": TokenizerRun(
+            cache=str(cache), first_stage=str(tiny_model), model=tiny_config(), loop=loop, images_per_step=6
+        ),
+        "lm": LanguageRun(
+            cache=str(cache), tokenizer=str(tiny_model), model=lm, loop=loop, longer=(), longer_share=(), key_frames=3
+        ),
+    }
+
+
+def piece(stage: Stage) -> Any:
+    return stage.batch(torch.arange(3), generator_for(0))
+
+
+def bytes_saved(stage: Stage, batch: dict[str, Tensor], bf16: bool) -> int:
+    """What autograd saves of real tensors that are neither parameters and buffers nor the batch."""
+    given = {t.untyped_storage().data_ptr() for t in (*stage.module.state_dict().values(), *batch.values())}
+    saved: dict[int, int] = {}
+    kept = []  # else a storage's address could be another's by the end
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with saved_tensors_hooks(note, lambda tensor: tensor), sdpa_kernel([SDPBackend.MATH]), autocast:
+        stage.loss(batch, generator_for(1))
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("name", ["tokenizer", "lm"])
+def test_what_a_plan_says_is_kept_for_backward_is_what_autograd_saves(runs, name: str, bf16: bool) -> None:
+    real, fake = stage_of(runs[name]), FakeTensorMode(allow_non_fake_inputs=True)
+    real.module.train()
+    saved = bytes_saved(real, piece(real), bf16)
+    blank = blank_stage(runs[name], fake)
+    if name == "lm":
+        vars(blank.module.backbone).pop("_choose_attention")  # attention as on this CPU
+    with fake:
+        counted = piece_cost(blank, blank_batches(runs[name], 3)[0][1], bf16, on_gpu=False).kept_bytes
+    assert counted == pytest.approx(saved, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "lm"])
+def test_a_plan_knows_the_shapes_of_batches(runs, name: str) -> None:
+    ((share, batch),) = blank_batches(runs[name], 3)
+    assert share == 1
+    assert {key: (t.shape, t.dtype) for key, t in batch.items()} == {
+        key: (t.shape, t.dtype) for key, t in piece(stage_of(runs[name])).items()
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["tokenizer", "lm"])
+def test_the_bytes_of_weights_and_optimizer_are_those_after_a_step(runs, name: str, optimizer: Any) -> None:
+    loop = dataclasses.replace(runs[name].loop, optim=OptimConfig(optimizer=optimizer))
+    stage = stage_of(runs[name])
+    stage.loss(piece(stage), generator_for(1))[0].backward()
+    optimizers = make_optimizers(stage.module, loop.optim)
+    for part in optimizers:
+        part.step()
+    blank = blank_stage(runs[name], FakeTensorMode(allow_non_fake_inputs=True))
+    trained = [p for p in stage.module.parameters() if p.requires_grad]
+    assert state_bytes(blank.module, loop, 1, 1) == {
+        "weights": sum(t.nbytes for t in (*stage.module.parameters(), *stage.module.buffers())),
+        "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
+        "moving average": sum(p.nbytes for p in trained),
+        "optimizer": sum(t.nbytes for part in optimizers for held in part.state.values() for t in held.values()),
+    }
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "lm"])
+def test_flops_of_a_step_are_those_of_real_tensors_and_counting_changes_nothing(runs, name: str) -> None:
+    stage = stage_of(runs[name])
+    before = {key: value.clone() for key, value in stage.module.state_dict().items()}
+    counted = step_flops(stage)
+    assert not [key for key, value in stage.module.state_dict().items() if not torch.equal(value, before[key])]
+    assert all(p.grad is None for p in stage.module.parameters())
+    assert counted == 2 * real_flops(lambda: stage.loss(piece(stage), generator_for(1))[0].backward())
+
+
+def test_flops_of_a_step_are_the_mean_over_its_lengths(runs) -> None:
+    short, long = (dataclasses.replace(runs["lm"], key_frames=k) for k in (3, 6))
+    mixed = dataclasses.replace(short, longer=(6,), longer_share=(0.5,))
+    ends = [step_flops(stage_of(run)) for run in (short, long)]
+    assert step_flops(stage_of(mixed)) == pytest.approx(sum(ends) / 2, rel=0.05)
+    assert Planner(mixed).plan(1, GPUS["l4"], 0.5).step_flops == sum(ends) / 2
+
+
+def test_fsdp_shares_the_state_out_and_holds_what_it_gathers(runs) -> None:
+    run = runs["lm"]
+    module = blank_stage(run, FakeTensorMode(allow_non_fake_inputs=True)).module
+    sharded = dataclasses.replace(run.loop, strategy="fsdp")
+    alone, several = (state_bytes(module, sharded, gpus) for gpus in (1, 4))
+    assert {name: several[name] for name in alone} == {name: -(-count // 4) for name, count in alone.items()}
+    block = 4 * count_parameters(module.backbone.body.layers[0])
+    assert several["FSDP's whole weights"] == alone["weights"] - block  # 2 of 3 blocks at a time
+    assert several["FSDP's whole gradients"] == alone["gradients"] - block
+    assert state_bytes(module, run.loop, 4) == alone  # DDP
+
+
+def test_a_plan_finds_the_fewest_pieces_that_fit(runs, monkeypatch) -> None:
+    planner = Planner(runs["lm"])
+    state = sum(state_bytes(planner.stages[False].module, runs["lm"].loop, 1).values())
+    three, two = (planner.cost(samples, recomputes=False).peak_bytes for samples in (3, 2))
+    assert two < three
+
+    def plan(most: int) -> Any:
+        monkeypatch.setattr("dicode.plans.USABLE", (state + most) / 2**30)
+        return planner.plan(1, Gpu("", 1, 1e12), 0.5)
+
+    roomy, tight = plan(three), plan(two)
+    assert (roomy.fits, roomy.fewest_pieces) == (True, 2)
+    assert (tight.fits, tight.fewest_pieces) == (False, 3)
+    assert roomy.step_s == pytest.approx(roomy.step_flops / 0.5e12, rel=0.05)
+    assert roomy.days * 86_400 == pytest.approx(runs["lm"].loop.optim.steps * roomy.step_s)
+    with pytest.raises(ValueError, match="a multiple of 4 GPUs; got 2 pieces"):
+        planner.plan(4, GPUS["l4"], 0.5)
+
+
+def test_recomputing_blocks_keeps_less_and_computes_more(runs) -> None:
+    planner = Planner(dataclasses.replace(runs["lm"], model=dataclasses.replace(runs["lm"].model, depth=8)))
+    kept, recomputed = (planner.cost(3, recomputes) for recomputes in (False, True))
+    assert recomputed.kept_bytes < kept.kept_bytes and recomputed.peak_bytes < kept.peak_bytes
+    assert recomputed.flops > kept.flops
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+    ],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_name(monkeypatch, name: str, tflops: float) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == tflops * 1e12
+
+
+def test_the_peak_of_a_cpu_is_measured() -> None:
+    assert 1e8 < peak_flops(torch.device("cpu")) < 1e15
+
+
+def test_info_of_a_recipe_plans_all_its_runs_as_flags_change_them(capsys, tmp_path) -> None:
+    recipe = tmp_path / "small.py"
+    recipe.write_text(
+        "from dataclasses import replace\n"
+        "from dicode.lm.sizes import SIZES\n"
+        "from dicode.train.language import LanguageRun\n\n\n"
+        "def tiny() -> LanguageRun:\n"
+        "    return LanguageRun(model=replace(SIZES['sprites'], width=64, depth=1), longer=(), longer_share=())\n\n\n"
+        "def small() -> LanguageRun:\n"
+        "    return replace(tiny(), model=replace(SIZES['sprites'], width=64, depth=2))\n"
+    )
+    flags = ["--gpus", "2", "--gpu", "l4", "--pieces", "8", "--strategy", "fsdp", "--batch-size", "16"]
+    assert main(["info", str(recipe), *flags, "--json", f"{tmp_path}/plans.json"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny: 10,000 steps with a batch of 16" in out and "2 × l4" in out
+    assert "Assumed: 40% of 121 TFLOP/s; 90% of 24 GiB" in out
+    kept = json.loads((tmp_path / "plans.json").read_text())["values"]
+    assert kept.keys() == {"assumed", "tiny", "small"}
+    plan = kept["small"]["2 GPUs"]
+    assert (plan["pieces"], plan["strategy"], plan["batch_size"], plan["fits"]) == (8, "fsdp", 16, True)
+    assert main(["info", f"{recipe}:tiny", "--gpus", "2"]) == 2
+    assert "pieces a multiple of 2 GPUs; got 1 pieces" in capsys.readouterr().err
+    assert main(["info", f"{recipe}:tiny", "--gpu", "a100-80"]) == 2
+    assert "did you mean 'a100-80gb'" in capsys.readouterr().err
+
+
+def test_info_of_one_part_says_what_that_takes(capsys, tmp_path, tiny_model) -> None:
+    tokenizer = VideoTokenizer(tiny_config())
+    section = tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write_config(tmp_path / "tokenizer", {"tokenizer": section})
+    assert main(["info", str(tmp_path / "tokenizer")]) == 0
+    out = capsys.readouterr().out
+    assert f"{count_parameters(tokenizer):,}" in out and "language model" not in out
+    lm = DeepTokenLM.from_pretrained(tiny_model)
+    # as a language model's run leaves it: the tokenizer's configuration, not its weights
+    write_config(tmp_path / "lm", {"lm": lm.save_part(tmp_path / "lm"), "tokenizer": section})
+    assert main(["info", str(tmp_path / "lm")]) == 0
+    out = capsys.readouterr().out
+    assert f"{count_parameters(lm):,}" in out and "key frame encoded" not in out
+
+
+def test_the_published_plans_are_of_the_paper_recipes_and_fit() -> None:
+    root = Path(__file__).parents[1]
+    plans = json.loads((root / "results/plans.json").read_text(encoding="utf-8"))["values"]
+    assert plans.pop("assumed")["gpu"] == "a100-80gb"
+    assert len(plans) == 8
+    for name, plan in ((name, plans[name]["4 GPUs"]) for name in plans):
+        loop = load_run(f"{root}/recipes/paper.py:{name}").loop
+        asked = (loop.pieces, loop.strategy, loop.checkpoint_activations, loop.optim.batch_size, loop.optim.steps)
+        assert asked == (plan["pieces"], plan["strategy"], plan["recomputes"], plan["batch_size"], plan["steps"])
+        assert plan["fits"], name

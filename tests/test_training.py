@@ -33,6 +33,7 @@ from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.synthetic import draw_clip
 
 SIZE = 32
+SHARD = "shard-00001-model-00001-of-00001.safetensors"  # of a single process
 
 
 def write_cache(folder: Path, count: int = 18) -> None:
@@ -73,7 +74,7 @@ def runs(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
     config = tiny_config()
     cache, first_stage = str(root / "cache"), str(root / "first_stage/best")
     key_frames = TokenizerRun(
-        cache=cache, first_stage=first_stage, model=config, loop=loop(4), images_per_step=6, denoises=False
+        cache=cache, first_stage=first_stage, model=config, loop=loop(4), images_per_step=8, denoises=False
     )
     return {
         "first_stage": FirstStageRun(cache=cache, model=config.first_stage, loop=loop(4)),
@@ -115,7 +116,7 @@ LM = DeepLMConfig(
 
 
 def train_in_parts(run: FirstStageRun | TokenizerRun | LanguageRun, folder: Path) -> None:
-    """Stop a run in its fourth step, then continue it to its end."""
+    """End a run in its fourth step, without a checkpoint of the third; then continue it to its end."""
     stopping = stage_of(run)
     original, calls = stopping.batch, []
 
@@ -132,16 +133,17 @@ def train_in_parts(run: FirstStageRun | TokenizerRun | LanguageRun, folder: Path
 
 
 def assert_same_checkpoint(folder: Path, other_folder: Path, step: int) -> None:
-    for name in ("weights", "ema", "buffers", "optimizer"):
-        one, other = (load_file(p / f"step-{step:08d}/{name}.safetensors") for p in (folder, other_folder))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
+    one, other = (load_file(p / f"step-{step:08d}/{SHARD}") for p in (folder, other_folder))
+    assert {name.split("/")[0] for name in one} == {"weights", "ema", "buffers", "optimizer"}
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
 
 
 def test_a_run_does_not_go_on_with_another_optimizer(trained: Path, tmp_path: Path) -> None:
     run = variants(trained)["muon"]
     run_recipe(dataclasses.replace(run, loop=dataclasses.replace(run.loop, optim=loop(2).optim)), tmp_path, {})
-    with pytest.raises(CheckpointError, match=r"made with another optimizer; .* has no momentum_buffer"):
+    with pytest.raises(CheckpointError, match=r"made with another optimizer; .*optimizer/exp_avg/"):
         run_recipe(run, tmp_path, {})
 
 
@@ -167,9 +169,7 @@ def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
     run_recipe(whole, tmp_path / "whole", {})
     train_in_parts(whole, tmp_path / "parts")
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts", step=6)
-    replayed = losses(tmp_path / "parts")  # step 3 was done, lost with the stop, and done again
-    assert replayed[:3] + replayed[3:][1:] == losses(tmp_path / "whole")
-    assert replayed[2] == replayed[3]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")  # step 3 was done, lost, and done again
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGTERM")

@@ -54,11 +54,13 @@ def test_csv_and_text_files_serve_as_captions(tmp_path):
         ("captions.jsonl", '{"file": "a.mp4", "caption": 3}', "expected text for 'caption', got 3"),
         ("captions.jsonl", "\n", "found no clip"),
         ("captions.csv", "name,text\na,b\n", "columns file and caption"),
-        ("captions.xml", "<a/>", "expected a .jsonl or .csv index"),
+        ("captions.jsonl", b'{"file": "a.mp4"}\n{"file": "b.mp4", "caption": "caf\xe9"}', "line 2: not JSON in UTF-8"),
+        ("captions.csv", b"file,caption\na.mp4,caf\xe9\n", "not UTF-8"),
+        ("captions.xml", "<a/>", "expected a .jsonl, .csv or .tar file"),
     ],
 )
 def test_a_damaged_index_is_refused_by_file_and_line(tmp_path, name, text, said):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(VideoReadError, match=said) as caught:
         read_index(tmp_path / name)
     assert name in str(caught.value)

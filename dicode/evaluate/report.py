@@ -41,10 +41,10 @@ def write_result(
         "n": n,
         "seed": seed,
         "command": command,
-        **_commit(),
+        **describe_commit(),
         "device": describe_device(device),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "versions": versions(),
         **({"notes": notes} if notes else {}),
     }
     path = Path(path)
@@ -82,17 +82,18 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str]:
-    versions = {"dicode": __version__, "python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Versions of dicode, of Python and of the libraries that figures depend on."""
+    found = {"dicode": __version__, "python": platform.python_version()}
     for library in LIBRARIES:
         try:
-            versions[library] = metadata.version(library)
+            found[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             continue  # an extra that this result did not need
-    return versions
+    return found
 
 
-def _commit() -> dict[str, Any]:
+def describe_commit() -> dict[str, Any]:
     """The checkout's commit, and whether the code differs from it; None for an installed package.
 
     The file itself must be tracked: a package in a `.venv` inside some other project's checkout has no commit.

@@ -1,109 +1,175 @@
-"""Training checkpoints: weights, EMA and optimizer as safetensors, written atomically, the two newest kept."""
+"""Training checkpoints: everything a run needs to go on, whole on disk or not there at all.
 
+    runs/lm/step-00000500/
+        shard-00001-….safetensors   weights, EMA, buffers and optimizer, one file a process
+        state.json                  step, best metrics so far, seconds trained, steps skipped
+        SHA256SUMS                  of all of them; `sha256sum -c SHA256SUMS` checks it too
+
+Written by `torch.distributed.checkpoint` in safetensors, so that any number of processes reads what any other number
+wrote, and no pickle is involved. There is no state of random numbers in it, because there is none: every draw is a
+function of (seed, step).
+"""
+
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from dicode.hub import CheckpointError
+from dicode.hub import CheckpointError, is_finite
+from dicode.train.parallel import Processes, local
 
 KEPT = 2
-STATE_OF = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"), torch.optim.Muon: ("momentum_buffer",)}
+SUMS, STATE = "SHA256SUMS", "state.json"
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: steps done, best validation metrics so far, seconds spent training."""
+    """Where a run stands."""
 
-    step: int
-    best: dict[str, float] | None
-    trained_s: float
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete `step-…` folder of a run, or None."""
-    found = sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
-    return found[-1] if found else None
+    step: int = 0  # steps done
+    best: dict[str, float] | None = None  # validation metrics of the exported weights
+    trained_s: float = 0.0
+    skipped: int = 0  # steps left out because they were not finite
+    evaluated: int = 0  # the step of the last evaluation: one that a signal cut short is done again
 
 
-def save_checkpoint(
-    folder: Path,
-    state: TrainState,
-    trained: dict[str, nn.Parameter],
-    ema: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> Path:
-    """Write `folder/step-…` under a temporary name, flush it to disk, rename it; older ones beyond two are deleted."""
-    final = folder / f"step-{state.step:08d}"
-    temporary = folder / f".writing-{state.step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    moments = {
-        f"{key}/{name}": value
-        for name, p in trained.items()
-        for optimizer in optimizers
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-    groups = {
-        "weights": {n: p.detach() for n, p in trained.items()},
-        "ema": ema,
-        "buffers": buffers,
-        "optimizer": moments,
-    }
-    for name, tensors in groups.items():
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps(asdict(state)))
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in sorted(folder.glob("step-*"))[:-KEPT]:
-        shutil.rmtree(old)
+def save_checkpoint(folder: Path, state: TrainState, tensors: Mapping[str, Tensor], processes: Processes) -> Path:
+    """Write `folder/step-…` under a temporary name, flush it, sum it, rename it; keep the two newest.
+
+    Raises `CheckpointError`, leaving earlier checkpoints as they are, where a tensor is not finite or the disk takes
+    no more.
+    """
+    unfit = [name for name, value in tensors.items() if not is_finite(local(value))]
+    if processes.any(bool(unfit)):
+        raise CheckpointError(
+            f"step {state.step}: NaN or infinity in {unfit[:5] or 'another process'}; nothing written"
+        )
+    final, temporary = folder / f"step-{state.step:08d}", folder / f".writing-{state.step:08d}"
+    if processes.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    processes.wait()
+    failure = ""
+    try:
+        _write(temporary, tensors, processes)
+    except CheckpointException as error:  # which is no Exception
+        failure = "; ".join(f"{cause}" for cause, _ in error.failures.values())
+    except OSError as error:
+        failure = str(error)
+    if processes.first and not failure:
+        try:
+            (temporary / STATE).write_text(json.dumps(asdict(state)))
+            sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
+            (temporary / SUMS).write_text(sums)
+            for path in (temporary / STATE, temporary / SUMS):
+                flush(path)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            flush(folder)
+            for old in checkpoints(folder)[:-KEPT]:
+                shutil.rmtree(old)
+        except OSError as error:
+            failure = str(error)
+    if processes.any(bool(failure)):
+        if processes.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        left = checkpoints(folder)
+        kept = f"{left[-1].name} is whole: make room, and the same command continues" if left else "there is no other"
+        raise CheckpointError(f"{final}: cannot be written ({failure or 'in another process'}); {kept}")
     return final
 
 
-def load_checkpoint(
-    path: Path,
-    trained: dict[str, nn.Parameter],
-    ema: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> TrainState:
-    """Restore a run from one checkpoint; tensors that do not match the recipe raise `CheckpointError`."""
-    weights = load_file(path / "weights.safetensors")
-    averages = load_file(path / "ema.safetensors")
-    kept = load_file(path / "buffers.safetensors")
-    moments = load_file(path / "optimizer.safetensors")
-    if differing := sorted((weights.keys() ^ trained.keys()) | (kept.keys() ^ buffers.keys())):
-        raise CheckpointError(f"{path}: made by another recipe; differing tensors: {differing[:5]}")
-    held = {**weights, **kept}
-    if misshapen := [n for n, t in {**trained, **buffers}.items() if t.shape != held[n].shape]:
-        raise CheckpointError(f"{path}: made by another recipe; tensors of other shapes: {misshapen[:5]}")
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(kept[name])
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-            ema[name].copy_(averages[name])
-    names = {parameter: name for name, parameter in trained.items()}
-    for optimizer in optimizers:
-        keys = STATE_OF[type(optimizer)]
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            name = names[parameter]
-            if missing := [key for key in keys if f"{key}/{name}" not in moments]:
-                raise CheckpointError(f"{path}: made with another optimizer; {name} has no {', '.join(missing)}")
-            found = {key: moments[f"{key}/{name}"] for key in keys}
-            # in the parameter's memory layout: fused AdamW walks both storages side by side
-            optimizer.state[parameter] = {
-                key: torch.empty_like(parameter).copy_(m) if m.shape == parameter.shape else m.clone()
-                for key, m in found.items()
-            }
-    return TrainState(**json.loads((path / "state.json").read_text()))
+def _write(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for just that
+        packed = {name: value.contiguous() for name, value in tensors.items()}  # some are channels-last
+        save(packed, storage_writer=writer, no_dist=processes.count == 1)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The `step-…` folders of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def newest_checkpoint(folder: Path, processes: Processes) -> Path | None:
+    """The newest whole checkpoint of a run, or None where there was never one.
+
+    Damaged ones are said, and renamed to `damaged-…`. Raises `CheckpointError` where no other is left.
+    """
+    found: Path | None = None
+    problem = ""
+    if processes.first:
+        for rest in folder.glob(".writing-*"):
+            shutil.rmtree(rest)
+        for path in reversed(checkpoints(folder)):
+            if not (problem := damage(path)):
+                found = path
+                break
+            print(f"{path} is damaged: {problem}", flush=True)
+            shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+            path.rename(path.with_name(f"damaged-{path.name}"))
+    found, problem = processes.from_first((found, problem))
+    if problem and not found:
+        raise CheckpointError(f"{folder}: no whole checkpoint is left; delete the folder to begin again")
+    return found
+
+
+def damage(path: Path) -> str:
+    """What keeps a checkpoint from being what was written, or '' where nothing does."""
+    try:
+        text = (path / SUMS).read_bytes().decode("ascii")
+        sums = {name: digest for digest, name in (line.split("  ") for line in text.splitlines())}
+        there = {entry.name for entry in path.iterdir()} - {SUMS}
+        if there != sums.keys() or not text.endswith("\n") or STATE not in sums:
+            return f"{SUMS} lists {sorted(sums)}, the folder holds {sorted(there)}"
+        changed = [name for name, digest in sums.items() if sha256_of(path / name) != digest]
+        return f"{', '.join(changed)}: not as written (SHA-256 differs)" if changed else ""
+    except (OSError, ValueError) as error:
+        return f"{SUMS}: {error}"
+
+
+def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], processes: Processes) -> TrainState:
+    """Fill `tensors` in place from a whole checkpoint; those that do not match raise `CheckpointError`."""
+    reader = HuggingFaceStorageReader(str(path))
+    found = reader.read_metadata().state_dict_metadata
+    held = {name: tuple(value.size) for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
+    asked = {name: tuple(value.shape) for name, value in tensors.items()}
+    if differing := sorted(held.keys() ^ asked.keys()):
+        other = "optimizer" if all(name.startswith("optimizer/") for name in differing) else "recipe"
+        raise CheckpointError(f"{path}: made with another {other}; differing tensors: {differing[:5]}")
+    if misshapen := [name for name, shape in asked.items() if shape != held[name]]:
+        raise CheckpointError(f"{path}: made with another recipe; tensors of other shapes: {misshapen[:5]}")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(dict(tensors), storage_reader=reader, no_dist=processes.count == 1)
+    return TrainState(**json.loads((path / STATE).read_text()))
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk itself."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

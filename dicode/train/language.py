@@ -8,10 +8,9 @@ import torch
 from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dicode.device import pick_device
-from dicode.hub import content_hash, downloaded, kept_tensors, load_weights, read_config, write_config
+from dicode.hub import content_hash, downloaded, load_weights, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, DeepLMConfig
@@ -20,7 +19,8 @@ from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, Video
 from dicode.train.clips import at_once
 from dicode.train.images import frames_to_pixels, pixels_to_frames
 from dicode.train.loop import LoopConfig
-from dicode.video.shards import CachedVideo, FrameCache
+from dicode.train.lora import LoRAConfig, add_adapters, merged
+from dicode.video.shards import CachedVideo, FrameCache, Rows
 from dicode.video.sheet import contact_sheet
 
 RANKED_CLIPS = 48  # validation clips whose captions are matched with each other
@@ -43,6 +43,7 @@ class LanguageRun:
     vocabulary: str | None = None  # a folder with tokenizer.json, or with vocab.json and merges.txt
     model: DeepLMConfig = field(default_factory=lambda: SIZES["sprites"])
     loop: LoopConfig = field(default_factory=LoopConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     key_frames: int = 3  # of most samples: 4 s
     longer: tuple[int, ...] = (9, 31)  # key frames of the steps that teach long videos, up to a minute …
     longer_share: tuple[float, ...] = (0.08, 0.02)  # … and the share of steps of each
@@ -54,23 +55,20 @@ class LanguageRun:
     dropped_words: float = 0.3  # … and how many of them
 
 
-def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, folder: Path, source: Path) -> Tensor:
+def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, source: Path) -> Rows:
     """Deep tokens of every cached frame, float16 `f n d`.
 
-    Computed once and kept in the cache's `folder`, under a name that tells the weights of the tokenizer's `source`.
+    Computed once and kept beside the shards, under a name that tells the weights of the tokenizer's `source`.
     """
 
-    def computed() -> dict[str, Tensor]:
-        device, pieces = tokenizer.device, cache.frames.split(at_once(128, cache.frames.shape[1]))
+    def tokens(frames: Tensor) -> Tensor:
+        device, pieces = tokenizer.device, frames.split(at_once(128, frames.shape[1]))
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            parts = [
-                tokenizer.tokens_of(tokenizer.source_of(frames_to_pixels(part).to(device))).half().cpu()
-                for part in tqdm(pieces, desc="deep tokens", delay=2, disable=None, leave=False)
-            ]
-        return {"tokens": torch.cat(parts)}
+            sources = (tokenizer.source_of(frames_to_pixels(piece).to(device)) for piece in pieces)
+            parts = [tokenizer.tokens_of(part).half().cpu() for part in sources]
+        return torch.cat(parts)
 
-    made_by = content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)
-    return kept_tensors(folder / f"tokens-{made_by}.safetensors", computed)["tokens"]
+    return cache.computed(f"tokens-{content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)}", tokens)
 
 
 def body_folder(name: str) -> Path:
@@ -87,6 +85,8 @@ class LanguageTraining:
         named = [name for name in ("init", "body", "vocabulary") if getattr(run, name)]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)}: each brings a vocabulary of its own; name one of them")
+        if run.lora.rank and not run.init:
+            raise ValueError("lora: name in init the trained language model that is to be adapted")
         self.run = run
         folder = Path(run.tokenizer)
         self.tokenizer = VideoTokenizer.from_pretrained(folder).to(pick_device(run.loop.device))
@@ -96,7 +96,7 @@ class LanguageTraining:
         text = self._text(body)
         if text.vocab_size > run.model.vocab_size:
             raise ValueError(f"vocab_size: expected {text.vocab_size} or more, got {run.model.vocab_size}")
-        self.tokens = frame_tokens(self.tokenizer, cache, Path(run.cache), folder)
+        self.tokens = frame_tokens(self.tokenizer, cache, folder)
         self.tokenizer.cpu()  # an accelerator's memory is for the language model
         torch.manual_seed(run.loop.seed)
         self.text = text
@@ -105,6 +105,8 @@ class LanguageTraining:
             load_weights(self.module, Path(run.init) / LM_WEIGHTS)
         if body:
             self.module.load_body(body)
+        if run.lora.rank:
+            add_adapters(self.module, run.lora, run.loop.seed)
         if run.loop.compile:
             self.module.compile(dynamic=False)
 
@@ -246,7 +248,8 @@ class LanguageTraining:
         return contact_sheet(list(clips), [v.captions[0] if v.captions else "" for v in videos], columns=clips.shape[1])
 
     def export(self, folder: Path) -> None:
-        section: dict[str, Any] = self.module.save_part(folder)
+        with merged(self.module):
+            section: dict[str, Any] = self.module.save_part(folder)
         tokenizer = read_config(Path(self.run.tokenizer))["tokenizer"]
         write_config(folder, {"lm": section, "tokenizer": tokenizer, "deep_tokens": self.tokenizer.token_hash()})
 

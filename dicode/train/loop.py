@@ -1,31 +1,47 @@
 """One training loop for every stage: resumable, logged, and a pure function of its seed.
 
 The batch, the noise and the learning rate of a step depend on (seed, step) alone, so a run that was interrupted and
-continued is bit-equal to one that was not. The same command continues a run.
+continued is bit-equal to one that was not. The same command continues a run, with any number of processes.
 """
 
-import json
 import math
-import os
-import signal
+import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils._pytree import tree_leaves
 
 from dicode.device import pick_device
-from dicode.hub import config_to_dict
+from dicode.hub import config_to_dict, content_hash, is_finite
 from dicode.seeds import generator_for
-from dicode.train.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
+from dicode.stopwatch import Stopwatch
+from dicode.train.checkpoint import TrainState, flush, load_checkpoint, newest_checkpoint, save_checkpoint
+from dicode.train.parallel import (
+    Processes,
+    StepModule,
+    Strategy,
+    copy_into,
+    full,
+    gradients_shared,
+    local,
+    recompute_activations,
+    whole,
+)
+from dicode.train.run_folder import NoLog, RunLog, Tracker, note_start
+from dicode.train.signals import Stopped, StopSignal
+from dicode.train.speed import Speed
 
-RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal after a checkpoint; the same command continues
+STATE_OF = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"), torch.optim.Muon: ("momentum_buffer",)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,7 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     steps: int = 10_000
-    batch_size: int = 32
+    batch_size: int = 32  # samples a step, of all processes together
     lr: float = 1e-3
     warmup_steps: int = 200
     decay_fraction: float = 0.2
@@ -63,6 +79,13 @@ class LoopConfig:
     device: str = "auto"
     bf16: bool = True
     compile: bool = False  # torch.compile: a minute once, then 1.4× the speed on CPUs; language model (docs/log.md)
+    pieces: int = 1  # in which a step's batch is computed, shared out among processes; changes the random numbers
+    strategy: Strategy = "ddp"  # of several processes: each with all weights, or each with its share
+    checkpoint_activations: bool = False  # compute blocks a second time in the backward pass instead of keeping them
+    prefetch: bool = False  # make the next step's batch in a thread meanwhile: for accelerators
+    skip_non_finite: int = 0  # steps with NaN or infinity to leave out, and count, before the run stops
+    tracker: Tracker = "tensorboard"
+    log_samples: bool = False  # the sample numbers of every step, in log.jsonl
     log_every: int = 20
     evaluate_every: int = 1000
     checkpoint_every: int = 500
@@ -74,10 +97,11 @@ class Stage(Protocol):
     """What is trained: a module, its batches, its loss, its validation. `best` names the metric that picks weights."""
 
     best: str  # validation metric; a leading '-' means lower is better
+    run: Any  # its configuration; `run.cache` is the folder of its data
 
     @property
     def module(self) -> nn.Module:
-        """What is trained."""
+        """What is trained; a plain attribute, into which FSDP puts a whole copy for validation."""
         ...
 
     def num_samples(self) -> int:
@@ -103,6 +127,73 @@ class Stage(Protocol):
 
 class NonFiniteLossError(RuntimeError):
     """Training met NaN or infinity; nothing of that step was kept."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What changes as a run trains."""
+
+    stage: Stage
+    config: LoopConfig
+    processes: Processes
+    step: nn.Module  # computes the stage's loss, as the processes share it
+    copy: nn.Module | None  # of the stage's module, to be whole in validation where FSDP shares out the weights
+    trained: dict[str, nn.Parameter]
+    ema: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizers: list[torch.optim.Optimizer]
+
+    @classmethod
+    def of(cls, stage: Stage, config: LoopConfig, processes: Processes) -> "Training":
+        """A run before its first step. Raises `ValueError` where the batch cannot be shared out as asked."""
+        if config.pieces % processes.count or config.optim.batch_size % config.pieces:
+            raise ValueError(
+                f"batch_size {config.optim.batch_size}: expected a multiple of pieces, and pieces a multiple of the "
+                f"{processes.count} processes; got pieces {config.pieces}"
+            )
+        shares = config.strategy == "fsdp" and processes.count > 1
+        copy = deepcopy(stage.module).cpu() if shares else None
+        module = stage.module.to(pick_device(config.device))
+        if config.checkpoint_activations:
+            recompute_activations(module)
+        step = processes.arrange(StepModule(stage), config.strategy)
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        ema = {name: p.detach().clone() for name, p in trained.items()}
+        optimizers = make_optimizers(module, config.optim)
+        return cls(stage, config, processes, step, copy, trained, ema, dict(module.named_buffers()), optimizers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(iter(self.trained.values())).device
+
+    @property
+    def own_pieces(self) -> range:
+        """Numbers of the pieces of a step's batch that this process computes."""
+        return range(self.processes.rank, self.config.pieces, self.processes.count)
+
+    def samples(self, step: int) -> Tensor:
+        """Sample numbers of one step, of all its pieces."""
+        return sample_indices(self.stage.num_samples(), self.config.optim.batch_size, self.config.seed, step)
+
+    def generator(self, purpose: str, step: int, piece: int) -> torch.Generator:
+        """Random numbers of one piece of one step, the same in whichever process."""
+        return generator_for(self.config.seed, purpose, step, piece)
+
+    def statistics(self) -> list[Tensor]:
+        """Running means and variances, which a forward pass in training changes."""
+        norms = [m for m in self.stage.module.modules() if isinstance(m, nn.BatchNorm1d) and m.track_running_stats]
+        return [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds of them, by name."""
+        held: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in self.trained.items()}
+        held |= {f"ema/{name}": average for name, average in self.ema.items()}
+        held |= {f"buffers/{name}": buffer for name, buffer in self.buffers.items()}
+        for optimizer in self.optimizers:
+            for name, p in self.trained.items():
+                held |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state.get(p, {}).items()}
+        return held
 
 
 def sample_indices(num_samples: int, batch_size: int, seed: int, step: int) -> Tensor:
@@ -131,175 +222,232 @@ def make_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim.
     if matrices:
         momentum, decay = config.beta2, config.weight_decay
         made.append(torch.optim.Muon(matrices, config.lr, decay, momentum, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in made:  # what they would make at their first step, so that a checkpoint always has all of it
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            for key in STATE_OF[type(optimizer)]:
+                count = key == "step"
+                optimizer.state[p][key] = torch.zeros((), device=p.device) if count else torch.zeros_like(p).detach()
     return made
 
 
-def train(stage: Stage, config: LoopConfig, folder: Path, recipe: dict[str, Any]) -> dict[str, float]:
-    """Train to `config.optim.steps` in `folder`, continuing from its newest checkpoint; returns the best metrics.
+def train(
+    stage: Stage,
+    config: LoopConfig,
+    folder: Path,
+    recipe: dict[str, Any],
+    source: Path | None = None,
+    stop: StopSignal | None = None,
+) -> dict[str, float]:
+    """Train to `config.optim.steps` in `folder`, continuing from its newest whole checkpoint; returns the best metrics.
 
-    A SIGTERM or SIGINT finishes the step, writes a checkpoint and raises `SystemExit(75)`.
+    `recipe` and the file `source` are kept in the folder, to explain it. A SIGTERM or SIGINT finishes the step, writes
+    a checkpoint and raises `SystemExit(75)`. Raises `NonFiniteLossError`, and `CheckpointError` where a checkpoint
+    cannot be read or written.
     """
-    device = pick_device(config.device)
-    module = stage.module.to(device)
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    optimizers = make_optimizers(module, config.optim)
-    ema = {name: p.detach().clone() for name, p in trained.items()}
-    buffers = dict(module.named_buffers())
-    state = TrainState(step=0, best=None, trained_s=0.0)
-    folder.mkdir(parents=True, exist_ok=True)
-    asked = json.dumps({"recipe": recipe, "loop": config_to_dict(config)}, indent=2, default=str) + "\n"
-    if newest := latest_checkpoint(folder):
-        state = load_checkpoint(newest, trained, ema, buffers, optimizers)
-        print(f"continuing {folder} from step {state.step}", flush=True)
-        if asked != (folder / "recipe.json").read_text():
-            changed = folder / f"recipe-from-step-{state.step:08d}.json"
-            changed.write_text(asked)
-            print(f"the recipe is not the one the run began with: see {changed}", flush=True)
-    else:
-        (folder / "recipe.json").write_text(asked)
-    log = RunLog(folder)
-    # torch's fused attention for CPUs runs backward at 8 GFLOP/s on short sequences; plain products train 1.2× faster
-    attention = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    with log, StopSignal() as stop, sdpa_kernel(attention):
-        started_s = time.monotonic() - state.trained_s
-        while state.step < config.optim.steps:
-            scalars = _step(stage, config, optimizers, trained, ema, state.step)
-            state.step += 1
-            state.trained_s = time.monotonic() - started_s
-            if state.step % config.log_every == 0 or state.step == 1:
-                log.write("train", state.step, {**scalars, "trained_s": state.trained_s})
-            last = state.step == config.optim.steps
-            if state.step % config.evaluate_every == 0 or last:
-                _evaluate(stage, trained, ema, state, log, folder)
-            if state.step % config.checkpoint_every == 0 or last or stop.asked:
-                save_checkpoint(folder, state, trained, ema, buffers, optimizers)
-            if stop.asked and not last:
-                print(f"stopped at step {state.step}; the same command continues", flush=True)
-                raise SystemExit(RESUME_EXIT_CODE)
+    with stop or StopSignal() as stop, Processes() as processes:
+        run, state = Training.of(stage, config, processes), TrainState()
+        folder.mkdir(parents=True, exist_ok=True)
+        if newest := newest_checkpoint(folder, processes):
+            state = load_checkpoint(newest, run.tensors(), processes)
+        if processes.first:
+            if newest:
+                print(f"continuing {folder} from step {state.step}", flush=True)
+            data = content_hash(Path(stage.run.cache) / "index.json")
+            asked = {"recipe": recipe, "loop": config_to_dict(config)}
+            note_start(folder, state.step, asked, source, data, processes.count)
+        # torch's fused attention for CPUs runs backward at 8 GFLOP/s on short sequences: plain products are 1.2× faster
+        on_cpu = run.device.type == "cpu"
+        attention = [SDPBackend.MATH] if on_cpu else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        log = RunLog(folder, state.step, config.tracker, recipe) if processes.first else NoLog()
+        with log, sdpa_kernel(attention):
+            _loop(run, state, folder, log, stop)
     return {} if state.best is None else state.best
 
 
-def _step(
-    stage: Stage,
-    config: LoopConfig,
-    optimizers: list[torch.optim.Optimizer],
-    trained: dict[str, nn.Parameter],
-    ema: dict[str, Tensor],
-    step: int,
-) -> dict[str, float]:
-    optim = config.optim
-    device = next(iter(trained.values())).device
-    indices = sample_indices(stage.num_samples(), optim.batch_size, config.seed, step)
-    batch = stage.batch(indices, generator_for(config.seed, "batch", step))
-    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout inside library modules has no generator argument
-    stage.module.train()
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-        loss, scalars = stage.loss(batch, generator_for(config.seed, "noise", step))
-    stage.module.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(trained.values(), optim.clip_norm)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        bad = [n for n, p in trained.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+def _loop(run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, stop: StopSignal) -> None:
+    config, steps, watch = run.config, run.config.optim.steps, Stopwatch()
+    speed = Speed(config, run.device, state.step, watch)
+    batches = _batches(run, state.step)
+    kept = (state.step, state.evaluated)
+    before_s = state.trained_s
+    began_s = time.monotonic()
+    while True:
+        state.trained_s = before_s + time.monotonic() - began_s
+        finished = state.step >= steps
+        due = state.step > state.evaluated and (finished or state.step % config.evaluate_every == 0)
+        with watch.stage("evaluate"):
+            cut = due and not _evaluate(run, state, folder, log, stop)
+        stopping = run.processes.any(stop.asked)
+        keeping = finished or stopping or state.step % config.checkpoint_every == 0
+        if keeping and (state.step, state.evaluated) != kept:
+            with watch.stage("checkpoint"):
+                save_checkpoint(folder, state, run.tensors(), run.processes)
+            kept = (state.step, state.evaluated)
+        if finished and not cut:
+            return
+        if stopping:
+            print(f"stopped at step {state.step}; the same command continues", flush=True)
+            raise Stopped
+        with watch.stage("data"):
+            batch = next(batches)
+        logs = (state.step + 1) % config.log_every == 0 or state.step == 0
+        with watch.stage("step"), speed.counting() if logs else nullcontext():
+            scalars = _step(run, state, batch)
+        state.step += 1
+        if config.log_samples:
+            log.append({"kind": "samples", "step": state.step, "samples": run.samples(state.step - 1).tolist()})
+        if scalars is None:
+            log.write("skipped", state.step, {"skipped": float(state.skipped)})
+        elif logs:
+            log.write("train", state.step, {**scalars, "trained_s": state.trained_s, **speed.since_last(state.step)})
+
+
+def _batches(run: Training, step: int) -> Iterator[dict[int, Any]]:
+    """The batches of this process's pieces, step after step; with `prefetch` made one step ahead, in a thread."""
+
+    def made(step: int) -> dict[int, Any]:
+        indices = run.samples(step).tensor_split(run.config.pieces)
+        return {p: run.stage.batch(indices[p], run.generator("batch", step, p)) for p in run.own_pieces}
+
+    if not run.config.prefetch:
+        while True:
+            yield made(step)
+            step += 1
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(made, step)
+        while True:
+            batch = ahead.result()
+            step += 1
+            ahead = thread.submit(made, step)
+            yield batch
+
+
+def _step(run: Training, state: TrainState, batches: dict[int, Any]) -> dict[str, float] | None:
+    """One update of the weights, and what to log of it; None for a step that was left out as not finite."""
+    optim, step = run.config.optim, state.step
+    run.stage.module.train()
+    run.stage.module.zero_grad(set_to_none=True)
+    buffers = run.statistics()
+    moved = [torch.zeros_like(b) for b in buffers]
+    before = [b.clone() for b in buffers]
+    scalars = []
+    for piece, batch in batches.items():
+        with gradients_shared(run.step, last=piece == run.own_pieces[-1]):
+            loss, values = _loss(run, run.step, step, piece, batch)
+            (loss / len(batches)).backward()
+        scalars.append({"loss": loss.detach(), **values})
+        for total, buffer, start in zip(moved, buffers, before, strict=True):
+            total += buffer - start
+            buffer.copy_(start)
+    names = list(scalars[0])
+    sums = torch.stack([torch.stack([s[name].float() for name in names]) for s in scalars]).mean(0)
+    found = dict(zip(names, run.processes.mean(sums).tolist(), strict=True))
+    gradients = [p.grad for p in run.trained.values() if p.grad is not None]
+    total_norm = nn.utils.get_total_norm(gradients)
+    norm = full(total_norm).item()
+    if not (math.isfinite(found["loss"]) and math.isfinite(norm)):
+        state.skipped += 1
+        if state.skipped <= run.config.skip_non_finite:
+            return None
         raise NonFiniteLossError(
-            f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; first modules with non-finite gradients: "
-            f"{bad[:3]}; samples {indices.tolist()[:8]}"
+            f"step {step}: loss {found['loss']}, gradient norm {norm}; {_not_finite(run, step, batches)}; samples "
+            f"{run.samples(step).tolist()}"
         )
+    for total, buffer in zip(moved, buffers, strict=True):
+        buffer += run.processes.mean(total / len(batches)).to(buffer)
+    nn.utils.clip_grads_with_norm_(run.trained.values(), optim.clip_norm, total_norm)
     lr = optim.lr_at(step)
-    for optimizer in optimizers:
+    for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     decay = min(optim.ema_decay, (1 + step) / (10 + step))  # short memory at first, as in Karras et al. 2022
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - decay)
-    return {
-        "loss": loss.item(),
-        **{name: value.item() for name, value in scalars.items()},
-        "gradient_norm": norm.item(),
-        "lr": lr,
-    }
+        weights = [local(p.detach()) for p in run.trained.values()]
+        torch._foreach_lerp_([local(average) for average in run.ema.values()], weights, 1 - decay)
+    return {**found, "gradient_norm": norm, "lr": lr}
 
 
-def _evaluate(
-    stage: Stage,
-    trained: dict[str, nn.Parameter],
-    ema: dict[str, Tensor],
-    state: TrainState,
-    log: "RunLog",
-    folder: Path,
-) -> None:
-    """Validate the EMA weights, and export them where they are the best so far."""
-    raw = {name: p.detach().clone() for name, p in trained.items()}
-    _copy_into(trained, ema)
+def _loss(run: Training, step_module: nn.Module, step: int, piece: int, batch: Any) -> Any:
+    """Loss and scalars of one piece of a step, always the same ones."""
+    # dropout inside library modules takes no generator
+    torch.manual_seed(run.generator("dropout", step, piece).initial_seed())
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.bf16):
+        return step_module(batch, run.generator("noise", step, piece))
+
+
+def _not_finite(run: Training, step: int, batches: dict[int, Any]) -> str:
+    """What in a step that went wrong was so first: a weight, a module's output, or a gradient."""
+    for name, p in run.trained.items():
+        if not is_finite(local(p)):
+            return f"weight {name} was so before it"
+    gradients = [n for n, p in run.trained.items() if p.grad is not None and not is_finite(local(p.grad))]
+    outputs: list[str] = []
+
+    def note(name: str, output: Any) -> None:
+        values = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value.is_floating_point()]
+        if not all(is_finite(value) for value in values):
+            outputs.append(name)
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        for name, module in run.stage.module.named_modules()
+    ]
+    with torch.no_grad():
+        for piece, batch in batches.items():
+            _loss(run, run.step, step, piece, batch)
+    for hook in hooks:
+        hook.remove()
+    if outputs:
+        return f"the first module to give NaN or infinity is {outputs[0] or 'the whole'}"
+    return f"all modules' outputs are finite; gradients are not, of {gradients[:3]}"
+
+
+def _evaluate(run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, stop: StopSignal) -> bool:
+    """Validate the EMA weights, and export them where they are the best so far; False where a signal cut it short."""
+    stage, raw = run.stage, {name: p.detach().clone() for name, p in run.trained.items()}
+    copy_into(run.trained, run.ema)
     stage.module.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # its shapes would each be compiled anew
-        metrics, sheet = stage.validate()
+    result = None
+    # compiled code is left out: the shapes of validation would each be compiled anew
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), whole(stage, run.copy):
+        with suppress(Stopped), stop.cutting():
+            result = stage.validate()
+        cut = run.processes.any(result is None)
+        if result is not None and not cut:
+            metrics, sheet = run.processes.from_first(result)
+            _keep_evaluation(run, state, folder, log, metrics, sheet)
+    copy_into(run.trained, raw)
+    return not cut
+
+
+def _keep_evaluation(
+    run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, metrics: dict[str, float], sheet: Any
+) -> None:
     log.write("validation", state.step, metrics)
     if sheet is not None:
         log.sheet(state.step, sheet)
-    name = stage.best.lstrip("-")
-    sign = -1.0 if stage.best.startswith("-") else 1.0
-    if not math.isfinite(metrics[name]):
-        raise NonFiniteLossError(f"step {state.step}: validation {name} is {metrics[name]}")
+    state.evaluated = state.step
+    name, sign = run.stage.best.lstrip("-"), -1.0 if run.stage.best.startswith("-") else 1.0
+    unfit = [n for n, average in run.ema.items() if not is_finite(local(average))]
+    if not math.isfinite(metrics[name]) or run.processes.any(bool(unfit)):
+        raise NonFiniteLossError(f"step {state.step}: validation {name} is {metrics[name]}; not finite: {unfit[:3]}")
     if state.best is None or sign * metrics[name] > sign * state.best[name]:
         state.best = {**metrics, "step": float(state.step)}
-        stage.export(folder / "best")
-    _copy_into(trained, raw)
+        if run.processes.first:
+            _export(run.stage, folder)
+        run.processes.wait()
 
 
-@torch.no_grad()
-def _copy_into(target: dict[str, nn.Parameter], source: dict[str, Tensor]) -> None:
-    for name, parameter in target.items():
-        parameter.copy_(source[name])
-
-
-class RunLog:
-    """`log.jsonl`, TensorBoard and `sheets/` of one run folder, and a line on the terminal."""
-
-    def __init__(self, folder: Path):
-        self.file = (folder / "log.jsonl").open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"))
-        self.sheets = folder / "sheets"
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.board.close()
-
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Append one record to every log."""
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
-        print(f"{kind} {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
-
-    def sheet(self, step: int, image: Image.Image) -> None:
-        """Keep the contact sheet of one evaluation."""
-        self.sheets.mkdir(exist_ok=True)
-        image.save(self.sheets / f"{step:07d}.png")
-
-
-class StopSignal:
-    """While active, SIGTERM and SIGINT only set `asked`; a second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            signal.signal(number, self._before[number])
-            os.kill(os.getpid(), number)
-        self.asked = True
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def _export(stage: Stage, folder: Path) -> None:
+    """Replace `best` by what the stage writes now; a run that ends between the two renames does this again."""
+    best, new, old = (folder / name for name in ("best", ".best-new", ".best-old"))
+    for rest in (new, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    stage.export(new)
+    for path in new.rglob("*"):
+        flush(path)
+    if best.exists():
+        best.rename(old)
+    new.rename(best)
+    shutil.rmtree(old, ignore_errors=True)

@@ -7,6 +7,8 @@ from dicode.train.clips import TokenizerRun, TokenizerTraining
 from dicode.train.images import FirstStageRun, FirstStageTraining
 from dicode.train.language import LanguageRun, LanguageTraining
 from dicode.train.loop import Stage, train
+from dicode.train.parallel import Processes
+from dicode.train.signals import StopSignal
 
 Run = FirstStageRun | TokenizerRun | LanguageRun
 
@@ -18,6 +20,9 @@ def stage_of(run: Run) -> Stage:
     return TokenizerTraining(run) if isinstance(run, TokenizerRun) else LanguageTraining(run)
 
 
-def run_recipe(run: Run, folder: Path, recipe: dict[str, Any]) -> dict[str, float]:
+def run_recipe(run: Run, folder: Path, recipe: dict[str, Any], source: Path | None = None) -> dict[str, float]:
     """Train a recipe in `folder`, or continue there; returns the validation metrics of its best weights."""
-    return train(stage_of(run), run.loop, folder, recipe)
+    with StopSignal() as stop, Processes() as processes:
+        with stop.cutting(), processes.one_first():
+            stage = stage_of(run)  # the first process leaves latents and tokens for the others
+        return train(stage, run.loop, folder, recipe, source, stop)

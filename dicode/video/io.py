@@ -19,6 +19,7 @@ from av.video.stream import VideoStream
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from PIL import Image, ImageOps
+from upath import UPath
 
 from dicode.shapes import Video
 from dicode.video.writer import FOLDER_METADATA, VideoWriter
@@ -140,18 +141,25 @@ def read_video(
 
 
 def native_frames(
-    path: str | Path, size: Size | None = None, fit: Fit = "crop", *, folder_fps: float | None = None
+    path: str | Path,
+    size: Size | None = None,
+    fit: Fit = "crop",
+    *,
+    folder_fps: float | None = None,
+    max_fps: float = math.inf,
 ) -> tuple[Video, Times, float]:
     """All frames of a file, the time in seconds each appears at, and the period a loop repeats after.
 
-    The period includes the last frame's own duration. Memory holds every frame: for short files.
+    Frames that come sooner than 1/max_fps (within 1 %) after one kept are left out. The period includes the last
+    frame's own duration. Memory holds every frame kept.
     """
     frames: list[Picture] = []
     times_s: list[float] = []
     period_s = 0.0
     for shown in _shown(_timed_frames(Path(path), 1 / DEFAULT_FPS, folder_fps, allow_partial=False)):
-        frames.append(_checked(Path(path), _fit(shown.render(), size, fit), frames))
-        times_s.append(shown.start_s)
+        if not times_s or shown.start_s - times_s[-1] >= 0.99 / max_fps:
+            frames.append(_checked(Path(path), _fit(shown.render(), size, fit), frames))
+            times_s.append(shown.start_s)
         period_s = shown.end_s
     return np.stack(frames), np.array(times_s, dtype=np.float64), period_s
 
@@ -196,7 +204,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return {}
 
 
-def natural_key(path: Path) -> list[tuple[int, str]]:
+def natural_key(path: Path | UPath) -> list[tuple[int, str]]:
     """Sort key by which frame2.png comes before frame10.png, whatever the digits before."""
     parts = re.split(r"(\d+)", path.as_posix())
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

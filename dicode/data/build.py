@@ -1,0 +1,278 @@
+"""Videos to the shards of a training cache: the same bytes however many workers, and however often it was stopped.
+
+Beside the shards lie what each of them was made of and from (shard-00000.json), for the same command to go on from, and
+quarantine.jsonl, the files that could not be read.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dicode.data.looks import look_of, repeats, scenes
+from dicode.data.places import PARTIAL, Place, fetched, put_text, state_of
+from dicode.data.spread import spread
+from dicode.hub import CheckpointError, config_from_dict, read_tensors
+from dicode.shapes import Video
+from dicode.video.clips import ClipRecord, is_validation
+from dicode.video.io import Times, VideoReadError, native_frames
+from dicode.video.shards import INDEX, CachedVideo, Shard, fault, index_text, shard_name, write_shard
+
+QUARANTINE = "quarantine.jsonl"
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How videos become shards; equal options and files give equal bytes."""
+
+    size: int = 64
+    max_fps: float = 12.5
+    loops: bool = False
+    scenes: float | None = None  # shortest scene in seconds; None: videos are not cut
+    dedupe: int | None = None  # bits of 64 in which copies may differ; None: copies stay
+    files_per_shard: int = 64
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for options that cannot be."""
+        if self.loops and self.scenes is not None:
+            raise ValueError("loops, scenes: a scene cut out of a video does not repeat without a seam; leave one out")
+        if self.files_per_shard < 1 or self.size < 1 or not self.max_fps > 0:
+            raise ValueError("size, max_fps, files_per_shard: expected positive numbers")
+
+    def of_units(self) -> str:
+        """What of the options a single shard depends on."""
+        return json.dumps([self.size, self.max_fps, self.loops, self.scenes, self.dedupe is not None])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The files that become one shard."""
+
+    number: int
+    records: tuple[ClipRecord, ...]
+    options: CacheOptions
+    output: Place
+    afresh: bool = False  # even if the shard is there
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A video of a unit: its rows counted from the first of the shard, and whether it is left out as a copy."""
+
+    video: CachedVideo
+    look: str = ""  # see `look_of`
+    repeats: str = ""  # the video it is a copy of
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A file that could not be read."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a unit became, as kept in the .json beside its shard; `inputs` stands for its files and options."""
+
+    number: int
+    inputs: str
+    shard: Shard | None  # None: no file could be read
+    entries: tuple[Entry, ...]
+    bad: tuple[Bad, ...]
+
+
+def build_cache(
+    records: Sequence[ClipRecord], output: Place, options: CacheOptions, workers: int = 1, ray: str | None = None
+) -> list[Made]:
+    """Write a cache of these clips, in their order, going on from what an earlier run of the same left.
+
+    Bad files are noted and left out. Raises `VideoReadError` where nothing can be read.
+    """
+    for old in output.glob(f".*{PARTIAL}"):
+        old.unlink()
+    at_once = options.files_per_shard
+    units = [
+        Unit(i // at_once, tuple(records[i : i + at_once]), options, output) for i in range(0, len(records), at_once)
+    ]
+    made = []
+    with tqdm(total=len(records), unit="clip", delay=2, disable=None, leave=False) as shown:
+        for text in spread(make_shard, units, workers, ray):
+            made.append(config_from_dict(Made, json.loads(text), "unit"))
+            shown.update(len(units[made[-1].number].records))
+    made.sort(key=lambda unit: unit.number)
+    if options.dedupe is not None:
+        made = without_copies(made, units, options.dedupe)
+    bad = [dataclasses.asdict(file) for unit in made for file in unit.bad]
+    put_text(output / QUARANTINE, "".join(json.dumps(file, ensure_ascii=False) + "\n" for file in bad))
+    finish(made, output)
+    return made
+
+
+def make_shard(unit: Unit) -> str:
+    """`Made` of a unit as JSON: of the shard there, if it is what these files and options give, or of a new one."""
+    name, digest = shard_name(unit.number), hashlib.sha256(unit.options.of_units().encode())
+    for record in unit.records:
+        held = record.inside.archive if record.inside else record.path
+        facts = (
+            record.source,
+            record.file,
+            record.captions,
+            is_validation(record),
+            record.inside and record.inside.span,
+        )
+        digest.update(json.dumps([*facts, state_of(held)]).encode())
+    note = unit.output / f"{name}.json"
+    if not unit.afresh and note.is_file():
+        text = note.read_text(encoding="utf-8")
+        if _still_there(text, digest.hexdigest(), unit.output):
+            return text
+    _forget(unit.output, name)
+    entries: list[Entry] = []
+    frames: list[Video] = []
+    times_s: list[Times] = []
+    bad: list[Bad] = []
+    first = 0
+    for record in unit.records:
+        try:
+            for entry, own_frames, own_times_s in _clips(record, unit.options):
+                entries.append(replace(entry, video=replace(entry.video, first=first)))
+                frames.append(own_frames)
+                times_s.append(own_times_s)
+                first += len(own_frames)
+        except (VideoReadError, OSError) as error:
+            bad.append(Bad(str(record.path), str(error)))
+    shard = None
+    if frames:
+        tensors = (torch.from_numpy(np.concatenate(parts)) for parts in (frames, times_s))
+        shard = write_shard(unit.output, name, *tensors)
+    return _note(Made(unit.number, digest.hexdigest(), shard, tuple(entries), tuple(bad)), unit.output)
+
+
+def _still_there(text: str, inputs: str, output: Place) -> bool:
+    try:
+        made = config_from_dict(Made, json.loads(text), "unit")
+    except (json.JSONDecodeError, CheckpointError):  # of another version
+        return False
+    return made.inputs == inputs and (made.shard is None or not fault(output, made.shard, hashes=True))
+
+
+def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, Video, Times]]:
+    """The video of a file, or its scenes."""
+    with record.opened() as path:
+        frames, times_s, period_s = native_frames(path, options.size, max_fps=options.max_fps)
+    spans = [(0, len(frames))] if options.scenes is None else scenes(frames)
+    ends_s = [*times_s[[stop for _, stop in spans[:-1]]], period_s]
+    lengths_s = [end_s - times_s[start] for (start, _), end_s in zip(spans, ends_s, strict=True)]
+    if max(lengths_s) < (options.scenes or 0.0):
+        raise VideoReadError(f"{record.path}: its longest scene lasts {max(lengths_s):.2f} s")
+    for (start, stop), length_s in zip(spans, lengths_s, strict=True):
+        if length_s < (options.scenes or 0.0):
+            continue
+        video = CachedVideo(
+            source=record.source,
+            file=record.file,
+            captions=record.captions,
+            validation=is_validation(record),
+            loops=options.loops,
+            first=0,
+            count=stop - start,
+            period_s=float(length_s),
+            start_s=float(times_s[start]),
+        )
+        own = frames[start:stop]
+        look = "" if options.dedupe is None else look_of(own)
+        yield Entry(video, look), own, times_s[start:stop] - times_s[start]
+
+
+def _note(made: Made, output: Place) -> str:
+    text = json.dumps(dataclasses.asdict(made), ensure_ascii=False)
+    put_text(output / f"{shard_name(made.number)}.json", text)
+    return text
+
+
+def _forget(output: Place, name: str) -> None:
+    """Remove a shard with all that was computed of it, and the index, which speaks of it."""
+    for old in [output / INDEX, *output.glob(f"{name}.*")]:
+        old.unlink(missing_ok=True)
+
+
+def without_copies(made: Iterable[Made], units: Sequence[Unit], most_bits: int) -> list[Made]:
+    """The same without the videos that repeat an earlier one; shards that hold such are written anew."""
+    made = list(made)
+    places = [(i, j) for i, unit in enumerate(made) for j in range(len(unit.entries))]
+    entries = [made[i].entries[j] for i, j in places]
+    copies = repeats([entry.look for entry in entries], most_bits)
+    names: dict[int, dict[int, str]] = {}
+    for copy, first in copies.items():
+        i, j = places[copy]
+        video = entries[first].video
+        names.setdefault(i, {})[j] = f"{video.source}/{video.file}" + (f" {video.start_s:g} s" if video.start_s else "")
+    return [_thinned(unit, units[i], names.get(i, {})) for i, unit in enumerate(made)]
+
+
+def _thinned(made: Made, unit: Unit, copies: dict[int, str]) -> Made:
+    out = {j for j, entry in enumerate(made.entries) if entry.repeats}
+    if out - copies.keys():  # left out by an earlier run, with another threshold or other files before it
+        made = config_from_dict(Made, json.loads(make_shard(replace(unit, afresh=True))), "unit")
+        out = set()
+    if out != copies.keys():
+        made = _rewritten(made, unit.output, copies)
+    return replace(made, entries=tuple(replace(e, repeats=copies.get(j, "")) for j, e in enumerate(made.entries)))
+
+
+def _rewritten(made: Made, output: Place, copies: dict[int, str]) -> Made:
+    """The shard without the rows of copies. Stopped between its files, it does not fit its note and is made anew."""
+    assert made.shard is not None
+    entries, rows, first = [], [torch.empty(0, dtype=torch.long)], 0
+    for j, entry in enumerate(made.entries):
+        if j not in copies:
+            rows.append(torch.arange(entry.video.first, entry.video.first + entry.video.count))
+        entries.append(replace(entry, video=replace(entry.video, first=first), repeats=copies.get(j, "")))
+        first += 0 if j in copies else entry.video.count
+    with fetched(output / made.shard.file) as local:
+        kept = {name: values[torch.cat(rows)] for name, values in read_tensors(local).items()}
+    _forget(output, shard_name(made.number))
+    shard = write_shard(output, shard_name(made.number), kept["frames"], kept["times_s"]) if first else None
+    made = replace(made, shard=shard, entries=tuple(entries))
+    _note(made, output)
+    return made
+
+
+def finish(made: Sequence[Made], output: Place) -> None:
+    """Write the index of the shards, and remove what does not belong to them."""
+    shards: list[Shard] = []
+    videos: list[CachedVideo] = []
+    copies: list[dict[str, Any]] = []
+    for unit in made:
+        first = sum(shard.frames for shard in shards)
+        shards += [unit.shard] if unit.shard else []
+        for entry in unit.entries:
+            if entry.repeats:
+                facts = {name: getattr(entry.video, name) for name in ("source", "file", "start_s")}
+                copies.append({**facts, "repeats": entry.repeats})
+            else:
+                videos.append(replace(entry.video, first=first + entry.video.first))
+    names, index = {shard_name(unit.number) for unit in made}, output / INDEX
+    for old in (*output.glob("shard-*"), *output.glob(f".*{PARTIAL}")):
+        if old.name.partition(".")[0] not in names:
+            old.unlink()
+    text = index_text(shards, videos, repeats=copies)
+    if videos and index.is_file() and index.read_text(encoding="utf-8") == text:
+        return
+    for old in output.glob("*.safetensors"):
+        if not old.name.startswith("shard-"):  # computed of the whole cache as it was
+            old.unlink()
+    index.unlink(missing_ok=True)
+    if not videos:
+        raise VideoReadError(
+            f"none of {sum(len(unit.bad) for unit in made)} files can be read; see {output / QUARANTINE}"
+        )
+    put_text(index, text)

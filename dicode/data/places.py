@@ -1,0 +1,96 @@
+"""Where files lie: a folder here, or anything that fsspec reaches (`s3://…`, `gs://…`, `memory://…`)."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from upath import UPath
+
+Place = Path | UPath  # a `Path` always lies here
+PARTIAL = ".part"  # what unfinished files end in, and their names begin with a dot
+
+
+class UnreachableError(ValueError):
+    """A store that does not answer, which says nothing about the file asked for: stop, and try again later."""
+
+
+def place(name: str | Path | UPath) -> Place:
+    """The file or folder of this name or URL."""
+    text = str(name)
+    if isinstance(name, Path) or "://" not in text:
+        return Path(text)
+    return Path(text.removeprefix("file://")) if text.startswith("file://") else UPath(text)
+
+
+@contextmanager
+def fetched(source: Place, span: tuple[int, int] | None = None, name: str = "") -> Iterator[Path]:
+    """A local path to the file as long as the block lasts: its own, or a copy that keeps its name.
+
+    `span` is offset and length of a part of the file, copied under `name`. Raises `UnreachableError` where a store
+    fails for another reason than that the file is missing or forbidden.
+    """
+    if isinstance(source, Path) and span is None:
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="dicode-") as folder:
+        copy = Path(folder) / (Path(name).name or source.name)
+        try:
+            with source.open("rb") as file, copy.open("wb") as target:
+                if span is None:
+                    shutil.copyfileobj(file, target)
+                else:
+                    file.seek(span[0])
+                    target.write(file.read(span[1]))
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except OSError as error:
+            raise UnreachableError(f"{source}: cannot be fetched ({error}); try again") from error
+        yield copy
+
+
+def put(target: Place, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file that then appears at `target` whole: never half, whatever stops it."""
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        number, name = tempfile.mkstemp(PARTIAL, f".{target.name}.", target.parent)
+        os.close(number)
+        partial = Path(name)
+        try:
+            write(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.chmod(0o644)  # mkstemp and safetensors make files for their owner alone
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="dicode-") as folder:
+        write(Path(folder) / target.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.fs.put_file(str(Path(folder) / target.name), target.path)  # object stores show a file when it is whole
+
+
+def put_text(target: Place, text: str) -> None:
+    """Write a text file; see `put`."""
+    put(target, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def sha256_of(source: Place) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def state_of(source: Place) -> str:
+    """What changes when a file does: size and time for one here, what its store tells for another; '' if missing."""
+    try:
+        if isinstance(source, Path):
+            facts = source.stat()
+            return f"{facts.st_size} {facts.st_mtime_ns}"
+        return str(source.fs.ukey(source.path))
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,78 @@
+"""Work on many units: one after the other, by processes of this machine, or by Ray Data on many machines."""
+
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from dicode.cli import missing_extra
+
+A = TypeVar("A")
+B = TypeVar("B")
+LOCAL_STORE_BYTES = 100 * 2**20  # of a Ray of our own: what comes back of a unit is some text
+
+
+def spread(work: Callable[[A], B], units: Sequence[A], workers: int = 1, ray: str | None = None) -> Iterator[B]:
+    """What `work` gives for every unit, as it comes: in any order. With `ray`, its values are text.
+
+    `ray` is the address of a cluster, `auto` for the one around, or `local` for one started here with `workers`
+    workers; a unit whose worker dies there is done again by another.
+    """
+    if ray is not None:
+        yield from _by_ray(work, units, workers, ray)
+    elif workers > 1 and len(units) > 1:
+        yield from _by_processes(work, units, min(workers, len(units)))
+    else:
+        yield from map(work, units)
+
+
+def _by_processes(work: Callable[[A], B], units: Sequence[A], workers: int) -> Iterator[B]:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _prepare_process) as pool:
+        try:
+            for done in as_completed([pool.submit(work, unit) for unit in units]):
+                yield done.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a worker process was killed, perhaps for want of memory: the same command continues, and with fewer"
+                " workers or files in a shard it needs less"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _prepare_process() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # Ctrl-C reaches every process; one of them says so
+
+
+def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: str) -> Iterator[B]:
+    try:
+        import ray
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "cluster") from error
+    started = not ray.is_initialized()
+    if started and address == "local":
+        ray.init("local", num_cpus=workers, object_store_memory=LOCAL_STORE_BYTES, include_dashboard=False)
+    elif started:
+        ray.init(address)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+
+        def done(row: dict[str, Any]) -> dict[str, Any]:
+            return {"made": work(pickle.loads(row["unit"]))}
+
+        items = [{"unit": pickle.dumps(unit)} for unit in units]  # a block each, so that no more than one is done again
+        made = ray.data.from_items(items, override_num_blocks=len(items)).map(done, num_cpus=1, max_retries=-1)
+        for row in made.iter_rows():
+            yield row["made"]
+    finally:
+        if started:
+            ray.shutdown()

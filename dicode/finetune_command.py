@@ -1,0 +1,205 @@
+"""What `dicode finetune` does; its flags are in `cli.py`.
+
+clips ─► WORK/cache ─► adapters: WORK/denoiser, WORK/lm ─► merged: WORK/…/best ─► one checkpoint folder
+"""
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dicode import __version__
+from dicode.cli import Cache, Finetune, missing_extra
+from dicode.data_commands import cache as make_cache
+from dicode.device import peak_memory_mib, pick_device
+from dicode.generate import GenerationConfig
+from dicode.hub import CheckpointError, config_from_dict, config_to_dict, content_hash, model_name, read_config, resolve
+from dicode.lm.sizes import DeepLMConfig
+from dicode.stopwatch import Stopwatch
+from dicode.tokenizer.video_tokenizer import TokenizerConfig
+from dicode.video.clips import ClipRecord, read_index
+from dicode.video.shards import FrameCache
+
+try:
+    from dicode.evaluate.report import write_result
+    from dicode.train.assemble import assemble
+    from dicode.train.clips import TokenizerRun
+    from dicode.train.language import LanguageRun
+    from dicode.train.loop import LoopConfig, NonFiniteLossError, OptimConfig, train
+    from dicode.train.lora import LoRAConfig
+    from dicode.train.stages import stage_of
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "train") from error
+
+Run = TokenizerRun | LanguageRun
+Figures = dict[str, dict[str, float]]  # "before" and "after": validation metrics
+GOAL_SHARE = 0.2  # of steps with a goal, where the model reads goals: enough not to forget them
+CARD = """---
+library_name: dicode
+pipeline_tag: text-to-video
+---
+
+# {name}
+
+`{base}`, fine-tuned on {trained} clips with low-rank adapters, which are merged into its weights: an ordinary
+checkpoint of `dicode` {version}.
+
+    dicode generate {prompt} --model {name}
+
+It was made by
+
+    {command}
+
+| | before | after |
+|---|---|---|
+{table}
+
+Losses: lower is better. `written rank`: how near the key frame written of a caption comes to the true one (100 best, 50
+chance); `caption rank`: how well a clip's own caption explains it. All on {held} clips that were not trained on, but
+`training loss` and `written share`. `dicode evaluate` measures more.
+
+Encoder, first stage and token statistics are those of `{base}`, so what its first stage cannot show is not shown here
+either. The licence of `{base}` applies, and those of the clips.
+"""
+
+
+def finetune(command: Finetune, watch: Stopwatch) -> int:
+    """Leaves with exit code 75 (`SystemExit`) where a signal stopped it after a checkpoint, as `dicode train` does."""
+    parts = [part for part in ("denoiser", "lm") if part in command.parts]
+    if not parts or min(command.steps, command.rank) < 1:
+        found = f"{command.parts}, {command.steps} and {command.rank}"
+        raise ValueError(f"expected parts to train, and steps and a rank of 1 or more, got {found}")
+    base = resolve(command.model, command.revision)
+    work = command.work_folder or command.output.with_name(f"{command.output.name}.work")
+    denoiser, lm = _runs(command, base, work)
+    runs: dict[str, Run] = {"denoiser": denoiser, "lm": lm}
+    records = _records(command, base, work)
+    with watch.stage("cache"):
+        videos = _cached(command, work / "cache", denoiser.model.size, watch)
+    figures: dict[str, Figures] = {}
+    for part in parts:
+        with watch.stage(part):
+            try:
+                figures[part] = _train(runs[part], work / part)
+            except NonFiniteLossError as error:
+                print(f"dicode: {part}: {error}; try a lower --lr", file=sys.stderr)
+                return 1
+    folders = [work / part / "best" if part in parts else base for part in ("denoiser", "lm")]
+    defaults = config_from_dict(GenerationConfig, read_config(base).get("generation", {}), "generation")
+    with watch.stage("assemble"):
+        assemble(folders[0], folders[1], command.output, None, defaults, getattr(torch, command.dtype))
+    line, held = "dicode " + shlex.join(sys.argv[1:]), sum(video.validation for video in videos)
+    card = CARD.format(
+        name=command.output.name,
+        base=model_name(base),
+        version=__version__,
+        prompt=shlex.quote(next((r.caption for r in records if r.caption), "a prompt")),
+        command=line,
+        trained=len(videos) - held,
+        held=held,
+        table="\n".join(_rows(figures)),
+    )
+    (command.output / "README.md").write_text(card, encoding="utf-8")
+    if command.json is not None:
+        values = {**figures, "clips": len(videos), "lora": lm.lora, "seconds": watch.seconds}
+        values |= {"processor_s": time.process_time(), "peak_memory_mib": peak_memory_mib()}
+        name, device = f"{model_name(base)}: finetune", pick_device(command.device)
+        write_result(command.json, name, values, held, command.seed, line, device)
+    print(f"{command.output}: {model_name(base)}, fine-tuned on {len(videos) - held} clips; {work} may be deleted")
+    print(watch.text())
+    return 0
+
+
+def _records(command: Finetune, base: Path, work: Path) -> list[ClipRecord]:
+    """The clips that are asked for; the working folder notes them, and the model that is to learn them.
+
+    Raises `ValueError` where it was begun for others, where an output would be overwritten that it did not make, or
+    where there are no captions for a language model.
+    """
+    if not command.folders:
+        raise ValueError("expected at least one folder of clips, got none")
+    records = [record for folder in command.folders for record in read_index(folder)]
+    if "lm" in command.parts and not any(record.captions for record in records):
+        raise ValueError(f"none of {len(records)} clips has a caption to learn from; --parts denoiser needs none")
+    clips = [[str(record.path), *record.captions] for record in records]
+    asked = {"model": content_hash(*base.glob("*.safetensors")), "loops": command.loops, "clips": clips}
+    note = work / "finetune.json"
+    if not note.is_file():
+        if (command.output / "config.json").exists():
+            raise ValueError(f"{command.output}: a model is there already, and {work} did not make it; name another -o")
+        work.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(asked))
+    begun = json.loads(note.read_text())
+    if differing := ", ".join(name for name, value in asked.items() if begun.get(name) != value):
+        raise ValueError(f"{work} was begun with other {differing}: delete it, or name another --work-folder")
+    return records
+
+
+def _cached(command: Finetune, folder: Path, size: int, watch: Stopwatch) -> tuple[Any, ...]:
+    """The videos of the clips' cache, which is made where it is not there yet."""
+    if not (folder / "index.json").is_file():
+        make_cache(Cache(command.folders, str(folder), size=size, loops=command.loops), watch)
+    videos = FrameCache.load(folder).videos
+    held = sum(video.validation for video in videos)
+    if not 0 < held < len(videos):
+        raise ValueError(
+            f"{folder}: expected clips to train on and to validate with (every 15th of a folder, from the first on), "
+            f"got {len(videos) - held} and {held}"
+        )
+    return videos
+
+
+def _runs(command: Finetune, base: Path, work: Path) -> tuple[TokenizerRun, LanguageRun]:
+    """What to train of either part."""
+    where, sections = f"{base}/config.json", read_config(base)
+    if missing := [name for name in ("tokenizer", "lm") if name not in sections]:
+        raise CheckpointError(f"{where}: expected a whole model, found no section {' or '.join(missing)}")
+    tokenizer = config_from_dict(TokenizerConfig, sections["tokenizer"], f"{where}: tokenizer")
+    lm = config_from_dict(DeepLMConfig, sections["lm"], f"{where}: lm")
+    cache, model, steps = str(work / "cache"), str(base), command.steps
+    lora = LoRAConfig(command.rank, command.alpha, command.dropout, command.targets)
+    optim = OptimConfig(
+        steps=steps, batch_size=command.batch_size, lr=command.lr, warmup_steps=min(20, steps // 5), decay_fraction=0.5,
+        weight_decay=0.0, ema_decay=0.98,
+    )  # fmt: skip
+    # evaluated once, at the end: the best of several would be early weights where few clips tell no difference
+    loop = LoopConfig(seed=command.seed, device=command.device, evaluate_every=steps, checkpoint_every=100, optim=optim)
+    denoiser_run = TokenizerRun(
+        cache, first_stage=model, init=model, freeze_key_frames=True, images_per_step=0, model=tokenizer, lora=lora,
+        loop=loop,
+    )  # fmt: skip
+    lm_run = LanguageRun(
+        cache, tokenizer=model, init=model, model=lm, lora=lora, loop=loop, longer=(), longer_share=(),
+        key_frames=min(command.key_frames, lm.most_keyframes(lm.reads_goal)),
+        goal_share=GOAL_SHARE if lm.reads_goal else 0.0,
+    )  # fmt: skip
+    return denoiser_run, lm_run
+
+
+def _train(run: Run, folder: Path) -> Figures:
+    """Train one part, or continue; returns its validation metrics as the base model and as trained."""
+    stage = stage_of(run)
+    if isinstance(run, LanguageRun):
+        stage.best = "-validation_loss"  # its own, the share of captions met, is 0 for long where captions say little
+    first = folder / "before.json"
+    if not first.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        stage.module.to(pick_device(run.loop.device)).eval()
+        with torch.no_grad():
+            before = stage.validate()[0]  # adapters do nothing yet
+        first.write_text(json.dumps(before))
+    best = train(stage, run.loop, folder, {"recipe": "dicode finetune", "run": config_to_dict(run)})
+    return {"before": json.loads(first.read_text()), "after": best}
+
+
+def _rows(figures: dict[str, Figures]) -> list[str]:
+    return [
+        f"| {part}: {name.replace('_', ' ')} | {value:.4g} | {both['after'][name]:.4g} |"
+        for part, both in figures.items()
+        for name, value in both["before"].items()
+        if not name.startswith("key_frame")  # which nothing here changes
+    ]

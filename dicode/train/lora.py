@@ -1,0 +1,103 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a frozen weight W counts as W + alpha/rank · B·A, and only A and B train.
+
+They are torch parametrizations of the weights themselves, so whatever reads a weight reads the sum: linear layers,
+convolutions, embeddings, attention's fused projections. `peft` wraps layers instead, which does not fit these networks
+(docs/finetune.md): of `nn.MultiheadAttention` it counts the output adapter twice and moves the frozen weights by
+rounding at every step, and torch's fused encoder layer, which runs without gradients, leaves its adapters out.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+
+from dicode.hub import nearest
+from dicode.seeds import generator_for
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Adapters that train in place of the weights of `init`; rank 0: none, the weights themselves train."""
+
+    rank: int = 0
+    alpha: float = 16.0  # what an adapter adds counts alpha/rank
+    dropout: float = 0.0  # share of A that is left out of a training step
+    targets: tuple[str, ...] = ()  # layers, by the ends of their names (q_proj v_proj); none named: every layer
+
+
+class LowRank(nn.Module):
+    """Adds alpha/rank · B·A to a weight of at least two dimensions; B starts as zero, so that nothing changes."""
+
+    def __init__(self, weight: Tensor, config: LoRAConfig, generator: torch.Generator):
+        super().__init__()
+        rows, columns = weight.flatten(1).shape
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        # A starts as a linear layer's weight does, so that its size does not depend on the rank
+        started = (2 * torch.rand(config.rank, columns, generator=generator) - 1) / columns**0.5
+        self.a = nn.Parameter(started.to(weight.device))
+        self.b = nn.Parameter(torch.zeros(rows, config.rank, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):  # what is merged is float32 too
+            a = functional.dropout(self.a, self.dropout, self.training)
+            return weight + (self.scale * self.b @ a).view(weight.shape).to(weight.dtype)
+
+
+def add_adapters(module: nn.Module, config: LoRAConfig, seed: int) -> None:
+    """Freeze a module and give the weights of its layers adapters: linear, convolution, embedding, attention.
+
+    Raises `ValueError` for a rank below 1, or a target that is the end of no layer's name.
+    """
+    if config.rank < 1 or not 0 <= config.dropout < 1:
+        raise ValueError(f"lora: expected rank ≥ 1 and 0 ≤ dropout < 1, got {config.rank} and {config.dropout}")
+    layers = [
+        (layer_name, layer, name)
+        for layer_name, layer in module.named_modules()
+        for name, weight in layer.named_parameters(recurse=False)
+        if name.endswith("weight") and weight.ndim >= 2
+    ]
+    known = sorted({name.rpartition(".")[2] for name, _, _ in layers})
+    for target in config.targets:
+        if not any(_ends(name, target) for name, _, _ in layers):
+            raise ValueError(f"lora.targets: no layer {target!r}{nearest(target, known)}; there are {', '.join(known)}")
+    generator = generator_for(seed, "lora")
+    module.requires_grad_(False)
+    for layer_name, layer, name in layers:
+        if not config.targets or any(_ends(layer_name, target) for target in config.targets):
+            adapter = LowRank(getattr(layer, name), config, generator)
+            parametrize.register_parametrization(layer, name, adapter)
+
+
+def _ends(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+@contextmanager
+def merged(module: nn.Module) -> Iterator[None]:
+    """In here the module's `state_dict` tells the sums under the weights' own names, as if there were no adapters."""
+    if module.training:
+        raise ValueError("merged() in training mode would drop parts of the adapters out: call .eval() first")
+    layers = [layer for layer in module.modules() if parametrize.is_parametrized(layer)]
+    hooks = [layer.register_state_dict_post_hook(partial(_tell, _sums(layer))) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _sums(layer: Any) -> dict[str, Tensor]:
+    return {name: getattr(layer, name) for name in layer.parametrizations}
+
+
+def _tell(sums: Mapping[str, Tensor], layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}parametrizations.")]:
+        del state[name]
+    state.update({prefix + name: value for name, value in sums.items()})

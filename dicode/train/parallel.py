@@ -1,0 +1,190 @@
+"""The processes of one training run: `torchrun --nproc-per-node 4 -m dicode train …`, or just this one.
+
+A step's batch is cut into pieces, each with random numbers of its own; process r of n takes the pieces r, r + n, …,
+and gradients are averaged over all. So batch and losses are the same whatever the number of processes.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.checkpoint import checkpoint
+
+Strategy = Literal["ddp", "fsdp"]
+T = TypeVar("T")
+
+
+class Processes:
+    """All processes of this run; a context that joins them where `torchrun` started several, and ends that again."""
+
+    def __init__(self) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.joined = False
+
+    def __enter__(self) -> "Processes":
+        if self.count > 1 and not dist.is_initialized():
+            if torch.accelerator.is_available():
+                torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()  # nccl on GPUs, and gloo for what lies on CPUs
+            self.joined = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.joined:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes the files of the run."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """The first process does what follows alone, then the others, which find what it left on disk."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return self.mean(torch.tensor([float(flag)]))[0].item() > 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of a float tensor over all processes, on the CPU."""
+        if self.count > 1:
+            device = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
+            values = values.to(device or "cpu")
+            dist.all_reduce(values)
+            values = values / self.count
+        return values.cpu()
+
+    def from_first(self, value: T) -> T:
+        """What the first process has here."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def arrange(self, step: nn.Module, strategy: Strategy) -> nn.Module:
+        """The module whose `forward` is called in training, as these processes share it.
+
+        `ddp`: weights, gradients, EMA and optimizer whole in each; `fsdp`: FSDP2, each holding its share of them, and
+        a block's weights put together while it computes.
+        """
+        if self.count == 1:
+            return step
+        device = next(step.parameters()).device
+        if strategy == "ddp":
+            places = None if device.type == "cpu" else [device.index]
+            return DistributedDataParallel(step, device_ids=places, gradient_as_bucket_view=True)
+        for parameter in step.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP takes no channels-last
+        mesh = init_device_mesh(device.type, (self.count,))
+        for block in blocks_of(step):
+            fully_shard(block, mesh=mesh)
+        fully_shard(step, mesh=mesh)
+        return step
+
+
+class StepModule(nn.Module):
+    """A stage's loss as the `forward` of a module, which is what DDP and FSDP listen to."""
+
+    def __init__(self, stage: Any) -> None:
+        super().__init__()
+        self.module = stage.module
+        self.stage = [stage]  # in a list: a stage is no part of the module
+
+    def forward(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.stage[0].loss(batch, generator)
+
+
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost members of lists of modules: a transformer's blocks, a U-Net's levels."""
+    for child in module.children():
+        if isinstance(child, ParametrizationList):
+            continue  # adapters of a weight, not layers
+        if not isinstance(module, nn.ModuleList) or isinstance(child, nn.ModuleList):
+            yield from blocks_of(child)
+        elif any(p.requires_grad for p in child.parameters()):
+            yield child
+
+
+def recompute_activations(module: nn.Module) -> None:
+    """Keep only the inputs of each block, and compute the rest once more in the backward pass."""
+    for block in blocks_of(module):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@contextmanager
+def gradients_shared(step: nn.Module, last: bool) -> Iterator[None]:
+    """Backward passes in here average gradients over all processes if `last`; else they wait for the last.
+
+    FSDP averages every one: to wait would be to hold gradients whole.
+    """
+    if isinstance(step, DistributedDataParallel) and not last:
+        with step.no_sync():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def whole(stage: Any, copy: nn.Module | None) -> Iterator[None]:
+    """In here the stage's module has all its weights in every process, to validate and to export.
+
+    Under FSDP that takes a `copy` of it, made before its weights were shared out.
+    """
+    if copy is None:
+        yield
+        return
+    shared = stage.module
+    weights, buffers = dict(shared.named_parameters()), dict(shared.named_buffers())
+    copy.to(next(iter(weights.values())).device)
+    with torch.no_grad():
+        for name, p in copy.named_parameters():
+            p.copy_(full(weights[name]))
+    copy_into(dict(copy.named_buffers()), buffers)
+    copy.train(shared.training)
+    stage.module = copy
+    try:
+        yield
+    finally:
+        stage.module = shared
+        copy_into(buffers, dict(copy.named_buffers()))
+        copy.cpu()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor, put together from the shares of all processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Overwrite tensors with others of the same names."""
+    for name, tensor in target.items():
+        local(tensor).copy_(local(source[name]))

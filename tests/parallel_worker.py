@@ -1,0 +1,74 @@
+"""Train toy runs with as many processes as torchrun starts: see test_parallel.py.
+
+    torchrun --standalone --nproc-per-node 4 tests/parallel_worker.py ROOT OUTPUT ddp:lm fsdp:lm fsdp:key_frames:12
+
+A third part is the step in which a signal stops the run.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from test_training import loop, runs, variants
+
+import dicode.train.loop
+from dicode.train.checkpoint import TrainState
+from dicode.train.loop import Training
+from dicode.train.parallel import Processes, Strategy
+from dicode.train.signals import Stopped
+from dicode.train.stages import Run, run_recipe
+
+STEPS = 20
+
+
+def parallel_run(root: Path, name: str, strategy: Strategy) -> Run:
+    """One of the toy runs, its batch of 8 in four pieces."""
+    run = {**runs(root), **variants(root)}[name]
+    optim = dataclasses.replace(loop(STEPS).optim, optimizer=run.loop.optim.optimizer, batch_size=8)
+    again = name == "lm"  # one with activations computed twice, and batches made ahead
+    changed = dataclasses.replace(
+        loop(STEPS), optim=optim, pieces=4, strategy=strategy, checkpoint_every=10, evaluate_every=10,
+        checkpoint_activations=again, prefetch=again, tracker="none",
+    )  # fmt: skip
+    if name == "key_frames":
+        run = dataclasses.replace(run, images_per_step=32)  # statistics of two images amplify every rounding
+    return dataclasses.replace(run, loop=changed)
+
+
+def signal_at(step: int) -> None:
+    """Send this process a SIGTERM in the training step of this number."""
+    original = dicode.train.loop._step
+
+    def stepping(run: Training, state: TrainState, batches: Any) -> Any:
+        if state.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, state, batches)
+
+    dicode.train.loop._step = stepping
+
+
+def train(root: str, output: str, strategy: Strategy, name: str, stop_at: str | None = None) -> None:
+    """One run to its end, or to where a signal to the second process stops all of them."""
+    with Processes() as processes:
+        if stop_at and processes.rank == 1:
+            signal_at(int(stop_at))
+        try:
+            run_recipe(parallel_run(Path(root), name, strategy), Path(output) / f"{strategy}-{name}", {})
+        except Stopped:
+            assert stop_at
+
+
+def main(root: str, output: str, *asked: str) -> None:
+    """The runs asked for, one after the other in the same processes."""
+    torch.set_num_threads(1)
+    with Processes():
+        for run in asked:
+            train(root, output, *run.split(":"))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,290 @@
+"""Building a cache: the same bytes whoever does the work and however often it stops; scenes, copies, bad files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import spoilt_clips as spoilt_clips  # a fixture
+
+from dicode.cli import main
+from dicode.data import build
+from dicode.data.build import CacheOptions, build_cache
+from dicode.data.looks import COLOUR_LEVELS, look_of, repeats, scenes
+from dicode.data.places import place
+from dicode.video.clips import ClipRecord, read_index
+from dicode.video.io import VideoReadError
+from dicode.video.shards import FrameCache
+from dicode.video.synthetic import draw_clip
+from dicode.video.writer import VideoWriter
+
+OPTIONS = CacheOptions(size=16, files_per_shard=2)
+# A worker that kills itself in the second unit, the first time; then the command as anybody would run it.
+DEADLY = """
+import os, signal, sys
+from dicode.cli import main
+from dicode.data import build
+
+whole, mark = build.make_shard, sys.argv[1]
+
+def dies_once(unit):
+    if unit.number == 1 and not os.path.exists(mark):
+        open(mark, "x").close()
+        unit.output.mkdir(exist_ok=True)
+        (unit.output / ".shard-00001.safetensors.x.part").touch()  # as if it was about to write
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(unit)
+
+build.make_shard = dies_once
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_processes_make_the_bytes_that_one_process_makes(tmp_path: Path, spoilt_clips: Path) -> None:
+    records = read_index(spoilt_clips)
+    build_cache(records, tmp_path / "serial", OPTIONS)
+    build_cache(records, tmp_path / "processes", OPTIONS, workers=2)
+    assert contents(tmp_path / "serial") == contents(tmp_path / "processes")
+    assert {"shard-00000.safetensors", "shard-00002.json", "quarantine.jsonl"} < contents(tmp_path / "serial").keys()
+
+
+def test_ray_makes_the_same_shards_though_a_worker_is_killed_midway(tmp_path: Path, drawn_clips: Path) -> None:
+    pytest.importorskip("ray.data")
+    build_cache(read_index(drawn_clips), tmp_path / "serial", OPTIONS)
+    command = ["data", "cache", str(drawn_clips), "-o", str(tmp_path / "ray"), "--ray", "local", "--workers", "3"]
+    command += ["--size", "16", "--files-per-shard", "2"]
+    # By itself Ray lets its workers wait for whatever else the machine does: six minutes beside two trainings.
+    settings = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {**os.environ, **settings, "PYTHONPATH": str(Path(__file__).parents[1])}
+    argv = [sys.executable, "-c", DEADLY, str(tmp_path / "mark"), *command]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "6 clips (1 for validation), 120 frames of 16×16" in done.stdout
+    assert (tmp_path / "mark").exists()
+    assert contents(tmp_path / "serial") == contents(tmp_path / "ray")
+
+
+def test_a_killed_process_says_what_to_do_and_the_same_command_continues(tmp_path: Path, drawn_clips: Path) -> None:
+    script = tmp_path / "deadly.py"  # a file, since processes started anew import it
+    script.write_text(DEADLY.replace("sys.exit(main", "if __name__ == '__main__': sys.exit(main"))
+    command = ["data", "cache", str(drawn_clips), "-o", str(tmp_path / "cache"), "--workers", "2"]
+    command += ["--size", "16", "--files-per-shard", "2"]
+    argv = [sys.executable, str(script), str(tmp_path / "mark"), *command]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "a worker process was killed" in done.stderr and not (tmp_path / "cache/index.json").exists()
+    for folder in ("cache", "serial"):
+        build_cache(read_index(drawn_clips), tmp_path / folder, OPTIONS)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "serial")
+
+
+def test_a_stopped_run_goes_on_with_the_shards_that_are_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_cache(read_index(drawn_clips), tmp_path / "whole", OPTIONS)
+    made: list[int] = []
+    read = build._clips
+
+    def clips(record: ClipRecord, options: CacheOptions) -> object:
+        made.append(record.line)
+        if made == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return read(record, options)
+
+    monkeypatch.setattr(build, "_clips", clips)
+    command = ["data", "cache", str(drawn_clips), "-o", str(tmp_path / "cache"), "--size", "16"]
+    command += ["--files-per-shard", "2"]
+    assert main(command) == 130
+    assert "finished shards are kept; the same command continues" in capsys.readouterr().err
+    assert sorted(contents(tmp_path / "cache")) == ["shard-00000.json", "shard-00000.safetensors"]
+    (tmp_path / "cache" / ".shard-00001.safetensors.x.part").touch()  # of a process that could not clean up
+    assert main(command) == 0
+    assert made == [0, 1, 2, 2, 3, 4, 5]
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    assert main(command) == 0 and len(made) == 7
+
+
+def test_only_what_changed_is_made_again(tmp_path: Path, drawn_clips: Path) -> None:
+    clips, cache = tmp_path / "clips", tmp_path / "cache"
+    shutil.copytree(drawn_clips, clips)
+    build_cache(read_index(clips), cache, OPTIONS)
+    (cache / "shard-00000.tokens-12.safetensors").touch()
+    (cache / "EffLite0.safetensors").touch()
+    before = {path.name: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
+    shutil.copy(clips / "videos/0000.mp4", clips / "videos/0004.mp4")
+    build_cache(read_index(clips), cache, OPTIONS)
+    after = {path.name: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
+    assert {name for name in before if before[name] != after[name]} == {"shard-00002.json", "shard-00002.safetensors"}
+    assert not (cache / "EffLite0.safetensors").exists()  # was of all shards
+    build_cache(read_index(clips)[:3], cache, OPTIONS)
+    assert sorted(path.name for path in cache.glob("shard-*.json")) == ["shard-00000.json", "shard-00001.json"]
+    assert (cache / "shard-00000.tokens-12.safetensors").exists()
+    build_cache(read_index(clips)[:3], cache, CacheOptions(size=8, files_per_shard=2))
+    assert not (cache / "shard-00000.tokens-12.safetensors").exists()
+
+
+def test_bad_files_are_quarantined_with_their_reasons(tmp_path: Path, spoilt_clips: Path) -> None:
+    made = build_cache(read_index(spoilt_clips), tmp_path / "cache", OPTIONS)
+    lines = [json.loads(line) for line in (tmp_path / "cache/quarantine.jsonl").read_text().splitlines()]
+    assert [Path(line["file"]).name for line in lines] == ["0002.mp4", "0003.gif"]
+    assert "empty file" in lines[0]["reason"] and "no such file" in lines[1]["reason"]
+    assert made[1].shard is None  # both of its files are bad
+    assert FrameCache.load(tmp_path / "cache").frames.shape == (80, 16, 16, 3)
+    with pytest.raises(VideoReadError, match=r"none of 2 files can be read; see .*quarantine.jsonl"):
+        build_cache(read_index(spoilt_clips)[2:4], tmp_path / "cache", OPTIONS)
+    assert not (tmp_path / "cache/index.json").exists()
+
+
+def test_files_elsewhere_and_texts_in_other_encodings_stop_nothing(tmp_path: Path, drawn_clips: Path) -> None:
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(drawn_clips / "videos/0000.mp4", loose / f"{name}.mp4")
+    (loose / "a.txt").write_bytes("café".encode("latin-1"))
+    (loose / "b.txt").write_text("café")
+    made = build_cache(read_index(loose), tmp_path / "cache", OPTIONS)
+    assert [entry.video.captions for entry in made[0].entries] == [("café",)]
+    assert "a.mp4: the text beside it cannot be read" in made[0].bad[0].reason
+    elsewhere = (drawn_clips / "videos/0001.gif").as_posix()
+    (loose / "captions.jsonl").write_text(json.dumps({"file": elsewhere}) + "\n" + json.dumps({"file": "b.mp4"}))
+    made = build_cache(read_index(loose), tmp_path / "cache", OPTIONS)
+    assert [entry.video.file for entry in made[0].entries] == [elsewhere, "b.mp4"]
+
+
+def film(path: Path, seconds: tuple[float, ...], shift: int = 0, fps: float = 10.0) -> None:
+    """Scenes of one moving shape each, on grounds of different colours."""
+    grounds = ((250, 240, 230), (20, 60, 40), (90, 30, 120), (200, 180, 20))
+    with VideoWriter(path, fps) as writer:
+        for i, length_s in enumerate(seconds):
+            frames, _ = draw_clip(i + shift, round(length_s * fps), 48)
+            white = (frames == 255).all(-1, keepdims=True)
+            writer.write(np.where(white, np.uint8(grounds[(i + shift) % 4]), frames))
+
+
+def test_films_are_cut_into_scenes_and_short_ones_left_out(tmp_path: Path) -> None:
+    film(tmp_path / "film.mp4", (2.0, 0.5, 3.0))
+    film(tmp_path / "one.mp4", (1.5,))
+    options = CacheOptions(size=32, scenes=1.0)
+    records = [ClipRecord(tmp_path / name, "a film", 15, tmp_path) for name in ("film.mp4", "one.mp4")]
+    build_cache(records, tmp_path / "cache", options)
+    videos = FrameCache.load(tmp_path / "cache").videos
+    found = [(v.file, round(v.start_s, 3), v.count, round(v.period_s, 3), v.validation) for v in videos]
+    assert found == [
+        ("film.mp4", 0.0, 20, 2.0, True),
+        ("film.mp4", 2.5, 30, 3.0, True),
+        ("one.mp4", 0.0, 15, 1.5, True),
+    ]
+    assert [v.first for v in videos] == [0, 20, 50]
+    (bad,) = build_cache([*records, records[1]], tmp_path / "long", CacheOptions(size=32, scenes=1.8))[0].bad[:1]
+    assert "its longest scene lasts 1.50 s" in bad.reason
+    with pytest.raises(ValueError, match="loops, scenes"):
+        CacheOptions(scenes=1.0, loops=True)
+
+
+def test_motion_is_no_cut() -> None:
+    frames, _ = draw_clip(3, 40, 32)
+    assert scenes(frames) == [(0, 40)]
+    assert scenes(frames[:1]) == [(0, 1)]
+
+
+def copies(folder: Path) -> list[ClipRecord]:
+    """Six films; 2 and 5 show the same as 0 and 1, of other size and quality; 4 differs from 3 in its colour alone."""
+    for i, (shift, scale) in enumerate([(0, 1), (1, 1), (0, 2), (2, 1), (2, 1), (1, 1)]):
+        with VideoWriter(folder / f"{i}.mp4", 10.0, scale=scale, crf=36 if i == 5 else None) as writer:
+            frames, _ = draw_clip(shift, 20, 48)
+            frames[..., :10, :, :] = 40 * shift
+            writer.write(frames[..., ::-1].copy() if i == 4 else frames)
+    return [ClipRecord(folder / f"{i}.mp4", "x", i, folder) for i in range(6)]
+
+
+@pytest.mark.parametrize("files_per_shard", [2, 4])
+def test_copies_are_left_out_whatever_the_shards(tmp_path: Path, files_per_shard: int) -> None:
+    options = CacheOptions(size=32, dedupe=6, files_per_shard=files_per_shard)
+    build_cache(copies(tmp_path), tmp_path / "cache", options)
+    cache = FrameCache.load(tmp_path / "cache")
+    assert [video.file for video in cache.videos] == ["0.mp4", "1.mp4", "3.mp4", "4.mp4"]
+    assert len(cache.frames) == 80 and [video.first for video in cache.videos] == [0, 20, 40, 60]
+    name = tmp_path.name
+    assert json.loads((tmp_path / "cache/index.json").read_text())["repeats"] == [
+        {"source": name, "file": "2.mp4", "start_s": 0.0, "repeats": f"{name}/0.mp4"},
+        {"source": name, "file": "5.mp4", "start_s": 0.0, "repeats": f"{name}/1.mp4"},
+    ]
+
+
+def test_leaving_copies_out_can_be_changed_and_repeated(tmp_path: Path) -> None:
+    records = copies(tmp_path)
+    for bits in (6, 0):
+        build_cache(records, tmp_path / f"fresh-{bits}", CacheOptions(size=32, dedupe=bits, files_per_shard=2))
+    assert contents(tmp_path / "fresh-6") != contents(tmp_path / "fresh-0")
+    for bits in (6, 0, 0, 6, 6):
+        build_cache(records, tmp_path / "cache", CacheOptions(size=32, dedupe=bits, files_per_shard=2))
+        assert contents(tmp_path / "cache") == contents(tmp_path / f"fresh-{bits}")
+
+
+def test_looks_are_compared_as_numbers_say() -> None:
+    """Beside the slow way: three hashes of 64 bits and three thumbnails, each within its limit."""
+    generator = np.random.default_rng(0)
+    raw = generator.integers(0, 2, (60, 24 + 144), dtype=np.uint8)
+    looks = [row.tobytes().hex() for row in raw]
+    expected: dict[int, int] = {}
+    for i in range(60):
+        for j in (j for j in range(i) if j not in expected):
+            bits = [np.unpackbits(raw[i, k : k + 8] ^ raw[j, k : k + 8]).sum() for k in (0, 8, 16)]
+            if max(bits) <= 3 and np.abs(raw[i, 24:].astype(int) - raw[j, 24:]).max() <= COLOUR_LEVELS:
+                expected[i] = j
+                break
+    assert repeats(looks, 3) == expected and 0 < len(expected) < 60
+    assert repeats([look_of(draw_clip(1, 9, 32)[0])] * 3, 0) == {1: 0, 2: 0}
+
+
+def test_stores_are_read_and_written_as_folders_are(tmp_path: Path, drawn_clips: Path) -> None:
+    source, target = place("memory://bucket/drawn"), place("memory://bucket/cache")
+    for path in drawn_clips.rglob("*"):
+        if path.is_file():
+            copy = source / path.relative_to(drawn_clips).as_posix()
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    (source / "videos/0002.mp4").write_bytes(b"no video")
+    command = ["data", "cache", str(source), "-o", str(target), "--size", "16", "--files-per-shard", "2"]
+    assert main([*command, "--dedupe", "0"]) == main([*command, "--dedupe", "0"]) == 1
+    clips = tmp_path / "drawn"
+    shutil.copytree(drawn_clips, clips)
+    (clips / "videos/0002.mp4").write_bytes(b"no video")
+    build_cache(read_index(clips), tmp_path / "cache", CacheOptions(size=16, files_per_shard=2, dedupe=0))
+    here = {name: text for name, text in contents(tmp_path / "cache").items() if not name.startswith(("shard-0", "q"))}
+    there = {path.name: path.read_bytes() for path in target.iterdir()}
+    for name in [*here, *(f"shard-0000{i}.safetensors" for i in range(3))]:
+        assert there[name] == (tmp_path / "cache" / name).read_bytes(), name
+    quarantine = json.loads(there["quarantine.jsonl"])
+    assert quarantine["file"] == f"{source}/videos/0002.mp4" and quarantine["reason"].startswith(quarantine["file"])
+    assert main(["data", "verify", str(target)]) == 0
+    assert main(["data", "index", str(source)]) == 1
+    with pytest.raises(ValueError, match="copy the cache to this machine first"):
+        FrameCache.load(str(target))
+    assert FrameCache.load(f"file://{tmp_path}/cache").videos
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "extra"),
+    [
+        ("ray", ["--ray", "local"], "cluster"),
+        ("scenedetect", ["--scenes", "1"], "data"),
+        ("imagehash", ["--dedupe", "4"], "data"),
+    ],
+)
+def test_a_missing_package_names_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_clips: Path, capsys: pytest.CaptureFixture[str],
+    module: str, flags: list[str], extra: str,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["data", "cache", str(drawn_clips), "-o", str(tmp_path / "cache"), *flags]) == 2
+    assert f"pip install 'dicode[{extra}]'" in capsys.readouterr().err

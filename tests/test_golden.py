@@ -1,0 +1,123 @@
+"""The first losses of every recipe at toy size, so that a change of what is computed shows itself.
+
+    python tests/test_golden.py      # writes golden.json anew: for a change that is meant
+
+Everything of a recipe is kept but its sizes and its data.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_tokenizer import tiny_config
+from test_training import runs, write_cache
+
+from dicode.cli import load_run
+from dicode.lm.sizes import DeepLMConfig
+from dicode.tokenizer.denoiser import DenoiserConfig
+from dicode.tokenizer.video_tokenizer import TokenizerConfig
+from dicode.train.clips import TokenizerRun
+from dicode.train.images import FirstStageRun
+from dicode.train.stages import Run, run_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+GOLDEN = Path(__file__).with_name("golden.json")
+STEPS = 6
+NAMES = {
+    "sprites": ("first_stage", "first_stage_decoder", "key_frames", "denoiser", "lm"),
+    "paper": (
+        "paper_tokenizer_256", "gpt2_mini", "distilgpt2", "gpt2", "gpt2_medium", "gpt2_large", "llama_1b", "llama_3b"
+    ),
+    "heads": ("run",),
+}  # fmt: skip
+EVERY = [f"{file}:{name}" for file, names in NAMES.items() for name in names]
+
+
+def toy(run: Run, root: Path) -> Run:
+    """A recipe on drawn clips, in a model of a few thousand parameters."""
+    optim = dataclasses.replace(
+        run.loop.optim, steps=STEPS, batch_size=max(4, 2 * run.loop.pieces), warmup_steps=2, ema_decay=0.9
+    )
+    small = dataclasses.replace(
+        run.loop, optim=optim, bf16=False, device="cpu", strategy="ddp", tracker="none", log_every=1,
+        evaluate_every=STEPS, checkpoint_every=STEPS,
+    )  # fmt: skip
+    changes: dict[str, Any] = {"cache": str(root / "cache"), "loop": small}
+    init = getattr(run, "init", None)
+    if isinstance(run, FirstStageRun):
+        changes |= {"model": tiny_config().first_stage, "init": init and str(root / "first_stage/best")}
+        changes |= {"tokenizer": run.tokenizer and str(root / "key_frames/best")}
+    elif isinstance(run, TokenizerRun):
+        changes |= {"first_stage": str(root / "first_stage/best"), "model": toy_tokenizer(run.model)}
+        changes |= {"init": init and str(root / "key_frames/best"), "images_per_step": min(8, run.images_per_step)}
+    else:
+        changes |= {"tokenizer": str(root / "key_frames/best"), "model": toy_lm(run.model)}
+        changes |= {"longer": tuple(min(5, count) for count in run.longer)}
+    return dataclasses.replace(run, **changes)
+
+
+def toy_tokenizer(model: TokenizerConfig) -> TokenizerConfig:
+    """A tiny tokenizer whose denoiser is of the kind asked for, and predicts what that does."""
+    tiny = tiny_config()
+    denoiser: DenoiserConfig = tiny.denoiser
+    if model.denoiser.kind == denoiser.kind:
+        denoiser = dataclasses.replace(denoiser, predicts_change=model.denoiser.predicts_change)
+    return dataclasses.replace(tiny, denoiser=denoiser, diffusion=model.diffusion)
+
+
+def toy_lm(model: DeepLMConfig) -> DeepLMConfig:
+    """The same body, head and order, 32 wide."""
+    few = 1 if model.key_value_heads else None
+    return dataclasses.replace(
+        model, width=32, depth=2, heads=2, key_value_heads=few, feed_forward=48, vocab_size=300, text_length=12,
+        positions=48, max_keyframes=6, token_width=6, tokens_per_keyframe=4, components=3, flow_width=16,
+    )  # fmt: skip
+
+
+def curves(root: Path) -> dict[str, list[float]]:
+    """The losses of each recipe's first steps, one process and one thread."""
+    torch.set_num_threads(1)
+    write_cache(root / "cache")
+    for name in ("first_stage", "key_frames"):
+        run_recipe(runs(root)[name], root / name, {})
+    found = {}
+    for name in EVERY:
+        file, _, function = name.partition(":")
+        run = toy(load_run(f"{RECIPES / file}.py:{function}"), root)
+        run_recipe(run, root / name.replace(":", "-"), {})
+        lines = (root / name.replace(":", "-") / "log.jsonl").read_text().splitlines()
+        found[name] = [line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    return curves(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_losses_are_those_of_before(found: dict[str, list[float]], name: str) -> None:
+    """Within a thousandth: other processors round differently, and Adam's first steps amplify it."""
+    expected = json.loads(GOLDEN.read_text())[name]
+    assert len(found[name]) == STEPS
+    assert found[name] == pytest.approx(expected, rel=1e-3)
+
+
+def test_every_recipe_has_a_curve() -> None:
+    """A new function of a recipe file is listed here."""
+    for path in RECIPES.glob("*.py"):
+        functions = {line[4:].partition("(")[0] for line in path.read_text().splitlines() if "Run:" in line}
+        public = {name for name in functions if name.isidentifier() and not name.startswith("_")}
+        assert public - {"arrangement"} == set(NAMES[path.stem])
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        GOLDEN.write_text(json.dumps(curves(Path(place)), indent=1) + "\n")
+    sys.exit()

@@ -1,0 +1,125 @@
+"""Several processes train as one does: DDP and FSDP, with 2 and 4 processes on this machine."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_worker import STEPS, parallel_run
+from safetensors.torch import load_file
+from test_training import loop, runs, write_cache
+from torch import nn
+
+from dicode.seeds import generator_for
+from dicode.train.loop import Training
+from dicode.train.parallel import Processes, StepModule, blocks_of, recompute_activations
+from dicode.train.stages import run_recipe, stage_of
+
+HERE = Path(__file__).parent
+NAMES = ["first_stage", "key_frames", "denoiser", "lm", "muon"]
+TOGETHER = ["2/ddp-key_frames", "2/fsdp-lm", "4/ddp-lm", *(f"4/fsdp-{name}" for name in NAMES)]
+
+# A count of forward passes that nothing reads; a bias that batch statistics take out again, so that its gradient is
+# rounding, and their mean, which follows it.
+FREE = ("num_batches_tracked", "norm_out.bias", "running_mean")
+
+
+def launch(processes: int, *arguments: object) -> None:
+    """`torchrun` the worker; its output is shown where it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, str(HERE / "parallel_worker.py"), *map(str, arguments)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process made of five recipes, and what 4 and 2 made of the same."""
+    folder = tmp_path_factory.mktemp("parallel")
+    torch.set_num_threads(1)
+    write_cache(folder / "cache")
+    for name in ("first_stage", "key_frames"):
+        run_recipe(runs(folder)[name], folder / name, {})
+    for name in NAMES:
+        run_recipe(parallel_run(folder, name, "ddp"), folder / "1" / f"ddp-{name}", {})
+    launch(4, folder, folder / "4", "ddp:lm", *(f"fsdp:{name}" for name in NAMES))
+    launch(4, folder, folder / "stopped", "fsdp:key_frames:12")
+    shutil.copytree(folder / "stopped", folder / "2")
+    launch(2, folder, folder / "2", "fsdp:key_frames", "ddp:key_frames", "fsdp:lm")
+    return folder
+
+
+def curve(folder: Path) -> dict[tuple[str, int], float]:
+    """What a run logged: losses, and its metric of validation."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    metrics = ("loss", "validation_loss", "denoising_loss", "key_frame_error", "psnr_db")
+    return {(f"{line['kind']} {m}", line["step"]): line[m] for line in lines for m in metrics if m in line}
+
+
+@pytest.mark.parametrize("together", TOGETHER)
+def test_losses_do_not_depend_on_the_number_of_processes(root: Path, together: str) -> None:
+    alone = curve(root / "1" / f"ddp-{together.rpartition('-')[2]}")
+    assert len([key for key in alone if key[0] == "train loss"]) == STEPS
+    assert curve(root / together) == pytest.approx(alone, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("together", TOGETHER)
+def test_exported_weights_are_whole_and_the_same(root: Path, together: str) -> None:
+    files = list((root / "1" / f"ddp-{together.rpartition('-')[2]}" / "best").glob("*.safetensors"))
+    assert files
+    for path in files:
+        alone, shared = load_file(path), load_file(root / together / "best" / path.name)
+        assert shared.keys() == alone.keys()
+        for name, value in alone.items():
+            if name.endswith(FREE):
+                continue
+            torch.testing.assert_close(shared[name], value, rtol=1e-2, atol=2e-3, msg=f"{path} {name}")
+
+
+def test_what_four_processes_kept_when_stopped_goes_on_in_one_and_in_two(root: Path, tmp_path: Path) -> None:
+    """A SIGTERM reached one of the four; all kept the same step, and the rest ran elsewhere as if nothing had been."""
+    stopped = root / "stopped/fsdp-key_frames"
+    assert [path.name for path in stopped.glob("step-*")] == ["step-00000010", "step-00000012"]
+    assert len(list((stopped / "step-00000012").glob("shard-*"))) == 4
+    shutil.copytree(stopped, tmp_path / "run")
+    run_recipe(parallel_run(root, "key_frames", "ddp"), tmp_path / "run", {})
+    for folder in (tmp_path / "run", root / "2/fsdp-key_frames"):
+        assert curve(folder) == pytest.approx(curve(root / "1/ddp-key_frames"), rel=1e-4, abs=1e-4)
+
+
+def test_blocks_are_the_members_of_the_outermost_lists() -> None:
+    inner = nn.ModuleList([nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))])
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    module = nn.ModuleDict({"a": nn.ModuleList([inner, frozen]), "b": nn.Linear(2, 2)})
+    assert list(blocks_of(module)) == list(inner)
+
+
+def test_recomputed_activations_give_the_same_gradients(root: Path) -> None:
+    kept, again = (stage_of(runs(root)["lm"]) for _ in range(2))
+    recompute_activations(again.module)
+    for stage in (kept, again):
+        stage.module.train()
+        batch = stage.batch(torch.arange(4), generator_for(0))
+        StepModule(stage)(batch, generator_for(1))[0].backward()
+    for (name, p), other in zip(kept.module.named_parameters(), again.module.parameters(), strict=True):
+        assert p.grad is not None and torch.equal(p.grad, other.grad), name
+
+
+@pytest.mark.parametrize(("pieces", "batch_size"), [(3, 8), (3, 9)])
+def test_a_batch_that_cannot_be_shared_out_is_an_error(root: Path, pieces: int, batch_size: int) -> None:
+    stage = stage_of(runs(root)["first_stage"])
+    config = dataclasses.replace(
+        loop(2), pieces=pieces, optim=dataclasses.replace(loop(2).optim, batch_size=batch_size)
+    )
+    processes = Processes()
+    processes.count = 2
+    with pytest.raises(ValueError, match=f"batch_size {batch_size}.*2 processes.*pieces 3"):
+        Training.of(stage, config, processes)

@@ -1,0 +1,244 @@
+"""Training goes on after whatever ends it: `tests/survival.py` with fewer kills, and what it does not do."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from survival import differences, prepare, the_run
+from test_training import SHARD, runs
+from torch import Tensor
+
+import dicode.train.loop
+from dicode.hub import CheckpointError
+from dicode.train.checkpoint import checkpoints
+from dicode.train.loop import NonFiniteLossError, train
+from dicode.train.run_folder import duration
+from dicode.train.stages import Run, run_recipe, stage_of
+
+STEPS = 8
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache, a tokenizer, and a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("survival")
+    torch.set_num_threads(1)
+    prepare(folder)
+    run_recipe(short_run(folder), folder / "whole", {})
+    return folder
+
+
+def short_run(root: Path, **changes: Any) -> Run:
+    run = the_run(root, STEPS)
+    return dataclasses.replace(run, loop=dataclasses.replace(run.loop, checkpoint_every=2, evaluate_every=4, **changes))
+
+
+def stop_after(root: Path, folder: Path, steps: int) -> None:
+    """A run as it lies there after `steps`; the schedule is that of the whole."""
+    stage = stage_of(short_run(root))
+    draw, drawn = stage.batch, []
+
+    def batch(indices: Tensor, generator: torch.Generator) -> Any:
+        drawn.append(indices)
+        if len(drawn) > steps:
+            raise KeyboardInterrupt
+        return draw(indices, generator)
+
+    stage.batch = batch  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, short_run(root).loop, folder, {})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its runs are forks, which Windows does not have")
+def test_kills_signals_damage_and_nan_change_nothing(tmp_path: Path) -> None:
+    asked = ["--kills", "5", "--signals", "10", "--nan", "10", "--steps", "150"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "survival.py"), str(tmp_path / "out.json"), *asked]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    values = json.loads((tmp_path / "out.json").read_text())["values"]
+    assert values["kills"]["differences"] == values["signals"]["differences"] == []
+    assert values["kills"]["samples_repeated_or_missed"] == 0
+    assert values["signals"]["exit_codes"] == [75] and values["signals"]["steps_lost"] == 0
+    assert values["signals"]["slowest_s"] < 10
+    assert values["damage"]["detected"] == {"flips": 200, "truncations": 100}
+    assert values["nan"]["files_with_nan"] == 0 and values["nan"]["stopped"] == values["nan"]["naming_a_step"] >= 8
+
+
+def test_five_resumes_inside_an_epoch_repeat_and_miss_no_sample(root: Path, tmp_path: Path) -> None:
+    """15 clips, 4 a step: an epoch is not a whole number of steps, and every second step is a resume."""
+    for steps in (2, 2, 2):
+        stop_after(root, tmp_path / "run", steps)
+    run_recipe(short_run(root), tmp_path / "run", {})
+    assert differences(tmp_path / "run", root / "whole", STEPS) == []
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    order = [sample for line in lines if line["kind"] == "samples" for sample in line["samples"]]
+    assert len(order) == 4 * STEPS
+    assert sorted(order[:15]) == sorted(order[15:30]) == list(range(15))
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(root, tmp_path / "run", 5)
+    older, newest = checkpoints(tmp_path / "run")
+    content = bytearray((newest / SHARD).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / SHARD).write_bytes(content)
+    run_recipe(short_run(root), tmp_path / "run", {})
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged: {SHARD}: not as written" in said
+    assert f"from step {int(older.name[5:])}" in said
+    assert (tmp_path / "run" / f"damaged-{newest.name}").is_dir()
+    assert differences(tmp_path / "run", root / "whole", STEPS) == []
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_again_in_silence(root: Path, tmp_path: Path) -> None:
+    stop_after(root, tmp_path / "run", 5)
+    for path in checkpoints(tmp_path / "run"):
+        (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="no whole checkpoint is left; delete the folder to begin again"):
+        run_recipe(short_run(root), tmp_path / "run", {})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no process's files")
+def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = dicode.train.loop.save_checkpoint
+
+    def fills_up(folder: Path, state: Any, *rest: Any) -> Path:
+        if state.step == 4:  # from here on files end at 100 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        return save(folder, state, *rest)
+
+    monkeypatch.setattr(dicode.train.loop, "save_checkpoint", fills_up)
+    try:
+        with pytest.raises(CheckpointError, match=r"step-00000004: cannot be written .*step-00000002 is whole"):
+            run_recipe(short_run(root), tmp_path / "run", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "run").glob("*step-*")] == ["step-00000002"]
+    assert not list((tmp_path / "run").glob(".writing*"))
+    monkeypatch.undo()
+    run_recipe(short_run(root), tmp_path / "run", {})
+    assert differences(tmp_path / "run", root / "whole", STEPS) == []
+
+
+@pytest.mark.parametrize("where", ["output", "weight"])
+def test_nan_names_step_samples_and_module(root: Path, tmp_path: Path, where: str) -> None:
+    stage = stage_of(short_run(root))
+    module = dict(stage.module.named_modules())["backbone.body.layers.0.mlp"]
+    if where == "output":
+        module.register_forward_hook(lambda _, __, output: output * torch.nan)
+        expected = r"step 0: loss nan.*first module to give NaN or infinity is backbone\.body\.layers\.0\.mlp"
+    else:
+        with torch.no_grad():
+            module.down_proj.weight[1, 2] = torch.inf  # type: ignore[union-attr, operator]
+        expected = r"step 0: .*weight backbone\.body\.layers\.0\.mlp\.down_proj\.weight was so before it"
+    with pytest.raises(NonFiniteLossError, match=expected + r".*samples \[\d+, \d+, \d+, \d+\]"):
+        train(stage, short_run(root).loop, tmp_path, {})
+
+
+def test_steps_with_nan_are_left_out_and_counted_where_asked(root: Path, tmp_path: Path) -> None:
+    stage = stage_of(short_run(root))
+    draw, drawn = stage.batch, []
+
+    def batch(indices: Tensor, generator: torch.Generator) -> Any:
+        drawn.append(indices)
+        made = draw(indices, generator)
+        return {**made, "tokens": made["tokens"] * torch.nan} if len(drawn) in (3, 6) else made
+
+    stage.batch = batch  # type: ignore[method-assign]
+    train(stage, short_run(root, skip_non_finite=2).loop, tmp_path, {})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "skipped"] == [3, 6]
+    assert json.loads((tmp_path / "step-00000008/state.json").read_text())["skipped"] == 2
+    for name, tensor in load_file(tmp_path / "step-00000008" / SHARD).items():
+        assert torch.isfinite(tensor).all(), name
+    stage.batch = batch  # type: ignore[method-assign]
+    drawn.clear()
+    with pytest.raises(NonFiniteLossError, match="step 5"):
+        train(stage, short_run(root, skip_non_finite=1).loop, tmp_path / "less", {})
+
+
+def test_a_run_folder_explains_itself(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(root / "cache", tmp_path / "cache")
+    source = tmp_path / "recipe.py"
+    source.write_text("# how it was made\n")
+    run = dataclasses.replace(short_run(root), cache=str(tmp_path / "cache"))
+    folder = tmp_path / "run"
+    run_recipe(run, folder, {"recipe": "recipe.py:lm"}, source)
+    assert (folder / "recipe.py").read_text() == source.read_text()
+    assert json.loads((folder / "recipe.json").read_text())["recipe"] == {"recipe": "recipe.py:lm"}
+    (session,) = map(json.loads, (folder / "sessions.jsonl").read_text().splitlines())
+    assert {"started", "command", "commit", "versions", "device", "processes", "data", "from_step"} <= session.keys()
+    assert session["versions"]["torch"] == torch.__version__
+    index = tmp_path / "cache/index.json"
+    index.write_text(index.read_text() + " ")
+    run_recipe(run, folder, {"recipe": "recipe.py:lm"}, source)
+    assert "the data are not those the run began with" in capsys.readouterr().out
+    assert [json.loads(line)["from_step"] for line in (folder / "sessions.jsonl").read_text().splitlines()] == [
+        0,
+        STEPS,
+    ]
+
+
+def test_the_log_tells_speed_memory_and_what_is_left(root: Path) -> None:
+    lines = [json.loads(line) for line in (root / "whole/log.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert all(line["samples_per_s"] > 0 and 0 < line["data_share"] < 1 and line["memory_gib"] > 0 for line in trained)
+    assert all(0 < line["mfu"] < 1 for line in trained)
+    assert trained[-1]["eta_s"] == 0 < trained[0]["eta_s"]
+    assert list((root / "whole/tensorboard").glob("events.*"))
+
+
+def test_durations_are_told_in_two_units() -> None:
+    told = {0.4: "0 s", 40.0: "40 s", 3600.0: "1 h", 7500.0: "2 h 5 min", 273_600.0: "3 d 4 h"}
+    assert {seconds: duration(seconds) for seconds in told} == told
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_hosted_tracker_gets_every_number(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    """The functions that both have note their calls; docs/training.md says what was tried with the real ones."""
+    logged: list[tuple[int, dict[str, Any]]] = []
+    asked: dict[str, Any] = {}
+    done: list[bool] = []
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: done.append(True))
+    fake = SimpleNamespace(init=lambda **options: (asked.update(options), run)[1], Image=lambda image: image)
+    monkeypatch.setitem(sys.modules, library, fake)
+    run_recipe(short_run(root, tracker=library), tmp_path / "run", {"recipe": "x"})
+    assert asked["project"] == "dicode" and asked["name"] == "run" and asked["config"] == {"recipe": "x"}
+    assert [step for step, values in logged if "train/loss" in values] == list(range(1, STEPS + 1))
+    assert any("validation/sheet" in values for _, values in logged) and done == [True]
+    assert not (tmp_path / "run/tensorboard").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ValueError, match=r"tracker trackio.*pip install trackio"):
+        run_recipe(short_run(root, tracker="trackio"), tmp_path, {})
+
+
+def test_toy_runs_have_every_option_of_the_loop_at_its_default_but_these(root: Path) -> None:
+    """So that what is compared above is what users run."""
+    config, default = runs(root)["lm"].loop, dicode.train.loop.LoopConfig()
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(default, f.name)}
+    assert changed == {"bf16", "log_every", "evaluate_every", "checkpoint_every", "optim"}

@@ -1,0 +1,79 @@
+"""How fast the recipes of the model in the box train here, and where the time of a step goes.
+
+    python tests/throughput.py cache/sprites results/throughput.json
+
+Each stage takes up to 20 s; `loader_ratio` is how much faster batches are made than steps consume them.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dicode.cli import load_run
+from dicode.evaluate.report import write_result
+from dicode.train.loop import Training, _loss
+from dicode.train.parallel import Processes
+from dicode.train.stages import stage_of
+
+RECIPES = Path(__file__).parents[1] / "recipes/sprites.py"
+BOX = str(Path(__file__).parents[1] / "dicode/checkpoints/sprites")
+SECONDS = 20.0
+FOLDERS = ("init", "first_stage", "tokenizer")  # fields that name another run: the box stands for it
+
+
+def measure(name: str, cache: str) -> dict[str, Any]:
+    """Seconds of each part of a step, means over as many as fit."""
+    run = load_run(f"{RECIPES}:{name}")
+    run = dataclasses.replace(run, cache=cache, **{f: BOX for f in FOLDERS if getattr(run, f, None)})
+    training = Training.of(stage_of(run), run.loop, Processes())
+    training.stage.module.train()
+    spent = dict.fromkeys(("data", "forward", "backward", "update"), 0.0)
+    steps, began_s = 0, time.perf_counter()
+    while steps < 3 or time.perf_counter() - began_s < SECONDS:
+        marks = [time.perf_counter()]
+        batch = training.stage.batch(training.samples(steps), training.generator("batch", steps, 0))
+        marks.append(time.perf_counter())
+        loss, _ = _loss(training, training.step, steps, 0, batch)
+        marks.append(time.perf_counter())
+        training.stage.module.zero_grad(set_to_none=True)
+        loss.backward()
+        marks.append(time.perf_counter())
+        nn.utils.clip_grad_norm_(training.trained.values(), run.loop.optim.clip_norm)
+        for optimizer in training.optimizers:
+            optimizer.step()
+        marks.append(time.perf_counter())
+        for part, start, end in zip(spent, marks, marks[1:], strict=False):
+            spent[part] += end - start
+        steps += 1
+    step_s = sum(spent.values()) / steps
+    samples = run.loop.optim.batch_size + getattr(run, "images_per_step", 0)
+    return {
+        "parameters_trained": sum(p.numel() for p in training.trained.values()),
+        "samples_a_step": samples,
+        "steps": steps,
+        "step_s": step_s,
+        "share": {part: seconds / steps / step_s for part, seconds in spent.items()},
+        "samples_per_s": samples / step_s,
+        "loader_samples_per_s": samples * steps / spent["data"],
+        "loader_ratio": sum(spent.values()) / spent["data"],
+    }
+
+
+def main(cache: str, output: str) -> None:
+    """All five recipes, into a result file."""
+    names = ("first_stage", "first_stage_decoder", "key_frames", "denoiser", "lm")
+    values = {name: measure(name, cache) for name in names}
+    steps = sum(v["steps"] for v in values.values())
+    write_result(output, "training throughput", values, steps, 0, " ".join(["python", *sys.argv]))
+    for name, value in values.items():
+        print(name, {k: v for k, v in value.items() if k != "share"}, value["share"])
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(*sys.argv[1:])
