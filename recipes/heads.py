@@ -203,10 +203,10 @@ def main(cache: str, *seeds: str) -> None:
                 values[f"{head}-{order}-{seed}"] = figures
                 print(head, order, seed, {k: v for k, v in figures.items() if not isinstance(v, dict)}, flush=True)
     if not seeds:
-        write_result(
-            "results/heads.json", "heads and orders", {"sampling": {head: sampling_of(head) for head in HEADS}, "runs": values}, PROMPTS, 0,
-            "python recipes/heads.py " + cache,
-        )  # fmt: skip
+        sampled = {head: sampling_of(head) for head in HEADS}
+        command = f"python recipes/heads.py {cache}"
+        both = {"sampling": sampled, "runs": values}
+        write_result("results/heads.json", "heads and orders", both, PROMPTS, 0, command)
 
 
 if __name__ == "__main__":

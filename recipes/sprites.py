@@ -94,9 +94,11 @@ def denoiser() -> TokenizerRun:
 
 
 def lm() -> LanguageRun:
-    """A 2.8 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB.
+    """A 2.9 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB.
 
     Strong noise on the tokens it reads makes it read the caption, Muon learns captions by heart faster (docs/log.md).
+    Key frames by flow matching are the best of eight arrangements (docs/heads.md); the model in the box is of before
+    that comparison: `--model.head mixture --model.order token`.
     """
     return LanguageRun(
         tokenizer="runs/key_frames/best",
@@ -109,6 +111,9 @@ def lm() -> LanguageRun:
             vocab_size=1536,
             text_length=64,
             input_noise=1.0,
+            head="flow",
+            order="keyframe",
+            flow_width=128,
         ),
         from_start=1.0,
         longer=(9, 31),

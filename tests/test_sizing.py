@@ -366,7 +366,7 @@ def test_the_bytes_of_weights_and_optimizer_are_those_after_a_step(runs, name: s
         part.step()
     blank = blank_stage(runs[name], FakeTensorMode(allow_non_fake_inputs=True))
     trained = [p for p in stage.module.parameters() if p.requires_grad]
-    assert state_bytes(blank.module, loop, 1, 1) == {
+    assert state_bytes(blank.module, loop, 1) == {
         "weights": sum(t.nbytes for t in (*stage.module.parameters(), *stage.module.buffers())),
         "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
         "moving average": sum(p.nbytes for p in trained),
