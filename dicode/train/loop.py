@@ -286,7 +286,8 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, s
         if finished and not cut:
             return
         if stopping:
-            print(f"stopped at step {state.step}; the same command continues", flush=True)
+            if run.processes.first:
+                print(f"stopped at step {state.step}; the same command continues", flush=True)
             raise Stopped
         with watch.stage("data"):
             batch = next(batches)

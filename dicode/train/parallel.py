@@ -69,12 +69,11 @@ class Processes:
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of a float tensor over all processes, on the CPU."""
+        values = values.detach().cpu()
         if self.count > 1:
-            device = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
-            values = values.to(device or "cpu")
             dist.all_reduce(values)
-            values = values / self.count
-        return values.cpu()
+            values /= self.count
+        return values
 
     def from_first(self, value: T) -> T:
         """What the first process has here."""
