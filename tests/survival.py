@@ -104,7 +104,7 @@ def survive_kills(root: Path, whole: Path, steps: int, whole_s: float, kills: in
     resumed_at: list[int] = []
     for _ in range(kills):
         process = start(lambda: run_recipe(the_run(root, steps), folder, {}), root / "killed.log")
-        time.sleep(draw.uniform(0, 2 * whole_s / (kills + 4)) + (draw.random() < 0.7) * 0.4)
+        time.sleep(draw.uniform(0, whole_s / kills) + (draw.random() < 0.7) * 0.4)  # often past its start
         os.kill(process, signal.SIGKILL)
         if finish(process) == 0:
             raise RuntimeError(f"the run of {steps} steps was over before it was killed: make it longer")
