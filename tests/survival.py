@@ -153,7 +153,7 @@ def signal_in(phase: str, call: int, note: Path) -> None:
         "forward": (LanguageTraining, "loss"),
         "update": (torch.optim.AdamW, "step"),
         "validating": (LanguageTraining, "caption_rank"),
-        "exporting": (LanguageTraining, "export"),
+        "evaluated": (dicode.train.loop, "_keep_evaluation"),
         "writing": (dicode.train.checkpoint, "_write"),
         "summing": (dicode.train.checkpoint, "sha256_of"),
         "logging": (dicode.train.loop.RunLog, "write"),
@@ -171,7 +171,7 @@ PHASES = [
     "forward",
     "update",
     "validating",
-    "exporting",
+    "evaluated",
     "writing",
     "summing",
     "logging",
@@ -179,12 +179,17 @@ PHASES = [
 ]
 
 
+ONCE = {"building", "reading", "validating", "evaluated"}  # in a life, or in many steps
+
+
 def survive_signals(root: Path, whole: Path, steps: int, signals: int) -> dict[str, Any]:
     """SIGTERM in every phase of a run; each life goes some steps further."""
     folder, note = root / "stopped", root / "signal"
     slowest_s, lost, codes = 0.0, 0, []
     for i in range(signals):
-        phase, call = PHASES[i % len(PHASES)], 1 + i // len(PHASES)
+        phase = PHASES[i % len(PHASES)]
+        call = 1 if phase in ONCE else 1 + 3 * (i // len(PHASES))
+        note.unlink(missing_ok=True)  # and there is an error below where a life ended without its signal
 
         def life(phase: str = phase, call: int = call) -> None:
             signal_in(phase, call, note)
