@@ -103,6 +103,7 @@ def train(command: Train, watch: Stopwatch) -> int:
     """Leaves with exit code 75 (`SystemExit`) where a signal stopped the run after a checkpoint."""
     try:
         from dicode.train.loop import NonFiniteLossError
+        from dicode.train.parallel import Processes
         from dicode.train.stages import run_recipe
     except ModuleNotFoundError as error:
         raise missing_extra(error, "train") from error
@@ -113,7 +114,8 @@ def train(command: Train, watch: Stopwatch) -> int:
     except NonFiniteLossError as error:
         print(f"dicode: {error}", file=sys.stderr)
         return 1
-    print(f"{folder}/best: " + "  ".join(f"{name} {value:.4g}" for name, value in best.items()))
+    if Processes().first:
+        print(f"{folder}/best: " + "  ".join(f"{name} {value:.4g}" for name, value in best.items()))
     return 0
 
 
