@@ -43,9 +43,9 @@ def short_run(root: Path, **changes: Any) -> Run:
     return dataclasses.replace(run, loop=dataclasses.replace(run.loop, checkpoint_every=2, evaluate_every=4, **changes))
 
 
-def stop_after(root: Path, folder: Path, steps: int) -> None:
-    """A run as it lies there after `steps`; the schedule is that of the whole."""
-    stage = stage_of(short_run(root))
+def stop_after(run: Run, folder: Path, steps: int) -> None:
+    """Go on with a run for some steps, and end without a checkpoint of its own."""
+    stage = stage_of(run)
     draw, drawn = stage.batch, []
 
     def batch(indices: Tensor, generator: torch.Generator) -> Any:
@@ -56,7 +56,7 @@ def stop_after(root: Path, folder: Path, steps: int) -> None:
 
     stage.batch = batch  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        train(stage, short_run(root).loop, folder, {})
+        train(stage, run.loop, folder, {})
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its runs are forks, which Windows does not have")
@@ -76,21 +76,25 @@ def test_kills_signals_damage_and_nan_change_nothing(tmp_path: Path) -> None:
 
 
 def test_five_resumes_inside_an_epoch_repeat_and_miss_no_sample(root: Path, tmp_path: Path) -> None:
-    """15 clips, 4 a step: an epoch is not a whole number of steps, and every second step is a resume."""
-    for steps in (2, 2, 2):
-        stop_after(root, tmp_path / "run", steps)
-    run_recipe(short_run(root), tmp_path / "run", {})
-    assert differences(tmp_path / "run", root / "whole", STEPS) == []
+    run = short_run(root)
+    optim = dataclasses.replace(run.loop.optim, batch_size=1, steps=18)
+    run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, optim=optim, checkpoint_every=1))
+    for steps in (2, 3, 2, 3, 2):  # of the 15 of an epoch
+        stop_after(run, tmp_path / "run", steps)
+    run_recipe(run, tmp_path / "run", {})
+    sessions = map(json.loads, (tmp_path / "run/sessions.jsonl").read_text().splitlines())
+    assert [session["from_step"] for session in sessions] == [0, 2, 5, 7, 10, 12]
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     order = [sample for line in lines if line["kind"] == "samples" for sample in line["samples"]]
-    assert len(order) == 4 * STEPS
-    assert sorted(order[:15]) == sorted(order[15:30]) == list(range(15))
+    assert sorted(order[:15]) == list(range(15))
+    run_recipe(run, tmp_path / "whole", {})
+    assert differences(tmp_path / "run", tmp_path / "whole", 18) == []
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stop_after(root, tmp_path / "run", 5)
+    stop_after(short_run(root), tmp_path / "run", 5)
     older, newest = checkpoints(tmp_path / "run")
     content = bytearray((newest / SHARD).read_bytes())
     content[len(content) // 2] ^= 1
@@ -104,7 +108,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_begin_again_in_silence(root: Path, tmp_path: Path) -> None:
-    stop_after(root, tmp_path / "run", 5)
+    stop_after(short_run(root), tmp_path / "run", 5)
     for path in checkpoints(tmp_path / "run"):
         (path / "state.json").unlink()
     with pytest.raises(CheckpointError, match="no whole checkpoint is left; delete the folder to begin again"):
