@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 	$(BIN)/dicode generate "$(PROMPT)" -o demo.mp4 --sheet demo.png
 
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
