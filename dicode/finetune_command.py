@@ -29,8 +29,9 @@ try:
     from dicode.train.assemble import assemble
     from dicode.train.clips import TokenizerRun
     from dicode.train.language import LanguageRun
-    from dicode.train.loop import LoopConfig, NonFiniteLossError, OptimConfig, train
+    from dicode.train.loop import LoopConfig, NonFiniteLossError, train
     from dicode.train.lora import LoRAConfig
+    from dicode.train.optim import OptimConfig
     from dicode.train.stages import stage_of
 except ModuleNotFoundError as error:
     raise missing_extra(error, "train") from error

@@ -17,7 +17,8 @@ from dicode.sizing import FLOAT32, Gpu, PieceCost, batch_flops, piece_cost
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.clips import TokenizerRun, TokenizerTraining
 from dicode.train.language import LanguageRun, LanguageTraining
-from dicode.train.loop import LoopConfig, Stage, make_optimizers
+from dicode.train.loop import LoopConfig, Stage
+from dicode.train.optim import make_optimizers
 from dicode.train.parallel import Strategy, blocks_of, recompute_activations
 
 USABLE = 0.9  # of a GPU's memory: CUDA and its libraries take 1 to 2 GiB, an allocator's fragments the rest

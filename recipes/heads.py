@@ -31,7 +31,8 @@ from dicode.lm.sizes import SIZES, HeadName, Order
 from dicode.sizing import step_flops
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.language import LanguageRun, LanguageTraining
-from dicode.train.loop import LoopConfig, OptimConfig, train
+from dicode.train.loop import LoopConfig, train
+from dicode.train.optim import OptimConfig
 from dicode.video.shards import CachedVideo, FrameCache
 
 TOKENIZER = "dicode/checkpoints/sprites"

@@ -20,7 +20,8 @@ from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.train.clips import TokenizerRun
 from dicode.train.language import LanguageRun
-from dicode.train.loop import LoopConfig, OptimConfig
+from dicode.train.loop import LoopConfig
+from dicode.train.optim import OptimConfig
 from dicode.train.parallel import Strategy
 
 PRIOR = "checkpoints/dynamicrafter"

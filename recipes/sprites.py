@@ -22,7 +22,8 @@ from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.train.clips import TokenizerRun
 from dicode.train.images import FirstStageRun
 from dicode.train.language import LanguageRun
-from dicode.train.loop import LoopConfig, OptimConfig
+from dicode.train.loop import LoopConfig
+from dicode.train.optim import OptimConfig
 
 MODEL = TOKENIZERS["sprites"]
 

@@ -45,7 +45,8 @@ from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import TokenizerConfig, VideoTokenizer
 from dicode.train.clips import TokenizerRun
 from dicode.train.language import LanguageRun
-from dicode.train.loop import LoopConfig, OptimConfig, Stage, make_optimizers
+from dicode.train.loop import LoopConfig, Stage
+from dicode.train.optim import OptimConfig, make_optimizers
 from dicode.train.stages import stage_of
 
 NAMESAKES = {

@@ -26,7 +26,8 @@ from dicode.train.assemble import assemble
 from dicode.train.clips import TokenizerRun
 from dicode.train.images import FirstStageRun, frames_to_pixels
 from dicode.train.language import LanguageRun, LanguageTraining
-from dicode.train.loop import LoopConfig, NonFiniteLossError, OptimConfig, make_optimizers, sample_indices, train
+from dicode.train.loop import LoopConfig, NonFiniteLossError, sample_indices, train
+from dicode.train.optim import OptimConfig, make_optimizers
 from dicode.train.perceptual import PerceptualDistance
 from dicode.train.stages import run_recipe, stage_of
 from dicode.video.shards import CachedVideo, FrameCache
@@ -178,7 +179,8 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_continues(trained: Pat
     recipe.write_text(
         "from dicode.tokenizer.first_stage import FirstStageConfig\n"
         "from dicode.train.images import FirstStageRun\n"
-        "from dicode.train.loop import LoopConfig, OptimConfig\n"
+        "from dicode.train.loop import LoopConfig\n"
+        "from dicode.train.optim import OptimConfig\n"
         "def tiny():\n"
         "    model = FirstStageConfig('tiny', (8, 8, 8), 5, (1, 1, 1), (1, 1, 1))\n"
         "    loop = LoopConfig(log_every=1, evaluate_every=10**6, checkpoint_every=10**6,\n"

@@ -8,6 +8,7 @@ Each stage takes up to 20 s; `loader_ratio` is how much faster batches are made 
 import dataclasses
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def measure(name: str, cache: str) -> dict[str, Any]:
         for optimizer in training.optimizers:
             optimizer.step()
         marks.append(time.perf_counter())
-        for part, start, end in zip(spent, marks, marks[1:], strict=False):
+        for part, (start, end) in zip(spent, pairwise(marks), strict=True):
             spent[part] += end - start
         steps += 1
     step_s = sum(spent.values()) / steps

@@ -61,8 +61,7 @@ def put(target: Place, write: Callable[[Path], object]) -> None:
         partial = Path(name)
         try:
             write(partial)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
+            flush(partial)
             partial.chmod(0o644)  # mkstemp and safetensors make files for their owner alone
             partial.replace(target)
         finally:
@@ -77,6 +76,20 @@ def put(target: Place, write: Callable[[Path], object]) -> None:
 def put_text(target: Place, text: str) -> None:
     """Write a text file; see `put`."""
     put(target, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk itself."""
+    if path.is_dir():
+        if os.name == "nt":
+            return  # which opens no folders
+        handle = os.open(path, os.O_RDONLY)
+    else:
+        handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256_of(source: Place) -> str:

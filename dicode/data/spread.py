@@ -1,7 +1,6 @@
 """Work on many units: one after the other, by processes of this machine, or by Ray Data on many machines."""
 
 import os
-import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -67,9 +66,9 @@ def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: s
         ray.data.DataContext.get_current().enable_progress_bars = False
 
         def done(row: dict[str, Any]) -> dict[str, Any]:
-            return {"made": work(pickle.loads(row["unit"]))}
+            return {"made": work(row["unit"])}
 
-        items = [{"unit": pickle.dumps(unit)} for unit in units]  # a block each, so that no more than one is done again
+        items = [{"unit": unit} for unit in units]  # a block each, so that no more than one is done again
         made = ray.data.from_items(items, override_num_blocks=len(items)).map(done, num_cpus=1, max_retries=-1)
         for row in made.iter_rows():
             yield row["made"]

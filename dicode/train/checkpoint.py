@@ -10,9 +10,7 @@ wrote, and no pickle is involved. There is no state of random numbers in it, bec
 function of (seed, step).
 """
 
-import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -27,6 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dicode.data.places import flush, sha256_of
 from dicode.hub import CheckpointError, is_finite
 from dicode.train.parallel import Processes, local
 
@@ -156,20 +155,3 @@ def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], processes: Proces
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(dict(tensors), storage_reader=reader, no_dist=processes.count == 1)
     return TrainState(**json.loads((path / STATE).read_text()))
-
-
-def sha256_of(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk itself."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,7 +13,7 @@ from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from dicode.data.places import flush
 from dicode.device import pick_device
 from dicode.hub import config_to_dict, content_hash, is_finite
 from dicode.seeds import generator_for
 from dicode.stopwatch import Stopwatch
-from dicode.train.checkpoint import TrainState, flush, load_checkpoint, newest_checkpoint, save_checkpoint
+from dicode.train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
+from dicode.train.optim import OptimConfig, make_optimizers
 from dicode.train.parallel import (
     Processes,
     StepModule,
@@ -40,35 +42,6 @@ from dicode.train.parallel import (
 from dicode.train.run_folder import NoLog, RunLog, Tracker, note_start
 from dicode.train.signals import Stopped, StopSignal
 from dicode.train.speed import Speed
-
-STATE_OF = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"), torch.optim.Muon: ("momentum_buffer",)}
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Warm-up, a constant stretch, and a linear decay over the last `decay_fraction` of the steps.
-
-    `muon` orthogonalises the updates of linear layers' weights, scaled to AdamW's size so that one `lr` serves both
-    (arXiv 2502.16982); all other parameters stay with AdamW.
-    """
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    steps: int = 10_000
-    batch_size: int = 32  # samples a step, of all processes together
-    lr: float = 1e-3
-    warmup_steps: int = 200
-    decay_fraction: float = 0.2
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of `step`, counted from 0."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        left = (self.steps - step) / max(1, round(self.steps * self.decay_fraction))
-        return self.lr * min(warm, 1.0, left)
 
 
 @dataclass(frozen=True)
@@ -207,27 +180,6 @@ def sample_indices(num_samples: int, batch_size: int, seed: int, step: int) -> T
             orders[epoch] = torch.randperm(num_samples, generator=generator_for(seed, "epoch", epoch))
         picked.append(orders[epoch][place])
     return torch.stack(picked)
-
-
-def make_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a module's trained parameters, each with its own share of them."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    linear = {m.weight for m in module.modules() if isinstance(m, nn.Linear)} if config.optimizer == "muon" else set()
-    matrices = [p for p in trained if p in linear]
-    others = [p for p in trained if p not in linear]
-    made: list[torch.optim.Optimizer] = []
-    if others:
-        betas = (config.beta1, config.beta2)
-        made.append(torch.optim.AdamW(others, config.lr, betas, weight_decay=config.weight_decay, fused=True))
-    if matrices:
-        momentum, decay = config.beta2, config.weight_decay
-        made.append(torch.optim.Muon(matrices, config.lr, decay, momentum, adjust_lr_fn="match_rms_adamw"))
-    for optimizer in made:  # what they would make at their first step, so that a checkpoint always has all of it
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            for key in STATE_OF[type(optimizer)]:
-                count = key == "step"
-                optimizer.state[p][key] = torch.zeros((), device=p.device) if count else torch.zeros_like(p).detach()
-    return made
 
 
 def train(

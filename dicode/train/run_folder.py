@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dicode.data.places import put_text
 from dicode.evaluate.report import describe_commit, describe_device, versions
 
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
@@ -35,7 +36,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int, tracker: Tracker, recipe: Mapping[str, Any]):
         self.path, self.sheets = folder / "log.jsonl", folder / "sheets"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        replace_text(self.path, "".join(kept))
+        put_text(self.path, "".join(kept))
         self.tracker = open_tracker(tracker, folder, step, recipe)
         self.file = self.path.open("a")
 
@@ -152,12 +153,12 @@ def note_start(
     text = json.dumps(asked, indent=2, default=str) + "\n"
     recipe, sessions = folder / "recipe.json", folder / "sessions.jsonl"
     if not recipe.exists():
-        replace_text(recipe, text)
+        put_text(recipe, text)
         if source:
-            replace_text(folder / "recipe.py", source.read_text())
+            put_text(folder / "recipe.py", source.read_text())
     elif text != recipe.read_text():
         changed = folder / f"recipe-from-step-{step:08d}.json"
-        replace_text(changed, text)
+        put_text(changed, text)
         print(f"the recipe is not the one the run began with: see {changed}", flush=True)
     lines = sessions.read_text().splitlines(keepends=True) if sessions.exists() else []
     before = [json.loads(line) for line in lines if line.endswith("}\n")]
@@ -173,14 +174,7 @@ def note_start(
         "processes": processes,
         "data": data,
     }
-    replace_text(sessions, "".join(json.dumps(line) + "\n" for line in [*before, session]))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file at once or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    temporary.replace(path)
+    put_text(sessions, "".join(json.dumps(line) + "\n" for line in [*before, session]))
 
 
 def duration(seconds: float) -> str:

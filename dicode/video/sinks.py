@@ -21,6 +21,8 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image
 
+from dicode.data.places import flush
+
 _BT709 = 1  # the number of ITU-R BT.709 for matrix, primaries and transfer alike (ISO 23091-2)
 # Without BITEXACT swscale may take other roundings on other processors.
 _SCALER = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
@@ -238,13 +240,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         temporary.write_bytes(data)
-        sync(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Have the file on the disk before it gets its name."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

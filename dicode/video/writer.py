@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
+from dicode.data.places import flush
 from dicode.shapes import Video
-from dicode.video.sinks import FORMATS, FolderSink, MovieSink, sync, write_bytes
+from dicode.video.sinks import FORMATS, FolderSink, MovieSink, write_bytes
 
 FOLDER_METADATA = "metadata.json"
 
@@ -130,7 +131,7 @@ class VideoWriter:
             if isinstance(self._sink, FolderSink):
                 self._place_folder(self._sink)
             else:
-                sync(self._partial)
+                flush(self._partial)
                 os.replace(self._partial, self.path)
                 self._write_beside()
         except BaseException:
