@@ -58,7 +58,10 @@ def first_stage_decoder() -> FirstStageRun:
 
 
 def key_frames() -> TokenizerRun:
-    """Encoder, resampler and key-frame head on single frames: fixes what the deep tokens are."""
+    """Encoder, resampler and key-frame head on single frames: fixes what the deep tokens are.
+
+    They begin with a linear code fitted to the latents and learn what to add to it (docs/tokens.md).
+    """
     return TokenizerRun(
         model=MODEL,
         denoises=False,
@@ -66,7 +69,7 @@ def key_frames() -> TokenizerRun:
         loop=LoopConfig(
             evaluate_every=150,
             checkpoint_every=150,
-            optim=OptimConfig(steps=900, batch_size=1, lr=1.5e-3, ema_decay=0.99),
+            optim=OptimConfig(steps=1100, batch_size=1, lr=2e-4, warmup_steps=50, decay_fraction=0.7, ema_decay=0.99),
         ),
     )
 
@@ -98,8 +101,7 @@ def lm() -> LanguageRun:
     """A 2.9 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB.
 
     Strong noise on the tokens it reads makes it read the caption, Muon learns captions by heart faster (docs/log.md).
-    Key frames by flow matching are the best of eight arrangements (docs/heads.md); the model in the box is of before
-    that comparison: `--model.head mixture --model.order token`.
+    Key frames by flow matching are the best of eight arrangements (docs/heads.md).
     """
     return LanguageRun(
         tokenizer="runs/key_frames/best",
@@ -115,10 +117,12 @@ def lm() -> LanguageRun:
             head="flow",
             order="keyframe",
             flow_width=128,
+            reads_goal=True,
         ),
-        from_start=1.0,
-        longer=(9, 31),
-        longer_share=(0.03, 0.01),
+        from_start=0.8,
+        goal_share=0.15,
+        longer=(9,),
+        longer_share=(0.05,),
         long_captions=0.3,
         null_captions=0.08,
         word_dropout=0.25,

@@ -68,7 +68,7 @@ def toy_tokenizer(model: TokenizerConfig) -> TokenizerConfig:
     denoiser: DenoiserConfig = tiny.denoiser
     if model.denoiser.kind == denoiser.kind:
         denoiser = dataclasses.replace(denoiser, predicts_change=model.denoiser.predicts_change)
-    return dataclasses.replace(tiny, denoiser=denoiser, diffusion=model.diffusion)
+    return dataclasses.replace(tiny, denoiser=denoiser, diffusion=model.diffusion, linear_code=model.linear_code)
 
 
 def toy_lm(model: DeepLMConfig) -> DeepLMConfig:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from dicode.tokenizer.first_stage import DECODER, FirstStageConfig
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.train.assemble import assemble
 from dicode.train.clips import TokenizerRun
-from dicode.train.images import FirstStageRun, frames_to_pixels
+from dicode.train.images import FirstStageRun, FirstStageTraining, frames_to_pixels
 from dicode.train.language import LanguageRun, LanguageTraining
 from dicode.train.loop import LoopConfig, NonFiniteLossError, sample_indices, train
 from dicode.train.optim import OptimConfig, make_optimizers
@@ -105,6 +106,9 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
     return {
         "kl": dataclasses.replace(first_stage, model=kl),
         "perceptual": dataclasses.replace(frozen, perceptual_weight=0.2, tokenizer=str(root / "key_frames/best")),
+        "rendered": dataclasses.replace(
+            frozen, tokenizer=str(root / "denoiser/best"), rendered_share=0.5, perceptual_weight=0.2
+        ),
         "muon": dataclasses.replace(lm, loop=dataclasses.replace(lm.loop, optim=muon)),
         "change": dataclasses.replace(denoiser, model=dataclasses.replace(denoiser.model, denoiser=change)),
     }
@@ -161,7 +165,33 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
-@pytest.mark.parametrize("stage", ["first_stage", "kl", "perceptual", "key_frames", "denoiser", "change", "lm", "muon"])
+def test_rendered_frames_are_those_that_decode_shows_beside_the_real_ones(trained: Path, tmp_path: Path) -> None:
+    run = variants(trained)["rendered"]
+    assert isinstance(run, FirstStageRun)
+    shutil.copytree(trained / "cache", tmp_path / "cache")
+    run = dataclasses.replace(run, cache=str(tmp_path / "cache"), rendered_guidance=1.5)
+    stage = FirstStageTraining(run)
+    assert stage.rendered is not None and stage.tokenizer is not None
+    cache = FrameCache.load(run.cache).subset(validation=False)
+    rows = torch.stack([cache.clip_rows(video, 0.0, 17, 8.0) for video in cache.videos])
+    assert torch.equal(stage.rendered.rows, rows[:, 1:16].flatten())
+    tokens = stage.tokenizer.encode(cache.frames[rows[:3]])
+    shown = next(stage.tokenizer.decode(tokens, seed=0, guidance=1.5))
+    latents = stage.rendered.latents.float().unflatten(0, (-1, 15))[:3]
+    assert (stage.tokenizer.frames_of(latents).int() - shown[:, 1:].int()).abs().max() <= 1  # kept as float16
+    batch = stage.batch(torch.arange(4), generator_for(0))
+    assert len(batch["pixels"]) == 4 and len(batch["rendered"]) == 2
+    kept = sorted(Path(run.cache).glob("rendered-*.safetensors"))  # of training and of validation clips
+    written = [file.stat().st_mtime_ns for file in kept]
+    FirstStageTraining(run)
+    assert len(kept) == 2 and [file.stat().st_mtime_ns for file in kept] == written
+    with pytest.raises(ValueError, match="rendered_share: expected 0…1, and a tokenizer that renders"):
+        FirstStageTraining(dataclasses.replace(run, tokenizer=None))
+
+
+@pytest.mark.parametrize(
+    "stage", ["first_stage", "kl", "perceptual", "rendered", "key_frames", "denoiser", "change", "lm", "muon"]
+)
 def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
     """Three steps, a stop, then the rest: same weights, EMA, buffers, optimizer and losses as in one go."""
     run = {**runs(trained), **variants(trained)}[stage]

@@ -8,7 +8,21 @@ from dicode.tokenizer.resampler import ResamplerConfig
 from dicode.tokenizer.video_tokenizer import TokenizerConfig
 
 TOKENIZERS: dict[str, TokenizerConfig] = {
-    "sprites": TokenizerConfig(denoiser=DenoiserConfig(predicts_change=True)),
+    "sprites": TokenizerConfig(
+        linear_code=True,
+        encoder=EncoderConfig(depth=1),
+        resampler=ResamplerConfig(
+            width=192,
+            depth=1,
+            heads=3,
+            head_width=64,
+            feature_width=192,
+            features=64,
+            token_width=32,
+            grid_queries=True,
+        ),
+        denoiser=DenoiserConfig(predicts_change=True),
+    ),
     # Published (arXiv 2412.04446): OpenCLIP ViT-H/14, DynamiCrafter-256's U-Net without image concatenation, SD's VAE
     "paper_tokenizer_256": TokenizerConfig(
         size=256,

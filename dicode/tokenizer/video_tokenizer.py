@@ -43,6 +43,7 @@ from dicode.tokenizer.encoder import EncoderConfig, KeyFrameHead, build_encoder
 from dicode.tokenizer.first_stage import DECODER, FirstStage, FirstStageConfig
 from dicode.tokenizer.joins import Joins, blended_stream
 from dicode.tokenizer.known import DenoiserConfig, Known
+from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.resampler import Resampler, ResamplerConfig
 from dicode.video.clips import key_frame_indices
 
@@ -65,6 +66,7 @@ class TokenizerConfig:
     null_image: Literal["none", "black"] = "none"  # whose tokens guidance steers away from; none: zeros
     key_head_width: int = 192
     key_head_depth: int = 3
+    linear_code: bool = False  # tokens and key latents get a linear part (`LinearCode`), fitted before training
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     resampler: ResamplerConfig = field(
@@ -138,6 +140,8 @@ class VideoTokenizer(nn.Module):
         super().__init__()
         if config.denoiser.predicts_change and config.diffusion.objective != "flow":
             raise ValueError("predicts_change: only the objective 'flow' is linear in the clip, found v_prediction")
+        if config.linear_code and not (config.encoder.reads_latents and config.denoiser.uses_key_latents):
+            raise ValueError("linear_code: projects latents to latents; needs an encoder of them, and uses_key_latents")
         if config.tail_frame not in (config.clip_frames, config.clip_frames - 1):
             raise ValueError(f"tail_frame: expected the clip's last frame or the one after it, got {config.tail_frame}")
         if config.denoiser.predicts_change and (config.repeated_frames or not config.denoiser.uses_key_latents):
@@ -155,6 +159,7 @@ class VideoTokenizer(nn.Module):
             if config.denoiser.uses_key_latents
             else None
         )
+        self.linear_code = LinearCode(n, d, channels, config.latent_size) if config.linear_code else None
         self.denoiser = build_denoiser(config.denoiser, channels, n, d, config.clip_frames, config.latent_size)
 
     @classmethod
@@ -214,8 +219,13 @@ class VideoTokenizer(nn.Module):
 
     def tokens_of(self, source: Tensor) -> KeyFrameTokens:
         """What the encoder reads, one key frame a batch entry → normalised tokens, with gradients."""
-        tokens = self.resampler(self.encoder(source)).float()
+        tokens = self.raw_tokens_of(source)
         return self.normalizer(tokens.flatten(1)).view_as(tokens)
+
+    def raw_tokens_of(self, source: Tensor) -> KeyFrameTokens:
+        """`tokens_of`, before they are normalised."""
+        tokens = self.resampler(self.encoder(source)).float()
+        return tokens if self.linear_code is None else tokens + self.linear_code.tokens(source).float()
 
     def token_hash(self, dtype: torch.dtype | None = None) -> str:
         """Sixteen hexadecimal digits that stand for all weights which decide what the deep tokens of a frame are.
@@ -230,7 +240,7 @@ class VideoTokenizer(nn.Module):
 
         The running estimate lags behind the weights, and behind their average more so; what is saved must not.
         """
-        tokens = torch.cat([self.resampler(self.encoder(source)).float().flatten(1) for source in sources])
+        tokens = torch.cat([self.raw_tokens_of(source).flatten(1) for source in sources])
         mean, variance = self.normalizer.running_mean, self.normalizer.running_var
         assert mean is not None and variance is not None  # BatchNorm has both unless told not to track
         mean.copy_(tokens.mean(0))
@@ -296,6 +306,15 @@ class VideoTokenizer(nn.Module):
             moves_later = not self.config.denoiser.predicts_change
             clips = blended_stream(clips, shares_frame=self.config.repeated_frames > 0, moves_later=moves_later)
         return self._shown(clips)
+
+    def render(
+        self, pair: DeepTokens, sample_indices: Sequence[int], guidance: float | None = None, seed: int = 0
+    ) -> ClipLatents:
+        """The first-stage latents of single clips with these head and tail tokens `b 2 n d`, as `decode` would show."""
+        config = self.config
+        guidance = config.guidance if guidance is None else guidance
+        sampling = Sampling(seed, sample_indices, config.steps, guidance, config.temperature)
+        return self._render([pair], None, [0], sampling)[0]
 
     def _shown(self, clips: Iterator[ClipLatents]) -> Iterator[FrameStack]:
         for position, latents in enumerate(clips):
@@ -382,7 +401,8 @@ class VideoTokenizer(nn.Module):
         if self.key_head is None:
             side = self.config.latent_size
             return tokens.new_zeros(len(tokens), self.config.first_stage.latent_channels, side, side)
-        return self.key_head(tokens)
+        latents = self.key_head(tokens)
+        return latents if self.linear_code is None else latents + self.linear_code.latents(tokens)
 
     def null_tokens(self) -> Float[Tensor, "1 n d"]:
         """What the denoiser sees in place of tokens that guidance drops: zeros, or the tokens of a black image."""
@@ -406,6 +426,7 @@ class TokenizerParts(nn.Module):
         self.resampler = tokenizer.resampler
         self.normalizer = tokenizer.normalizer
         self.key_head = tokenizer.key_head
+        self.linear_code = tokenizer.linear_code
         self.denoiser = tokenizer.denoiser
 
 
@@ -415,7 +436,7 @@ def hash_of_tokens(
     """`VideoTokenizer.token_hash`, of the states of a first stage and of `TokenizerParts`."""
     digest = hashlib.sha256()
     named = [(name, value) for name, value in first_stage.items() if not name.startswith(DECODER)]
-    for part in ("encoder.", "resampler.", "normalizer."):
+    for part in ("encoder.", "resampler.", "linear_code.encode.", "normalizer."):
         named += [(name.removeprefix(part), value) for name, value in parts.items() if name.startswith(part)]
     for name, value in named:
         saved = value.to(dtype) if dtype and value.is_floating_point() else value

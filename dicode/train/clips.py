@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.device import pick_device
@@ -28,6 +28,7 @@ from dicode.tokenizer.denoiser import ChangeDenoiser
 from dicode.tokenizer.diffusion import noised
 from dicode.tokenizer.first_stage import FirstStageConfig
 from dicode.tokenizer.known import Known
+from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import (
     FIRST_STAGE_WEIGHTS,
     WEIGHTS,
@@ -124,7 +125,8 @@ class TokenizerTraining:
         if run.init:
             self._start_from(Path(run.init))
         if run.freeze_key_frames:
-            for part in (self.module.encoder, self.module.resampler, self.module.key_head):
+            frozen = (self.module.encoder, self.module.resampler, self.module.key_head, self.module.linear_code)
+            for part in frozen:
                 if part is not None:
                     part.requires_grad_(False)
         if not run.denoises:
@@ -138,6 +140,8 @@ class TokenizerTraining:
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
         self.rows = self.cache.frame_rows()
         self.latents = first_stage_latents(self.module, cache, weights)
+        if self.module.linear_code is not None and not run.init:
+            self._fit_linear_code(self.module.linear_code)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
         if isinstance(self.module.denoiser, ChangeDenoiser) and not run.lora.rank:
             self._measure_change(self.module.denoiser)
@@ -148,6 +152,19 @@ class TokenizerTraining:
         rows = torch.stack([self.clip_rows(video, 0.0) for video in chosen])
         clips = self.latents[rows[:, self.head :], 0].float()
         denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
+
+    def _fit_linear_code(self, code: LinearCode) -> None:
+        """Begin with the linear code of up to 20,000 training frames; what the networks add to it begins at zero."""
+        rows = self.rows[:: len(self.rows) // 20_000 + 1]
+        mean, variance = code.fit(self.latents[rows, 0].float())
+        module = self.module
+        assert module.key_head is not None and module.normalizer.running_mean is not None
+        assert module.normalizer.running_var is not None
+        module.normalizer.running_mean.copy_(mean)
+        module.normalizer.running_var.copy_(variance)
+        for layer in (module.resampler.norm_out, module.key_head.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def _start_from(self, folder: Path) -> None:
         """Take another run's weights, all of them; where its denoiser is another network, ours starts afresh."""
@@ -207,7 +224,10 @@ class TokenizerTraining:
         clips, keys, key_latents = (batch[name].to(self.module.device) for name in ("clips", "keys", "key_latents"))
         tokens = self.module.tokens_of(keys)
         level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
-        noisy_tokens = tokens + (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
+        noise = (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
+        if self.module.linear_code is not None:  # nothing holds these tokens at unit variance: no gain from larger ones
+            noise = noise * tokens.square().mean(0).sqrt()
+        noisy_tokens = tokens + noise
         predicted = self.module.key_latents(noisy_tokens)
         losses = {}
         if self.module.key_head is not None:
@@ -223,7 +243,8 @@ class TokenizerTraining:
         self.module.first_stage.eval()
         if not self.run.model.encoder.reads_latents:
             self.module.encoder.eval()
-        if self.run.freeze_key_frames or not self.run.fits_statistics:
+        # the linear code is exact only for the statistics it was fitted with: those of a batch are noise to it
+        if self.run.freeze_key_frames or not self.run.fits_statistics or self.module.linear_code is not None:
             self.module.normalizer.eval()
 
     def told(self, tokens: Tensor, key_latents: Tensor, context: Tensor, generator: torch.Generator) -> Known:
@@ -264,7 +285,7 @@ class TokenizerTraining:
             clips = self.latents[part, 0].float().to(device)
             head, tokens = clips[:, self.head], self.key_tokens(part)
             if module.key_head is not None:
-                predicted = module.key_head(tokens)[: len(part)]
+                predicted = module.key_latents(tokens)[: len(part)]
                 errors.append(functional.mse_loss(predicted, head))
                 psnrs.append(psnr_db(module.first_stage.decode(predicted), module.first_stage.decode(head)))
             if self.run.denoises:
@@ -286,7 +307,7 @@ class TokenizerTraining:
         pair = pairs(self.key_tokens(rows))
         columns = [module.frames_of(clips[:, ::3])]
         if module.key_head is not None:
-            columns.append(pixels_to_frames(module.first_stage.decode(module.key_head(pair[:, 0])))[:, None])
+            columns.append(pixels_to_frames(module.first_stage.decode(module.key_latents(pair[:, 0])))[:, None])
         if self.run.denoises:
             columns.append(next(module.decode(pair, seed=0))[:, ::3])
         strips = [rearrange(column.cpu(), "b f h w c -> (b h) (f w) c") for column in columns]

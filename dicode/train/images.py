@@ -1,17 +1,22 @@
 """Stage 0: the first stage learns to reconstruct single frames."""
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from dicode.hub import config_to_dict, load_weights, save_weights, write_config
+from dicode.device import pick_device
+from dicode.hub import config_to_dict, content_hash, kept_tensors, load_weights, save_weights, write_config
 from dicode.shapes import ImageLatents, KeyFramePixels
 from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
+from dicode.tokenizer.video_tokenizer import WEIGHTS as TOKENIZER_WEIGHTS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import LoopConfig
 from dicode.train.perceptual import PerceptualDistance
@@ -29,6 +34,8 @@ class FirstStageRun:
     init: str | None = None
     freeze_encoder: bool = False
     tokenizer: str | None = None  # on this first stage: half of the latents come from deep tokens, as they will in use
+    rendered_share: float = 0.0  # of the images: frames that this tokenizer renders of training clips, sharpened by …
+    rendered_guidance: float = 2.5  # … this guidance, also as they will in use
     model: FirstStageConfig = field(default_factory=FirstStageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     l1_weight: float = 0.1  # beside the squared error: keeps flat areas of pixel art flat
@@ -52,6 +59,36 @@ def psnr_db(pixels: Tensor, target: Tensor) -> Tensor:
     return -10 * error.clamp_min(1e-10).log10()
 
 
+class Rendered(NamedTuple):
+    """Frames as a tokenizer renders them, and which cached frames they stand for."""
+
+    rows: Tensor  # f, of the cache
+    latents: Tensor  # f c h w, float16, normalised
+
+
+def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStageRun) -> Rendered:
+    """The first clip of every video of a cache from its own key frames: all frames but the head, which is no work.
+
+    Computed once and kept in the cache's folder, under a name that tells the tokenizer's weights and the videos.
+    """
+    config, source = tokenizer.config, Path(str(run.tokenizer))
+    rows = torch.stack([cache.clip_rows(video, 0.0, config.tail_frame + 1, config.fps) for video in cache.videos])
+
+    def computed() -> dict[str, Tensor]:
+        parts = []
+        for number, part in enumerate(tqdm(rows.split(16), desc="rendering clips", unit="batch", mininterval=5)):
+            tokens = tokenizer.encode(cache.frames[part])
+            indices = list(range(16 * number, 16 * number + len(part)))
+            parts.append(tokenizer.render(tokens, sample_indices=indices, guidance=run.rendered_guidance).half().cpu())
+        return {"latents": torch.cat(parts)}
+
+    weights = content_hash(source / WEIGHTS, source / TOKENIZER_WEIGHTS)
+    videos = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:8]
+    name = f"rendered-{weights}-{run.rendered_guidance:g}-{videos}.safetensors"
+    latents = kept_tensors(Path(run.cache) / name, computed)["latents"]
+    return Rendered(rows[:, 1 : config.clip_frames].flatten(), latents[:, 1:].flatten(0, 1))
+
+
 class FirstStageTraining:
     """The `Stage` of a `FirstStageRun`."""
 
@@ -60,6 +97,8 @@ class FirstStageTraining:
             raise ValueError("freeze_encoder: name the trained first stage in init; a random encoder would stay random")
         if run.tokenizer and not run.freeze_encoder:
             raise ValueError("tokenizer: its tokens stand for the latents of a frozen encoder; set freeze_encoder")
+        if not 0 <= run.rendered_share <= 1 or (run.rendered_share and not run.tokenizer):
+            raise ValueError(f"rendered_share: expected 0…1, and a tokenizer that renders, got {run.rendered_share}")
         self.run = run
         self.tokenizer = VideoTokenizer.from_pretrained(run.tokenizer).requires_grad_(False) if run.tokenizer else None
         self.best = "-perceptual" if run.perceptual_weight else "psnr_db"
@@ -80,21 +119,38 @@ class FirstStageTraining:
             load_weights(self.module, Path(run.init) / WEIGHTS)
         if run.freeze_encoder:
             self.module.freeze_encoder()
+        self.rendered: Rendered | None = None
+        if run.rendered_share and self.tokenizer is not None:
+            self.tokenizer.to(pick_device(run.loop.device))
+            self.rendered = rendered_clips(self.tokenizer, cache.subset(validation=False), run)
+            self.rendered_validation = rendered_clips(self.tokenizer, validation, run)
 
     def num_samples(self) -> int:
         return len(self.rows)
 
-    def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         pixels = frames_to_pixels(self.frames[self.rows[indices]])
         flipped = torch.rand(len(pixels), generator=generator) < 0.5
-        return torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+        pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+        if self.rendered is None:
+            return {"pixels": pixels}
+        rendered = round(self.run.rendered_share * len(indices))
+        chosen = torch.randint(len(self.rendered.rows), (rendered,), generator=generator)
+        own = frames_to_pixels(self.frames[self.rendered.rows[chosen]])
+        return {
+            "pixels": torch.cat([pixels[: len(indices) - rendered], own]),
+            "rendered": self.rendered.latents[chosen].float(),  # of the last of these images
+        }
 
-    def loss(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = batch.to(self.module.latent_mean.device).contiguous(memory_format=torch.channels_last)
-        latents = self.module.raw_latents(pixels)
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        device = self.module.latent_mean.device
+        pixels = batch["pixels"].to(device).contiguous(memory_format=torch.channels_last)
+        latents = self.module.raw_latents(pixels[: len(pixels) - len(batch.get("rendered", ()))])
         if self.tokenizer is not None:
             half = len(latents) // 2
             latents = torch.cat([self.through_tokens(pixels[:half]), latents[half:]])
+        if "rendered" in batch:
+            latents = torch.cat([latents, self.raw(batch["rendered"].to(device))])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         latents = latents + self.run.latent_noise * latents.detach().std() * noise
         decoded = self.module.raw_decode(latents)
@@ -111,7 +167,10 @@ class FirstStageTraining:
         """Raw latents as the key-frame head tells them from an image's deep tokens: smoother than the encoder's."""
         assert self.tokenizer is not None
         tokenizer = self.tokenizer.to(pixels.device)
-        latents = tokenizer.key_latents(tokenizer.tokens_of(tokenizer.source_of(pixels)))
+        return self.raw(tokenizer.key_latents(tokenizer.tokens_of(tokenizer.source_of(pixels))))
+
+    def raw(self, latents: ImageLatents) -> ImageLatents:
+        """Latents before they were normalised."""
         return latents * self.module.latent_deviation[:, None, None] + self.module.latent_mean[:, None, None]
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
@@ -138,10 +197,23 @@ class FirstStageTraining:
             picks = torch.arange(0, len(rows), max(1, len(rows) // 16))[:16]
             strips += [pixels[picks], decoded[picks].clamp(-1, 1)]
         metrics["psnr_db"] = sum(metrics.values()) / len(metrics)  # of all kinds
+        if of_rendered := self._distances_of_rendered():
+            metrics["perceptual_of_rendered"] = torch.stack(of_rendered).mean().item()
+            distances += of_rendered
         if distances:
             metrics["perceptual"] = torch.stack(distances).mean().item()
         sheet = torch.cat([rearrange(pixels_to_frames(s), "b h w c -> h (b w) c") for s in strips])
         return metrics, Image.fromarray(sheet.numpy())
+
+    def _distances_of_rendered(self) -> list[Tensor]:
+        """Perceptual distances of up to 480 rendered validation frames to the real ones, a batch each."""
+        if self.perceptual is None or self.rendered is None:
+            return []
+        device, (rows, latents) = self.module.latent_mean.device, self.rendered_validation
+        every = slice(None, None, max(1, len(rows) // 480))
+        real = frames_to_pixels(self.frames[rows[every]]).split(64)
+        made = (self.module.decode(part.float().to(device)) for part in latents[every].split(64))
+        return [self.perceptual(a, b.to(device)).cpu() for a, b in zip(made, real, strict=True)]
 
     def export(self, folder: Path) -> None:
         write_config(folder, {"first_stage": config_to_dict(self.run.model)})

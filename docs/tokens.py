@@ -1,0 +1,86 @@
+"""What deep tokens keep of validation key frames, at several strengths of noise: writes results/tokens.json.
+
+    python docs/tokens.py cache/sprites NAME=TOKENIZER_FOLDER …
+
+All tokenizers must share the encoder of one first stage; its linear codes are measured beside them.
+"""
+
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
+from dicode.evaluate.reconstruction import frechet_scores
+from dicode.evaluate.report import write_result
+from dicode.hub import resolve
+from dicode.tokenizer.linear import LinearCode
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
+from dicode.train.clips import first_stage_latents
+from dicode.video.shards import FrameCache
+
+NOISE = (0.0, 0.1, 0.2, 0.4)  # deviation, where the tokens' is 1
+
+
+class Linear:
+    """A fitted linear code, spoken to like a tokenizer."""
+
+    def __init__(self, config: VideoTokenizer, latents: Tensor):
+        resampler, first_stage = config.config.resampler, config.config.first_stage
+        size = config.config.latent_size
+        self.code = LinearCode(resampler.queries, resampler.token_width, first_stage.latent_channels, size)
+        self.mean, self.variance = self.code.fit(latents)
+
+    def tokens_of(self, latents: Tensor) -> Tensor:
+        tokens = self.code.tokens(latents)
+        return ((tokens.flatten(1) - self.mean) / self.variance.sqrt()).view_as(tokens)
+
+    def key_latents(self, tokens: Tensor) -> Tensor:
+        return self.code.latents(tokens)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Mean squared error of key latents over all validation frames; FVD of clips made of them, frame by frame."""
+    folders = dict(argument.split("=", 1) for argument in sys.argv[2:])
+    tokenizers = {name: VideoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+    first = next(iter(tokenizers.values()))
+    cache = FrameCache.load(sys.argv[1])
+    source = resolve(next(iter(folders.values()))) / FIRST_STAGE_WEIGHTS
+    latents = first_stage_latents(first, cache, source)
+    training, held = (cache.subset(validation=held).frame_rows() for held in (False, True))
+    named = {"linear": Linear(first, latents[training[::2], 0].float()), **tokenizers}
+    real = latents[held, 0].float()
+    values: dict[str, dict[str, float]] = {"variance": {"of latents": float(real.var())}}
+    for name, tokenizer in named.items():
+        values[name] = {}
+        for noise in NOISE:
+            generator, errors = torch.Generator().manual_seed(0), []
+            for part in real.split(256):
+                tokens = tokenizer.tokens_of(part)
+                tokens = tokens + noise * torch.randn(tokens.shape, generator=generator)
+                errors.append((tokenizer.key_latents(tokens) - part).square().mean((1, 2, 3)))
+            values[name][f"error at noise {noise}"] = float(torch.cat(errors).mean())
+        values[name]["FVD-EffLite0, every frame a key frame"] = fvd(cache, tokenizer, first)
+        print(name, values[name], flush=True)
+    command = "python docs/tokens.py " + " ".join(sys.argv[1:])
+    write_result("results/tokens.json", "deep tokens: what they keep", values, len(real), 0, command)
+
+
+def fvd(cache: FrameCache, tokenizer: VideoTokenizer | Linear, shown_by: VideoTokenizer) -> float:
+    """Of the first clips of all validation videos, each frame through its own tokens, against the real ones."""
+    config, extractor = shown_by.config, EfficientNetLite0Features()
+    clips, made = [], []
+    for video in cache.subset(validation=True).videos:
+        clip = cache.frames[cache.clip_rows(video, 0.0, config.clip_frames, config.fps)]
+        pixels = clip.permute(0, 3, 1, 2).float() / 127.5 - 1
+        through = tokenizer.key_latents(tokenizer.tokens_of(shown_by.first_stage.encode(pixels)))
+        clips.append(clip.numpy())
+        made.append(shown_by.frames_of(through[None])[0].numpy())
+    real, generated = (features_of_clips(extractor, those).joined() for those in (clips, made))
+    return float(frechet_scores(np.asarray(real), {"made": generated})["made"]["FVD-EffLite0"])
+
+
+if __name__ == "__main__":
+    main()
