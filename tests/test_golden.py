@@ -54,7 +54,9 @@ def toy(run: Run, root: Path) -> Run:
         changes |= {"model": tiny_config().first_stage, "init": init and str(root / "first_stage/best")}
         changes |= {"tokenizer": run.tokenizer and str(root / "key_frames/best")}
     elif isinstance(run, TokenizerRun):
-        changes |= {"first_stage": str(root / "first_stage/best"), "model": toy_tokenizer(run.model)}
+        linear = run.model.linear_code and not init  # what is continued from here has none
+        changes |= {"model": dataclasses.replace(toy_tokenizer(run.model), linear_code=linear)}
+        changes |= {"first_stage": str(root / "first_stage/best")}
         changes |= {"init": init and str(root / "key_frames/best"), "images_per_step": min(8, run.images_per_step)}
     else:
         changes |= {"tokenizer": str(root / "key_frames/best"), "model": toy_lm(run.model)}
@@ -68,7 +70,7 @@ def toy_tokenizer(model: TokenizerConfig) -> TokenizerConfig:
     denoiser: DenoiserConfig = tiny.denoiser
     if model.denoiser.kind == denoiser.kind:
         denoiser = dataclasses.replace(denoiser, predicts_change=model.denoiser.predicts_change)
-    return dataclasses.replace(tiny, denoiser=denoiser, diffusion=model.diffusion, linear_code=model.linear_code)
+    return dataclasses.replace(tiny, denoiser=denoiser, diffusion=model.diffusion)
 
 
 def toy_lm(model: DeepLMConfig) -> DeepLMConfig:
