@@ -1,4 +1,4 @@
-"""Write the figures of `results/` into README.md, the model card and plans.md; `--check` only compares."""
+"""Write the figures of `results/` into README.md, the model card, plans.md and tokens.md; `--check` only compares."""
 
 import json
 import sys
@@ -13,6 +13,7 @@ def main() -> int:
     """Rewrite the block between the marks in each file; returns 1 where `--check` finds a stale one."""
     table = figures("sprites")
     tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/plans.md": plans()}
+    tables["docs/tokens.md"] = tokens()
     stale = []
     for path, table in ((ROOT / name, table) for name, table in tables.items()):
         text = path.read_text(encoding="utf-8")
@@ -28,9 +29,9 @@ def main() -> int:
 
 def figures(model: str) -> str:
     """The results of one model in the box as a Markdown table."""
-    made, rebuilt, speed, long = (
+    made, rebuilt, speed, long, cost = (
         json.loads((ROOT / f"results/{model}-{part}.json").read_text(encoding="utf-8"))["values"]
-        for part in ("generation", "reconstruction", "speed", "long")
+        for part in ("generation", "reconstruction", "speed", "long", "long-cost")
     )
     control, rank, motion = made["text_control"], made["validation_percentile"], made["motion"]
     frechet = {name: scores["FVD-EffLite0"] for name, scores in rebuilt["frechet"].items()}
@@ -61,9 +62,21 @@ def figures(model: str) -> str:
             f"{speed['median_s']:.1f} s; the whole process {speed['process_s']:.1f} s, "
             f"{speed['peak_memory_gib']:.2f} GiB",
         ),
-        *long_rows(long),
+        *long_rows(long, cost),
     ]
     return "\n".join(["| measured | value (95 % interval) |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def tokens() -> str:
+    """What deep tokens keep of validation frames, as a Markdown table."""
+    values = json.loads((ROOT / "results/tokens.json").read_text(encoding="utf-8"))["values"]
+    named = {"fourth": "fourth edition", "linear": "linear code as fitted", "fifth": "fifth edition, trained beside it"}
+    columns = list(values["fourth"])
+    lines = ["| deep tokens of | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for key, name in named.items():
+        cells = [f"{values[key][column]:.3g}" for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def plans() -> str:
@@ -105,9 +118,9 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.1f}"
 
 
-def long_rows(long: dict[str, Any]) -> list[tuple[str, str]]:
+def long_rows(long: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str]]:
     """What a minute costs, and how it holds together, for every kind of joins."""
-    kinds, cost = long["joins"], long["cost"]
+    kinds = long["joins"]
     what = f"{long['seconds']:g} s of video, {len(long['prompts'])} training captions"
     return [
         (

@@ -69,7 +69,8 @@ def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: s
             return {"made": work(row["unit"])}
 
         items = [{"unit": unit} for unit in units]  # a block each, so that no more than one is done again
-        made = ray.data.from_items(items, override_num_blocks=len(items)).map(done, num_cpus=1, max_retries=-1)
+        blocks = ray.data.from_items(items, override_num_blocks=len(items))
+        made = blocks.map(done, num_cpus=1, max_retries=4)  # a unit that kills five workers is an error, not bad luck
         for row in made.iter_rows():
             yield row["made"]
     finally:
