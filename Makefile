@@ -21,8 +21,9 @@ TORCH_INDEX ?= $(eval TORCH_INDEX := $(shell $(PYTHON) -c '$(PROBE)' 2>/dev/null
 demo: $(VENV)/installed
 	$(BIN)/dicode generate "$(PROMPT)" -o demo.mp4 --sheet demo.png
 
+# A file's tests share what they prepare, minutes of it: each file in one process, in alphabetical order.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

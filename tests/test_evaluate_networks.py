@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from dicode.evaluate.features import features_of_clips
-from dicode.evaluate.networks import C3D, I3D, Clip, Inception, clip_similarity, named_frame_network
+from dicode.evaluate.networks import C3D, I3D, Clip, Inception, clip_similarity
 from dicode.hub import CheckpointError
 
 
@@ -140,11 +140,3 @@ def test_clip_sees_the_centre_at_its_own_size(clips: list[np.ndarray], clip_fold
         network._seen(torch.from_numpy(margins).permute(0, 3, 1, 2))[..., 2:-2],
         network._seen(torch.from_numpy(wide).permute(0, 3, 1, 2))[..., 2:-2],
     )
-
-
-def test_networks_without_weights_are_asked_for_by_name() -> None:
-    with pytest.raises(ValueError, match="Inception: its weights do not come with dicode"):
-        named_frame_network("Inception", None)
-    with pytest.raises(ValueError, match="expected a network of EffLite0, Inception, CLIP, got 'VGG'"):
-        named_frame_network("VGG", "weights.pt")
-    assert named_frame_network("EffLite0", None).width == 1280

@@ -25,7 +25,6 @@ from dicode.train.clips import TokenizerRun
 from dicode.train.images import FirstStageRun
 from dicode.train.stages import Run, run_recipe
 
-pytestmark = pytest.mark.xdist_group("golden")  # one process: what they compare takes long to make
 RECIPES = Path(__file__).parents[1] / "recipes"
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 6

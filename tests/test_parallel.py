@@ -20,7 +20,6 @@ from dicode.train.loop import Training
 from dicode.train.parallel import Processes, StepModule, blocks_of, recompute_activations
 from dicode.train.stages import run_recipe, stage_of
 
-pytestmark = pytest.mark.xdist_group("parallel")  # one process: what they compare takes long to make
 HERE = Path(__file__).parent
 NAMES = ["first_stage", "key_frames", "denoiser", "lm", "muon"]
 TOGETHER = ["2/ddp-key_frames", "2/fsdp-lm", "4/ddp-lm", *(f"4/fsdp-{name}" for name in NAMES)]

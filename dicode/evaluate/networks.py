@@ -6,7 +6,7 @@ another network must not carry its name.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,23 +15,11 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional
 
-from dicode.evaluate.features import FeatureExtractor
 from dicode.hub import CheckpointError, downloaded
 from dicode.shapes import Video
 from dicode.tokenizer.encoder import CLIP_DEVIATION, CLIP_MEAN
 
 CLIP_FILES = ["config.json", "*.safetensors", "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"]
-
-
-class VideoNetwork(Protocol):
-    """Any network that makes one vector of a whole clip; `name` becomes part of every metric's name (`FVD-I3D`)."""
-
-    name: str
-    width: int
-
-    def clip_vector(self, clip: Video) -> Float32[ndarray, "width"]:
-        """The vector of one clip, uint8 `f h w c`."""
-        ...
 
 
 class I3D:
@@ -48,7 +36,7 @@ class I3D:
 
     @torch.no_grad()
     def clip_vector(self, clip: Video) -> Float32[ndarray, "400"]:
-        """As `VideoNetwork.clip_vector`. Raises `ValueError` for clips too short for its strides."""
+        """The vector of one clip, uint8 `f h w c`. Raises `ValueError` for clips too short for its strides."""
         if len(clip) < self.least_frames:
             raise ValueError(f"I3D: expected clips of {self.least_frames} frames or more, got {len(clip)}")
         video = torch.from_numpy(np.ascontiguousarray(clip)).permute(3, 0, 1, 2)[None].float().to(self._device)
@@ -70,7 +58,7 @@ class C3D:
 
     @torch.no_grad()
     def clip_vector(self, clip: Video) -> Float32[ndarray, "101"]:
-        """As `VideoNetwork.clip_vector`. Raises `ValueError` for clips of another length."""
+        """The probabilities of one clip, uint8 `f h w c`. Raises `ValueError` for clips of another length."""
         if len(clip) != self.frames:
             raise ValueError(f"C3D: expected clips of {self.frames} frames, got {len(clip)}")
         video = torch.from_numpy(np.ascontiguousarray(clip)).permute(3, 0, 1, 2)[None].float().to(self._device)
@@ -158,21 +146,6 @@ class Clip:
 def clip_similarity(network: Clip, clip: Video, text: str) -> float:
     """CLIPSIM of one video: the mean product of its frames' vectors with the text's, −1…1 (arXiv 2104.14806)."""
     return float((network.frame_features(clip) @ network.text_features([text])[0]).mean())
-
-
-def named_frame_network(name: str, source: str | None) -> FeatureExtractor:
-    """`EffLite0`, or a published network, `Inception` or `CLIP`, from `source`."""
-    from dicode.evaluate.features import EfficientNetLite0Features
-
-    if name == "EffLite0":
-        return EfficientNetLite0Features()
-    if source is None:
-        raise ValueError(f"{name}: its weights do not come with dicode; name their file or hub id")
-    known: dict[str, Any] = {"Inception": Inception, "CLIP": Clip}
-    if name not in known:
-        raise ValueError(f"expected a network of EffLite0, {', '.join(known)}, got {name!r}")
-    network: FeatureExtractor = known[name](source)
-    return network
 
 
 def _torchscript(path: str | Path, device: str | torch.device) -> torch.jit.ScriptModule:

@@ -1,5 +1,7 @@
 """Tokenizers that have a name."""
 
+from dataclasses import replace
+
 from dicode.tokenizer.diffusion import DiffusionConfig
 from dicode.tokenizer.encoder import EncoderConfig
 from dicode.tokenizer.first_stage import FirstStageConfig
@@ -10,17 +12,8 @@ from dicode.tokenizer.video_tokenizer import TokenizerConfig
 TOKENIZERS: dict[str, TokenizerConfig] = {
     "sprites": TokenizerConfig(
         linear_code=True,
-        encoder=EncoderConfig(depth=1),
-        resampler=ResamplerConfig(
-            width=192,
-            depth=1,
-            heads=3,
-            head_width=64,
-            feature_width=192,
-            features=64,
-            token_width=32,
-            grid_queries=True,
-        ),
+        encoder=replace(TokenizerConfig().encoder, depth=1),
+        resampler=replace(TokenizerConfig().resampler, depth=1),
         denoiser=DenoiserConfig(predicts_change=True),
     ),
     # Published (arXiv 2412.04446): OpenCLIP ViT-H/14, DynamiCrafter-256's U-Net without image concatenation, SD's VAE
