@@ -109,6 +109,7 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
         "rendered": dataclasses.replace(
             frozen, tokenizer=str(root / "denoiser/best"), rendered_share=0.5, perceptual_weight=0.2
         ),
+        "adversarial": dataclasses.replace(frozen, adversarial_weight=0.1),
         "muon": dataclasses.replace(lm, loop=dataclasses.replace(lm.loop, optim=muon)),
         "change": dataclasses.replace(denoiser, model=dataclasses.replace(denoiser.model, denoiser=change)),
     }
@@ -190,7 +191,8 @@ def test_rendered_frames_are_those_that_decode_shows_beside_the_real_ones(traine
 
 
 @pytest.mark.parametrize(
-    "stage", ["first_stage", "kl", "perceptual", "rendered", "key_frames", "denoiser", "change", "lm", "muon"]
+    "stage",
+    ["first_stage", "kl", "perceptual", "rendered", "adversarial", "key_frames", "denoiser", "change", "lm", "muon"],
 )
 def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
     """Three steps, a stop, then the rest: same weights, EMA, buffers, optimizer and losses as in one go."""

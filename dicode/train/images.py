@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dicode.device import pick_device
@@ -18,6 +18,7 @@ from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
 from dicode.tokenizer.video_tokenizer import WEIGHTS as TOKENIZER_WEIGHTS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.adversarial import PatchDiscriminator, adversarial_losses
 from dicode.train.loop import LoopConfig
 from dicode.train.perceptual import PerceptualDistance
 from dicode.video.shards import FrameCache
@@ -40,6 +41,7 @@ class FirstStageRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
     l1_weight: float = 0.1  # beside the squared error: keeps flat areas of pixel art flat
     perceptual_weight: float = 0.0  # of `PerceptualDistance`, which squared error alone leaves blurred
+    adversarial_weight: float = 0.0  # of a `PatchDiscriminator`, trained beside it and left out of what is exported
     latent_noise: float = 0.05  # of the batch's latent deviation: the decoder will see imperfect latents
 
 
@@ -79,7 +81,9 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
         for number, part in enumerate(tqdm(rows.split(16), desc="rendering clips", unit="batch", mininterval=5)):
             tokens = tokenizer.encode(cache.frames[part])
             indices = list(range(16 * number, 16 * number + len(part)))
-            parts.append(tokenizer.render(tokens, sample_indices=indices, guidance=run.rendered_guidance).half().cpu())
+            with torch.autocast(tokenizer.device.type, torch.bfloat16):  # half the time; the loop trains so as well
+                latents = tokenizer.render(tokens, sample_indices=indices, guidance=run.rendered_guidance)
+            parts.append(latents.half().cpu())
         return {"latents": torch.cat(parts)}
 
     weights = content_hash(source / WEIGHTS, source / TOKENIZER_WEIGHTS)
@@ -114,16 +118,26 @@ class FirstStageTraining:
             for source in sorted({v.source for v in validation.videos})
         }
         torch.manual_seed(run.loop.seed)
-        self.module = FirstStage(run.model)
+        first_stage = FirstStage(run.model)
         if run.init:
-            load_weights(self.module, Path(run.init) / WEIGHTS)
+            load_weights(first_stage, Path(run.init) / WEIGHTS)
         if run.freeze_encoder:
-            self.module.freeze_encoder()
+            first_stage.freeze_encoder()
+        self.module: nn.Module = first_stage
+        if run.adversarial_weight:
+            self.module = nn.ModuleDict({"first_stage": first_stage, "discriminator": PatchDiscriminator()})
         self.rendered: Rendered | None = None
         if run.rendered_share and self.tokenizer is not None:
             self.tokenizer.to(pick_device(run.loop.device))
             self.rendered = rendered_clips(self.tokenizer, cache.subset(validation=False), run)
             self.rendered_validation = rendered_clips(self.tokenizer, validation, run)
+
+    @property
+    def first_stage(self) -> FirstStage:
+        """Of what is trained, the part that is exported."""
+        found = self.module["first_stage"] if isinstance(self.module, nn.ModuleDict) else self.module
+        assert isinstance(found, FirstStage)
+        return found
 
     def num_samples(self) -> int:
         return len(self.rows)
@@ -143,9 +157,9 @@ class FirstStageTraining:
         }
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        device = self.module.latent_mean.device
+        device = self.first_stage.latent_mean.device
         pixels = batch["pixels"].to(device).contiguous(memory_format=torch.channels_last)
-        latents = self.module.raw_latents(pixels[: len(pixels) - len(batch.get("rendered", ()))])
+        latents = self.first_stage.raw_latents(pixels[: len(pixels) - len(batch.get("rendered", ()))])
         if self.tokenizer is not None:
             half = len(latents) // 2
             latents = torch.cat([self.through_tokens(pixels[:half]), latents[half:]])
@@ -153,13 +167,18 @@ class FirstStageTraining:
             latents = torch.cat([latents, self.raw(batch["rendered"].to(device))])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         latents = latents + self.run.latent_noise * latents.detach().std() * noise
-        decoded = self.module.raw_decode(latents)
+        decoded = self.first_stage.raw_decode(latents)
         error = decoded - pixels
         parts = {"squared": error.square().mean(), "absolute": error.abs().mean()}
         loss = parts["squared"] + self.run.l1_weight * parts["absolute"]
         if self.perceptual:
             parts["perceptual"] = self.perceptual(decoded, pixels)
             loss = loss + self.run.perceptual_weight * parts["perceptual"]
+        if isinstance(self.module, nn.ModuleDict):
+            parts["adversarial"], parts["discriminator"] = adversarial_losses(
+                self.module["discriminator"], decoded, pixels
+            )
+            loss = loss + self.run.adversarial_weight * parts["adversarial"] + parts["discriminator"]
         return loss, {name: part.detach() for name, part in parts.items()}
 
     @torch.no_grad()
@@ -171,26 +190,26 @@ class FirstStageTraining:
 
     def raw(self, latents: ImageLatents) -> ImageLatents:
         """Latents before they were normalised."""
-        return latents * self.module.latent_deviation[:, None, None] + self.module.latent_mean[:, None, None]
+        return latents * self.first_stage.latent_deviation[:, None, None] + self.first_stage.latent_mean[:, None, None]
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
-        device = self.module.latent_mean.device
+        device = self.first_stage.latent_mean.device
         sample = frames_to_pixels(self.frames[self.rows[:: max(1, len(self.rows) // 512)]]).to(device)
         if not self.run.freeze_encoder:
-            self.module.fit_statistics(torch.cat([self.module.raw_latents(part) for part in sample.split(64)]))
+            self.first_stage.fit_statistics(torch.cat([self.first_stage.raw_latents(part) for part in sample.split(64)]))
         metrics: dict[str, float] = {}
         strips, distances = [], []
         for source, rows in self.validation.items():
             pixels = frames_to_pixels(self.frames[rows])
             decoded = torch.cat(
-                [self.module.decode(self.module.encode(part.to(device))).cpu() for part in pixels.split(64)]
+                [self.first_stage.decode(self.first_stage.encode(part.to(device))).cpu() for part in pixels.split(64)]
             )
             metrics[f"psnr_{source}_db"] = psnr_db(decoded, pixels).mean().item()
             if self.perceptual:
                 shown = [decoded]
                 if self.tokenizer is not None:
                     parts = (part.to(device) for part in pixels.split(64))
-                    shown.append(torch.cat([self.module.raw_decode(self.through_tokens(part)).cpu() for part in parts]))
+                    shown.append(torch.cat([self.first_stage.raw_decode(self.through_tokens(part)).cpu() for part in parts]))
                     metrics[f"psnr_{source}_of_tokens_db"] = psnr_db(shown[1], pixels).mean().item()
                 pairs = ((a, b) for made in shown for a, b in zip(made.split(64), pixels.split(64), strict=True))
                 distances += [self.perceptual(a.to(device), b.to(device)).cpu() for a, b in pairs]
@@ -209,12 +228,12 @@ class FirstStageTraining:
         """Perceptual distances of up to 480 rendered validation frames to the real ones, a batch each."""
         if self.perceptual is None or self.rendered is None:
             return []
-        device, (rows, latents) = self.module.latent_mean.device, self.rendered_validation
+        device, (rows, latents) = self.first_stage.latent_mean.device, self.rendered_validation
         every = slice(None, None, max(1, len(rows) // 480))
         real = frames_to_pixels(self.frames[rows[every]]).split(64)
-        made = (self.module.decode(part.float().to(device)) for part in latents[every].split(64))
+        made = (self.first_stage.decode(part.float().to(device)) for part in latents[every].split(64))
         return [self.perceptual(a, b.to(device)).cpu() for a, b in zip(made, real, strict=True)]
 
     def export(self, folder: Path) -> None:
         write_config(folder, {"first_stage": config_to_dict(self.run.model)})
-        save_weights(self.module, folder / WEIGHTS)
+        save_weights(self.first_stage, folder / WEIGHTS)
