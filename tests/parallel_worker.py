@@ -2,13 +2,15 @@
 
     torchrun --standalone --nproc-per-node 4 tests/parallel_worker.py ROOT OUTPUT ddp:lm fsdp:lm fsdp:key_frames:12
 
-A third part is the step in which a signal stops the run.
+A third part is the step in which a signal stops the run, which then lies in ROOT/stopped.
 """
 
 import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ def parallel_run(root: Path, name: str, strategy: Strategy) -> Run:
     return dataclasses.replace(run, loop=changed)
 
 
-def signal_at(step: int) -> None:
+@contextmanager
+def signal_at(step: int) -> Iterator[None]:
     """Send this process a SIGTERM in the training step of this number."""
     original = dicode.train.loop._step
 
@@ -49,17 +52,21 @@ def signal_at(step: int) -> None:
         return original(run, state, batches)
 
     dicode.train.loop._step = stepping
+    try:
+        yield
+    finally:
+        dicode.train.loop._step = original
 
 
 def train(root: str, output: str, strategy: Strategy, name: str, stop_at: str | None = None) -> None:
     """One run to its end, or to where a signal to the second process stops all of them."""
     with Processes() as processes:
-        if stop_at and processes.rank == 1:
-            signal_at(int(stop_at))
-        try:
-            run_recipe(parallel_run(Path(root), name, strategy), Path(output) / f"{strategy}-{name}", {})
-        except Stopped:
-            assert stop_at
+        with signal_at(int(stop_at)) if stop_at and processes.rank == 1 else nullcontext():
+            place = Path(root) / "stopped" if stop_at else Path(output)
+            try:
+                run_recipe(parallel_run(Path(root), name, strategy), place / f"{strategy}-{name}", {})
+            except Stopped:
+                assert stop_at
 
 
 def main(root: str, output: str, *asked: str) -> None:

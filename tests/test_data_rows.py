@@ -30,6 +30,7 @@ def cache(tmp_path: Path, drawn_clips: Path) -> Path:
         slice(None),
         (torch.tensor([[4], [8]]), 1),
         (torch.tensor([[4, 1], [8, 0]]), torch.tensor([[1], [0]])),
+        torch.arange(9)[::3],  # whose numbers do not lie beside each other in memory
         torch.tensor([], dtype=torch.long),
     ],
 )

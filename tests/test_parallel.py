@@ -50,8 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_recipe(runs(folder)[name], folder / name, {})
     for name in NAMES:
         run_recipe(parallel_run(folder, name, "ddp"), folder / "1" / f"ddp-{name}", {})
-    launch(4, folder, folder / "4", "ddp:lm", *(f"fsdp:{name}" for name in NAMES))
-    launch(4, folder, folder / "stopped", "fsdp:key_frames:12")
+    launch(4, folder, folder / "4", "fsdp:key_frames:12", "ddp:lm", *(f"fsdp:{name}" for name in NAMES))
     shutil.copytree(folder / "stopped", folder / "2")
     launch(2, folder, folder / "2", "fsdp:key_frames", "ddp:key_frames", "fsdp:lm")
     return folder

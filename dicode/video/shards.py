@@ -78,7 +78,7 @@ class Rows:
                 return self.parts[i][start - self.starts[i] : stop - self.starts[i] : step]
             at = torch.arange(start, stop, step)
         given = torch.broadcast_tensors(*map(torch.as_tensor, at if isinstance(at, tuple) else (at,)))
-        rows, *others = (index.flatten() for index in given)
+        rows, *others = (index.flatten().contiguous() for index in given)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"expected rows from 0 to {len(self) - 1}, got {rows.min()} to {rows.max()}")
         values = torch.empty(len(rows), *self.shape[1 + len(others) :], dtype=self.parts[0].dtype)
