@@ -18,7 +18,8 @@ from dicode.shapes import Video
 # the package it was copied from. Measured on 60 DROID frames, the variance after the first convolution is 0.79 of the
 # batch-norm's stored one with these numbers, and 3.9 times it with the read-me's.
 RGB_MEAN, RGB_DEVIATION = 127.0, 128.0
-STAGE_ENDS = (0, 2, 4, 10)  # last blocks of EfficientNet-lite0 at 1/2, 1/4, 1/8 and 1/16 of the image's side
+STAGE_ENDS = (0, 2, 4, 10)  # last blocks of EfficientNet-lite0 at 1/2, 1/4, 1/8 and 1/16 of the image's side …
+STAGE_WIDTHS = (16, 24, 40, 112)  # … and their channels
 
 
 @runtime_checkable  # so that beartype can check it

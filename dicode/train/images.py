@@ -18,9 +18,8 @@ from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
 from dicode.tokenizer.video_tokenizer import WEIGHTS as TOKENIZER_WEIGHTS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.adversarial import PatchDiscriminator, adversarial_losses
 from dicode.train.loop import LoopConfig
-from dicode.train.perceptual import PerceptualDistance
+from dicode.train.perceptual import FeatureDiscriminator, FeatureMaps, adversarial_losses, perceptual_distance
 from dicode.video.shards import FrameCache
 
 
@@ -40,8 +39,8 @@ class FirstStageRun:
     model: FirstStageConfig = field(default_factory=FirstStageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     l1_weight: float = 0.1  # beside the squared error: keeps flat areas of pixel art flat
-    perceptual_weight: float = 0.0  # of `PerceptualDistance`, which squared error alone leaves blurred
-    adversarial_weight: float = 0.0  # of a `PatchDiscriminator`, trained beside it and left out of what is exported
+    perceptual_weight: float = 0.0  # of `perceptual_distance`, which squared error alone leaves blurred
+    adversarial_weight: float = 0.0  # of a `FeatureDiscriminator`, trained beside it; needs a perceptual_weight
     latent_noise: float = 0.05  # of the batch's latent deviation: the decoder will see imperfect latents
 
 
@@ -103,10 +102,12 @@ class FirstStageTraining:
             raise ValueError("tokenizer: its tokens stand for the latents of a frozen encoder; set freeze_encoder")
         if not 0 <= run.rendered_share <= 1 or (run.rendered_share and not run.tokenizer):
             raise ValueError(f"rendered_share: expected 0…1, and a tokenizer that renders, got {run.rendered_share}")
+        if run.adversarial_weight and not run.perceptual_weight:
+            raise ValueError("adversarial_weight: its discriminator sees feature maps; set a perceptual_weight as well")
         self.run = run
         self.tokenizer = VideoTokenizer.from_pretrained(run.tokenizer).requires_grad_(False) if run.tokenizer else None
         self.best = "-perceptual" if run.perceptual_weight else "psnr_db"
-        self.perceptual = PerceptualDistance() if run.perceptual_weight else None
+        self.feature_maps = FeatureMaps() if run.perceptual_weight else None
         cache = FrameCache.load(run.cache)
         self.frames = cache.frames
         self.rows = cache.subset(validation=False).frame_rows()
@@ -125,7 +126,7 @@ class FirstStageTraining:
             first_stage.freeze_encoder()
         self.module: nn.Module = first_stage
         if run.adversarial_weight:
-            self.module = nn.ModuleDict({"first_stage": first_stage, "discriminator": PatchDiscriminator()})
+            self.module = nn.ModuleDict({"first_stage": first_stage, "discriminator": FeatureDiscriminator()})
         self.rendered: Rendered | None = None
         if run.rendered_share and self.tokenizer is not None:
             self.tokenizer.to(pick_device(run.loop.device))
@@ -171,14 +172,14 @@ class FirstStageTraining:
         error = decoded - pixels
         parts = {"squared": error.square().mean(), "absolute": error.abs().mean()}
         loss = parts["squared"] + self.run.l1_weight * parts["absolute"]
-        if self.perceptual:
-            parts["perceptual"] = self.perceptual(decoded, pixels)
+        if self.feature_maps:
+            made, real = self.feature_maps(decoded), self.feature_maps(pixels)
+            parts["perceptual"] = perceptual_distance(made, real)
             loss = loss + self.run.perceptual_weight * parts["perceptual"]
-        if isinstance(self.module, nn.ModuleDict):
-            parts["adversarial"], parts["discriminator"] = adversarial_losses(
-                self.module["discriminator"], decoded, pixels
-            )
-            loss = loss + self.run.adversarial_weight * parts["adversarial"] + parts["discriminator"]
+            if isinstance(self.module, nn.ModuleDict):
+                adversarial, discriminator = adversarial_losses(self.module["discriminator"], made, real)
+                parts |= {"adversarial": adversarial, "discriminator": discriminator}
+                loss = loss + self.run.adversarial_weight * adversarial + discriminator
         return loss, {name: part.detach() for name, part in parts.items()}
 
     @torch.no_grad()
@@ -205,14 +206,14 @@ class FirstStageTraining:
                 [self.first_stage.decode(self.first_stage.encode(part.to(device))).cpu() for part in pixels.split(64)]
             )
             metrics[f"psnr_{source}_db"] = psnr_db(decoded, pixels).mean().item()
-            if self.perceptual:
+            if self.feature_maps:
                 shown = [decoded]
                 if self.tokenizer is not None:
                     parts = (part.to(device) for part in pixels.split(64))
                     shown.append(torch.cat([self.first_stage.raw_decode(self.through_tokens(part)).cpu() for part in parts]))
                     metrics[f"psnr_{source}_of_tokens_db"] = psnr_db(shown[1], pixels).mean().item()
                 pairs = ((a, b) for made in shown for a, b in zip(made.split(64), pixels.split(64), strict=True))
-                distances += [self.perceptual(a.to(device), b.to(device)).cpu() for a, b in pairs]
+                distances += [self.distance(a.to(device), b.to(device)) for a, b in pairs]
             picks = torch.arange(0, len(rows), max(1, len(rows) // 16))[:16]
             strips += [pixels[picks], decoded[picks].clamp(-1, 1)]
         metrics["psnr_db"] = sum(metrics.values()) / len(metrics)  # of all kinds
@@ -224,15 +225,20 @@ class FirstStageTraining:
         sheet = torch.cat([rearrange(pixels_to_frames(s), "b h w c -> h (b w) c") for s in strips])
         return metrics, Image.fromarray(sheet.numpy())
 
+    def distance(self, pixels: KeyFramePixels, target: KeyFramePixels) -> Tensor:
+        """Perceptual distance of two batches, on the CPU."""
+        assert self.feature_maps is not None
+        return perceptual_distance(self.feature_maps(pixels), self.feature_maps(target)).cpu()
+
     def _distances_of_rendered(self) -> list[Tensor]:
         """Perceptual distances of up to 480 rendered validation frames to the real ones, a batch each."""
-        if self.perceptual is None or self.rendered is None:
+        if self.feature_maps is None or self.rendered is None:
             return []
         device, (rows, latents) = self.first_stage.latent_mean.device, self.rendered_validation
         every = slice(None, None, max(1, len(rows) // 480))
         real = frames_to_pixels(self.frames[rows[every]]).split(64)
         made = (self.first_stage.decode(part.float().to(device)) for part in latents[every].split(64))
-        return [self.perceptual(a, b.to(device)).cpu() for a, b in zip(made, real, strict=True)]
+        return [self.distance(a, b.to(device)) for a, b in zip(made, real, strict=True)]
 
     def export(self, folder: Path) -> None:
         write_config(folder, {"first_stage": config_to_dict(self.run.model)})

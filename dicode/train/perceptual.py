@@ -1,30 +1,80 @@
-"""A perceptual distance of images in the manner of LPIPS (Zhang et al. 2018), on features that install offline."""
+"""Losses on the features of an image network: a perceptual distance, and a discriminator that sees the same features."""
 
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
-from dicode.evaluate.features import EfficientNetLite0Features
+from dicode.evaluate.features import STAGE_WIDTHS, EfficientNetLite0Features
 from dicode.shapes import KeyFramePixels
 
+SLOPE = 0.2  # of the leaky rectifier
 
-class PerceptualDistance:
-    """Squared distance of EfficientNet-lite0's feature maps, each position's channels of unit length.
 
-    The maps are equally weighted; LPIPS learns weights from human judgements, which do not exist for this network. The
-    metrics of this library read the same network's last, pooled features: a model trained with this distance is
-    favoured by them, and its card has to say so.
+class FeatureMaps:
+    """EfficientNet-lite0's feature maps of images at four scales, each position's channels of unit length.
+
+    The metrics of this library read the same network's last, pooled features: a model trained on these maps is favoured
+    by them, and its card has to say so. No other such network installs offline.
     """
 
     def __init__(self) -> None:
         self._network: EfficientNetLite0Features | None = None  # on the device of the first images
 
-    def __call__(self, pixels: KeyFramePixels, target: KeyFramePixels) -> torch.Tensor:
-        """Scalar mean distance of pixels `b 3 h w` in −1…1 to `target`; gradients flow into `pixels`."""
+    def __call__(self, pixels: KeyFramePixels) -> list[Tensor]:
+        """Of pixels `b 3 h w` in −1…1, with gradients: maps `b c y x`, fine to coarse."""
         if self._network is None:
             self._network = EfficientNetLite0Features(device=pixels.device)
-        maps, target_maps = (self._network.stage_features(x) for x in (pixels, target))
-        distances = [
-            (functional.normalize(a.float(), dim=1) - functional.normalize(b.float(), dim=1)).square().sum(1).mean()
-            for a, b in zip(maps, target_maps, strict=True)
-        ]
-        return torch.stack(distances).mean()
+        return [functional.normalize(x.float(), dim=1) for x in self._network.stage_features(pixels)]
+
+
+def perceptual_distance(maps: list[Tensor], target: list[Tensor]) -> Tensor:
+    """Scalar mean squared distance in the manner of LPIPS (Zhang et al. 2018), all `FeatureMaps` equally weighted.
+
+    LPIPS learns weights from human judgements, which do not exist for this network.
+    """
+    return mean([(a - b).square().sum(1) for a, b in zip(maps, target, strict=True)])
+
+
+class FeatureDiscriminator(nn.Module):
+    """Verdicts on every place of every one of the `FeatureMaps`; larger is more real.
+
+    Projected GANs (Sauer et al. 2021): what an image network sees tells real from made with far fewer images than
+    pixels do. Theirs mix the maps at random first and have deeper heads.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, width, 1),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(width, width, 3, stride=2, padding=1),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(width, 1, 1),
+            )
+            for channels in STAGE_WIDTHS
+        )
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Feature maps of `b` images → a verdict for every second of their places, `b 1 y x` a map."""
+        return [head(x * x.shape[1] ** 0.5) for head, x in zip(self.heads, maps, strict=True)]
+
+
+def adversarial_losses(discriminator: nn.Module, made: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What the maker of `made` and what the discriminator shall minimise: the hinge losses of Lim & Ye 2017.
+
+    Both are given as features; all maps weigh the same. Gradients stay apart, so that one optimizer may step both
+    sides: the first loss reaches `made` alone, the second the discriminator alone.
+    """
+    fixed = {name: p.detach() for name, p in discriminator.named_parameters()}
+    convincing = mean(functional_call(discriminator, fixed, (made,)))
+    on_made = discriminator([x.detach() for x in made])
+    on_real = discriminator([x.detach() for x in real])
+    telling = mean([functional.relu(1 + x) for x in on_made]) + mean([functional.relu(1 - x) for x in on_real])
+    return -convincing, telling
+
+
+def mean(maps: list[Tensor]) -> Tensor:
+    """Of the means of maps of different sizes."""
+    return torch.stack([x.float().mean() for x in maps]).mean()
