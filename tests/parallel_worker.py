@@ -60,13 +60,12 @@ def signal_at(step: int) -> Iterator[None]:
 
 def train(root: str, output: str, strategy: Strategy, name: str, stop_at: str | None = None) -> None:
     """One run to its end, or to where a signal to the second process stops all of them."""
-    with Processes() as processes:
-        with signal_at(int(stop_at)) if stop_at and processes.rank == 1 else nullcontext():
-            place = Path(root) / "stopped" if stop_at else Path(output)
-            try:
-                run_recipe(parallel_run(Path(root), name, strategy), place / f"{strategy}-{name}", {})
-            except Stopped:
-                assert stop_at
+    with Processes() as processes, signal_at(int(stop_at)) if stop_at and processes.rank == 1 else nullcontext():
+        place = Path(root) / "stopped" if stop_at else Path(output)
+        try:
+            run_recipe(parallel_run(Path(root), name, strategy), place / f"{strategy}-{name}", {})
+        except Stopped:
+            assert stop_at
 
 
 def main(root: str, output: str, *asked: str) -> None:

@@ -380,6 +380,25 @@ def test_a_denoiser_of_changes_measures_their_deviation_before_it_trains(trained
     assert tokenizer.denoiser.deviation[1:].min() > 0.2
 
 
+def test_words_of_other_captions_stand_in_a_share_of_the_captions(trained: Path) -> None:
+    run = dataclasses.replace(
+        runs(trained)["lm"], word_swaps=0.5, swapped_words=0.4, null_captions=0.0, long_captions=0.0, word_dropout=0.0
+    )
+    stage = stage_of(run)
+    assert isinstance(stage, LanguageTraining)
+    video = stage.cache.videos[0]
+    own, anyone = video.captions[0].split(), {word for v in stage.cache.videos for word in v.captions[0].split()}
+    texts = [stage.text_of(video, generator_for(i)).split() for i in range(400)]
+    changed = [text for text in texts if text != own]
+    assert all(len(text) == len(own) and set(text) <= anyone for text in texts)
+    assert 120 <= len(changed) <= 240
+    places = [sum(a != b for a, b in zip(text, own, strict=True)) for text in texts]
+    assert sum(places) / len(own) / 400 == pytest.approx(0.5 * 0.4, abs=0.06)  # fewer by the words drawn again
+    plain = stage_of(dataclasses.replace(run, word_swaps=0.0))
+    assert isinstance(plain, LanguageTraining)
+    assert {plain.text_of(video, generator_for(i)) for i in range(50)} == {video.captions[0]}
+
+
 def test_longer_samples_are_trained_at_the_share_asked_for(trained: Path) -> None:
     stage = stage_of(runs(trained)["lm"])
     lengths = [

@@ -194,23 +194,23 @@ class FirstStageTraining:
         return latents * self.first_stage.latent_deviation[:, None, None] + self.first_stage.latent_mean[:, None, None]
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
-        device = self.first_stage.latent_mean.device
+        first_stage, device = self.first_stage, self.first_stage.latent_mean.device
         sample = frames_to_pixels(self.frames[self.rows[:: max(1, len(self.rows) // 512)]]).to(device)
         if not self.run.freeze_encoder:
-            self.first_stage.fit_statistics(torch.cat([self.first_stage.raw_latents(part) for part in sample.split(64)]))
+            first_stage.fit_statistics(torch.cat([first_stage.raw_latents(part) for part in sample.split(64)]))
         metrics: dict[str, float] = {}
         strips, distances = [], []
         for source, rows in self.validation.items():
             pixels = frames_to_pixels(self.frames[rows])
             decoded = torch.cat(
-                [self.first_stage.decode(self.first_stage.encode(part.to(device))).cpu() for part in pixels.split(64)]
+                [first_stage.decode(first_stage.encode(part.to(device))).cpu() for part in pixels.split(64)]
             )
             metrics[f"psnr_{source}_db"] = psnr_db(decoded, pixels).mean().item()
             if self.feature_maps:
                 shown = [decoded]
                 if self.tokenizer is not None:
                     parts = (part.to(device) for part in pixels.split(64))
-                    shown.append(torch.cat([self.first_stage.raw_decode(self.through_tokens(part)).cpu() for part in parts]))
+                    shown.append(torch.cat([first_stage.raw_decode(self.through_tokens(part)).cpu() for part in parts]))
                     metrics[f"psnr_{source}_of_tokens_db"] = psnr_db(shown[1], pixels).mean().item()
                 pairs = ((a, b) for made in shown for a, b in zip(made.split(64), pixels.split(64), strict=True))
                 distances += [self.distance(a.to(device), b.to(device)) for a, b in pairs]

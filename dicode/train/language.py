@@ -53,6 +53,8 @@ class LanguageRun:
     null_captions: float = 0.1  # share without text, for guidance
     word_dropout: float = 0.3  # share of samples that lose words …
     dropped_words: float = 0.3  # … and how many of them
+    word_swaps: float = 0.0  # share of samples in which words of any captions stand in place of some: unsure of what …
+    swapped_words: float = 0.5  # … it was never told so (docs/heads.md), and how many of them
 
 
 def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, source: Path) -> Rows:
@@ -100,6 +102,8 @@ class LanguageTraining:
         self.tokenizer.cpu()  # an accelerator's memory is for the language model
         torch.manual_seed(run.loop.seed)
         self.text = text
+        told = [video.captions for video in self.cache.videos if video.captions]
+        self.words = [[word for captions in told for word in captions[kind].split()] for kind in (0, -1)]
         self.module = DeepTokenLM(replace(run.model, pad_id=text.pad_id, begin_id=text.begin_id), text)
         if run.init:
             load_weights(self.module, Path(run.init) / LM_WEIGHTS)
@@ -155,13 +159,17 @@ class LanguageTraining:
         return self.cache.clip_rows(video, start_s, key_frames, 1 / self.tokenizer.config.clip_s)
 
     def text_of(self, video: CachedVideo, generator: torch.Generator) -> str:
-        """One of the video's captions, whole, with words missing, or nothing."""
+        """One of the video's captions, whole, with words missing or words of other captions in it, or nothing."""
         draws = torch.rand(4, generator=generator).tolist()
         if draws[0] < self.run.null_captions or not video.captions:
             return ""
-        caption = video.captions[-1 if draws[1] < self.run.long_captions else 0]
-        words = caption.split()
-        if draws[2] < self.run.word_dropout and len(words) > 1:
+        kind = -1 if draws[1] < self.run.long_captions else 0
+        words, others = video.captions[kind].split(), self.words[kind]
+        if draws[3] < self.run.word_swaps:
+            swapped = torch.rand(len(words), generator=generator) < self.run.swapped_words
+            drawn = torch.randint(len(others), (len(words),), generator=generator).tolist()
+            words = [others[i] if swap else word for word, swap, i in zip(words, swapped, drawn, strict=True)]
+        elif draws[2] < self.run.word_dropout and len(words) > 1:
             kept = torch.rand(len(words), generator=generator) >= self.run.dropped_words
             words = [word for word, keep in zip(words, kept, strict=True) if keep] or words[-1:]
         return " ".join(words)

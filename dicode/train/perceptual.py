@@ -1,4 +1,4 @@
-"""Losses on the features of an image network: a perceptual distance, and a discriminator that sees the same features."""
+"""Losses on an image network's features: a perceptual distance, and a discriminator that sees the same features."""
 
 import torch
 from torch import Tensor, nn
