@@ -186,6 +186,78 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Ucf101:
+    """Zero-shot UCF-101: FVD (I3D) and Inception Score (C3D) of videos made for its class names.
+
+    The same command goes on where it was stopped; torchrun, or the flag shard, shares the work among processes.
+    """
+
+    folder: Folder  # with UCF-101/<ClassName>/v_*.avi and, where wanted, ucfTrainTestlist/
+    output: Annotated[Path, arg(aliases=("-o",))]  # the JSON file of the figures
+    i3d: Path | None = None  # i3d_torchscript.pt of StyleGAN-V
+    c3d: Path | None = None  # c3d_ucf101.pt of StyleGAN-V
+    confirm: tuple[str, ...] = ()  # SHA-256 of such files that you know to be the published ones
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    samples: int = 10_000  # videos to make, classes as often as among the real ones
+    fvd_clips: int = 2048  # on either side of the FVD
+    split: Literal["all", "train", "test"] = "all"  # of the real videos; train and test: the first of the three lists
+    template: str = "{}"  # of a prompt: {} is the class in words, such as apply eye makeup
+    prompts: Path | None = None  # a JSON file in place of the template: {"ApplyEyeMakeup": "a sentence", …}
+    size: int = 256  # side of the real clips, scaled to cover it and cropped at the centre
+    seed: int = 0
+    batch_size: int = 10  # samples made at once
+    shard: str | None = None  # this process's share: 2/4 is the second of four
+    work_folder: Path | None = None  # of what is kept meanwhile; default: OUTPUT.work, and it can be deleted afterwards
+    device: str = "auto"  # cpu, cuda, mps
+
+
+@dataclass(frozen=True)
+class Msrvtt:
+    """Zero-shot MSR-VTT: FVD (I3D) and CLIPSIM (CLIP ViT-B/32) of videos made for captions of its test videos.
+
+    The same command goes on where it was stopped; torchrun, or the flag shard, shares the work among processes.
+    """
+
+    folder: Folder  # with TestVideo/ or videos/all/, and test_videodatainfo.json or videodatainfo.json
+    output: Annotated[Path, arg(aliases=("-o",))]  # the JSON file of the figures
+    i3d: Path | None = None  # i3d_torchscript.pt of StyleGAN-V
+    clip: str = "openai/clip-vit-base-patch32"  # a folder, or owner/name on the Hub
+    confirm: tuple[str, ...] = ()  # SHA-256 of such files that you know to be the published ones
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    samples: int | None = None  # videos to make; default: one for every caption that is taken
+    all_captions: bool = False  # every caption of a test video, not one drawn by the seed
+    fvd_clips: int = 2990  # on either side of the FVD
+    size: int = 256  # side of the real clips, scaled to cover it and cropped at the centre
+    seed: int = 0
+    batch_size: int = 10  # samples made at once
+    shard: str | None = None  # this process's share: 2/4 is the second of four
+    work_folder: Path | None = None  # of what is kept meanwhile; default: OUTPUT.work, and it can be deleted afterwards
+    device: str = "auto"  # cpu, cuda, mps
+
+
+@dataclass(frozen=True)
+class Vbench:
+    """Write the videos that VBench's own tool measures: FOLDER/<prompt>-<index>.mp4, beside it FOLDER.json.
+
+    The same command goes on where it was stopped; torchrun, or the flag shard, shares the work among processes.
+    """
+
+    prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")]  # a .txt, a prompt a line, or VBench_full_info.json
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    samples: int = 5  # videos a prompt; VBench asks for 25 where temporal flickering is measured
+    seconds: float = 2.0  # how long a video lasts
+    scale: int = 1  # enlarge every pixel this many times along each side
+    seed: int = 0
+    batch_size: int = 10  # videos made at once
+    shard: str | None = None  # this process's share: 2/4 is the second of four
+    device: str = "auto"  # cpu, cuda, mps
+
+
+@dataclass(frozen=True)
 class Index:
     """Read every file of data sets to its end; list the bad ones, and exit with their count (at most 125)."""
 
@@ -313,6 +385,7 @@ COMMANDS = {
     "dicode.info_command": (Info,),
     "dicode.data_commands": (Index, Cache, Verify, Encode, Export, Sheet),
     "dicode.evaluate.command": (Evaluate,),
+    "dicode.evaluate.protocols": (Ucf101, Msrvtt, Vbench),
     "dicode.convert.command": (Official, Dynamicrafter, Clip, Vae),
 }
 
@@ -353,13 +426,16 @@ def parse(argv: list[str]) -> Any:
     """The command of these arguments, one of the dataclasses above."""
     if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
         return _parse_train(argv[1], argv[2:])
-    app, data, convert = SubcommandApp(), SubcommandApp(), SubcommandApp()
+    app, benchmark, data, convert = (SubcommandApp() for _ in range(4))
     for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Info):
         app.command(name=command.__name__.lower())(command)
+    for protocol in (Ucf101, Msrvtt, Vbench):
+        benchmark.command(name=protocol.__name__.lower())(protocol)
     for part in (Index, Cache, Verify, Encode, Export, Sheet):
         data.command(name=part.__name__.lower())(part)
     for source in (Official, Dynamicrafter, Clip, Vae):
         convert.command(name=source.__name__.lower())(source)
+    app.command(benchmark, name="benchmark", help="Measure a model as the literature does: UCF-101, MSR-VTT, VBench.")
     app.command(data, name="data", help="Check, cache, encode, export or look at folders of clips.")
     app.command(convert, name="convert", help="Turn weights that others published into ours.")
     description = "Text to video with a language model. `dicode --version` tells the version."

@@ -45,6 +45,13 @@ FLAGS = {
     "--dtype --first-stage --flow-steps --guidance --help --joins --output --steps --temperature "
     "--variance-scale --window",
     "evaluate": "--cache --help --long-prompts --long-seconds --output --parts --prompts --seed --sheets",
+    "benchmark": "--help",
+    "benchmark ucf101": "--batch-size --c3d --confirm --device --fvd-clips --help --i3d --model --output --prompts "
+    "--revision --samples --seed --shard --size --split --template --work-folder",
+    "benchmark msrvtt": "--all-captions --batch-size --clip --confirm --device --fvd-clips --help --i3d --model "
+    "--output --revision --samples --seed --shard --size --work-folder",
+    "benchmark vbench": "--batch-size --device --help --model --output --revision --samples --scale --seconds --seed "
+    "--shard",
     "data": "--help",
     "data index": "--help",
     "data cache": "--dedupe --files-per-shard --help --loops --max-fps --output --ray --scenes --size --workers",

