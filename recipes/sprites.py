@@ -3,7 +3,7 @@
     dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
     dicode train recipes/sprites.py:first_stage
     dicode train recipes/sprites.py:key_frames
-    dicode train recipes/sprites.py:denoiser            # these three need nothing of each other
+    dicode train recipes/sprites.py:denoiser            # these two need nothing of each other
     dicode train recipes/sprites.py:lm
     dicode train recipes/sprites.py:first_stage_decoder
     dicode assemble runs/denoiser/best runs/lm/best --first-stage runs/first_stage_decoder/best -o sprites
@@ -40,19 +40,31 @@ def first_stage() -> FirstStageRun:
 
 
 def first_stage_decoder() -> FirstStageRun:
-    """The same autoencoder's decoder once more, with a perceptual distance: sharper frames from the same latents.
+    """The same autoencoder's decoder once more: sharp frames from the same latents, even from soft ones.
 
-    Half of them are what deep tokens hold of them, which is what it has to decode in use.
+    Half of its images are frames as the tokenizer renders them, of the rest half are what deep tokens hold of a frame;
+    a perceptual distance and a discriminator judge them. The box's decoder had 2,900 steps without the discriminator
+    and without rendered frames before these (docs/log.md).
     """
     return FirstStageRun(
         init="runs/first_stage/best",
         freeze_encoder=True,
-        tokenizer="runs/key_frames/best",
-        perceptual_weight=0.2,
+        tokenizer="runs/denoiser/best",
+        rendered_share=0.5,
+        perceptual_weight=0.3,
+        adversarial_weight=0.05,
         loop=LoopConfig(
-            evaluate_every=400,
+            evaluate_every=550,
             checkpoint_every=200,
-            optim=OptimConfig(steps=2000, batch_size=16, lr=5e-4, warmup_steps=50, decay_fraction=0.5, ema_decay=0.99),
+            optim=OptimConfig(
+                steps=2200,
+                batch_size=16,
+                lr=4e-4,
+                warmup_steps=50,
+                decay_fraction=0.6,
+                beta1=0.5,  # of both players; with 0.9 they chase each other
+                ema_decay=0.995,
+            ),
         ),
     )
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from dicode.train.images import frames_to_pixels
-from dicode.train.perceptual import FeatureDiscriminator, FeatureMaps, adversarial_losses, perceptual_distance
+from dicode.train.perceptual import FeatureDiscriminator, FeatureMaps, Judged, adversarial_losses, perceptual_distance
 from dicode.video.synthetic import draw_clip
 
 
@@ -41,6 +41,21 @@ def test_the_perceptual_distance_sees_blur_and_has_gradients() -> None:
     far = perceptual_distance(feature_maps(blurred), feature_maps(sharp))
     far.backward()
     assert far > 0.05 and blurred.grad is not None and blurred.grad.abs().max() > 0
+
+
+def test_sets_are_judged_by_distance_and_by_distribution() -> None:
+    """The same images in another order are far from each other one by one, and the same set."""
+    sharp, blurred = sharp_and_blurred()
+    feature_maps = FeatureMaps()
+    found = {}
+    for name, made in (("same", sharp), ("turned", sharp.roll(1, 0)), ("blurred", blurred)):
+        judged = Judged()
+        for part in (slice(0, 3), slice(3, None)):  # batch by batch
+            judged.add(feature_maps(made[part]), feature_maps(sharp[part]))
+        found[name] = judged.figures()
+    assert found["same"]["perceptual"] == 0 and found["same"]["frechet"] == pytest.approx(0, abs=1e-6)
+    assert found["turned"]["frechet"] == pytest.approx(0, abs=1e-6) and found["turned"]["perceptual"] > 0
+    assert found["blurred"]["frechet"] > 1e-3
 
 
 def test_losses_are_those_of_the_hinge_formulas() -> None:

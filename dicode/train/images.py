@@ -19,7 +19,7 @@ from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
 from dicode.tokenizer.video_tokenizer import WEIGHTS as TOKENIZER_WEIGHTS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import LoopConfig
-from dicode.train.perceptual import FeatureDiscriminator, FeatureMaps, adversarial_losses, perceptual_distance
+from dicode.train.perceptual import FeatureDiscriminator, FeatureMaps, Judged, adversarial_losses, perceptual_distance
 from dicode.video.shards import FrameCache
 
 
@@ -106,7 +106,7 @@ class FirstStageTraining:
             raise ValueError("adversarial_weight: its discriminator sees feature maps; set a perceptual_weight as well")
         self.run = run
         self.tokenizer = VideoTokenizer.from_pretrained(run.tokenizer).requires_grad_(False) if run.tokenizer else None
-        self.best = "-perceptual" if run.perceptual_weight else "psnr_db"
+        self.best = "-frechet" if run.adversarial_weight else "-perceptual" if run.perceptual_weight else "psnr_db"
         self.feature_maps = FeatureMaps() if run.perceptual_weight else None
         cache = FrameCache.load(run.cache)
         self.frames = cache.frames
@@ -199,46 +199,43 @@ class FirstStageTraining:
         if not self.run.freeze_encoder:
             first_stage.fit_statistics(torch.cat([first_stage.raw_latents(part) for part in sample.split(64)]))
         metrics: dict[str, float] = {}
-        strips, distances = [], []
+        strips, judged = [], Judged()
         for source, rows in self.validation.items():
             pixels = frames_to_pixels(self.frames[rows])
             decoded = torch.cat(
                 [first_stage.decode(first_stage.encode(part.to(device))).cpu() for part in pixels.split(64)]
             )
             metrics[f"psnr_{source}_db"] = psnr_db(decoded, pixels).mean().item()
-            if self.feature_maps:
-                shown = [decoded]
-                if self.tokenizer is not None:
-                    parts = (part.to(device) for part in pixels.split(64))
-                    shown.append(torch.cat([first_stage.raw_decode(self.through_tokens(part)).cpu() for part in parts]))
-                    metrics[f"psnr_{source}_of_tokens_db"] = psnr_db(shown[1], pixels).mean().item()
-                pairs = ((a, b) for made in shown for a, b in zip(made.split(64), pixels.split(64), strict=True))
-                distances += [self.distance(a.to(device), b.to(device)) for a, b in pairs]
+            self.judge(judged, decoded, pixels)
+            if self.tokenizer is not None:
+                parts = (part.to(device) for part in pixels.split(64))
+                told = torch.cat([first_stage.raw_decode(self.through_tokens(part)).cpu() for part in parts])
+                metrics[f"psnr_{source}_of_tokens_db"] = psnr_db(told, pixels).mean().item()
+                self.judge(judged, told, pixels)
             picks = torch.arange(0, len(rows), max(1, len(rows) // 16))[:16]
             strips += [pixels[picks], decoded[picks].clamp(-1, 1)]
         metrics["psnr_db"] = sum(metrics.values()) / len(metrics)  # of all kinds
-        if of_rendered := self._distances_of_rendered():
-            metrics["perceptual_of_rendered"] = torch.stack(of_rendered).mean().item()
-            distances += of_rendered
-        if distances:
-            metrics["perceptual"] = torch.stack(distances).mean().item()
+        if self.rendered is not None:
+            rows, latents = self.rendered_validation
+            some = slice(None, None, max(1, len(rows) // 480))
+            rendered = [first_stage.decode(part.float().to(device)).cpu() for part in latents[some].split(64)]
+            of_rendered = Judged()
+            for both in (judged, of_rendered):
+                self.judge(both, torch.cat(rendered), frames_to_pixels(self.frames[rows[some]]))
+            if of_rendered.distances:
+                metrics |= {f"{name}_of_rendered": value for name, value in of_rendered.figures().items()}
+        if judged.distances:
+            metrics |= judged.figures()
         sheet = torch.cat([rearrange(pixels_to_frames(s), "b h w c -> h (b w) c") for s in strips])
         return metrics, Image.fromarray(sheet.numpy())
 
-    def distance(self, pixels: KeyFramePixels, target: KeyFramePixels) -> Tensor:
-        """Perceptual distance of two batches, on the CPU."""
-        assert self.feature_maps is not None
-        return perceptual_distance(self.feature_maps(pixels), self.feature_maps(target)).cpu()
-
-    def _distances_of_rendered(self) -> list[Tensor]:
-        """Perceptual distances of up to 480 rendered validation frames to the real ones, a batch each."""
-        if self.feature_maps is None or self.rendered is None:
-            return []
-        device, (rows, latents) = self.first_stage.latent_mean.device, self.rendered_validation
-        every = slice(None, None, max(1, len(rows) // 480))
-        real = frames_to_pixels(self.frames[rows[every]]).split(64)
-        made = (self.first_stage.decode(part.float().to(device)) for part in latents[every].split(64))
-        return [self.distance(a, b.to(device)) for a, b in zip(made, real, strict=True)]
+    def judge(self, judged: Judged, made: Tensor, real: Tensor) -> None:
+        """Add images to a comparison, where this run has feature maps to compare them by."""
+        if self.feature_maps is None:
+            return
+        for a, b in zip(made.split(64), real.split(64), strict=True):
+            maps = (self.feature_maps(x.to(self.first_stage.latent_mean.device)) for x in (a, b))
+            judged.add(*maps)
 
     def export(self, folder: Path) -> None:
         write_config(folder, {"first_stage": config_to_dict(self.run.model)})

@@ -1,11 +1,15 @@
 """Losses on an image network's features: a perceptual distance, and a discriminator that sees the same features."""
 
+import warnings
+
 import torch
+from einops import reduce
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
 from dicode.evaluate.features import STAGE_WIDTHS, EfficientNetLite0Features
+from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
 from dicode.shapes import KeyFramePixels
 
 SLOPE = 0.2  # of the leaky rectifier
@@ -34,6 +38,31 @@ def perceptual_distance(maps: list[Tensor], target: list[Tensor]) -> Tensor:
     LPIPS learns weights from human judgements, which do not exist for this network.
     """
     return mean([(a - b).square().sum(1) for a, b in zip(maps, target, strict=True)])
+
+
+class Judged:
+    """How images of a validation compare with the real ones, batch by batch."""
+
+    def __init__(self) -> None:
+        self.distances: list[Tensor] = []
+        self.made, self.real = FrechetStatistics(sum(STAGE_WIDTHS)), FrechetStatistics(sum(STAGE_WIDTHS))
+
+    def add(self, made: list[Tensor], real: list[Tensor]) -> None:
+        """`FeatureMaps` of as many images of either kind."""
+        self.distances.append(perceptual_distance(made, real).cpu())
+        for statistics, maps in ((self.made, made), (self.real, real)):
+            pooled = [reduce(x, "b c y x -> b c", "mean") for x in maps]
+            statistics.update(torch.cat(pooled, dim=1).cpu().numpy())
+
+    def figures(self) -> dict[str, float]:
+        """Mean `perceptual` distance, and the `frechet` distance of the two sets' maps, averaged over places.
+
+        A discriminator trades the first, which is least for blurred images, for the second.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # biased by few images, but by as many every time
+            distance = frechet_distance(self.made, self.real)
+        return {"perceptual": torch.stack(self.distances).mean().item(), "frechet": distance}
 
 
 class FeatureDiscriminator(nn.Module):
