@@ -44,7 +44,8 @@ FLAGS = {
     "assemble": "--decoder-guidance --decoder-temperature "
     "--dtype --first-stage --flow-steps --guidance --help --joins --output --steps --temperature "
     "--variance-scale --window",
-    "evaluate": "--cache --help --long-prompts --long-seconds --output --parts --prompts --seed --sheets",
+    "evaluate": "--cache --features --help --long-prompts --long-seconds --output --parts --prompts --report --seed "
+    "--sheets",
     "data": "--help",
     "data index": "--help",
     "data cache": "--dedupe --files-per-shard --help --loops --max-fps --output --ray --scenes --size --workers",
