@@ -167,18 +167,25 @@ class Assemble:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a model against its training and validation clips: one JSON a part, written from this command alone."""
+    """Measure a model against its training and validation clips: one JSON a part, written from this command alone.
+
+    The parts but `long` take about ten minutes on two CPU cores for the model in the box; `long`, a minute's videos,
+    takes half an hour more.
+    """
 
     model: Model = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     cache: Path = Path("cache/sprites")  # real clips, from `dicode data cache`
     output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON files
     sheets: Path | None = None  # folder for contact sheets
-    parts: tuple[Literal["generation", "reconstruction", "speed", "long"], ...] = (
+    report: Path | None = None  # one HTML file of all parts that the folder of results has of this model
+    parts: tuple[Literal["generation", "reconstruction", "ranking", "speed", "long"], ...] = (
         "generation",
         "reconstruction",
+        "ranking",  # do the metrics rank known cases? real, reconstruction, generation, shuffled frames, noise
         "speed",
-        "long",
     )
+    # networks to measure with; EffLite0 always does. More: I3D=PATH, C3D=PATH, Inception=PATH, CLIP=ID_OR_FOLDER
+    features: tuple[str, ...] = ("EffLite0",)
     prompts: int = 100  # training captions to draw
     long_prompts: int = 8  # training captions to draw for long videos
     long_seconds: float = 60.0  # how long they last

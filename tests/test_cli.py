@@ -44,7 +44,8 @@ FLAGS = {
     "assemble": "--decoder-guidance --decoder-temperature "
     "--dtype --first-stage --flow-steps --guidance --help --joins --output --steps --temperature "
     "--variance-scale --window",
-    "evaluate": "--cache --help --long-prompts --long-seconds --output --parts --prompts --seed --sheets",
+    "evaluate": "--cache --features --help --long-prompts --long-seconds --output --parts --prompts --report --seed "
+    "--sheets",
     "benchmark": "--help",
     "benchmark ucf101": "--batch-size --c3d --confirm --device --fvd-clips --help --i3d --model --output --prompts "
     "--revision --samples --seed --shard --size --split --template --work-folder",

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from scipy.spatial.distance import pdist
+from test_evaluate_networks import clip_folder  # noqa: F401
 from test_training import write_cache
 
 from dicode.cli import main
+from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips, load_networks
 from dicode.evaluate.long import JOINS
-from dicode.evaluate.suite import evaluate_generation, first_clip, generated_clips
+from dicode.evaluate.networks import Clip, clip_similarity
+from dicode.evaluate.suite import caption_diversity, evaluate_generation, first_clip, generated_clips
 from dicode.generate import DiCoDe
 from dicode.video.shards import FrameCache
 
@@ -26,29 +30,45 @@ def cache(tmp_path: Path) -> Path:
 
 def test_evaluate_writes_a_result_a_part(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
     flags = [str(tiny_model), "--cache", str(cache), "-o", str(tmp_path / "results"), "--prompts", "3"]
+    parts = ("generation", "reconstruction", "ranking", "speed", "long")
     long = ["--long-prompts", "2", "--long-seconds", "16"]  # the most that the tiny model holds
-    assert main(["evaluate", *flags, *long, "--sheets", str(tmp_path / "sheets")]) == 0
+    pages = ["--sheets", str(tmp_path / "sheets"), "--report", str(tmp_path / "report.html")]
+    assert main(["evaluate", *flags, *long, *pages, "--parts", *parts]) == 0
     made = {p.name: json.loads(p.read_text()) for p in (tmp_path / "results").iterdir()}
-    parts = ("generation", "reconstruction", "speed", "long")
     assert set(made) == {f"tiny-{part}.json" for part in parts}
-    generation, reconstruction, speed, minute = (made[f"tiny-{part}.json"]["values"] for part in parts)
+    generation, reconstruction, ranking, speed, minute = (made[f"tiny-{part}.json"]["values"] for part in parts)
     assert 0 <= generation["text_control"]["share"] <= 1
     assert generation["validation_percentile"]["n"] == 2  # clips 0 and 6 of twelve are held out
     baselines = {"hold_head", "cross_fade", "hold_head_of_tokens", "cross_fade_of_tokens"}
     assert set(reconstruction["frechet"]) == {"reconstruction", "first_stage", *baselines}
+    for metric in ("SSIM", "perceptual-EffLite0", "FVD-EffLite0"):
+        assert reconstruction[metric].keys() == reconstruction["frechet"].keys()
+        assert all(score["n"] == 2 for score in reconstruction[metric].values())
+    for candidate, score in reconstruction["FVD-EffLite0"].items():
+        assert score["value"] == reconstruction["frechet"][candidate]["FVD-EffLite0"]
+    assert reconstruction["token_rate"]["tokens"] == 2  # 4 tokens in 2 s
+    assert generation["FVD-EffLite0"].keys() == {"generated", "real training clips"}
+    assert generation["IS-EffLite0"].keys() == {"generated", "real training clips", "real"}
+    assert generation["diversity"] is None  # every drawn clip has a caption of its own
+    assert generation["dynamic_share"]["n"] == 3
+    assert ranking["metrics"]["FVD-EffLite0"]["cases"].keys() == ranking["cases"].keys()
+    assert all("EfficientNet-lite0" in made[f"tiny-{part}.json"]["notes"] for part in parts if part != "speed")
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<h2>{part}</h2>" in page for part in parts) and page.count("<img") == 4
     assert speed["frames"] == 32
     assert minute["frames_asked"] == minute["cost"]["frames"] == 128
     assert {"chained", "parallel"} <= set(JOINS) == minute["joins"].keys() and made["tiny-long.json"]["n"] == 2
     assert all(figures["frames"] == [128, 128] for figures in minute["joins"].values())
     assert minute["cost"]["memory_ratio"] > 0
     sheets = {p.name for p in (tmp_path / "sheets").iterdir()}
-    assert sheets == {"tiny-generation.png", "tiny-reconstruction.png", "tiny-long.png"}
+    assert sheets == {f"tiny-{part}.png" for part in parts if part != "speed"}
 
 
 def test_evaluate_says_at_once_that_a_model_holds_no_minute(
     tiny_model: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["evaluate", str(tiny_model), "--cache", str(cache), "-o", str(tmp_path / "results")]) == 2
+    flags = ["--cache", str(cache), "-o", str(tmp_path / "results"), "--parts", "generation", "long"]
+    assert main(["evaluate", str(tiny_model), *flags]) == 2
     assert "31 key frames asked for, this model holds 9" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
@@ -57,6 +77,39 @@ def test_generation_figures_repeat_with_the_seed(tiny_model: Path, cache: Path, 
     model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
     first, again = (evaluate_generation(model, frames, tmp_path / "bank", count=3, seed=1)[0] for _ in range(2))
     assert first == again
+
+
+def test_networks_asked_for_measure_beside_efflite(
+    tiny_model: Path,
+    cache: Path,
+    clip_folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
+    networks = load_networks(["EffLite0", f"CLIP={clip_folder}"])
+    made = evaluate_generation(model, frames, tmp_path / "bank", count=2, networks=networks)[0]
+    alone = evaluate_generation(model, frames, tmp_path / "bank", count=2)[0]
+    clipsim = f"CLIPSIM-{clip_folder.name}"
+    assert made.keys() - alone.keys() == {"FVD-CLIP", clipsim}
+    assert {key: made[key] for key in alone} == alone
+    real = [first_clip(model, frames, video)[:-1] for video in frames.videos if video.validation]
+    captions = [video.captions[0] for video in frames.videos if video.validation]
+    expected = [clip_similarity(Clip(clip_folder), *pair) for pair in zip(real, captions, strict=True)]
+    assert made[clipsim]["real"].value == pytest.approx(sum(expected) / 2)
+
+
+def test_diversity_is_of_captions_whose_real_variants_differ(tiny_model: Path, cache: Path) -> None:
+    model, frames, extractor = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache), EfficientNetLite0Features()
+    clips = [first_clip(model, frames, video)[:-1] for video in frames.videos]
+    features = features_of_clips(extractor, clips).mean
+    captions = ["a hand"] * 5 + ["a red square"] * 4 + ["one", "two", "three"]
+    features[5:9] = features[5]  # copies
+    made = caption_diversity(model, extractor, captions, features, seed=3)
+    samples = features_of_clips(extractor, generated_clips(model, ["a hand"] * 3, seed=5)).mean
+    apart, real_apart = pdist(samples).mean(), pdist(features[:5]).mean()
+    assert made is not None and made["n"] == 1
+    assert (made["generated"], made["real"]) == (pytest.approx(apart), pytest.approx(real_apart))
+    assert caption_diversity(model, extractor, captions[5:], features[5:], seed=3) is None
 
 
 def test_evaluated_clips_are_single_samples_of_the_seed(tiny_model: Path) -> None:

@@ -1,5 +1,6 @@
 """Clips → features to measure with: EfficientNet-lite0, trained on ImageNet, small enough for a CPU."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dicode.evaluate.metrics import Clips
+from dicode.evaluate.networks import C3D, I3D, Clip, Inception
 from dicode.shapes import Video
 
 # The weights are TensorFlow's `efficientnet-lite0`, trained on (rgb - 127) / 128 (MEAN_RGB and STDDEV_RGB of its
@@ -73,6 +75,12 @@ class EfficientNetLite0Features:
         """Mean and temporal-difference features of one clip (see `summarise`)."""
         return summarise(self.frame_features(frames))
 
+    @torch.no_grad()
+    def class_probabilities(self, mean_features: Float64[ndarray, "n width"]) -> Float64[ndarray, "n classes"]:
+        """ImageNet's 1000 classes for clips: of a clip's mean features, which is the softmax of its mean logits."""
+        logits = self._network._fc(torch.from_numpy(mean_features).float().to(self.device))
+        return logits.double().softmax(dim=-1).cpu().numpy()
+
     def stage_features(self, pixels: Float32[Tensor, "b c h w"]) -> list[Tensor]:
         """Feature maps at 1/2, 1/4, 1/8 and 1/16 of `image_size`, with gradients, of pixels in −1…1 (127.5 is 0).
 
@@ -98,6 +106,36 @@ class EfficientNetLite0Features:
             images = functional.interpolate(images, size, mode="bilinear", antialias=True)
         images = ((images - RGB_MEAN) / RGB_DEVIATION).contiguous(memory_format=torch.channels_last)
         return self._network.extract_features(images).mean(dim=(2, 3)).cpu()
+
+
+Network = EfficientNetLite0Features | I3D | C3D | Inception | Clip
+
+
+def load_networks(specs: Sequence[str], device: str | torch.device = "cpu") -> dict[str, Network]:
+    """Networks to measure with beside EffLite0, by what was asked for: "I3D=i3d_torchscript.pt", "CLIP=folder".
+
+    `EffLite0` adds none, for it always measures. Raises `ValueError` for another name, a name without a source, and a
+    name given twice: two networks would write one metric.
+    """
+    kinds: dict[str, type[I3D | C3D | Inception | Clip]] = {
+        "I3D": I3D,
+        "C3D": C3D,
+        "Inception": Inception,
+        "CLIP": Clip,
+    }
+    made: dict[str, Network] = {}
+    for spec in specs:
+        name, _, source = spec.partition("=")
+        if spec == EfficientNetLite0Features.name:
+            continue
+        if name not in kinds or not source:
+            raise ValueError(
+                f"features: expected EffLite0, I3D=PATH, C3D=PATH, Inception=PATH or CLIP=ID_OR_FOLDER, got {spec!r}"
+            )
+        if name in (network.name for network in made.values()):
+            raise ValueError(f"features: expected one network of the name {name}, got a second: {spec!r}")
+        made[spec] = kinds[name](source, device)
+    return made
 
 
 def summarise(frame_features: Float32[Tensor, "f width"]) -> ClipFeatures:

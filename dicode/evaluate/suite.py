@@ -1,10 +1,10 @@
-"""Everything measured of a model in the box, from one command: text control, motion, reconstruction, speed."""
+"""Everything measured of a model's clips, from one command: text control, motion, reconstruction, speed."""
 
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,18 +12,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float64, Int
+from numpy import ndarray
 from tqdm import tqdm
 
-from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, features_of_clips
+from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
+from dicode.evaluate.metrics import mean_pair_distance
+from dicode.evaluate.networks import Clip, clip_similarity
+from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
+from dicode.evaluate.quality import dynamic_share, ssim, token_rate
 from dicode.evaluate.reconstruction import cross_fade, frechet_scores, hold_head, psnr_score
+from dicode.evaluate.scores import Score, mean_score, scores_of_sets, seen, seen_by_efflite
+from dicode.evaluate.tokens import captions_with_variants, diversity
 from dicode.generate import DiCoDe
 from dicode.hub import kept_tensors
-from dicode.shapes import KeyFrameTokens, Video
+from dicode.seeds import generator_for
+from dicode.shapes import DeepTokens, KeyFrameTokens, Video
 from dicode.video.shards import CachedVideo, FrameCache
-from dicode.video.sheet import contact_sheet
+from dicode.video.sheet import AnyVideo, contact_sheet
 
 BATCH = 10  # prompts generated together
+DIVERSE_CAPTIONS, DIVERSE_SAMPLES = 12, 3  # captions with several real variants, and clips generated of each
+PERCEPTUAL = f"perceptual-{EfficientNetLite0Features.name}"  # not LPIPS: another network, without learned weights
 
 
 def first_clip(model: DiCoDe, cache: FrameCache, video: CachedVideo) -> Video:
@@ -56,13 +67,21 @@ def bank_features(model: DiCoDe, cache: FrameCache, extractor: EfficientNetLite0
 
 
 def evaluate_generation(
-    model: DiCoDe, cache: FrameCache, bank_path: Path, count: int = 100, seed: int = 0, **options: Any
+    model: DiCoDe,
+    cache: FrameCache,
+    bank_path: Path,
+    count: int = 100,
+    seed: int = 0,
+    networks: Mapping[str, Network] | None = None,
+    **options: Any,
 ) -> tuple[dict[str, Any], Any]:
-    """Text control on `count` training captions, rank of the true clip on all validation captions, motion.
+    """Text control on `count` training captions, rank of the true clip on all validation captions, motion, diversity.
 
-    Returns the figures and a contact sheet of the first sixteen prompts.
+    Distances are of the validation captions' clips to the real ones of these captions, beside as many real training
+    clips: what the small number of clips and the split alone give. `networks` measure beside EffLite0, by what they
+    were asked for with. Returns the figures and a contact sheet of the first sixteen prompts.
     """
-    extractor = EfficientNetLite0Features()
+    extractor = EfficientNetLite0Features(device=model.tokenizer.device)
     features = bank_features(model, cache, extractor, bank_path)
     chosen = np.array([v.validation for v in cache.videos])
     captions = [v.captions[0] if v.captions else "" for v in cache.videos]
@@ -74,30 +93,101 @@ def evaluate_generation(
     )
     train_videos = [video for video, held in zip(cache.videos, chosen, strict=True) if not held]
     real = [first_clip(model, cache, train_videos[train_captions.index(prompt)])[:-1] for prompt in prompts]
-    held_out = [i for i in np.flatnonzero(chosen) if captions[i]]
-    held_clips = generated_clips(model, [captions[i] for i in held_out], seed + 1, **options)
-    rank = percentile_of_true_clip(features_of_clips(extractor, held_clips).mean, features.mean[held_out], seed=seed)
+    held_out = [i for i, held in enumerate(chosen) if held and captions[i]]
+    held_captions = [captions[i] for i in held_out]
+    held_clips = generated_clips(model, held_captions, seed + 1, **options)
+    held_features = features_of_clips(extractor, held_clips)
+    rank = percentile_of_true_clip(held_features.mean, features.mean[held_out], seed=seed)
+    distances = caption_distances(
+        model, cache, extractor, features, held_out, held_clips, held_features, seed, networks or {}
+    )
     figures = {
         "text_control": asdict(control),
         "validation_percentile": asdict(rank),
         "motion": asdict(motion_ratio(clips, real, seed=seed)),
+        "dynamic_share": asdict(dynamic_share(clips, real, seed=seed)),
+        "diversity": caption_diversity(model, extractor, train_captions, features.mean[~chosen], seed, **options),
+        **distances,
     }
-    return figures, contact_sheet(clips[:16] + held_clips[:8], prompts[:16] + [captions[i] for i in held_out[:8]])
+    return figures, contact_sheet(clips[:16] + held_clips[:8], prompts[:16] + held_captions[:8])
+
+
+def caption_distances(
+    model: DiCoDe,
+    cache: FrameCache,
+    extractor: EfficientNetLite0Features,
+    features: ClipFeatures,
+    held_out: Sequence[int],
+    held_clips: Sequence[Video],
+    held_features: ClipFeatures,
+    seed: int,
+    networks: Mapping[str, Network],
+) -> dict[str, dict[str, Score]]:
+    """Scores of the validation captions' clips as a set, and of as many real training clips, against the real ones.
+
+    `features` are of the cache's first clips, `held_out` the validation videos that the generated clips belong to.
+    """
+    train = np.array([not video.validation for video in cache.videos])
+    other = drawn_rows(train, len(held_out), seed)
+    real, made, others = (
+        seen_by_efflite(extractor, those)
+        for those in (rows_of(features, held_out), held_features, rows_of(features, other))
+    )
+    scores = scores_of_sets(extractor.name, real, {"generated": made, "real training clips": others}, seed)
+    if not networks:
+        return scores
+    held_real, other_real = (
+        [first_clip(model, cache, cache.videos[i])[:-1] for i in rows] for rows in (held_out, other)
+    )
+    captions = [cache.videos[i].captions[0] for i in held_out]
+    for spec, network in networks.items():
+        sets = {"generated": seen(network, held_clips), "real training clips": seen(network, other_real)}
+        scores |= scores_of_sets(network.name, seen(network, held_real), sets, seed)
+        if isinstance(network, Clip):
+            shown = {"generated": held_clips, "real": held_real}
+            scores[clipsim_name(spec)] = {
+                name: clipsim_score(network, clips, captions, seed) for name, clips in shown.items()
+            }
+    return scores
+
+
+def caption_diversity(
+    model: DiCoDe,
+    extractor: EfficientNetLite0Features,
+    captions: Sequence[str],
+    features: Float64[ndarray, "n width"],
+    seed: int,
+    **options: Any,
+) -> dict[str, Any] | None:
+    """How far apart a caption's samples are beside its real variants, by mean features; None where it has none.
+
+    That is: where no caption has four real clips that differ. `features` are of the real clips of `captions`.
+    """
+    variants = captions_with_variants(captions)
+    variants = {caption: own for caption, own in variants.items() if mean_pair_distance(features[own]) > 0}
+    if not variants:
+        return None
+    drawn = draw_prompts(variants, min(DIVERSE_CAPTIONS, len(variants)), seed)
+    clips = generated_clips(model, [c for c in drawn for _ in range(DIVERSE_SAMPLES)], seed + 2, **options)
+    made = features_of_clips(extractor, clips).mean.reshape(len(drawn), DIVERSE_SAMPLES, -1)
+    return asdict(diversity(list(made), [features[variants[caption]] for caption in drawn], seed=seed))
 
 
 def evaluate_reconstruction(
-    model: DiCoDe, cache: FrameCache, bank_path: Path, seed: int = 0
+    model: DiCoDe, cache: FrameCache, bank_path: Path, seed: int = 0, networks: Mapping[str, Network] | None = None
 ) -> tuple[dict[str, Any], Any]:
-    """Validation clips through tokens and back, beside two baselines: of the real key frames, and of their tokens."""
-    extractor = EfficientNetLite0Features()
+    """Validation clips through tokens and back, beside two baselines: of the real key frames, and of their tokens.
+
+    `networks` measure beside EffLite0, by what they were asked for with.
+    """
+    extractor = EfficientNetLite0Features(device=model.tokenizer.device)
     videos = [v for v in cache.videos if v.validation]
     real = [first_clip(model, cache, v) for v in videos]
     made: list[Video] = []
     keys: list[Video] = []  # head and tail, as the key-frame head shows them
     for first in tqdm(range(0, len(real), BATCH), desc="reconstructing", unit="batch", mininterval=5):
-        tokens = model.tokenizer.encode(torch.from_numpy(np.stack(real[first : first + BATCH])))
-        indices = list(range(first, first + len(tokens)))
-        made += list(next(model.tokenizer.decode(tokens, seed=seed, sample_indices=indices)).cpu().numpy())
+        part, tokens = reconstructed(model, real[first : first + BATCH], first, seed)
+        made += part
         keys += [key_frames_of(model, pair) for pair in tokens]
     clips = [clip[:-1] for clip in real]
     candidates = {
@@ -112,26 +202,90 @@ def evaluate_reconstruction(
     features = bank_features(model, cache, extractor, bank_path)
     held = np.array([v.validation for v in cache.videos])
     bank = np.concatenate([features.mean[~held], features.difference[~held]], axis=1)
+    real_features = features_of_clips(extractor, clips)
+    made_features = {name: features_of_clips(extractor, those) for name, those in candidates.items()}
     scores = frechet_scores(
-        features_of_clips(extractor, clips).joined(),
-        {name: features_of_clips(extractor, those).joined() for name, those in candidates.items()},
-        bank=bank,
+        real_features.joined(), {name: those.joined() for name, those in made_features.items()}, bank=bank
     )
+    made_seen = {name: seen_by_efflite(extractor, those) for name, those in made_features.items()}
+    distances = scores_of_sets(extractor.name, seen_by_efflite(extractor, real_features), made_seen, seed)
+    for network in (networks or {}).values():
+        made_seen = {name: seen(network, those) for name, those in candidates.items()}
+        distances |= scores_of_sets(network.name, seen(network, clips), made_seen, seed)
     psnr = {name: asdict(psnr_score(clips, those, seed=seed)) for name, those in candidates.items()}
     first_stage = {}
     for source in sorted({v.source for v in videos}):
         own = [i for i, v in enumerate(videos) if v.source == source]
         through = candidates["first_stage"]
         first_stage[source] = asdict(psnr_score([clips[i] for i in own], [through[i] for i in own], seed=seed))
+    pairs = {name: frame_scores(clips, those, seed, model.tokenizer.device) for name, those in candidates.items()}
     figures = {
         "frechet": scores,
         "psnr": psnr,
         "first_stage_psnr": first_stage,
         "motion": asdict(motion_ratio(made, clips, seed=seed)),
         "n": len(clips),
+        **{metric: {name: own[metric] for name, own in pairs.items()} for metric in ("SSIM", PERCEPTUAL)},
+        **distances,
+        "token_rate": asdict(token_rate(model.tokenizer.config)),
     }
-    rows = [clip for i in range(0, len(clips), max(1, len(clips) // 10)) for clip in (clips[i], made[i])]
-    return figures, contact_sheet(rows[:20])
+    shown = range(0, len(clips), max(1, len(clips) // 10))
+    rows = [clip for i in shown for clip in (clips[i], made[i])]
+    labels = [label for i in shown for label in (f"real: {(videos[i].captions or ('',))[0]}", "reconstruction")]
+    return figures, contact_sheet(rows[:20], labels[:20])
+
+
+def reconstructed(model: DiCoDe, real: Sequence[Video], first: int, seed: int) -> tuple[list[AnyVideo], DeepTokens]:
+    """Clips, each with its tail key frame, through tokens and back, and their tokens; the first is sample `first`."""
+    tokens = model.tokenizer.encode(torch.from_numpy(np.stack(real)))
+    indices = list(range(first, first + len(tokens)))
+    return list(next(model.tokenizer.decode(tokens, seed=seed, sample_indices=indices)).cpu().numpy()), tokens
+
+
+@torch.no_grad()
+def frame_scores(
+    real: Sequence[Video], made: Sequence[Video], seed: int, device: str | torch.device = "cpu"
+) -> dict[str, Score]:
+    """SSIM and perceptual distance of clips to the real ones, in the same order, of two frames a clip.
+
+    The frames are those at a quarter and three quarters of a clip: SSIM of all takes a second of processor time.
+    """
+    feature_maps = FeatureMaps()
+    values: dict[str, list[float]] = {"SSIM": [], PERCEPTUAL: []}
+    for clip, candidate in zip(real, made, strict=True):
+        at = [len(clip) // 4, 3 * len(clip) // 4]
+        pixels, target = (
+            torch.from_numpy(those[at]).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
+            for those in (candidate, clip)
+        )
+        values["SSIM"].append(float(ssim(clip[at], candidate[at]).mean()))
+        values[PERCEPTUAL].append(float(perceptual_distance(feature_maps(pixels), feature_maps(target))))
+    return {metric: mean_score(own, seed) for metric, own in values.items()}
+
+
+def drawn_rows(among: Bool[ndarray, "n"], count: int, seed: int) -> Int[ndarray, "count"]:
+    """Positions of `count` different true entries."""
+    rows = np.flatnonzero(among)
+    if count > len(rows):
+        raise ValueError(
+            f"expected at least {count} training clips to compare as many validation clips with, got {len(rows)}"
+        )
+    return rows[torch.randperm(len(rows), generator=generator_for(seed, "real clips"))[:count].numpy()]
+
+
+def rows_of(features: ClipFeatures, rows: Sequence[int] | ndarray) -> ClipFeatures:
+    """The features of some clips."""
+    return ClipFeatures(features.mean[rows], features.difference[rows])
+
+
+def clipsim_score(network: Clip, clips: Sequence[Video], captions: Sequence[str], seed: int) -> Score:
+    """Mean CLIPSIM of clips with their captions."""
+    return mean_score([clip_similarity(network, *pair) for pair in zip(clips, captions, strict=True)], seed)
+
+
+def clipsim_name(spec: str) -> str:
+    """`CLIPSIM-clip-vit-base-patch32` of "CLIP=openai/clip-vit-base-patch32": which CLIP is part of the name."""
+    return f"CLIPSIM-{Path(spec.partition('=')[2]).name}"
 
 
 @torch.no_grad()

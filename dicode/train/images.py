@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dicode.device import pick_device
+from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
 from dicode.hub import config_to_dict, content_hash, kept_tensors, load_weights, save_weights, write_config
 from dicode.shapes import ImageLatents, KeyFramePixels
 from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
 from dicode.tokenizer.video_tokenizer import WEIGHTS as TOKENIZER_WEIGHTS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.adversarial import FeatureDiscriminator, Judged, adversarial_losses
 from dicode.train.loop import LoopConfig
-from dicode.train.perceptual import FeatureDiscriminator, FeatureMaps, Judged, adversarial_losses, perceptual_distance
 from dicode.video.shards import FrameCache
 
 

@@ -1,4 +1,4 @@
-"""Losses on an image network's features: a perceptual distance, and a discriminator that sees the same features."""
+"""Adversarial training of a decoder: a discriminator that sees an image network's features, and how sets compare."""
 
 import warnings
 
@@ -8,36 +8,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from dicode.evaluate.features import STAGE_WIDTHS, EfficientNetLite0Features
+from dicode.evaluate.features import STAGE_WIDTHS
 from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
-from dicode.shapes import KeyFramePixels
+from dicode.evaluate.perceptual import mean, perceptual_distance
 
 SLOPE = 0.2  # of the leaky rectifier
-
-
-class FeatureMaps:
-    """EfficientNet-lite0's feature maps of images at four scales, each position's channels of unit length.
-
-    The metrics of this library read the same network's last, pooled features: a model trained on these maps is favoured
-    by them, and its card has to say so. No other such network installs offline.
-    """
-
-    def __init__(self) -> None:
-        self._network: EfficientNetLite0Features | None = None  # on the device of the first images
-
-    def __call__(self, pixels: KeyFramePixels) -> list[Tensor]:
-        """Of pixels `b 3 h w` in −1…1, with gradients: maps `b c y x`, fine to coarse."""
-        if self._network is None:
-            self._network = EfficientNetLite0Features(device=pixels.device)
-        return [functional.normalize(x.float(), dim=1) for x in self._network.stage_features(pixels)]
-
-
-def perceptual_distance(maps: list[Tensor], target: list[Tensor]) -> Tensor:
-    """Scalar mean squared distance in the manner of LPIPS (Zhang et al. 2018), all `FeatureMaps` equally weighted.
-
-    LPIPS learns weights from human judgements, which do not exist for this network.
-    """
-    return mean([(a - b).square().sum(1) for a, b in zip(maps, target, strict=True)])
 
 
 class Judged:
@@ -102,8 +77,3 @@ def adversarial_losses(discriminator: nn.Module, made: list[Tensor], real: list[
     on_real = discriminator([x.detach() for x in real])
     telling = mean([functional.relu(1 + x) for x in on_made]) + mean([functional.relu(1 - x) for x in on_real])
     return -convincing, telling
-
-
-def mean(maps: list[Tensor]) -> Tensor:
-    """Of the means of maps of different sizes."""
-    return torch.stack([x.float().mean() for x in maps]).mean()

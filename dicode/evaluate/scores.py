@@ -1,0 +1,128 @@
+"""Figures with intervals: means over clips, and Fréchet distances and Inception Scores of whole sets of clips."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+
+from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
+from dicode.evaluate.generation import Interval
+from dicode.evaluate.metrics import FrechetStatistics, bootstrap_interval, frechet_distance
+from dicode.evaluate.networks import C3D, I3D, Clip, Inception
+from dicode.evaluate.quality import inception_score
+from dicode.seeds import generator_for
+from dicode.shapes import Video
+
+LEAST_CLIPS = 4  # whose halves have a covariance
+HALVES = 100  # their deviation is then known to 7 %
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure, with what the choice of clips alone leaves open."""
+
+    value: float
+    interval: Interval | None  # 95 %; None for a set of fewer than LEAST_CLIPS clips, which cannot be halved
+    n: int  # clips
+
+
+class Seen(NamedTuple):
+    """What one network makes of each clip of a set; None where it does not give that."""
+
+    clips: Float[ndarray, "n width"] | None  # of which the Fréchet video distance is made
+    frames: Float[ndarray, "n f width"] | None  # of which the Fréchet distance of single frames is made (FID)
+    probabilities: Float[ndarray, "n classes"] | None  # of which the Inception Score is made
+
+
+def mean_score(values: Sequence[float] | Float[ndarray, "n"], seed: int = 0) -> Score:
+    """Mean of one value a clip with its bootstrap interval. `seed` is the bootstrap's."""
+    values = np.asarray(values, dtype=np.float64)
+    return Score(float(values.mean()), bootstrap_interval(np.mean, values, seed=seed), len(values))
+
+
+def set_score(
+    statistic: Callable[..., float], *sets: ndarray, least: float = 0.0, halves: int = HALVES, seed: int = 0
+) -> Score:
+    """A statistic of whole sets, with 95 % by the delete-half jackknife (Shao & Wu 1989, section 2).
+
+    Why no bootstrap: a set drawn with replacement holds clips twice, which makes a Fréchet distance larger and an
+    Inception Score smaller, so that the interval may not hold the value. Halves drawn without replacement are biased
+    too, but all alike: their deviation is the standard error of the whole set, and the interval is the value ± 1.96 of
+    it, not below `least`. Value and interval are those of n clips: compare only sets of as many.
+
+    Row i of every set belongs to one clip or prompt, and is left out with it. `seed` draws the halves.
+    """
+    n = len(sets[0])
+    if any(len(rows) != n for rows in sets) or n < 2:
+        raise ValueError(f"expected sets of equally many clips, at least 2, got {[len(rows) for rows in sets]}")
+    value = float(statistic(*sets))
+    if n < LEAST_CLIPS:
+        return Score(value, None, n)
+    generator, kept = generator_for(seed, "halves"), n - n // 2
+    of_halves = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Fréchet distance of")  # halves are smaller still; said once, of the whole
+        for _ in range(halves):
+            half = torch.randperm(n, generator=generator)[:kept].numpy()
+            of_halves.append(statistic(*(rows[half] for rows in sets)))
+    error = float(np.std(of_halves)) * np.sqrt(kept / (n - kept))
+    return Score(value, (float(max(least, value - 1.96 * error)), float(value + 1.96 * error)), n)
+
+
+def frechet_score(real: ndarray, made: ndarray, seed: int = 0) -> Score:
+    """Squared Fréchet distance of two sets of as many clips, of vectors `n width` or of all frames' `n f width`."""
+
+    def distance(one: ndarray, other: ndarray) -> float:
+        sets = (FrechetStatistics.of(rows.reshape(-1, rows.shape[-1])) for rows in (one, other))
+        return frechet_distance(*sets)
+
+    return set_score(distance, real, made, seed=seed)
+
+
+def class_score(probabilities: Float[ndarray, "n classes"], seed: int = 0) -> Score:
+    """Inception Score of all clips as one split: a few hundred clips cannot fill the ten of the literature."""
+    return set_score(lambda rows: inception_score(rows, splits=1).mean, probabilities, least=1.0, seed=seed)
+
+
+def seen(network: Network, clips: Sequence[Video]) -> Seen:
+    """Run a network over clips, as the literature does for the metrics that carry its name."""
+    if isinstance(network, I3D):
+        return Seen(np.stack([network.clip_vector(clip) for clip in clips]), None, None)
+    if isinstance(network, C3D):
+        return Seen(None, None, np.stack([network.clip_vector(clip) for clip in clips]))
+    if isinstance(network, Inception):
+        frames = np.stack([network.frame_features(clip).numpy() for clip in clips])
+        return Seen(None, frames, np.stack([network.frame_probabilities(clip).mean(0).numpy() for clip in clips]))
+    features = features_of_clips(network, clips)
+    return Seen(features.joined(), None, None) if isinstance(network, Clip) else seen_by_efflite(network, features)
+
+
+def seen_by_efflite(network: EfficientNetLite0Features, features: ClipFeatures) -> Seen:
+    """The same of EffLite0's features at hand."""
+    return Seen(features.joined(), None, network.class_probabilities(features.mean))
+
+
+def scores_of_sets(name: str, real: Seen, candidates: Mapping[str, Seen], seed: int = 0) -> dict[str, dict[str, Score]]:
+    """`FVD-name` and `FID-name` of each candidate set against the real one, and `IS-name` of all of them.
+
+    A candidate called "real" takes the real set's place in the latter.
+    """
+    made: dict[str, dict[str, Score]] = {}
+    for metric, kind in (("FVD", "clips"), ("FID", "frames")):
+        truth = getattr(real, kind)
+        if truth is not None:
+            made[f"{metric}-{name}"] = {
+                candidate: frechet_score(truth, getattr(own, kind), seed) for candidate, own in candidates.items()
+            }
+    if real.probabilities is not None:
+        made[f"IS-{name}"] = {
+            candidate: class_score(own.probabilities, seed)
+            for candidate, own in {"real": real, **candidates}.items()
+            if own.probabilities is not None
+        }
+    return made
