@@ -1,4 +1,4 @@
-"""What `dicode tokenize`, `reconstruct`, `train` and `assemble` do; their flags are in `cli.py`."""
+"""What `dicode tokenize`, `reconstruct`, `train` and `assemble` do; their flags are in `flags.py`."""
 
 import dataclasses
 import sys
@@ -14,8 +14,9 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from dicode import __version__
-from dicode.cli import Assemble, Generate, Info, Reconstruct, Tokenize, Train, missing_extra
+from dicode.cli import missing_extra
 from dicode.device import pick_device
+from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train
 from dicode.generate import GenerationConfig, trimmed
 from dicode.hub import (
     config_to_dict,

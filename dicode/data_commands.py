@@ -1,4 +1,4 @@
-"""What `dicode data index`, `cache`, `verify`, `encode`, `export` and `sheet` do; their flags are in `cli.py`."""
+"""What `dicode data index`, `cache`, `verify`, `encode`, `export` and `sheet` do; their flags are in `flags.py`."""
 
 import sys
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from dicode.cli import Cache, Encode, Export, Index, Sheet, Verify, missing_extra
+from dicode.cli import missing_extra
 from dicode.data.build import CacheOptions, build_cache
 from dicode.data.places import place
 from dicode.data.tars import write_tars
+from dicode.flags import Cache, Encode, Export, Index, Sheet, Verify
 from dicode.hub import resolve
 from dicode.seeds import generator_for
 from dicode.shapes import Video

@@ -1,4 +1,4 @@
-"""What `dicode finetune` does; its flags are in `cli.py`.
+"""What `dicode finetune` does; its flags are in `flags.py`.
 
 clips ─► WORK/cache ─► adapters: WORK/denoiser, WORK/lm ─► merged: WORK/…/best ─► one checkpoint folder
 """
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from dicode import __version__
-from dicode.cli import Cache, Finetune, missing_extra
+from dicode.cli import missing_extra
 from dicode.data_commands import cache as make_cache
 from dicode.device import peak_memory_mib, pick_device
+from dicode.flags import Cache, Finetune
 from dicode.generate import GenerationConfig
 from dicode.hub import CheckpointError, config_from_dict, config_to_dict, content_hash, model_name, read_config, resolve
 from dicode.lm.sizes import DeepLMConfig

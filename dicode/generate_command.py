@@ -1,13 +1,13 @@
-"""What `dicode generate` does: one video, or one a line of a file; its flags are in `cli.py`."""
+"""What `dicode generate` does: one video, or one a line of a file; its flags are in `flags.py`."""
 
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dicode.cli import Generate
 from dicode.commands import check_parent, origin, sampling, written
 from dicode.device import peak_memory_mib, pick_device
+from dicode.flags import Generate
 from dicode.generate import DiCoDe, GenerationConfig, Given, Prompt, length_s
 from dicode.hub import resolve
 from dicode.seeds import SeedPlan

@@ -1,4 +1,4 @@
-"""What `dicode info` does; its flags are in `cli.py`."""
+"""What `dicode info` does; its flags are in `flags.py`."""
 
 import dataclasses
 import re
@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dicode.cli import Info, load_run
+from dicode.cli import load_run
 from dicode.evaluate.report import write_result
+from dicode.flags import Info
 from dicode.generate import GenerationConfig
 from dicode.hub import CheckpointError, config_from_dict, nearest, read_config, resolve
 from dicode.lm.sizes import SIZES, DeepLMConfig

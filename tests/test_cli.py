@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dicode import __version__
-from dicode.cli import Assemble, Generate, main
+from dicode.cli import main
+from dicode.flags import Assemble, Generate
 from dicode.generate import DiCoDe, GenerationConfig
 from dicode.hub import content_hash
 from dicode.stopwatch import Stopwatch

@@ -1,12 +1,12 @@
-"""What `dicode convert …` does; its flags are in `cli.py`."""
+"""What `dicode convert …` does; its flags are in `flags.py`."""
 
 from pathlib import Path
 
 import torch
 
-from dicode.cli import Clip, Dynamicrafter, Official, Vae
 from dicode.convert.official import Report, convert_official
 from dicode.convert.priors import convert_clip, convert_dynamicrafter, convert_vae
+from dicode.flags import Clip, Dynamicrafter, Official, Vae
 from dicode.hub import downloaded
 from dicode.lm.text import TextTokenizer
 from dicode.stopwatch import Stopwatch

@@ -1,4 +1,4 @@
-"""What `dicode evaluate` does; its flags are in `cli.py`."""
+"""What `dicode evaluate` does; its flags are in `flags.py`."""
 
 import shlex
 import sys
@@ -6,13 +6,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from dicode.cli import Evaluate
 from dicode.evaluate.features import load_networks
 from dicode.evaluate.html import write_report
 from dicode.evaluate.long import check_length, measure_long
 from dicode.evaluate.ranking import evaluate_ranking
 from dicode.evaluate.report import read_result, write_result
 from dicode.evaluate.suite import evaluate_generation, evaluate_reconstruction, evaluate_speed
+from dicode.flags import Evaluate
 from dicode.generate import DiCoDe
 from dicode.hub import resolve
 from dicode.stopwatch import Stopwatch

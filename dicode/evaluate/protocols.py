@@ -1,4 +1,4 @@
-"""What `dicode benchmark ucf101`, `msrvtt` and `vbench` do; their flags are in `cli.py`.
+"""What `dicode benchmark ucf101`, `msrvtt` and `vbench` do; their flags are in `flags.py`.
 
 Where the literature differs, the docstring of a command says whose usage is followed.
 """
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dicode.cli import Msrvtt, Ucf101, Vbench
 from dicode.commands import origin
 from dicode.device import pick_device
 from dicode.evaluate.metrics import FrechetStatistics, bootstrap_interval, frechet_distance
@@ -34,6 +33,7 @@ from dicode.evaluate.protocol_networks import NetworkFile, c3d_file, check_confi
 from dicode.evaluate.protocol_parts import Parts, Shard, shard_of
 from dicode.evaluate.quality import inception_score
 from dicode.evaluate.report import write_result
+from dicode.flags import Msrvtt, Ucf101, Vbench
 from dicode.generate import DiCoDe
 from dicode.hub import resolve
 from dicode.seeds import generator_for

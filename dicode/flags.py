@@ -1,0 +1,367 @@
+"""The flags of every command: a frozen dataclass each, whose fields are the flags and their comments the help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, Suppress, arg
+
+# Text, not a Path: the slash at the end of "frames/" says that a folder is meant.
+Output = Annotated[str, arg(aliases=("-o",))]
+# Text, since a Path would take one slash off s3://…
+Folder = Annotated[Positional[str], arg(metavar="FOLDER")]
+Folders = Annotated[Positional[tuple[str, ...]], arg(metavar="FOLDER …")]
+Input = Annotated[Positional[str], arg(metavar="INPUT")]
+Model = Annotated[Positional[str], arg(metavar="MODEL")]
+Joins = Literal["chained", "parallel", "independent"]
+Dtype = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Write a video of a prompt. Sampling options left out are the model's own; `dicode info` shows them.
+
+    A storyboard changes the prompt on the way: "[4s: a spark] [4s: it grows into a fireball]".
+    """
+
+    prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None  # what the video shows
+    seconds: float | None = None  # how long it lasts; default: 4, or as long as the storyboard
+    seed: int = 0  # the same seed, prompt and options give the same file
+    sample: int = 0  # another number gives another video of the same seed
+    storyboard: Path | None = None  # a YAML file in place of the prompt: a list of {seconds: 4, prompt: a spark}
+    prompts: Path | None = None  # a text file in place of the prompt: a video a line, out-000.mp4, out-001.mp4, …
+    image: Path | None = None  # the first frame
+    last_image: Path | None = None  # the frame that the video ends on
+    loop: bool = False  # end on the first frame
+    continue_from: Path | None = None  # a video to go on from: the new one begins on its last frame
+    reroll_from: int | None = (
+        None  # from this clip on (the first is 0) take another seed; those before stay as they are
+    )
+    reroll_seed: int | None = None  # that other seed; default: the next one
+    guidance: float | None = None  # of the language model: above 1 follows the prompt more closely
+    variance_scale: float | None = None  # of the next tokens' distribution: 0 takes its mean
+    temperature: float | None = None  # of the choice between its components: 0 takes the likeliest
+    flow_steps: int | None = None  # of a flow head
+    window: int | None = None  # key frames of the language model's sequence, for any length; 0: all that it holds
+    decoder_guidance: float | None = None  # of the decoder: above 1 follows the tokens more closely
+    decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
+    steps: int | None = None  # denoising steps a clip
+    joins: Joins | None = None  # chained: a clip sees the end of the one before; parallel: blended over the join
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
+    scale: int = 4  # enlarge every pixel this many times along each side
+    stream: bool = False  # write so that it can be watched from the first clip on; stopping early keeps what is there
+    preview: bool = False  # first write out.preview.mp4, of fewer denoising steps
+    sheet: Path | None = None  # also write a contact sheet, one row a clip
+    device: str = "auto"  # cpu, cuda, mps
+    timings: bool = False  # also show the times of every clip, and the memory used
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Turn a video into deep tokens: a tensor `tokens`, float32 k × n × d for k key frames of n tokens."""
+
+    input: Input  # video, animated image, or folder of frames
+    output: Output = "tokens.safetensors"
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    device: str = "auto"  # cpu, cuda, mps
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Send a video through deep tokens and back, or render tokens that `dicode tokenize` saved.
+
+    Of 16·N + 1 frames the last is only the last clip's tail key frame: 16·N come back.
+    """
+
+    input: Input  # video, animated image, folder of frames, or tokens.safetensors
+    output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
+    side_by_side: bool = False  # the video at the left, what its tokens give at the right
+    seed: int = 0  # of the decoder
+    decoder_guidance: float | None = None  # above 1 follows the tokens more closely
+    decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
+    steps: int | None = None  # denoising steps a clip
+    joins: Joins = "chained"  # chained: a clip sees the end of the one before; parallel: blended over the join
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    scale: int = 4  # enlarge every pixel this many times along each side
+    device: str = "auto"  # cpu, cuda, mps
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a run of a recipe; the same command continues it. FILE.py:RUN --help lists the flags of the run itself."""
+
+    recipe: Annotated[Positional[str], arg(metavar="FILE.py:RUN")]  # a function of that file which returns a run
+    run_folder: Path | None = None  # default: runs/RUN
+    run: Suppress[Any] = None  # what the function returned, changed by flags
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Teach a model your own clips: low-rank adapters, merged into a new model. The same command continues it.
+
+    Every 15th clip of a folder, from the first on, is kept for validation.
+    """
+
+    folders: Folders  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
+    output: Annotated[Path, arg(aliases=("-o",))]  # the checkpoint folder to write
+    model: str = "sprites"  # to begin from: a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    parts: tuple[Literal["denoiser", "lm"], ...] = ("denoiser", "lm")  # how it moves; what a caption means
+    steps: int = 500  # of each part
+    rank: int = 16  # of the adapters: higher learns more, and takes more clips
+    alpha: float = 16.0  # what an adapter adds counts alpha/rank
+    dropout: float = 0.0  # share of an adapter that is left out of a training step
+    targets: tuple[str, ...] = ()  # layers to adapt, by the ends of their names; none named: every layer
+    lr: float = 1e-3
+    batch_size: int = 16
+    key_frames: int = 3  # that the language model learns to write of a clip, one every two seconds
+    loops: bool = False  # the clips repeat without a seam
+    work_folder: Path | None = None  # of cache and runs; default: OUTPUT.work, and it can be deleted afterwards
+    seed: int = 0
+    device: str = "auto"  # cpu, cuda, mps
+    dtype: Dtype = "float16"  # of the weights on disk
+    json: Annotated[Path | None, arg(metavar="FILE")] = None  # keep the figures in a result file
+
+
+@dataclass(frozen=True)
+class Assemble:
+    """Join the best weights of a tokenizer run and a language model run into one checkpoint folder."""
+
+    tokenizer: Annotated[Positional[Path], arg(metavar="TOKENIZER")]  # runs/NAME/best of a tokenizer run
+    lm: Annotated[Positional[Path], arg(metavar="LM")]  # runs/NAME/best of a language model run
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    first_stage: Path | None = None  # a later run of the same first stage, whose decoder to take
+    dtype: Dtype = "float16"  # of the weights on disk
+    guidance: float | None = None  # this and the following: how the model is sampled where nothing else is asked for
+    variance_scale: float | None = None
+    temperature: float | None = None
+    flow_steps: int | None = None
+    window: int | None = None
+    decoder_guidance: float | None = None
+    decoder_temperature: float | None = None
+    steps: int | None = None
+    joins: Joins | None = None
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a model against its training and validation clips: one JSON a part, written from this command alone.
+
+    The parts but `long` take about ten minutes on two CPU cores for the model in the box; `long`, a minute's videos,
+    takes half an hour more.
+    """
+
+    model: Model = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    cache: Path = Path("cache/sprites")  # real clips, from `dicode data cache`
+    output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON files
+    sheets: Path | None = None  # folder for contact sheets
+    report: Path | None = None  # one HTML file of all parts that the folder of results has of this model
+    parts: tuple[Literal["generation", "reconstruction", "ranking", "speed", "long"], ...] = (
+        "generation",
+        "reconstruction",
+        "ranking",  # do the metrics rank known cases? real, reconstruction, generation, shuffled frames, noise
+        "speed",
+    )
+    # networks to measure with; EffLite0 always does. More: I3D=PATH, C3D=PATH, Inception=PATH, CLIP=ID_OR_FOLDER
+    features: tuple[str, ...] = ("EffLite0",)
+    prompts: int = 100  # training captions to draw
+    long_prompts: int = 8  # training captions to draw for long videos
+    long_seconds: float = 60.0  # how long they last
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Ucf101:
+    """Zero-shot UCF-101: FVD (I3D) and Inception Score (C3D) of videos made for its class names.
+
+    The same command goes on where it was stopped; torchrun, or the flag shard, shares the work among processes.
+    """
+
+    folder: Folder  # with UCF-101/<ClassName>/v_*.avi and, where wanted, ucfTrainTestlist/
+    output: Annotated[Path, arg(aliases=("-o",))]  # the JSON file of the figures
+    i3d: Path | None = None  # i3d_torchscript.pt of StyleGAN-V
+    c3d: Path | None = None  # c3d_ucf101.pt of StyleGAN-V
+    confirm: tuple[str, ...] = ()  # SHA-256 of such files that you know to be the published ones
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    samples: int = 10_000  # videos to make, classes as often as among the real ones
+    fvd_clips: int = 2048  # on either side of the FVD
+    split: Literal["all", "train", "test"] = "all"  # of the real videos; train and test: the first of the three lists
+    template: str = "{}"  # of a prompt: {} is the class in words, such as apply eye makeup
+    prompts: Path | None = None  # a JSON file in place of the template: {"ApplyEyeMakeup": "a sentence", …}
+    size: int = 256  # side of the real clips, scaled to cover it and cropped at the centre
+    seed: int = 0
+    batch_size: int = 10  # samples made at once
+    shard: str | None = None  # this process's share: 2/4 is the second of four
+    work_folder: Path | None = None  # of what is kept meanwhile; default: OUTPUT.work, and it can be deleted afterwards
+    device: str = "auto"  # cpu, cuda, mps
+
+
+@dataclass(frozen=True)
+class Msrvtt:
+    """Zero-shot MSR-VTT: FVD (I3D) and CLIPSIM (CLIP ViT-B/32) of videos made for captions of its test videos.
+
+    The same command goes on where it was stopped; torchrun, or the flag shard, shares the work among processes.
+    """
+
+    folder: Folder  # with TestVideo/ or videos/all/, and test_videodatainfo.json or videodatainfo.json
+    output: Annotated[Path, arg(aliases=("-o",))]  # the JSON file of the figures
+    i3d: Path | None = None  # i3d_torchscript.pt of StyleGAN-V
+    clip: str = "openai/clip-vit-base-patch32"  # a folder, or owner/name on the Hub
+    confirm: tuple[str, ...] = ()  # SHA-256 of such files that you know to be the published ones
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    samples: int | None = None  # videos to make; default: one for every caption that is taken
+    all_captions: bool = False  # every caption of a test video, not one drawn by the seed
+    fvd_clips: int = 2990  # on either side of the FVD
+    size: int = 256  # side of the real clips, scaled to cover it and cropped at the centre
+    seed: int = 0
+    batch_size: int = 10  # samples made at once
+    shard: str | None = None  # this process's share: 2/4 is the second of four
+    work_folder: Path | None = None  # of what is kept meanwhile; default: OUTPUT.work, and it can be deleted afterwards
+    device: str = "auto"  # cpu, cuda, mps
+
+
+@dataclass(frozen=True)
+class Vbench:
+    """Write the videos that VBench's own tool measures: FOLDER/<prompt>-<index>.mp4, beside it FOLDER.json.
+
+    The same command goes on where it was stopped; torchrun, or the flag shard, shares the work among processes.
+    """
+
+    prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")]  # a .txt, a prompt a line, or VBench_full_info.json
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    samples: int = 5  # videos a prompt; VBench asks for 25 where temporal flickering is measured
+    seconds: float = 2.0  # how long a video lasts
+    scale: int = 1  # enlarge every pixel this many times along each side
+    seed: int = 0
+    batch_size: int = 10  # videos made at once
+    shard: str | None = None  # this process's share: 2/4 is the second of four
+    device: str = "auto"  # cpu, cuda, mps
+
+
+@dataclass(frozen=True)
+class Index:
+    """Read every file of data sets to its end; list the bad ones, and exit with their count (at most 125)."""
+
+    folders: Folders  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keep all frames of data sets, with their times, in shards to train from; exits with the count of bad files.
+
+    The same command goes on where it was stopped. Equal files and options give equal bytes, whoever does the work.
+    Folders and output may be URLs of object stores: s3://bucket/folder.
+    """
+
+    folders: Folders  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
+    output: Annotated[str, arg(aliases=("-o",))]  # a folder such as cache/sprites
+    size: int = 64  # side of the frames, scaled to cover it and cropped at the centre
+    max_fps: float = 12.5  # frames closer together than this are left out
+    loops: bool = False  # the clips repeat without a seam
+    scenes: float | None = None  # cut videos where the scene changes, and leave out scenes of fewer seconds than this
+    dedupe: int | None = None  # leave out copies: perceptual hashes differ in at most so many of 64 bits; 4 is usual
+    files_per_shard: int = 64  # a worker holds the frames of that many files in memory
+    workers: int = 1  # processes
+    ray: str | None = None  # spread the work by Ray Data: the address of a cluster, auto, or local for one started here
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Read all shards of a cache and compare their hashes with its index; exits with the count of bad ones."""
+
+    cache: Annotated[Positional[str], arg(metavar="CACHE")]  # from `dicode data cache`
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Compute the latents and deep tokens of a cache now, which training would compute when it first needs them."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]  # from `dicode data cache`
+    model: str = "sprites"  # whose first stage and tokenizer: a model in the box, or a folder such as runs/NAME/best
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a cache as WebDataset archives: a tar a shard, H.264 videos with .txt and .json beside them."""
+
+    cache: Annotated[Positional[Path], arg(metavar="CACHE")]  # from `dicode data cache`
+    output: Annotated[str, arg(aliases=("-o",))]  # a folder
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Draw a contact sheet of a data set: clips picked by the seed, one a row, with their captions."""
+
+    folder: Folder  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
+    output: Annotated[Path, arg(aliases=("-o",))] = Path("sheet.png")
+    count: int = 16  # clips
+    seed: int = 0  # which clips
+    size: int = 64  # side of a frame
+
+
+@dataclass(frozen=True)
+class Official:
+    """Convert the published DiCoDe weights into a checkpoint folder. Every tensor is used, or named and why not."""
+
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    tokenizer: Path | None = None  # models/pytorch_model.bin
+    lm: Path | None = None  # models/gpt2_large.bin
+    clip: Path | None = None  # OpenCLIP ViT-H/14, file or folder, where the tokenizer's file lacks a tower
+    vocabulary: str = "openai-community/gpt2"  # of GPT-2: a folder with vocab.json and merges.txt, or a Hub id
+    dtype: Dtype = "float16"  # of the weights on disk
+
+
+@dataclass(frozen=True)
+class Dynamicrafter:
+    """Convert DynamiCrafter-256 into a checkpoint folder from which to train a tokenizer (recipes/paper.py)."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]  # model.ckpt
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    clip: Path | None = None  # OpenCLIP ViT-H/14, file or folder, where the checkpoint lacks a tower
+    dtype: Dtype = "float16"  # of the weights on disk
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Convert OpenCLIP's weights into a folder of transformers, or those of transformers into a file of OpenCLIP."""
+
+    weights: Annotated[Positional[Path], arg(metavar="WEIGHTS")]  # a file, or a folder with one
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    dtype: Dtype = "float32"  # of the weights on disk
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Convert CompVis' autoencoder, alone or within a larger checkpoint, into a folder of diffusers."""
+
+    weights: Annotated[Positional[Path], arg(metavar="WEIGHTS")]  # a torch or safetensors file
+    output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
+    dtype: Dtype = "float32"  # of the weights on disk
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what a model, a preset or a recipe takes: parameters, FLOPs, memory, a second of video in tokens and bits.
+
+    Of a recipe (recipes/paper.py:gpt2, or all of recipes/paper.py) it plans the training, as the recipe says or as the
+    flags change it.
+    """
+
+    model: Model = "sprites"  # in the box, a checkpoint folder, owner/name on the Hub, a preset, FILE.py:RUN or FILE.py
+    revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    gpus: tuple[int, ...] | None = None  # to train on; default: 1 for a recipe, 1 and 8 for all else
+    batch_size: int | None = None  # samples on each of them (default 1); of a recipe: on all together
+    gpu: str = "a100-80gb"  # this and the following for recipes: which GPUs
+    mfu: float = 0.4  # the share of their peak that is assumed to be reached
+    strategy: Literal["ddp", "fsdp"] | None = None  # each GPU with all weights, or with its share
+    pieces: int | None = None  # to cut a batch into
+    checkpoint_activations: bool = False  # computes blocks twice instead of keeping what they computed
+    json: Annotated[Path | None, arg(metavar="FILE")] = None  # keep the figures in a result file
