@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from dicode.data.places import put_text
+
 # What the figures say, by the beginning of their names; a name that is not here stands for itself.
 MEANINGS = {
     "text_control": "Share of prompts whose clip is nearest to a real one of that caption. Higher is better.",
@@ -62,10 +64,7 @@ def write_report(
     """
     if not results:
         raise ValueError(f"{path}: expected the results of one part at least, got none")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(page(name, results, sheets), encoding="utf-8")
-    unfinished.replace(path)
+    put_text(path, page(name, results, sheets))
 
 
 def page(name: str, results: Mapping[str, Mapping[str, Any]], sheets: Mapping[str, Image.Image]) -> str:
