@@ -160,7 +160,7 @@ class Evaluate:
     output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON files
     sheets: Path | None = None  # folder for contact sheets
     report: Path | None = None  # one HTML file of all parts that the folder of results has of this model
-    parts: tuple[Literal["generation", "reconstruction", "ranking", "speed", "long"], ...] = (
+    parts: tuple[Literal["generation", "reconstruction", "ranking", "instructions", "speed", "long"], ...] = (
         "generation",
         "reconstruction",
         "ranking",  # do the metrics rank known cases? real, reconstruction, generation, shuffled frames, noise

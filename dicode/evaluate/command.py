@@ -8,6 +8,7 @@ from PIL import Image
 
 from dicode.evaluate.features import load_networks
 from dicode.evaluate.html import write_report
+from dicode.evaluate.instructions import evaluate_instructions
 from dicode.evaluate.long import check_length, measure_long
 from dicode.evaluate.ranking import evaluate_ranking
 from dicode.evaluate.report import read_result, write_result
@@ -18,7 +19,7 @@ from dicode.hub import resolve
 from dicode.stopwatch import Stopwatch
 from dicode.video.shards import FrameCache
 
-PARTS = ("generation", "reconstruction", "ranking", "speed", "long")
+PARTS = ("generation", "reconstruction", "ranking", "instructions", "speed", "long")
 ONE_NETWORK = (
     "Every figure named EffLite0, text control and the rank of the true clip are made with one network, "
     "EfficientNet-lite0. Where the decoder was trained with the perceptual loss, as the model in the box was, earlier "
@@ -27,7 +28,7 @@ ONE_NETWORK = (
 
 
 def evaluate(command: Evaluate, watch: Stopwatch) -> int:
-    """One result file and one contact sheet a part: generation, reconstruction, ranking, speed, long."""
+    """One result file and one contact sheet a part: generation, reconstruction, ranking, instructions, speed, long."""
     with watch.stage("load"):
         model = DiCoDe.from_pretrained(command.model)
         cache = FrameCache.load(command.cache)
@@ -44,6 +45,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> int:
         "generation": lambda: evaluate_generation(model, cache, bank, command.prompts, command.seed, networks),
         "reconstruction": lambda: evaluate_reconstruction(model, cache, bank, command.seed, networks),
         "ranking": lambda: evaluate_ranking(model, cache, command.seed, networks),
+        "instructions": lambda: evaluate_instructions(model, cache, command.seed),
         "speed": lambda: (evaluate_speed(model, folder, "a swirling ice vortex"), None),
         "long": lambda: measure_long(model, cache, folder, command.long_prompts, command.seed, command.long_seconds),
     }

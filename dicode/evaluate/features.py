@@ -69,7 +69,9 @@ class EfficientNetLite0Features:
             frames = torch.from_numpy(np.array(frames, order="C"))  # also takes read-only and reversed arrays
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or len(frames) == 0:
             raise ValueError(f"expected uint8 frames `f h w 3`, got {frames.dtype} {tuple(frames.shape)}")
-        return torch.cat([self._batch_features(batch) for batch in frames.split(self.batch_size)])
+        new = torch.cat([torch.tensor([True]), (frames[1:] != frames[:-1]).flatten(1).any(1)])  # held frames: once
+        features = torch.cat([self._batch_features(batch) for batch in frames[new].split(self.batch_size)])
+        return features[new.cumsum(0) - 1]
 
     def clip_features(self, frames: UInt8[Tensor, "f h w c"] | Video) -> ClipFeatures:
         """Mean and temporal-difference features of one clip (see `summarise`)."""

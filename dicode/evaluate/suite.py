@@ -202,7 +202,7 @@ def evaluate_reconstruction(
     features = bank_features(model, cache, extractor, bank_path)
     held = np.array([v.validation for v in cache.videos])
     bank = np.concatenate([features.mean[~held], features.difference[~held]], axis=1)
-    real_features = features_of_clips(extractor, clips)
+    real_features = rows_of(features, np.flatnonzero(held))
     made_features = {name: features_of_clips(extractor, those) for name, those in candidates.items()}
     scores = frechet_scores(
         real_features.joined(), {name: those.joined() for name, those in made_features.items()}, bank=bank

@@ -16,6 +16,15 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         resampler=replace(TokenizerConfig().resampler, depth=1),
         denoiser=DenoiserConfig(predicts_change=True),
     ),
+    # the same denoiser; beside the linear code the networks of `sprites`, 5 MB, add nothing that shows (docs/tokens.md)
+    "world": TokenizerConfig(
+        key_head_width=96,
+        key_head_depth=1,
+        linear_code=True,
+        encoder=replace(TokenizerConfig().encoder, width=96, depth=1, heads=3),
+        resampler=replace(TokenizerConfig().resampler, width=96, depth=1, head_width=32, feature_width=96),
+        denoiser=DenoiserConfig(predicts_change=True),
+    ),
     # Published (arXiv 2412.04446): OpenCLIP ViT-H/14, DynamiCrafter-256's U-Net without image concatenation, SD's VAE
     "paper_tokenizer_256": TokenizerConfig(
         size=256,

@@ -52,6 +52,7 @@ class TokenizerRun:
     cache: str = "cache/sprites"
     first_stage: str = "runs/first_stage/best"
     init: str | None = None
+    init_denoiser: str | None = None  # a checkpoint with the same denoiser, to begin with that part of it
     freeze_key_frames: bool = False  # encoder, resampler, token statistics and key-frame head stay as they are
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -124,6 +125,8 @@ class TokenizerTraining:
         load_weights(self.module.first_stage, weights)
         if run.init:
             self._start_from(Path(run.init))
+        if run.init_denoiser:
+            self._take_denoiser(Path(run.init_denoiser))
         if run.freeze_key_frames:
             frozen = (self.module.encoder, self.module.resampler, self.module.key_head, self.module.linear_code)
             for part in frozen:
@@ -181,6 +184,15 @@ class TokenizerTraining:
         theirs = {n: t for n, t in read_tensors(folder / WEIGHTS).items() if not n.startswith("denoiser.")}
         ours = {n: t for n, t in parts.state_dict().items() if n.startswith("denoiser.")}
         load_state(parts, {**theirs, **ours}, str(folder / WEIGHTS))
+
+    def _take_denoiser(self, folder: Path) -> None:
+        """Begin with the denoiser of a model of other videos. Raises `CheckpointError` where it is another network."""
+        theirs = {
+            name.removeprefix("denoiser."): tensor
+            for name, tensor in read_tensors(folder / WEIGHTS).items()
+            if name.startswith("denoiser.")
+        }
+        load_state(self.module.denoiser, theirs, str(folder / WEIGHTS))
 
     def num_samples(self) -> int:
         return len(self.cache.videos)

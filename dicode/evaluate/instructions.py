@@ -1,0 +1,140 @@
+"""Given the first image, does the caption decide what happens? The same image with its own and with other captions."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from tqdm import tqdm
+
+from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
+from dicode.evaluate.generation import motion_ratio
+from dicode.evaluate.metrics import Clips
+from dicode.evaluate.reconstruction import hold_head
+from dicode.evaluate.scores import mean_score, scores_of_sets, seen_by_efflite
+from dicode.evaluate.suite import BATCH, first_clip
+from dicode.generate import DiCoDe, Given
+from dicode.seeds import generator_for
+from dicode.shapes import Video
+from dicode.video.shards import CachedVideo, FrameCache
+from dicode.video.sheet import contact_sheet
+
+IMAGES = 60  # of each split
+SHOWN = 6  # images on the contact sheet
+
+
+class Continued(NamedTuple):
+    """What becomes of one image, 2 s each: really, under its own caption, under another one, of another sample."""
+
+    real: Video
+    own: Video
+    other: Video
+    sample: Video  # its own caption again, other noise
+    captions: tuple[str, str]
+
+
+def evaluate_instructions(
+    model: DiCoDe, cache: FrameCache, seed: int = 0, count: int = IMAGES
+) -> tuple[dict[str, Any], Image.Image]:
+    """Clips that go on from the first frames of up to `count` videos of each split, under their own and other captions.
+
+    `nearer` is the share of images whose own caption's clip comes nearer to the real one than another caption's of the
+    same noise does: chance is a half. `effect` is how much another caption changes of a clip, over what another sample
+    of the same caption does: 0 where captions are not heard.
+    """
+    figures: dict[str, Any] = {}
+    total = 0
+    shown: list[Continued] = []
+    for split, held in (("training", False), ("validation", True)):
+        videos = [v for v in cache.videos if v.validation == held and v.captions and v.captions[0]]
+        picked = [videos[i] for i in np.linspace(0, len(videos) - 1, min(count, len(videos))).round().astype(int)]
+        clips: list[Continued] = []
+        for first in tqdm(range(0, len(picked), BATCH), desc=f"{split} images", unit="batch", mininterval=5):
+            part = picked[first : first + BATCH]
+            others = [another(videos, video, seed, first + i) for i, video in enumerate(part)]
+            clips += continued(model, cache, part, others, seed, first)
+        total += len(clips)
+        for metric, values in measured(clips, seed, model.tokenizer.device).items():
+            by_case = {f"{split}: {case}": value for case, value in values.items()}
+            figures[metric] = figures.get(metric, {}) | by_case
+        shown += clips[:: max(1, len(clips) // SHOWN)][:SHOWN]
+    figures["n"] = total
+    rows = [
+        row
+        for one in shown
+        for row in (
+            (one.real, f"real: {one.captions[0]}"),
+            (one.own, f"own caption: {one.captions[0]}"),
+            (one.other, f"other caption: {one.captions[1]}"),
+        )
+    ]
+    return figures, contact_sheet([clip for clip, _ in rows], [label for _, label in rows])
+
+
+def another(videos: Sequence[CachedVideo], video: CachedVideo, seed: int, index: int) -> str:
+    """The caption of another video, drawn among all that differ from this one's."""
+    others = sorted({v.captions[0] for v in videos} - {video.captions[0]})
+    if not others:
+        raise ValueError(f"expected captions other than {video.captions[0]!r}, got none")
+    return others[int(torch.randint(len(others), (), generator=generator_for(seed, "other caption", index)))]
+
+
+def continued(
+    model: DiCoDe, cache: FrameCache, videos: Sequence[CachedVideo], others: Sequence[str], seed: int, first: int
+) -> list[Continued]:
+    """The first images of videos under both captions with the same noise, and once more under their own with other.
+
+    The first of them is sample `first`.
+    """
+    real, own = [first_clip(model, cache, video) for video in videos], [video.captions[0] for video in videos]
+    images = rearrange(model.tokenizer.encode_frames(np.stack([clip[0] for clip in real])), "1 b n d -> b 1 n d")
+    indices = list(range(first, first + len(videos)))
+    made = model.generate_batch(
+        [*own, *others, *own],
+        seconds=model.tokenizer.config.clip_s,
+        seed=seed,
+        sample_indices=[*indices, *indices, *(i + len(cache.videos) for i in indices)],
+        given=Given(images.repeat(3, 1, 1, 1)),
+    )
+    clips = torch.cat(list(made), dim=1).numpy().reshape(3, len(videos), *real[0][:-1].shape)
+    return [
+        Continued(clip[:-1], clips[0, i], clips[1, i], clips[2, i], (own[i], others[i])) for i, clip in enumerate(real)
+    ]
+
+
+def measured(clips: Sequence[Continued], seed: int, device: str | torch.device = "cpu") -> dict[str, dict[str, Any]]:
+    """The figures of one split, a metric with one value or several."""
+    extractor = EfficientNetLite0Features(device=device)
+    real, own, other = ([getattr(one, name) for one in clips] for name in ("real", "own", "other"))
+    still = [hold_head(clip) for clip in real]
+    features = {
+        name: features_of_clips(extractor, those)
+        for name, those in {"real": real, "own": own, "other": other, "still": still}.items()
+    }
+    joined = {name: those.joined() for name, those in features.items()}
+    by_features = [np.linalg.norm(joined[name] - joined["real"], axis=1) for name in ("own", "other")]
+    by_pixels = [apart(those, real) for those in (own, other)]
+    changed, resampled = apart(own, other), apart(own, [one.sample for one in clips])
+    ratios = changed[resampled > 0] / resampled[resampled > 0]
+    sets = {
+        "own caption": seen_by_efflite(extractor, features["own"]),
+        "other caption": seen_by_efflite(extractor, features["other"]),
+        "first frame held": seen_by_efflite(extractor, features["still"]),
+    }
+    nearer_by_pixels, nearer_by_features = (mean_score(a < b, seed) for a, b in (by_pixels, by_features))
+    return {
+        "nearer_by_pixels": {"own caption": asdict(nearer_by_pixels)},
+        f"nearer_by_features-{extractor.name}": {"own caption": asdict(nearer_by_features)},
+        "effect": {"other caption": asdict(mean_score(ratios, seed))},
+        "motion": {"own caption": asdict(motion_ratio(own, real, seed=seed))},
+        **scores_of_sets(extractor.name, seen_by_efflite(extractor, features["real"]), sets, seed),
+    }
+
+
+def apart(clips: Clips, others: Clips) -> np.ndarray:
+    """Root mean square difference of clips to others, pair by pair, in steps of 0…255."""
+    pairs = zip(clips, others, strict=True)
+    return np.array([np.sqrt(np.square(a.astype(np.float64) - b).mean()) for a, b in pairs])

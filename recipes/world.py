@@ -1,0 +1,131 @@
+"""The second model in the box, `world`: what a robot's camera will see, after an instruction and, if given, an image.
+
+64×64, 8 fps, 16 frames a clip, trained on `droid`, `rt1` and `bridge`; lab `f147f077` of `droid` is for validation.
+
+    dicode data cache ../shared/data/droid ../shared/data/rt1 ../shared/data/bridge -o cache/world --size 64
+    dicode train recipes/world.py:first_stage
+    dicode train recipes/world.py:key_frames
+    dicode train recipes/world.py:denoiser              # these two need nothing of each other
+    dicode train recipes/world.py:lm
+    dicode assemble runs/denoiser/best runs/lm/last -o world
+
+First stage and denoiser begin with the weights of `sprites`. Hours and results of each run: docs/log.md.
+"""
+
+from dataclasses import replace
+
+from dicode.lm.sizes import SIZES
+from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.train.clips import TokenizerRun
+from dicode.train.images import FirstStageRun
+from dicode.train.language import LanguageRun
+from dicode.train.loop import LoopConfig
+from dicode.train.optim import OptimConfig
+
+CACHE = "cache/world"
+SPRITES = "dicode/checkpoints/sprites"
+MODEL = TOKENIZERS["world"]
+
+
+def first_stage() -> FirstStageRun:
+    """Image autoencoder of the same shape as that of `sprites`, 8× smaller along each side, 16 channels."""
+    return FirstStageRun(
+        cache=CACHE,
+        init=SPRITES,
+        perceptual_weight=0.1,
+        loop=LoopConfig(
+            evaluate_every=200,
+            checkpoint_every=200,
+            optim=OptimConfig(steps=1600, batch_size=16, lr=1e-3, warmup_steps=50, decay_fraction=0.5, ema_decay=0.99),
+        ),
+    )
+
+
+def key_frames() -> TokenizerRun:
+    """The linear code, fitted, and small networks beside it, which add little (docs/tokens.md)."""
+    return TokenizerRun(
+        cache=CACHE,
+        model=MODEL,
+        denoises=False,
+        images_per_step=96,
+        loop=LoopConfig(
+            evaluate_every=100,
+            checkpoint_every=100,
+            optim=OptimConfig(steps=200, batch_size=1, lr=2e-4, warmup_steps=50, decay_fraction=0.7, ema_decay=0.98),
+        ),
+    )
+
+
+def denoiser() -> TokenizerRun:
+    """The video diffusion decoder on clips, tokens fixed."""
+    return TokenizerRun(
+        cache=CACHE,
+        init="runs/key_frames/best",
+        init_denoiser=SPRITES,
+        freeze_key_frames=True,
+        images_per_step=0,
+        model=MODEL,
+        loop=LoopConfig(
+            evaluate_every=400,
+            checkpoint_every=200,
+            optim=OptimConfig(
+                optimizer="muon",
+                steps=3000,
+                batch_size=16,
+                lr=1e-3,
+                warmup_steps=100,
+                decay_fraction=0.5,
+                ema_decay=0.995,
+            ),
+        ),
+    )
+
+
+def lm() -> LanguageRun:
+    """A 1.6 M Llama with a flow head over key frames.
+
+    Half of the samples begin anywhere, so that it goes on from an image of any moment. Less noise than in `sprites` on
+    what it reads: the first image says which room it is, which no caption does.
+    """
+    return LanguageRun(
+        cache=CACHE,
+        tokenizer="runs/key_frames/best",
+        model=replace(
+            SIZES["sprites"],
+            width=192,
+            depth=4,
+            heads=3,
+            feed_forward=384,
+            vocab_size=1024,
+            text_length=32,
+            positions=32 + 16 * 33,
+            input_noise=0.6,
+            dropout=0.1,
+            head="flow",
+            order="keyframe",
+            flow_width=128,
+            reads_goal=True,
+        ),
+        from_start=0.5,
+        goal_share=0.1,
+        longer=(6,),
+        longer_share=(0.1,),
+        long_captions=0.0,
+        null_captions=0.1,
+        word_dropout=0.25,
+        word_swaps=0.1,
+        swapped_words=0.7,
+        loop=LoopConfig(
+            evaluate_every=250,
+            checkpoint_every=250,
+            optim=OptimConfig(
+                optimizer="muon",
+                steps=3000,
+                batch_size=32,
+                lr=1.5e-3,
+                warmup_steps=100,
+                decay_fraction=0.7,
+                ema_decay=0.995,
+            ),
+        ),
+    )
