@@ -327,6 +327,17 @@ def test_another_denoiser_takes_over_all_but_the_denoiser(trained: Path, capsys:
         assert name.startswith("denoiser.") or torch.equal(value, held[name]), name
 
 
+def test_a_denoiser_begins_with_that_of_another_model(trained: Path) -> None:
+    run = runs(trained)["key_frames"]
+    stage = stage_of(dataclasses.replace(run, init_denoiser=str(trained / "denoiser/best")))
+    assert isinstance(stage.module, VideoTokenizer)
+    theirs = load_file(trained / "denoiser/best/tokenizer.safetensors")
+    for name, value in stage.module.denoiser.state_dict().items():
+        assert torch.equal(value, theirs[f"denoiser.{name}"]), name
+    with pytest.raises(CheckpointError, match="does not fit"):
+        stage_of(dataclasses.replace(variants(trained)["change"], init_denoiser=str(trained / "denoiser/best")))
+
+
 def test_assembling_takes_a_later_decoder_and_refuses_what_does_not_fit(trained: Path, tmp_path: Path) -> None:
     tokenizer, lm = trained / "denoiser/best", trained / "lm/best"
     run_recipe(variants(trained)["perceptual"], tmp_path / "later", {})

@@ -115,8 +115,9 @@ def measured(clips: Sequence[Continued], seed: int, device: str | torch.device =
         for name, those in {"real": real, "own": own, "other": other, "still": still}.items()
     }
     joined = {name: those.joined() for name, those in features.items()}
-    by_features = [np.linalg.norm(joined[name] - joined["real"], axis=1) for name in ("own", "other")]
-    by_pixels = [apart(those, real) for those in (own, other)]
+    off = {name: np.linalg.norm(joined[name] - joined["real"], axis=1) for name in ("own", "other")}
+    by_features = (off["own"] < off["other"]).astype(float)
+    by_pixels = (apart(own, real) < apart(other, real)).astype(float)
     changed, resampled = apart(own, other), apart(own, [one.sample for one in clips])
     ratios = changed[resampled > 0] / resampled[resampled > 0]
     sets = {
@@ -124,10 +125,9 @@ def measured(clips: Sequence[Continued], seed: int, device: str | torch.device =
         "other caption": seen_by_efflite(extractor, features["other"]),
         "first frame held": seen_by_efflite(extractor, features["still"]),
     }
-    nearer_by_pixels, nearer_by_features = (mean_score(a < b, seed) for a, b in (by_pixels, by_features))
     return {
-        "nearer_by_pixels": {"own caption": asdict(nearer_by_pixels)},
-        f"nearer_by_features-{extractor.name}": {"own caption": asdict(nearer_by_features)},
+        "nearer_by_pixels": {"own caption": asdict(mean_score(by_pixels, seed))},
+        f"nearer_by_features-{extractor.name}": {"own caption": asdict(mean_score(by_features, seed))},
         "effect": {"other caption": asdict(mean_score(ratios, seed))},
         "motion": {"own caption": asdict(motion_ratio(own, real, seed=seed))},
         **scores_of_sets(extractor.name, seen_by_efflite(extractor, features["real"]), sets, seed),

@@ -1,0 +1,59 @@
+"""What an instruction changes when the first image is given."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_training import write_cache
+
+from dicode.evaluate.instructions import Continued, another, continued, evaluate_instructions, measured
+from dicode.evaluate.suite import first_clip
+from dicode.generate import DiCoDe
+from dicode.video.shards import FrameCache
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*lose their end"),  # the tiny model reads 12 text tokens
+    pytest.mark.filterwarnings("ignore:Fréchet distance of"),  # and two clips are few
+]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> FrameCache:
+    write_cache(tmp_path / "cache", count=12)
+    return FrameCache.load(tmp_path / "cache")
+
+
+def drawn(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+
+
+def test_figures_tell_captions_that_are_heard_from_captions_that_are_not() -> None:
+    heard = [Continued(drawn(i), drawn(i), drawn(i + 9), drawn(i + 90), ("a", "b")) for i in range(4)]
+    deaf = [Continued(drawn(i), drawn(i + 9), drawn(i + 9), drawn(i + 90), ("a", "b")) for i in range(4)]
+    for clips, nearer, effect in ((heard, 1.0, 1.0), (deaf, 0.0, 0.0)):
+        figures = measured(clips, seed=0)
+        assert figures["nearer_by_pixels"]["own caption"]["value"] == nearer
+        assert figures["nearer_by_features-EffLite0"]["own caption"]["value"] == nearer
+        assert figures["effect"]["other caption"]["value"] == pytest.approx(effect, abs=0.05)
+    assert measured(heard, seed=0)["FVD-EffLite0"]["own caption"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_clips_of_one_image_are_what_generate_makes_of_it_alone(tiny_model: Path, cache: FrameCache) -> None:
+    model, videos = DiCoDe.from_pretrained(tiny_model), list(cache.videos[:2])
+    others = [another(cache.videos, video, 0, i) for i, video in enumerate(videos)]
+    made = continued(model, cache, videos, others, seed=3, first=5)
+    for i, (video, one) in enumerate(zip(videos, made, strict=True)):
+        assert one.captions[0] != one.captions[1]
+        given = model.given(image=first_clip(model, cache, video)[:1])
+        for caption, clip in zip(one.captions, (one.own, one.other), strict=True):
+            (alone,) = model.generate(caption, seconds=2.0, seed=3, sample_index=5 + i, given=given)
+            assert np.abs(clip.astype(int) - alone).max() <= 1
+        assert np.array_equal(one.real, first_clip(model, cache, video)[:-1])
+
+
+def test_both_splits_are_measured_and_shown(tiny_model: Path, cache: FrameCache) -> None:
+    figures, sheet = evaluate_instructions(DiCoDe.from_pretrained(tiny_model), cache, count=3)
+    assert figures["n"] == 3 + 2  # clips 0 and 6 of twelve are held out
+    assert figures["motion"].keys() == {"training: own caption", "validation: own caption"}
+    assert "validation: first frame held" in figures["FVD-EffLite0"]
+    assert sheet.height > sheet.width / 2
