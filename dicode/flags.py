@@ -158,7 +158,7 @@ class Evaluate:
     model: Model = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     cache: Path = Path("cache/sprites")  # real clips, from `dicode data cache`
     output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON files
-    sheets: Path | None = None  # folder for contact sheets
+    sheets: Path | None = None  # folder for contact sheets; the report shows those of other parts that lie there too
     report: Path | None = None  # one HTML file of all parts that the folder of results has of this model
     parts: tuple[Literal["generation", "reconstruction", "ranking", "instructions", "speed", "long"], ...] = (
         "generation",

@@ -62,6 +62,9 @@ def test_evaluate_writes_a_result_a_part(tiny_model: Path, cache: Path, tmp_path
     assert minute["cost"]["memory_ratio"] > 0
     sheets = {p.name for p in (tmp_path / "sheets").iterdir()}
     assert sheets == {f"tiny-{part}.png" for part in parts if part != "speed"}
+    (tmp_path / "sheets/tiny-reconstruction.png").unlink()
+    assert main(["evaluate", *flags, *pages, "--parts", "speed"]) == 0
+    assert (tmp_path / "report.html").read_text().count("<img") == 3  # of earlier runs
 
 
 def test_evaluate_says_at_once_that_a_model_holds_no_minute(

@@ -66,6 +66,9 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> int:
     if command.report is not None:
         files = {part: command.output / f"{name}-{part}.json" for part in PARTS}
         results = {part: read_result(path) for part, path in files.items() if path.is_file()}
+        if command.sheets is not None:
+            earlier = {part: command.sheets / f"{name}-{part}.png" for part in results.keys() - sheets.keys()}
+            sheets |= {part: Image.open(path) for part, path in earlier.items() if path.is_file()}
         write_report(command.report, name, results, sheets)
         print(f"{command.report}")
     print(watch.text())
