@@ -14,6 +14,7 @@ def main() -> int:
     table = figures("sprites")
     tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/plans.md": plans()}
     tables["docs/tokens.md"] = tokens()
+    tables["dicode/checkpoints/world/README.md"] = tables["docs/world.md"] = figures("world")
     stale = []
     for path, table in ((ROOT / name, table) for name, table in tables.items()):
         text = path.read_text(encoding="utf-8")
@@ -29,10 +30,7 @@ def main() -> int:
 
 def figures(model: str) -> str:
     """The results of one model in the box as a Markdown table."""
-    made, rebuilt, speed, long = (
-        json.loads((ROOT / f"results/{model}-{part}.json").read_text(encoding="utf-8"))["values"]
-        for part in ("generation", "reconstruction", "speed", "long")
-    )
+    made, rebuilt, speed = (values_of(f"{model}-{part}") for part in ("generation", "reconstruction", "speed"))
     control, rank, motion = made["text_control"], made["validation_percentile"], made["motion"]
     frechet = {name: scores["FVD-EffLite0"] for name, scores in rebuilt["frechet"].items()}
     first_stage = rebuilt["first_stage_psnr"]
@@ -62,14 +60,45 @@ def figures(model: str) -> str:
             f"{speed['median_s']:.1f} s; the whole process {speed['process_s']:.1f} s, "
             f"{speed['peak_memory_gib']:.2f} GiB",
         ),
-        *long_rows(long),
+        *(long_rows(values_of(f"{model}-long")) if (ROOT / f"results/{model}-long.json").exists() else ()),
+        *(instruction_rows(values_of(f"{model}-instructions")) if model == "world" else ()),
     ]
     return "\n".join(["| measured | value (95 % interval) |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
 
 
+def values_of(name: str) -> dict[str, Any]:
+    """The figures of a result file."""
+    return json.loads((ROOT / f"results/{name}.json").read_text(encoding="utf-8"))["values"]
+
+
+def instruction_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """What captions change where the first image is given."""
+
+    def cell(metric: str, case: str, scale: float = 1, unit: str = "") -> str:
+        splits = {split: values[metric][f"{split}: {case}"] for split in ("training", "validation")}
+        shown = (
+            f"{split} {next(iter(own.values())) * scale:.3g}{unit} ({interval(own, scale)})"
+            for split, own in splits.items()
+        )
+        return ", ".join(shown)
+
+    count = values["nearer_by_pixels"]["training: own caption"]["n"]
+    held = values["nearer_by_pixels"]["validation: own caption"]["n"]
+    what = f"first image given, {count} training and {held} validation clips"
+    return [
+        (f"{what}: nearer to what happened than under another caption, by pixels (chance 50 %)",
+         cell("nearer_by_pixels", "own caption", 100, " %")),
+        ("the same by features", cell("nearer_by_features-EffLite0", "own caption", 100, " %")),
+        ("what another caption changes, over what other noise does", cell("effect", "other caption")),
+        ("motion against real clips", cell("motion", "own caption")),
+        ("FVD-EffLite0, own caption", cell("FVD-EffLite0", "own caption")),
+        ("FVD-EffLite0, first image held still", cell("FVD-EffLite0", "first frame held")),
+    ]  # fmt: skip
+
+
 def tokens() -> str:
     """What deep tokens keep of validation frames, as a Markdown table."""
-    values = json.loads((ROOT / "results/tokens.json").read_text(encoding="utf-8"))["values"]
+    values = values_of("tokens")
     named = {"fourth": "fourth edition", "linear": "linear code as fitted", "fifth": "fifth edition, trained beside it"}
     columns = list(values["fourth"])
     lines = ["| deep tokens of | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -81,7 +110,7 @@ def tokens() -> str:
 
 def plans() -> str:
     """What training each run of recipes/paper.py takes, as a Markdown table."""
-    values = json.loads((ROOT / "results/plans.json").read_text(encoding="utf-8"))["values"]
+    values = values_of("plans")
     assumed = values.pop("assumed")
     shared = ("FSDP's whole weights", "FSDP's whole gradients")
     columns = {

@@ -1,0 +1,45 @@
+"""Draw docs/world-instructions.png and docs/world-rollouts.png with the model `world`: nothing chosen, seed 0.
+
+    python docs/world.py cache/world
+
+First images are made by the model itself: frames of the real clips are not ours to show.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from dicode.evaluate.generation import draw_prompts
+from dicode.generate import DiCoDe
+from dicode.shapes import Video
+from dicode.video.shards import FrameCache
+from dicode.video.sheet import save_sheet
+
+DOCS = Path(__file__).parent
+IMAGES, INSTRUCTIONS, ROLLOUTS = 5, 3, 8
+ROLLOUT_S = 10.0
+
+
+def main(cache: str) -> None:
+    """Both pictures, of training captions drawn with seed 0."""
+    model = DiCoDe.from_pretrained("world")
+    known = [v.captions[0] for v in FrameCache.load(cache).subset(validation=False).videos if v.captions]
+    drawn = draw_prompts(known, IMAGES * (INSTRUCTIONS + 1) + ROLLOUTS, seed=0)
+    clips: list[Video] = []
+    labels = []
+    for number in range(IMAGES):
+        prompts = drawn[number * (INSTRUCTIONS + 1) :][: INSTRUCTIONS + 1]
+        image = next(model.generate(prompts[0], seconds=2, sample_index=number))[:1]
+        for instruction in prompts[1:]:
+            made = model.generate(instruction, seconds=4, sample_index=number, given=model.given(image=image))
+            clips.append(np.concatenate(list(made)))
+            labels.append(instruction)
+    save_sheet(DOCS / "world-instructions.png", clips, labels, columns=9)
+    prompts = drawn[-ROLLOUTS:]
+    videos = [np.concatenate(list(model.generate(p, seconds=ROLLOUT_S, sample_index=i))) for i, p in enumerate(prompts)]
+    save_sheet(DOCS / "world-rollouts.png", videos, prompts, columns=11)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
