@@ -1,7 +1,7 @@
 """TinyVT: a small network of clips and captions, trained here, that sees motion; named in every figure made with it.
 
 Two towers as in CLIP (arXiv 2103.00020), of (2+1)-D convolutions (arXiv 1711.11248) and of a transformer over words.
-It is neither CLIP, X-CLIP nor I3D: a figure of it compares with no published one. Training: `dicode/train/video_text.py`.
+It is neither CLIP, X-CLIP nor I3D: a figure of it compares with no published one. Trained by `train/video_text.py`.
 """
 
 import math
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from dicode.hub import (
     CHECKPOINTS,
+    CheckpointError,
     config_from_dict,
     config_to_dict,
     load_weights,
@@ -97,7 +98,8 @@ class TinyVT(nn.Module):
         if text.vocab_size > config.vocab_size:
             raise ValueError(f"vocab_size: expected {text.vocab_size} or more, got {config.vocab_size}")
         self.config, self.text, self.width = config, text, config.widths[-1]
-        first, stages = config.widths[0], []
+        first = config.widths[0]
+        stages: list[nn.Module] = []
         for i, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
             stages += [Narrow(config.widths[i - 1], width, 2 if i == 1 else 1)] if i else []
             stages += [Block(width) for _ in range(depth)]
@@ -127,7 +129,10 @@ class TinyVT(nn.Module):
     def from_pretrained(cls, folder: str | Path = BOX) -> "TinyVT":
         """The network of a folder, by default the one in the box. Raises `CheckpointError`, as every load here."""
         folder = Path(folder)
-        config = config_from_dict(TinyVTConfig, read_config(folder).get("video_text", {}), f"{folder}: video_text")
+        held = read_config(folder)
+        if "video_text" not in held:
+            raise CheckpointError(f"{folder}: expected a video_text part in config.json, got {sorted(held)}")
+        config = config_from_dict(TinyVTConfig, held["video_text"], f"{folder}: video_text")
         network = cls(config, TextTokenizer.load(folder))
         load_weights(network, folder / WEIGHTS)
         return network.eval().requires_grad_(False)
@@ -203,9 +208,10 @@ def shuffled(clip: Any, generator: torch.Generator) -> Any:
 def accuracy(network: TinyVT, clips: Sequence[Video], captions: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """How well clips find their captions among all different ones, captions their clips, and what is told of order.
 
-    `percentile` is the share of wrong ones that are farther than the right one, in percent (chance 50); `recall` maps k
-    to the share whose right one is among the nearest k, `chance` the same of a guess. `order` is the share told right of
-    as many clips as they are as reversed, and shuffled (chance ½). Clips without a caption are judged by order alone.
+    `percentile` is the share of wrong ones that are farther than the right one, in percent (chance 50); `recall` maps
+    k to the share whose right one is among the nearest k, `chance` the same of a guess. `order` is the share told
+    right of as many clips as they are as reversed, and shuffled (chance ½). Clips without a caption are judged by
+    order alone.
     """
     vectors = np.stack([network.clip_vector(clip) for clip in clips])
     rows = [i for i, caption in enumerate(captions) if caption]
