@@ -106,6 +106,9 @@ class TinyVT(nn.Module):
         self.tubes = nn.Linear(3 * math.prod(TUBE.values()), first)
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(self.width)
+        # Centred over clips: means over places are nearly the same for all clips, and nothing was learnt from them
+        # in 100 steps (docs/log.md).
+        self.centred = nn.BatchNorm1d(self.width, affine=False)
         self.of_clip = nn.Linear(self.width, config.joint_width, bias=False)
         self.played = nn.Linear(self.width, len(PLAYED))
         self.words = nn.Embedding(config.vocab_size, config.text_width)
@@ -122,6 +125,7 @@ class TinyVT(nn.Module):
         self.reader = nn.TransformerEncoder(
             layer, config.text_depth, nn.LayerNorm(config.text_width), enable_nested_tensor=False
         )
+        self.texts_centred = nn.BatchNorm1d(config.text_width, affine=False)
         self.of_text = nn.Linear(config.text_width, config.joint_width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.3))  # of cosines in training, e^2.3 = 10
 
@@ -161,7 +165,8 @@ class TinyVT(nn.Module):
             factor, offset = light.to(pixels)[:, :, None, None, None, None].unbind(1)
             pixels = pixels * factor + offset
         x = self.stages(self.tubes(pixels))
-        return reduce(self.norm(x).float(), "b f h w c -> b c", "mean")
+        vectors: Tensor = self.centred(reduce(self.norm(x).float(), "b f h w c -> b c", "mean"))
+        return vectors
 
     def compared(self, vectors: Float[Tensor, "n width"]) -> Float[Tensor, "n joint"]:
         """Unit vectors of clips to compare with those of texts."""
@@ -174,7 +179,7 @@ class TinyVT(nn.Module):
         padding = ids == self.text.pad_id
         x = self.reader(self.words(ids) + self.places, src_key_padding_mask=padding)
         x = x.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
-        return functional.normalize(self.of_text(x).float(), dim=-1)
+        return functional.normalize(self.of_text(self.texts_centred(x.float())).float(), dim=-1)
 
     @torch.no_grad()
     def clip_vector(self, clip: Video) -> Float32[ndarray, "width"]:

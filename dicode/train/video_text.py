@@ -18,6 +18,7 @@ from dicode.video.shards import CachedVideo, FrameCache
 
 SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|counterclockwise)\b", re.IGNORECASE)
 MARGIN = 4  # pixels by which a clip is moved, edges repeated
+WORDS = 16  # read of a caption at most
 MOST_SCALE = math.log(50)
 
 
@@ -30,7 +31,7 @@ class VideoTextRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
     chosen_by: int = 16  # every 16th caption, by its hash, is held out of the training clips to choose weights by
     changed_share: float = 1 / 6  # of the clips come once more reversed, and as many of others shuffled
-    order_weight: float = 0.5  # of telling those apart, beside captions
+    order_weight: float = 1.0  # of telling those apart, beside captions
     long_captions: float = 0.4  # share of samples with a part of the expanded caption, where there is one
     dropped_words: float = 0.15  # share of a caption's words
 
@@ -96,14 +97,11 @@ class VideoTextTraining:
         captions = [caption for caption in video.captions if caption]
         if not captions:
             return clip, ""
-        text = captions[0]
-        if len(captions) > 1 and chance[3] < self.run.long_captions:
-            words = captions[-1].split()
-            first = int(chance[4] * max(1, len(words) - 12))
-            text = " ".join(words[first : first + 16])
-        words = text.split()
+        words = captions[-1 if chance[3] < self.run.long_captions else 0].split()
+        first = int(chance[4] * max(1, len(words) - WORDS + 1))
+        words = words[first : first + WORDS]
         kept = torch.rand(len(words), generator=generator) >= self.run.dropped_words
-        return clip, " ".join(word for word, keep in zip(words, kept, strict=True) if keep) or text
+        return clip, " ".join(word for word, keep in zip(words, kept, strict=True) if keep) or words[0]
 
     def loss(self, batch: dict[str, object], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         module, frames, numbers = self.module, batch["frames"], batch["numbers"]
