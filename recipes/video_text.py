@@ -19,14 +19,14 @@ from dicode.video.shards import FrameCache
 
 
 def run() -> VideoTextRun:
-    """All five folders of clips, 96 a step: 0.6 hours of one CPU core."""
+    """All five folders of clips, 64 a step: 0.6 hours of one CPU core."""
     return VideoTextRun(
         loop=LoopConfig(
-            evaluate_every=150,
+            evaluate_every=100,
             checkpoint_every=50,
             optim=OptimConfig(
-                steps=600,
-                batch_size=96,
+                steps=400,
+                batch_size=64,
                 lr=2e-3,
                 warmup_steps=40,
                 decay_fraction=0.5,
