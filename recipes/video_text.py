@@ -22,10 +22,10 @@ def run() -> VideoTextRun:
     """All five folders of clips, 64 a step: 0.6 hours of one CPU core."""
     return VideoTextRun(
         loop=LoopConfig(
-            evaluate_every=100,
+            evaluate_every=120,
             checkpoint_every=50,
             optim=OptimConfig(
-                steps=400,
+                steps=240,
                 batch_size=64,
                 lr=2e-3,
                 warmup_steps=40,

@@ -36,7 +36,8 @@ BOX = CHECKPOINTS / "tinyvt"
 WEIGHTS = "video_text.safetensors"
 SIZE, FPS, FRAMES = 64, 8.0, 16  # of the clips that it was trained on
 TUBE = {"t": 2, "y": 4, "x": 4}  # frames, rows and columns that become one vector at the beginning (arXiv 2103.15691)
-PLAYED = ("as it is", "reversed", "shuffled")  # what it tells of a clip's order, besides its caption
+CHANGES = 8.0  # times a tube's difference of frames, beside their mean: motion is small beside what is seen
+ORDERS = ("reversed", "shuffled")  # as which a clip does not look, by a score each
 RECALLS = (1, 5, 10)
 
 
@@ -110,7 +111,7 @@ class TinyVT(nn.Module):
         # in 100 steps (docs/log.md).
         self.centred = nn.BatchNorm1d(self.width, affine=False)
         self.of_clip = nn.Linear(self.width, config.joint_width, bias=False)
-        self.played = nn.Linear(self.width, len(PLAYED))
+        self.in_order = nn.Linear(self.width, len(ORDERS), bias=False)
         self.words = nn.Embedding(config.vocab_size, config.text_width)
         self.places = nn.Parameter(0.02 * torch.randn(config.text_length + 1, config.text_width))
         nn.init.normal_(self.words.weight, std=0.02)
@@ -164,7 +165,8 @@ class TinyVT(nn.Module):
         if light is not None:
             factor, offset = light.to(pixels)[:, :, None, None, None, None].unbind(1)
             pixels = pixels * factor + offset
-        x = self.stages(self.tubes(pixels))
+        first, second = pixels.chunk(2, dim=-1)
+        x = self.stages(self.tubes(torch.cat([(first + second) / 2, CHANGES * (second - first)], dim=-1)))
         vectors: Tensor = self.centred(reduce(self.norm(x).float(), "b f h w c -> b c", "mean"))
         return vectors
 
@@ -214,9 +216,9 @@ def accuracy(network: TinyVT, clips: Sequence[Video], captions: Sequence[str], s
     """How well clips find their captions among all different ones, captions their clips, and what is told of order.
 
     `percentile` is the share of wrong ones that are farther than the right one, in percent (chance 50); `recall` maps
-    k to the share whose right one is among the nearest k, `chance` the same of a guess. `order` is the share told
-    right of as many clips as they are as reversed, and shuffled (chance ½). Clips without a caption are judged by
-    order alone.
+    k to the share whose right one is among the nearest k, `chance` the same of a guess. `order` is the share of clips
+    told from themselves reversed, and shuffled, by a score of each on its own (chance ½). Clips without a caption are
+    judged by order alone.
     """
     vectors = np.stack([network.clip_vector(clip) for clip in clips])
     rows = [i for i, caption in enumerate(captions) if caption]
@@ -227,15 +229,12 @@ def accuracy(network: TinyVT, clips: Sequence[Video], captions: Sequence[str], s
         right = np.array([[captions[i] == caption for caption in different] for i in rows])
         figures["caption of a clip"] = found(cosines, right)
         figures["clip of a caption"] = found(cosines.T, right.T)
-    as_is = order_logits(network, vectors)
     shuffles = [shuffled(clip, generator_for(seed, "shuffled", i)) for i, clip in enumerate(clips)]
+    own = order_scores(network, vectors)
     figures["order"] = {}
-    for kind, other in (("reversed", [clip[::-1] for clip in clips]), ("shuffled", shuffles)):
-        changed = order_logits(network, np.stack([network.clip_vector(clip) for clip in other]))
-        k = PLAYED.index(kind)
-        figures["order"][kind] = float(
-            ((as_is[:, 0] > as_is[:, k]).mean() + (changed[:, k] > changed[:, 0]).mean()) / 2
-        )
+    for i, others in enumerate(([clip[::-1] for clip in clips], shuffles)):
+        other = order_scores(network, np.stack([network.clip_vector(clip) for clip in others]))
+        figures["order"][ORDERS[i]] = float(((own > other) + 0.5 * (own == other))[:, i].mean())
     return figures
 
 
@@ -253,7 +252,8 @@ def found(scores: Float[ndarray, "q n"], right: ndarray) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def order_logits(network: TinyVT, vectors: Float[ndarray, "n width"]) -> Float[ndarray, "n played"]:
-    """What is told of the order of clips, by their vectors."""
-    logits: ndarray = network.played(torch.from_numpy(vectors).to(network.places.device)).cpu().numpy()
-    return logits
+def order_scores(network: TinyVT, vectors: Float[ndarray, "n width"]) -> Float[ndarray, "n orders"]:
+    """How little clips look reversed, and shuffled, by their vectors: to compare a clip with its own frames in another
+    order."""
+    scores: ndarray = network.in_order(torch.from_numpy(vectors).to(network.places.device)).cpu().numpy()
+    return scores

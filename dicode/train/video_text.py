@@ -30,7 +30,7 @@ class VideoTextRun:
     model: TinyVTConfig = field(default_factory=TinyVTConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     chosen_by: int = 16  # every 16th caption, by its hash, is held out of the training clips to choose weights by
-    changed_share: float = 1 / 6  # of the clips come once more reversed, and as many of others shuffled
+    changed_share: float = 0.25  # of the clips come once more reversed, and as many of others shuffled
     order_weight: float = 1.0  # of telling those apart, beside captions
     long_captions: float = 0.4  # share of samples with a part of the expanded caption, where there is one
     dropped_words: float = 0.15  # share of a caption's words
@@ -112,10 +112,10 @@ class VideoTextTraining:
         light = torch.rand(len(frames), 2, generator=generator) * torch.tensor([0.4, 0.3]) + torch.tensor([0.8, -0.15])
         device = module.places.device
         vectors = module(frames.to(device), light.to(device))
-        kinds = torch.tensor([0] * own + [1] * count + [2] * count, device=device)
-        weights = torch.tensor([count / own, 1.0, 1.0], device=device)
-        logits = module.played(vectors).float()
-        order = functional.cross_entropy(logits, kinds, weights)
+        scores = module.in_order(vectors).float()  # of pairs of a clip and its own frames in another order
+        from_reversed = scores[:count, 0] - scores[own : own + count, 0]
+        from_shuffled = scores[own - count : own, 1] - scores[-count:, 1]
+        order = functional.softplus(-torch.cat([from_reversed, from_shuffled])).mean()
         told = (numbers >= 0).to(device)
         numbers = numbers.to(device)[told]
         clips = module.compared(vectors)
@@ -129,12 +129,12 @@ class VideoTextTraining:
             scale * texts @ against.T, torch.cat([right / right.sum(1, keepdim=True), never], dim=1)
         )
         loss = (of_clips + of_texts) / 2 + self.run.order_weight * order
-        right_order = (logits.argmax(1) == kinds).float() * weights[kinds]
         parts = {
             "caption_of_clip": of_clips,
             "clip_of_caption": of_texts,
             "order": order,
-            "order_accuracy": right_order.sum() / weights[kinds].sum(),
+            "reversed_told": (from_reversed > 0).float().mean(),
+            "shuffled_told": (from_shuffled > 0).float().mean(),
             "scale": scale,
         }
         return loss, {name: part.detach() for name, part in parts.items()}
