@@ -22,10 +22,10 @@ def run() -> VideoTextRun:
     """All five folders of clips, 64 a step: 0.6 hours of one CPU core."""
     return VideoTextRun(
         loop=LoopConfig(
-            evaluate_every=120,
+            evaluate_every=190,
             checkpoint_every=50,
             optim=OptimConfig(
-                steps=240,
+                steps=1000,
                 batch_size=64,
                 lr=2e-3,
                 warmup_steps=40,
