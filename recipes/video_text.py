@@ -1,9 +1,11 @@
 """TinyVT, the network of clips and captions that `dicode evaluate` measures with, without a download.
 
-dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
-dicode data cache ../shared/data/droid ../shared/data/rt1 ../shared/data/bridge -o cache/robots --size 64
-dicode train recipes/video_text.py:run --caches cache/sprites cache/robots
-python recipes/video_text.py cache/sprites cache/robots    # its accuracy: results/video-text.json
+    dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
+    dicode data cache ../shared/data/droid ../shared/data/rt1 ../shared/data/bridge -o cache/robots --size 64
+    dicode train recipes/video_text.py:run --caches cache/sprites cache/robots
+    python recipes/video_text.py cache/sprites cache/robots    # its accuracy: results/video-text.json
+
+The box holds `runs/run/best` of it. Hours, and what failed: docs/log.md. What it tells and what not: docs/evaluation.md.
 """
 
 import shlex
@@ -19,13 +21,13 @@ from dicode.video.shards import FrameCache
 
 
 def run() -> VideoTextRun:
-    """All five folders of clips, 64 a step: 0.6 hours of one CPU core."""
+    """All five folders of clips, 64 a step: 0.1 hours of one CPU core."""
     return VideoTextRun(
         loop=LoopConfig(
-            evaluate_every=190,
+            evaluate_every=120,
             checkpoint_every=50,
             optim=OptimConfig(
-                steps=1000,
+                steps=240,
                 batch_size=64,
                 lr=2e-3,
                 warmup_steps=40,
