@@ -5,7 +5,7 @@
     dicode train recipes/video_text.py:run --caches cache/sprites cache/robots
     python recipes/video_text.py cache/sprites cache/robots    # its accuracy: results/video-text.json
 
-The box holds `runs/run/best` of it. Hours, and what failed: docs/log.md. What it tells and what not: docs/evaluation.md.
+The box holds `runs/run/best` of it. Hours, and what failed: docs/log.md. What it tells: docs/evaluation.md.
 """
 
 import shlex
