@@ -167,7 +167,7 @@ class Evaluate:
         "speed",
     )
     # networks to measure with; EffLite0 always does. More: I3D=PATH, C3D=PATH, Inception=PATH, CLIP=ID_OR_FOLDER
-    features: tuple[str, ...] = ("EffLite0",)
+    features: tuple[str, ...] = ("EffLite0", "TinyVT")
     prompts: int = 100  # training captions to draw
     long_prompts: int = 8  # training captions to draw for long videos
     long_seconds: float = 60.0  # how long they last

@@ -57,7 +57,7 @@ def resolve(name_or_folder: str | Path | None = None, revision: str | None = Non
     is_hub_id = isinstance(name_or_folder, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_folder) is not None
     if is_hub_id and not Path(name_or_folder).exists():
         return checkpoint_folder(str(name_or_folder), revision)
-    boxed = sorted(p.parent.name for p in CHECKPOINTS.glob("*/config.json"))
+    boxed = sorted(p.parent.name for p in CHECKPOINTS.glob("*/lm.safetensors"))  # not what only measures
     raise CheckpointError(
         f"no checkpoint at {str(name_or_folder)!r}: expected a folder with config.json, one of {boxed}, "
         "or owner/name on the Hub"

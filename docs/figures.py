@@ -1,4 +1,4 @@
-"""Write the figures of `results/` into README.md, the model card, plans.md and tokens.md; `--check` only compares."""
+"""Write the figures of `results/` into README.md, the model cards and pages of docs/; `--check` only compares."""
 
 import json
 import sys
@@ -13,7 +13,8 @@ def main() -> int:
     """Rewrite the block between the marks in each file; returns 1 where `--check` finds a stale one."""
     table = figures("sprites")
     tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/plans.md": plans()}
-    tables["docs/tokens.md"] = tokens()
+    tables |= {"docs/tokens.md": tokens(), "docs/evaluation.md": video_text()}
+    tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
     tables["dicode/checkpoints/world/README.md"] = tables["docs/world.md"] = figures("world")
     stale = []
     for path, table in ((ROOT / name, table) for name, table in tables.items()):
@@ -106,6 +107,38 @@ def tokens() -> str:
         cells = [f"{values[key][column]:.3g}" for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def video_text() -> str:
+    """How well TinyVT tells captions and order of validation clips, as a Markdown table."""
+    folders = json.loads((ROOT / "results/video-text.json").read_text(encoding="utf-8"))["values"]["folders"]
+
+    def told(row: dict[str, Any], way: str) -> list[str]:
+        if way not in row:
+            return ["–"] * 2
+        recall, chance = (
+            " / ".join(f"{100 * share:.0f}" for share in row[way][kind].values()) for kind in ("recall", "chance")
+        )
+        return [f"{row[way]['percentile']:.1f}", f"{recall} ({chance})"]
+
+    head = [
+        "validation clips of",
+        "clips",
+        "captions (in training too)",
+        "caption of a clip: rank",
+        "recall@1 / 5 / 10, %",
+        "clip of a caption: rank",
+        "recall@1 / 5 / 10, %",
+        "reversed told, %",
+        "shuffled told, %",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for name, row in folders.items():
+        captions = f"{row['captions']} ({row['captions also in training']})"
+        order = [f"{100 * row['order'][kind]:.0f}" for kind in ("reversed", "shuffled")]
+        retrieval = [*told(row, "caption of a clip"), *told(row, "clip of a caption")]
+        lines.append([f"`{name}`", str(row["clips"]), captions, *retrieval, *order])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plans() -> str:

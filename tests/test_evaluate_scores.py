@@ -122,7 +122,7 @@ def test_each_network_gives_the_metrics_that_it_is_known_for(tmp_path: Path, cli
 
 
 def test_networks_that_cannot_be_are_refused_by_name(clip_folder: Path) -> None:  # noqa: F811
-    with pytest.raises(ValueError, match=r"expected EffLite0, I3D=PATH, .* got 'VGG=x'"):
+    with pytest.raises(ValueError, match=r"expected EffLite0, TinyVT, I3D=PATH, .* got 'VGG=x'"):
         load_networks(["EffLite0", "VGG=x"])
     with pytest.raises(ValueError, match="got 'I3D'"):
         load_networks(["I3D"])

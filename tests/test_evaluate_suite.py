@@ -48,6 +48,12 @@ def test_evaluate_writes_a_result_a_part(tiny_model: Path, cache: Path, tmp_path
         assert score["value"] == reconstruction["frechet"][candidate]["FVD-EffLite0"]
     assert reconstruction["token_rate"]["tokens"] == 2  # 4 tokens in 2 s
     assert generation["FVD-EffLite0"].keys() == {"generated", "real training clips"}
+    assert generation["FVD-TinyVT"].keys() == generation["FVD-EffLite0"].keys()  # measures by default, by its own name
+    assert reconstruction["FVD-TinyVT"].keys() == reconstruction["frechet"].keys()
+    for metric in ("alignment-TinyVT", "caption rank-TinyVT"):
+        assert generation[metric].keys() == {"generated", "real"}
+        assert reconstruction[metric].keys() == {"real", *reconstruction["frechet"]}
+        assert ranking["metrics"][metric]["cases"].keys() == ranking["cases"].keys()
     assert generation["IS-EffLite0"].keys() == {"generated", "real training clips", "real"}
     assert generation["diversity"] is None  # every drawn clip has a caption of its own
     assert generation["dynamic_share"]["n"] == 3

@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dicode.evaluate.metrics import Clips
 from dicode.evaluate.networks import C3D, I3D, Clip, Inception
+from dicode.evaluate.video_text import TinyVT
 from dicode.shapes import Video
 
 # The weights are TensorFlow's `efficientnet-lite0`, trained on (rgb - 127) / 128 (MEAN_RGB and STDDEV_RGB of its
@@ -110,14 +111,14 @@ class EfficientNetLite0Features:
         return self._network.extract_features(images).mean(dim=(2, 3)).cpu()
 
 
-Network = EfficientNetLite0Features | I3D | C3D | Inception | Clip
+Network = EfficientNetLite0Features | TinyVT | I3D | C3D | Inception | Clip
 
 
 def load_networks(specs: Sequence[str], device: str | torch.device = "cpu") -> dict[str, Network]:
-    """Networks to measure with beside EffLite0, by what was asked for: "I3D=i3d_torchscript.pt", "CLIP=folder".
+    """Networks to measure with beside EffLite0, by what was asked for: "TinyVT", "I3D=i3d_torchscript.pt".
 
-    `EffLite0` adds none, for it always measures. Raises `ValueError` for another name, a name without a source, and a
-    name given twice: two networks would write one metric.
+    `EffLite0` adds none, for it always measures; `TinyVT` is in the box. Raises `ValueError` for another name, a name
+    without a source, and a name given twice: two networks would write one metric.
     """
     kinds: dict[str, type[I3D | C3D | Inception | Clip]] = {
         "I3D": I3D,
@@ -130,13 +131,14 @@ def load_networks(specs: Sequence[str], device: str | torch.device = "cpu") -> d
         name, _, source = spec.partition("=")
         if spec == EfficientNetLite0Features.name:
             continue
-        if name not in kinds or not source:
+        if spec != TinyVT.name and (name not in kinds or not source):
             raise ValueError(
-                f"features: expected EffLite0, I3D=PATH, C3D=PATH, Inception=PATH or CLIP=ID_OR_FOLDER, got {spec!r}"
+                "features: expected EffLite0, TinyVT, I3D=PATH, C3D=PATH, Inception=PATH or CLIP=ID_OR_FOLDER, "
+                f"got {spec!r}"
             )
         if name in (network.name for network in made.values()):
             raise ValueError(f"features: expected one network of the name {name}, got a second: {spec!r}")
-        made[spec] = kinds[name](source, device)
+        made[spec] = kinds[name](source, device) if source else TinyVT.from_pretrained().to(device)
     return made
 
 

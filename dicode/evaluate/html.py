@@ -29,9 +29,14 @@ MEANINGS = {
     "FVD": "Squared Fréchet distance to the real clips of the same number. Lower is better.",
     "FID": "Squared Fréchet distance of single frames to those of the real clips. Lower is better.",
     "IS": "Inception Score in one split; grows with the number of clips. Higher is better.",
+    "alignment": "Mean cosine of clip and caption. Higher is better; the real clips' own says what is high.",
+    "caption rank": "Percentile rank of the right caption among all different ones; chance 50. Higher is better.",
     "CLIPSIM": "Mean product of CLIP's vectors of frames and caption. Higher is better.",
 }
-STAND_IN = "Of EfficientNet-lite0, not the network of published figures: compare with none."
+STAND_INS = {
+    "EffLite0": "Of EfficientNet-lite0, not the network of published figures: compare with none.",
+    "TinyVT": "Of TinyVT, a small network trained on the clips at hand: compare with no published figure.",
+}
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#5b6570;--paper:#fff;--line:#d9dee4;--mark:#1f6fb4;--bad:#b42318}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#9aa4af;--paper:#14171a;--line:#343b43;--mark:#6cb2f0;
@@ -252,7 +257,7 @@ def table(candidates: Mapping[str, Figure]) -> str:
 def meaning(key: str, before: str = "") -> str:
     """What a metric says, and that it compares with no published one where it is of the stand-in network."""
     said = MEANINGS.get(key) or MEANINGS.get(key.split("-")[0], "")
-    said += f" {STAND_IN}" if key.endswith("-EffLite0") else ""
+    said = f"{said} {STAND_INS.get(key.split('-')[-1], '')}".strip()
     return f'<p class="soft">{escape(before + said)}</p>' if said else ""
 
 

@@ -11,19 +11,17 @@ from PIL import Image
 from dicode.evaluate.features import EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.generation import Interval, percentile_of_true_clip
 from dicode.evaluate.metrics import psnr
-from dicode.evaluate.networks import Clip
 from dicode.evaluate.reconstruction import PSNR_CEILING_DB
 from dicode.evaluate.scores import Score, mean_score, scores_of_sets, seen, seen_by_efflite
 from dicode.evaluate.suite import (
     BATCH,
     PERCEPTUAL,
-    clipsim_name,
-    clipsim_score,
     drawn_rows,
     first_clip,
     frame_scores,
     generated_clips,
     reconstructed,
+    text_scores,
 )
 from dicode.generate import DiCoDe
 from dicode.seeds import generator_for
@@ -51,6 +49,8 @@ CLAIMS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "FID": ("lower", (("real",), ("reconstruction",), ("generation",), ("noise",))),
     "IS": ("higher", NO_TRUTH),
     "CLIPSIM": ("higher", NO_TRUTH),
+    "alignment": ("higher", NO_TRUTH),
+    "caption rank": ("higher", NO_TRUTH),
     "rank of the true clip": ("higher", (("real", "reconstruction"), ("generation",), ("noise",))),  # 100 is the end
     "dynamic share": ("higher", ()),  # that clips move is no quality: noise moves most
 }
@@ -135,10 +135,7 @@ def rank_cases(
     for spec, network in (networks or {}).items():
         own = {case: seen(network, clips) for case, clips in cases.items()}
         scores |= scores_of_sets(network.name, seen(network, reference), own, seed)
-        if isinstance(network, Clip):
-            scores[clipsim_name(spec)] = {
-                case: clipsim_score(network, clips, captions, seed) for case, clips in cases.items()
-            }
+        scores |= text_scores(spec, network, cases, own, captions, seed)
     return {metric: claimed(metric, own) for metric, own in scores.items()}
 
 

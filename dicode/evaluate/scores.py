@@ -12,9 +12,10 @@ from numpy import ndarray
 
 from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.generation import Interval
-from dicode.evaluate.metrics import FrechetStatistics, bootstrap_interval, frechet_distance
+from dicode.evaluate.metrics import FrechetStatistics, bootstrap_interval, frechet_distance, percentile_rank
 from dicode.evaluate.networks import C3D, I3D, Clip, Inception
 from dicode.evaluate.quality import inception_score
+from dicode.evaluate.video_text import TinyVT
 from dicode.seeds import generator_for
 from dicode.shapes import Video
 
@@ -91,7 +92,7 @@ def class_score(probabilities: Float[ndarray, "n classes"], seed: int = 0) -> Sc
 
 def seen(network: Network, clips: Sequence[Video]) -> Seen:
     """Run a network over clips, as the literature does for the metrics that carry its name."""
-    if isinstance(network, I3D):
+    if isinstance(network, I3D | TinyVT):
         return Seen(np.stack([network.clip_vector(clip) for clip in clips]), None, None)
     if isinstance(network, C3D):
         return Seen(None, None, np.stack([network.clip_vector(clip) for clip in clips]))
@@ -126,3 +127,25 @@ def scores_of_sets(name: str, real: Seen, candidates: Mapping[str, Seen], seed: 
             if own.probabilities is not None
         }
     return made
+
+
+def alignment_scores(
+    network: TinyVT, candidates: Mapping[str, Seen], captions: Sequence[str], seed: int = 0
+) -> dict[str, dict[str, Score]]:
+    """How well clips fit their captions: clip i of every set belongs to caption i, and is left out where it has none.
+
+    `alignment-TinyVT`: mean cosine of clip and caption. `caption rank-TinyVT`: mean percentile rank of the right
+    caption among all different ones (chance 50). Nothing where fewer than two differ.
+    """
+    rows = [i for i, caption in enumerate(captions) if caption]
+    different = sorted({captions[i] for i in rows})
+    if len(different) < 2:
+        return {}
+    right = np.array([different.index(captions[i]) for i in rows])
+    alignment, rank = {}, {}
+    for name, own in candidates.items():
+        assert own.clips is not None  # as `seen` gives of TinyVT
+        cosines = network.similarities(own.clips[rows], different)
+        alignment[name] = mean_score(cosines[np.arange(len(rows)), right], seed)
+        rank[name] = mean_score(percentile_rank(cosines, right), seed)
+    return {f"alignment-{network.name}": alignment, f"caption rank-{network.name}": rank}

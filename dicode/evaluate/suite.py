@@ -23,8 +23,17 @@ from dicode.evaluate.networks import Clip, clip_similarity
 from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
 from dicode.evaluate.quality import dynamic_share, ssim, token_rate
 from dicode.evaluate.reconstruction import cross_fade, frechet_scores, hold_head, psnr_score
-from dicode.evaluate.scores import Score, mean_score, scores_of_sets, seen, seen_by_efflite
+from dicode.evaluate.scores import (
+    Score,
+    Seen,
+    alignment_scores,
+    mean_score,
+    scores_of_sets,
+    seen,
+    seen_by_efflite,
+)
 from dicode.evaluate.tokens import captions_with_variants, diversity
+from dicode.evaluate.video_text import TinyVT
 from dicode.generate import DiCoDe
 from dicode.hub import kept_tensors
 from dicode.seeds import generator_for
@@ -142,12 +151,10 @@ def caption_distances(
     captions = [cache.videos[i].captions[0] for i in held_out]
     for spec, network in networks.items():
         sets = {"generated": seen(network, held_clips), "real training clips": seen(network, other_real)}
-        scores |= scores_of_sets(network.name, seen(network, held_real), sets, seed)
-        if isinstance(network, Clip):
-            shown = {"generated": held_clips, "real": held_real}
-            scores[clipsim_name(spec)] = {
-                name: clipsim_score(network, clips, captions, seed) for name, clips in shown.items()
-            }
+        real = seen(network, held_real)
+        scores |= scores_of_sets(network.name, real, sets, seed)
+        shown = {"generated": held_clips, "real": held_real}
+        scores |= text_scores(spec, network, shown, {"generated": sets["generated"], "real": real}, captions, seed)
     return scores
 
 
@@ -209,9 +216,13 @@ def evaluate_reconstruction(
     )
     made_seen = {name: seen_by_efflite(extractor, those) for name, those in made_features.items()}
     distances = scores_of_sets(extractor.name, seen_by_efflite(extractor, real_features), made_seen, seed)
-    for network in (networks or {}).values():
+    captions = [(v.captions or ("",))[0] for v in videos]
+    for spec, network in (networks or {}).items():
         made_seen = {name: seen(network, those) for name, those in candidates.items()}
-        distances |= scores_of_sets(network.name, seen(network, clips), made_seen, seed)
+        real_seen = seen(network, clips)
+        distances |= scores_of_sets(network.name, real_seen, made_seen, seed)
+        told, told_seen = {"reconstruction": made, "real": clips}, {**made_seen, "real": real_seen}
+        distances |= text_scores(spec, network, told, told_seen, captions, seed)
     psnr = {name: asdict(psnr_score(clips, those, seed=seed)) for name, those in candidates.items()}
     first_stage = {}
     for source in sorted({v.source for v in videos}):
@@ -231,7 +242,7 @@ def evaluate_reconstruction(
     }
     shown = range(0, len(clips), max(1, len(clips) // 10))
     rows = [clip for i in shown for clip in (clips[i], made[i])]
-    labels = [label for i in shown for label in (f"real: {(videos[i].captions or ('',))[0]}", "reconstruction")]
+    labels = [label for i in shown for label in (f"real: {captions[i]}", "reconstruction")]
     return figures, contact_sheet(rows[:20], labels[:20])
 
 
@@ -276,6 +287,25 @@ def drawn_rows(among: Bool[ndarray, "n"], count: int, seed: int) -> Int[ndarray,
 def rows_of(features: ClipFeatures, rows: Sequence[int] | ndarray) -> ClipFeatures:
     """The features of some clips."""
     return ClipFeatures(features.mean[rows], features.difference[rows])
+
+
+def text_scores(
+    spec: str,
+    network: Network,
+    clips: Mapping[str, Sequence[Video]],
+    sets: Mapping[str, Seen],
+    captions: Sequence[str],
+    seed: int,
+) -> dict[str, dict[str, Score]]:
+    """How well sets of clips fit their captions, by a network that reads; nothing by another.
+
+    `sets` are the clips as TinyVT sees them, of which there may be more.
+    """
+    if isinstance(network, TinyVT):
+        return alignment_scores(network, sets, captions, seed)
+    if not isinstance(network, Clip):
+        return {}
+    return {clipsim_name(spec): {name: clipsim_score(network, own, captions, seed) for name, own in clips.items()}}
 
 
 def clipsim_score(network: Clip, clips: Sequence[Video], captions: Sequence[str], seed: int) -> Score:

@@ -9,14 +9,17 @@ from dicode.train.language import LanguageRun, LanguageTraining
 from dicode.train.loop import Stage, train
 from dicode.train.parallel import Processes
 from dicode.train.signals import StopSignal
+from dicode.train.video_text import VideoTextRun, VideoTextTraining
 
-Run = FirstStageRun | TokenizerRun | LanguageRun
+Run = FirstStageRun | TokenizerRun | LanguageRun | VideoTextRun
 
 
 def stage_of(run: Run) -> Stage:
     """The stage that a run trains; loads its data."""
     if isinstance(run, FirstStageRun):
         return FirstStageTraining(run)
+    if isinstance(run, VideoTextRun):
+        return VideoTextTraining(run)
     return TokenizerTraining(run) if isinstance(run, TokenizerRun) else LanguageTraining(run)
 
 

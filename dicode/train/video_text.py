@@ -1,0 +1,163 @@
+"""TinyVT learns from clips and captions: which belong together, and in which order frames were played."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dicode.evaluate.video_text import FPS, FRAMES, SIZE, TinyVT, TinyVTConfig, accuracy, shuffled
+from dicode.lm.text import TextTokenizer
+from dicode.shapes import Video
+from dicode.train.loop import LoopConfig
+from dicode.video.shards import CachedVideo, FrameCache
+
+SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|counterclockwise)\b", re.IGNORECASE)
+MARGIN = 4  # pixels by which a clip is moved, edges repeated
+WORDS = 16  # read of a caption at most
+MOST_SCALE = math.log(50)
+
+
+@dataclass(frozen=True)
+class VideoTextRun:
+    """Train TinyVT on the training clips of caches, all kinds at once."""
+
+    caches: tuple[str, ...] = ("cache/sprites", "cache/robots")
+    model: TinyVTConfig = field(default_factory=TinyVTConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    chosen_by: int = 16  # every 16th caption, by its hash, is held out of the training clips to choose weights by
+    changed_share: float = 0.25  # of the clips come once more reversed, and as many of others shuffled
+    order_weight: float = 1.0  # of telling those apart, beside captions
+    long_captions: float = 0.4  # share of samples with a part of the expanded caption, where there is one
+    dropped_words: float = 0.15  # share of a caption's words
+
+    @property
+    def cache(self) -> str:
+        """The first of the caches, which names the data in the run's notes."""
+        return self.caches[0]
+
+
+class VideoTextTraining:
+    """The `Stage` of a `VideoTextRun`: symmetric InfoNCE (arXiv 2103.00020), equal captions being right for each other.
+
+    Shuffled clips are wrong for every caption, theirs included, so that the comparison sees order as well.
+    """
+
+    best = "percentile"
+
+    def __init__(self, run: VideoTextRun) -> None:
+        self.run = run
+        caches = [FrameCache.load(folder) for folder in run.caches]
+        if wrong := [tuple(cache.frames.shape[1:]) for cache in caches if cache.frames.shape[1:] != (SIZE, SIZE, 3)]:
+            raise ValueError(f"caches: expected frames {SIZE}×{SIZE}×3, got {wrong[0]}")
+        training = [(cache, video) for cache in caches for video in cache.videos if not video.validation]
+        held = {i for i, (_, video) in enumerate(training) if self._held_out(video)}
+        self.held_out = [training[i] for i in sorted(held)]
+        self.clips = [clip for i, clip in enumerate(training) if i not in held]
+        if not self.clips:
+            raise ValueError("caches: expected training clips, got none")
+        captions = sorted({caption.lower() for _, video in self.clips for caption in video.captions[:1]})
+        self.number = {caption: i for i, caption in enumerate(captions)}
+        told = [caption for _, video in self.clips for caption in video.captions]
+        torch.manual_seed(run.loop.seed)
+        self.module = TinyVT(run.model, TextTokenizer.train(told, run.model.vocab_size))
+
+    def _held_out(self, video: CachedVideo) -> bool:
+        name = video.captions[0].lower() if video.captions and video.captions[0] else video.file
+        return crc32(name.encode()) % self.run.chosen_by == 0
+
+    def num_samples(self) -> int:
+        return len(self.clips)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, object]:
+        frames, texts, numbers = [], [], []
+        for i in indices.tolist():
+            cache, video = self.clips[i]
+            clip, text = self.drawn(cache, video, generator)
+            frames.append(clip)
+            texts.append(text)
+            numbers.append(self.number[video.captions[0].lower()] if text else -1)
+        return {"frames": torch.stack(frames), "texts": texts, "numbers": torch.tensor(numbers)}
+
+    def drawn(self, cache: FrameCache, video: CachedVideo, generator: torch.Generator) -> tuple[Tensor, str]:
+        """One clip from anywhere in a video, at 0.8 to 1.25 of its speed, mirrored, moved; and a caption of it."""
+        chance = torch.rand(6, generator=generator).tolist()
+        fps = FPS * 1.25 ** (2 * chance[0] - 1)
+        latest = video.period_s if video.loops else max(0.0, video.period_s - FRAMES / fps)
+        clip = cache.frames[cache.clip_rows(video, latest * chance[1], FRAMES, fps)]
+        if chance[2] < 0.5 and not any(SIDES.search(caption) for caption in video.captions):
+            clip = clip.flip(2)
+        y, x = (torch.randint(-MARGIN, MARGIN + 1, (2,), generator=generator)).tolist()
+        places = torch.arange(SIZE)
+        clip = clip[:, (places + y).clamp(0, SIZE - 1)][:, :, (places + x).clamp(0, SIZE - 1)]
+        captions = [caption for caption in video.captions if caption]
+        if not captions:
+            return clip, ""
+        words = captions[-1 if chance[3] < self.run.long_captions else 0].split()
+        first = int(chance[4] * max(1, len(words) - WORDS + 1))
+        words = words[first : first + WORDS]
+        kept = torch.rand(len(words), generator=generator) >= self.run.dropped_words
+        return clip, " ".join(word for word, keep in zip(words, kept, strict=True) if keep) or words[0]
+
+    def loss(self, batch: dict[str, object], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        module, frames, numbers = self.module, batch["frames"], batch["numbers"]
+        assert isinstance(frames, Tensor) and isinstance(numbers, Tensor)
+        own, count = len(frames), max(1, round(self.run.changed_share * len(frames)))
+        mixed = [shuffled(clip, generator) for clip in frames[-count:]]
+        frames = torch.cat([frames, frames[:count].flip(1), torch.stack(mixed)])
+        light = torch.rand(len(frames), 2, generator=generator) * torch.tensor([0.4, 0.3]) + torch.tensor([0.8, -0.15])
+        device = module.places.device
+        vectors = module(frames.to(device), light.to(device))
+        scores = module.in_order(vectors).float()  # of pairs of a clip and its own frames in another order
+        from_reversed = scores[:count, 0] - scores[own : own + count, 0]
+        from_shuffled = scores[own - count : own, 1] - scores[-count:, 1]
+        order = functional.softplus(-torch.cat([from_reversed, from_shuffled])).mean()
+        told = (numbers >= 0).to(device)
+        numbers = numbers.to(device)[told]
+        clips = module.compared(vectors)
+        texts = module.read([text for text in batch["texts"] if text])  # type: ignore[attr-defined]
+        scale = module.log_scale.clamp(max=MOST_SCALE).exp()
+        right = (numbers[:, None] == numbers).float()
+        of_clips = functional.cross_entropy(scale * clips[:own][told] @ texts.T, right / right.sum(1, keepdim=True))
+        never = torch.zeros(len(numbers), count, device=device)  # shuffled clips
+        against = torch.cat([clips[:own][told], clips[-count:]])
+        of_texts = functional.cross_entropy(
+            scale * texts @ against.T, torch.cat([right / right.sum(1, keepdim=True), never], dim=1)
+        )
+        loss = (of_clips + of_texts) / 2 + self.run.order_weight * order
+        parts = {
+            "caption_of_clip": of_clips,
+            "clip_of_caption": of_texts,
+            "order": order,
+            "reversed_told": (from_reversed > 0).float().mean(),
+            "shuffled_told": (from_shuffled > 0).float().mean(),
+            "scale": scale,
+        }
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def validate(self) -> tuple[dict[str, float], None]:
+        """Of the clips held out of the training split, never of the validation split: weights are chosen by this."""
+        metrics: dict[str, float] = {}
+        percentiles = []
+        for source in sorted({video.source for _, video in self.held_out}):
+            own = [(cache, video) for cache, video in self.held_out if video.source == source]
+            found = accuracy(self.module, *first_clips(own))
+            metrics |= {f"{kind}_{source}": share for kind, share in found["order"].items()}
+            if "caption of a clip" in found:
+                percentiles.append(found["caption of a clip"]["percentile"])
+                metrics[f"percentile_{source}"] = percentiles[-1]
+        metrics["percentile"] = sum(percentiles) / len(percentiles) if percentiles else 50.0
+        return metrics, None
+
+    def export(self, folder: Path) -> None:
+        self.module.save_pretrained(folder)
+
+
+def first_clips(videos: list[tuple[FrameCache, CachedVideo]]) -> tuple[list[Video], list[str]]:
+    """The clip that each video begins with, and its short caption, empty where it has none."""
+    clips = [cache.frames[cache.clip_rows(video, 0.0, FRAMES, FPS)].numpy() for cache, video in videos]
+    return clips, [video.captions[0] if video.captions else "" for _, video in videos]

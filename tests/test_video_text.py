@@ -1,0 +1,136 @@
+"""TinyVT sees motion and order, tells captions apart once trained, and is in the box; on clips drawn here."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dicode.evaluate.features import load_networks
+from dicode.evaluate.scores import alignment_scores, scores_of_sets, seen
+from dicode.evaluate.video_text import BOX, WEIGHTS, TinyVT, TinyVTConfig, accuracy, found, shuffled
+from dicode.hub import CheckpointError
+from dicode.lm.text import TextTokenizer
+from dicode.seeds import generator_for
+from dicode.train.loop import LoopConfig
+from dicode.train.optim import OptimConfig
+from dicode.train.stages import run_recipe
+from dicode.train.video_text import VideoTextRun, VideoTextTraining
+from dicode.video.shards import CachedVideo, FrameCache
+from dicode.video.synthetic import draw_clip
+
+SMALL = TinyVTConfig(
+    widths=(16, 24, 32), depths=(1, 1, 1), text_width=24, text_heads=2, text_length=12, vocab_size=300, joint_width=16
+)
+BOX_LIMIT_BYTES = 2_500_000
+
+
+def drawn_cache(folder: Path, count: int) -> list[str]:
+    """A cache of drawn 64×64 clips, every fourth held out, the last without a caption; gives the captions."""
+    clips, captions = zip(*(draw_clip(7 * i, 16, 64) for i in range(count)), strict=True)
+    videos = tuple(
+        CachedVideo("drawn", f"{i}.mp4", (text,) * (i < count - 1), i % 4 == 0, False, 16 * i, 16, 2.0)
+        for i, text in enumerate(captions)
+    )
+    frames = torch.from_numpy(np.concatenate(clips))
+    FrameCache(videos, frames, torch.arange(16, dtype=torch.float64).repeat(count) / 8).save(folder)
+    return list(captions)
+
+
+@pytest.fixture(scope="module")
+def network() -> TinyVT:
+    torch.manual_seed(0)
+    return TinyVT(SMALL, TextTokenizer.train(["a red square moves right"], 300)).eval()
+
+
+def test_clips_and_texts_do_not_depend_on_their_batch(network: TinyVT) -> None:
+    clips = [draw_clip(seed, 16, 64)[0] for seed in range(3)]
+    texts = ["a red square", "", "it moves to the right"]
+    with torch.no_grad():
+        together = network(torch.from_numpy(np.stack(clips)))
+    for clip, row in zip(clips, together, strict=True):
+        np.testing.assert_allclose(network.clip_vector(clip), row.numpy(), atol=1e-5)
+    read = network.text_features(texts)
+    for text, row in zip(texts, read, strict=True):
+        torch.testing.assert_close(network.text_features([text])[0], row, atol=1e-5, rtol=0)
+    torch.testing.assert_close(read.norm(dim=1), torch.ones(3))
+
+
+def test_order_and_direction_change_a_clips_vector(network: TinyVT) -> None:
+    clip = draw_clip(1, 16, 64)[0]
+    mixed = shuffled(clip, generator_for(0, "test"))
+    assert sorted(frame.tobytes() for frame in mixed) == sorted(frame.tobytes() for frame in clip)
+    own = network.clip_vector(clip)
+    for other in (mixed, clip[::-1]):
+        assert np.abs(network.clip_vector(other) - own).max() > 1e-3
+
+
+def test_other_sizes_are_resized_and_clips_too_short_refused(network: TinyVT) -> None:
+    large = draw_clip(1, 16, 128)[0]
+    np.testing.assert_allclose(network.clip_vector(large), network.clip_vector(draw_clip(1, 16, 64)[0]), atol=0.1)
+    with pytest.raises(ValueError, match="TinyVT: expected clips of 8 frames or more, got 7"):
+        network.clip_vector(large[:7])
+
+
+def test_a_short_training_finds_captions_that_only_motion_tells(tmp_path: Path) -> None:
+    captions = drawn_cache(tmp_path / "cache", 17)
+    optim = OptimConfig(steps=60, batch_size=12, lr=4e-3, warmup_steps=5, ema_decay=0.9)
+    loop = LoopConfig(bf16=False, evaluate_every=60, checkpoint_every=60, optim=optim)
+    run = VideoTextRun(
+        (str(tmp_path / "cache"),), replace(SMALL, dropout=0.0), loop, chosen_by=10**6, dropped_words=0.0
+    )
+    stage = VideoTextTraining(run)
+    assert stage.num_samples() == 12 and not stage.held_out  # 5 of 17 are for validation
+    assert all(video.file != "0.mp4" for _, video in stage.clips)
+    best = run_recipe(run, tmp_path / "run", {})
+    assert best["percentile"] == 50  # nothing was held out to choose by
+    trained = TinyVT.from_pretrained(tmp_path / "run" / "best")
+    rows = [i for i in range(17) if i % 4]
+    figures = accuracy(trained, [draw_clip(7 * i, 16, 64)[0] for i in rows], [captions[i] for i in rows])
+    assert figures["caption of a clip"]["percentile"] > 80 and figures["clip of a caption"]["percentile"] > 80
+    assert figures["order"]["shuffled"] > 0.6
+
+
+def test_the_nearest_of_several_right_entries_counts() -> None:
+    scores = np.array([[0.9, 0.5, 0.4, 0.1], [0.2, 0.3, 0.3, 0.1]])
+    right = np.array([[False, True, False, True], [False, True, False, False]])
+    made = found(scores, right)
+    assert made["percentile"] == pytest.approx((50 + 100 * 2.5 / 3) / 2)  # one of two nearer; one of three as near
+    assert made["recall"] == {"1": 0.5, "5": 1.0, "10": 1.0}
+    assert made["chance"] == {"1": (0.5 + 0.25) / 2, "5": 1.0, "10": 1.0}
+
+
+def test_a_folder_that_does_not_fit_is_refused(network: TinyVT, tmp_path: Path) -> None:
+    network.save_pretrained(tmp_path)
+    assert TinyVT.from_pretrained(tmp_path).config == SMALL
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"joint_width": 16', '"joint_width": 8'))
+    with pytest.raises(CheckpointError, match=r"of_clip\.weight: expected shape"):
+        TinyVT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text.replace("joint_width", "joint_widht"))
+    with pytest.raises(CheckpointError, match="did you mean 'joint_width'"):
+        TinyVT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="no such file"):
+        TinyVT.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance of")
+def test_the_network_in_the_box_measures_under_its_own_name() -> None:
+    box = load_networks(["EffLite0", "TinyVT"])["TinyVT"]
+    assert isinstance(box, TinyVT) and not box.training
+    assert (BOX / WEIGHTS).stat().st_size <= BOX_LIMIT_BYTES and (BOX / "README.md").is_file()
+    clips, captions = zip(*(draw_clip(seed, 16, 64) for seed in range(5)), strict=True)
+    sets = {"made": seen(box, [255 - clip for clip in clips]), "real": seen(box, clips)}
+    distances = scores_of_sets(box.name, sets["real"], {"made": sets["made"]})
+    texts = alignment_scores(box, sets, [*captions[:4], ""])
+    assert distances.keys() == {"FVD-TinyVT"} and texts.keys() == {"alignment-TinyVT", "caption rank-TinyVT"}
+    assert distances["FVD-TinyVT"]["made"].value > 0
+    expected = [box.similarities(sets["real"].clips, captions)[i, i] for i in range(4)]
+    assert texts["alignment-TinyVT"]["real"].value == pytest.approx(np.mean(expected))
+    assert texts["caption rank-TinyVT"]["real"].n == 4
+    assert alignment_scores(box, sets, ["the same"] * 5) == {}
+    with pytest.raises(ValueError, match="got 'TinyVT=folder'"):
+        load_networks(["TinyVT=folder"])
