@@ -21,13 +21,13 @@ from dicode.video.shards import FrameCache
 
 
 def run() -> VideoTextRun:
-    """All five folders of clips, 64 a step: 0.1 hours of one CPU core."""
+    """All five folders of clips, 64 a step: 0.2 hours of one CPU core."""
     return VideoTextRun(
         loop=LoopConfig(
-            evaluate_every=120,
+            evaluate_every=60,
             checkpoint_every=50,
             optim=OptimConfig(
-                steps=240,
+                steps=520,
                 batch_size=64,
                 lr=2e-3,
                 warmup_steps=40,
