@@ -1,0 +1,234 @@
+"""What `dicode scale` does; its flags are in `flags.py`.
+
+caches ─► one cache ─► a run a size and seed, all on the same samples ─► figures.json of each ─► power laws
+"""
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import repeat
+from torch import Tensor
+
+from dicode.cli import missing_extra
+from dicode.data.places import put_text
+from dicode.device import pick_device
+from dicode.evaluate.report import write_result
+from dicode.evaluate.scaling import fit_power_law
+from dicode.flags import Scale
+from dicode.hub import config_to_dict
+from dicode.info_command import runs_of
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.seeds import generator_for
+from dicode.sizing import batch_flops, count_parameters
+from dicode.stopwatch import Stopwatch
+from dicode.video.shards import CachedVideo, join_caches
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dicode.plans import blank_batches, blank_stage
+    from dicode.train.language import LanguageRun, LanguageTraining, chunks
+    from dicode.train.loop import train
+    from dicode.train.parallel import Processes
+    from dicode.train.signals import StopSignal
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "train") from error
+
+RIVALS = 16  # captions of other clips of the same folder that a clip's own is compared with
+FIGURES = "figures.json"
+Figures = dict[str, Any]
+Measure = Callable[[LanguageTraining], Figures]
+
+
+def scale(command: Scale, watch: Stopwatch) -> int:
+    """A signal stops it after a checkpoint, with exit code 75, as `dicode train`."""
+    runs = family(command)
+    sizes = {name: counted(run) for name, run in runs.items()}
+    print_sizes(sizes, command.seeds, command.tflops)
+    if command.dry_run:
+        return 0
+    with StopSignal() as stop, Processes() as processes:
+        figures = {
+            name: [
+                measured_run(named(run, seed), command.work_folder / f"{name}-{seed}", likelihoods, processes, stop)
+                for seed in range(command.seeds)
+            ]
+            for name, run in runs.items()
+        }
+        if processes.first:
+            path = command.output / f"{Path(command.family).stem}.json"
+            values = {"sizes": sizes, "runs": figures, **laws(sizes, figures)}
+            n, line = figures[next(iter(figures))][0]["clips"], "dicode " + shlex.join(sys.argv[1:])
+            write_result(path, "language models of several sizes", values, n, 0, line, pick_device("auto"))
+            print(f"{path}: of {n} validation clips")
+    return 0
+
+
+def family(command: Scale) -> dict[str, LanguageRun]:
+    """The language models of a recipe file, from the smallest on, on the caches and samples asked for."""
+    if not command.caches or command.seeds < 1:
+        raise ValueError(f"expected a cache and a seed or more, got {command.caches} and {command.seeds}")
+    cache = command.work_folder / "cache"
+    if not command.dry_run and Processes().first:
+        join_caches(command.caches, cache)
+    runs = {}
+    for name, run in runs_of(command.family).items():
+        if isinstance(run, LanguageRun):
+            loop, batch_size = run.loop, run.loop.optim.batch_size
+            if command.samples is not None:
+                loop = replace(loop, optim=replace(loop.optim, steps=max(1, command.samples // batch_size)))
+            if command.pieces is not None:
+                loop = replace(loop, pieces=command.pieces)
+            runs[name] = replace(run, cache=str(cache), tokenizer=command.tokenizer, loop=loop)
+    if not runs:
+        raise ValueError(f"{command.family}: none of its runs is of a language model")
+    return runs
+
+
+def named(run: LanguageRun, seed: int) -> LanguageRun:
+    """The run with this seed: other weights to begin from, samples in another order."""
+    return replace(run, loop=replace(run.loop, seed=seed))
+
+
+def counted(run: LanguageRun) -> Figures:
+    """Parameters and training FLOPs, without data or weights."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    stage = blank_stage(run, fake)
+    with fake:
+        batches = blank_batches(run, run.loop.optim.batch_size // run.loop.pieces)
+    flops = run.loop.pieces * sum(share * batch_flops(stage, batch, fake) for share, batch in batches)
+    every, text = count_parameters(stage.module), count_parameters(stage.module.backbone.body.get_input_embeddings())
+    steps = run.loop.optim.steps
+    return {
+        "parameters": every,
+        "without_text": every - text,  # the text's embedding table is looked up, not computed with
+        "samples": steps * run.loop.optim.batch_size,
+        "flops": round(flops) * steps,
+    }
+
+
+def print_sizes(sizes: dict[str, Figures], seeds: int, tflops: float) -> None:
+    """A line a size."""
+    print(f"{'':16}{'parameters':>14}{'without text':>14}{'samples':>12}{'TFLOP':>14}{'hours':>10}")
+    hours = 0.0
+    for name, size in sizes.items():
+        own = size["flops"] / (tflops * 1e12) / 3600
+        hours += own * seeds
+        counts = f"{size['parameters']:14,}{size['without_text']:14,}{size['samples']:12,}"
+        print(f"{name:16}{counts}{size['flops'] / 1e12:14,.3g}{own:10,.3g}")
+    print(f"{hours:,.3g} hours for {seeds} seeds at {tflops:g} TFLOP/s")
+
+
+def measured_run(run: LanguageRun, folder: Path, measure: Measure, processes: Processes, stop: StopSignal) -> Figures:
+    """One run, from wherever it stands to its figures, which are kept in its folder in place of its checkpoints.
+
+    Raises `ValueError` where the folder holds the figures of another run.
+    """
+    kept, asked = folder / FIGURES, config_to_dict(run)
+    if kept.exists():
+        held = json.loads(kept.read_text(encoding="utf-8"))
+        if held["run"] != asked:
+            changed = [key for key in asked if asked[key] != held["run"].get(key)]
+            raise ValueError(f"{folder} was run with other values of {', '.join(changed)}: name another work folder")
+        return held
+    with stop.cutting(), processes.one_first():
+        stage = LanguageTraining(run)
+    metrics = train(stage, run.loop, folder, {"run": asked}, stop=stop)
+    if processes.first:
+        stage.module = DeepTokenLM.from_pretrained(folder / "best").to(pick_device(run.loop.device))
+        with stop.cutting():
+            figures = {"run": asked, "trained_s": trained_s(folder), **metrics, **measure(stage)}
+        put_text(kept, json.dumps(figures, indent=2) + "\n")
+        for checkpoint in folder.glob("step-*"):
+            shutil.rmtree(checkpoint)
+        print(f"{folder.name}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float)))
+    processes.wait()
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def trained_s(folder: Path) -> float:
+    """Seconds that a run took, all its starts together."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line["trained_s"] for line in lines if "trained_s" in line][-1]
+
+
+@torch.no_grad()
+def likelihoods(stage: LanguageTraining) -> Figures:
+    """What the trained model makes of the validation clips, from their start and with their short captions.
+
+    `nll`: nats a number of a deep token, mean over the real key frames of all clips. `alignment`: mean percentile
+    rank (100 best, 50 chance) of a clip's own caption among those of `RIVALS` other clips of its folder, by the
+    likelihood of its first key frame.
+    """
+    videos = stage.validation.videos
+    losses = torch.cat([stage.module(*stage.sample_of(part)).keyframe_loss.cpu() for part in chunks(videos, 32)])
+    real = torch.stack([stage.is_real(video, losses.shape[1]) for video in videos])
+    ranks = {i: rank for i, video in enumerate(videos) if (rank := caption_rank(stage, video, i)) is not None}
+    by_source = {}
+    for source in sorted({video.source for video in videos}):
+        own = torch.tensor([video.source == source for video in videos])
+        aligned = [rank for i, rank in ranks.items() if own[i]]
+        by_source[source] = {
+            "clips": int(own.sum()),
+            "nll": losses[own][real[own]].mean().item(),
+            "alignment": float(np.mean(aligned)) if aligned else None,
+        }
+    return {
+        "clips": len(videos),
+        "nll": losses[real].mean().item(),
+        "nll_of_key_frames": [losses[:, k][real[:, k]].mean().item() for k in range(losses.shape[1])],
+        "alignment": float(np.mean([*ranks.values()])) if ranks else None,
+        "ranked": len(ranks),
+        "by_source": by_source,
+    }
+
+
+def caption_rank(stage: LanguageTraining, video: CachedVideo, number: int) -> float | None:
+    """Percentile rank of the clip's own caption among others of its folder; None where it has none, or no rivals."""
+    told = {v.captions[0] for v in stage.validation.videos if v.captions and v.source == video.source}
+    rivals = sorted(told - set(video.captions[:1]))
+    if not video.captions or not rivals:
+        return None
+    picked = torch.randperm(len(rivals), generator=generator_for(0, "rivals", number))[:RIVALS].tolist()
+    _, tokens = stage.sample_of((video,), key_frames=1)
+    ids = stage.encode([video.captions[0], *(rivals[i] for i in picked)]).to(tokens.device)
+    loss: Tensor = stage.module(ids, repeat(tokens[0], "k n d -> b k n d", b=len(ids))).keyframe_loss[:, 0]
+    return (loss[1:] > loss[0]).float().mean().item() * 100
+
+
+def laws(sizes: dict[str, Figures], figures: dict[str, list[Figures]]) -> Figures:
+    """Means and intervals of every size, over its seeds, and power laws of the loss."""
+    nll = np.array([[run["nll"] for run in runs] for runs in figures.values()])
+    means = {
+        name: {
+            measure: {"mean": float(values.mean()), "interval": t_interval(values)}
+            for measure in ("nll", "alignment", "trained_s")
+            if len(values := np.array([run[measure] for run in runs if run[measure] is not None]))
+        }
+        for name, runs in figures.items()
+    }
+    fits: Figures = {}
+    for axis in ("parameters", "without_text", "flops"):
+        x = np.array([size[axis] for size in sizes.values()], dtype=float)
+        for kind, floor in (("with floor", True), ("without floor", False)):
+            if len(x) >= 2 + floor and (floor or (nll > 0).all()):
+                fits[f"{axis}, {kind}"] = asdict(fit_power_law(x, nll, floor))
+    falls = bool((np.diff(nll.mean(1)) < 0).all())
+    return {"means": means, "laws": fits, "falls_monotonically": falls}
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """95 % of the mean over seeds, by Student's distribution; None for one seed."""
+    if len(values) < 2:
+        return None
+    quantiles = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+    half = quantiles.get(len(values), 2.0) * float(values.std(ddof=1)) / len(values) ** 0.5
+    return float(values.mean()) - half, float(values.mean()) + half
