@@ -88,10 +88,7 @@ def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
 def _runs(command: Info) -> dict[str, Any]:
     """The runs of a recipe file, or the one named, changed by the flags that were given."""
     file, _, name = command.model.rpartition(":")
-    if command.model.endswith(".py"):
-        runs = runs_of(command.model)
-    else:
-        runs = {name: load_run(f"{file}:{name}")}
+    runs = runs_of(command.model) if command.model.endswith(".py") else {name: load_run(f"{file}:{name}")}
     for name, run in runs.items():
         loop = run.loop
         changes = {"pieces": command.pieces, "strategy": command.strategy}

@@ -25,11 +25,10 @@ from dicode.evaluate.scaling import fit_power_law
 from dicode.flags import Scale
 from dicode.hub import config_to_dict
 from dicode.info_command import runs_of
-from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import generator_for
 from dicode.sizing import batch_flops, count_parameters
 from dicode.stopwatch import Stopwatch
-from dicode.video.shards import CachedVideo, join_caches
+from dicode.video.shards import CachedVideo, FrameCache, join_caches
 
 try:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,10 +41,10 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error, "train") from error
 
-RIVALS = 16  # captions of other clips of the same folder that a clip's own is compared with
+RIVALS = 8  # captions of other clips of the same folder that a clip's own is compared with
 FIGURES = "figures.json"
 Figures = dict[str, Any]
-Measure = Callable[[LanguageTraining], Figures]
+Measure = Callable[[LanguageTraining], dict[str, float]]
 
 
 def scale(command: Scale, watch: Stopwatch) -> int:
@@ -66,7 +65,7 @@ def scale(command: Scale, watch: Stopwatch) -> int:
         if processes.first:
             path = command.output / f"{Path(command.family).stem}.json"
             values = {"sizes": sizes, "runs": figures, **laws(sizes, figures)}
-            n, line = figures[next(iter(figures))][0]["clips"], "dicode " + shlex.join(sys.argv[1:])
+            n, line = held_out(command.work_folder / "cache"), "dicode " + shlex.join(sys.argv[1:])
             write_result(path, "language models of several sizes", values, n, 0, line, pick_device("auto"))
             print(f"{path}: of {n} validation clips")
     return 0
@@ -91,6 +90,11 @@ def family(command: Scale) -> dict[str, LanguageRun]:
     if not runs:
         raise ValueError(f"{command.family}: none of its runs is of a language model")
     return runs
+
+
+def held_out(cache: Path) -> int:
+    """How many validation clips the figures are of."""
+    return len(FrameCache.load(cache).subset(validation=True).videos)
 
 
 def named(run: LanguageRun, seed: int) -> LanguageRun:
@@ -140,12 +144,10 @@ def measured_run(run: LanguageRun, folder: Path, measure: Measure, processes: Pr
             raise ValueError(f"{folder} was run with other values of {', '.join(changed)}: name another work folder")
         return held
     with stop.cutting(), processes.one_first():
-        stage = LanguageTraining(run)
+        stage = LanguageTraining(run, measure)
     metrics = train(stage, run.loop, folder, {"run": asked}, stop=stop)
     if processes.first:
-        stage.module = DeepTokenLM.from_pretrained(folder / "best").to(pick_device(run.loop.device))
-        with stop.cutting():
-            figures = {"run": asked, "trained_s": trained_s(folder), **metrics, **measure(stage)}
+        figures = {"run": asked, "trained_s": trained_s(folder), **metrics}
         put_text(kept, json.dumps(figures, indent=2) + "\n")
         for checkpoint in folder.glob("step-*"):
             shutil.rmtree(checkpoint)
@@ -160,35 +162,31 @@ def trained_s(folder: Path) -> float:
     return [line["trained_s"] for line in lines if "trained_s" in line][-1]
 
 
-@torch.no_grad()
-def likelihoods(stage: LanguageTraining) -> Figures:
-    """What the trained model makes of the validation clips, from their start and with their short captions.
+def likelihoods(stage: LanguageTraining) -> dict[str, float]:
+    """What a model makes of the validation clips, from their start and with their short captions.
 
-    `nll`: nats a number of a deep token, mean over the real key frames of all clips. `alignment`: mean percentile
-    rank (100 best, 50 chance) of a clip's own caption among those of `RIVALS` other clips of its folder, by the
-    likelihood of its first key frame.
+    `nll`: nats a number of a deep token, mean over the real key frames of all clips; of each folder, and of each key
+    frame by its place. `alignment`: mean percentile rank (100 best, 50 chance) of a clip's own caption among those of
+    `RIVALS` other clips of its folder, by the likelihood of its first key frame. `written_…`: see
+    `LanguageTraining.written`.
     """
     videos = stage.validation.videos
     losses = torch.cat([stage.module(*stage.sample_of(part)).keyframe_loss.cpu() for part in chunks(videos, 32)])
     real = torch.stack([stage.is_real(video, losses.shape[1]) for video in videos])
+    figures = {"nll": losses[real].mean().item()}
+    for k in range(losses.shape[1]):
+        figures[f"nll/key frame {k}"] = losses[:, k][real[:, k]].mean().item()
     ranks = {i: rank for i, video in enumerate(videos) if (rank := caption_rank(stage, video, i)) is not None}
-    by_source = {}
+    if ranks:
+        figures["alignment"] = float(np.mean([*ranks.values()]))
     for source in sorted({video.source for video in videos}):
         own = torch.tensor([video.source == source for video in videos])
-        aligned = [rank for i, rank in ranks.items() if own[i]]
-        by_source[source] = {
-            "clips": int(own.sum()),
-            "nll": losses[own][real[own]].mean().item(),
-            "alignment": float(np.mean(aligned)) if aligned else None,
-        }
-    return {
-        "clips": len(videos),
-        "nll": losses[real].mean().item(),
-        "nll_of_key_frames": [losses[:, k][real[:, k]].mean().item() for k in range(losses.shape[1])],
-        "alignment": float(np.mean([*ranks.values()])) if ranks else None,
-        "ranked": len(ranks),
-        "by_source": by_source,
-    }
+        figures[f"nll/{source}"] = losses[own][real[own]].mean().item()
+        if aligned := [rank for i, rank in ranks.items() if own[i]]:
+            figures[f"alignment/{source}"] = float(np.mean(aligned))
+    figures["written_share"] = stage.written(stage.cache.videos)[0]
+    figures["written_rank"] = stage.written(videos)[1]
+    return figures
 
 
 def caption_rank(stage: LanguageTraining, video: CachedVideo, number: int) -> float | None:
@@ -210,8 +208,9 @@ def laws(sizes: dict[str, Figures], figures: dict[str, list[Figures]]) -> Figure
     means = {
         name: {
             measure: {"mean": float(values.mean()), "interval": t_interval(values)}
-            for measure in ("nll", "alignment", "trained_s")
-            if len(values := np.array([run[measure] for run in runs if run[measure] is not None]))
+            for measure in runs[0]
+            if isinstance(runs[0][measure], float)
+            for values in [np.array([run[measure] for run in runs])]
         }
         for name, runs in figures.items()
     }

@@ -56,7 +56,7 @@ def test_a_power_law_is_found_again(floor):
 
 
 def test_its_standard_error_is_that_of_a_straight_line():
-    """In logarithms a law without floor is a line: the variance of its slope is Σ w² σ²/n, with w = (x - x̄) / Σ(x - x̄)²."""
+    """In logarithms a law without floor is a line, whose slope has the variance σ²/n ÷ Σ(x - x̄)²."""
     x = np.log(SIZES) - np.log(SIZES).mean()
     found, expected = [], 0.01 / np.sqrt((x**2).sum() * 8)
     for seed in range(20):
@@ -146,9 +146,9 @@ def test_a_finished_run_is_not_trained_again(studied, monkeypatch, capsys):
 def recording(trained):
     from dicode.train.language import LanguageTraining
 
-    def made(run):
+    def made(run, measure):
         trained.append(run)
-        return LanguageTraining(run)
+        return LanguageTraining(run, measure)
 
     return made
 

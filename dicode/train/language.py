@@ -1,5 +1,6 @@
 """Stage 2: the language model learns from captions and cached deep tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ class LanguageTraining:
 
     best = "written_share"  # the loss is least long before the caption is heard (docs/log.md)
 
-    def __init__(self, run: LanguageRun):
+    def __init__(self, run: LanguageRun, measure: "Callable[[LanguageTraining], dict[str, float]] | None" = None):
+        """`measure` is a validation of another kind, in place of `validate`'s own."""
+        self.measure = measure
         named = [name for name in ("init", "body", "vocabulary") if getattr(run, name)]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)}: each brings a vocabulary of its own; name one of them")
@@ -197,6 +200,8 @@ class LanguageTraining:
 
         No sheet where a tokenizer has no key-frame head, and would have to render clips for it.
         """
+        if self.measure:
+            return self.measure(self), None
         metrics: dict[str, float] = {}
         for name, videos in (("validation", self.validation.videos), ("training", self.cache.videos[::14])):
             losses = [self.module(*self.sample_of(part)).loss for part in chunks(videos, 32)]
