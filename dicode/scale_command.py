@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from dicode.evaluate.scaling import fit_power_law
 from dicode.flags import Scale
 from dicode.hub import config_to_dict
 from dicode.info_command import runs_of
+from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import generator_for
 from dicode.sizing import batch_flops, count_parameters
 from dicode.stopwatch import Stopwatch
@@ -109,7 +110,8 @@ def counted(run: LanguageRun) -> Figures:
     with fake:
         batches = blank_batches(run, run.loop.optim.batch_size // run.loop.pieces)
     flops = run.loop.pieces * sum(share * batch_flops(stage, batch, fake) for share, batch in batches)
-    every, text = count_parameters(stage.module), count_parameters(stage.module.backbone.body.get_input_embeddings())
+    module = cast(DeepTokenLM, stage.module)
+    every, text = count_parameters(module), count_parameters(module.backbone.body.get_input_embeddings())
     steps = run.loop.optim.steps
     return {
         "parameters": every,
