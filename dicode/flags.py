@@ -187,6 +187,8 @@ class Scale:
     seeds: int = 3  # runs a size
     samples: int | None = None  # training samples a run; default: as many as the recipes say
     pieces: int | None = None  # to cut a batch into, a multiple of the processes; default: as the recipes say
+    # in place of the sizes one thing changed at a time, of the family's second: results in ablations.json
+    studies: tuple[Literal["tokens", "width", "head", "noise", "joins"], ...] = ()
     work_folder: Path = Path("runs/scale")  # of the runs
     output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON file, named as the family is
     dry_run: bool = False  # only say what sizes and FLOPs there are, and hours

@@ -51,25 +51,53 @@ Measure = Callable[[LanguageTraining], dict[str, float]]
 def scale(command: Scale, watch: Stopwatch) -> int:
     """A signal stops it after a checkpoint, with exit code 75, as `dicode train`."""
     runs = family(command)
+    if command.studies:
+        return ablate(command, runs)
     sizes = {name: counted(run) for name, run in runs.items()}
     print_sizes(sizes, command.seeds, command.tflops)
     if command.dry_run:
         return 0
     with StopSignal() as stop, Processes() as processes:
-        figures = {
-            name: [
-                measured_run(named(run, seed), command.work_folder / f"{name}-{seed}", likelihoods, processes, stop)
-                for seed in range(command.seeds)
-            ]
-            for name, run in runs.items()
-        }
+        figures = {name: seeds_of(name, run, command, likelihoods, processes, stop) for name, run in runs.items()}
         if processes.first:
             path = command.output / f"{Path(command.family).stem}.json"
-            values = {"sizes": sizes, "runs": figures, **laws(sizes, figures)}
-            n, line = held_out(command.work_folder / "cache"), "dicode " + shlex.join(sys.argv[1:])
-            write_result(path, "language models of several sizes", values, n, 0, line, pick_device("auto"))
-            print(f"{path}: of {n} validation clips")
+            values = {"sizes": sizes, "means": means(figures), **laws(sizes, figures), "runs": figures}
+            publish(command, path, "language models of several sizes", values)
     return 0
+
+
+def ablate(command: Scale, runs: dict[str, LanguageRun]) -> int:
+    """The second smallest of the family, or the only one, with one thing changed at a time."""
+    from dicode.ablations import arms, in_latents, joins
+
+    def measure(stage: LanguageTraining) -> dict[str, float]:
+        return {**likelihoods(stage), **in_latents(stage)}
+
+    base = [*runs.values()][:2][-1]
+    with StopSignal() as stop, Processes() as processes:
+        with stop.cutting(), processes.one_first():
+            changed = arms(base, command.studies, command.work_folder / "tokenizers")
+        figures = {
+            name: seeds_of(
+                name, run, command, lambda stage: {**likelihoods(stage), **in_latents(stage)}, processes, stop
+            )
+            for name, run in changed.items()
+        }
+        if processes.first:
+            values: Figures = {"sizes": {name: counted(run) for name, run in changed.items()}, "means": means(figures)}
+            if "joins" in command.studies:
+                with stop.cutting():
+                    values["joins"] = joins(Path(command.tokenizer), Path(base.cache))
+            publish(command, command.output / "ablations.json", "one thing changed", {**values, "runs": figures})
+    return 0
+
+
+def publish(command: Scale, path: Path, name: str, values: Figures) -> None:
+    """Write the result, of so many validation clips."""
+    n = len(FrameCache.load(command.work_folder / "cache").subset(validation=True).videos)
+    command.output.mkdir(parents=True, exist_ok=True)
+    write_result(path, name, values, n, 0, "dicode " + shlex.join(sys.argv[1:]), pick_device("auto"))
+    print(f"{path}: of {n} validation clips")
 
 
 def family(command: Scale) -> dict[str, LanguageRun]:
@@ -93,14 +121,16 @@ def family(command: Scale) -> dict[str, LanguageRun]:
     return runs
 
 
-def held_out(cache: Path) -> int:
-    """How many validation clips the figures are of."""
-    return len(FrameCache.load(cache).subset(validation=True).videos)
-
-
-def named(run: LanguageRun, seed: int) -> LanguageRun:
-    """The run with this seed: other weights to begin from, samples in another order."""
-    return replace(run, loop=replace(run.loop, seed=seed))
+def seeds_of(
+    name: str, run: LanguageRun, command: Scale, measure: Measure, processes: Processes, stop: StopSignal
+) -> list[Figures]:
+    """The run with every seed: other weights to begin from, samples in another order."""
+    made = []
+    for seed in range(command.seeds):
+        seeded = replace(run, loop=replace(run.loop, seed=seed))
+        folder = command.work_folder / f"{name.replace(' ', '-')}-{seed}"
+        made.append(measured_run(seeded, folder, measure, processes, stop))
+    return made
 
 
 def counted(run: LanguageRun) -> Figures:
@@ -204,10 +234,9 @@ def caption_rank(stage: LanguageTraining, video: CachedVideo, number: int) -> fl
     return (loss[1:] > loss[0]).float().mean().item() * 100
 
 
-def laws(sizes: dict[str, Figures], figures: dict[str, list[Figures]]) -> Figures:
-    """Means and intervals of every size, over its seeds, and power laws of the loss."""
-    nll = np.array([[run["nll"] for run in runs] for runs in figures.values()])
-    means = {
+def means(figures: dict[str, list[Figures]]) -> Figures:
+    """Mean and interval of every figure over the seeds of a run."""
+    return {
         name: {
             measure: {"mean": float(values.mean()), "interval": t_interval(values)}
             for measure in runs[0]
@@ -216,14 +245,18 @@ def laws(sizes: dict[str, Figures], figures: dict[str, list[Figures]]) -> Figure
         }
         for name, runs in figures.items()
     }
+
+
+def laws(sizes: dict[str, Figures], figures: dict[str, list[Figures]]) -> Figures:
+    """Power laws of the loss, against parameters and FLOPs."""
+    nll = np.array([[run["nll"] for run in runs] for runs in figures.values()])
     fits: Figures = {}
     for axis in ("parameters", "without_text", "flops"):
         x = np.array([size[axis] for size in sizes.values()], dtype=float)
         for kind, floor in (("with floor", True), ("without floor", False)):
             if len(x) >= 2 + floor and (floor or (nll > 0).all()):
                 fits[f"{axis}, {kind}"] = asdict(fit_power_law(x, nll, floor))
-    falls = bool((np.diff(nll.mean(1)) < 0).all())
-    return {"means": means, "laws": fits, "falls_monotonically": falls}
+    return {"laws": fits, "falls_monotonically": bool((np.diff(nll.mean(1)) < 0).all())}
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float] | None:

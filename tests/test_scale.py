@@ -153,6 +153,21 @@ def recording(trained):
     return made
 
 
+def test_ablations_measure_every_arm_in_the_same_latents(studied):
+    studies = "tokens", "width", "head", "noise"
+    assert main(study(studied, "--seeds", "1", "--work-folder", str(studied / "ablations"), "--studies", *studies)) == 0
+    values = json.loads((studied / "results/ablations.json").read_text())["values"]
+    assert list(values["means"]) == [
+        *("base", "tokens 1", "width 1", "width 3", "head gaussian", "head regression", "head flow"),
+        *("noise 0", "noise 0.5", "noise 1"),
+    ]
+    lost = {name: arm["lost"]["mean"] for name, arm in values["means"].items()}
+    assert lost["tokens 1"] > lost["base"] < lost["width 1"]
+    assert lost["head flow"] == lost["noise 1"] == lost["base"]
+    for arm in values["means"].values():
+        assert min(arm[f"energy/{which}"]["mean"] for which in ("first", "third", "third, told")) > 0
+
+
 def test_a_dry_run_tells_the_published_family(tmp_path, capsys):
     assert main(["scale", "none", "--family", "recipes/paper.py", "--dry-run", "--work-folder", str(tmp_path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
