@@ -67,7 +67,7 @@ def _language_model(width: int, depth: int, heads: int) -> LanguageRun:
         word_dropout=0.3,
         loop=LoopConfig(
             tracker="none",
-            log_every=50,
+            log_every=60,
             evaluate_every=1_000_000,  # once, at the end
             checkpoint_every=240,
             optim=OptimConfig(
