@@ -43,6 +43,7 @@ except ModuleNotFoundError as error:
     raise missing_extra(error, "train") from error
 
 RIVALS = 8  # captions of other clips of the same folder that a clip's own is compared with
+RANKED = 192  # training clips for which this is done too
 FIGURES = "figures.json"
 Figures = dict[str, Any]
 Measure = Callable[[LanguageTraining], dict[str, float]]
@@ -199,8 +200,8 @@ def likelihoods(stage: LanguageTraining) -> dict[str, float]:
 
     `nll`: nats a number of a deep token, mean over the real key frames of all clips; of each folder, and of each key
     frame by its place. `alignment`: mean percentile rank (100 best, 50 chance) of a clip's own caption among those of
-    `RIVALS` other clips of its folder, by the likelihood of its first key frame. `written_…`: see
-    `LanguageTraining.written`.
+    `RIVALS` other clips of its folder, by the likelihood of its first key frame; and the same of `RANKED` training
+    clips. `written_…`: see `LanguageTraining.written`.
     """
     videos = stage.validation.videos
     losses = torch.cat([stage.module(*stage.sample_of(part)).keyframe_loss.cpu() for part in chunks(videos, 32)])
@@ -208,9 +209,11 @@ def likelihoods(stage: LanguageTraining) -> dict[str, float]:
     figures = {"nll": losses[real].mean().item()}
     for k in range(losses.shape[1]):
         figures[f"nll/key frame {k}"] = losses[:, k][real[:, k]].mean().item()
-    ranks = {i: rank for i, video in enumerate(videos) if (rank := caption_rank(stage, video, i)) is not None}
-    if ranks:
-        figures["alignment"] = float(np.mean([*ranks.values()]))
+    trained = stage.cache.videos[:: max(1, len(stage.cache.videos) // RANKED)][:RANKED]
+    ranks = caption_ranks(stage, videos)
+    for name, found in (("alignment", ranks), ("alignment/training", caption_ranks(stage, trained))):
+        if found:
+            figures[name] = float(np.mean([*found.values()]))
     for source in sorted({video.source for video in videos}):
         own = torch.tensor([video.source == source for video in videos])
         figures[f"nll/{source}"] = losses[own][real[own]].mean().item()
@@ -221,17 +224,20 @@ def likelihoods(stage: LanguageTraining) -> dict[str, float]:
     return figures
 
 
-def caption_rank(stage: LanguageTraining, video: CachedVideo, number: int) -> float | None:
-    """Percentile rank of the clip's own caption among others of its folder; None where it has none, or no rivals."""
-    told = {v.captions[0] for v in stage.validation.videos if v.captions and v.source == video.source}
-    rivals = sorted(told - set(video.captions[:1]))
-    if not video.captions or not rivals:
-        return None
-    picked = torch.randperm(len(rivals), generator=generator_for(0, "rivals", number))[:RIVALS].tolist()
-    _, tokens = stage.sample_of((video,), key_frames=1)
-    ids = stage.encode([video.captions[0], *(rivals[i] for i in picked)]).to(tokens.device)
-    loss: Tensor = stage.module(ids, repeat(tokens[0], "k n d -> b k n d", b=len(ids))).keyframe_loss[:, 0]
-    return (loss[1:] > loss[0]).float().mean().item() * 100
+def caption_ranks(stage: LanguageTraining, videos: tuple[CachedVideo, ...]) -> dict[int, float]:
+    """Percentile rank of each clip's own caption among others of its folder, by its place; some have no rivals."""
+    ranks = {}
+    for i, video in enumerate(videos):
+        told = {v.captions[0] for v in videos if v.captions and v.source == video.source}
+        rivals = sorted(told - set(video.captions[:1]))
+        if not video.captions or not rivals:
+            continue
+        picked = torch.randperm(len(rivals), generator=generator_for(0, "rivals", i))[:RIVALS].tolist()
+        _, tokens = stage.sample_of((video,), key_frames=1)
+        ids = stage.encode([video.captions[0], *(rivals[at] for at in picked)]).to(tokens.device)
+        loss: Tensor = stage.module(ids, repeat(tokens[0], "k n d -> b k n d", b=len(ids))).keyframe_loss[:, 0]
+        ranks[i] = (loss[1:] > loss[0]).float().mean().item() * 100
+    return ranks
 
 
 def means(figures: dict[str, list[Figures]]) -> Figures:

@@ -85,7 +85,7 @@ def scaling() -> str:
     """Loss and text alignment of several sizes, the laws they follow, and what one change does, as Markdown tables."""
     values = json.loads((ROOT / "results/scale.json").read_text(encoding="utf-8"))["values"]
     folders = [key for key in next(iter(values["means"].values())) if key.startswith("nll/") and "key frame" not in key]
-    columns = ["nll", *folders, "alignment", "written_rank"]
+    columns = ["nll", *folders, "alignment", "alignment/training", "written_rank"]
     rows = [["language model", "parameters", "TFLOP", "minutes", *columns]]
     for name, size in values["sizes"].items():
         means = values["means"][name]
@@ -106,7 +106,7 @@ def scaling() -> str:
 
 def ablations(values: dict[str, Any]) -> list[list[list[str]]]:
     """A row a change, and a row a kind of joins."""
-    columns = ["lost", "energy/first", "energy/third", "energy/third, told", "rank", "alignment", "nll"]
+    columns = ["lost", "energy/first", "energy/third", "energy/third, told", "rank", "alignment/training", "nll"]
     rows = [["changed", "parameters", *columns]]
     for name, means in values["means"].items():
         size = f"{values['sizes'][name]['parameters'] / 1e6:.3g} M"

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 PANELS = {  # title: axis, figure
     "validation loss against parameters": ("parameters", "nll"),
     "… against training FLOPs": ("flops", "nll"),
-    "text alignment against parameters": ("parameters", "alignment"),
+    "training captions told apart, %": ("parameters", "alignment/training"),
+    "rank of clips by written key frames": ("parameters", "written_rank"),
 }
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 330, 260, 50, 36, 30  # pixels of a panel, and what is left free in it
 
