@@ -254,7 +254,7 @@ def means(figures: dict[str, list[Figures]]) -> Figures:
 
 
 def laws(sizes: dict[str, Figures], figures: dict[str, list[Figures]]) -> Figures:
-    """Power laws of the loss, against parameters and FLOPs."""
+    """Power laws of the loss against parameters and FLOPs; and what each size is better than the one before it."""
     nll = np.array([[run["nll"] for run in runs] for runs in figures.values()])
     fits: Figures = {}
     for axis in ("parameters", "without_text", "flops"):
@@ -262,7 +262,12 @@ def laws(sizes: dict[str, Figures], figures: dict[str, list[Figures]]) -> Figure
         for kind, floor in (("with floor", True), ("without floor", False)):
             if len(x) >= 2 + floor and (floor or (nll > 0).all()):
                 fits[f"{axis}, {kind}"] = asdict(fit_power_law(x, nll, floor))
-    return {"laws": fits, "falls_monotonically": bool((np.diff(nll.mean(1)) < 0).all())}
+    names, steps = [*sizes], np.diff(nll, axis=0)  # by pairs: runs of one seed saw the same samples
+    differences = {
+        f"{one} → {two}": {"mean": float(step.mean()), "interval": t_interval(step)}
+        for one, two, step in zip(names[:-1], names[1:], steps, strict=True)
+    }
+    return {"laws": fits, "differences": differences, "falls_monotonically": bool((steps.mean(1) < 0).all())}
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float] | None:

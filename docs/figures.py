@@ -98,7 +98,9 @@ def scaling() -> str:
         told = [f"{law[part]:.3g} ± {error[part]:.2g}" for part in ("exponent", "scale", "floor")]
         rest = [f"{law['reference']:.3g}", *told[1:], f"{law['residual']:.2g}", "yes" if law["determined"] else "no"]
         laws.append([name, told[0], *rest])
-    tables = [rows, laws]
+    steps = [["to the next size", "nll, the same seeds in pairs"]]
+    steps += [[name, with_interval(step)] for name, step in values["differences"].items()]
+    tables = [rows, steps, laws]
     if (ROOT / "results/ablations.json").exists():
         tables += ablations(json.loads((ROOT / "results/ablations.json").read_text(encoding="utf-8"))["values"])
     return "\n\n".join(as_table(table) for table in tables)

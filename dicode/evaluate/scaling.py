@@ -28,9 +28,10 @@ def fit_power_law(
 ) -> PowerLaw:
     """The law nearest, by least squares, to each size's mean over seeds; without a `floor` nearest in logarithms.
 
-    Errors are those of a bootstrap over the seeds of every size, spread by √(n/(n-1)) as few seeds' own resampling
-    falls short of it. They cover training, not the choice of clips. Raises `ValueError` for fewer sizes than the law
-    has numbers, and where a law without floor meets a y of 0 or less.
+    Column i of `y` is of one seed, with which all sizes saw the same samples. Errors are those of a bootstrap over
+    these columns, spread by √(n/(n-1)) as few seeds' own resampling falls short of it. They cover training, not the
+    choice of clips. Raises `ValueError` for fewer sizes than the law has numbers, and where a law without floor meets a
+    y of 0 or less.
     """
     if len(x) < 2 + floor or y.shape[:1] != x.shape:
         raise ValueError(f"expected {2 + floor} sizes or more, and as many rows of y, got {x.shape} and {y.shape}")
@@ -43,8 +44,7 @@ def fit_power_law(
     errors = None
     if seeds > 1:
         random = np.random.default_rng(0)
-        picked = random.integers(seeds, size=(resamples, *y.shape))
-        drawn = np.take_along_axis(y[None], picked, axis=2).mean(2)
+        drawn = y[:, random.integers(seeds, size=(resamples, seeds))].mean(2).T
         drawn = means + np.sqrt(seeds / (seeds - 1)) * (drawn - means)
         spread = np.std([_fitted(x / reference, row, floor) for row in drawn], axis=0)
         errors = dict(zip(("scale", "exponent", "floor"), spread.tolist(), strict=True))
