@@ -33,6 +33,7 @@ from dicode.flags import (
     Msrvtt,
     Official,
     Reconstruct,
+    Scale,
     Sheet,
     Tokenize,
     Train,
@@ -51,6 +52,7 @@ COMMANDS = {
     "dicode.commands": (Tokenize, Reconstruct, Train, Assemble),
     "dicode.finetune_command": (Finetune,),
     "dicode.info_command": (Info,),
+    "dicode.scale_command": (Scale,),
     "dicode.data_commands": (Index, Cache, Verify, Encode, Export, Sheet),
     "dicode.evaluate.command": (Evaluate,),
     "dicode.evaluate.protocols": (Ucf101, Msrvtt, Vbench),
@@ -95,7 +97,7 @@ def parse(argv: list[str]) -> Any:
     if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
         return _parse_train(argv[1], argv[2:])
     app, benchmark, data, convert = (SubcommandApp() for _ in range(4))
-    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Info):
+    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Scale, Info):
         app.command(name=command.__name__.lower())(command)
     for protocol in (Ucf101, Msrvtt, Vbench):
         benchmark.command(name=protocol.__name__.lower())(protocol)

@@ -175,6 +175,27 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Train language models of several sizes on equal data: loss and text alignment against parameters and FLOPs.
+
+    The same command goes on where it was stopped; torchrun shares the work of each run among processes.
+    """
+
+    caches: Annotated[Positional[tuple[str, ...]], arg(metavar="CACHE …")]  # from `dicode data cache`, taken as one
+    family: str = "recipes/scale.py"  # a file of recipes: its language models, from the smallest on
+    tokenizer: str = "dicode/checkpoints/sprites"  # whose deep tokens
+    seeds: int = 3  # runs a size
+    samples: int | None = None  # training samples a run; default: as many as the recipes say
+    pieces: int | None = None  # to cut a batch into, a multiple of the processes; default: as the recipes say
+    # in place of the sizes one thing changed at a time, of the family's second: results in ablations.json
+    studies: tuple[Literal["tokens", "width", "head", "noise", "joins"], ...] = ()
+    work_folder: Path = Path("runs/scale")  # of the runs
+    output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON file, named as the family is
+    dry_run: bool = False  # only say what sizes and FLOPs there are, and hours
+    tflops: float = 0.15  # of the machine that the hours are of, by the second and in use
+
+
+@dataclass(frozen=True)
 class Ucf101:
     """Zero-shot UCF-101: FVD (I3D) and Inception Score (C3D) of videos made for its class names.
 

@@ -88,12 +88,7 @@ def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
 def _runs(command: Info) -> dict[str, Any]:
     """The runs of a recipe file, or the one named, changed by the flags that were given."""
     file, _, name = command.model.rpartition(":")
-    if command.model.endswith(".py"):
-        file = command.model
-        names = RUNS.findall(Path(file).read_text(encoding="utf-8"))
-    else:
-        names = [name]
-    runs = {name: load_run(f"{file}:{name}") for name in names}
+    runs = runs_of(command.model) if command.model.endswith(".py") else {name: load_run(f"{file}:{name}")}
     for name, run in runs.items():
         loop = run.loop
         changes = {"pieces": command.pieces, "strategy": command.strategy}
@@ -104,6 +99,11 @@ def _runs(command: Info) -> dict[str, Any]:
             loop = dataclasses.replace(loop, optim=dataclasses.replace(loop.optim, batch_size=command.batch_size))
         runs[name] = dataclasses.replace(run, loop=loop)
     return runs
+
+
+def runs_of(file: str) -> dict[str, Any]:
+    """All runs of a recipe file by their names, in its order."""
+    return {name: load_run(f"{file}:{name}") for name in RUNS.findall(Path(file).read_text(encoding="utf-8"))}
 
 
 def rates(config: TokenizerConfig) -> dict[str, dict[str, float]]:

@@ -16,6 +16,8 @@ def main() -> int:
     tables |= {"docs/tokens.md": tokens(), "docs/evaluation.md": video_text()}
     tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
     tables["dicode/checkpoints/world/README.md"] = tables["docs/world.md"] = figures("world")
+    if (ROOT / "results/scale.json").exists():
+        tables["docs/scale.md"] = scaling()
     stale = []
     for path, table in ((ROOT / name, table) for name, table in tables.items()):
         text = path.read_text(encoding="utf-8")
@@ -109,6 +111,7 @@ def tokens() -> str:
     return "\n".join(lines)
 
 
+<<<<<<< HEAD
 def video_text() -> str:
     """How well TinyVT tells captions and order of validation clips, as a Markdown table."""
     folders = json.loads((ROOT / "results/video-text.json").read_text(encoding="utf-8"))["values"]["folders"]
@@ -139,6 +142,58 @@ def video_text() -> str:
         retrieval = [*told(row, "caption of a clip"), *told(row, "clip of a caption")]
         lines.append([f"`{name}`", str(row["clips"]), captions, *retrieval, *order])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+=======
+def scaling() -> str:
+    """Loss and text alignment of several sizes, the laws they follow, and what one change does, as Markdown tables."""
+    values = json.loads((ROOT / "results/scale.json").read_text(encoding="utf-8"))["values"]
+    folders = [key for key in next(iter(values["means"].values())) if key.startswith("nll/") and "key frame" not in key]
+    columns = ["nll", *folders, "alignment", "alignment/training", "written_rank"]
+    rows = [["language model", "parameters", "TFLOP", "minutes", *columns]]
+    for name, size in values["sizes"].items():
+        means = values["means"][name]
+        counts = f"{size['parameters'] / 1e6:.3g} M", f"{size['flops'] / 1e12:.3g}"
+        minutes = f"{means['trained_s']['mean'] / 60:.3g}"
+        rows.append([name, *counts, minutes, *(with_interval(means[column]) for column in columns)])
+    laws = [["law of the loss", "exponent", "scale at", "scale", "floor", "residual", "told by the points"]]
+    for name, law in values["laws"].items():
+        error = law["errors"] or dict.fromkeys(("exponent", "scale", "floor"), float("nan"))
+        told = [f"{law[part]:.3g} ± {error[part]:.2g}" for part in ("exponent", "scale", "floor")]
+        rest = [f"{law['reference']:.3g}", *told[1:], f"{law['residual']:.2g}", "yes" if law["determined"] else "no"]
+        laws.append([name, told[0], *rest])
+    steps = [["to the next size", "nll, the same seeds in pairs"]]
+    steps += [[name, with_interval(step)] for name, step in values["differences"].items()]
+    tables = [rows, steps, laws]
+    if (ROOT / "results/ablations.json").exists():
+        tables += ablations(json.loads((ROOT / "results/ablations.json").read_text(encoding="utf-8"))["values"])
+    return "\n\n".join(as_table(table) for table in tables)
+
+
+def ablations(values: dict[str, Any]) -> list[list[list[str]]]:
+    """A row a change, and a row a kind of joins."""
+    columns = ["lost", "energy/first", "energy/third", "energy/third, told", "rank", "alignment/training", "nll"]
+    rows = [["changed", "parameters", *columns]]
+    for name, means in values["means"].items():
+        size = f"{values['sizes'][name]['parameters'] / 1e6:.3g} M"
+        rows.append([name, size, *(f"{means[column]['mean']:.3g}" for column in columns)])
+    if "joins" not in values:
+        return [rows]
+    scores = values["joins"]["scores"].items()
+    return [
+        rows,
+        [["joins", "step at joins ÷ step inside"], *([n, f"{s['score']:.2f} ({interval(s)})"] for n, s in scores)],
+    ]
+
+
+def with_interval(figure: dict[str, Any]) -> str:
+    """`mean (low–high)`, or the mean alone where there is one seed."""
+    told = figure["interval"]
+    return f"{figure['mean']:.4g}" + (f" ({told[0]:.4g}–{told[1]:.4g})" if told else "")
+
+
+def as_table(rows: list[list[str]]) -> str:
+    """Markdown; the first row is the heading."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+>>>>>>> scale
 
 
 def plans() -> str:

@@ -61,6 +61,8 @@ FLAGS = {
     "data encode": "--help --model",
     "data export": "--help --output",
     "data sheet": "--count --help --output --seed --size",
+    "scale": "--dry-run --family --help --output --pieces --samples --seeds --studies --tflops --tokenizer "
+    "--work-folder",
     "info": "--batch-size --checkpoint-activations --gpu --gpus --help --json --mfu --pieces --revision --strategy",
 }
 RECIPE = """

@@ -1,5 +1,6 @@
 """Stage 2: the language model learns from captions and cached deep tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ class LanguageTraining:
 
     best = "written_share"  # the loss is least long before the caption is heard (docs/log.md)
 
-    def __init__(self, run: LanguageRun):
+    def __init__(self, run: LanguageRun, measure: "Callable[[LanguageTraining], dict[str, float]] | None" = None):
+        """`measure` is a validation of another kind, in place of `validate`'s own."""
+        self.measure = measure
         named = [name for name in ("init", "body", "vocabulary") if getattr(run, name)]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)}: each brings a vocabulary of its own; name one of them")
@@ -142,8 +145,7 @@ class LanguageTraining:
             last_start_s = video.period_s if video.loops else max(0.0, video.period_s - clip_s)
             start_s = 0.0 if chance() < self.run.from_start else chance() * last_start_s
             rows.append(self.key_frame_rows(video, key_frames, start_s))
-            moments_s = start_s + clip_s * torch.arange(key_frames)
-            masks.append(torch.full((key_frames,), True) if video.loops else moments_s <= max(clip_s, video.period_s))
+            masks.append(self.is_real(video, key_frames, start_s))
             texts.append(self.text_of(video, generator))
         mask = torch.stack(masks)
         may = self.run.goal_share > 0 and key_frames > 2 and bool(mask.all())
@@ -157,6 +159,12 @@ class LanguageTraining:
     def key_frame_rows(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
         """Cache rows of `key_frames` frames, one clip apart."""
         return self.cache.clip_rows(video, start_s, key_frames, 1 / self.tokenizer.config.clip_s)
+
+    def is_real(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
+        """Which of `key_frame_rows` are not past the end of a video that does not loop."""
+        clip_s = self.tokenizer.config.clip_s
+        moments_s = start_s + clip_s * torch.arange(key_frames)
+        return torch.full((key_frames,), True) if video.loops else moments_s <= max(clip_s, video.period_s)
 
     def text_of(self, video: CachedVideo, generator: torch.Generator) -> str:
         """One of the video's captions, whole, with words missing or words of other captions in it, or nothing."""
@@ -192,6 +200,8 @@ class LanguageTraining:
 
         No sheet where a tokenizer has no key-frame head, and would have to render clips for it.
         """
+        if self.measure:
+            return self.measure(self), None
         metrics: dict[str, float] = {}
         for name, videos in (("validation", self.validation.videos), ("training", self.cache.videos[::14])):
             losses = [self.module(*self.sample_of(part)).loss for part in chunks(videos, 32)]

@@ -160,6 +160,19 @@ class FrameCache:
         return torch.from_numpy(video.first + shown.clip(0, video.count - 1))
 
 
+def join_caches(folders: Sequence[str | Path], output: Path) -> None:
+    """Make of several caches one that is an index alone: shards, and what is computed of them, stay where they are."""
+    shards: list[Shard] = []
+    videos: list[CachedVideo] = []
+    for folder in folders:
+        first = sum(shard.frames for shard in shards)
+        own, theirs = read_cache_index(Path(folder))
+        shards += [dataclasses.replace(shard, file=str(Path(folder, shard.file).resolve())) for shard in own]
+        videos += [dataclasses.replace(video, first=first + video.first) for video in theirs]
+    output.mkdir(parents=True, exist_ok=True)
+    put_text(output / INDEX, index_text(shards, videos))
+
+
 def shard_name(number: int) -> str:
     """What the names of a shard's files begin with."""
     return f"shard-{number:05}"

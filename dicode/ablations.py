@@ -1,0 +1,122 @@
+"""One thing changed at a time: tokens a key frame, their width, head, noise on what is read, joins of clips.
+
+Losses over different tokens, or of different heads, tell nothing of each other. All arms are measured where they can be
+compared: in the first stage's latents, which every tokenizer's key-frame head gives back.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dicode.evaluate.tokens import energy_score
+from dicode.generate import DiCoDe
+from dicode.hub import config_from_dict, content_hash, read_config
+from dicode.lm.sizes import HeadName
+from dicode.shapes import DeepTokens
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerConfig
+from dicode.train.clips import TokenizerRun, TokenizerTraining, first_stage_latents
+from dicode.train.images import frames_to_pixels
+from dicode.train.language import LanguageRun, LanguageTraining
+from dicode.video.shards import FrameCache
+
+HEADS: tuple[HeadName, ...] = ("gaussian", "regression", "flow")  # beside the base's mixture
+NOISE = (0.0, 0.5, 1.0)
+CONDITIONS, SAMPLES = 64, 4  # validation captions, and what is written of each
+JOIN_PROMPTS, JOIN_S = 6, 8.0
+
+
+def arms(base: LanguageRun, studies: tuple[str, ...], folder: Path) -> dict[str, LanguageRun]:
+    """The run and those in which one thing is another, by what it is; their tokenizers are fitted in `folder`."""
+    model, n, d = base.model, base.model.tokens_per_keyframe, base.model.token_width
+    codes = {"base": (n, d)}
+    if "tokens" in studies:
+        codes |= {f"tokens {fewer}": (fewer, d) for fewer in (1, 4) if fewer < n}
+    if "width" in studies:
+        codes |= {f"width {less}": (n, less) for less in (d // 4, d // 2)}
+    runs = {}
+    for name, (tokens, width) in codes.items():
+        other = replace(model, tokens_per_keyframe=tokens, token_width=width)
+        runs[name] = replace(base, tokenizer=str(linear_tokenizer(base, tokens, width, folder)), model=other)
+    base = runs["base"]
+    if "head" in studies:
+        runs |= {f"head {head}": replace(base, model=replace(model, head=head, flow_width=96)) for head in HEADS}
+    if "noise" in studies:
+        runs |= {f"noise {share:g}": replace(base, model=replace(model, input_noise=share)) for share in NOISE}
+    return runs
+
+
+def linear_tokenizer(base: LanguageRun, tokens: int, width: int, folder: Path) -> Path:
+    """A tokenizer that is the linear code of so many tokens of this width, fitted to the training frames' latents.
+
+    The tokens of all frames come from the latents that are kept already.
+    """
+    made = folder / f"{tokens}x{width}"
+    model = config_from_dict(TokenizerConfig, read_config(Path(base.tokenizer))["tokenizer"])
+    model = replace(model, linear_code=True, resampler=replace(model.resampler, queries=tokens, token_width=width))
+    if not (made / WEIGHTS).exists():
+        run = TokenizerRun(cache=base.cache, first_stage=base.tokenizer, model=model, denoises=False, loop=base.loop)
+        stage = TokenizerTraining(run)
+        module, cache = stage.module.eval(), FrameCache.load(base.cache)
+        stage.export(made)
+        latents = first_stage_latents(module, cache, Path(base.tokenizer) / FIRST_STAGE_WEIGHTS)
+        name = f"tokens-{content_hash(made / FIRST_STAGE_WEIGHTS, made / WEIGHTS)}"
+        replace(cache, frames=latents).computed(name, lambda part: tokens_of(module.tokens_of, part))
+    return made
+
+
+@torch.no_grad()
+def tokens_of(encode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+    """Float16 `f n d`, of latents beside their mirror images `f 2 z y x`."""
+    return torch.cat([encode(part[:, 0].float()).half() for part in latents.split(512)])
+
+
+@torch.no_grad()
+def in_latents(stage: LanguageTraining) -> dict[str, float]:
+    """What is comparable between tokens, heads and noise, on validation captions and their real latents.
+
+    `lost`: share of the real key frames' variance that their own tokens do not give back. `energy/…`: energy score of
+    `SAMPLES` written key frames, as learnt and without guidance (lower is better): of the first, of the third, and of
+    the third told the true two before it. `rank`: percentile rank (100 best, 50 chance) of the true first key frame
+    among all by its distance to the mean of those written.
+    """
+    told = [v for v in stage.validation.videos if v.captions and stage.is_real(v, 3).all()]
+    videos = tuple(told[:: max(1, len(told) // CONDITIONS)][:CONDITIONS])
+    ids, tokens = stage.sample_of(videos, key_frames=3)
+    frames = stage.cache.frames[torch.stack([stage.key_frame_rows(v, 3) for v in videos]).flatten()]
+    truth = stage.tokenizer.first_stage.encode(frames_to_pixels(frames)).float().unflatten(0, (-1, 3)).flatten(2)
+    held = latents_of(stage, tokens)
+    module, many = stage.module, ids.repeat_interleave(SAMPLES, 0)
+    free = torch.stack(list(module.generate(many, 3)), dim=1)
+    before = tokens[:, :2].repeat_interleave(SAMPLES, 0)
+    forced = torch.stack(list(module.generate(many, 1, prefix=before)), dim=1)
+    written = latents_of(stage, torch.cat([free[:, [0, 2]], forced], dim=1)).unflatten(0, (-1, SAMPLES))
+    figures = {"lost": ((held - truth).square().mean() / (truth - truth.mean(0)).square().mean()).item()}
+    for i, (name, number) in enumerate((("first", 0), ("third", 2), ("third, told", 2))):
+        score = energy_score(list(written[:, :, i].numpy()), list(truth[:, number].numpy()))
+        figures[f"energy/{name}"] = score.mean
+    distances = torch.cdist(written[:, :, 0].mean(1), truth[:, 0])
+    nearer = (distances < distances.diag()[:, None]).float().sum(1) / max(1, len(videos) - 1)
+    return {**figures, "rank": 100 * (1 - nearer).mean().item()}
+
+
+def latents_of(stage: LanguageTraining, tokens: DeepTokens) -> Tensor:
+    """Key latents `b k numbers` as the key-frame head gives them, on the CPU."""
+    return stage.tokenizer.key_latents(tokens.cpu().flatten(0, 1)).float().unflatten(0, tokens.shape[:2]).flatten(2)
+
+
+def joins(folder: Path, cache: Path, seed: int = 0) -> dict[str, Any]:
+    """Step at joins over step inside clips, with and without context, of a whole model's videos of a few captions."""
+    from dicode.evaluate.generation import draw_prompts, join_score
+    from dicode.evaluate.long import JOINS, long_video
+
+    model, told = DiCoDe.from_pretrained(folder), FrameCache.load(cache).subset(validation=False).videos
+    prompts = draw_prompts({v.captions[0] for v in told if v.captions}, JOIN_PROMPTS, seed)
+    config, scores = model.tokenizer.config, {}
+    for kind in JOINS:
+        videos = [long_video(model, prompt, JOIN_S, seed, i, kind) for i, prompt in enumerate(prompts)]
+        scores[kind] = asdict(join_score(videos, config.clip_frames, config.repeated_frames, seed=seed))
+    return {"seconds": JOIN_S, "prompts": prompts, "scores": scores}
