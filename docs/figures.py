@@ -111,7 +111,6 @@ def tokens() -> str:
     return "\n".join(lines)
 
 
-<<<<<<< HEAD
 def video_text() -> str:
     """How well TinyVT tells captions and order of validation clips, as a Markdown table."""
     folders = json.loads((ROOT / "results/video-text.json").read_text(encoding="utf-8"))["values"]["folders"]
@@ -142,7 +141,8 @@ def video_text() -> str:
         retrieval = [*told(row, "caption of a clip"), *told(row, "clip of a caption")]
         lines.append([f"`{name}`", str(row["clips"]), captions, *retrieval, *order])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-=======
+
+
 def scaling() -> str:
     """Loss and text alignment of several sizes, the laws they follow, and what one change does, as Markdown tables."""
     values = json.loads((ROOT / "results/scale.json").read_text(encoding="utf-8"))["values"]
@@ -193,7 +193,6 @@ def with_interval(figure: dict[str, Any]) -> str:
 def as_table(rows: list[list[str]]) -> str:
     """Markdown; the first row is the heading."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
->>>>>>> scale
 
 
 def plans() -> str:
