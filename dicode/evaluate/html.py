@@ -172,7 +172,7 @@ def ranking(values: Mapping[str, Any]) -> str:
         rows.append(f"<tr><th>{escape(metric)}{arrow}</th><td>{ranked}</td>{''.join(cells)}</tr>")
     cases = "".join(f"<dt>{case}</dt><dd>{escape(what)}</dd>" for case, what in values["cases"].items())
     return (
-        f"<p>Known order, best first: {escape(' > '.join(values['cases']))}. Distances are to other real clips. "
+        f"<p>Known order, best first: {escape(' > '.join(values['cases']))}. Distances are to the real clips. "
         "“Overlap” counts neighbours whose intervals do: their order may be chance.</p>"
         f'<dl>{cases}</dl><div class="wide"><table><thead><tr><th>metric</th><th>ranked</th>{head}'
         "</tr></thead>"
