@@ -1,9 +1,9 @@
 """TinyVT, the network of clips and captions that `dicode evaluate` measures with, without a download.
 
     dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
-    dicode data cache ../shared/data/droid ../shared/data/rt1 ../shared/data/bridge -o cache/robots --size 64
-    dicode train recipes/video_text.py:run --caches cache/sprites cache/robots
-    python recipes/video_text.py cache/sprites cache/robots    # its accuracy: results/video-text.json
+    dicode data cache ../shared/data/droid ../shared/data/rt1 ../shared/data/bridge -o cache/world --size 64
+    dicode train recipes/video_text.py:run --caches cache/sprites cache/world
+    python recipes/video_text.py cache/sprites cache/world    # its accuracy: results/video-text.json
 
 The box holds `runs/run/best` of it. Hours, and what failed: docs/log.md. What it tells: docs/evaluation.md.
 """

@@ -26,7 +26,7 @@ MOST_SCALE = math.log(50)
 class VideoTextRun:
     """Train TinyVT on the training clips of caches, all kinds at once."""
 
-    caches: tuple[str, ...] = ("cache/sprites", "cache/robots")
+    caches: tuple[str, ...] = ("cache/sprites", "cache/world")
     model: TinyVTConfig = field(default_factory=TinyVTConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     chosen_by: int = 16  # every 16th caption, by its hash, is held out of the training clips to choose weights by
