@@ -1,5 +1,6 @@
 """What an instruction changes when the first image is given."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,15 @@ def test_figures_tell_captions_that_are_heard_from_captions_that_are_not() -> No
         assert figures["nearer_by_features-EffLite0"]["own caption"]["value"] == nearer
         assert figures["effect"]["other caption"]["value"] == pytest.approx(effect, abs=0.05)
     assert measured(heard, seed=0)["FVD-EffLite0"]["own caption"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_the_other_caption_is_of_the_same_data_set(cache: FrameCache) -> None:
+    alone = dataclasses.replace(cache.videos[0], source="elsewhere", captions=("put it down",))
+    pair = dataclasses.replace(alone, captions=("pick it up",))
+    for index in range(20):
+        assert another([*cache.videos, alone, pair], alone, 0, index) == "pick it up"
+    with pytest.raises(ValueError, match="elsewhere: expected captions other than 'put it down'"):
+        another([*cache.videos, alone], alone, 0, 0)
 
 
 def test_clips_of_one_image_are_what_generate_makes_of_it_alone(tiny_model: Path, cache: FrameCache) -> None:

@@ -75,10 +75,14 @@ def evaluate_instructions(
 
 
 def another(videos: Sequence[CachedVideo], video: CachedVideo, seed: int, index: int) -> str:
-    """The caption of another video, drawn among all that differ from this one's."""
-    others = sorted({v.captions[0] for v in videos} - {video.captions[0]})
+    """A caption that differs from this video's, drawn among those of its own data set.
+
+    Of another one it would tell of other rooms, into which the picture changes: its own caption's clip is then nearer
+    whether or not what should happen was heard. Raises `ValueError` where there is no other.
+    """
+    others = sorted({v.captions[0] for v in videos if v.source == video.source} - {video.captions[0]})
     if not others:
-        raise ValueError(f"expected captions other than {video.captions[0]!r}, got none")
+        raise ValueError(f"{video.source}: expected captions other than {video.captions[0]!r}, got none")
     return others[int(torch.randint(len(others), (), generator=generator_for(seed, "other caption", index)))]
 
 
