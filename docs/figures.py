@@ -15,7 +15,7 @@ def main() -> int:
     tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/plans.md": plans()}
     tables |= {"docs/tokens.md": tokens(), "docs/evaluation.md": video_text()}
     tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
-    tables["dicode/checkpoints/world/README.md"] = tables["docs/world.md"] = figures("world")
+    tables["docs/world.md"] = figures("world")
     if (ROOT / "results/scale.json").exists():
         tables["docs/scale.md"] = scaling()
     stale = []

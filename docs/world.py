@@ -1,6 +1,6 @@
-"""Draw docs/world-instructions.png and docs/world-rollouts.png with the model `world`: nothing chosen, seed 0.
+"""Draw docs/world-instructions.png and docs/world-rollouts.png with a model of recipes/world.py; seed 0.
 
-    python docs/world.py cache/world
+    python docs/world.py world cache/world
 
 First images are made by the model itself: frames of the real clips are not ours to show.
 """
@@ -21,9 +21,9 @@ IMAGES, INSTRUCTIONS, ROLLOUTS = 5, 3, 8
 ROLLOUT_S = 10.0
 
 
-def main(cache: str) -> None:
+def main(folder: str, cache: str) -> None:
     """Both pictures, of training captions drawn with seed 0."""
-    model = DiCoDe.from_pretrained("world")
+    model = DiCoDe.from_pretrained(folder)
     known = [v.captions[0] for v in FrameCache.load(cache).subset(validation=False).videos if v.captions]
     drawn = draw_prompts(known, IMAGES * (INSTRUCTIONS + 1) + ROLLOUTS, seed=0)
     clips: list[Video] = []

@@ -1,4 +1,6 @@
-"""The second model in the box, `world`: what a robot's camera will see, after an instruction and, if given, an image.
+r"""`world`: what a robot's camera will see, after an instruction and, if given, an image.
+
+Its first edition is not in the box: docs/world.md.
 
 64×64, 8 fps, 16 frames a clip, trained on `droid`, `rt1` and `bridge`; lab `f147f077` of `droid` is for validation.
 
@@ -7,7 +9,8 @@
     dicode train recipes/world.py:key_frames
     dicode train recipes/world.py:denoiser              # these two need nothing of each other
     dicode train recipes/world.py:lm
-    dicode assemble runs/denoiser/best runs/lm/last -o world
+    dicode assemble runs/denoiser/best runs/lm/best -o world \
+        --guidance 1.5 --variance-scale 1 --decoder-guidance 1.5 --window 6
 
 First stage and denoiser begin with the weights of `sprites`. Hours and results of each run: docs/log.md.
 """
