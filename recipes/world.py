@@ -1,4 +1,4 @@
-r"""`world`: what a robot's camera will see, after an instruction and, if given, an image.
+"""`world`: what a robot's camera will see, after an instruction and, if given, an image.
 
 Its first edition is not in the box: docs/world.md.
 
@@ -9,9 +9,9 @@ Its first edition is not in the box: docs/world.md.
     dicode train recipes/world.py:key_frames
     dicode train recipes/world.py:denoiser              # these two need nothing of each other
     dicode train recipes/world.py:lm
-    dicode assemble runs/denoiser/best runs/lm/best -o world \
-        --guidance 1.5 --variance-scale 1 --decoder-guidance 1.5 --window 6
+    dicode assemble runs/denoiser/best runs/lm/best -o world
 
+The first edition was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 1.5 --window 6` as well.
 First stage and denoiser begin with the weights of `sprites`. Hours and results of each run: docs/log.md.
 """
 
