@@ -77,14 +77,22 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
     steps = config.steps if command.steps is None else command.steps
     guidance = config.guidance if command.decoder_guidance is None else command.decoder_guidance
     temperature = config.temperature if command.decoder_temperature is None else command.decoder_temperature
+    motion_scale = config.motion_scale if command.motion_scale is None else command.motion_scale
     stacks = tokenizer.decode(
-        tokens, seed=command.seed, steps=steps, guidance=guidance, temperature=temperature, joins=command.joins
+        tokens,
+        seed=command.seed,
+        steps=steps,
+        guidance=guidance,
+        temperature=temperature,
+        motion_scale=motion_scale,
+        joins=command.joins,
     )
     options = {
         "seed": command.seed,
         "steps": steps,
         "decoder_guidance": guidance,
         "decoder_temperature": temperature,
+        "motion_scale": motion_scale,
         "joins": command.joins,
     }
     metadata = {"source": source, **options, **model}

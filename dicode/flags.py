@@ -45,6 +45,7 @@ class Generate:
     window: int | None = None  # key frames of the language model's sequence, for any length; 0: all that it holds
     decoder_guidance: float | None = None  # of the decoder: above 1 follows the tokens more closely
     decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
+    motion_scale: float | None = None  # above 1 frames differ more from one another, key frames stay as they are
     steps: int | None = None  # denoising steps a clip
     joins: Joins | None = None  # chained: a clip sees the end of the one before; parallel: blended over the join
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
@@ -82,6 +83,7 @@ class Reconstruct:
     seed: int = 0  # of the decoder
     decoder_guidance: float | None = None  # above 1 follows the tokens more closely
     decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
+    motion_scale: float | None = None  # above 1 frames differ more from one another, key frames stay as they are
     steps: int | None = None  # denoising steps a clip
     joins: Joins = "chained"  # chained: a clip sees the end of the one before; parallel: blended over the join
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
@@ -143,6 +145,7 @@ class Assemble:
     window: int | None = None
     decoder_guidance: float | None = None
     decoder_temperature: float | None = None
+    motion_scale: float | None = None
     steps: int | None = None
     joins: Joins | None = None
 

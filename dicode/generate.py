@@ -31,6 +31,7 @@ class GenerationConfig:
     flow_steps: int = 8  # of the flow head a token or key frame
     decoder_guidance: float = 1.0  # of the denoiser against null tokens
     decoder_temperature: float = 1.0  # of its noise: below 1 clips hold together better and move less
+    motion_scale: float = 1.0  # how far frames move from their clip's mean, times what the denoiser rendered
     steps: int = 12  # of the denoiser a clip
     joins: Joins = "chained"
     window: int = 0  # key frames of the language model's sequence, for any length; 0: all, as many as it holds
@@ -261,6 +262,7 @@ class DiCoDe:
             steps=settings.steps,
             guidance=settings.decoder_guidance,
             temperature=settings.decoder_temperature,
+            motion_scale=settings.motion_scale,
             joins=settings.joins,
             before=given.before,
             first_clip=0 if given.key_frames is None else given.key_frames.shape[1] - 1,

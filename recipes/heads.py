@@ -19,11 +19,12 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from dicode.evaluate.clips import first_clip, generated_clips
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import draw_prompts, text_control
 from dicode.evaluate.reconstruction import frechet_scores
 from dicode.evaluate.report import write_result
-from dicode.evaluate.suite import bank_features, first_clip, generated_clips
+from dicode.evaluate.suite import bank_features
 from dicode.evaluate.tokens import captions_with_variants, diversity, energy_score
 from dicode.generate import DiCoDe, GenerationConfig
 from dicode.lm.deep_lm import DeepTokenLM

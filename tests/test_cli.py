@@ -33,17 +33,17 @@ PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
     "generate": "--continue-from --decoder-guidance --decoder-temperature "
-    "--device --flow-steps --guidance --help --image --joins --last-image --loop --model --output --preview --prompts "
-    "--reroll-from --reroll-seed --revision --sample --scale --seconds --seed "
-    "--sheet --steps --storyboard --stream --temperature --timings --variance-scale --window",
+    "--device --flow-steps --guidance --help --image --joins --last-image --loop --model "
+    "--motion-scale --output --preview --prompts --reroll-from --reroll-seed --revision --sample --scale "
+    "--seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale --window",
     "tokenize": "--device --help --model --output --revision",
     "reconstruct": "--decoder-guidance --decoder-temperature "
-    "--device --help --joins --model --output --revision --scale --seed --side-by-side --steps",
+    "--device --help --joins --model --motion-scale --output --revision --scale --seed --side-by-side --steps",
     "train": "--help --run-folder",
     "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --model "
     "--output --parts --rank --revision --seed --steps --targets --work-folder",
     "assemble": "--decoder-guidance --decoder-temperature "
-    "--dtype --first-stage --flow-steps --guidance --help --joins --output --steps --temperature "
+    "--dtype --first-stage --flow-steps --guidance --help --joins --motion-scale --output --steps --temperature "
     "--variance-scale --window",
     "evaluate": "--cache --features --help --long-prompts --long-seconds --output --parts --prompts --report --seed "
     "--sheets",
@@ -140,6 +140,7 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
         "window": 0,
         "decoder_guidance": 1.0,
         "decoder_temperature": 1.0,
+        "motion_scale": 1.0,
         "steps": 2,
         "joins": "chained",
         "model": "tiny",

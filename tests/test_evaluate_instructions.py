@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from test_training import write_cache
 
+from dicode.evaluate.clips import first_clip
 from dicode.evaluate.instructions import Continued, another, continued, evaluate_instructions, measured
-from dicode.evaluate.suite import first_clip
 from dicode.generate import DiCoDe
 from dicode.video.shards import FrameCache
 

@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from scipy.spatial.distance import pdist
 from test_evaluate_networks import clip_folder  # noqa: F401
 from test_training import write_cache
 
 from dicode.cli import main
+from dicode.evaluate.clips import MadeClips, first_clip, generated_clips
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips, load_networks
 from dicode.evaluate.long import JOINS
 from dicode.evaluate.networks import Clip, clip_similarity
-from dicode.evaluate.suite import caption_diversity, evaluate_generation, first_clip, generated_clips
+from dicode.evaluate.suite import caption_diversity, evaluate_generation
 from dicode.generate import DiCoDe
 from dicode.video.shards import FrameCache
 
@@ -84,8 +86,26 @@ def test_evaluate_says_at_once_that_a_model_holds_no_minute(
 
 def test_generation_figures_repeat_with_the_seed(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
     model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
-    first, again = (evaluate_generation(model, frames, tmp_path / "bank", count=3, seed=1)[0] for _ in range(2))
+    first, again = (
+        evaluate_generation(MadeClips(model, frames, seed=1), tmp_path / "bank", count=3)[0] for _ in range(2)
+    )
     assert first == again
+
+
+def test_parts_share_clips_that_are_samples_of_the_seed(tiny_model: Path, cache: Path) -> None:
+    model = DiCoDe.from_pretrained(tiny_model)
+    made = MadeClips(model, FrameCache.load(cache), seed=3)
+    assert [clip.shape for clip in made.real] == [(17, 32, 32, 3)] * 2
+    clips, tokens = made.reconstructed
+    assert made.reconstructed[0] is clips and made.generated is made.generated  # made once
+    for i, clip in enumerate(made.real):
+        alone = model.tokenizer.encode(torch.from_numpy(clip[None]))
+        torch.testing.assert_close(tokens[i], alone[0])
+        shown = next(model.tokenizer.decode(alone, seed=3, sample_indices=[i]))[0].int()
+        assert (torch.from_numpy(clips[i]).int() - shown).abs().max() <= 1  # float rounding may move a level
+    assert list(made.generated) == [0, 1]
+    expected = generated_clips(model, [made.captions[0], made.captions[1]], seed=4)
+    assert all((clip == again).all() for clip, again in zip(made.generated.values(), expected, strict=True))
 
 
 def test_networks_asked_for_measure_beside_efflite(
@@ -96,8 +116,8 @@ def test_networks_asked_for_measure_beside_efflite(
 ) -> None:
     model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
     networks = load_networks(["EffLite0", f"CLIP={clip_folder}"])
-    made = evaluate_generation(model, frames, tmp_path / "bank", count=2, networks=networks)[0]
-    alone = evaluate_generation(model, frames, tmp_path / "bank", count=2)[0]
+    made = evaluate_generation(MadeClips(model, frames), tmp_path / "bank", count=2, networks=networks)[0]
+    alone = evaluate_generation(MadeClips(model, frames), tmp_path / "bank", count=2)[0]
     clipsim = f"CLIPSIM-{clip_folder.name}"
     assert made.keys() - alone.keys() == {"FVD-CLIP", clipsim}
     assert {key: made[key] for key in alone} == alone

@@ -16,7 +16,7 @@ from dicode.convert.configs import resampler_config
 from dicode.hub import CheckpointError, read_config, write_config
 from dicode.seeds import SeedPlan, generator_for
 from dicode.tokenizer.denoiser import ChangeDenoiser, build_denoiser
-from dicode.tokenizer.diffusion import DiffusionConfig, noised, sample
+from dicode.tokenizer.diffusion import DiffusionConfig, noised, sample, scale_motion
 from dicode.tokenizer.encoder import ClipEncoder, EncoderConfig, KeyFrameHead
 from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
 from dicode.tokenizer.joins import BLEND_FRAMES, Joins, blended
@@ -142,6 +142,7 @@ def test_impossible_options_are_refused_before_anything_is_made() -> None:
     wrong: dict[str, dict[str, Any]] = {
         "steps": {"steps": 0},
         "temperature": {"temperature": -0.5},
+        "motion_scale": {"motion_scale": -0.5},
         "clips_at_once: expected at least 1": {"joins": "parallel", "clips_at_once": 0},
         "first_clip": {"first_clip": -1},
     }
@@ -158,6 +159,30 @@ def test_temperature_scales_the_noise_that_a_clip_starts_from() -> None:
 
     differences = [(made(t, 1) - made(t, 2)).abs().mean() for t in (1.0, 0.5, 0.0)]
     assert differences[0] > differences[1] > differences[2] == 0
+
+
+@pytest.mark.parametrize("tail_frame", [15, 16])
+def test_motion_scale_moves_frames_from_the_mean_of_their_clip_and_leaves_key_frames(tail_frame: int) -> None:
+    tokenizer, tokens = tiny_tokenizer(tail_frame=tail_frame), torch.randn(2, 2, 4, 6)
+    (plain,), (same,), (moved,) = (latents_of(tokenizer, tokens, motion_scale=s) for s in (None, 1.0, 1.5))
+    assert torch.equal(plain, same)
+    keys = [0] if tail_frame == 16 else [0, 15]
+    between = [frame for frame in range(16) if frame not in keys]
+    mean = plain.mean(1, keepdim=True)
+    torch.testing.assert_close(moved[:, between] - mean, 1.5 * (plain[:, between] - mean))
+    assert torch.equal(moved[:, keys], plain[:, keys])
+    (still,) = latents_of(tokenizer, tokens, motion_scale=0.0)
+    assert still[:, between].var(1).max() < 1e-10
+
+
+def test_a_chained_clip_sees_the_one_before_as_it_was_shown() -> None:
+    tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 3, 4, 6)
+    tokenizer.config = dataclasses.replace(tokenizer.config, motion_scale=1.5)
+    by_config = latents_of(tokenizer, tokens)
+    assert clips_equal(by_config, latents_of(tokenizer, tokens, motion_scale=1.5)) == [True, True]
+    other = latents_of(tokenizer, tokens, motion_scale=1.0)[1]
+    other = scale_motion(other, 1.5, [0])  # the second clip alike, after a first one that moved less
+    assert not torch.allclose(other, by_config[1])
 
 
 def test_chained_clips_see_the_clip_before_and_independent_ones_do_not() -> None:

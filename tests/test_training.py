@@ -169,14 +169,14 @@ def test_rendered_frames_are_those_that_decode_shows_beside_the_real_ones(traine
     run = variants(trained)["rendered"]
     assert isinstance(run, FirstStageRun)
     shutil.copytree(trained / "cache", tmp_path / "cache")
-    run = dataclasses.replace(run, cache=str(tmp_path / "cache"), rendered_guidance=1.5)
+    run = dataclasses.replace(run, cache=str(tmp_path / "cache"), rendered_guidance=1.5, rendered_motion_scale=1.3)
     stage = FirstStageTraining(run)
     assert stage.rendered is not None and stage.tokenizer is not None
     cache = FrameCache.load(run.cache).subset(validation=False)
     rows = torch.stack([cache.clip_rows(video, 0.0, 17, 8.0) for video in cache.videos])
     assert torch.equal(stage.rendered.rows, rows[:, 1:16].flatten())
     tokens = stage.tokenizer.encode(cache.frames[rows[:3]])
-    shown = next(stage.tokenizer.decode(tokens, seed=0, guidance=1.5))
+    shown = next(stage.tokenizer.decode(tokens, seed=0, guidance=1.5, motion_scale=1.3))
     latents = stage.rendered.latents.float().unflatten(0, (-1, 15))[:3]
     assert (stage.tokenizer.frames_of(latents).int() - shown[:, 1:].int()).abs().max() <= 1  # kept as float16
     batch = stage.batch(torch.arange(4), generator_for(0))

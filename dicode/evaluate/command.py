@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dicode.evaluate.clips import MadeClips
 from dicode.evaluate.features import load_networks
 from dicode.evaluate.html import write_report
 from dicode.evaluate.instructions import evaluate_instructions
@@ -40,11 +41,11 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> int:
     config = model.tokenizer.config
     bank = Path(command.cache) / f"EffLite0-{config.clip_frames}-frames-{config.fps:g}-fps.safetensors"
     folder, line = resolve(command.model), "dicode " + shlex.join(sys.argv[1:])
-    name = Path(command.model).name
+    name, made = Path(command.model).name, MadeClips(model, cache, command.seed)
     parts = {
-        "generation": lambda: evaluate_generation(model, cache, bank, command.prompts, command.seed, networks),
-        "reconstruction": lambda: evaluate_reconstruction(model, cache, bank, command.seed, networks),
-        "ranking": lambda: evaluate_ranking(model, cache, command.seed, networks),
+        "generation": lambda: evaluate_generation(made, bank, command.prompts, networks),
+        "reconstruction": lambda: evaluate_reconstruction(made, bank, networks),
+        "ranking": lambda: evaluate_ranking(made, networks),
         "instructions": lambda: evaluate_instructions(model, cache, command.seed),
         "speed": lambda: (evaluate_speed(model, folder, "a swirling ice vortex"), None),
         "long": lambda: measure_long(model, cache, folder, command.long_prompts, command.seed, command.long_seconds),

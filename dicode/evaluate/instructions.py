@@ -10,12 +10,12 @@ from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
+from dicode.evaluate.clips import BATCH, first_clip
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import motion_ratio
 from dicode.evaluate.metrics import Clips
 from dicode.evaluate.reconstruction import hold_head
 from dicode.evaluate.scores import mean_score, scores_of_sets, seen_by_efflite
-from dicode.evaluate.suite import BATCH, first_clip
 from dicode.generate import DiCoDe, Given
 from dicode.seeds import generator_for
 from dicode.shapes import Video

@@ -8,24 +8,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dicode.evaluate.clips import MadeClips
 from dicode.evaluate.features import EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.generation import Interval, percentile_of_true_clip
 from dicode.evaluate.metrics import psnr
 from dicode.evaluate.reconstruction import PSNR_CEILING_DB
 from dicode.evaluate.scores import Score, mean_score, scores_of_sets, seen, seen_by_efflite
 from dicode.evaluate.suite import (
-    BATCH,
     PERCEPTUAL,
-    first_clip,
     frame_scores,
-    generated_clips,
-    reconstructed,
     text_scores,
 )
-from dicode.generate import DiCoDe
 from dicode.seeds import generator_for
 from dicode.shapes import Video
-from dicode.video.shards import FrameCache
 from dicode.video.sheet import contact_sheet
 
 CASES = {
@@ -57,11 +52,7 @@ RANKED_CLIPS = 48
 
 
 def evaluate_ranking(
-    model: DiCoDe,
-    cache: FrameCache,
-    seed: int = 0,
-    networks: Mapping[str, Network] | None = None,
-    count: int = RANKED_CLIPS,
+    made: MadeClips, networks: Mapping[str, Network] | None = None, count: int = RANKED_CLIPS
 ) -> tuple[dict[str, Any], Image.Image]:
     """Every metric of the five cases, on the first `count` validation clips spread over the split.
 
@@ -69,17 +60,16 @@ def evaluate_ranking(
     scale. Against other real clips, as many, nothing is told: of 32, FVD-EffLite0 had 505 for real clips and 481 for
     reconstructions, with intervals that overlap.
     """
-    held_out = [v for v in cache.videos if v.validation and v.captions and v.captions[0]]
-    chosen = [held_out[i] for i in np.linspace(0, len(held_out) - 1, min(count, len(held_out))).round().astype(int)]
-    captions = [video.captions[0] for video in chosen]
-    real = [first_clip(model, cache, video) for video in chosen]
-    made: list[Video] = []
-    for first in range(0, len(real), BATCH):
-        made += reconstructed(model, real[first : first + BATCH], first, seed)[0]
-    cases = known_cases([clip[:-1] for clip in real], made, generated_clips(model, captions, seed), seed)
+    spread = np.linspace(0, len(made.captioned) - 1, min(count, len(made.captioned))).round().astype(int)
+    chosen = [made.captioned[i] for i in spread]
+    captions = [made.captions[i] for i in chosen]
+    real, reconstruction, generation = (
+        [those[i] for i in chosen] for those in (made.real, made.reconstructed[0], made.generated)
+    )
+    cases = known_cases([clip[:-1] for clip in real], reconstruction, generation, made.seed)
     figures = {
         "cases": CASES,
-        "metrics": rank_cases(cases, captions, seed, networks or {}, model.tokenizer.device),
+        "metrics": rank_cases(cases, captions, made.seed, networks or {}, made.model.tokenizer.device),
         "n": len(chosen),
     }
     rows = [(clips[i], f"{case}: {captions[i]}") for i in range(min(3, len(captions))) for case, clips in cases.items()]

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float64, Int
 from numpy import ndarray
 from tqdm import tqdm
 
+from dicode.evaluate.clips import MadeClips, caption_of, first_clip, generated_clips
 from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
 from dicode.evaluate.metrics import mean_pair_distance
@@ -37,31 +38,12 @@ from dicode.evaluate.video_text import TinyVT
 from dicode.generate import DiCoDe
 from dicode.hub import kept_tensors
 from dicode.seeds import generator_for
-from dicode.shapes import DeepTokens, KeyFrameTokens, Video
-from dicode.video.shards import CachedVideo, FrameCache
-from dicode.video.sheet import AnyVideo, contact_sheet
+from dicode.shapes import KeyFrameTokens, Video
+from dicode.video.shards import FrameCache
+from dicode.video.sheet import contact_sheet
 
-BATCH = 10  # prompts generated together
 DIVERSE_CAPTIONS, DIVERSE_SAMPLES = 12, 3  # captions with several real variants, and clips generated of each
 PERCEPTUAL = f"perceptual-{EfficientNetLite0Features.name}"  # not LPIPS: another network, without learned weights
-
-
-def first_clip(model: DiCoDe, cache: FrameCache, video: CachedVideo) -> Video:
-    """The real clip that starts where the video does, and its tail key frame: 17 frames at the model's rate."""
-    config = model.tokenizer.config
-    return cache.frames[cache.clip_rows(video, 0.0, config.clip_frames + 1, config.fps)].numpy()
-
-
-def generated_clips(model: DiCoDe, prompts: Sequence[str], seed: int, **options: Any) -> list[Video]:
-    """One 2-s clip a prompt; clip i is sample i of the seed, however they are batched."""
-    clips: list[Video] = []
-    for first in tqdm(range(0, len(prompts), BATCH), desc="generating", unit="batch", mininterval=5):
-        part = list(prompts[first : first + BATCH])
-        indices = list(range(first, first + len(part)))
-        seconds = model.tokenizer.config.clip_s
-        made = list(model.generate_batch(part, seconds=seconds, seed=seed, sample_indices=indices, **options))
-        clips += list(torch.cat(made, dim=1).numpy())
-    return clips
 
 
 def bank_features(model: DiCoDe, cache: FrameCache, extractor: EfficientNetLite0Features, path: Path) -> ClipFeatures:
@@ -76,13 +58,7 @@ def bank_features(model: DiCoDe, cache: FrameCache, extractor: EfficientNetLite0
 
 
 def evaluate_generation(
-    model: DiCoDe,
-    cache: FrameCache,
-    bank_path: Path,
-    count: int = 100,
-    seed: int = 0,
-    networks: Mapping[str, Network] | None = None,
-    **options: Any,
+    made: MadeClips, bank_path: Path, count: int = 100, networks: Mapping[str, Network] | None = None
 ) -> tuple[dict[str, Any], Any]:
     """Text control on `count` training captions, rank of the true clip on all validation captions, motion, diversity.
 
@@ -90,10 +66,11 @@ def evaluate_generation(
     clips: what the small number of clips and the split alone give. `networks` measure beside EffLite0, by what they
     were asked for with. Returns the figures and a contact sheet of the first sixteen prompts.
     """
+    model, cache, seed, options = made.model, made.cache, made.seed, made.options
     extractor = EfficientNetLite0Features(device=model.tokenizer.device)
     features = bank_features(model, cache, extractor, bank_path)
     chosen = np.array([v.validation for v in cache.videos])
-    captions = [v.captions[0] if v.captions else "" for v in cache.videos]
+    captions = [caption_of(video) for video in cache.videos]
     train_captions = [caption for caption, held in zip(captions, chosen, strict=True) if not held]
     prompts = draw_prompts([c for c in train_captions if c], count, seed)
     clips = generated_clips(model, prompts, seed, **options)
@@ -102,9 +79,9 @@ def evaluate_generation(
     )
     train_videos = [video for video, held in zip(cache.videos, chosen, strict=True) if not held]
     real = [first_clip(model, cache, train_videos[train_captions.index(prompt)])[:-1] for prompt in prompts]
-    held_out = [i for i, held in enumerate(chosen) if held and captions[i]]
+    held_out = np.flatnonzero(chosen)[made.captioned].tolist()
+    held_clips = list(made.generated.values())
     held_captions = [captions[i] for i in held_out]
-    held_clips = generated_clips(model, held_captions, seed + 1, **options)
     held_features = features_of_clips(extractor, held_clips)
     rank = percentile_of_true_clip(held_features.mean, features.mean[held_out], seed=seed)
     distances = caption_distances(
@@ -181,24 +158,19 @@ def caption_diversity(
 
 
 def evaluate_reconstruction(
-    model: DiCoDe, cache: FrameCache, bank_path: Path, seed: int = 0, networks: Mapping[str, Network] | None = None
+    made: MadeClips, bank_path: Path, networks: Mapping[str, Network] | None = None
 ) -> tuple[dict[str, Any], Any]:
     """Validation clips through tokens and back, beside two baselines: of the real key frames, and of their tokens.
 
     `networks` measure beside EffLite0, by what they were asked for with.
     """
+    model, cache, seed, videos, real = made.model, made.cache, made.seed, made.videos, made.real
     extractor = EfficientNetLite0Features(device=model.tokenizer.device)
-    videos = [v for v in cache.videos if v.validation]
-    real = [first_clip(model, cache, v) for v in videos]
-    made: list[Video] = []
-    keys: list[Video] = []  # head and tail, as the key-frame head shows them
-    for first in tqdm(range(0, len(real), BATCH), desc="reconstructing", unit="batch", mininterval=5):
-        part, tokens = reconstructed(model, real[first : first + BATCH], first, seed)
-        made += part
-        keys += [key_frames_of(model, pair) for pair in tokens]
+    rendered, tokens = made.reconstructed
+    keys = [key_frames_of(model, pair) for pair in tokens]  # head and tail, as the key-frame head shows them
     clips = [clip[:-1] for clip in real]
     candidates = {
-        "reconstruction": made,
+        "reconstruction": rendered,
         "hold_head": [hold_head(clip) for clip in clips],
         "cross_fade": [cross_fade(clip[0], clip[-1], len(clip) - 1) for clip in real],
         # the same baselines from what the tokens hold, and every frame through the first stage: what it costs alone
@@ -216,12 +188,12 @@ def evaluate_reconstruction(
     )
     made_seen = {name: seen_by_efflite(extractor, those) for name, those in made_features.items()}
     distances = scores_of_sets(extractor.name, seen_by_efflite(extractor, real_features), made_seen, seed)
-    captions = [(v.captions or ("",))[0] for v in videos]
+    captions = made.captions
     for spec, network in (networks or {}).items():
         made_seen = {name: seen(network, those) for name, those in candidates.items()}
         real_seen = seen(network, clips)
         distances |= scores_of_sets(network.name, real_seen, made_seen, seed)
-        told, told_seen = {"reconstruction": made, "real": clips}, {**made_seen, "real": real_seen}
+        told, told_seen = {"reconstruction": rendered, "real": clips}, {**made_seen, "real": real_seen}
         distances |= text_scores(spec, network, told, told_seen, captions, seed)
     psnr = {name: asdict(psnr_score(clips, those, seed=seed)) for name, those in candidates.items()}
     first_stage = {}
@@ -234,23 +206,16 @@ def evaluate_reconstruction(
         "frechet": scores,
         "psnr": psnr,
         "first_stage_psnr": first_stage,
-        "motion": asdict(motion_ratio(made, clips, seed=seed)),
+        "motion": asdict(motion_ratio(rendered, clips, seed=seed)),
         "n": len(clips),
         **{metric: {name: own[metric] for name, own in pairs.items()} for metric in ("SSIM", PERCEPTUAL)},
         **distances,
         "token_rate": asdict(token_rate(model.tokenizer.config)),
     }
     shown = range(0, len(clips), max(1, len(clips) // 10))
-    rows = [clip for i in shown for clip in (clips[i], made[i])]
+    rows = [clip for i in shown for clip in (clips[i], rendered[i])]
     labels = [label for i in shown for label in (f"real: {captions[i]}", "reconstruction")]
     return figures, contact_sheet(rows[:20], labels[:20])
-
-
-def reconstructed(model: DiCoDe, real: Sequence[Video], first: int, seed: int) -> tuple[list[AnyVideo], DeepTokens]:
-    """Clips, each with its tail key frame, through tokens and back, and their tokens; the first is sample `first`."""
-    tokens = model.tokenizer.encode(torch.from_numpy(np.stack(real)))
-    indices = list(range(first, first + len(tokens)))
-    return list(next(model.tokenizer.decode(tokens, seed=seed, sample_indices=indices)).cpu().numpy()), tokens
 
 
 @torch.no_grad()

@@ -99,3 +99,16 @@ def sample(
                 prediction, timestep, latents, eta=config.eta, generator=generators, use_clipped_model_output=False
             ).prev_sample
     return latents
+
+
+def scale_motion(clips: ClipLatents, scale: float, keys: list[int]) -> ClipLatents:
+    """Move every frame of clips `b f c h w` away from its clip's mean, `scale` times as far; key frames stay.
+
+    A denoiser unsure of what happens between key frames renders frames too like one another. Latents are normalised, so
+    that the variance over time which is missing is one number, measured on training clips (docs/tokens.md).
+    """
+    if scale == 1.0:
+        return clips
+    scaled = torch.lerp(clips.mean(1, keepdim=True), clips, scale)
+    scaled[:, keys] = clips[:, keys]
+    return scaled

@@ -38,7 +38,7 @@ from dicode.shapes import (
     Video,
 )
 from dicode.tokenizer.denoiser import build_denoiser
-from dicode.tokenizer.diffusion import DiffusionConfig, sample
+from dicode.tokenizer.diffusion import DiffusionConfig, sample, scale_motion
 from dicode.tokenizer.encoder import EncoderConfig, KeyFrameHead, build_encoder
 from dicode.tokenizer.first_stage import DECODER, FirstStage, FirstStageConfig
 from dicode.tokenizer.joins import Joins, blended_stream
@@ -87,6 +87,7 @@ class TokenizerConfig:
     steps: int = 12  # sampling steps where the caller names none
     guidance: float = 1.0
     temperature: float = 1.0  # of the noise a clip starts from: below 1 clips hold together better and move less
+    motion_scale: float = 1.0  # how far frames move from their clip's mean, times what was rendered: `scale_motion`
 
     @property
     def latent_size(self) -> int:
@@ -117,6 +118,7 @@ class Sampling:
     steps: int
     guidance: float
     temperature: float
+    motion_scale: float
 
 
 class DecodeOptions(TypedDict, total=False):
@@ -127,6 +129,7 @@ class DecodeOptions(TypedDict, total=False):
     steps: int | None
     guidance: float | None
     temperature: float | None
+    motion_scale: float | None
     joins: Joins
     clips_at_once: int
     before: FrameStack | None
@@ -263,6 +266,7 @@ class VideoTokenizer(nn.Module):
         steps: int | None = None,
         guidance: float | None = None,
         temperature: float | None = None,
+        motion_scale: float | None = None,
         joins: Joins = "chained",
         clips_at_once: int = 4,
         before: FrameStack | None = None,
@@ -284,19 +288,20 @@ class VideoTokenizer(nn.Module):
         steps = self.config.steps if steps is None else steps
         guidance = self.config.guidance if guidance is None else guidance
         temperature = self.config.temperature if temperature is None else temperature
+        motion_scale = self.config.motion_scale if motion_scale is None else motion_scale
         for name, value, least in (
             ("steps", steps, 1),
             ("clips_at_once", clips_at_once, 1),
             ("first_clip", first_clip, 0),
+            ("temperature of the decoder", temperature, 0),
+            ("motion_scale", motion_scale, 0),
         ):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if temperature < 0:
-            raise ValueError(f"temperature of the decoder: expected 0 or more, got {temperature}")
         if joins not in get_args(Joins):
             raise ValueError(f"joins: expected one of {', '.join(get_args(Joins))}, got {joins!r}")
         context = None if before is None or joins != "chained" else self.context_of(before)
-        sampling = Sampling(seed, sample_indices, steps, guidance, temperature)
+        sampling = Sampling(seed, sample_indices, steps, guidance, temperature, motion_scale)
         numbered = enumerate(pairs, first_clip)
         if joins == "chained":
             return self._shown(self._chained(numbered, context, sampling))
@@ -307,13 +312,10 @@ class VideoTokenizer(nn.Module):
             clips = blended_stream(clips, shares_frame=self.config.repeated_frames > 0, moves_later=moves_later)
         return self._shown(clips)
 
-    def render(
-        self, pair: DeepTokens, sample_indices: Sequence[int], guidance: float | None = None, seed: int = 0
-    ) -> ClipLatents:
+    def render(self, pair: DeepTokens, sample_indices: Sequence[int], seed: int = 0) -> ClipLatents:
         """The first-stage latents of single clips with these head and tail tokens `b 2 n d`, as `decode` would show."""
-        config = self.config
-        guidance = config.guidance if guidance is None else guidance
-        sampling = Sampling(seed, sample_indices, config.steps, guidance, config.temperature)
+        c = self.config
+        sampling = Sampling(seed, sample_indices, c.steps, c.guidance, c.temperature, c.motion_scale)
         return self._render([pair], None, [0], sampling)[0]
 
     def _shown(self, clips: Iterator[ClipLatents]) -> Iterator[FrameStack]:
@@ -369,7 +371,8 @@ class VideoTokenizer(nn.Module):
             sampling.guidance,
             [generator_for(seed, "sampler", i, clip) for seed, i, clip in places],
         )
-        return latents.split([len(pair) for pair in pairs])
+        keys = [0, config.tail_frame] if config.repeated_frames else [0]  # the key frames among a clip's frames
+        return scale_motion(latents, sampling.motion_scale, keys).split([len(pair) for pair in pairs])
 
     @torch.no_grad()
     def context_of(self, before: FrameStack) -> ContextLatents | None:

@@ -42,6 +42,7 @@ def assemble(
             steps=defaults.steps,
             guidance=defaults.decoder_guidance,
             temperature=defaults.decoder_temperature,
+            motion_scale=defaults.motion_scale,
         )
     DiCoDe(parts, DeepTokenLM.from_pretrained(lm), defaults).save_pretrained(output, dtype)
     return DiCoDe.from_pretrained(output)

@@ -1,7 +1,7 @@
 """Stage 0: the first stage learns to reconstruct single frames."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,8 @@ class FirstStageRun:
     freeze_encoder: bool = False
     tokenizer: str | None = None  # on this first stage: half of the latents come from deep tokens, as they will in use
     rendered_share: float = 0.0  # of the images: frames that this tokenizer renders of training clips, sharpened by …
-    rendered_guidance: float = 2.5  # … this guidance, also as they will in use
+    rendered_guidance: float = 2.5  # … this guidance, also as they will in use,
+    rendered_motion_scale: float = 1.0  # … and moved apart by this (`scale_motion`)
     model: FirstStageConfig = field(default_factory=FirstStageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     l1_weight: float = 0.1  # beside the squared error: keeps flat areas of pixel art flat
@@ -73,7 +74,9 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
 
     Computed once and kept in the cache's folder, under a name that tells the tokenizer's weights and the videos.
     """
-    config, source = tokenizer.config, Path(str(run.tokenizer))
+    guidance, motion_scale = run.rendered_guidance, run.rendered_motion_scale
+    tokenizer.config = config = replace(tokenizer.config, guidance=guidance, motion_scale=motion_scale)
+    source = Path(str(run.tokenizer))
     rows = torch.stack([cache.clip_rows(video, 0.0, config.tail_frame + 1, config.fps) for video in cache.videos])
 
     def computed() -> dict[str, Tensor]:
@@ -82,13 +85,13 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
             tokens = tokenizer.encode(cache.frames[part])
             indices = list(range(16 * number, 16 * number + len(part)))
             with torch.autocast(tokenizer.device.type, torch.bfloat16):  # half the time; the loop trains so as well
-                latents = tokenizer.render(tokens, sample_indices=indices, guidance=run.rendered_guidance)
+                latents = tokenizer.render(tokens, sample_indices=indices)
             parts.append(latents.half().cpu())
         return {"latents": torch.cat(parts)}
 
     weights = content_hash(source / WEIGHTS, source / TOKENIZER_WEIGHTS)
     videos = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:8]
-    name = f"rendered-{weights}-{run.rendered_guidance:g}-{videos}.safetensors"
+    name = f"rendered-{weights}-{guidance:g}-{motion_scale:g}-{videos}.safetensors"
     latents = kept_tensors(Path(run.cache) / name, computed)["latents"]
     return Rendered(rows[:, 1 : config.clip_frames].flatten(), latents[:, 1:].flatten(0, 1))
 

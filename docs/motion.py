@@ -1,0 +1,79 @@
+"""How much less frames move than they should, and what `motion_scale` does about it, on training clips.
+
+    python docs/motion.py MODEL CACHE
+
+Writes results/MODEL-motion-scale.json. Every n-th training video is rendered from its key frames, about 120 in all.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
+from dicode.evaluate.generation import motion_ratio
+from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
+from dicode.evaluate.reconstruction import cross_fade
+from dicode.evaluate.report import write_result
+from dicode.tokenizer.diffusion import scale_motion
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.images import frames_to_pixels
+from dicode.video.shards import FrameCache
+
+SCALES = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
+CLIPS = 120
+
+
+@torch.no_grad()
+def main() -> None:
+    """Deviation over time of latents, real and rendered; Fréchet distance and motion of the clips at every scale."""
+    name, folder = sys.argv[1:]
+    tokenizer = VideoTokenizer.from_pretrained(name)
+    tokenizer.config = config = dataclasses.replace(tokenizer.config, motion_scale=1.0)
+    cache = FrameCache.load(folder).subset(validation=False)
+    videos = cache.videos[:: max(1, len(cache.videos) // CLIPS)]
+    clips = cache.frames[
+        torch.stack([cache.clip_rows(video, 0.0, config.tail_frame + 1, config.fps) for video in videos])
+    ]
+    real = clips[:, : config.clip_frames]
+    rendered = torch.cat([tokenizer.render(tokenizer.encode(clips[[i]]), [i]) for i in range(len(clips))])
+    latents = torch.stack([tokenizer.first_stage.encode(frames_to_pixels(clip)) for clip in real])
+    deviations = {"real": over_time(latents), "rendered": over_time(rendered)}
+    values = {"deviation over time": {**deviations, "ratio": deviations["real"] / deviations["rendered"]}}
+    shown = {"cross-fade of real key frames": [cross_fade(c[0], c[-1], config.clip_frames) for c in clips.numpy()]}
+    for scale in SCALES:
+        scaled = scale_motion(rendered, scale, [0])
+        shown[f"motion scale {scale}"] = [tokenizer.frames_of(clip[None])[0].numpy() for clip in scaled]
+    extractor = EfficientNetLite0Features()
+    true = features_of_clips(extractor, list(real.numpy()))
+    for case, made in shown.items():
+        ours = features_of_clips(extractor, made)
+        sides = {
+            "both": (true.joined(), ours.joined()),
+            "mean": (true.mean, ours.mean),
+            "change": (true.difference, ours.difference),
+        }
+        values[case] = {f"Fréchet distance, {part}": distance(*both) for part, both in sides.items()}
+        values[case]["motion"] = float(motion_ratio(made, list(real.numpy())).ratio)
+        print(case, values[case], flush=True)
+    target = Path("results") / f"{Path(name).name}-motion-scale.json"
+    write_result(
+        str(target), "motion scale, training clips", values, len(real), 0, f"python docs/motion.py {name} {folder}"
+    )
+
+
+def distance(real: np.ndarray, made: np.ndarray) -> float:
+    """Fréchet distance between two sets of features."""
+    return float(frechet_distance(FrechetStatistics.of(real), FrechetStatistics.of(made)))
+
+
+def over_time(latents: Tensor) -> float:
+    """Deviation of `b f c h w` from each clip's mean."""
+    return float((latents - latents.mean(1, keepdim=True)).square().mean().sqrt())
+
+
+if __name__ == "__main__":
+    main()
