@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -16,8 +17,7 @@ def main() -> int:
     tables |= {"docs/tokens.md": tokens(), "docs/evaluation.md": video_text()}
     tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
     tables["docs/world.md"] = figures("world")
-    if (ROOT / "results/scale.json").exists():
-        tables["docs/scale.md"] = scaling()
+    tables["docs/scale.md"] = scaling()
     stale = []
     for path, table in ((ROOT / name, table) for name, table in tables.items()):
         text = path.read_text(encoding="utf-8")
@@ -152,7 +152,7 @@ def scaling() -> str:
     for name, size in values["sizes"].items():
         means = values["means"][name]
         counts = f"{size['parameters'] / 1e6:.3g} M", f"{size['flops'] / 1e12:.3g}"
-        minutes = f"{means['trained_s']['mean'] / 60:.3g}"
+        minutes = f"{median([run['trained_s'] for run in values['runs'][name]]) / 60:.3g}"  # some shared their core
         rows.append([name, *counts, minutes, *(with_interval(means[column]) for column in columns)])
     laws = [["law of the loss", "exponent", "scale at", "scale", "floor", "residual", "told by the points"]]
     for name, law in values["laws"].items():

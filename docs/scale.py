@@ -11,14 +11,14 @@ ROOT = Path(__file__).parent.parent
 PANELS = {  # title: axis, figure
     "validation loss against parameters": ("parameters", "nll"),
     "… against training FLOPs": ("flops", "nll"),
-    "training captions told apart, %": ("parameters", "alignment/training"),
+    "rank of training captions": ("parameters", "alignment/training"),
     "rank of clips by written key frames": ("parameters", "written_rank"),
 }
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 330, 260, 50, 36, 30  # pixels of a panel, and what is left free in it
 
 
 def main() -> None:
-    """A panel each, a dot a seed, a bar the interval of their mean, a line the law with a floor."""
+    """A panel each, a dot a seed, a bar the interval of their mean, a line the law without a floor."""
     values = json.loads((ROOT / "results/scale.json").read_text())["values"]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(PANELS)}" height="{HEIGHT}" '
@@ -34,7 +34,7 @@ def panel(values: dict[str, Any], left: int, title: str, axis: str, figure: str)
     at = [size[axis] for size in values["sizes"].values()]
     seeds = [[run[figure] for run in runs] for runs in values["runs"].values()]
     intervals = [mean[figure]["interval"] or [mean[figure]["mean"]] * 2 for mean in values["means"].values()]
-    law = values["laws"].get(f"{axis}, with floor") if figure == "nll" else None
+    law = values["laws"].get(f"{axis}, without floor") if figure == "nll" else None
     low, high = min(min(row) for row in [*seeds, *intervals]), max(max(row) for row in [*seeds, *intervals])
     low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
     x = scaled(math.log(at[0] / 1.5), math.log(at[-1] * 1.5), left + LEFT, left + WIDTH - 12)

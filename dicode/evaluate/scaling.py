@@ -20,7 +20,7 @@ class PowerLaw:
     reference: float
     residual: float  # root mean square of measured means less the law
     errors: dict[str, float] | None  # standard errors of scale, exponent and floor, by seeds; None with one seed
-    determined: bool  # whether the exponent is the best of those tried, not the first or last, and beyond its error
+    determined: bool  # whether scale and exponent are beyond their errors, the exponent none of the ends of those tried
 
 
 def fit_power_law(
@@ -49,7 +49,7 @@ def fit_power_law(
         spread = np.std([_fitted(x / reference, row, floor) for row in drawn], axis=0)
         errors = dict(zip(("scale", "exponent", "floor"), spread.tolist(), strict=True))
     inside = not floor or EXPONENTS[0] * 1.01 < exponent < EXPONENTS[-1] * 0.99
-    determined = bool(inside and (errors is None or errors["exponent"] < exponent))
+    determined = bool(inside and (errors is None or (errors["exponent"] < exponent and errors["scale"] < scale)))
     return PowerLaw(scale, exponent, bottom, reference, residual, errors, determined)
 
 
