@@ -137,7 +137,7 @@ class Assemble:
     lm: Annotated[Positional[Path], arg(metavar="LM")]  # runs/NAME/best of a language model run
     output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
     first_stage: Path | None = None  # a later run of the same first stage, whose decoder to take
-    dtype: Dtype = "float16"  # of the weights on disk
+    dtype: Dtype | Literal["int8"] = "float16"  # of the weights on disk; int8: of matrices, with a scale a row
     guidance: float | None = None  # this and the following: how the model is sampled where nothing else is asked for
     variance_scale: float | None = None
     temperature: float | None = None

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DEFAULT_MODEL = "sprites"
 FORMAT = 1
+SCALES = ".int8_scales"  # what the name of a quantized tensor's scales ends with
 HUB_FILES = ["config.json", "*.safetensors", "tokenizer.json", "README.md"]  # nothing that could run
 CARD = """---
 library_name: dicode
@@ -189,14 +190,40 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a module's state as one safetensors file, floating-point tensors cast to `dtype` where given."""
-    state = {
-        name: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
-        for name, value in module.state_dict().items()
-    }
+    """Write a module's state as one safetensors file, floating-point tensors as `dtype` where given.
+
+    `int8` is for the disk alone: a matrix keeps 8 bits a number and a scale a row, all else is float16.
+    """
+    state = {}
+    for name, value in module.state_dict().items():
+        if is_quantized(value, dtype):
+            state[name], state[name + SCALES] = quantized(value.detach().cpu())
+        else:
+            state[name] = as_saved(value.detach().cpu(), dtype).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors makes files for their owner alone; a checkpoint is there to be shared
+
+
+def is_quantized(value: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether `save_weights` keeps 8 bits of each number: `int8` of matrices and convolutions."""
+    return dtype == torch.int8 and value.is_floating_point() and value.ndim > 1
+
+
+def quantized(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest int8 of every number, and the float32 scales, one a row, that turn them back."""
+    scales = value.float().abs().amax(tuple(range(1, value.ndim)), keepdim=True).clamp_min(1e-12) / 127
+    return (value.float() / scales).round().to(torch.int8).contiguous(), scales.contiguous()
+
+
+def as_saved(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What a reader of `save_weights`'s file gets of a tensor."""
+    if is_quantized(value, dtype):
+        numbers, scales = quantized(value)
+        return numbers.float() * scales
+    if dtype is None or not value.is_floating_point():
+        return value
+    return value.to(torch.float16 if dtype == torch.int8 else dtype)
 
 
 def kept_tensors(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -244,14 +271,23 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype | None) -> None:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fill a module from a safetensors file, tensor by tensor, strictly: as `load_state`, without a second copy."""
     with _opened(path) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        _fill(module, shapes, file.get_tensor, str(path))
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in _names(file)}
+        _fill(module, shapes, lambda name: _read(file, name), str(path))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file; a missing, truncated or damaged file raises `CheckpointError`."""
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        return {name: _read(file, name) for name in _names(file)}
+
+
+def _names(file: Any) -> list[str]:
+    return [name for name in file.keys() if not name.endswith(SCALES)]  # noqa: SIM118 - safe_open is no mapping
+
+
+def _read(file: Any, name: str) -> Tensor:
+    value = file.get_tensor(name)
+    return value.float() * file.get_tensor(name + SCALES) if value.dtype == torch.int8 else value
 
 
 @contextmanager

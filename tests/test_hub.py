@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dicode import hub
 from dicode.cli import main
 from dicode.generate import DiCoDe
-from dicode.hub import CheckpointError, load_state, load_weights, resolve, save_weights, write_config
+from dicode.hub import CheckpointError, load_state, load_weights, read_config, resolve, save_weights, write_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.tokenizer.encoder import EncoderConfig
 from dicode.tokenizer.first_stage import FirstStageConfig
@@ -498,3 +498,36 @@ def close(found: Tensor, expected: Tensor, share: float) -> None:
 def test_a_dtype_that_is_no_floating_point_is_refused(tiny_model):
     with pytest.raises(ValueError, match=r"dtype: expected a floating-point one, got torch.int8"):
         VideoTokenizer.from_pretrained(tiny_model, dtype=torch.int8)
+
+
+def test_int8_keeps_matrices_within_half_a_step_a_row_and_the_rest_as_float16(tmp_path, tiny_model):
+    model = DiCoDe.from_pretrained(tiny_model)
+    model.save_pretrained(tmp_path / "small", torch.int8)
+    model.save_pretrained(tmp_path / "half", torch.float16)
+    again = DiCoDe.from_pretrained(tmp_path / "small")
+    for ours, theirs in ((model.tokenizer, again.tokenizer), (model.lm, again.lm)):
+        for name, value in ours.state_dict().items():
+            found = theirs.state_dict()[name]
+            assert found.dtype == value.dtype, name
+            if value.is_floating_point() and value.ndim > 1:
+                step = value.abs().amax(tuple(range(1, value.ndim)), keepdim=True) / 127
+                assert ((found - value).abs() <= 0.501 * step).all(), name
+            else:
+                torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-6)
+    assert read_config(tmp_path / "small")["deep_tokens"] == again.tokenizer.token_hash()
+    assert again.tokenizer.token_hash() != model.tokenizer.token_hash()
+    small, half = (sum(f.stat().st_size for f in (tmp_path / n).glob("*.safetensors")) for n in ("small", "half"))
+    assert small < 0.9 * half  # of so small a model names and scales are the most
+    frames = torch.randint(0, 256, (1, 17, 32, 32, 3), generator=torch.manual_seed(1)).byte()
+    tokens = model.tokenizer.encode(frames)
+    close(again.tokenizer.encode(frames), tokens, 0.05)
+    one, other = (next(part.tokenizer.decode(tokens)).float() for part in (model, again))
+    close(other, one, 0.15)
+
+
+def test_a_quantized_row_of_zeros_stays_zero(tmp_path):
+    module = linear()
+    module.weight.data[0] = 0
+    save_weights(module, tmp_path / "w.safetensors", torch.int8)
+    load_weights(again := linear(), tmp_path / "w.safetensors")
+    assert (again.weight[0] == 0).all()

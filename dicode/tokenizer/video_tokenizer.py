@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dicode.hub import (
     CheckpointError,
+    as_saved,
     cast_parameters,
     config_from_dict,
     config_to_dict,
@@ -442,6 +443,5 @@ def hash_of_tokens(
     for part in ("encoder.", "resampler.", "linear_code.encode.", "normalizer."):
         named += [(name.removeprefix(part), value) for name, value in parts.items() if name.startswith(part)]
     for name, value in named:
-        saved = value.to(dtype) if dtype and value.is_floating_point() else value
-        digest.update(name.encode() + saved.detach().cpu().float().contiguous().numpy().tobytes())
+        digest.update(name.encode() + as_saved(value.detach().cpu(), dtype).float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
