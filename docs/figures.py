@@ -17,7 +17,7 @@ def main() -> int:
     tables |= {"docs/tokens.md": tokens(), "docs/evaluation.md": video_text()}
     tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
     tables["docs/world.md"] = figures("world")
-    tables["docs/scale.md"] = scaling()
+    tables |= {"docs/scale.md": scaling(), "docs/motion.md": motion_scale()}
     stale = []
     for path, table in ((ROOT / name, table) for name, table in tables.items()):
         text = path.read_text(encoding="utf-8")
@@ -109,6 +109,14 @@ def tokens() -> str:
         cells = [f"{values[key][column]:.3g}" for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def motion_scale() -> str:
+    """What `motion_scale` changes on training clips, as a Markdown table."""
+    cases = {name: case for name, case in values_of("sprites-motion-scale").items() if name != "deviation over time"}
+    columns = list(next(iter(cases.values())))
+    rows = [[name, *(f"{case[column]:.3g}" for column in columns)] for name, case in cases.items()]
+    return as_table([["training clips", *columns], *rows])
 
 
 def video_text() -> str:

@@ -313,6 +313,15 @@ def test_of_weights_that_validate_alike_the_later_are_kept(trained: Path, tmp_pa
     assert train(stage, loop(12), tmp_path, {}) == {"psnr_db": 2.0, "step": 8.0}
 
 
+def test_a_run_goes_on_when_its_best_weights_are_chosen_by_another_figure(trained: Path, tmp_path: Path) -> None:
+    first, second = (stage_of(runs(trained)["first_stage"]) for _ in range(2))
+    _, sheet = first.validate()
+    first.validate = lambda: ({"psnr_db": 2.0}, sheet)  # type: ignore[method-assign]
+    second.validate, second.best = lambda: ({"frechet": 3.0}, sheet), "-frechet"  # type: ignore[method-assign]
+    train(first, loop(4), tmp_path, {})
+    assert train(second, loop(8), tmp_path, {}) == {"frechet": 3.0, "step": 8.0}
+
+
 def test_nothing_is_frozen_that_was_never_trained(trained: Path) -> None:
     for stage, freeze in (("first_stage", "freeze_encoder"), ("denoiser", "freeze_key_frames")):
         with pytest.raises(ValueError, match=f"{freeze}: name the trained"):

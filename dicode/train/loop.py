@@ -385,7 +385,7 @@ def _keep_evaluation(
     unfit = [n for n, average in run.ema.items() if not is_finite(local(average))]
     if not math.isfinite(metrics[name]) or run.processes.any(bool(unfit)):
         raise NonFiniteLossError(f"step {state.step}: validation {name} is {metrics[name]}; not finite: {unfit[:3]}")
-    if state.best is None or sign * metrics[name] >= sign * state.best[name]:
+    if state.best is None or name not in state.best or sign * metrics[name] >= sign * state.best[name]:
         state.best = {**metrics, "step": float(state.step)}
         if run.processes.first:
             _export(run.stage, folder)
