@@ -9,7 +9,8 @@ Its first edition is not in the box: docs/world.md.
     dicode train recipes/world.py:key_frames
     dicode train recipes/world.py:denoiser              # these two need nothing of each other
     dicode train recipes/world.py:lm
-    dicode assemble runs/denoiser/best runs/lm/best -o world
+    dicode train recipes/world.py:first_stage_decoder
+    dicode assemble runs/denoiser/best runs/lm/best --first-stage runs/first_stage_decoder/best --dtype int8 -o world
 
 The first edition was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 1.5 --window 6` as well.
 First stage and denoiser begin with the weights of `sprites`. Hours and results of each run: docs/log.md.
@@ -40,6 +41,28 @@ def first_stage() -> FirstStageRun:
             evaluate_every=200,
             checkpoint_every=200,
             optim=OptimConfig(steps=1600, batch_size=16, lr=1e-3, warmup_steps=50, decay_fraction=0.5, ema_decay=0.99),
+        ),
+    )
+
+
+def first_stage_decoder() -> FirstStageRun:
+    """The same autoencoder's decoder once more, with a discriminator and on rendered frames, as that of `sprites`."""
+    return FirstStageRun(
+        cache=CACHE,
+        init="runs/first_stage/best",
+        freeze_encoder=True,
+        tokenizer="runs/denoiser/best",
+        rendered_share=0.5,
+        rendered_guidance=1.5,
+        rendered_motion_scale=1.3,
+        perceptual_weight=0.3,
+        adversarial_weight=0.05,
+        loop=LoopConfig(
+            evaluate_every=500,
+            checkpoint_every=100,
+            optim=OptimConfig(
+                steps=1500, batch_size=16, lr=4e-4, warmup_steps=50, decay_fraction=0.6, beta1=0.5, ema_decay=0.995
+            ),
         ),
     )
 
