@@ -9,7 +9,7 @@
     dicode assemble runs/denoiser/best runs/lm/best --first-stage runs/first_stage_decoder/best -o sprites
 
 The box was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 2.5 --decoder-temperature 0.95
---window 8` as well.
+--motion-scale 1.3 --window 8` as well.
 To train it further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
 
 Every run continues where it was stopped when its command is given again. Hours and results of each: docs/log.md.
