@@ -1,4 +1,4 @@
-"""Draw docs/world-instructions.png and docs/world-rollouts.png with a model of recipes/world.py; seed 0.
+"""Draw docs/world-instructions.webp and docs/world-rollouts.webp with a model of recipes/world.py; seed 0.
 
     python docs/world.py world cache/world
 
@@ -35,10 +35,10 @@ def main(folder: str, cache: str) -> None:
             made = model.generate(instruction, seconds=4, sample_index=number, given=model.given(image=image))
             clips.append(np.concatenate(list(made)))
             labels.append(instruction)
-    save_sheet(DOCS / "world-instructions.png", clips, labels, columns=9)
+    save_sheet(DOCS / "world-instructions.webp", clips, labels, columns=9)
     prompts = drawn[-ROLLOUTS:]
     videos = [np.concatenate(list(model.generate(p, seconds=ROLLOUT_S, sample_index=i))) for i, p in enumerate(prompts)]
-    save_sheet(DOCS / "world-rollouts.png", videos, prompts, columns=11)
+    save_sheet(DOCS / "world-rollouts.webp", videos, prompts, columns=11)
 
 
 if __name__ == "__main__":
