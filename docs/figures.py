@@ -170,9 +170,7 @@ def scaling() -> str:
         laws.append([name, told[0], *rest])
     steps = [["to the next size", "nll, the same seeds in pairs"]]
     steps += [[name, with_interval(step)] for name, step in values["differences"].items()]
-    tables = [rows, steps, laws]
-    if (ROOT / "results/ablations.json").exists():
-        tables += ablations(json.loads((ROOT / "results/ablations.json").read_text(encoding="utf-8"))["values"])
+    tables = [rows, steps, laws, *ablations(values_of("ablations"))]
     return "\n\n".join(as_table(table) for table in tables)
 
 
