@@ -36,7 +36,7 @@ NAMES = {
         "paper_tokenizer_256", "gpt2_mini", "distilgpt2", "gpt2", "gpt2_medium", "gpt2_large", "llama_1b", "llama_3b"
     ),
     "heads": ("run",),
-    "world": ("first_stage", "key_frames", "denoiser", "lm"),
+    "world": ("first_stage", "first_stage_decoder", "key_frames", "denoiser", "lm"),
     "scale": ("llama_200k", "llama_600k", "llama_2m", "llama_7m", "llama_19m"),
 }  # fmt: skip
 EVERY = [f"{file}:{name}" for file, names in NAMES.items() for name in names]
