@@ -154,8 +154,8 @@ class Assemble:
 class Evaluate:
     """Measure a model against its training and validation clips: one JSON a part, written from this command alone.
 
-    The usual parts take ten to eleven minutes on two CPU cores for the model in the box, `instructions` five and a
-    half, and `long`, a minute's videos, half an hour more.
+    The usual parts take nine minutes on two CPU cores for the model in the box, `instructions` five and a half, and
+    `long`, a minute's videos, half an hour more.
     """
 
     model: Model = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub

@@ -63,7 +63,7 @@ def test_evaluate_writes_a_result_a_part(tiny_model: Path, cache: Path, tmp_path
     assert all("EfficientNet-lite0" in made[f"tiny-{part}.json"]["notes"] for part in parts if part != "speed")
     page = (tmp_path / "report.html").read_text()
     assert all(f"<h2>{part}</h2>" in page for part in parts) and page.count("<img") == 4
-    assert all(made[f"tiny-{part}.json"]["values"]["seconds"] > 0 for part in parts)
+    assert all(made[f"tiny-{part}.json"]["values"]["measured_in_s"] > 0 for part in parts)
     assert speed["frames"] == 32
     assert minute["frames_asked"] == minute["cost"]["frames"] == 128
     assert {"chained", "parallel"} <= set(JOINS) == minute["joins"].keys() and made["tiny-long.json"]["n"] == 2
