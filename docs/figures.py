@@ -16,7 +16,7 @@ def main() -> int:
     tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/plans.md": plans()}
     tables |= {"docs/tokens.md": tokens(), "docs/evaluation.md": video_text()}
     tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
-    tables["docs/world.md"] = figures("world")
+    tables["dicode/checkpoints/world/README.md"] = tables["docs/world.md"] = figures("world")
     tables |= {"docs/scale.md": scaling(), "docs/motion.md": motion_scale()}
     stale = []
     for path, table in ((ROOT / name, table) for name, table in tables.items()):

@@ -1,7 +1,5 @@
 """`world`: what a robot's camera will see, after an instruction and, if given, an image.
 
-Its first edition is not in the box: docs/world.md.
-
 64×64, 8 fps, 16 frames a clip, trained on `droid`, `rt1` and `bridge`; lab `f147f077` of `droid` is for validation.
 
     dicode data cache ../shared/data/droid ../shared/data/rt1 ../shared/data/bridge -o cache/world --size 64
@@ -12,7 +10,8 @@ Its first edition is not in the box: docs/world.md.
     dicode train recipes/world.py:first_stage_decoder
     dicode assemble runs/denoiser/best runs/lm/best --first-stage runs/first_stage_decoder/best --dtype int8 -o world
 
-The first edition was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 1.5 --window 6` as well.
+The box was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 1.5 --motion-scale 1.3 --window 6` as
+well.
 First stage and denoiser begin with the weights of `sprites`. Hours and results of each run: docs/log.md.
 """
 
@@ -58,10 +57,10 @@ def first_stage_decoder() -> FirstStageRun:
         perceptual_weight=0.3,
         adversarial_weight=0.05,
         loop=LoopConfig(
-            evaluate_every=500,
+            evaluate_every=650,
             checkpoint_every=100,
             optim=OptimConfig(
-                steps=1500, batch_size=16, lr=4e-4, warmup_steps=50, decay_fraction=0.6, beta1=0.5, ema_decay=0.995
+                steps=1300, batch_size=16, lr=4e-4, warmup_steps=50, decay_fraction=0.6, beta1=0.5, ema_decay=0.995
             ),
         ),
     )
@@ -146,7 +145,7 @@ def lm() -> LanguageRun:
             checkpoint_every=250,
             optim=OptimConfig(
                 optimizer="muon",
-                steps=3000,
+                steps=5000,
                 batch_size=32,
                 lr=1.5e-3,
                 warmup_steps=100,

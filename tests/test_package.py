@@ -85,13 +85,14 @@ def test_documented_commands_exist_with_their_flags(monkeypatch, capsys, documen
         pytest.fail(f"{document}: {line}\n{capsys.readouterr().err}")
 
 
-def test_the_model_in_the_box_loads_and_is_small() -> None:
+@pytest.mark.parametrize("name", ["sprites", "world"])
+def test_the_models_in_the_box_load_and_are_small(name: str) -> None:
     from dicode.generate import DiCoDe
 
-    model = DiCoDe.from_pretrained()
+    model = DiCoDe.from_pretrained(name)
     config = model.tokenizer.config
     assert (config.size, config.fps, config.clip_frames, config.resampler.queries) == (64, 8.0, 16, 16)
-    files = [path for path in (CHECKPOINTS / "sprites").rglob("*") if path.is_file()]
+    files = [path for path in (CHECKPOINTS / name).rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
-    assert CHECKPOINTS / "sprites" / "README.md" in files
+    assert CHECKPOINTS / name / "README.md" in files
     assert sum(path.stat().st_size for path in files) <= BOX_LIMIT_BYTES

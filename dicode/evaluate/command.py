@@ -57,7 +57,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> int:
             figures, sheet = parts[part]()
         n = counts.get(part) or figures["n"]
         path, notes = command.output / f"{name}-{part}.json", "" if part == "speed" else ONE_NETWORK
-        timed = {**figures, "measured_in_s": watch.seconds[part]}  # clips that parts share are made in the first of them
+        timed = {**figures, "measured_in_s": watch.seconds[part]}  # shared clips count in the first part
         write_result(path, f"{name}: {part}", timed, n, command.seed, line, device, notes)
         if sheet is not None:
             sheets[part] = sheet
