@@ -17,7 +17,7 @@ from dicode.video.shards import FrameCache
 from dicode.video.sheet import save_sheet
 
 DOCS = Path(__file__).parent
-IMAGES, INSTRUCTIONS, ROLLOUTS = 5, 3, 8
+IMAGES, INSTRUCTIONS, ROLLOUTS = 4, 3, 6
 ROLLOUT_S = 10.0
 
 
