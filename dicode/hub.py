@@ -282,7 +282,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _names(file: Any) -> list[str]:
-    return [name for name in file.keys() if not name.endswith(SCALES)]  # noqa: SIM118 - safe_open is no mapping
+    names = set(file.keys())
+    return [n for n in file.keys() if not (n.endswith(SCALES) and n.removesuffix(SCALES) in names)]  # noqa: SIM118
 
 
 def _read(file: Any, name: str) -> Tensor:

@@ -531,3 +531,16 @@ def test_a_quantized_row_of_zeros_stays_zero(tmp_path):
     save_weights(module, tmp_path / "w.safetensors", torch.int8)
     load_weights(again := linear(), tmp_path / "w.safetensors")
     assert (again.weight[0] == 0).all()
+
+
+def test_quantized_tensors_and_their_scales_belong_together(tmp_path):
+    save_weights(linear(), tmp_path / "w.safetensors", torch.int8)
+    whole = load_file(tmp_path / "w.safetensors")
+    assert set(whole) == {"weight", "weight.int8_scales", "bias"}
+    for name, changed in (
+        ("weight.int8_scales", {k: v for k, v in whole.items() if k != "weight.int8_scales"}),
+        ("unexpected bias2.int8_scales", {**whole, "bias2.int8_scales": torch.ones(1)}),
+    ):
+        save_file(changed, tmp_path / "other.safetensors")
+        with pytest.raises(CheckpointError, match=name):
+            load_weights(linear(), tmp_path / "other.safetensors")

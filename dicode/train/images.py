@@ -74,9 +74,7 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
 
     Computed once and kept in the cache's folder, under a name that tells the tokenizer's weights and the videos.
     """
-    guidance, motion_scale = run.rendered_guidance, run.rendered_motion_scale
-    tokenizer.config = config = replace(tokenizer.config, guidance=guidance, motion_scale=motion_scale)
-    source = Path(str(run.tokenizer))
+    config, source = tokenizer.config, Path(str(run.tokenizer))
     rows = torch.stack([cache.clip_rows(video, 0.0, config.tail_frame + 1, config.fps) for video in cache.videos])
 
     def computed() -> dict[str, Tensor]:
@@ -91,7 +89,7 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
 
     weights = content_hash(source / WEIGHTS, source / TOKENIZER_WEIGHTS)
     videos = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:8]
-    name = f"rendered-{weights}-{guidance:g}-{motion_scale:g}-{videos}.safetensors"
+    name = f"rendered-{weights}-{config.guidance:g}-{config.motion_scale:g}-{videos}.safetensors"
     latents = kept_tensors(Path(run.cache) / name, computed)["latents"]
     return Rendered(rows[:, 1 : config.clip_frames].flatten(), latents[:, 1:].flatten(0, 1))
 
@@ -134,6 +132,9 @@ class FirstStageTraining:
         self.rendered: Rendered | None = None
         if run.rendered_share and self.tokenizer is not None:
             self.tokenizer.to(pick_device(run.loop.device))
+            self.tokenizer.config = replace(
+                self.tokenizer.config, guidance=run.rendered_guidance, motion_scale=run.rendered_motion_scale
+            )
             self.rendered = rendered_clips(self.tokenizer, cache.subset(validation=False), run)
             self.rendered_validation = rendered_clips(self.tokenizer, validation, run)
 
