@@ -31,8 +31,9 @@ def test_cached_generation_equals_uncached(head: str, order: str, guidance: floa
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("goal", [False, True])
-def test_what_regression_writes_has_no_loss(order: str, body: str, goal: bool) -> None:
-    model = build(head="regression", order=order, body=body, reads_goal=True)
+@pytest.mark.parametrize("change", [False, True])
+def test_what_regression_writes_has_no_loss(order: str, body: str, goal: bool, change: bool) -> None:
+    model = build(head="regression", order=order, body=body, reads_goal=True, predicts_change=change)
     tokens = written(model, num_keyframes=4, goal=torch.randn(3, 5, 7) if goal else None)
     with torch.no_grad():
         output = model(PROMPTS, tokens, goal=goal)
@@ -96,8 +97,9 @@ def test_a_goal_that_cannot_be_read_raises_before_anything_is_written() -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("window", [2, 3, 4])
-def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, window: int) -> None:
-    model = build(order=order, head="regression")
+@pytest.mark.parametrize("change", [False, True])
+def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, window: int, change: bool) -> None:
+    model = build(order=order, head="regression", predicts_change=change)
     tokens = written(model, num_keyframes=13, window=window)  # the model holds 8
     jump = window // 2
     for keyframe in range(window, 13):
@@ -110,8 +112,9 @@ def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, window: in
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_prefix_and_a_window_continue_what_one_call_writes(order: str) -> None:
-    model = build(order=order, reads_goal=True)
+@pytest.mark.parametrize("change", [False, True])
+def test_a_prefix_and_a_window_continue_what_one_call_writes(order: str, change: bool) -> None:
+    model = build(order=order, reads_goal=True, predicts_change=change)
     options: dict[str, Any] = {"window": 4, "goal": "first", "goal_keyframe": 11, "guidance": 2.0, "seed": 3}
     whole = written(model, num_keyframes=12, **options)
     for start in (1, 4, 7, 10):
@@ -137,6 +140,25 @@ def test_re_rolling_keeps_the_clips_before(order: str) -> None:
     assert torch.equal(written(model, num_keyframes=6, seed=SeedPlan(1, 0, 2)), other)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_model_of_changes_keeps_an_image_where_it_predicts_none(order: str) -> None:
+    model, image = build(order=order, head="regression", predicts_change=True), torch.randn(3, 1, 5, 7)
+    for value in model.head.parameters():
+        torch.nn.init.zeros_(value)
+    tokens = written(model, num_keyframes=4, prefix=image, guidance=2.0)
+    assert torch.equal(tokens, image.expand_as(tokens))
+    assert model(PROMPTS, torch.cat([image, tokens], dim=1)).keyframe_loss[:, 1:].eq(0).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_model_of_changes_learns_what_the_others_learn_of_the_first_key_frame(head: str) -> None:
+    tokens = torch.randn(3, 4, 5, 7)
+    plain, change = (build(head=head, predicts_change=value) for value in (False, True))
+    losses = [model(PROMPTS, tokens).keyframe_loss for model in (plain, change)]
+    assert torch.equal(losses[0][:, 0], losses[1][:, 0])
+    assert (losses[0][:, 1:] - losses[1][:, 1:]).abs().min() > 1e-4
+
+
 def test_a_key_frame_is_one_pass_in_key_frame_order() -> None:
     model, calls = build(order="keyframe"), []
     model.backbone.register_forward_hook(lambda *_: calls.append(1))
@@ -158,11 +180,15 @@ def test_masked_key_frames_change_no_loss_and_autocast_keeps_it_in_float32(head:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.head.parameters())
 
 
-@pytest.mark.parametrize(("head", "order"), [("flow", "keyframe"), ("flow", "token"), ("mixture", "keyframe")])
-def test_four_captions_are_memorised_and_written_back(head: str, order: str) -> None:
+@pytest.mark.parametrize(
+    ("head", "order", "change"),
+    [("flow", "keyframe", False), ("flow", "keyframe", True), ("flow", "token", False), ("mixture", "keyframe", False)],
+)
+def test_four_captions_are_memorised_and_written_back(head: str, order: str, change: bool) -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, width=64, heads=4, token_variance=0.03, head=head, order=order)
-    model = DeepTokenLM(dataclasses.replace(config, reads_goal=True, flow_width=96), TEXT)
+    config = dataclasses.replace(config, reads_goal=True, flow_width=96, predicts_change=change)
+    model = DeepTokenLM(config, TEXT)
     ids, tokens = TEXT.encode(CAPTIONS, 12), torch.randn(4, 3, 5, 7)
     fit(model, ids, tokens, steps=400, goal_every=4)
     again = written(model, ids, 3, variance_scale=0.01, flow_steps=12)

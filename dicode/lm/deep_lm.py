@@ -111,7 +111,8 @@ class DeepTokenLM(nn.Module):
         if goal:  # of these two blocks one predicts the goal (token order), or what the other does better (keyframe)
             hidden = torch.cat([hidden[:, :1], hidden[:, 2:]], dim=1)
         groups = rearrange(hidden, "b k (g p) width -> b k g p width", p=self.together)
-        targets = rearrange(tokens, "b k (g p) d -> b k g p d", p=self.together)
+        written = _changes(tokens) if config.predicts_change else tokens
+        targets = rearrange(written, "b k (g p) d -> b k g p d", p=self.together)
         keyframe_loss = self._head.loss(groups, targets, generator).mean(-1)
         if keyframe_mask is None:
             return DeepLMOutput(keyframe_loss.mean(), keyframe_loss, hidden)
@@ -239,7 +240,7 @@ class DeepTokenLM(nn.Module):
                 return
             clip_seed = seed_of_clip(seed, max(0, keyframe - 1))  # a clip needs its tail; the first one its head too
             generators = [generator_for(clip_seed, "deep tokens", index, keyframe) for index in indices]
-            tokens = self._write(reading, keyframe - first, generators, sampling)
+            tokens = self._write(reading, written, generators, sampling)
             if goal and keyframe == first:
                 goal = goal if goal.tokens is not None else _Goal(tokens, goal.keyframe)
                 if goal.keyframe > first + 1:
@@ -271,18 +272,25 @@ class DeepTokenLM(nn.Module):
         reading.add(block[:, 0])
 
     def _write(
-        self, reading: Reading, number: int, generators: Sequence[torch.Generator], sampling: TokenSampling
+        self,
+        reading: Reading,
+        written: Sequence[Tensor],
+        generators: Sequence[torch.Generator],
+        sampling: TokenSampling,
     ) -> KeyFrameTokens:
-        """Draw a key frame's tokens `b n d`, together or one after the other; the transformer reads them too."""
+        """Draw the tokens `b n d` of the key frame after `written`, together or one after the other, and read them."""
         b, tokens = len(generators), torch.empty(0)
+        before = written[-1] if written and self.config.predicts_change else None
         if self.config.order == "token":
             reading.add(self._begin(reading.batch))
         for place in range(0, self.config.tokens_per_keyframe, self.together):
             hidden = reading.last(self.together)
             null_hidden = None if reading.batch == b else hidden[b:]
             drawn = self._head.sample(hidden[:b], generators, sampling, null_hidden)
+            if before is not None:
+                drawn = before[:, place : place + self.together].to(drawn) + drawn
             block = drawn[:, None].repeat(reading.batch // b, 1, 1, 1)
-            reading.add(self.embedding(block, number, place)[:, 0])
+            reading.add(self.embedding(block, len(written), place)[:, 0])
             tokens = drawn if place == 0 else torch.cat([tokens, drawn], dim=1)
         return tokens
 
@@ -397,6 +405,11 @@ def _window_start(keyframe: int, window: int) -> int:
         return 0
     jump = max(1, window // 2)
     return -(-(keyframe + 1 - window) // jump) * jump
+
+
+def _changes(tokens: DeepTokens) -> DeepTokens:
+    """What each key frame adds to the one before it; the first one is all its own."""
+    return torch.cat([tokens[:, :1], tokens[:, 1:] - tokens[:, :-1]], dim=1)
 
 
 def _noised(tokens: DeepTokens, strength: float, generator: torch.Generator | None) -> DeepTokens:

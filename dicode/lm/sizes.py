@@ -28,6 +28,7 @@ class DeepLMConfig:
     begin_id: int = 1  # the begin-of-image token, an entry of the text vocabulary
     head: HeadName = "mixture"
     order: Order = "token"  # what is predicted at once (see sequence.py); published: a token
+    predicts_change: bool = False  # key frames after the first are what they add to the one before, which so stays
     reads_goal: bool = False  # whether a later key frame may be given: loops, a last image
     components: int = 16  # mixture only; a Gaussian is a mixture of one
     flow_width: int = 256  # flow only: of the network that turns noise into tokens …
