@@ -89,24 +89,25 @@ class DeepTokenLM(nn.Module):
         """The loss of every deep token given the text and all deep tokens before it.
 
         `keyframe_mask` is True where a key frame is real; padding comes after the last real one, where causality
-        keeps it from every prediction. With `goal` the last key frame is known from the second on, and has no loss of
-        its own. In training mode the tokens read (not the targets) are mixed with Gaussian noise (CAM, arXiv
-        2411.18447), whose share is drawn for each sample from 0 … `input_noise` with a density that rises linearly:
-        what it reads is seldom exact, as in use, and where little of it is left the caption must say the rest.
+        keeps it from every prediction. The first one may be False too, where it is only to be read. With `goal` the
+        last key frame is known from the second on, and has no loss of its own. In training mode the tokens read (not
+        the targets) are mixed with Gaussian noise (CAM, arXiv 2411.18447), whose share is drawn for each sample from
+        0 … `input_noise` with a density that rises linearly: what it reads is seldom exact, as in use, and where little
+        of it is left the caption must say the rest.
         `generator` draws it (default: torch's own).
 
         Raises `ValueError` for a goal that the model cannot read, or that is not there or not ahead.
         """
         config, k = self.config, tokens.shape[1]
         self._check(text_ids, tokens, k, goal)
-        if goal and (k < 3 or keyframe_mask is not None):
+        if goal and (k < 3 or (keyframe_mask is not None and not keyframe_mask[:, 1:].all())):
             raise ValueError(f"goal: expected 3 key frames or more, all of them real, got {k}")
         read = _noised(tokens, config.input_noise, generator) if self.training else tokens
         blocks = self.embedding(read)
         if goal:
             known = self.embedding.of_goal(read[:, -1], k - 1)
             blocks = torch.cat([blocks[:, :1], known, blocks[:, 1:-1]], dim=1)
-            tokens = tokens[:, :-1]
+            tokens, keyframe_mask = tokens[:, :-1], None if keyframe_mask is None else keyframe_mask[:, :-1]
         hidden = self._hidden(text_ids, blocks)
         if goal:  # of these two blocks one predicts the goal (token order), or what the other does better (keyframe)
             hidden = torch.cat([hidden[:, :1], hidden[:, 2:]], dim=1)

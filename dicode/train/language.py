@@ -21,6 +21,7 @@ from dicode.train.clips import at_once
 from dicode.train.images import frames_to_pixels, pixels_to_frames
 from dicode.train.loop import LoopConfig
 from dicode.train.lora import LoRAConfig, add_adapters, merged
+from dicode.train.views import View
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 from dicode.video.sheet import contact_sheet
 
@@ -56,22 +57,26 @@ class LanguageRun:
     dropped_words: float = 0.3  # … and how many of them
     word_swaps: float = 0.0  # share of samples in which words of any captions stand in place of some: unsure of what …
     swapped_words: float = 0.5  # … it was never told so (docs/heads.md), and how many of them
+    views: int = 0  # of every training video (`View`): from them it learns how a picture goes on, not which one to draw
+    view_share: float = 0.5  # share of samples that are such views
 
 
-def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, source: Path) -> Rows:
-    """Deep tokens of every cached frame, float16 `f n d`.
+def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, source: Path, view: View | None = None) -> Rows:
+    """Deep tokens of every cached frame, or of a view of it, float16 `f n d`.
 
     Computed once and kept beside the shards, under a name that tells the weights of the tokenizer's `source`.
     """
 
     def tokens(frames: Tensor) -> Tensor:
         device, pieces = tokenizer.device, frames.split(at_once(128, frames.shape[1]))
+        pieces = pieces if view is None else [view.of_frames(piece) for piece in pieces]
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             sources = (tokenizer.source_of(frames_to_pixels(piece).to(device)) for piece in pieces)
             parts = [tokenizer.tokens_of(part).half().cpu() for part in sources]
         return torch.cat(parts)
 
-    return cache.computed(f"tokens-{content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)}", tokens)
+    name = f"tokens-{content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)}"
+    return cache.computed(name if view is None else f"{name}-{view.name}", tokens)
 
 
 def body_folder(name: str) -> Path:
@@ -102,6 +107,8 @@ class LanguageTraining:
         if text.vocab_size > run.model.vocab_size:
             raise ValueError(f"vocab_size: expected {text.vocab_size} or more, got {run.model.vocab_size}")
         self.tokens = frame_tokens(self.tokenizer, cache, folder)
+        self.views = [View.numbered(number) for number in range(1, run.views + 1)]
+        self.view_tokens = [frame_tokens(self.tokenizer, cache, folder, view) for view in self.views]
         self.tokenizer.cpu()  # an accelerator's memory is for the language model
         torch.manual_seed(run.loop.seed)
         self.text = text
@@ -138,21 +145,28 @@ class LanguageTraining:
             if 0 <= drawn < share:
                 key_frames = longer
             drawn -= share
-        texts, rows, masks = [], [], []
+        texts, tokens, masks = [], [], []
         clip_s = self.tokenizer.config.clip_s
         for i in indices:
             video = self.cache.videos[int(i)]
             last_start_s = video.period_s if video.loops else max(0.0, video.period_s - clip_s)
             start_s = 0.0 if chance() < self.run.from_start else chance() * last_start_s
-            rows.append(self.key_frame_rows(video, key_frames, start_s))
-            masks.append(self.is_real(video, key_frames, start_s))
-            texts.append(self.text_of(video, generator))
+            rows = self.key_frame_rows(video, key_frames, start_s)
+            real, text = self.is_real(video, key_frames, start_s), self.text_of(video, generator)
+            if self.views and chance() < self.run.view_share:
+                number = int(chance() * len(self.views))
+                real[0], text = False, self.views[number].of_caption(text)
+                tokens.append(self.view_tokens[number][rows])
+            else:
+                tokens.append(self.tokens[rows])
+            masks.append(real)
+            texts.append(text)
         mask = torch.stack(masks)
-        may = self.run.goal_share > 0 and key_frames > 2 and bool(mask.all())
+        may = self.run.goal_share > 0 and key_frames > 2 and bool(mask[:, 1:].all())
         return {
             "text_ids": self.encode(texts),
-            "tokens": self.tokens[torch.stack(rows)].float(),
-            "mask": mask,  # False: past the end of a video that does not loop
+            "tokens": torch.stack(tokens).float(),
+            "mask": mask,  # False, no loss: past the end of a video that does not loop, and the first one of a view
             "goal": torch.tensor(may and chance() < self.run.goal_share),
         }
 
