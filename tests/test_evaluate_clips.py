@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, features_of_clips, summarise
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
-from dicode.evaluate.reconstruction import cross_fade, frechet_scores, hold_head, psnr_score
+from dicode.evaluate.reconstruction import PSNR_CEILING_DB, cross_fade, frechet_scores, hold_head, psnr_score
 
 COLOURS = np.array(
     [[220, 40, 30], [30, 90, 220], [40, 190, 70], [240, 200, 40], [150, 60, 200], [20, 20, 20]], np.uint8
@@ -121,6 +121,12 @@ def test_psnr_score_caps_perfect_frames_in_the_mean_only() -> None:
     assert score.mean_db == pytest.approx((60 + 60 + 60 + one) / 4)
     assert score.of_mean_error_db == pytest.approx(10 * np.log10(255**2 / 25))
     assert score.n == 2 and score.interval_db[0] <= score.mean_db <= score.interval_db[1]
+
+
+def test_identical_clips_have_the_highest_psnr_and_not_infinity() -> None:
+    clip = np.zeros((4, 8, 8, 3), np.uint8)
+    score = psnr_score([clip], [clip])
+    assert score.mean_db == score.of_mean_error_db == pytest.approx(PSNR_CEILING_DB)
 
 
 def test_text_control_counts_prompts_whose_nearest_clip_carries_them() -> None:

@@ -91,7 +91,7 @@ def psnr_score(real: Clips, candidates: Clips, seed: int = 0) -> PsnrScore:
         raise ValueError("expected at least one clip, got none")
     floor = 255**2 / 10 ** (PSNR_CEILING_DB / 10)
     per_clip = np.array([(10 * np.log10(255**2 / np.maximum(error, floor))).mean() for error in errors])
-    mean_error = max(float(np.concatenate(errors).mean()), np.finfo(np.float64).tiny)
+    mean_error = max(float(np.concatenate(errors).mean()), floor)
     return PsnrScore(
         mean_db=float(per_clip.mean()),
         interval_db=bootstrap_interval(np.mean, per_clip, seed=seed),
