@@ -9,10 +9,10 @@
     dicode train recipes/world.py:lm
     dicode train recipes/world.py:lm_changes
     dicode train recipes/world.py:first_stage_decoder
-    dicode assemble runs/denoiser/best runs/lm_changes/best --first-stage runs/first_stage_decoder/best --dtype int8 -o world
+    dicode assemble runs/denoiser/best runs/lm_changes/best --first-stage runs/first_stage_decoder/best -o world
 
-The box was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 1.5 --motion-scale 1.3 --window 6` as
-well.
+The box was assembled with `--dtype int8 --guidance 1.5 --variance-scale 1 --decoder-guidance 1.5 --motion-scale 1.3
+--window 6` as well.
 First stage and denoiser begin with the weights of `sprites`. Hours and results of each run: docs/log.md.
 """
 

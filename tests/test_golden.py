@@ -36,7 +36,7 @@ NAMES = {
         "paper_tokenizer_256", "gpt2_mini", "distilgpt2", "gpt2", "gpt2_medium", "gpt2_large", "llama_1b", "llama_3b"
     ),
     "heads": ("run",),
-    "world": ("first_stage", "first_stage_decoder", "key_frames", "denoiser", "lm"),
+    "world": ("first_stage", "first_stage_decoder", "key_frames", "denoiser", "lm", "lm_changes"),
     "scale": ("llama_200k", "llama_600k", "llama_2m", "llama_7m", "llama_19m"),
 }  # fmt: skip
 EVERY = [f"{file}:{name}" for file, names in NAMES.items() for name in names]
@@ -66,7 +66,7 @@ def toy(run: Run, root: Path) -> Run:
             "images_per_step": min(8, run.images_per_step),
         }
     else:
-        changes |= {"tokenizer": str(root / "key_frames/best"), "model": toy_lm(run.model)}
+        changes |= {"tokenizer": str(root / "key_frames/best"), "model": toy_lm(run.model), "init": None}
         changes |= {"longer": tuple(min(5, count) for count in run.longer)}
     return dataclasses.replace(run, **changes)
 
