@@ -14,7 +14,8 @@ from dicode.seeds import generator_for
 
 SMALLEST_CROP = 0.75  # of a side; the cache is of the model's size, and a smaller part of it would be a blur
 STRONGEST_GAIN = 0.25  # of a colour, in either direction
-SIDES = re.compile(r"\b(?:(?:left|right)(?=(?:most|wards?|ward)?\b)|(?:counter|anti)?-?clockwise\b)", re.IGNORECASE)
+# "left" as what remains is taken for a side too: instructions seldom say that
+SIDES = re.compile(r"\b(?:(?:left|right)(?=(?:most|wards?)?\b)|(?:counter|anti)?-?clockwise\b)", re.IGNORECASE)
 EXCHANGED = {"left": "right", "right": "left", "clockwise": "counterclockwise"}  # any other turn becomes clockwise
 
 
