@@ -40,6 +40,7 @@ class Generate:
     reroll_seed: int | None = None  # that other seed; default: the next one
     guidance: float | None = None  # of the language model: above 1 follows the prompt more closely
     variance_scale: float | None = None  # of the next tokens' distribution: 0 takes its mean
+    first_variance_scale: float | None = None  # of the first key frame's: small draws surely what the prompt names
     temperature: float | None = None  # of the choice between its components: 0 takes the likeliest
     flow_steps: int | None = None  # of a flow head
     window: int | None = None  # key frames of the language model's sequence, for any length; 0: all that it holds
@@ -140,6 +141,7 @@ class Assemble:
     dtype: Dtype | Literal["int8"] = "float16"  # of the weights on disk; int8: of matrices, with a scale a row
     guidance: float | None = None  # this and the following: how the model is sampled where nothing else is asked for
     variance_scale: float | None = None
+    first_variance_scale: float | None = None
     temperature: float | None = None
     flow_steps: int | None = None
     window: int | None = None

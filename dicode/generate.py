@@ -27,6 +27,7 @@ class GenerationConfig:
 
     guidance: float = 1.0  # of the language model against the null prompt
     variance_scale: float = 1.0  # of the mixture over the next deep token; 0 takes its mean
+    first_variance_scale: float | None = None  # the same of a video's first key frame; None: as of the others
     temperature: float = 1.0  # of the choice between the mixture's components; 0 takes the likeliest
     flow_steps: int = 8  # of the flow head a token or key frame
     decoder_guidance: float = 1.0  # of the denoiser against null tokens
@@ -226,6 +227,7 @@ class DiCoDe:
                 sample_indices=sample_indices,
                 guidance=settings.guidance,
                 variance_scale=settings.variance_scale,
+                first_variance_scale=settings.first_variance_scale,
                 temperature=settings.temperature,
                 flow_steps=settings.flow_steps,
                 window=settings.window,

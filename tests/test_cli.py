@@ -33,7 +33,7 @@ PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
     "generate": "--continue-from --decoder-guidance --decoder-temperature "
-    "--device --flow-steps --guidance --help --image --joins --last-image --loop --model "
+    "--device --first-variance-scale --flow-steps --guidance --help --image --joins --last-image --loop --model "
     "--motion-scale --output --preview --prompts --reroll-from --reroll-seed --revision --sample --scale "
     "--seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale --window",
     "tokenize": "--device --help --model --output --revision",
@@ -43,8 +43,8 @@ FLAGS = {
     "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --model "
     "--output --parts --rank --revision --seed --steps --targets --work-folder",
     "assemble": "--decoder-guidance --decoder-temperature "
-    "--dtype --first-stage --flow-steps --guidance --help --joins --motion-scale --output --steps --temperature "
-    "--variance-scale --window",
+    "--dtype --first-stage --first-variance-scale --flow-steps --guidance --help --joins --motion-scale --output "
+    "--steps --temperature --variance-scale --window",
     "evaluate": "--cache --features --help --long-prompts --long-seconds --output --parts --prompts --report --seed "
     "--sheets",
     "benchmark": "--help",
@@ -135,6 +135,7 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
         "seconds": 2.5,
         "guidance": 1.5,
         "variance_scale": 0.5,
+        "first_variance_scale": None,
         "temperature": 1.0,
         "flow_steps": 8,
         "window": 0,
@@ -472,7 +473,7 @@ def test_info_counts_parameters_and_rates(capsys, tiny_model):
 def test_assemble_joins_two_runs_and_keeps_how_to_sample_them(capsys, tmp_path, tiny_model):
     code, out, err = run(capsys, "assemble", tiny_model, tiny_model, "-o", tmp_path / "joined", "--steps", 5)
     assert code == 0, err
-    assert "guidance 1.0, variance_scale 1.0, temperature 1.0, flow_steps 8, decoder_guidance 1.0" in out
+    assert "guidance 1.0, variance_scale 1.0, first_variance_scale None, temperature 1.0, flow_steps 8" in out
     assert "steps 5, joins chained" in out
     assert DiCoDe.from_pretrained(tmp_path / "joined").defaults == GenerationConfig(steps=5)
 

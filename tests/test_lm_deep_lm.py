@@ -132,6 +132,7 @@ def test_wrong_arguments_raise_before_anything_is_written() -> None:
     wrong: dict[str, dict[str, Any]] = {
         "at least 1": {"num_keyframes": 0},
         "variance_scale": {"num_keyframes": 1, "variance_scale": -1.0},
+        "variance_scale: expected": {"num_keyframes": 1, "first_variance_scale": -1.0},
         "temperature": {"num_keyframes": 1, "temperature": -0.5},
         "one a prompt": {"num_keyframes": 1, "sample_indices": [0]},
         "deep tokens: expected": {"num_keyframes": 1, "prefix": torch.zeros(3, 1, 4, 7)},

@@ -159,6 +159,19 @@ def test_a_model_of_changes_learns_what_the_others_learn_of_the_first_key_frame(
     assert (losses[0][:, 1:] - losses[1][:, 1:]).abs().min() > 1e-4
 
 
+@pytest.mark.parametrize("head", ["mixture", "flow"])
+def test_the_first_key_frame_may_have_a_variance_of_its_own(head: str) -> None:
+    model = build(head=head, order="keyframe")
+    options: dict[str, Any] = {"num_keyframes": 3, "variance_scale": 0.5, "guidance": 1.5}
+    plain, same, sure = (written(model, **options, first_variance_scale=scale) for scale in (None, 0.5, 0.0))
+    assert torch.equal(plain, same)
+    others = written(model, **{**options, "variance_scale": 0.9}, first_variance_scale=0.0, seed=7)
+    torch.testing.assert_close(sure[:, 0], others[:, 0])  # without chance whatever the seed
+    assert (sure[:, 1:] - others[:, 1:]).abs().amax((0, 2, 3)).min() > 1e-3
+    rest = written(model, **{**options, "num_keyframes": 2}, prefix=sure[:, :1], first_variance_scale=0.0)
+    torch.testing.assert_close(rest, sure[:, 1:], rtol=1e-5, atol=1e-5)  # of key frame 0 alone
+
+
 def test_a_key_frame_is_one_pass_in_key_frame_order() -> None:
     model, calls = build(order="keyframe"), []
     model.backbone.register_forward_hook(lambda *_: calls.append(1))

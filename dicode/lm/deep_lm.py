@@ -1,7 +1,7 @@
 """The language model over deep tokens: reads a prompt, writes key frames one after the other (arXiv 2412.04446)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -147,6 +147,7 @@ class DeepTokenLM(nn.Module):
         sample_indices: Sequence[int] | None = None,
         guidance: float = 1.0,
         variance_scale: float = 1.0,
+        first_variance_scale: float | None = None,
         temperature: float = 1.0,
         flow_steps: int = 8,
         window: int = 0,
@@ -158,7 +159,8 @@ class DeepTokenLM(nn.Module):
         The prefix is read, not yielded. To change the prompt on the way, call again with everything so far as the
         prefix. A sample depends on (seed, its entry of `sample_indices`, key frame index) only; the default indices
         are 0, 1, …. `guidance` 1 is the plain conditional; other values run the null prompt (default: all padding)
-        beside it. `variance_scale`, `temperature` and `flow_steps`: see `TokenSampling`.
+        beside it. `variance_scale`, `temperature` and `flow_steps`: see `TokenSampling`. `first_variance_scale` is for
+        key frame 0 (default: as for all), to draw surely what is asked for and yet leave to chance what happens.
 
         `goal` is what the video comes to: key frame `goal_keyframe` (default: the last one asked for) is yielded as
         given, and those before it lead there (needs `reads_goal`); "first" comes back to key frame 0, for a loop.
@@ -196,6 +198,8 @@ class DeepTokenLM(nn.Module):
             null_ids = torch.full_like(prompt_ids, self.config.pad_id)
         if null_ids.shape != prompt_ids.shape:
             raise ValueError(f"null_ids: expected shape {tuple(prompt_ids.shape)}, got {tuple(null_ids.shape)}")
+        sampling = TokenSampling(guidance, variance_scale, temperature, flow_steps)
+        first_scale = variance_scale if first_variance_scale is None else first_variance_scale
         return self._generate(
             prompt_ids if guidance == 1.0 else torch.cat([prompt_ids, null_ids]),
             range(start, start + num_keyframes),
@@ -203,7 +207,8 @@ class DeepTokenLM(nn.Module):
             aim,
             seed,
             indices,
-            TokenSampling(guidance, variance_scale, temperature, flow_steps),
+            sampling,
+            replace(sampling, variance_scale=first_scale),
             window,
             use_cache,
         )
@@ -218,6 +223,7 @@ class DeepTokenLM(nn.Module):
         seed: int | SeedPlan,
         indices: Sequence[int],
         sampling: TokenSampling,
+        first_sampling: TokenSampling,
         window: int,
         use_cache: bool,
     ) -> Iterator[KeyFrameTokens]:
@@ -241,7 +247,7 @@ class DeepTokenLM(nn.Module):
                 return
             clip_seed = seed_of_clip(seed, max(0, keyframe - 1))  # a clip needs its tail; the first one its head too
             generators = [generator_for(clip_seed, "deep tokens", index, keyframe) for index in indices]
-            tokens = self._write(reading, written, generators, sampling)
+            tokens = self._write(reading, written, generators, sampling if keyframe else first_sampling)
             if goal and keyframe == first:
                 goal = goal if goal.tokens is not None else _Goal(tokens, goal.keyframe)
                 if goal.keyframe > first + 1:
