@@ -23,7 +23,7 @@ from dicode.device import pick_device
 from dicode.evaluate.report import write_result
 from dicode.evaluate.scaling import fit_power_law
 from dicode.flags import Scale
-from dicode.hub import config_to_dict
+from dicode.hub import config_from_dict, config_to_dict
 from dicode.info_command import runs_of
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import generator_for
@@ -167,13 +167,14 @@ def print_sizes(sizes: dict[str, Figures], seeds: int, tflops: float) -> None:
 def measured_run(run: LanguageRun, folder: Path, measure: Measure, processes: Processes, stop: StopSignal) -> Figures:
     """One run, from wherever it stands to its figures, which are kept in its folder in place of its checkpoints.
 
-    Raises `ValueError` where the folder holds the figures of another run.
+    A field that is younger than those figures had its default. Raises `ValueError` where the folder holds the figures
+    of another run.
     """
     kept, asked = folder / FIGURES, config_to_dict(run)
     if kept.exists():
         held = json.loads(kept.read_text(encoding="utf-8"))
-        if held["run"] != asked:
-            changed = [key for key in asked if asked[key] != held["run"].get(key)]
+        ran = config_to_dict(config_from_dict(LanguageRun, held["run"], str(kept)))
+        if changed := [key for key in asked if asked[key] != ran[key]]:
             raise ValueError(f"{folder} was run with other values of {', '.join(changed)}: name another work folder")
         return held
     with stop.cutting(), processes.one_first():

@@ -144,6 +144,11 @@ def test_a_finished_run_is_not_trained_again(studied, monkeypatch, capsys):
     capsys.readouterr()
     assert main(study(studied, "--samples", "40")) == 2
     assert "small-0 was run with other values of loop" in capsys.readouterr().err
+    kept = studied / "runs/small-0/figures.json"
+    older = json.loads(kept.read_text())
+    del older["run"]["views"], older["run"]["model"]["predicts_change"]  # of a version that did not have them
+    kept.write_text(json.dumps(older))
+    assert main(study(studied)) == 0 and len(trained) == 1
 
 
 def recording(trained):
