@@ -11,8 +11,8 @@
     dicode train recipes/world.py:first_stage_decoder
     dicode assemble runs/denoiser/best runs/lm_changes/best --first-stage runs/first_stage_decoder/best -o world
 
-The box was assembled with `--dtype int8 --guidance 1.5 --variance-scale 1 --decoder-guidance 1.5 --motion-scale 1.3
---window 6` as well.
+The box was assembled with `--dtype int8 --guidance 1.5 --variance-scale 1 --first-variance-scale 0.2
+--decoder-guidance 1.5 --motion-scale 1.3 --window 6` as well.
 First stage and denoiser begin with the weights of `sprites`. Hours and results of each run: docs/log.md.
 """
 
@@ -58,10 +58,10 @@ def first_stage_decoder() -> FirstStageRun:
         perceptual_weight=0.3,
         adversarial_weight=0.05,
         loop=LoopConfig(
-            evaluate_every=650,
+            evaluate_every=425,
             checkpoint_every=100,
             optim=OptimConfig(
-                steps=1300, batch_size=16, lr=4e-4, warmup_steps=50, decay_fraction=0.6, beta1=0.5, ema_decay=0.995
+                steps=3000, batch_size=16, lr=4e-4, warmup_steps=50, decay_fraction=0.6, beta1=0.5, ema_decay=0.995
             ),
         ),
     )
@@ -96,7 +96,7 @@ def denoiser() -> TokenizerRun:
             checkpoint_every=200,
             optim=OptimConfig(
                 optimizer="muon",
-                steps=3000,
+                steps=4000,
                 batch_size=16,
                 lr=1e-3,
                 warmup_steps=100,
@@ -171,5 +171,5 @@ def lm_changes() -> LanguageRun:
         model=replace(first.model, predicts_change=True),
         views=3,
         view_share=0.5,
-        loop=replace(first.loop, evaluate_every=500, optim=replace(first.loop.optim, steps=4000)),
+        loop=replace(first.loop, evaluate_every=500, optim=replace(first.loop.optim, steps=7000)),
     )
