@@ -11,7 +11,7 @@
     dicode train recipes/world.py:first_stage_decoder
     dicode assemble runs/denoiser/best runs/lm_changes/best --first-stage runs/first_stage_decoder/best -o world
 
-The box was assembled with `--dtype int8 --guidance 1.5 --variance-scale 1 --first-variance-scale 0.2
+The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 1 --first-variance-scale 0.2
 --decoder-guidance 1.5 --motion-scale 1.3 --window 6` as well.
 First stage and denoiser begin with the weights of `sprites`. Hours and results of each run: docs/log.md.
 """
