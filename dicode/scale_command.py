@@ -62,7 +62,7 @@ def scale(command: Scale, watch: Stopwatch) -> int:
         figures = {name: seeds_of(name, run, command, likelihoods, processes, stop) for name, run in runs.items()}
         if processes.first:
             path = command.output / f"{Path(command.family).stem}.json"
-            values = {"sizes": sizes, "means": means(figures), **laws(sizes, figures), "runs": figures}
+            values = {"sizes": sizes, "means": means(figures), **laws(sizes, figures), "runs": by_seed(figures)}
             publish(command, path, "language models of several sizes", values)
     return 0
 
@@ -78,18 +78,15 @@ def ablate(command: Scale, runs: dict[str, LanguageRun]) -> int:
     with StopSignal() as stop, Processes() as processes:
         with stop.cutting(), processes.one_first():
             changed = arms(base, command.studies, command.work_folder / "tokenizers")
-        figures = {
-            name: seeds_of(
-                name, run, command, lambda stage: {**likelihoods(stage), **in_latents(stage)}, processes, stop
-            )
-            for name, run in changed.items()
-        }
+        figures = {name: seeds_of(name, run, command, measure, processes, stop) for name, run in changed.items()}
         if processes.first:
             values: Figures = {"sizes": {name: counted(run) for name, run in changed.items()}, "means": means(figures)}
             if "joins" in command.studies:
                 with stop.cutting():
                     values["joins"] = joins(Path(command.tokenizer), Path(base.cache))
-            publish(command, command.output / "ablations.json", "one thing changed", {**values, "runs": figures})
+            publish(
+                command, command.output / "ablations.json", "one thing changed", {**values, "runs": by_seed(figures)}
+            )
     return 0
 
 
@@ -188,6 +185,14 @@ def measured_run(run: LanguageRun, folder: Path, measure: Measure, processes: Pr
         print(f"{folder.name}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float)))
     processes.wait()
     return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def by_seed(figures: dict[str, list[Figures]]) -> dict[str, list[Figures]]:
+    """What is published of every run: its seed and its figures. Its whole recipe stays in its folder."""
+    return {
+        name: [{"seed": run["run"]["loop"]["seed"], **{k: v for k, v in run.items() if k != "run"}} for run in runs]
+        for name, runs in figures.items()
+    }
 
 
 def trained_s(folder: Path) -> float:

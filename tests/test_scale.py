@@ -125,7 +125,7 @@ def test_a_study_says_sizes_losses_and_laws(studied):
     assert sorted(parameters) == parameters
     assert sorted(flops) == flops
     for runs in values["runs"].values():
-        assert [run["run"]["loop"]["seed"] for run in runs] == [0, 1]
+        assert [run["seed"] for run in runs] == [0, 1]
         assert all(0 <= run["alignment"] <= 100 for run in runs)
     nll = [run["nll"] for run in values["runs"]["large"]]
     assert values["means"]["large"]["nll"]["mean"] == pytest.approx(np.mean(nll))
