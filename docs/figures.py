@@ -180,7 +180,8 @@ def ablations(values: dict[str, Any]) -> list[list[list[str]]]:
     rows = [["changed", "parameters", *columns]]
     for name, means in values["means"].items():
         size = f"{values['sizes'][name]['parameters'] / 1e6:.3g} M"
-        rows.append([name, size, *(f"{means[column]['mean']:.3g}" for column in columns)])
+        lost = f"{means['lost']['mean']:.3g}"  # the same for every seed: of the code, not of the training
+        rows.append([name, size, lost, *(with_interval(means[column]) for column in columns[1:])])
     if "joins" not in values:
         return [rows]
     scores = values["joins"]["scores"].items()
