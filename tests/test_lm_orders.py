@@ -150,6 +150,31 @@ def test_a_model_of_changes_keeps_an_image_where_it_predicts_none(order: str) ->
     assert model(PROMPTS, torch.cat([image, tokens], dim=1)).keyframe_loss[:, 1:].eq(0).all()
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("goal", [False, True])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_changes_may_be_counted_from_the_first_key_frame_too(order: str, goal: bool, share: float) -> None:
+    kind: dict[str, Any] = {"order": order, "head": "regression", "predicts_change": True, "change_from_first": share}
+    model = build(**kind, reads_goal=True)
+    tokens = written(model, num_keyframes=4, goal=torch.randn(3, 5, 7) if goal else None)
+    with torch.no_grad():
+        assert model(PROMPTS, tokens, goal=goal).loss < 1e-8  # what is written is what is asked for in training
+    long = written(model, num_keyframes=9, window=4)
+    alone = written(model, num_keyframes=1, prefix=long[:, 6:8])  # a window is as a video that begins there
+    torch.testing.assert_close(alone[:, 0], long[:, 8], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("share", "added"), [(0.0, [1, 2, 3, 4]), (0.5, [1, 1.5, 1.75, 1.875]), (1.0, [1, 1, 1, 1])])
+def test_what_is_added_fades_by_the_share_of_the_first_key_frame(order: str, share: float, added: list[float]) -> None:
+    model = build(order=order, head="regression", predicts_change=True, change_from_first=share)
+    image = torch.randn(3, 1, 5, 7)
+    for name, value in model.head.named_parameters():
+        torch.nn.init.constant_(value, 1.0 if name.endswith("bias") else 0.0)
+    difference = written(model, num_keyframes=4, prefix=image) - image
+    torch.testing.assert_close(difference, torch.tensor(added).view(4, 1, 1).expand_as(difference).float())
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_model_of_changes_learns_what_the_others_learn_of_the_first_key_frame(head: str) -> None:
     tokens = torch.randn(3, 4, 5, 7)

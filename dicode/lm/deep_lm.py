@@ -57,8 +57,9 @@ class DeepTokenLM(nn.Module):
                 f"{config.positions} positions and {config.max_keyframes} key frames hold no key frame of "
                 f"{config.tokens_per_keyframe} tokens after {config.text_length} text tokens"
             )
-        if not 0 <= config.input_noise <= 1:
-            raise ValueError(f"input_noise: expected a share of noise, 0 to 1, got {config.input_noise}")
+        for name in ("input_noise", "change_from_first"):
+            if not 0 <= getattr(config, name) <= 1:
+                raise ValueError(f"{name}: expected a share, 0 to 1, got {getattr(config, name)}")
         self.config, self.text = config, text
         self.backbone = Backbone(config)
         self.embedding = DeepTokenEmbedding(
@@ -85,6 +86,7 @@ class DeepTokenLM(nn.Module):
         keyframe_mask: KeyFrameMask | None = None,
         generator: torch.Generator | None = None,
         goal: bool = False,
+        read: DeepTokens | None = None,
     ) -> DeepLMOutput:
         """The loss of every deep token given the text and all deep tokens before it.
 
@@ -96,23 +98,29 @@ class DeepTokenLM(nn.Module):
         of it is left the caption must say the rest.
         `generator` draws it (default: torch's own).
 
+        `read` is what the model goes on from where that is not the truth: key frames with errors, of the shape of
+        `tokens`, are read as they are, without noise, and changes counted from them, so that a change mends what is
+        wrong with the one before.
+
         Raises `ValueError` for a goal that the model cannot read, or that is not there or not ahead.
         """
         config, k = self.config, tokens.shape[1]
         self._check(text_ids, tokens, k, goal)
         if goal and (k < 3 or (keyframe_mask is not None and not keyframe_mask[:, 1:].all())):
             raise ValueError(f"goal: expected 3 key frames or more, all of them real, got {k}")
-        read = _noised(tokens, config.input_noise, generator) if self.training else tokens
-        blocks = self.embedding(read)
+        before = tokens if read is None else read
+        noised = _noised(tokens, config.input_noise, generator) if self.training and read is None else before
+        blocks = self.embedding(noised)
         if goal:
-            known = self.embedding.of_goal(read[:, -1], k - 1)
+            known = self.embedding.of_goal(noised[:, -1], k - 1)
             blocks = torch.cat([blocks[:, :1], known, blocks[:, 1:-1]], dim=1)
-            tokens, keyframe_mask = tokens[:, :-1], None if keyframe_mask is None else keyframe_mask[:, :-1]
+            tokens, before = tokens[:, :-1], before[:, :-1]
+            keyframe_mask = None if keyframe_mask is None else keyframe_mask[:, :-1]
         hidden = self._hidden(text_ids, blocks)
         if goal:  # of these two blocks one predicts the goal (token order), or what the other does better (keyframe)
             hidden = torch.cat([hidden[:, :1], hidden[:, 2:]], dim=1)
         groups = rearrange(hidden, "b k (g p) width -> b k g p width", p=self.together)
-        written = _changes(tokens) if config.predicts_change else tokens
+        written = _changes(tokens, before, config.change_from_first) if config.predicts_change else tokens
         targets = rearrange(written, "b k (g p) d -> b k g p d", p=self.together)
         keyframe_loss = self._head.loss(groups, targets, generator).mean(-1)
         if keyframe_mask is None:
@@ -287,15 +295,16 @@ class DeepTokenLM(nn.Module):
     ) -> KeyFrameTokens:
         """Draw the tokens `b n d` of the key frame after `written`, together or one after the other, and read them."""
         b, tokens = len(generators), torch.empty(0)
-        before = written[-1] if written and self.config.predicts_change else None
+        adds = bool(written) and self.config.predicts_change
         if self.config.order == "token":
             reading.add(self._begin(reading.batch))
         for place in range(0, self.config.tokens_per_keyframe, self.together):
             hidden = reading.last(self.together)
             null_hidden = None if reading.batch == b else hidden[b:]
             drawn = self._head.sample(hidden[:b], generators, sampling, null_hidden)
-            if before is not None:
-                drawn = before[:, place : place + self.together].to(drawn) + drawn
+            if adds:
+                before, first = (written[i][:, place : place + self.together].to(drawn) for i in (-1, 0))
+                drawn = torch.lerp(before, first, self.config.change_from_first) + drawn
             block = drawn[:, None].repeat(reading.batch // b, 1, 1, 1)
             reading.add(self.embedding(block, len(written), place)[:, 0])
             tokens = drawn if place == 0 else torch.cat([tokens, drawn], dim=1)
@@ -414,9 +423,10 @@ def _window_start(keyframe: int, window: int) -> int:
     return -(-(keyframe + 1 - window) // jump) * jump
 
 
-def _changes(tokens: DeepTokens) -> DeepTokens:
-    """What each key frame adds to the one before it; the first one is all its own."""
-    return torch.cat([tokens[:, :1], tokens[:, 1:] - tokens[:, :-1]], dim=1)
+def _changes(tokens: DeepTokens, read: DeepTokens, first_share: float) -> DeepTokens:
+    """What each key frame adds to what was read (`change_from_first`); the first one is all its own."""
+    before, first = read[:, :-1], read[:, :1]
+    return torch.cat([tokens[:, :1], tokens[:, 1:] - torch.lerp(before, first.expand_as(before), first_share)], dim=1)
 
 
 def _noised(tokens: DeepTokens, strength: float, generator: torch.Generator | None) -> DeepTokens:

@@ -21,6 +21,7 @@ from dicode.train.clips import at_once
 from dicode.train.images import frames_to_pixels, pixels_to_frames
 from dicode.train.loop import LoopConfig
 from dicode.train.lora import LoRAConfig, add_adapters, merged
+from dicode.train.own import with_own
 from dicode.train.views import View
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 from dicode.video.sheet import contact_sheet
@@ -59,6 +60,7 @@ class LanguageRun:
     swapped_words: float = 0.5  # … it was never told so (docs/heads.md), and how many of them
     views: int = 0  # of every training video (`View`): from them it learns how a picture goes on, not which one to draw
     view_share: float = 0.5  # share of samples that are such views
+    own_share: float = 0.0  # of steps that go on from what the model writes, to mend it (`with_own`); none with a goal
 
 
 def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, source: Path, view: View | None = None) -> Rows:
@@ -95,6 +97,11 @@ class LanguageTraining:
         named = [name for name in ("init", "body", "vocabulary") if getattr(run, name)]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)}: each brings a vocabulary of its own; name one of them")
+        if run.own_share and (run.model.order == "token" or run.loop.strategy == "fsdp"):
+            raise ValueError(
+                f"own_share: expected model.order 'keyframe' and loop.strategy 'ddp', got {run.model.order!r} and "
+                f"{run.loop.strategy!r}: within a key frame the model reads the truth, and all shares compute alike"
+            )
         if run.lora.rank and not run.init:
             raise ValueError("lora: name in init the trained language model that is to be adapted")
         self.run = run
@@ -204,9 +211,12 @@ class LanguageTraining:
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.module.parameters()).device
+        text_ids, tokens = batch["text_ids"].to(device), batch["tokens"].to(device)
         mask = None if batch["mask"].all() else batch["mask"].to(device)
         told = bool(batch["goal"])
-        output = self.module(batch["text_ids"].to(device), batch["tokens"].to(device), mask, generator, goal=told)
+        own = self.run.own_share > 0 and float(torch.rand((), generator=generator)) < self.run.own_share
+        read = with_own(self.module, text_ids, tokens, batch["mask"], generator) if own and not told else None
+        output = self.module(text_ids, tokens, mask, generator, goal=told, read=read)
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
     def validate(self) -> tuple[dict[str, float], Image.Image | None]:
