@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +185,14 @@ def test_a_dry_run_tells_the_published_sizes(tmp_path, monkeypatch, capsys):
         ["distilgpt2", "109,179,408", "70,531,344", "6,400,000"],
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_larger_sizes_go_on_where_the_study_ends():
+    study, larger = runs_of("recipes/scale.py"), runs_of("recipes/scale_large.py")
+    first, *rest = larger.values()
+    assert first.model == study["llama_19m"].model and first.loop.optim == study["llama_19m"].loop.optim
+    for run in rest:  # the same samples and text, wider and deeper alone
+        assert run.loop.optim.steps == first.loop.optim.steps and run.loop.seed == first.loop.seed
+        assert replace(run.model, width=448, depth=7, heads=7) == first.model
+        assert run.loop.optim.lr * run.model.width**0.5 == pytest.approx(first.loop.optim.lr * first.model.width**0.5)
+    assert [run.model.width for run in larger.values()] == sorted(run.model.width for run in larger.values())
