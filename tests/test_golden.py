@@ -36,8 +36,9 @@ NAMES = {
         "paper_tokenizer_256", "gpt2_mini", "distilgpt2", "gpt2", "gpt2_medium", "gpt2_large", "llama_1b", "llama_3b"
     ),
     "heads": ("run",),
-    "world": ("first_stage", "first_stage_decoder", "key_frames", "denoiser", "lm", "lm_changes"),
+    "world": ("first_stage", "first_stage_decoder", "key_frames", "denoiser", "lm", "lm_own"),
     "scale": ("llama_200k", "llama_600k", "llama_2m", "llama_7m", "llama_19m"),
+    "scale_large": ("llama_19m", "llama_55m", "llama_180m", "llama_560m", "llama_1b"),
 }  # fmt: skip
 EVERY = [f"{file}:{name}" for file, names in NAMES.items() for name in names]
 
