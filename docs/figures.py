@@ -170,7 +170,7 @@ def scaling() -> str:
         laws.append([name, told[0], *rest])
     steps = [["to the next size", "nll, the same seeds in pairs"]]
     steps += [[name, with_interval(step)] for name, step in values["differences"].items()]
-    tables = [rows, steps, laws, larger(values_of("scale_large")), *ablations(values_of("ablations"))]
+    tables = [rows, steps, laws, larger(values_of("scale-h100")), *ablations(values_of("ablations"))]
     return "\n\n".join(as_table(table) for table in tables)
 
 
@@ -178,20 +178,22 @@ def larger(values: dict[str, Any]) -> list[list[str]]:
     """The same run on a GPU, and what was seen of larger ones: training loss of the same samples at the same steps."""
     losses = values["training loss of 16 samples"]
     looks = [step for step in next(iter(losses.values())) if all(step in own for own in losses.values())]
-    rows = [["one H100", "parameters", "samples a second", "GiB", "nll", *(f"loss at step {step}" for step in looks)]]
-    for name, own in losses.items():
+    rows = [["one H100", "parameters", "samples a second", "of its peak", "GiB", "nll"]]
+    rows[0] += [f"loss at step {step}" for step in looks]
+    for name, own in sorted(losses.items(), key=lambda item: values["sizes"][item[0]]["parameters"]):
         runs = values["runs"].get(name)
         rows.append(
             [
                 name,
                 f"{values['sizes'][name]['parameters'] / 1e6:,.0f} M",
                 f"{median(values['samples a second'][name]):.0f}",
+                f"{values['share of the peak'][name]:.1%}",
                 f"{values['GiB'][name]:.3g}",
                 f"{runs[0]['nll']:.4g}" if runs else "stopped",
                 *(f"{own[step]:.3f}" for step in looks),
             ]
         )
-    return sorted(rows, key=lambda row: row[0] != rows[0][0] and float(row[1].split()[0].replace(",", "")))
+    return rows
 
 
 def ablations(values: dict[str, Any]) -> list[list[list[str]]]:
@@ -251,7 +253,7 @@ def plans() -> str:
     head = ["run", *columns]
     what = f"4 × {assumed['gpu']}: {assumed['mfu']:.0%} of {assumed['peak_flops'] / 1e12:g} TFLOP/s"
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    measured = [["one H100, measured", "seconds a step", "of its peak", "GiB", "GiB counted"]]
+    measured = [["one H100, measured", "seconds a piece of 16", "of its peak", "GiB", "GiB counted"]]
     for name, run in values_of("paper-h100").items():
         figures = f"{run['median_s']:.3f}", f"{run['mfu']:.1%}", f"{run['memory_gib']:.1f}", f"{run['counted_gib']:.1f}"
         measured.append([f"`{name}`", *figures])

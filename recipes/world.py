@@ -13,9 +13,9 @@
 
 The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 1 --first-variance-scale 0.2
 --decoder-guidance 1.5 --motion-scale 1.3 --window 6` as well.
-Batches are for an accelerator, where `--loop.prefetch` helps; `lm_own` is for a CPU. First stage and denoiser began
-with the weights of the edition before, which had begun with those of `sprites`. Hours, results, and what was continued
-on a CPU: docs/log.md.
+Batches are for an accelerator, where `--loop.prefetch` helps; `lm_own` is for a CPU. In place of
+`sprites`, first stage and denoiser of the box began with the edition before (commit 6831fd0), which had begun there.
+Hours, results, and what was continued on a CPU: docs/log.md.
 """
 
 from dataclasses import replace
@@ -115,7 +115,7 @@ def lm() -> LanguageRun:
     Half of the samples begin anywhere, so that it goes on from an image of any moment; half are views of the clips,
     which say how a picture goes on, not which one to draw. Later key frames are what they add to the mean of the first
     and the last one read. Key frames two seconds apart are no nearer to each other than to the first, so that half is
-    what a regression says, and errors fade by half at every step (docs/log.md).
+    what a regression says, and errors fade by half at every key frame of a window (docs/log.md).
     """
     return LanguageRun(
         cache=CACHE,
@@ -168,6 +168,7 @@ def lm() -> LanguageRun:
 def lm_own() -> LanguageRun:
     """Its second half: in half of the steps it goes on from key frames that it wrote itself, to mend them.
 
+    Somewhat more real clips and long ones, since captions were the last to be learnt and errors show late.
     Two views do: it has seen the others, and the tokens of a view take four and a half minutes of a core.
     """
     first = lm()

@@ -12,6 +12,7 @@ from test_lm_deep_lm import PROMPTS, build, written
 from test_views import run_of
 
 from dicode.lm.deep_lm import DeepTokenLM
+from dicode.scale_command import counted
 from dicode.seeds import generator_for
 from dicode.train.language import LanguageTraining
 from dicode.train.own import FLOW_STEPS, with_own
@@ -57,8 +58,9 @@ def test_no_more_is_drawn_than_real_key_frames_go_on_from() -> None:
         assert with_own(model, PROMPTS, tokens, few, generator_for(1)) is tokens
 
 
-def test_changes_are_counted_from_what_was_read() -> None:
-    model = model_of(head="regression")
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_changes_are_counted_from_what_was_read(share: float) -> None:
+    model = model_of(head="regression", change_from_first=share)
     tokens, read = truth(), truth() + torch.randn(3, 4, 5, 7, generator=generator_for(1))
     targets: list[torch.Tensor] = []
 
@@ -70,7 +72,8 @@ def test_changes_are_counted_from_what_was_read() -> None:
         model(PROMPTS, tokens, read=read)
     (target,) = targets
     assert torch.equal(target[:, 0, 0], tokens[:, 0])
-    torch.testing.assert_close(read[:, :-1] + target[:, 1:, 0], tokens[:, 1:])
+    start = (1 - share) * read[:, :-1] + share * read[:, :1]
+    torch.testing.assert_close(start + target[:, 1:, 0], tokens[:, 1:])
 
 
 @pytest.mark.parametrize("change", [False, True])
@@ -131,5 +134,14 @@ def test_a_share_of_steps_goes_on_from_own_key_frames(tiny_model: Path, tmp_path
 
 def test_what_cannot_go_on_from_its_own_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     run = dataclasses.replace(run_of(tiny_model, tmp_path), own_share=0.5)
-    with pytest.raises(ValueError, match=r"own_share: expected .*keyframe"):
-        LanguageTraining(dataclasses.replace(run, model=dataclasses.replace(run.model, order="token")))
+    token = dataclasses.replace(run.model, order="token")
+    shared = dataclasses.replace(run.loop, strategy="fsdp")
+    for changes, named in (({"model": token}, "keyframe"), ({"loop": shared}, "ddp"), ({"own_share": 1.5}, "0 to 1")):
+        with pytest.raises(ValueError, match=rf"own_share: .*{named}"):
+            LanguageTraining(dataclasses.replace(run, **changes))
+
+
+def test_such_a_run_can_be_planned(tiny_model: Path, tmp_path: Path) -> None:
+    run = dataclasses.replace(run_of(tiny_model, tmp_path), own_share=0.5, longer=(), longer_share=())
+    plain = dataclasses.replace(run, own_share=0.0)
+    assert counted(run) == counted(plain)

@@ -60,6 +60,8 @@ class DeepTokenLM(nn.Module):
         for name in ("input_noise", "change_from_first"):
             if not 0 <= getattr(config, name) <= 1:
                 raise ValueError(f"{name}: expected a share, 0 to 1, got {getattr(config, name)}")
+        if config.change_from_first and not config.predicts_change:
+            raise ValueError("change_from_first: says what a change is counted from; set predicts_change as well")
         self.config, self.text = config, text
         self.backbone = Backbone(config)
         self.embedding = DeepTokenEmbedding(
@@ -102,13 +104,16 @@ class DeepTokenLM(nn.Module):
         `tokens`, are read as they are, without noise, and changes counted from them, so that a change mends what is
         wrong with the one before.
 
-        Raises `ValueError` for a goal that the model cannot read, or that is not there or not ahead.
+        Raises `ValueError` for a goal that the model cannot read, or that is not there or not ahead, and for `read` of
+        another shape.
         """
         config, k = self.config, tokens.shape[1]
         self._check(text_ids, tokens, k, goal)
         if goal and (k < 3 or (keyframe_mask is not None and not keyframe_mask[:, 1:].all())):
             raise ValueError(f"goal: expected 3 key frames or more, all of them real, got {k}")
         before = tokens if read is None else read
+        if before.shape != tokens.shape:
+            raise ValueError(f"read: expected {tuple(tokens.shape)}, as tokens, got {tuple(before.shape)}")
         noised = _noised(tokens, config.input_noise, generator) if self.training and read is None else before
         blocks = self.embedding(noised)
         if goal:
@@ -424,7 +429,7 @@ def _window_start(keyframe: int, window: int) -> int:
 
 
 def _changes(tokens: DeepTokens, read: DeepTokens, first_share: float) -> DeepTokens:
-    """What each key frame adds to what was read (`change_from_first`); the first one is all its own."""
+    """What each key frame adds to a mean of the last and, by `first_share`, the first one read; the first is whole."""
     before, first = read[:, :-1], read[:, :1]
     return torch.cat([tokens[:, :1], tokens[:, 1:] - torch.lerp(before, first.expand_as(before), first_share)], dim=1)
 

@@ -29,7 +29,7 @@ class DeepLMConfig:
     head: HeadName = "mixture"
     order: Order = "token"  # what is predicted at once (see sequence.py); published: a token
     predicts_change: bool = False  # key frames after the first are what they add to the one before, which so stays
-    change_from_first: float = 0.0  # … or to a mean with this share of the first one that is read: errors fade by it
+    change_from_first: float = 0.0  # … or to a mean with this share of the first one that is read: errors fade
     reads_goal: bool = False  # whether a later key frame may be given: loops, a last image
     components: int = 16  # mixture only; a Gaussian is a mixture of one
     flow_width: int = 256  # flow only: of the network that turns noise into tokens …

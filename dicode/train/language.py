@@ -97,11 +97,12 @@ class LanguageTraining:
         named = [name for name in ("init", "body", "vocabulary") if getattr(run, name)]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)}: each brings a vocabulary of its own; name one of them")
-        if run.own_share and (run.model.order == "token" or run.loop.strategy == "fsdp"):
-            raise ValueError(
-                f"own_share: expected model.order 'keyframe' and loop.strategy 'ddp', got {run.model.order!r} and "
-                f"{run.loop.strategy!r}: within a key frame the model reads the truth, and all shares compute alike"
-            )
+        if not 0 <= run.own_share <= 1:
+            raise ValueError(f"own_share: expected a share of steps, 0 to 1, got {run.own_share}")
+        if run.own_share and run.model.order == "token":
+            raise ValueError("own_share: needs model.order 'keyframe'; in 'token' a key frame is read as it is learnt")
+        if run.own_share and run.loop.strategy == "fsdp":
+            raise ValueError("own_share: needs loop.strategy 'ddp'; under FSDP all processes must draw as often")
         if run.lora.rank and not run.init:
             raise ValueError("lora: name in init the trained language model that is to be adapted")
         self.run = run
@@ -174,7 +175,8 @@ class LanguageTraining:
             "text_ids": self.encode(texts),
             "tokens": torch.stack(tokens).float(),
             "mask": mask,  # False, no loss: past the end of a video that does not loop, and the first one of a view
-            "goal": torch.tensor(may and chance() < self.run.goal_share),
+            "goal": torch.tensor(goal := may and chance() < self.run.goal_share),
+            "own": torch.tensor(self.run.own_share > 0 and not goal and chance() < self.run.own_share),
         }
 
     def key_frame_rows(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
@@ -214,8 +216,7 @@ class LanguageTraining:
         text_ids, tokens = batch["text_ids"].to(device), batch["tokens"].to(device)
         mask = None if batch["mask"].all() else batch["mask"].to(device)
         told = bool(batch["goal"])
-        own = self.run.own_share > 0 and float(torch.rand((), generator=generator)) < self.run.own_share
-        read = with_own(self.module, text_ids, tokens, batch["mask"], generator) if own and not told else None
+        read = with_own(self.module, text_ids, tokens, batch["mask"], generator) if batch["own"] else None
         output = self.module(text_ids, tokens, mask, generator, goal=told, read=read)
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 

@@ -1,0 +1,102 @@
+"""Seconds and memory of a training step of the paper's language models, beside what `dicode info` counts for it.
+
+    python tests/paper_steps.py results/paper-h100.json gpt2 gpt2_medium llama_1b
+
+One piece of 16 samples of 3 key frames, random tokens, as each of four GPUs computes it; on whatever `auto` is here.
+"""
+
+import dataclasses
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dicode.cli import load_run
+from dicode.device import peak_memory_gib, pick_device
+from dicode.evaluate.report import write_result
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.plans import Planner
+from dicode.sizing import GPUS, peak_flops
+from dicode.train.checkpoint import TrainState
+from dicode.train.language import LanguageRun, LanguageTraining
+from dicode.train.loop import Training, _step
+from dicode.train.parallel import Processes
+
+RECIPES = Path(__file__).parents[1] / "recipes/paper.py"
+SAMPLES, STEPS, WARM_UP = 16, 25, 8
+
+
+class RandomTokens(LanguageTraining):
+    """A language model's stage without data."""
+
+    def __init__(self, run: LanguageRun) -> None:
+        self.run = run
+        with pick_device("auto"):
+            self.module = DeepTokenLM(run.model)
+
+    def num_samples(self) -> int:
+        return 4096
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        model, b, k = self.run.model, len(indices), self.run.key_frames
+        shape = (b, k, model.tokens_per_keyframe, model.token_width)
+        return {
+            "text_ids": torch.randint(model.vocab_size, (b, model.text_length), generator=generator),
+            "tokens": torch.randn(shape, generator=generator),
+            "mask": torch.ones(b, k, dtype=torch.bool),
+            "goal": torch.tensor(False),
+            "own": torch.tensor(False),
+        }
+
+
+def piece_of(run: LanguageRun) -> LanguageRun:
+    """A run of one piece of the shortest samples."""
+    loop = dataclasses.replace(
+        run.loop, pieces=1, strategy="ddp", optim=dataclasses.replace(run.loop.optim, batch_size=SAMPLES)
+    )
+    return dataclasses.replace(run, longer=(), longer_share=(), loop=loop)
+
+
+def measure(run: LanguageRun) -> dict[str, Any]:
+    """Median seconds of a step, the most memory, and both as they are counted."""
+    plan = Planner(run).plan(1, GPUS["h100-80gb"], 0.4)
+    training, state, spent_s = Training.of(RandomTokens(run), run.loop, Processes()), TrainState(), []
+    on_gpu = training.device.type != "cpu"
+    if on_gpu:
+        torch.accelerator.reset_peak_memory_stats()
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        for state.step in range(STEPS):
+            batch = {0: training.stage.batch(training.samples(state.step), training.generator("batch", state.step, 0))}
+            began_s = time.perf_counter()
+            _step(training, state, batch)
+            if on_gpu:
+                torch.accelerator.synchronize()
+            spent_s.append(time.perf_counter() - began_s)
+    median_s = statistics.median(spent_s[WARM_UP:])
+    return {
+        "parameters": plan.trained,
+        "samples": SAMPLES,
+        "median_s": median_s,
+        "memory_gib": peak_memory_gib(training.device),
+        "counted_gib": plan.memory()["together"] / 2**30,
+        "tflop": plan.step_flops / 1e12,
+        "mfu": plan.step_flops / median_s / peak_flops(training.device),
+    }
+
+
+def main(output: str, *names: str) -> None:
+    """The models asked for, smallest first, into a result file."""
+    values = {name: measure(piece_of(load_run(f"{RECIPES}:{name}"))) for name in names}
+    command = shlex.join(["python", "tests/paper_steps.py", output, *names])
+    title = "language models of the paper: steps of one piece of 16 samples of 3 key frames"
+    write_result(Path(output), title, values, SAMPLES, 0, command, pick_device("auto"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
