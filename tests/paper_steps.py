@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from dicode.cli import load_run
 from dicode.device import peak_memory_gib, pick_device
 from dicode.evaluate.report import write_result
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.plans import Planner
+from dicode.plans import Planner, blank_batches
 from dicode.sizing import GPUS, peak_flops
 from dicode.train.checkpoint import TrainState
 from dicode.train.language import LanguageRun, LanguageTraining
-from dicode.train.loop import Training, _step
+from dicode.train.loop import Training, _step, attention_on
 from dicode.train.parallel import Processes
 
 RECIPES = Path(__file__).parents[1] / "recipes/paper.py"
@@ -44,15 +44,10 @@ class RandomTokens(LanguageTraining):
         return 4096
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        model, b, k = self.run.model, len(indices), self.run.key_frames
-        shape = (b, k, model.tokens_per_keyframe, model.token_width)
-        return {
-            "text_ids": torch.randint(model.vocab_size, (b, model.text_length), generator=generator),
-            "tokens": torch.randn(shape, generator=generator),
-            "mask": torch.ones(b, k, dtype=torch.bool),
-            "goal": torch.tensor(False),
-            "own": torch.tensor(False),
-        }
+        ((_, batch),) = blank_batches(self.run, len(indices))
+        batch["text_ids"].random_(self.run.model.vocab_size, generator=generator)
+        batch["tokens"].normal_(generator=generator)
+        return batch
 
 
 def piece_of(run: LanguageRun) -> LanguageRun:
@@ -70,11 +65,12 @@ def measure(run: LanguageRun) -> dict[str, Any]:
     on_gpu = training.device.type != "cpu"
     if on_gpu:
         torch.accelerator.reset_peak_memory_stats()
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-        for state.step in range(STEPS):
-            batch = {0: training.stage.batch(training.samples(state.step), training.generator("batch", state.step, 0))}
+    with sdpa_kernel(attention_on(training.device)):
+        for step in range(STEPS):
+            batch = training.stage.batch(training.samples(step), training.generator("batch", step, 0))
             began_s = time.perf_counter()
-            _step(training, state, batch)
+            _step(training, state, {0: batch})
+            state.step += 1
             if on_gpu:
                 torch.accelerator.synchronize()
             spent_s.append(time.perf_counter() - began_s)

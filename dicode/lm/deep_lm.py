@@ -111,21 +111,21 @@ class DeepTokenLM(nn.Module):
         self._check(text_ids, tokens, k, goal)
         if goal and (k < 3 or (keyframe_mask is not None and not keyframe_mask[:, 1:].all())):
             raise ValueError(f"goal: expected 3 key frames or more, all of them real, got {k}")
-        before = tokens if read is None else read
-        if before.shape != tokens.shape:
-            raise ValueError(f"read: expected {tuple(tokens.shape)}, as tokens, got {tuple(before.shape)}")
-        noised = _noised(tokens, config.input_noise, generator) if self.training and read is None else before
-        blocks = self.embedding(noised)
+        start = tokens if read is None else read
+        if start.shape != tokens.shape:
+            raise ValueError(f"read: expected {tuple(tokens.shape)}, as tokens, got {tuple(start.shape)}")
+        seen = _noised(tokens, config.input_noise, generator) if self.training and read is None else start
+        blocks = self.embedding(seen)
         if goal:
-            known = self.embedding.of_goal(noised[:, -1], k - 1)
+            known = self.embedding.of_goal(seen[:, -1], k - 1)
             blocks = torch.cat([blocks[:, :1], known, blocks[:, 1:-1]], dim=1)
-            tokens, before = tokens[:, :-1], before[:, :-1]
+            tokens, start = tokens[:, :-1], start[:, :-1]
             keyframe_mask = None if keyframe_mask is None else keyframe_mask[:, :-1]
         hidden = self._hidden(text_ids, blocks)
         if goal:  # of these two blocks one predicts the goal (token order), or what the other does better (keyframe)
             hidden = torch.cat([hidden[:, :1], hidden[:, 2:]], dim=1)
         groups = rearrange(hidden, "b k (g p) width -> b k g p width", p=self.together)
-        written = _changes(tokens, before, config.change_from_first) if config.predicts_change else tokens
+        written = _changes(tokens, start, config.change_from_first) if config.predicts_change else tokens
         targets = rearrange(written, "b k (g p) d -> b k g p d", p=self.together)
         keyframe_loss = self._head.loss(groups, targets, generator).mean(-1)
         if keyframe_mask is None:
@@ -308,8 +308,8 @@ class DeepTokenLM(nn.Module):
             null_hidden = None if reading.batch == b else hidden[b:]
             drawn = self._head.sample(hidden[:b], generators, sampling, null_hidden)
             if adds:
-                before, first = (written[i][:, place : place + self.together].to(drawn) for i in (-1, 0))
-                drawn = torch.lerp(before, first, self.config.change_from_first) + drawn
+                last, first = (written[i][:, place : place + self.together].to(drawn) for i in (-1, 0))
+                drawn = torch.lerp(last, first, self.config.change_from_first) + drawn
             block = drawn[:, None].repeat(reading.batch // b, 1, 1, 1)
             reading.add(self.embedding(block, len(written), place)[:, 0])
             tokens = drawn if place == 0 else torch.cat([tokens, drawn], dim=1)
@@ -430,8 +430,7 @@ def _window_start(keyframe: int, window: int) -> int:
 
 def _changes(tokens: DeepTokens, read: DeepTokens, first_share: float) -> DeepTokens:
     """What each key frame adds to a mean of the last and, by `first_share`, the first one read; the first is whole."""
-    before, first = read[:, :-1], read[:, :1]
-    return torch.cat([tokens[:, :1], tokens[:, 1:] - torch.lerp(before, first.expand_as(before), first_share)], dim=1)
+    return torch.cat([tokens[:, :1], tokens[:, 1:] - torch.lerp(read[:, :-1], read[:, :1], first_share)], dim=1)
 
 
 def _noised(tokens: DeepTokens, strength: float, generator: torch.Generator | None) -> DeepTokens:

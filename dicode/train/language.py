@@ -171,12 +171,13 @@ class LanguageTraining:
             texts.append(text)
         mask = torch.stack(masks)
         may = self.run.goal_share > 0 and key_frames > 2 and bool(mask[:, 1:].all())
+        goal = may and chance() < self.run.goal_share
         return {
             "text_ids": self.encode(texts),
             "tokens": torch.stack(tokens).float(),
             "mask": mask,  # False, no loss: past the end of a video that does not loop, and the first one of a view
-            "goal": torch.tensor(goal := may and chance() < self.run.goal_share),
-            "own": torch.tensor(self.run.own_share > 0 and not goal and chance() < self.run.own_share),
+            "goal": torch.tensor(goal),
+            "own": torch.tensor(not goal and self.run.own_share > 0 and chance() < self.run.own_share),
         }
 
     def key_frame_rows(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:

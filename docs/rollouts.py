@@ -1,0 +1,77 @@
+"""Measure ten seconds from real first images: how far frames are from real ones, and from the first.
+
+    python docs/rollouts.py cache/world /tmp/rollouts.json world
+
+results/world-rollouts.json holds this of two editions of `world`.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dicode.evaluate.features import EfficientNetLite0Features
+from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
+from dicode.evaluate.report import write_result
+from dicode.generate import DiCoDe
+from dicode.shapes import Video
+from dicode.video.shards import CachedVideo, FrameCache
+
+VIDEOS, FRAMES, LEAST_S = 24, 16, 3.0  # of either split; frames of each that stand for it; how long it must be
+FPS, EVERY_S, TOTAL_S = 8, 2, 10
+
+
+def main(cache: str, output: str, *models: str) -> None:
+    """Figures of both splits, for every model."""
+    whole, network = FrameCache.load(cache), EfficientNetLite0Features()
+    values: dict[str, Any] = {}
+    for name in models:
+        model, values[name] = DiCoDe.from_pretrained(name), {}
+        for split in ("training", "validation"):
+            videos = [v for v in whole.subset(split == "validation").videos if v.captions and v.period_s >= LEAST_S]
+            videos = videos[:: max(1, len(videos) // VIDEOS)][:VIDEOS]
+            real = [whole.frames[torch.arange(v.first, v.first + v.count)].numpy() for v in videos]
+            values[name][split] = measure(network, real, rolled_out(model, videos, real))
+    command = shlex.join(["python", "docs/rollouts.py", cache, output, *models])
+    write_result(Path(output), "ten seconds from real first images", values, VIDEOS, 0, command)
+
+
+def rolled_out(model: DiCoDe, videos: list[CachedVideo], real: list[Video]) -> list[Video]:
+    """Each video's first frame, gone on from under its caption."""
+    return [
+        np.concatenate(
+            list(model.generate(v.captions[0], seconds=TOTAL_S, sample_index=i, given=model.given(image=frames[:1])))
+        )
+        for i, (v, frames) in enumerate(zip(videos, real, strict=True))
+    ]
+
+
+def measure(network: EfficientNetLite0Features, real: list[Video], made: list[Video]) -> dict[str, Any]:
+    """Of every two seconds: Fréchet distance of single frames' features, RMS of pixels from the first frame, step."""
+    picked = [frames[np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)] for frames in real]
+    truth = statistics(network, picked)
+    found = {}
+    for end_s in range(EVERY_S, TOTAL_S + 1, EVERY_S):
+        parts = [video[FPS * (end_s - EVERY_S) : FPS * end_s] for video in made]
+        last = [part[-FPS:].astype(float) - frames[0] for part, frames in zip(parts, real, strict=True)]
+        steps = [np.abs(np.diff(part.astype(float), axis=0)).mean() for part in parts]
+        found[f"{end_s} s"] = {
+            "distance": frechet_distance(statistics(network, parts), truth),
+            "from first": float(np.mean([np.sqrt(np.square(x).mean()) for x in last])),
+            "step": float(np.mean(steps)),
+        }
+    return found
+
+
+def statistics(network: EfficientNetLite0Features, clips: list[Video]) -> FrechetStatistics:
+    """Of the frames of clips, one by one."""
+    made = FrechetStatistics(network.width)
+    made.update(network.frame_features(np.concatenate(clips)).double().numpy())
+    return made
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
