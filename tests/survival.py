@@ -98,16 +98,36 @@ def repeated_or_missed(folder: Path, samples: int) -> int:
     return sum(len(set(range(samples)) ^ set(epoch)) + samples - len(set(epoch)) for epoch in epochs)
 
 
+def wait_at(step: int) -> None:
+    """Let the training that follows in this process come no further than a step: it waits there to be killed."""
+    original = dicode.train.loop._step
+
+    def waiting(training: Any, state: Any, batches: Any) -> Any:
+        if state.step >= step:
+            time.sleep(3600)
+        return original(training, state, batches)
+
+    dicode.train.loop._step = waiting
+
+
 def survive_kills(root: Path, whole: Path, steps: int, whole_s: float, kills: int, seed: int) -> dict[str, Any]:
-    """`kill -9` at random moments, then the same run once more, to its end."""
+    """`kill -9` at random moments, then the same run once more, to its end.
+
+    However fast the machine has become since `whole_s` was measured, a life does not go past its share of the steps.
+    """
     draw, folder, began_s = random.Random(seed), root / "killed", time.monotonic()
     resumed_at: list[int] = []
-    for _ in range(kills):
-        process = start(lambda: run_recipe(the_run(root, steps), folder, {}), root / "killed.log")
+    for i in range(kills):
+
+        def life(furthest: int = steps * (i + 1) // (kills + 1)) -> None:
+            wait_at(furthest)
+            run_recipe(the_run(root, steps), folder, {})
+
+        process = start(life, root / "killed.log")
         time.sleep(draw.uniform(0, whole_s / kills) + (draw.random() < 0.7) * 0.4)  # often past its start
         os.kill(process, signal.SIGKILL)
-        if finish(process) == 0:
-            raise RuntimeError(f"the run of {steps} steps was over before it was killed: make it longer")
+        if (code := finish(process)) != -signal.SIGKILL:
+            raise RuntimeError(f"ended by itself with {code}: {(root / 'killed.log').read_text()}")
         resumed_at.append(max([int(p.name[5:]) for p in checkpoints(folder)], default=0))
     assert finish(start(lambda: run_recipe(the_run(root, steps), folder, {}), root / "killed.log")) == 0
     return {
