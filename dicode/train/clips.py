@@ -39,6 +39,7 @@ from dicode.tokenizer.video_tokenizer import (
 from dicode.train.images import frames_to_pixels, pixels_to_frames, psnr_db
 from dicode.train.loop import LoopConfig
 from dicode.train.lora import LoRAConfig, add_adapters, merged
+from dicode.train.widen import widened
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 
 
@@ -52,7 +53,8 @@ class TokenizerRun:
     cache: str = "cache/sprites"
     first_stage: str = "runs/first_stage/best"
     init: str | None = None
-    init_denoiser: str | None = None  # a checkpoint with the same denoiser, to begin with that part of it
+    widens: str | None = None  # a checkpoint whose linear code stays the first numbers of each token, which gets more
+    init_denoiser: str | None = None  # a checkpoint with the same denoiser (its tokens may be narrower), to begin with it
     freeze_key_frames: bool = False  # encoder, resampler, token statistics and key-frame head stay as they are
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -92,6 +94,8 @@ def check(run: TokenizerRun) -> None:
     """Raise `ValueError` where a run would leave random what it does not train, or train what its model lacks."""
     if run.freeze_key_frames and not run.init:
         raise ValueError("freeze_key_frames: name the trained tokenizer in init; random parts would stay random")
+    if run.widens and (run.init or not run.model.linear_code):
+        raise ValueError("widens: fits a linear code beside a narrower one; set model.linear_code, and leave init out")
     if run.freeze_key_frames and not run.denoises:
         raise ValueError("freeze_key_frames: nothing is left to train where denoises is False")
     if run.images_per_step % run.loop.pieces:
@@ -132,6 +136,8 @@ class TokenizerTraining:
             for part in frozen:
                 if part is not None:
                     part.requires_grad_(False)
+        if run.widens and self.module.linear_code is not None:
+            self.module.linear_code.requires_grad_(False)  # what is trained on the narrower tokens would lose them
         if not run.denoises:
             self.module.denoiser.requires_grad_(False)
         if run.lora.rank:
@@ -159,8 +165,14 @@ class TokenizerTraining:
     def _fit_linear_code(self, code: LinearCode) -> None:
         """Begin with the linear code of up to 20,000 training frames; what the networks add to it begins at zero."""
         rows = self.rows[:: len(self.rows) // 20_000 + 1]
-        mean, variance = code.fit(self.latents[rows, 0].float())
-        module = self.module
+        latents, module = self.latents[rows, 0].float(), self.module
+        if self.run.widens:
+            narrower = VideoTokenizer.from_pretrained(self.run.widens)
+            if narrower.linear_code is None:
+                raise ValueError(f"widens: {self.run.widens} has no linear code")
+            mean, variance = code.extend(narrower.linear_code, narrower.normalizer, latents)
+        else:
+            mean, variance = code.fit(latents)
         assert module.key_head is not None and module.normalizer.running_mean is not None
         assert module.normalizer.running_var is not None
         module.normalizer.running_mean.copy_(mean)
@@ -186,12 +198,16 @@ class TokenizerTraining:
         load_state(parts, {**theirs, **ours}, str(folder / WEIGHTS))
 
     def _take_denoiser(self, folder: Path) -> None:
-        """Begin with the denoiser of a model of other videos. Raises `CheckpointError` where it is another network."""
+        """Begin with the denoiser of a model of other videos or narrower tokens.
+
+        Raises `CheckpointError` where it is another network.
+        """
         theirs = {
             name.removeprefix("denoiser."): tensor
             for name, tensor in read_tensors(folder / WEIGHTS).items()
             if name.startswith("denoiser.")
         }
+        theirs = widened(theirs, self.module.denoiser, ("tokens.weight", "network.tokens.weight"))
         load_state(self.module.denoiser, theirs, str(folder / WEIGHTS))
 
     def num_samples(self) -> int:
