@@ -22,7 +22,7 @@ from dicode.train.stages import run_recipe, stage_of
 
 HERE = Path(__file__).parent
 NAMES = ["first_stage", "key_frames", "denoiser", "lm", "muon"]
-TOGETHER = ["2/ddp-key_frames", "2/fsdp-lm", "4/ddp-lm", *(f"4/fsdp-{name}" for name in NAMES)]
+TOGETHER = ["2/ddp-key_frames", "2/ddp-own", "2/fsdp-lm", "4/ddp-lm", *(f"4/fsdp-{name}" for name in NAMES)]
 
 # A count of forward passes that nothing reads; a bias that batch statistics take out again, so that its gradient is
 # rounding, and their mean, which follows it.
@@ -42,17 +42,17 @@ def launch(processes: int, *arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process made of five recipes, and what 4 and 2 made of the same."""
+    """What one process made of six recipes, and what 4 and 2 made of the same."""
     folder = tmp_path_factory.mktemp("parallel")
     torch.set_num_threads(1)
     write_cache(folder / "cache")
     for name in ("first_stage", "key_frames"):
         run_recipe(runs(folder)[name], folder / name, {})
-    for name in NAMES:
+    for name in (*NAMES, "own"):
         run_recipe(parallel_run(folder, name, "ddp"), folder / "1" / f"ddp-{name}", {})
     launch(4, folder, folder / "4", "fsdp:key_frames:12", "ddp:lm", *(f"fsdp:{name}" for name in NAMES))
     shutil.copytree(folder / "stopped", folder / "2")
-    launch(2, folder, folder / "2", "fsdp:key_frames", "ddp:key_frames", "fsdp:lm")
+    launch(2, folder, folder / "2", "fsdp:key_frames", "ddp:key_frames", "ddp:own", "fsdp:lm")
     return folder
 
 

@@ -98,7 +98,7 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
     """Runs that differ from `runs` in one part."""
     first_stage, denoiser, lm = (runs(root)[name] for name in ("first_stage", "denoiser", "lm"))
     muon = dataclasses.replace(lm.loop.optim, optimizer="muon")
-    assert isinstance(first_stage, FirstStageRun) and isinstance(denoiser, TokenizerRun)
+    assert isinstance(first_stage, FirstStageRun) and isinstance(denoiser, TokenizerRun) and isinstance(lm, LanguageRun)
     kl = FirstStageConfig("kl", (8, 8, 8), latent_channels=5, encoder_blocks=(1,), decoder_blocks=(1,))
     frozen = dataclasses.replace(first_stage, init=str(root / "first_stage/best"), freeze_encoder=True)
     change = dataclasses.replace(denoiser.model.denoiser, predicts_change=True)
@@ -110,6 +110,7 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
         ),
         "adversarial": dataclasses.replace(frozen, perceptual_weight=0.2, adversarial_weight=0.1),
         "muon": dataclasses.replace(lm, loop=dataclasses.replace(lm.loop, optim=muon)),
+        "own": dataclasses.replace(lm, model=FLOW, own_share=0.5, longer=(), longer_share=()),
         "change": dataclasses.replace(denoiser, model=dataclasses.replace(denoiser.model, denoiser=change)),
     }
 
@@ -118,6 +119,9 @@ LM = DeepLMConfig(
     body="llama", width=32, depth=1, heads=2, positions=48, vocab_size=300, token_width=6, tokens_per_keyframe=4,
     max_keyframes=6, text_length=12, components=3, input_noise=0.1,
 )  # fmt: skip
+
+
+FLOW = dataclasses.replace(LM, head="flow", order="keyframe", predicts_change=True, flow_width=16)
 
 
 def train_in_parts(run: FirstStageRun | TokenizerRun | LanguageRun, folder: Path) -> None:
@@ -191,7 +195,7 @@ def test_rendered_frames_are_those_that_decode_shows_beside_the_real_ones(traine
 
 @pytest.mark.parametrize(
     "stage",
-    ["first_stage", "kl", "perceptual", "rendered", "adversarial", "key_frames", "denoiser", "change", "lm", "muon"],
+    ["first_stage", "kl", "perceptual", "rendered", "adversarial", "key_frames", "denoiser", "change", "lm", "muon", "own"],
 )
 def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
     """Three steps, a stop, then the rest: same weights, EMA, buffers, optimizer and losses as in one go."""

@@ -93,7 +93,7 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` into a checkpoint folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / FILE))
+        self.tokenizer.save(str(folder / FILE), pretty=False)
 
     def encode(self, texts: Sequence[str], length: int) -> TextIds:
         """Ids padded on the right to `length`. Texts that are longer lose their end, and a warning says how many."""
