@@ -94,6 +94,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
         "decoder_temperature": temperature,
         "motion_scale": motion_scale,
         "joins": command.joins,
+        **({} if command.dtype == "float32" else {"dtype": command.dtype}),
     }
     metadata = {"source": source, **options, **model}
     with written(command.output, config.fps, metadata, command.scale, num_frames, watch) as (writer, bar):
@@ -185,7 +186,8 @@ def sampling(command: Generate | Assemble, defaults: GenerationConfig) -> Genera
 
 def _load_tokenizer(command: Tokenize | Reconstruct) -> tuple[VideoTokenizer, dict[str, str]]:
     folder = resolve(command.model, command.revision)
-    tokenizer = VideoTokenizer.from_pretrained(folder).to(pick_device(command.device))
+    dtype = getattr(torch, command.dtype) if isinstance(command, Reconstruct) else None
+    tokenizer = VideoTokenizer.from_pretrained(folder, dtype=dtype).to(pick_device(command.device))
     return tokenizer, origin(folder, folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dicode.commands import check_parent, origin, sampling, written
 from dicode.device import peak_memory_mib, pick_device
 from dicode.flags import Generate
@@ -37,7 +39,8 @@ def generate(command: Generate, watch: Stopwatch) -> int:
     jobs = jobs_of(command)
     with watch.stage("load"):
         folder = resolve(command.model, command.revision)
-        model = DiCoDe.from_pretrained(folder, device=str(pick_device(command.device)))
+        device, dtype = str(pick_device(command.device)), getattr(torch, command.dtype)
+        model = DiCoDe.from_pretrained(folder, device=device, dtype=dtype)
         given = given_of(command, model)
     made_by = origin(folder, *folder.glob("*.safetensors"))
     settings = sampling(command, model.defaults)
@@ -179,6 +182,7 @@ def _asked(command: Generate, job: Job, length: float) -> dict[str, Any]:
         "seconds": length,
         **{name: path.name for name, path in named.items() if path is not None},
         **({"loop": True} if command.loop else {}),
+        **({} if command.dtype == "float32" else {"dtype": command.dtype}),
         **({} if isinstance(job.seed, int) else dataclasses.asdict(job.seed)),
     }
 

@@ -122,6 +122,7 @@ def lm() -> LanguageRun:
         tokenizer="runs/key_frames/best",
         model=replace(
             SIZES["sprites"],
+            token_width=MODEL.resampler.token_width,
             width=192,
             depth=4,
             heads=3,

@@ -33,20 +33,21 @@ PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
     "generate": "--continue-from --decoder-guidance --decoder-temperature "
-    "--device --first-variance-scale --flow-steps --guidance --help --image --joins --last-image --loop --model "
+    "--device --dtype --first-variance-scale --flow-steps --guidance --help --image --joins --last-image --loop "
+    "--model "
     "--motion-scale --output --preview --prompts --reroll-from --reroll-seed --revision --sample --scale "
     "--seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale --window",
     "tokenize": "--device --help --model --output --revision",
     "reconstruct": "--decoder-guidance --decoder-temperature "
-    "--device --help --joins --model --motion-scale --output --revision --scale --seed --side-by-side --steps",
+    "--device --dtype --help --joins --model --motion-scale --output --revision --scale --seed --side-by-side --steps",
     "train": "--help --run-folder",
     "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --model "
     "--output --parts --rank --revision --seed --steps --targets --work-folder",
     "assemble": "--decoder-guidance --decoder-temperature "
     "--dtype --first-stage --first-variance-scale --flow-steps --guidance --help --joins --motion-scale --output "
     "--steps --temperature --variance-scale --window",
-    "evaluate": "--cache --features --help --long-prompts --long-seconds --output --parts --prompts --report --seed "
-    "--sheets",
+    "evaluate": "--cache --dtype --features --help --long-prompts --long-seconds --output --parts --prompts "
+    "--report --seed --sheets",
     "benchmark": "--help",
     "benchmark ucf101": "--batch-size --c3d --confirm --device --fvd-clips --help --i3d --model --output --prompts "
     "--revision --samples --seed --shard --size --split --template --work-folder",
@@ -167,6 +168,20 @@ def test_generate_writes_what_the_python_api_yields(capsys, tmp_path, tiny_model
     clips = list(DiCoDe.from_pretrained(tiny_model).generate(PROMPT, seconds=3.0, seed=4, steps=3))
     assert [len(clip) for clip in clips] == [16, 8]
     assert (read_video(tmp_path / "frames").frames == np.concatenate(clips)).all()
+
+
+def test_half_precision_is_nearly_the_same_video_and_said_in_its_metadata(capsys, tmp_path, tiny_model):
+    said = {"float32": None, "bfloat16": "bfloat16"}
+    for dtype in said:
+        made, again = (f"{tmp_path}/{kind}-{dtype}/" for kind in ("made", "again"))
+        generate(capsys, tiny_model, made, "--seconds", 2, "--scale", 1, "--seed", 4, "--dtype", dtype)
+        asked = ("-o", again, "--scale", 1, "--dtype", dtype, "--model", tiny_model)
+        assert run(capsys, "reconstruct", f"{tmp_path}/made-float32/", *asked)[0] == 0
+    for kind in ("made", "again"):
+        folders = [tmp_path / f"{kind}-{dtype}" for dtype in said]
+        whole, half = (read_video(folder, 8.0, None).frames.astype(int) for folder in folders)
+        assert 0 < np.abs(whole - half).mean() < 2
+        assert [read_metadata(folder).get("dtype") for folder in folders] == list(said.values())
 
 
 def test_sheet_and_timings_show_every_clip(capsys, tmp_path, tiny_model):

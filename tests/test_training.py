@@ -195,7 +195,19 @@ def test_rendered_frames_are_those_that_decode_shows_beside_the_real_ones(traine
 
 @pytest.mark.parametrize(
     "stage",
-    ["first_stage", "kl", "perceptual", "rendered", "adversarial", "key_frames", "denoiser", "change", "lm", "muon", "own"],
+    [
+        "first_stage",
+        "kl",
+        "perceptual",
+        "rendered",
+        "adversarial",
+        "key_frames",
+        "denoiser",
+        "change",
+        "lm",
+        "muon",
+        "own",
+    ],
 )
 def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
     """Three steps, a stop, then the rest: same weights, EMA, buffers, optimizer and losses as in one go."""

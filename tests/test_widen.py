@@ -1,12 +1,11 @@
 """Wider deep tokens: the first numbers stay what they were, the further ones tell what was left out."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from test_linear_code import CHANNELS, SIDE, TOKENS, WIDTH, error, fitted, key_frames, normalised, pictures
+from test_linear_code import CHANNELS, SIDE, TOKENS, WIDTH, error, fitted, key_frames, pictures
 from test_linear_code import prepared as prepared  # a fixture
 from test_tokenizer import known, tiny_config
 from test_training import LM, loop

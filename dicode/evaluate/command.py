@@ -4,6 +4,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from dicode.evaluate.clips import MadeClips
@@ -31,7 +32,7 @@ ONE_NETWORK = (
 def evaluate(command: Evaluate, watch: Stopwatch) -> int:
     """One result file and one contact sheet a part: generation, reconstruction, ranking, instructions, speed, long."""
     with watch.stage("load"):
-        model = DiCoDe.from_pretrained(command.model)
+        model = DiCoDe.from_pretrained(command.model, dtype=getattr(torch, command.dtype))
         cache = FrameCache.load(command.cache)
         device = model.tokenizer.device
         networks = load_networks(command.features, device)

@@ -316,9 +316,10 @@ def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.
 
 
 def whole_process(model: DiCoDe, folder: Path, prompt: str, seconds: float) -> tuple[float, float | None]:
-    """Seconds and peak memory in GiB of `dicode generate`, from the model's `folder` to the file, on its device."""
-    device = model.tokenizer.device.type
+    """Seconds and peak memory in GiB of `dicode generate`, from the model's `folder` to the file, as it is loaded."""
+    device, dtype = model.tokenizer.device.type, str(next(model.tokenizer.parameters()).dtype).removeprefix("torch.")
     command = ["generate", prompt, "--seconds", str(seconds), "--model", str(folder), "--device", device, "--timings"]
+    command += ["--dtype", dtype]
     with TemporaryDirectory() as scratch:
         started = time.perf_counter()
         argv = [sys.executable, "-m", "dicode", *command, "-o", f"{scratch}/out.mp4"]

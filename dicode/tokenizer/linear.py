@@ -69,7 +69,7 @@ class LinearCode(nn.Module):
 
     @torch.no_grad()
     def extend(self, code: "LinearCode", normalizer: nn.BatchNorm1d, latents: ImageLatents) -> tuple[Tensor, Tensor]:
-        """Keep a code of narrower tokens as the first numbers of each token; the others are the `fit` of what it leaves.
+        """Keep a narrower code as the first numbers of each token; the others are the `fit` of what it leaves out.
 
         `normalizer` is the narrower tokens'. What was trained on them can go on: it finds them where they were.
         Returns mean and variance of each number of the tokens, as `fit`; raises `ValueError` as that, and where the

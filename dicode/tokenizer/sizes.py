@@ -16,13 +16,15 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         resampler=replace(TokenizerConfig().resampler, depth=1),
         denoiser=DenoiserConfig(predicts_change=True),
     ),
-    # the same denoiser; beside the linear code the networks of `sprites`, 5 MB, add nothing that shows (docs/tokens.md)
+    # the same denoiser; rooms need wider tokens; networks add nothing to the linear code that shows (docs/tokens.md)
     "world": TokenizerConfig(
-        key_head_width=96,
+        key_head_width=48,
         key_head_depth=1,
         linear_code=True,
-        encoder=replace(TokenizerConfig().encoder, width=96, depth=1, heads=3),
-        resampler=replace(TokenizerConfig().resampler, width=96, depth=1, head_width=32, feature_width=96),
+        encoder=replace(TokenizerConfig().encoder, width=48, depth=1, heads=3),
+        resampler=ResamplerConfig(
+            width=48, depth=1, heads=3, head_width=16, feature_width=48, features=64, token_width=48, grid_queries=True
+        ),
         denoiser=DenoiserConfig(predicts_change=True),
     ),
     # Published (arXiv 2412.04446): OpenCLIP ViT-H/14, DynamiCrafter-256's U-Net without image concatenation, SD's VAE

@@ -54,7 +54,9 @@ class TokenizerRun:
     first_stage: str = "runs/first_stage/best"
     init: str | None = None
     widens: str | None = None  # a checkpoint whose linear code stays the first numbers of each token, which gets more
-    init_denoiser: str | None = None  # a checkpoint with the same denoiser (its tokens may be narrower), to begin with it
+    init_denoiser: str | None = (
+        None  # a checkpoint with the same denoiser (its tokens may be narrower), to begin with it
+    )
     freeze_key_frames: bool = False  # encoder, resampler, token statistics and key-frame head stay as they are
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -1,0 +1,79 @@
+"""Measure what wider deep tokens would tell of single frames: the linear code fitted at every width, decoded again.
+
+    python docs/widths.py world cache/world /tmp/widths.json
+
+results/world-widths.json holds this of `world`; docs/tokens.md shows it.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
+from dicode.evaluate.report import write_result
+from dicode.evaluate.suite import PERCEPTUAL
+from dicode.shapes import ImageLatents
+from dicode.tokenizer.linear import LinearCode
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.images import frames_to_pixels, psnr_db
+from dicode.video.shards import FrameCache
+
+WIDTHS = (16, 24, 32, 40, 48, 56, 64)
+FITTED, SHOWN = 10_000, 300  # training frames that codes are fitted to, and frames of either split that are decoded
+AT_ONCE = 100
+
+
+@torch.no_grad()
+def main(name: str, cache: str, output: str) -> None:
+    """Figures of both splits by width, and those of the first stage alone and of the model's own tokens."""
+    tokenizer, frames = VideoTokenizer.from_pretrained(name), FrameCache.load(cache)
+    training = frames.subset(validation=False).frame_rows()
+    latents = encoded(tokenizer, frames.frames[spread(training, FITTED)])
+    shown = {
+        "training": frames.frames[spread(training[1:], SHOWN)],
+        "validation": frames.frames[spread(frames.subset(validation=True).frame_rows(), SHOWN)],
+    }
+    values: dict[str, Any] = {}
+    for split, those in shown.items():
+        source = encoded(tokenizer, those)
+        own = torch.cat([tokenizer.key_latents(tokenizer.tokens_of(part)) for part in source.split(AT_ONCE)])
+        values[split] = {
+            "first stage": told(tokenizer, those, source, source),
+            "model": told(tokenizer, those, source, own),
+        }
+        for width in WIDTHS:
+            code = LinearCode(tokenizer.config.resampler.queries, width, *source.shape[1:3])
+            mean, variance = code.fit(latents)
+            tokens = (code.tokens(source).flatten(1) - mean) / variance.sqrt()
+            values[split][f"width {width}"] = told(tokenizer, those, source, code.latents(tokens))
+    command = shlex.join(["python", "docs/widths.py", name, cache, output])
+    write_result(Path(output), f"{name}: what tokens of other widths would tell", values, SHOWN, 0, command)
+
+
+def spread(rows: Tensor, count: int) -> Tensor:
+    """About `count` of these rows, evenly."""
+    return rows[:: max(1, len(rows) // count)]
+
+
+def encoded(tokenizer: VideoTokenizer, frames: Tensor) -> ImageLatents:
+    """First-stage latents of cached frames."""
+    return torch.cat([tokenizer.first_stage.encode(frames_to_pixels(part)) for part in frames.split(AT_ONCE)])
+
+
+def told(tokenizer: VideoTokenizer, frames: Tensor, source: ImageLatents, latents: ImageLatents) -> dict[str, float]:
+    """How near decoded latents come to the frames they stand for, and to the latents they were."""
+    maps, psnr, distances = FeatureMaps(), [], []
+    for those, part in zip(frames.split(AT_ONCE), latents.split(AT_ONCE), strict=True):
+        pixels, shown = frames_to_pixels(those), tokenizer.first_stage.decode(part)
+        psnr.append(psnr_db(shown, pixels))
+        distances.append(float(perceptual_distance(maps(shown), maps(pixels))) * len(those))
+    lost = (latents - source).square().mean() / source.var()
+    return {"psnr_db": float(torch.cat(psnr).mean()), PERCEPTUAL: sum(distances) / len(frames), "lost": float(lost)}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
