@@ -41,6 +41,7 @@ from dicode.flags import (
     Vae,
     Vbench,
     Verify,
+    Widen,
 )
 from dicode.stopwatch import Stopwatch
 
@@ -49,7 +50,7 @@ USAGE_ERROR = 2  # as tyro and argparse
 
 COMMANDS = {
     "dicode.generate_command": (Generate,),
-    "dicode.commands": (Tokenize, Reconstruct, Train, Assemble),
+    "dicode.commands": (Tokenize, Reconstruct, Train, Assemble, Widen),
     "dicode.finetune_command": (Finetune,),
     "dicode.info_command": (Info,),
     "dicode.scale_command": (Scale,),
@@ -97,7 +98,7 @@ def parse(argv: list[str]) -> Any:
     if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
         return _parse_train(argv[1], argv[2:])
     app, benchmark, data, convert = (SubcommandApp() for _ in range(4))
-    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Scale, Info):
+    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Widen, Evaluate, Scale, Info):
         app.command(name=command.__name__.lower())(command)
     for protocol in (Ucf101, Msrvtt, Vbench):
         benchmark.command(name=protocol.__name__.lower())(protocol)

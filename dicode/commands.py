@@ -1,4 +1,4 @@
-"""What `dicode tokenize`, `reconstruct`, `train` and `assemble` do; their flags are in `flags.py`."""
+"""What `dicode tokenize`, `reconstruct`, `train`, `assemble` and `widen` do; their flags are in `flags.py`."""
 
 import dataclasses
 import sys
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dicode import __version__
 from dicode.cli import missing_extra
 from dicode.device import pick_device
-from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train
+from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train, Widen
 from dicode.generate import GenerationConfig, trimmed
 from dicode.hub import (
     config_to_dict,
@@ -29,6 +29,7 @@ from dicode.shapes import DeepTokens, Video
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
 from dicode.video.io import read_video
+from dicode.video.shards import FrameCache
 from dicode.video.writer import VideoWriter
 
 PROGRESS_AFTER_S = 2.0
@@ -65,7 +66,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
     if is_saved and command.side_by_side:
         raise ValueError(f"--side-by-side: {command.input} holds tokens, not the video to show beside them")
     with watch.stage("load"):
-        tokenizer, model = _load_tokenizer(command)
+        tokenizer, model = _load_tokenizer(command, getattr(torch, command.dtype))
     frames: Video | None = None
     with watch.stage("encode"):
         if is_saved:
@@ -139,6 +140,17 @@ def assemble(command: Assemble, watch: Stopwatch) -> int:
     return info(Info(str(command.output)), watch)
 
 
+def widen(command: Widen, watch: Stopwatch) -> int:
+    """Says what came out, as `dicode info` does."""
+    try:
+        from dicode.info_command import info
+        from dicode.train.widen import widen as write_wider
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "train") from error
+    write_wider(command.model, command.token_width, FrameCache.load(command.cache), command.output)
+    return info(Info(str(command.output)), watch)
+
+
 def progress(total: int, unit: str) -> tqdm:
     """A bar on the terminal, for what takes longer than two seconds."""
     return tqdm(total=total, unit=unit, delay=PROGRESS_AFTER_S, disable=None, leave=False)
@@ -184,9 +196,10 @@ def sampling(command: Generate | Assemble, defaults: GenerationConfig) -> Genera
     return dataclasses.replace(defaults, **{name: value for name, value in asked.items() if value is not None})
 
 
-def _load_tokenizer(command: Tokenize | Reconstruct) -> tuple[VideoTokenizer, dict[str, str]]:
+def _load_tokenizer(
+    command: Tokenize | Reconstruct, dtype: torch.dtype | None = None
+) -> tuple[VideoTokenizer, dict[str, str]]:
     folder = resolve(command.model, command.revision)
-    dtype = getattr(torch, command.dtype) if isinstance(command, Reconstruct) else None
     tokenizer = VideoTokenizer.from_pretrained(folder, dtype=dtype).to(pick_device(command.device))
     return tokenizer, origin(folder, folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS)
 

@@ -155,6 +155,19 @@ class Assemble:
 
 
 @dataclass(frozen=True)
+class Widen:
+    """Write a model of wider deep tokens to train on from: the first numbers of each token stay those of another model.
+
+    What the further ones tell is fitted to a cache; denoiser and language model say what they said until trained.
+    """
+
+    model: Model  # with linear code, hourglass and flow head: in the box, a checkpoint folder, or owner/name on the Hub
+    token_width: int  # numbers a token
+    output: Annotated[Path, arg(aliases=("-o",))]  # the checkpoint folder to write
+    cache: Path = Path("cache/world")  # real clips, from `dicode data cache`
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Measure a model against its training and validation clips: one JSON a part, written from this command alone.
 

@@ -110,7 +110,7 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
         ),
         "adversarial": dataclasses.replace(frozen, perceptual_weight=0.2, adversarial_weight=0.1),
         "muon": dataclasses.replace(lm, loop=dataclasses.replace(lm.loop, optim=muon)),
-        "own": dataclasses.replace(lm, model=FLOW, own_share=0.5, longer=(), longer_share=()),
+        "own": dataclasses.replace(lm, model=FLOW, own_share=1.0, longer=(), longer_share=()),
         "change": dataclasses.replace(denoiser, model=dataclasses.replace(denoiser.model, denoiser=change)),
     }
 

@@ -316,7 +316,7 @@ def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.
 
 
 def whole_process(model: DiCoDe, folder: Path, prompt: str, seconds: float) -> tuple[float, float | None]:
-    """Seconds and peak memory in GiB of `dicode generate`, from the model's `folder` to the file, as it is loaded."""
+    """Seconds and peak memory in GiB of `dicode generate`, from folder to file, on the model's device in its dtype."""
     device, dtype = model.tokenizer.device.type, str(next(model.tokenizer.parameters()).dtype).removeprefix("torch.")
     command = ["generate", prompt, "--seconds", str(seconds), "--model", str(folder), "--device", device, "--timings"]
     command += ["--dtype", dtype]

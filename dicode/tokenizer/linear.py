@@ -73,13 +73,15 @@ class LinearCode(nn.Module):
 
         `normalizer` is the narrower tokens'. What was trained on them can go on: it finds them where they were.
         Returns mean and variance of each number of the tokens, as `fit`; raises `ValueError` as that, and where the
-        code is of other latents, of another number of tokens, or of tokens as wide.
+        code is of other latents, of another number of tokens, or of tokens that are no narrower.
         """
         numbers, n = self.encode.in_features, self.num_tokens
         held, width = (linear.out_features // m for linear, m in ((code.encode, code.num_tokens), (self.encode, n)))
+        theirs = f"{code.num_tokens} tokens of {held} for {code.encode.in_features} latents"
         if (code.encode.in_features, code.num_tokens) != (numbers, n) or held >= width:
-            theirs = f"{code.num_tokens} tokens of {held} for {code.encode.in_features} latents"
             raise ValueError(f"expected {n} tokens of less than {width} for {numbers} latents, got {theirs}")
+        if n * width > numbers:
+            raise ValueError(f"expected {n} tokens of at most {numbers // n} beside {theirs}, got {width}")
         mean, variance = normalizer.running_mean, normalizer.running_var
         assert mean is not None and variance is not None  # BatchNorm has both unless told not to track
         scaled = code.decode.weight.double() / (variance.double() + normalizer.eps).sqrt()

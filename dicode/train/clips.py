@@ -28,7 +28,6 @@ from dicode.tokenizer.denoiser import ChangeDenoiser
 from dicode.tokenizer.diffusion import noised
 from dicode.tokenizer.first_stage import FirstStageConfig
 from dicode.tokenizer.known import Known
-from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import (
     FIRST_STAGE_WEIGHTS,
     WEIGHTS,
@@ -39,7 +38,6 @@ from dicode.tokenizer.video_tokenizer import (
 from dicode.train.images import frames_to_pixels, pixels_to_frames, psnr_db
 from dicode.train.loop import LoopConfig
 from dicode.train.lora import LoRAConfig, add_adapters, merged
-from dicode.train.widen import widened
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 
 
@@ -53,10 +51,7 @@ class TokenizerRun:
     cache: str = "cache/sprites"
     first_stage: str = "runs/first_stage/best"
     init: str | None = None
-    widens: str | None = None  # a checkpoint whose linear code stays the first numbers of each token, which gets more
-    init_denoiser: str | None = (
-        None  # a checkpoint with the same denoiser (its tokens may be narrower), to begin with it
-    )
+    init_denoiser: str | None = None  # a checkpoint with the same denoiser, to begin with that part of it
     freeze_key_frames: bool = False  # encoder, resampler, token statistics and key-frame head stay as they are
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -92,12 +87,33 @@ def at_once(count: int, size: int) -> int:
     return max(1, min(count, count * 64**2 // size**2))
 
 
+@torch.no_grad()
+def fit_linear_code(
+    tokenizer: VideoTokenizer, latents: Rows, rows: Tensor, narrower: VideoTokenizer | None = None
+) -> None:
+    """Fit a tokenizer's linear code to up to 20,000 of these rows of latents, or extend that of narrower tokens to it.
+
+    What the networks add to it begins at zero. Raises `ValueError` as `LinearCode.fit` and `LinearCode.extend`.
+    """
+    assert tokenizer.linear_code is not None and tokenizer.key_head is not None
+    fitted = latents[rows[:: len(rows) // 20_000 + 1], 0].float()
+    if narrower is None:
+        mean, variance = tokenizer.linear_code.fit(fitted)
+    else:
+        assert narrower.linear_code is not None
+        mean, variance = tokenizer.linear_code.extend(narrower.linear_code, narrower.normalizer, fitted)
+    assert tokenizer.normalizer.running_mean is not None and tokenizer.normalizer.running_var is not None
+    tokenizer.normalizer.running_mean.copy_(mean)
+    tokenizer.normalizer.running_var.copy_(variance)
+    for layer in (tokenizer.resampler.norm_out, tokenizer.key_head.out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
 def check(run: TokenizerRun) -> None:
     """Raise `ValueError` where a run would leave random what it does not train, or train what its model lacks."""
     if run.freeze_key_frames and not run.init:
         raise ValueError("freeze_key_frames: name the trained tokenizer in init; random parts would stay random")
-    if run.widens and (run.init or not run.model.linear_code):
-        raise ValueError("widens: fits a linear code beside a narrower one; set model.linear_code, and leave init out")
     if run.freeze_key_frames and not run.denoises:
         raise ValueError("freeze_key_frames: nothing is left to train where denoises is False")
     if run.images_per_step % run.loop.pieces:
@@ -138,8 +154,6 @@ class TokenizerTraining:
             for part in frozen:
                 if part is not None:
                     part.requires_grad_(False)
-        if run.widens and self.module.linear_code is not None:
-            self.module.linear_code.requires_grad_(False)  # what is trained on the narrower tokens would lose them
         if not run.denoises:
             self.module.denoiser.requires_grad_(False)
         if run.lora.rank:
@@ -152,7 +166,7 @@ class TokenizerTraining:
         self.rows = self.cache.frame_rows()
         self.latents = first_stage_latents(self.module, cache, weights)
         if self.module.linear_code is not None and not run.init:
-            self._fit_linear_code(self.module.linear_code)
+            fit_linear_code(self.module, self.latents, self.rows)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
         if isinstance(self.module.denoiser, ChangeDenoiser) and not run.lora.rank:
             self._measure_change(self.module.denoiser)
@@ -163,25 +177,6 @@ class TokenizerTraining:
         rows = torch.stack([self.clip_rows(video, 0.0) for video in chosen])
         clips = self.latents[rows[:, self.head :], 0].float()
         denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
-
-    def _fit_linear_code(self, code: LinearCode) -> None:
-        """Begin with the linear code of up to 20,000 training frames; what the networks add to it begins at zero."""
-        rows = self.rows[:: len(self.rows) // 20_000 + 1]
-        latents, module = self.latents[rows, 0].float(), self.module
-        if self.run.widens:
-            narrower = VideoTokenizer.from_pretrained(self.run.widens)
-            if narrower.linear_code is None:
-                raise ValueError(f"widens: {self.run.widens} has no linear code")
-            mean, variance = code.extend(narrower.linear_code, narrower.normalizer, latents)
-        else:
-            mean, variance = code.fit(latents)
-        assert module.key_head is not None and module.normalizer.running_mean is not None
-        assert module.normalizer.running_var is not None
-        module.normalizer.running_mean.copy_(mean)
-        module.normalizer.running_var.copy_(variance)
-        for layer in (module.resampler.norm_out, module.key_head.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
     def _start_from(self, folder: Path) -> None:
         """Take another run's weights, all of them; where its denoiser is another network, ours starts afresh."""
@@ -200,16 +195,12 @@ class TokenizerTraining:
         load_state(parts, {**theirs, **ours}, str(folder / WEIGHTS))
 
     def _take_denoiser(self, folder: Path) -> None:
-        """Begin with the denoiser of a model of other videos or narrower tokens.
-
-        Raises `CheckpointError` where it is another network.
-        """
+        """Begin with the denoiser of a model of other videos. Raises `CheckpointError` where it is another network."""
         theirs = {
             name.removeprefix("denoiser."): tensor
             for name, tensor in read_tensors(folder / WEIGHTS).items()
             if name.startswith("denoiser.")
         }
-        theirs = widened(theirs, self.module.denoiser, ("tokens.weight", "network.tokens.weight"))
         load_state(self.module.denoiser, theirs, str(folder / WEIGHTS))
 
     def num_samples(self) -> int:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dicode.device import pick_device
-from dicode.hub import content_hash, downloaded, load_state, load_weights, read_config, read_tensors, write_config
+from dicode.hub import content_hash, downloaded, load_weights, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, DeepLMConfig
@@ -23,7 +23,6 @@ from dicode.train.loop import LoopConfig
 from dicode.train.lora import LoRAConfig, add_adapters, merged
 from dicode.train.own import with_own
 from dicode.train.views import View
-from dicode.train.widen import widened
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 from dicode.video.sheet import contact_sheet
 
@@ -42,7 +41,7 @@ class LanguageRun:
 
     cache: str = "cache/sprites"
     tokenizer: str = "runs/tokenizer/best"
-    init: str | None = None  # its tokens may be narrower, where the head is a flow head
+    init: str | None = None
     body: str | None = None  # a folder, or an id of Hugging Face
     vocabulary: str | None = None  # a folder with tokenizer.json, or with vocab.json and merges.txt
     model: DeepLMConfig = field(default_factory=lambda: SIZES["sprites"])
@@ -125,24 +124,13 @@ class LanguageTraining:
         self.words = [[word for captions in told for word in captions[kind].split()] for kind in (0, -1)]
         self.module = DeepTokenLM(replace(run.model, pad_id=text.pad_id, begin_id=text.begin_id), text)
         if run.init:
-            self._start_from(Path(run.init))
+            load_weights(self.module, Path(run.init) / LM_WEIGHTS)
         if body:
             self.module.load_body(body)
         if run.lora.rank:
             add_adapters(self.module, run.lora, run.loop.seed)
         if run.loop.compile:
             self.module.compile(dynamic=False)
-
-    def _start_from(self, folder: Path) -> None:
-        """Take another run's weights; a model of narrower tokens is widened, where its head can be."""
-        if read_config(folder)["lm"]["token_width"] == self.run.model.token_width:
-            load_weights(self.module, folder / LM_WEIGHTS)
-            return
-        grows = ["embedding.mlp.0.weight"]
-        if self.run.model.head == "flow":  # what other heads write for a token is several numbers each
-            grows += [f"head.{name}" for name in ("read.weight", "write.weight", "write.bias")]
-        narrower = read_tensors(folder / LM_WEIGHTS)
-        load_state(self.module, widened(narrower, self.module, grows), str(folder / LM_WEIGHTS))
 
     def _text(self, body: Path | None) -> TextTokenizer:
         """The vocabulary of the weights to begin from, the one named, or one learnt from the captions."""

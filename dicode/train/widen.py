@@ -1,23 +1,62 @@
-"""Going on with wider deep tokens: what was trained on narrower ones is kept, the further numbers begin at zero."""
+"""From a trained model to one of wider deep tokens, which says the same until the further numbers are trained."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from dicode.generate import DiCoDe, GenerationConfig
+from dicode.hub import config_from_dict, load_state, read_config, resolve, write_config
+from dicode.lm.deep_lm import SECTION, DeepTokenLM
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
+from dicode.train.clips import first_stage_latents, fit_linear_code
+from dicode.video.shards import FrameCache
 
-def widened(state: Mapping[str, Tensor], module: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of a model of narrower tokens, these `names` filled up with zeros to the shapes of `module`.
+# What reads or writes the numbers of one deep token, and nothing else of its shape.
+OF_DENOISER = ("tokens.weight", "network.tokens.weight")
+OF_LANGUAGE_MODEL = ("embedding.mlp.0.weight", "head.read.weight", "head.write.weight", "head.write.bias")
 
-    The model says what it said before (Net2WiderNet, arXiv 1511.05641, with zeros): zeros read nothing of the further
-    numbers and write zero into them, until they are trained. Tensors that are no smaller stay as they are.
+
+def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, output: Path) -> None:
+    """Write a model whose deep tokens begin with the numbers of another's, and go on with what these leave out.
+
+    The further numbers are the linear code of what the narrower ones do not tell of the cache's training frames
+    (`LinearCode.extend`); denoiser and language model get zeros for them, which read nothing and write nothing, so that
+    training goes on from what they had learnt (Net2WiderNet, arXiv 1511.05641, with zeros). The networks beside the
+    code begin anew, adding nothing: what they added is not kept. Without a language model there, none is written.
+
+    Raises `ValueError` where the tokens would not become wider, or hold more than the latents, and for parts that
+    cannot be widened: a tokenizer without linear code, other denoisers than `hourglass`, other heads than `flow`.
     """
-    ours, grown = module.state_dict(), dict(state)
-    for name in names:
-        if name not in state or name not in ours or state[name].dim() != ours[name].dim():
-            continue
-        narrow, wide = state[name].shape, ours[name].shape
-        if narrow != wide and all(a <= b for a, b in zip(narrow, wide, strict=True)):
-            grown[name] = state[name].new_zeros(wide)
-            grown[name][tuple(slice(size) for size in narrow)] = state[name]
-            print(f"{name}: {tuple(narrow)} → {tuple(wide)}, with zeros", flush=True)
-    return grown
+    folder = resolve(name_or_folder)
+    held, sections = VideoTokenizer.from_pretrained(folder), read_config(folder)
+    config = held.config
+    if held.linear_code is None or config.denoiser.kind != "hourglass":
+        raise ValueError(f"{name_or_folder}: expected a linear code and a denoiser 'hourglass', to widen both")
+    torch.manual_seed(0)
+    wide = VideoTokenizer(replace(config, resampler=replace(config.resampler, token_width=token_width)))
+    wide.first_stage.load_state_dict(held.first_stage.state_dict())
+    latents = first_stage_latents(held, cache, folder / FIRST_STAGE_WEIGHTS)
+    fit_linear_code(wide, latents, cache.subset(validation=False).frame_rows(), narrower=held)
+    grow(wide.denoiser, held.denoiser.state_dict(), OF_DENOISER)
+    if SECTION not in sections:
+        write_config(output, {"tokenizer": wide.save_pretrained(output)})
+        return
+    lm = DeepTokenLM.from_pretrained(folder)
+    if lm.config.head != "flow":  # what others write for a number of a token is several
+        raise ValueError(f"{name_or_folder}: expected a language model with head 'flow', got {lm.config.head!r}")
+    wide_lm = DeepTokenLM(replace(lm.config, token_width=token_width), lm.text)
+    grow(wide_lm, lm.state_dict(), OF_LANGUAGE_MODEL)
+    defaults = config_from_dict(GenerationConfig, sections.get("generation", {}), "generation")
+    DiCoDe(wide, wide_lm, defaults).save_pretrained(output)
+
+
+def grow(module: nn.Module, narrower: Mapping[str, Tensor], names: Collection[str]) -> None:
+    """Fill a module from one of narrower tokens: zeros beside the tensors of these names, all others as they are."""
+    grown = dict(narrower)
+    for name in grown.keys() & set(names):
+        grown[name] = narrower[name].new_zeros(module.get_parameter(name).shape)
+        grown[name][tuple(slice(size) for size in narrower[name].shape)] = narrower[name]
+    load_state(module, grown, "the narrower model")
