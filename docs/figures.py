@@ -14,7 +14,7 @@ def main() -> int:
     """Rewrite the block between the marks in each file; returns 1 where `--check` finds a stale one."""
     table = figures("sprites")
     tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/plans.md": plans()}
-    tables |= {"docs/tokens.md": tokens(), "docs/evaluation.md": video_text()}
+    tables |= {"docs/tokens.md": tokens(), "docs/widths.md": widths(), "docs/evaluation.md": video_text()}
     tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
     tables["dicode/checkpoints/world/README.md"] = tables["docs/world.md"] = figures("world")
     tables |= {"docs/scale.md": scaling(), "docs/motion.md": motion_scale()}
@@ -109,6 +109,17 @@ def tokens() -> str:
         cells = [f"{values[key][column]:.3g}" for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def widths() -> str:
+    """What tokens of other widths would tell of single frames, as a Markdown table."""
+    values, perceptual = values_of("world-widths"), "perceptual-EffLite0"
+    rows = [["", *(f"{split}: {told}" for split in values for told in ("PSNR", "perceptual distance", "lost"))]]
+    for name in values["training"]:
+        told = [values[split][name] for split in values]
+        cells = [(f"{one['psnr_db']:.1f} dB", f"{one[perceptual]:.3f}", f"{100 * one['lost']:.1f} %") for one in told]
+        rows.append([{"model": "its own tokens"}.get(name, name), *(cell for those in cells for cell in those)])
+    return as_table(rows)
 
 
 def motion_scale() -> str:

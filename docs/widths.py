@@ -1,8 +1,8 @@
 """Measure what wider deep tokens would tell of single frames: the linear code fitted at every width, decoded again.
 
-    python docs/widths.py world cache/world /tmp/widths.json
+    python docs/widths.py world cache/world results/world-widths.json
 
-results/world-widths.json holds this of `world`; docs/tokens.md shows it.
+docs/widths.md shows it of `world`.
 """
 
 import shlex
@@ -23,7 +23,7 @@ from dicode.train.images import frames_to_pixels, psnr_db
 from dicode.video.shards import FrameCache
 
 WIDTHS = (16, 24, 32, 40, 48, 56, 64)
-FITTED, SHOWN = 10_000, 300  # training frames that codes are fitted to, and frames of either split that are decoded
+FITTED, SHOWN = 10_000, 300  # training frames that codes are fitted to, and other frames of either split to decode
 AT_ONCE = 100
 
 
@@ -32,9 +32,9 @@ def main(name: str, cache: str, output: str) -> None:
     """Figures of both splits by width, and those of the first stage alone and of the model's own tokens."""
     tokenizer, frames = VideoTokenizer.from_pretrained(name), FrameCache.load(cache)
     training = frames.subset(validation=False).frame_rows()
-    latents = encoded(tokenizer, frames.frames[spread(training, FITTED)])
+    latents = encoded(tokenizer, frames.frames[spread(training[::2], FITTED)])
     shown = {
-        "training": frames.frames[spread(training[1:], SHOWN)],
+        "training": frames.frames[spread(training[1::2], SHOWN)],
         "validation": frames.frames[spread(frames.subset(validation=True).frame_rows(), SHOWN)],
     }
     values: dict[str, Any] = {}
@@ -55,8 +55,8 @@ def main(name: str, cache: str, output: str) -> None:
 
 
 def spread(rows: Tensor, count: int) -> Tensor:
-    """About `count` of these rows, evenly."""
-    return rows[:: max(1, len(rows) // count)]
+    """`count` of these rows, evenly, or all."""
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
 
 def encoded(tokenizer: VideoTokenizer, frames: Tensor) -> ImageLatents:

@@ -16,14 +16,14 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         resampler=replace(TokenizerConfig().resampler, depth=1),
         denoiser=DenoiserConfig(predicts_change=True),
     ),
-    # the same denoiser; rooms need wider tokens; networks add nothing to the linear code that shows (docs/tokens.md)
+    # rooms need wider tokens (docs/widths.md); networks add nothing to the linear code that shows (docs/tokens.md)
     "world": TokenizerConfig(
         key_head_width=48,
         key_head_depth=1,
         linear_code=True,
         encoder=replace(TokenizerConfig().encoder, width=48, depth=1, heads=3),
-        resampler=ResamplerConfig(
-            width=48, depth=1, heads=3, head_width=16, feature_width=48, features=64, token_width=48, grid_queries=True
+        resampler=replace(
+            TokenizerConfig().resampler, width=48, depth=1, head_width=16, feature_width=48, token_width=48
         ),
         denoiser=DenoiserConfig(predicts_change=True),
     ),
