@@ -14,7 +14,8 @@
 The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 1 --first-variance-scale 0.2
 --decoder-guidance 1.5 --motion-scale 1.3 --window 6` as well.
 Batches are for an accelerator, where `--loop.prefetch` helps; `lm_own` is for a CPU. In place of
-`sprites`, first stage and denoiser of the box began with the edition before (commit 6831fd0), which had begun there.
+`sprites`, first stage and denoiser of the box began with an edition before (commit 6831fd0), which had begun there, and
+its tokens of 48 numbers are those of 32 that the fourth edition had, widened (docs/widths.md) and trained on.
 Hours, results, and what was continued on a CPU: docs/log.md.
 """
 

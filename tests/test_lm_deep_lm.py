@@ -203,8 +203,9 @@ def test_bfloat16_autocast_keeps_the_loss_in_float32() -> None:
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_bfloat16_weights_generate() -> None:
-    tokens = written(build().bfloat16(), guidance=2.0)
+@pytest.mark.parametrize("changes", [*KINDS, {"head": "flow"}, {"head": "flow", "order": "keyframe"}])
+def test_bfloat16_weights_generate(changes: dict) -> None:
+    tokens = written(build(**changes).bfloat16(), guidance=2.0)
     assert tokens.dtype == torch.float32 and torch.isfinite(tokens).all()
 
 

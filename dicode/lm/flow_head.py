@@ -37,7 +37,7 @@ class FlowHead(nn.Module):
         self, noisy: Float[Tensor, "*group p d"], sigma: Float[Tensor, "*group"], hidden: GroupHidden
     ) -> GroupTokens:
         """What `noise − tokens` is on average, float32, at these shares of noise."""
-        told = self.condition(hidden) + self.time(_waves(sigma)).unsqueeze(-2)
+        told = self.condition(hidden) + self.time(_waves(sigma).to(self.condition.weight.dtype)).unsqueeze(-2)
         x, told = self.read(noisy.to(told.dtype)), F.silu(told)
         for block in self.blocks:
             x = block(x, told)
