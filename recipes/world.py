@@ -11,7 +11,7 @@
     dicode train recipes/world.py:first_stage_decoder
     dicode assemble runs/denoiser/best runs/lm_own/best --first-stage runs/first_stage_decoder/best -o world
 
-The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 1 --first-variance-scale 0.2
+The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 0.75 --first-variance-scale 0.2
 --decoder-guidance 1.5 --motion-scale 1.3 --window 6` as well.
 Batches are for an accelerator, where `--loop.prefetch` helps; `lm_own` is for a CPU. In place of
 `sprites`, first stage and denoiser of the box began with an edition before (commit 6831fd0), which had begun there, and
