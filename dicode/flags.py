@@ -57,7 +57,7 @@ class Generate:
     preview: bool = False  # first write out.preview.mp4, of fewer denoising steps
     sheet: Path | None = None  # also write a contact sheet, one row a clip
     device: str = "auto"  # cpu, cuda, mps
-    dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes half the time where the processor has it
+    dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes less time where the processor has it
     timings: bool = False  # also show the times of every clip, and the memory used
 
 
@@ -92,7 +92,7 @@ class Reconstruct:
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
     scale: int = 4  # enlarge every pixel this many times along each side
     device: str = "auto"  # cpu, cuda, mps
-    dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes half the time where the processor has it
+    dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes less time where the processor has it
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Widen:
 class Evaluate:
     """Measure a model against its training and validation clips: one JSON a part, written from this command alone.
 
-    The usual parts take nine minutes on two CPU cores for the model in the box, `instructions` five and a half, and
+    The usual parts take nine minutes on two CPU cores for `sprites`, six with `instructions` for `world` in bfloat16;
     `long`, a minute's videos, half an hour more.
     """
 
@@ -192,7 +192,7 @@ class Evaluate:
     long_prompts: int = 8  # training captions to draw for long videos
     long_seconds: float = 60.0  # how long they last
     seed: int = 0
-    dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes half the time where the processor has it
+    dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes less time where the processor has it
 
 
 @dataclass(frozen=True)

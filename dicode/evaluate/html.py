@@ -281,5 +281,5 @@ def within(own: Figure) -> str:
 def data_uri(sheet: Image.Image) -> str:
     """A picture inside the page."""
     held = io.BytesIO()
-    sheet.save(held, "WEBP", quality=50, method=6)
+    sheet.save(held, "WEBP", quality=40, method=6)
     return f"data:image/webp;base64,{base64.b64encode(held.getvalue()).decode()}"

@@ -35,18 +35,18 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
     config = held.config
     if held.linear_code is None or config.denoiser.kind != "hourglass":
         raise ValueError(f"{name_or_folder}: expected a linear code and a denoiser 'hourglass', to widen both")
+    lm = DeepTokenLM.from_pretrained(folder) if SECTION in sections else None
+    if lm is not None and lm.config.head != "flow":  # what others write for a number of a token is several
+        raise ValueError(f"{name_or_folder}: expected a language model with head 'flow', got {lm.config.head!r}")
     torch.manual_seed(0)
     wide = VideoTokenizer(replace(config, resampler=replace(config.resampler, token_width=token_width)))
     wide.first_stage.load_state_dict(held.first_stage.state_dict())
     latents = first_stage_latents(held, cache, folder / FIRST_STAGE_WEIGHTS)
     fit_linear_code(wide, latents, cache.subset(validation=False).frame_rows(), narrower=held)
     grow(wide.denoiser, held.denoiser.state_dict(), OF_DENOISER)
-    if SECTION not in sections:
+    if lm is None:
         write_config(output, {"tokenizer": wide.save_pretrained(output)})
         return
-    lm = DeepTokenLM.from_pretrained(folder)
-    if lm.config.head != "flow":  # what others write for a number of a token is several
-        raise ValueError(f"{name_or_folder}: expected a language model with head 'flow', got {lm.config.head!r}")
     wide_lm = DeepTokenLM(replace(lm.config, token_width=token_width), lm.text)
     grow(wide_lm, lm.state_dict(), OF_LANGUAGE_MODEL)
     defaults = config_from_dict(GenerationConfig, sections.get("generation", {}), "generation")
