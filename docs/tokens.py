@@ -24,12 +24,10 @@ NOISE = (0.0, 0.1, 0.2, 0.4)  # deviation, where the tokens' is 1
 
 
 class Linear:
-    """A fitted linear code, spoken to like a tokenizer."""
+    """A linear code for `queries` tokens of this width, fitted to latents, spoken to like a tokenizer."""
 
-    def __init__(self, config: VideoTokenizer, latents: Tensor):
-        resampler, first_stage = config.config.resampler, config.config.first_stage
-        size = config.config.latent_size
-        self.code = LinearCode(resampler.queries, resampler.token_width, first_stage.latent_channels, size)
+    def __init__(self, queries: int, width: int, latents: Tensor):
+        self.code = LinearCode(queries, width, *latents.shape[1:3])
         self.mean, self.variance = self.code.fit(latents)
 
     def tokens_of(self, latents: Tensor) -> Tensor:
@@ -50,7 +48,9 @@ def main() -> None:
     source = resolve(next(iter(folders.values()))) / FIRST_STAGE_WEIGHTS
     latents = first_stage_latents(first, cache, source)
     training, held = (cache.subset(validation=held).frame_rows() for held in (False, True))
-    named = {"linear": Linear(first, latents[training[::2], 0].float()), **tokenizers}
+    resampler = first.config.resampler
+    linear = Linear(resampler.queries, resampler.token_width, latents[training[::2], 0].float())
+    named = {"linear": linear, **tokenizers}
     real = latents[held, 0].float()
     values: dict[str, dict[str, float]] = {"variance": {"of latents": float(real.var())}}
     for name, tokenizer in named.items():

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokens import Linear
 from torch import Tensor
 
 from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
 from dicode.evaluate.report import write_result
 from dicode.evaluate.suite import PERCEPTUAL
 from dicode.shapes import ImageLatents
-from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.images import frames_to_pixels, psnr_db
 from dicode.video.shards import FrameCache
@@ -46,10 +46,9 @@ def main(name: str, cache: str, output: str) -> None:
             "model": told(tokenizer, those, source, own),
         }
         for width in WIDTHS:
-            code = LinearCode(tokenizer.config.resampler.queries, width, *source.shape[1:3])
-            mean, variance = code.fit(latents)
-            tokens = (code.tokens(source).flatten(1) - mean) / variance.sqrt()
-            values[split][f"width {width}"] = told(tokenizer, those, source, code.latents(tokens))
+            code = Linear(tokenizer.config.resampler.queries, width, latents)
+            own = code.key_latents(code.tokens_of(source))
+            values[split][f"width {width}"] = told(tokenizer, those, source, own)
     command = shlex.join(["python", "docs/widths.py", name, cache, output])
     write_result(Path(output), f"{name}: what tokens of other widths would tell", values, SHOWN, 0, command)
 
