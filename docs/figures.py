@@ -35,7 +35,7 @@ def figures(model: str) -> str:
     """The results of one model in the box as a Markdown table."""
     made, rebuilt, speed = (values_of(f"{model}-{part}") for part in ("generation", "reconstruction", "speed"))
     control, rank, motion = made["text_control"], made["validation_percentile"], made["motion"]
-    frechet = {name: scores["FVD-EffLite0"] for name, scores in rebuilt["frechet"].items()}
+    frechet = {name: score["value"] for name, score in rebuilt["FVD-EffLite0"].items()}
     first_stage = rebuilt["first_stage_psnr"]
     rows = [
         (
@@ -49,10 +49,10 @@ def figures(model: str) -> str:
         ("motion of generated clips against real ones", f"{motion['ratio']:.2f} ({interval(motion)})"),
         (
             f"reconstruction, FVD-EffLite0, {rebuilt['n']} validation clips (lower is better)",
-            f"{frechet['reconstruction']:.0f}; real head frame held {frechet['hold_head']:.0f}, real key frames "
-            f"cross-faded {frechet['cross_fade']:.0f}; the same from what the tokens hold "
-            f"{frechet['hold_head_of_tokens']:.0f}, {frechet['cross_fade_of_tokens']:.0f}; every frame through the "
-            f"first stage {frechet['first_stage']:.0f}",
+            f"{frechet['reconstruction']:.0f} ({interval(rebuilt['FVD-EffLite0']['reconstruction'])}); real head frame "
+            f"held {frechet['hold_head']:.0f}, real key frames cross-faded {frechet['cross_fade']:.0f}; the same from "
+            f"what the tokens hold {frechet['hold_head_of_tokens']:.0f}, {frechet['cross_fade_of_tokens']:.0f}; every "
+            f"frame through the first stage {frechet['first_stage']:.0f}",
         ),
         (
             "first stage alone, PSNR on validation clips",
@@ -60,8 +60,8 @@ def figures(model: str) -> str:
         ),
         (
             f"{speed['seconds_of_video']:g} s of video, {speed['threads']} CPU threads, model loaded",
-            f"{speed['median_s']:.1f} s; the whole process {speed['process_s']:.1f} s, "
-            f"{speed['peak_memory_gib']:.2f} GiB",
+            f"{seconds(speed['median_s'])} s; the whole process {seconds(speed['process_s'])} s, "
+            f"{speed['peak_memory_gib']['value']:.2f} GiB",
         ),
         *(long_rows(values_of(f"{model}-long")) if (ROOT / f"results/{model}-long.json").exists() else ()),
         *(instruction_rows(values_of(f"{model}-instructions")) if model == "world" else ()),
@@ -280,27 +280,40 @@ def gib(count: int) -> str:
 def long_rows(long: dict[str, Any]) -> list[tuple[str, str]]:
     """What a minute costs, and how it holds together, for every kind of joins."""
     kinds, cost = long["joins"], long["cost"]
+    drifts = {kind: part["drift"]["FVD-EffLite0"] for kind, part in kinds.items()}
     what = f"{long['seconds']:g} s of video, {len(long['prompts'])} training captions"
     return [
         (
             f"{what}: step at joins over step inside clips",
-            ", ".join(f"{kind} {part['join_score']['score']:.2f}" for kind, part in kinds.items()),
+            ", ".join(
+                f"{kind} {part['join_score']['score']:.2f} ({interval(part['join_score'])})"
+                for kind, part in kinds.items()
+            ),
         ),
         (
             f"{what}: motion of the last ten seconds over that of the first",
-            ", ".join(f"{kind} {part['motion']['ratio']:.2f}" for kind, part in kinds.items()),
+            ", ".join(
+                f"{kind} {part['motion']['ratio']:.2f} ({interval(part['motion'])})" for kind, part in kinds.items()
+            ),
         ),
         (
             f"{what}: FVD-EffLite0 of the last ten seconds against the first",
-            ", ".join(f"{kind} {part['drift']['FVD-EffLite0']['distance']:.0f}" for kind, part in kinds.items())
+            ", ".join(f"{kind} {own['distance']:.0f} ({interval(own)})" for kind, own in drifts.items())
             + f" (same seconds dealt at random: {kinds['chained']['drift']['FVD-EffLite0']['chance']:.0f})",
         ),
         (
             f"{long['seconds']:g} s against 2 s",
-            f"time of a clip ×{cost['time_ratio']:.2f}, memory ×{cost['memory_ratio']:.2f}; language model "
-            f"{cost['language_model_share']:.0%} of the time",
+            f"time of a clip ×{cost['time_ratio']['value']:.2f} ({interval(cost['time_ratio'])}), memory "
+            f"×{cost['memory_ratio']['value']:.2f} ({interval(cost['memory_ratio'])}); language model "
+            f"{cost['language_model_share']['value']:.1%} of the time",
         ),
     ]
+
+
+def seconds(score: dict[str, Any]) -> str:
+    """`value (low–high)`, in tenths."""
+    low, high = score["interval"]
+    return f"{score['value']:.1f} ({low:.1f}–{high:.1f})"
 
 
 def interval(score: dict[str, Any], scale: float = 1) -> str:

@@ -7,12 +7,11 @@ All tokenizers must share the encoder of one first stage; its linear codes are m
 
 import sys
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
-from dicode.evaluate.reconstruction import frechet_scores
+from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
 from dicode.evaluate.report import write_result
 from dicode.hub import resolve
 from dicode.tokenizer.linear import LinearCode
@@ -78,8 +77,8 @@ def fvd(cache: FrameCache, tokenizer: VideoTokenizer | Linear, shown_by: VideoTo
         through = tokenizer.key_latents(tokenizer.tokens_of(shown_by.first_stage.encode(pixels)))
         clips.append(clip.numpy())
         made.append(shown_by.frames_of(through[None])[0].numpy())
-    real, generated = (features_of_clips(extractor, those).joined() for those in (clips, made))
-    return float(frechet_scores(np.asarray(real), {"made": generated})["made"]["FVD-EffLite0"])
+    sets = (FrechetStatistics.of(features_of_clips(extractor, those).joined()) for those in (clips, made))
+    return frechet_distance(*sets)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ FLAGS = {
     "--steps --temperature --variance-scale --window",
     "widen": "--cache --help --output --token-width",
     "evaluate": "--cache --dtype --features --help --long-prompts --long-seconds --output --parts --prompts "
-    "--report --seed --sheets",
+    "--repeats --report --seed --sheets",
     "benchmark": "--help",
     "benchmark ucf101": "--batch-size --c3d --confirm --device --fvd-clips --help --i3d --model --output --prompts "
     "--revision --samples --seed --shard --size --split --template --work-folder",

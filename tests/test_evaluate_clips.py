@@ -11,7 +11,8 @@ from scipy.ndimage import gaussian_filter
 
 from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, features_of_clips, summarise
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
-from dicode.evaluate.reconstruction import PSNR_CEILING_DB, cross_fade, frechet_scores, hold_head, psnr_score
+from dicode.evaluate.reconstruction import PSNR_CEILING_DB, cross_fade, hold_head, psnr_score
+from dicode.evaluate.scores import frechet_score
 
 COLOURS = np.array(
     [[220, 40, 30], [30, 90, 220], [40, 190, 70], [240, 200, 40], [150, 60, 200], [20, 20, 20]], np.uint8
@@ -86,7 +87,7 @@ def test_baselines_are_the_head_and_a_linear_fade() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance")
-def test_frechet_scores_order_identical_slightly_and_strongly_blurred_and_noise(
+def test_frechet_score_orders_identical_slightly_and_strongly_blurred_and_noise(
     extractor: EfficientNetLite0Features,
 ) -> None:
     long = [_moving_shape(i) for i in range(24)]
@@ -101,15 +102,12 @@ def test_frechet_scores_order_identical_slightly_and_strongly_blurred_and_noise(
         "cross-fade": [cross_fade(clip[0], clip[-1], 6) for clip in long],
     }
     features = {name: features_of_clips(extractor, clips).joined() for name, clips in candidates.items()}
-    scores = frechet_scores(features["identical"], features)
-    for metric in ("FVD-EffLite0", "FVD-EffLite0-PC23"):
-        order = [scores[name][metric] for name in ("identical", "blurred", "very blurred", "noise")]
-        assert order == sorted(order) and order[0] == pytest.approx(0, abs=1e-6) and order[1] > 0.1, order
-        assert min(scores["hold head"][metric], scores["cross-fade"][metric]) > 0.1
-    bank = features_of_clips(extractor, [_moving_shape(i) for i in range(24, 30)]).joined()
-    assert "FVD-EffLite0-PC3" in frechet_scores(bank, {"same": bank}, components=3, bank=bank)["same"]
-    with pytest.raises(ValueError, match=r"few: expected features \(24, 2560\)"):
-        frechet_scores(features["identical"], {"few": features["noise"][:9]})
+    scores = {name: frechet_score(features["identical"], made) for name, made in features.items()}
+    order = [scores[name].value for name in ("identical", "blurred", "very blurred", "noise")]
+    assert order == sorted(order) and order[0] == pytest.approx(0, abs=1e-6) and order[1] > 0.1, order
+    assert min(scores["hold head"].value, scores["cross-fade"].value) > 0.1
+    with pytest.raises(ValueError, match=r"equally many clips, at least 2, got \[24, 9\]"):
+        frechet_score(features["identical"], features["noise"][:9])
 
 
 def test_psnr_score_caps_perfect_frames_in_the_mean_only() -> None:
@@ -121,6 +119,7 @@ def test_psnr_score_caps_perfect_frames_in_the_mean_only() -> None:
     assert score.mean_db == pytest.approx((60 + 60 + 60 + one) / 4)
     assert score.of_mean_error_db == pytest.approx(10 * np.log10(255**2 / 25))
     assert score.n == 2 and score.interval_db[0] <= score.mean_db <= score.interval_db[1]
+    assert score.of_mean_error_interval_db == pytest.approx((10 * np.log10(255**2 / 50), PSNR_CEILING_DB))
 
 
 def test_identical_clips_have_the_highest_psnr_and_not_infinity() -> None:

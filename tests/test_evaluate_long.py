@@ -100,6 +100,9 @@ def test_drift_stands_out_from_chance_only_where_there_is_some() -> None:
     drifting = drift(steady + np.linspace(0, 4, 30)[:, None], window=5)
     assert len(drifting.by_window) == 5 and list(drifting.by_window) == sorted(drifting.by_window)
     assert drifting.distance > 3 * drifting.chance_interval[1]
+    assert none.interval is not None and drifting.interval is not None
+    assert drifting.interval[0] > none.interval[1]
+    assert drift(steady[:3], window=5).interval is None  # halves of three videos say nothing
     assert drift(steady, window=5, seed=1).chance_interval != none.chance_interval
     with pytest.raises(ValueError, match="expected 1 to 15 of 30 clips a video, got 16"):
         drift(steady, window=16)
@@ -149,11 +152,20 @@ def test_cost_of_length_is_read_off_the_line_through_short_videos() -> None:
         for clips in (1, 2, 3, 4, 30)
     }
     figures = time_figures(times, seconds=60.0, clip_s=2.0)
-    assert figures["marginal_clip_s"] == pytest.approx(0.25) and figures["start_s"] == pytest.approx(0.5)
-    assert figures["median_s"] == 8 and figures["time_ratio"] == pytest.approx(8 / 7.5)
-    assert figures["processor_s"] == pytest.approx(6) and figures["processor_time_ratio"] == pytest.approx(1)
-    assert figures["language_model_share"] == pytest.approx(3 / 8) and figures["frames"] == 480
-    assert figures["short_median_s"] == {"2": 0.75, "4": 1.0, "6": 1.25, "8": 1.5}
+    values = {name: score["value"] for name, score in figures.items() if isinstance(score, dict) and "value" in score}
+    assert values["marginal_clip_s"] == pytest.approx(0.25) and values["start_s"] == pytest.approx(0.5)
+    assert values["median_s"] == 8 and values["time_ratio"] == pytest.approx(8 / 7.5)
+    assert values["processor_s"] == pytest.approx(6) and values["processor_time_ratio"] == pytest.approx(1)
+    assert values["language_model_share"] == pytest.approx(3 / 8) and figures["frames"] == 480
+    assert {name: own["value"] for name, own in figures["short_median_s"].items()} == {
+        "2": 0.75,
+        "4": 1.0,
+        "6": 1.25,
+        "8": 1.5,
+    }
+    assert figures["median_s"]["interval"] == (8, 17) and figures["processor_s"]["interval"] == pytest.approx((6, 6))
+    assert figures["time_ratio"]["interval"] == pytest.approx((8 / 7.5, 17 / 7.5))  # late repeats are late throughout
+    assert all(score["n"] == 3 for score in figures.values() if isinstance(score, dict) and "n" in score)
 
 
 def test_timing_tells_the_language_model_apart_and_leaves_the_model_as_it_was(tiny_model: Path) -> None:

@@ -18,7 +18,6 @@ from dicode.evaluate.metrics import (
     mean_pair_distance,
     motion,
     percentile_rank,
-    principal_components,
     psnr,
     retrieval,
     similarities,
@@ -93,16 +92,6 @@ def test_frechet_statistics_refuse_what_they_cannot_measure() -> None:
         frechet_distance(FrechetStatistics.of(np.zeros((1, 2))), FrechetStatistics.of(np.zeros((5, 2))))
     with pytest.raises(ValueError, match="one width, got 2 and 3"):
         frechet_distance(FrechetStatistics.of(np.zeros((5, 2))), FrechetStatistics.of(np.zeros((5, 3))))
-
-
-def test_principal_components_span_the_largest_variance() -> None:
-    features = np.random.default_rng(5).normal(size=(300, 5)) * np.array([1, 9, 0.1, 4, 0.5])
-    mean, directions = principal_components(features, 2)
-    np.testing.assert_allclose(mean, features.mean(0))
-    np.testing.assert_allclose(directions.T @ directions, np.eye(2), atol=1e-12)
-    assert np.abs(directions).argmax(axis=0).tolist() == [1, 3]
-    with pytest.raises(ValueError, match="1 to 2 components of 3 samples, got 3"):
-        principal_components(features[:3], 3)
 
 
 def test_psnr_follows_its_definition_frame_by_frame() -> None:

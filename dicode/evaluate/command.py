@@ -14,7 +14,8 @@ from dicode.evaluate.instructions import evaluate_instructions
 from dicode.evaluate.long import check_length, measure_long
 from dicode.evaluate.ranking import evaluate_ranking
 from dicode.evaluate.report import read_result, write_result
-from dicode.evaluate.suite import evaluate_generation, evaluate_reconstruction, evaluate_speed
+from dicode.evaluate.speed import evaluate_speed
+from dicode.evaluate.suite import evaluate_generation, evaluate_reconstruction
 from dicode.flags import Evaluate
 from dicode.generate import DiCoDe
 from dicode.hub import resolve
@@ -48,10 +49,12 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> int:
         "reconstruction": lambda: evaluate_reconstruction(made, bank, networks),
         "ranking": lambda: evaluate_ranking(made, networks),
         "instructions": lambda: evaluate_instructions(model, cache, command.seed),
-        "speed": lambda: (evaluate_speed(model, folder, "a swirling ice vortex"), None),
-        "long": lambda: measure_long(model, cache, folder, command.long_prompts, command.seed, command.long_seconds),
+        "speed": lambda: (evaluate_speed(model, folder, "a swirling ice vortex", repeats=command.repeats), None),
+        "long": lambda: measure_long(
+            model, cache, folder, command.long_prompts, command.seed, command.long_seconds, command.repeats
+        ),
     }
-    counts = {"generation": command.prompts, "speed": 3, "long": command.long_prompts}
+    counts = {"generation": command.prompts, "speed": command.repeats, "long": command.long_prompts}
     sheets: dict[str, Image.Image] = {}
     for part in command.parts:
         with watch.stage(part):

@@ -11,6 +11,7 @@ from numpy import ndarray
 from dicode.evaluate.metrics import (
     Clips,
     FrechetStatistics,
+    Interval,
     at_joins,
     bootstrap_interval,
     frame_steps,
@@ -20,10 +21,10 @@ from dicode.evaluate.metrics import (
     retrieval,
     similarities,
 )
+from dicode.evaluate.scores import set_score
 from dicode.seeds import generator_for
 
 Captions = Sequence[str | Sequence[str]]  # one entry a clip: its caption, or all captions that are true of it
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Drift:
     """
 
     distance: float  # of the last window's clips to the first's
+    interval: Interval | None  # 95 %, over videos (`set_score`); None for fewer videos than have halves
     by_window: tuple[float, ...]  # of every further window's to the first's, in order; the last is `distance`
     chance: float  # between two sets as large, to which each video's clips of both windows are dealt at random: mean
     chance_interval: Interval  # and 95 % of such splits
@@ -279,7 +281,15 @@ def drift(features: Float[ndarray, "videos clips width"], window: int, splits: i
         shuffled = np.take_along_axis(ends, order[:, :, None], axis=1)
         dealt.append(_distance(shuffled[:, :window], shuffled[:, window:]))
     low, high = np.quantile(dealt, [0.025, 0.975])
-    return Drift(by_window[-1], tuple(by_window), float(np.mean(dealt)), (float(low), float(high)), videos * window)
+    end = set_score(_distance, features[:, :window], features[:, -window:], seed=seed)
+    return Drift(
+        distance=end.value,
+        interval=end.interval,
+        by_window=tuple(by_window),
+        chance=float(np.mean(dealt)),
+        chance_interval=(float(low), float(high)),
+        clips=videos * window,
+    )
 
 
 def _distance(one: Float[ndarray, "v c width"], other: Float[ndarray, "v c width"]) -> float:

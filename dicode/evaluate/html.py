@@ -21,6 +21,7 @@ MEANINGS = {
     "nearer_by_features": "The same by features of EfficientNet-lite0.",
     "nearer_by_pixels": "Share of first images whose own caption's clip is nearer to the real one; chance 0.5.",
     "effect": "What another caption changes of a clip over what another sample does; 0 where captions are not heard.",
+    "short_median_s": "Seconds that videos of fewer seconds took.",
     "join_score": "Frame difference across joins over that inside clips; 1 cannot be told from motion.",
     "psnr": "PSNR in dB. Higher is better.",
     "first_stage_psnr": "PSNR in dB of every frame through the first stage alone, by data set. Higher is better.",
@@ -114,15 +115,15 @@ def section(part: str, result: Mapping[str, Any], sheet: Image.Image | None) -> 
 def figures(values: Mapping[str, Any]) -> str:
     """A plot and a table for every metric with several candidates, one table for figures that stand alone."""
     if "joins" in values:  # candidates by metric, as elsewhere
-        kinds = values["joins"]
-        own = {metric: {kind: part[metric] for kind, part in kinds.items()} for metric in ("join_score", "motion")}
-        values = {**{key: value for key, value in values.items() if key != "joins"}, **own}
+        kinds = {kind: {**part, **part["drift"]} for kind, part in values["joins"].items()}
+        metrics = ("join_score", "motion", *next(iter(values["joins"].values()))["drift"])
+        own = {metric: {kind: part[metric] for kind, part in kinds.items()} for metric in metrics}
+        others = {key: value for key, value in values.items() if key not in ("joins", "cost")}
+        values = {**others, **own, **values["cost"]}
     alone: dict[str, Figure] = {}
     plain: dict[str, Any] = {}
     groups = []
     for key, value in values.items():
-        if key == "frechet":  # the same as FVD-EffLite0, without intervals
-            continue
         figure = figure_of(value)
         if figure is not None:
             alone[key] = figure

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from numpy import ndarray
 from PIL import Image
 from tqdm import tqdm
@@ -16,7 +16,8 @@ from tqdm import tqdm
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import draw_prompts, drift, join_score, motion_over_time
 from dicode.evaluate.metrics import at_joins
-from dicode.evaluate.suite import whole_process
+from dicode.evaluate.scores import Score, repeats_score
+from dicode.evaluate.speed import memory_score, whole_process
 from dicode.generate import DiCoDe
 from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
@@ -28,7 +29,6 @@ JOINS: tuple[Joins, ...] = get_args(Joins)
 LONG_S = 60.0
 WINDOW_SHARE = 1 / 6  # of a video, at its beginning and its end: ten seconds of a minute
 SHORT_CLIPS = (1, 2, 3, 4)  # lengths from which the time that one more clip takes is fitted
-REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,18 @@ def check_length(model: DiCoDe, seconds: float) -> None:
 
 
 def measure_long(
-    model: DiCoDe, cache: FrameCache, folder: Path, count: int = 8, seed: int = 0, seconds: float = LONG_S
+    model: DiCoDe,
+    cache: FrameCache,
+    folder: Path,
+    count: int = 8,
+    seed: int = 0,
+    seconds: float = LONG_S,
+    repeats: int = 5,
 ) -> tuple[dict[str, Any], Image.Image]:
     """Joins, drift and motion of `count` training captions' videos, from the same deep tokens for every kind of joins.
 
-    Also what such a video costs in time and memory; `folder` is where the model was loaded from. Returns the figures
-    and a contact sheet, a frame a second, the kinds of joins beneath each other.
+    Also what such a video costs in time and memory, measured `repeats` times; `folder` is where the model was loaded
+    from. Returns the figures and a contact sheet, a frame a second, the kinds of joins beneath each other.
     """
     check_length(model, seconds)
     captions = [v.captions[0] for v in cache.videos if not v.validation and v.captions and v.captions[0]]
@@ -73,7 +79,7 @@ def measure_long(
         "frames_asked": model.num_frames(seconds),
         "prompts": prompts,
         "joins": by_joins,
-        "cost": cost_of_length(model, folder, prompts[0], seconds),
+        "cost": cost_of_length(model, folder, prompts[0], seconds, repeats),
     }
     order = sorted(rows, key=lambda row: row[0])
     labels = [f"{joins}: {prompts[i]}" for i, joins in order]
@@ -110,27 +116,31 @@ def clips_of(video: Video, clip_frames: int, repeated_frames: int = 0) -> list[U
     return [clip for clip in np.split(video, joins) if len(clip) > 1]
 
 
-def cost_of_length(model: DiCoDe, folder: Path, prompt: str, seconds: float) -> dict[str, Any]:
+def cost_of_length(model: DiCoDe, folder: Path, prompt: str, seconds: float, repeats: int) -> dict[str, Any]:
     """Time and memory of one video of this length beside one clip, with the model's own options.
 
     Times are of the model loaded, after one video to warm up, the lengths taking turns so that another job on the
-    machine weighs on all. Memory is that of a whole `dicode generate`.
+    machine weighs on all. Memory is that of a whole `dicode generate`. Medians of as many repeats, with intervals.
     """
     config = model.tokenizer.config
     lengths = [clips * config.clip_s for clips in SHORT_CLIPS if clips * config.clip_s < seconds] + [seconds]
     timed_video(model, prompt, lengths[-2])
     times: dict[float, list[VideoTime]] = {length: [] for length in lengths}
-    for _ in tqdm(range(REPEATS), desc="timing"):
+    for _ in tqdm(range(repeats), desc="timing"):
         for length in lengths:
             times[length].append(timed_video(model, prompt, length))
-    _, memory = whole_process(model, folder, prompt, seconds)
-    _, clip_memory = whole_process(model, folder, prompt, config.clip_s)
+    memory = np.array(
+        [
+            [whole_process(model, folder, prompt, length).peak_memory_gib for length in (seconds, config.clip_s)]
+            for _ in tqdm(range(repeats), desc="memory")
+        ]
+    )
     return {
         "joins": model.defaults.joins,
         **time_figures(times, seconds, config.clip_s),
-        "peak_memory_gib": memory,
-        "one_clip_peak_memory_gib": clip_memory,
-        "memory_ratio": memory / clip_memory if memory and clip_memory else None,
+        "peak_memory_gib": memory_score(np.median, memory[:, 0]),
+        "one_clip_peak_memory_gib": memory_score(np.median, memory[:, 1]),
+        "memory_ratio": memory_score(lambda drawn: np.median(drawn[:, 0]) / np.median(drawn[:, 1]), memory),
         "threads": torch.get_num_threads(),
     }
 
@@ -140,29 +150,36 @@ def time_figures(times: Mapping[float, Sequence[VideoTime]], seconds: float, cli
 
     The marginal clip is the slope of a least-squares line through the median times of the other lengths, all short:
     what one more clip takes where there are few. The ratio is 1 where later clips take no longer than early ones. On
-    a machine with other work believe the ratio of processor time; on an accelerator it is the host's alone.
+    a machine with other work believe the ratio of processor time; on an accelerator it is the host's alone. Intervals
+    are over the repeats, each of which has all lengths.
     """
-    short = [length for length in times if length != seconds]
-    medians, processor = (
-        {length: float(np.median([getattr(one, kind) for one in own])) for length, own in times.items()}
-        for kind in ("total_s", "processor_s")
-    )
+    long, clips = list(times).index(seconds), np.array(list(times)) / clip_s
+    short = clips != clips[long]
+    total = np.array([[one.total_s for one in own] for own in times.values()]).T
+    processor = np.array([[one.processor_s for one in own] for own in times.values()]).T
+    shares = np.array([one.language_model_s / one.total_s for one in times[seconds]])
 
-    def line(of: Mapping[float, float]) -> tuple[float, float]:
-        slope, start = np.polyfit(np.array(short) / clip_s, [of[length] for length in short], 1)
-        return float(slope), float(start)
+    def line(repeats: Float64[ndarray, "n lengths"]) -> Float64[ndarray, "2"]:
+        return np.polyfit(clips[short], np.median(repeats, axis=0)[short], 1)  # slope, value at no clips
 
-    (marginal_s, start_s), clips = line(medians), seconds / clip_s
+    def ratio(repeats: Float64[ndarray, "n lengths"]) -> float:
+        return float(np.median(repeats[:, long]) / (clips[long] * line(repeats)[0]))
+
+    scores: dict[str, Score] = {
+        "median_s": repeats_score(np.median, total[:, long]),
+        "marginal_clip_s": repeats_score(lambda repeats: line(repeats)[0], total),
+        "start_s": repeats_score(lambda repeats: line(repeats)[1], total),  # what every video takes once
+        "time_ratio": repeats_score(ratio, total),
+        "processor_s": repeats_score(np.median, processor[:, long]),
+        "processor_time_ratio": repeats_score(ratio, processor),
+        "language_model_share": repeats_score(np.median, shares),
+    }
+    medians = {f"{length:g}": asdict(repeats_score(np.median, own)) for length, own in zip(times, total.T, strict=True)}
+    medians.pop(f"{seconds:g}")
     return {
         "frames": times[seconds][0].frames,
-        "median_s": medians[seconds],
-        "short_median_s": {f"{length:g}": medians[length] for length in short},
-        "marginal_clip_s": marginal_s,
-        "start_s": start_s,  # the line at no clips: what every video takes once
-        "time_ratio": medians[seconds] / (clips * marginal_s),
-        "processor_s": processor[seconds],
-        "processor_time_ratio": processor[seconds] / (clips * line(processor)[0]),
-        "language_model_share": float(np.median([one.language_model_s / one.total_s for one in times[seconds]])),
+        "short_median_s": medians,
+        **{name: asdict(score) for name, score in scores.items()},
     }
 
 

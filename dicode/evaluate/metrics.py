@@ -13,6 +13,7 @@ from numpy import ndarray
 from dicode.seeds import generator_for
 from dicode.shapes import Video
 
+Interval = tuple[float, float]
 Similarity = Literal["cosine", "euclidean"]
 Clips = Iterable[UInt8[ndarray, "_ _ _ _"]]  # clips `f h w c`, each of its own length
 
@@ -99,18 +100,6 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
     cross = np.linalg.svd(normal_a @ normal_b.T, compute_uv=False).sum()
     distance = ((a.mean - b.mean) ** 2).sum() + (normal_a**2).sum() + (normal_b**2).sum() - 2 * cross
     return max(0.0, float(distance))  # rounding may leave -1e-12 for equal sets
-
-
-def principal_components(
-    features: Float[ndarray, "n width"], count: int
-) -> tuple[Float64[ndarray, "width"], Float64[ndarray, "width components"]]:
-    """Mean and the leading principal directions of a feature bank; project with `(x - mean) @ directions`."""
-    if not 1 <= count < len(features):
-        raise ValueError(f"expected 1 to {len(features) - 1} components of {len(features)} samples, got {count}")
-    bank = features.astype(np.float64)
-    mean = bank.mean(axis=0)
-    _, _, directions = np.linalg.svd(bank - mean, full_matrices=False)
-    return mean, directions[:count].T
 
 
 def psnr(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
@@ -202,7 +191,7 @@ def bootstrap_interval(
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
-) -> tuple[float, float]:
+) -> Interval:
     """Percentile bootstrap interval of `statistic(*samples)`; every sample is resampled on its own.
 
     It covers the choice of clips or prompts only, not training. Paired data: pass one sample of differences.

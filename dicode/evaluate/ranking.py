@@ -10,8 +10,8 @@ from PIL import Image
 
 from dicode.evaluate.clips import MadeClips
 from dicode.evaluate.features import EfficientNetLite0Features, Network, features_of_clips
-from dicode.evaluate.generation import Interval, percentile_of_true_clip
-from dicode.evaluate.metrics import psnr
+from dicode.evaluate.generation import percentile_of_true_clip
+from dicode.evaluate.metrics import Interval, psnr
 from dicode.evaluate.reconstruction import PSNR_CEILING_DB
 from dicode.evaluate.scores import Score, mean_score, scores_of_sets, seen, seen_by_efflite
 from dicode.evaluate.suite import (

@@ -1,18 +1,15 @@
 """Clips decoded from their own tokens, against the real ones and against two baselines that need no model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float64, UInt8
 from numpy import ndarray
 
 from dicode.evaluate.metrics import (
     Clips,
-    FrechetStatistics,
+    Interval,
     bootstrap_interval,
-    frechet_distance,
-    principal_components,
     squared_error,
 )
 from dicode.shapes import Video
@@ -27,8 +24,9 @@ class PsnrScore:
     """How near clips are to the real ones, pixel by pixel."""
 
     mean_db: float  # mean over frames, each at most PSNR_CEILING_DB, then over clips
-    interval_db: tuple[float, float]  # 95 %, over clips
+    interval_db: Interval  # 95 %, over clips
     of_mean_error_db: float  # PSNR of the mean squared error of all frames: hard clips weigh more, no ceiling
+    of_mean_error_interval_db: Interval
     n: int
 
 
@@ -52,38 +50,6 @@ def cross_fade(
     return np.rint((1 - weights) * head + weights * tail).astype(np.uint8)
 
 
-def frechet_scores(
-    real: Float[ndarray, "n width"],
-    candidates: Mapping[str, Float[ndarray, "_ width"]],
-    features_name: str = "EffLite0",
-    components: int = 64,
-    bank: Float[ndarray, "m width"] | None = None,
-) -> dict[str, dict[str, float]]:
-    """Fréchet distance of every candidate set to the real clips, from clip features (`ClipFeatures.joined`).
-
-    Two figures a candidate. `FVD-EffLite0` uses all features; about 120 clips cannot fill 2560 dimensions, so it is
-    biased: every candidate must have as many clips as the real set. `FVD-EffLite0-PC64` is the distance within the
-    leading principal components of `bank` (more real clips, e.g. the training set; default: `real`): well conditioned,
-    but blind to faults along which no real clip varies. `components` is lowered where the bank is smaller.
-    """
-    for name, features in candidates.items():
-        if features.shape != real.shape:
-            raise ValueError(f"{name}: expected features {real.shape} like the real clips', got {features.shape}")
-    source = real if bank is None else bank
-    count = min(components, len(source) - 1, real.shape[1])
-    mean, directions = principal_components(source, count)
-    real_full, real_few = FrechetStatistics.of(real), FrechetStatistics.of((real - mean) @ directions)
-    return {
-        name: {
-            f"FVD-{features_name}": frechet_distance(real_full, FrechetStatistics.of(features)),
-            f"FVD-{features_name}-PC{count}": frechet_distance(
-                real_few, FrechetStatistics.of((features - mean) @ directions)
-            ),
-        }
-        for name, features in candidates.items()
-    }
-
-
 def psnr_score(real: Clips, candidates: Clips, seed: int = 0) -> PsnrScore:
     """PSNR of clips against the real clips they reconstruct, in the same order. `seed` is the bootstrap's."""
     errors = [squared_error(clip, candidate) for clip, candidate in zip(real, candidates, strict=True)]
@@ -91,10 +57,16 @@ def psnr_score(real: Clips, candidates: Clips, seed: int = 0) -> PsnrScore:
         raise ValueError("expected at least one clip, got none")
     floor = 255**2 / 10 ** (PSNR_CEILING_DB / 10)
     per_clip = np.array([(10 * np.log10(255**2 / np.maximum(error, floor))).mean() for error in errors])
-    mean_error = max(float(np.concatenate(errors).mean()), floor)
+    sums = np.array([(error.sum(), len(error)) for error in errors])
+
+    def of_mean_error(drawn: Float64[ndarray, "n 2"]) -> float:
+        error, frames = drawn.sum(axis=0)
+        return float(10 * np.log10(255**2 / max(error / frames, floor)))
+
     return PsnrScore(
         mean_db=float(per_clip.mean()),
         interval_db=bootstrap_interval(np.mean, per_clip, seed=seed),
-        of_mean_error_db=float(10 * np.log10(255**2 / mean_error)),
+        of_mean_error_db=of_mean_error(sums),
+        of_mean_error_interval_db=bootstrap_interval(of_mean_error, sums, seed=seed),
         n=len(per_clip),
     )

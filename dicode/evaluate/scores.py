@@ -11,8 +11,13 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
-from dicode.evaluate.generation import Interval
-from dicode.evaluate.metrics import FrechetStatistics, bootstrap_interval, frechet_distance, percentile_rank
+from dicode.evaluate.metrics import (
+    FrechetStatistics,
+    Interval,
+    bootstrap_interval,
+    frechet_distance,
+    percentile_rank,
+)
 from dicode.evaluate.networks import C3D, I3D, Clip, Inception
 from dicode.evaluate.quality import inception_score
 from dicode.evaluate.video_text import TinyVT
@@ -29,7 +34,7 @@ class Score:
 
     value: float
     interval: Interval | None  # 95 %; None for a set of fewer than LEAST_CLIPS clips, which cannot be halved
-    n: int  # clips
+    n: int  # clips, videos or repeats of a measurement
 
 
 class Seen(NamedTuple):
@@ -44,6 +49,11 @@ def mean_score(values: Sequence[float] | Float[ndarray, "n"], seed: int = 0) -> 
     """Mean of one value a clip with its bootstrap interval. `seed` is the bootstrap's."""
     values = np.asarray(values, dtype=np.float64)
     return Score(float(values.mean()), bootstrap_interval(np.mean, values, seed=seed), len(values))
+
+
+def repeats_score(statistic: Callable[[ndarray], float], repeats: ndarray, seed: int = 0) -> Score:
+    """A statistic of measurements that were repeated, one row each, with its bootstrap interval over them."""
+    return Score(float(statistic(repeats)), bootstrap_interval(statistic, repeats, seed=seed), len(repeats))
 
 
 def set_score(

@@ -1,13 +1,8 @@
-"""Everything measured of a model's clips, from one command: text control, motion, reconstruction, speed."""
+"""Everything measured of a model's clips, from one command: text control, motion, reconstruction."""
 
-import re
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,7 +18,7 @@ from dicode.evaluate.metrics import mean_pair_distance
 from dicode.evaluate.networks import Clip, clip_similarity
 from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
 from dicode.evaluate.quality import dynamic_share, ssim, token_rate
-from dicode.evaluate.reconstruction import cross_fade, frechet_scores, hold_head, psnr_score
+from dicode.evaluate.reconstruction import cross_fade, hold_head, psnr_score
 from dicode.evaluate.scores import (
     Score,
     Seen,
@@ -180,12 +175,8 @@ def evaluate_reconstruction(
     }
     features = bank_features(model, cache, extractor, bank_path)
     held = np.array([v.validation for v in cache.videos])
-    bank = np.concatenate([features.mean[~held], features.difference[~held]], axis=1)
     real_features = rows_of(features, np.flatnonzero(held))
     made_features = {name: features_of_clips(extractor, those) for name, those in candidates.items()}
-    scores = frechet_scores(
-        real_features.joined(), {name: those.joined() for name, those in made_features.items()}, bank=bank
-    )
     made_seen = {name: seen_by_efflite(extractor, those) for name, those in made_features.items()}
     distances = scores_of_sets(extractor.name, seen_by_efflite(extractor, real_features), made_seen, seed)
     captions = made.captions
@@ -203,14 +194,13 @@ def evaluate_reconstruction(
         first_stage[source] = asdict(psnr_score([clips[i] for i in own], [through[i] for i in own], seed=seed))
     pairs = {name: frame_scores(clips, those, seed, model.tokenizer.device) for name, those in candidates.items()}
     figures = {
-        "frechet": scores,
         "psnr": psnr,
         "first_stage_psnr": first_stage,
         "motion": asdict(motion_ratio(rendered, clips, seed=seed)),
         "n": len(clips),
         **{metric: {name: own[metric] for name, own in pairs.items()} for metric in ("SSIM", PERCEPTUAL)},
         **distances,
-        "token_rate": asdict(token_rate(model.tokenizer.config)),
+        "token_rate": asdict(token_rate(model.tokenizer.config)),  # follows from the configuration: no interval
     }
     shown = range(0, len(clips), max(1, len(clips) // 10))
     rows = [clip for i in shown for clip in (clips[i], rendered[i])]
@@ -294,36 +284,3 @@ def through_first_stage(model: DiCoDe, clip: Video) -> Video:
     """A clip encoded and decoded by the first stage alone."""
     pixels = torch.from_numpy(clip).permute(0, 3, 1, 2).float().to(model.tokenizer.device) / 127.5 - 1
     return model.tokenizer.frames_of(model.tokenizer.first_stage.encode(pixels)[None])[0].cpu().numpy()
-
-
-def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.0, repeats: int = 3) -> dict[str, Any]:
-    """Seconds for one video: model loaded (median of `repeats` after a warm-up), and a whole process and its memory."""
-    times = []
-    for repeat in range(repeats + 1):
-        started = time.perf_counter()
-        frames = sum(len(clip) for clip in model.generate(prompt, seconds=seconds, seed=repeat))
-        times.append(time.perf_counter() - started)
-    process_s, peak_memory_gib = whole_process(model, folder, prompt, seconds)
-    return {
-        "seconds_of_video": seconds,
-        "frames": frames,
-        "median_s": float(np.median(times[1:])),
-        "first_s": times[0],
-        "process_s": process_s,
-        "peak_memory_gib": peak_memory_gib,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def whole_process(model: DiCoDe, folder: Path, prompt: str, seconds: float) -> tuple[float, float | None]:
-    """Seconds and peak memory in GiB of `dicode generate`, from folder to file, on the model's device in its dtype."""
-    device, dtype = model.tokenizer.device.type, str(next(model.tokenizer.parameters()).dtype).removeprefix("torch.")
-    command = ["generate", prompt, "--seconds", str(seconds), "--model", str(folder), "--device", device, "--timings"]
-    command += ["--dtype", dtype]
-    with TemporaryDirectory() as scratch:
-        started = time.perf_counter()
-        argv = [sys.executable, "-m", "dicode", *command, "-o", f"{scratch}/out.mp4"]
-        printed = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
-        process_s = time.perf_counter() - started
-    memory = re.search(r"peak memory ([\d.]+) MiB", printed)  # unknown on Windows
-    return process_s, float(memory[1]) / 2**10 if memory else None
