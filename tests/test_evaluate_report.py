@@ -21,6 +21,7 @@ def test_result_round_trips_with_everything_needed_to_repeat_it(tmp_path: Path) 
     written = write_result(path, "motion of sprites", values, n=7, seed=3, command="dicode evaluate — é", device="cpu")
     result = read_result(path)
     assert result == written
+    assert '"interval": [0.8, 1.0]' in path.read_text() and '"ranks": [1, 2]' in path.read_text()
     assert result["values"] == {
         "motion": {"ratio": 0.9, "interval": [0.8, 1.0], "generated": 4.5, "real": 5.0, "n": 7},
         "share": 0.5,

