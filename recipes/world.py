@@ -13,9 +13,9 @@
 
 The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 0.75 --first-variance-scale 0.2
 --decoder-guidance 1.5 --motion-scale 1.3 --window 6` as well.
-Batches are for an accelerator, where `--loop.prefetch` helps; `lm_own` is for a CPU. In place of
-`sprites`, first stage and denoiser of the box began with an edition before (commit 6831fd0), which had begun there, and
-its tokens of 48 numbers are those of 32 that the fourth edition had, widened (docs/widths.md) and trained on.
+Batches are for an accelerator, where `--loop.prefetch` helps. In place of `sprites` and of one another, stages of the
+box began with editions before, which had begun there: its tokens of 48 numbers are those of 32 that the fourth edition
+had, widened (docs/widths.md) and trained on, and `denoiser` and `lm_own` are what the sixth added to the fifth.
 Hours, results, and what was continued on a CPU: docs/log.md.
 """
 
@@ -95,15 +95,15 @@ def denoiser() -> TokenizerRun:
         images_per_step=0,
         model=MODEL,
         loop=LoopConfig(
-            evaluate_every=353,
+            evaluate_every=734,
             checkpoint_every=200,
             optim=OptimConfig(
                 optimizer="muon",
-                steps=1411,
-                batch_size=64,
-                lr=1e-3,
+                steps=2932,
+                batch_size=160,
+                lr=8e-4,
                 warmup_steps=100,
-                decay_fraction=0.5,
+                decay_fraction=0.7,
                 ema_decay=0.999,
             ),
         ),
@@ -168,22 +168,23 @@ def lm() -> LanguageRun:
 
 
 def lm_own() -> LanguageRun:
-    """Its second half: in half of the steps it goes on from key frames that it wrote itself, to mend them.
+    """Its second half: in a third of the steps it goes on from key frames that it wrote itself, to mend them.
 
     Somewhat more real clips and long ones, since captions were the last to be learnt and errors show late.
-    Two views do: it has seen the others, and the tokens of a view take four and a half minutes of a core.
+    The tokens of a view take eight seconds of an H200, and four and a half minutes of a core.
     """
     first = lm()
     return replace(
         first,
         init="runs/lm/best",
-        views=2,
+        views=10,
         view_share=0.4,
-        own_share=0.5,
-        longer_share=(0.12,),
+        own_share=0.3,
+        from_start=0.65,
+        longer_share=(0.1,),
         loop=replace(
             first.loop,
-            evaluate_every=600,
-            optim=replace(first.loop.optim, steps=3600, batch_size=32, lr=1.2e-3, ema_decay=0.995),
+            evaluate_every=806,
+            optim=replace(first.loop.optim, steps=3220, batch_size=128, lr=1.5e-3, decay_fraction=0.8),
         ),
     )
