@@ -85,6 +85,9 @@ def test_figures_are_those_of_the_samples_and_the_real_clips(folder, networks, t
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T)) - 2 * cross
     assert found["FVD-unconfirmed-I3D"]["value"] == pytest.approx(expected, rel=1e-6)
     assert found["real_videos_too_short"] == 6 - len(real)
+    for name in ("FVD-unconfirmed-I3D", "Inception Score-unconfirmed-C3D"):
+        low, high = found[name]["interval"]
+        assert low < found[name]["value"] < high
 
 
 def test_counts_stand_beside_those_of_the_protocol_and_a_warning_names_them(

@@ -31,13 +31,17 @@ def test_frechet_score_is_that_of_the_formula() -> None:
     assert (frames.value, frames.n) == (pytest.approx(expected), 20)
 
 
-def test_interval_of_a_frechet_distance_is_as_wide_as_new_draws_of_clips_scatter() -> None:
+@pytest.mark.parametrize("made", [61, 40])  # as many and paired, or not
+def test_interval_of_a_frechet_distance_is_as_wide_as_new_draws_of_clips_scatter(made: int) -> None:
     generator = np.random.default_rng(1)
     scale = np.array([2.0, 1.0, 0.5])
     scores = [
-        frechet_score(generator.normal(size=(61, 3)) * scale, 1 + generator.normal(size=(61, 3)), seed=draw)
+        frechet_score(
+            generator.normal(size=(61, 3)) * scale, 1 + generator.normal(size=(made, 3)), seed=draw, paired=made == 61
+        )
         for draw in range(150)
     ]
+    assert all(score.n == made for score in scores)
     scatter = np.std([score.value for score in scores])
     widths = [score.interval[1] - score.interval[0] for score in scores if score.interval is not None]
     assert np.mean(widths) / (2 * 1.96) == pytest.approx(scatter, rel=0.2)

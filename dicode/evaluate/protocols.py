@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dicode.commands import origin
 from dicode.device import pick_device
-from dicode.evaluate.metrics import FrechetStatistics, bootstrap_interval, frechet_distance
+from dicode.evaluate.metrics import bootstrap_interval
 from dicode.evaluate.networks import C3D, I3D, Clip, clip_similarity
 from dicode.evaluate.protocol_data import (
     class_prompts,
@@ -33,6 +33,7 @@ from dicode.evaluate.protocol_networks import NetworkFile, c3d_file, check_confi
 from dicode.evaluate.protocol_parts import Parts, Shard, shard_of
 from dicode.evaluate.quality import inception_score
 from dicode.evaluate.report import write_result
+from dicode.evaluate.scores import class_score, frechet_score
 from dicode.flags import Msrvtt, Ucf101, Vbench
 from dicode.generate import DiCoDe
 from dicode.hub import resolve
@@ -100,10 +101,12 @@ def ucf101(command: Ucf101, watch: Stopwatch) -> int:
     benchmark = Benchmark(prompts, videos, command.fvd_clips, measures)
 
     def figures(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        score = asdict(inception_score(rows["c3d"], SPLITS))
+        score = inception_score(rows["c3d"], SPLITS)
+        halves = len(rows["c3d"]) >= 2 * SPLITS  # each of which fills the splits
+        interval = class_score(rows["c3d"], command.seed, SPLITS).interval if halves else None
         name = c3d_known.figure("Inception Score")
         return {
-            name: {"value": score["mean"], "deviation": score["deviation"], "splits": SPLITS}
+            name: {"value": score.mean, "interval": interval, "deviation": score.deviation, "splits": SPLITS}
             | counted(name, len(rows["c3d"]), UCF101_SAMPLES),
             **counted("UCF-101", len(classes), UCF101_CLASSES, "classes"),
             "split": command.split,
@@ -193,13 +196,13 @@ def measure(
     if missing := parts.missing("real", real_parts) + parts.missing("samples", sample_parts):
         print(f"{parts.folder}: this share is done; parts still to come from others: {missing}")
         return 0
-    real = [part["i3d"].numpy() for part in parts.read("real", real_parts)]
+    real = np.concatenate([part["i3d"].numpy() for part in parts.read("real", real_parts)])
     read = list(parts.read("samples", sample_parts))
     rows = {key: np.concatenate([part[key].numpy() for part in read]) for key in benchmark.measures}
     values = {
-        **fvd(networks[0].figure("FVD"), real, rows["i3d"][: benchmark.clips], protocol_clips),
+        **fvd(networks[0].figure("FVD"), real, rows["i3d"][: benchmark.clips], protocol_clips, command.seed),
         **figures(rows),
-        "real_videos_too_short": slots - sum(map(len, real)),
+        "real_videos_too_short": slots - len(real),
         "networks": [asdict(file) for file in networks],
         **{key: run[key] for key in ("model", "weights", "settings", "fps", "frames", "real_size", "batch_size")},
         "size": config.size,
@@ -313,17 +316,12 @@ def real_clip(path: Path, fps: float, size: int, seed: int) -> Video | None:
     return frames[start : start + FRAMES]
 
 
-def fvd(name: str, real: Sequence[np.ndarray], generated: np.ndarray, protocol_clips: int) -> dict[str, Any]:
-    """The squared Fréchet distance of I3D's vectors.
-
-    Without a bootstrap interval: resampled sets repeat themselves, and their distance is biased upwards.
-    """
-    statistics = FrechetStatistics(I3D.width)
-    for vectors in real:
-        statistics.update(vectors)
-    value = frechet_distance(statistics, FrechetStatistics.of(generated))
+def fvd(name: str, real: np.ndarray, generated: np.ndarray, protocol_clips: int, seed: int) -> dict[str, Any]:
+    """The squared Fréchet distance of I3D's vectors, with an interval over both sets of clips (`set_score`)."""
+    score = frechet_score(real, generated, seed, paired=False)
     samples = counted(name, len(generated), protocol_clips)
-    return {name: {"value": value, **samples, **counted(name, statistics.count, protocol_clips, "real_clips")}}
+    figure = {"value": score.value, "interval": score.interval, **samples}
+    return {name: {**figure, **counted(name, len(real), protocol_clips, "real_clips")}}
 
 
 def counted(name: str, count: int, protocol: int, unit: str = "samples") -> dict[str, int]:

@@ -57,7 +57,12 @@ def repeats_score(statistic: Callable[[ndarray], float], repeats: ndarray, seed:
 
 
 def set_score(
-    statistic: Callable[..., float], *sets: ndarray, least: float = 0.0, halves: int = HALVES, seed: int = 0
+    statistic: Callable[..., float],
+    *sets: ndarray,
+    paired: bool = True,
+    least: float = 0.0,
+    halves: int = HALVES,
+    seed: int = 0,
 ) -> Score:
     """A statistic of whole sets, with 95 % by the delete-half jackknife (Shao & Wu 1989, section 2).
 
@@ -66,38 +71,43 @@ def set_score(
     too, but all alike: their deviation is the standard error of the whole set, and the interval is the value ± 1.96 of
     it, not below `least`. Value and interval are those of n clips: compare only sets of as many.
 
-    Row i of every set belongs to one clip or prompt, and is left out with it. `seed` draws the halves.
+    Row i of every set belongs to one clip or prompt, and is left out with it; where the sets are not `paired` each is
+    halved on its own, and n is the smallest. `seed` draws the halves.
     """
-    n = len(sets[0])
-    if any(len(rows) != n for rows in sets) or n < 2:
-        raise ValueError(f"expected sets of equally many clips, at least 2, got {[len(rows) for rows in sets]}")
+    counts = [len(rows) for rows in sets]
+    n = min(counts)
+    if (paired and n != max(counts)) or n < 2:
+        raise ValueError(f"expected sets of {'equally many ' * paired}clips, at least 2, got {counts}")
     value = float(statistic(*sets))
     if n < LEAST_CLIPS:
         return Score(value, None, n)
-    generator, kept = generator_for(seed, "halves"), n - n // 2
-    of_halves = []
+    generator, of_halves = generator_for(seed, "halves"), []
+
+    def half(count: int) -> ndarray:
+        return torch.randperm(count, generator=generator)[: count - count // 2].numpy()
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Fréchet distance of")  # halves are smaller still; said once, of the whole
         for _ in range(halves):
-            half = torch.randperm(n, generator=generator)[:kept].numpy()
-            of_halves.append(statistic(*(rows[half] for rows in sets)))
-    error = float(np.std(of_halves)) * np.sqrt(kept / (n - kept))
+            kept = [half(n)] * len(sets) if paired else [half(count) for count in counts]
+            of_halves.append(statistic(*(rows[those] for rows, those in zip(sets, kept, strict=True))))
+    error = float(np.std(of_halves)) * np.sqrt((n - n // 2) / (n // 2))
     return Score(value, (float(max(least, value - 1.96 * error)), float(value + 1.96 * error)), n)
 
 
-def frechet_score(real: ndarray, made: ndarray, seed: int = 0) -> Score:
-    """Squared Fréchet distance of two sets of as many clips, of vectors `n width` or of all frames' `n f width`."""
+def frechet_score(real: ndarray, made: ndarray, seed: int = 0, paired: bool = True) -> Score:
+    """Squared Fréchet distance of two sets of clips, of vectors `n width` or of all frames' `n f width`."""
 
     def distance(one: ndarray, other: ndarray) -> float:
         sets = (FrechetStatistics.of(rows.reshape(-1, rows.shape[-1])) for rows in (one, other))
         return frechet_distance(*sets)
 
-    return set_score(distance, real, made, seed=seed)
+    return set_score(distance, real, made, paired=paired, seed=seed)
 
 
-def class_score(probabilities: Float[ndarray, "n classes"], seed: int = 0) -> Score:
-    """Inception Score of all clips as one split: a few hundred clips cannot fill the ten of the literature."""
-    return set_score(lambda rows: inception_score(rows, splits=1).mean, probabilities, least=1.0, seed=seed)
+def class_score(probabilities: Float[ndarray, "n classes"], seed: int = 0, splits: int = 1) -> Score:
+    """Inception Score, of all clips as one split: a few hundred cannot fill the ten of the literature."""
+    return set_score(lambda rows: inception_score(rows, splits).mean, probabilities, least=1.0, seed=seed)
 
 
 def seen(network: Network, clips: Sequence[Video]) -> Seen:
