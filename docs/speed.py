@@ -34,7 +34,6 @@ def main() -> None:
             values[f"{count} × {seconds:g} s, {dtype}".replace("torch.", "")] = {
                 "median_s": asdict(median),
                 "frames": frames,
-                "first_s": took[0],
                 "frames_a_second": count * frames / median.value,
             }
     write_result(out, f"{name}: speed", values, REPEATS, 0, "python docs/speed.py " + " ".join(sys.argv[1:]), device)

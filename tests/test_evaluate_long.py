@@ -19,6 +19,7 @@ from dicode.evaluate.long import (
     time_figures,
     timed_video,
 )
+from dicode.evaluate.speed import memory_score
 from dicode.generate import DiCoDe
 
 few_clips = pytest.mark.filterwarnings("ignore:Fréchet distance of")
@@ -166,6 +167,11 @@ def test_cost_of_length_is_read_off_the_line_through_short_videos() -> None:
     assert figures["median_s"]["interval"] == (8, 17) and figures["processor_s"]["interval"] == pytest.approx((6, 6))
     assert figures["time_ratio"]["interval"] == pytest.approx((8 / 7.5, 17 / 7.5))  # late repeats are late throughout
     assert all(score["n"] == 3 for score in figures.values() if isinstance(score, dict) and "n" in score)
+
+
+def test_memory_that_the_system_does_not_tell_is_no_figure() -> None:
+    assert memory_score(np.median, np.array([1.0, np.nan])) is None
+    assert memory_score(np.median, np.array([1.0, 1.0, 3.0])) == {"value": 1, "interval": (1, 3), "n": 3}
 
 
 def test_timing_tells_the_language_model_apart_and_leaves_the_model_as_it_was(tiny_model: Path) -> None:

@@ -89,6 +89,8 @@ def test_evaluate_says_at_once_that_a_model_holds_no_minute(
     flags = ["--cache", str(cache), "-o", str(tmp_path / "results"), "--parts", "generation", "long"]
     assert main(["evaluate", str(tiny_model), *flags]) == 2
     assert "31 key frames asked for, this model holds 9" in capsys.readouterr().err
+    assert main(["evaluate", str(tiny_model), "--cache", str(cache), "-o", str(tmp_path), "--repeats", "0"]) == 2
+    assert "repeats: expected 1 or more, got 0" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 

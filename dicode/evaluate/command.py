@@ -32,6 +32,8 @@ ONE_NETWORK = (
 
 def evaluate(command: Evaluate, watch: Stopwatch) -> int:
     """One result file and one contact sheet a part: generation, reconstruction, ranking, instructions, speed, long."""
+    if command.repeats < 1:
+        raise ValueError(f"repeats: expected 1 or more, got {command.repeats}")
     with watch.stage("load"):
         model = DiCoDe.from_pretrained(command.model, dtype=getattr(torch, command.dtype))
         cache = FrameCache.load(command.cache)

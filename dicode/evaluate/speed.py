@@ -41,7 +41,6 @@ def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.
         "seconds_of_video": seconds,
         "frames": frames,
         "median_s": asdict(repeats_score(np.median, np.array(times[1:]))),
-        "first_s": times[0],
         "process_s": asdict(repeats_score(np.median, np.array([one.took_s for one in processes]))),
         "peak_memory_gib": memory_score(np.median, np.array([one.peak_memory_gib for one in processes])),
         "threads": torch.get_num_threads(),
