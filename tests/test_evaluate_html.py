@@ -125,3 +125,20 @@ def test_report_of_no_results_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "new" / "report.html", "tiny", {}, {})
     write_report(tmp_path / "new" / "report.html", "tiny", {"speed": RESULT}, {})
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.html"]
+
+
+def test_page_of_long_videos_says_what_its_figures_compare() -> None:
+    drift = {"distance": 185.0, "interval": [159.0, 210.0], "by_window": [171.0, 185.0], "chance": 131.0}
+    part = {
+        "frames": [480, 480],
+        "join_score": {"score": 0.75, "interval": [0.68, 0.85], "n": 2},
+        "motion": {"ratio": 1.05, "interval": [0.93, 1.17], "n": 2},
+        "drift": {"FVD-EffLite0": {**drift, "chance_interval": [121.0, 144.0], "clips": 40}},
+    }
+    cost = {"joins": "chained", "time_ratio": {"value": 0.99, "interval": [0.86, 1.07], "n": 5}}
+    reader = Reader()
+    reader.feed(page("tiny", {"long": {**RESULT, "values": {"joins": {"chained": part}, "cost": cost}}}, {}))
+    assert "drift-EffLite0 Squared Fréchet distance of clips at the end of videos" in reader.text
+    assert "chained 185 159 to 210 40" in reader.text  # value, interval, clips
+    assert "motion_over_time Frame difference at the end of videos over that at their beginning" in reader.text
+    assert "time ratio 0.99 0.86 to 1.07 5" in reader.text and "of real ones" not in reader.text

@@ -21,7 +21,11 @@ MEANINGS = {
     "nearer_by_features": "The same by features of EfficientNet-lite0.",
     "nearer_by_pixels": "Share of first images whose own caption's clip is nearer to the real one; chance 0.5.",
     "effect": "What another caption changes of a clip over what another sample does; 0 where captions are not heard.",
-    "short_median_s": "Seconds that videos of fewer seconds took.",
+    "short_median_s": "Seconds that videos of fewer seconds took, by their length.",
+    "time_ratio": "Seconds that the video took over as many times what one more clip adds to a short one.",
+    "memory_ratio": "Peak memory of the whole process over that of one clip's.",
+    "motion_over_time": "Frame difference at the end of videos over that at their beginning; 1 is as much.",
+    "drift": "Squared Fréchet distance of clips at the end of videos to those at their beginning. Lower is better.",
     "join_score": "Frame difference across joins over that inside clips; 1 cannot be told from motion.",
     "psnr": "PSNR in dB. Higher is better.",
     "first_stage_psnr": "PSNR in dB of every frame through the first stage alone, by data set. Higher is better.",
@@ -115,9 +119,12 @@ def section(part: str, result: Mapping[str, Any], sheet: Image.Image | None) -> 
 def figures(values: Mapping[str, Any]) -> str:
     """A plot and a table for every metric with several candidates, one table for figures that stand alone."""
     if "joins" in values:  # candidates by metric, as elsewhere
-        kinds = {kind: {**part, **part["drift"]} for kind, part in values["joins"].items()}
-        metrics = ("join_score", "motion", *next(iter(values["joins"].values()))["drift"])
-        own = {metric: {kind: part[metric] for kind, part in kinds.items()} for metric in metrics}
+        own: dict[str, dict[str, Any]] = {}
+        for kind, part in values["joins"].items():
+            drift = {metric.replace("FVD", "drift"): figure for metric, figure in part["drift"].items()}
+            named = {"join_score": part["join_score"], "motion_over_time": part["motion"], **drift}
+            for metric, figure in named.items():
+                own.setdefault(metric, {})[kind] = figure
         others = {key: value for key, value in values.items() if key not in ("joins", "cost")}
         values = {**others, **own, **values["cost"]}
     alone: dict[str, Figure] = {}
@@ -154,7 +161,7 @@ def figure_of(value: Any) -> Figure | None:
     if interval is None:
         return None
     low_high = None if value[interval] is None else (float(value[interval][0]), float(value[interval][1]))
-    return Figure(float(next(iter(value.values()))), low_high, value.get("n"))
+    return Figure(float(next(iter(value.values()))), low_high, value.get("n", value.get("clips")))
 
 
 def ranking(values: Mapping[str, Any]) -> str:
