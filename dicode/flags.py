@@ -171,8 +171,8 @@ class Widen:
 class Evaluate:
     """Measure a model against its training and validation clips: one JSON a part, written from this command alone.
 
-    The usual parts take nine minutes on two CPU cores for `sprites`, six with `instructions` for `world` in bfloat16;
-    `long`, a minute's videos, half an hour more.
+    The usual parts take nearly ten minutes on two CPU cores for `sprites`, eight with `instructions` for `world` in
+    bfloat16; `long`, a minute's videos, half an hour more.
     """
 
     model: Model = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
