@@ -191,7 +191,7 @@ class Evaluate:
     prompts: int = 100  # training captions to draw
     long_prompts: int = 8  # training captions to draw for long videos
     long_seconds: float = 60.0  # how long they last
-    repeats: int = 5  # how many times seconds and memory are measured; the more, the closer the intervals
+    repeats: int = 5  # how many times seconds and memory are measured; fewer have no interval
     seed: int = 0
     dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes less time where the processor has it
 

@@ -66,7 +66,13 @@ def figures(model: str) -> str:
         *(long_rows(values_of(f"{model}-long")) if (ROOT / f"results/{model}-long.json").exists() else ()),
         *(instruction_rows(values_of(f"{model}-instructions")) if model == "world" else ()),
     ]
-    return "\n".join(["| measured | value (95 % interval) |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+    return "\n".join(
+        [
+            "| measured | value (95 % interval; all in results/) |",
+            "|---|---|",
+            *(f"| {a} | {b} |" for a, b in rows),
+        ]
+    )
 
 
 def values_of(name: str) -> dict[str, Any]:
@@ -305,7 +311,7 @@ def long_rows(long: dict[str, Any]) -> list[tuple[str, str]]:
             f"{long['seconds']:g} s against 2 s",
             f"time of a clip ×{cost['time_ratio']['value']:.2f} ({interval(cost['time_ratio'])}), memory "
             f"×{cost['memory_ratio']['value']:.2f} ({interval(cost['memory_ratio'])}); language model "
-            f"{cost['language_model_share']['value']:.1%} of the time",
+            f"{cost['language_model_share']['value']:.1%} of the time; {cost['threads']} CPU thread",
         ),
     ]
 

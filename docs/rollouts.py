@@ -2,7 +2,7 @@
 
     python docs/rollouts.py cache/world /tmp/rollouts.json world
 
-results/world-rollouts.json holds this of two editions of `world`.
+results/world-rollouts.json holds this of four editions of `world`.
 """
 
 import shlex

@@ -168,9 +168,9 @@ def lm() -> LanguageRun:
 
 
 def lm_own() -> LanguageRun:
-    """Its second half: in a third of the steps it goes on from key frames that it wrote itself, to mend them.
+    """Its second half: in three of ten steps it goes on from key frames that it wrote itself, to mend them.
 
-    Somewhat more real clips and long ones, since captions were the last to be learnt and errors show late.
+    Somewhat more real clips, and more that begin where the video does, since captions were the last to be learnt.
     The tokens of a view take eight seconds of an H200, and four and a half minutes of a core.
     """
     first = lm()
@@ -181,7 +181,6 @@ def lm_own() -> LanguageRun:
         view_share=0.4,
         own_share=0.3,
         from_start=0.65,
-        longer_share=(0.1,),
         loop=replace(
             first.loop,
             evaluate_every=806,

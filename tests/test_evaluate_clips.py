@@ -106,7 +106,7 @@ def test_frechet_score_orders_identical_slightly_and_strongly_blurred_and_noise(
     order = [scores[name].value for name in ("identical", "blurred", "very blurred", "noise")]
     assert order == sorted(order) and order[0] == pytest.approx(0, abs=1e-6) and order[1] > 0.1, order
     assert min(scores["hold head"].value, scores["cross-fade"].value) > 0.1
-    with pytest.raises(ValueError, match=r"equally many clips, at least 2, got \[24, 9\]"):
+    with pytest.raises(ValueError, match=r"equally many clips, got \[24, 9\]"):
         frechet_score(features["identical"], features["noise"][:9])
 
 

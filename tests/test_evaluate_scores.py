@@ -10,7 +10,16 @@ from test_evaluate_networks import StandIn3D, StandInC3D, StandInInception, clip
 
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips, load_networks
 from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
-from dicode.evaluate.scores import class_score, frechet_score, mean_score, scores_of_sets, seen, set_score
+from dicode.evaluate.scores import (
+    Score,
+    class_score,
+    frechet_score,
+    mean_score,
+    repeats_score,
+    scores_of_sets,
+    seen,
+    set_score,
+)
 from dicode.evaluate.suite import clipsim_name, frame_scores
 from dicode.video.synthetic import draw_clip
 
@@ -68,15 +77,46 @@ def test_score_of_a_mean_has_its_textbook_error() -> None:
     assert by_bootstrap.interval == pytest.approx((values.mean() - error, values.mean() + error), abs=0.03)
 
 
-def test_sets_too_small_to_halve_have_no_interval_and_unequal_ones_no_score() -> None:
+def test_sets_too_small_to_halve_have_no_interval_and_unequal_pairs_no_score() -> None:
     assert set_score(lambda rows: rows.sum(), np.ones(3)).interval is None
-    with pytest.raises(ValueError, match=r"equally many clips, at least 2, got \[4, 5\]"):
+    assert set_score(lambda rows: rows.sum(), np.ones(1)) == Score(1.0, None, 1)
+    assert set_score(lambda a, b: a.sum() + b.sum(), np.ones(9), np.ones(3), paired=False) == Score(12.0, None, 3)
+    with pytest.raises(ValueError, match=r"equally many clips, got \[4, 5\]"):
         set_score(lambda a, b: 0.0, np.ones(4), np.ones(5))
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance of")
+def test_interval_of_fewer_clips_than_features_is_not_narrower_than_new_draws_scatter() -> None:
+    generator = np.random.default_rng(4)
+    scores = [
+        frechet_score(generator.normal(size=(24, 60)), 0.3 + generator.normal(size=(24, 60)), seed=draw)
+        for draw in range(30)
+    ]
+    errors = [(score.interval[1] - score.value) / 1.96 for score in scores if score.interval is not None]
+    assert np.mean(errors) > np.std([score.value for score in scores])
 
 
 def test_class_score_of_certain_classes_is_their_number() -> None:
     assert class_score(np.eye(5).repeat(4, axis=0)).value == pytest.approx(5)
-    assert class_score(np.full((6, 5), 0.2)).interval == pytest.approx((1, 1))
+    assert class_score(np.full((40, 5), 0.2)).interval == pytest.approx((1, 1))
+
+
+def test_class_score_has_an_interval_where_halves_fill_the_splits() -> None:
+    generator = np.random.default_rng(5)
+
+    def drawn(count: int) -> np.ndarray:
+        sharp = np.exp(3 * generator.normal(size=(count, 8)))
+        return sharp / sharp.sum(axis=1, keepdims=True)
+
+    assert class_score(drawn(399), splits=10).interval is None and class_score(drawn(39)).interval is None
+    scores = [class_score(drawn(400), seed=draw, splits=10) for draw in range(60)]
+    errors = [(score.interval[1] - score.value) / 1.96 for score in scores if score.interval is not None]
+    assert 0.8 < np.mean(errors) / np.std([score.value for score in scores]) < 1.6  # halves are split anew: some more
+
+
+def test_repeats_have_an_interval_from_five_on() -> None:
+    assert repeats_score(np.median, np.array([1.0, 2.0, 3.0, 9.0])) == Score(2.5, None, 4)
+    assert repeats_score(np.median, np.array([1.0, 2.0, 3.0, 9.0, 4.0])) == Score(3.0, (1.0, 9.0), 5)
 
 
 def test_efflite_classes_of_a_clip_are_those_of_its_mean_logits() -> None:

@@ -98,7 +98,7 @@ class Drift:
     """
 
     distance: float  # of the last window's clips to the first's
-    interval: Interval | None  # 95 %, over videos (`set_score`); None for fewer videos than have halves
+    interval: Interval | None  # 95 %, over videos (`set_score`); None for fewer than LEAST_CLIPS of them
     by_window: tuple[float, ...]  # of every further window's to the first's, in order; the last is `distance`
     chance: float  # between two sets as large, to which each video's clips of both windows are dealt at random: mean
     chance_interval: Interval  # and 95 % of such splits

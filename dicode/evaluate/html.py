@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from dicode.data.places import put_text
+from dicode.evaluate.metrics import Interval
 
 # What the figures say, by the beginning of their names; a name that is not here stands for itself.
 MEANINGS = {
@@ -22,12 +23,17 @@ MEANINGS = {
     "nearer_by_pixels": "Share of first images whose own caption's clip is nearer to the real one; chance 0.5.",
     "effect": "What another caption changes of a clip over what another sample does; 0 where captions are not heard.",
     "short_median_s": "Seconds that videos of fewer seconds took, by their length.",
-    "time_ratio": "Seconds that the video took over as many times what one more clip adds to a short one.",
+    "marginal_clip_s": "Seconds that one more clip adds to a short video.",
+    "start_s": "Seconds that the line through short videos has at no clips: what every video takes once.",
+    "time_ratio": "Seconds over clips times what one more adds to a short video; 1: late ones take no longer.",
+    "processor_time_ratio": "The same of the processor's time, which other work on the machine does not lengthen.",
     "memory_ratio": "Peak memory of the whole process over that of one clip's.",
     "motion_over_time": "Frame difference at the end of videos over that at their beginning; 1 is as much.",
     "drift": "Squared Fréchet distance of clips at the end of videos to those at their beginning. Lower is better.",
     "join_score": "Frame difference across joins over that inside clips; 1 cannot be told from motion.",
-    "psnr": "PSNR in dB. Higher is better.",
+    "psnr": "PSNR in dB, mean over frames, of which an exact one counts 60. Higher is better.",
+    "psnr_of_mean_error": "PSNR in dB of the mean squared error of all frames. Higher is better.",
+    "first_stage_psnr_of_mean_error": "The same of every frame through the first stage alone, by data set.",
     "first_stage_psnr": "PSNR in dB of every frame through the first stage alone, by data set. Higher is better.",
     "SSIM": "Structural similarity, two frames a clip. Higher is better.",
     "perceptual": "Distance of EfficientNet-lite0's feature maps, two frames a clip. Not LPIPS. Lower is better.",
@@ -64,7 +70,7 @@ class Figure(NamedTuple):
     """A number of a result with its interval and the size of its sample, where the result has these."""
 
     value: float
-    interval: tuple[float, float] | None
+    interval: Interval | None
     n: int | None
 
 
@@ -89,8 +95,9 @@ def page(name: str, results: Mapping[str, Mapping[str, Any]], sheets: Mapping[st
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(name)}: results</title><style>{STYLE}</style></head><body>"
         f"<h1>{escape(name)}: results</h1>"
-        '<p class="soft">Intervals are 95 % over clips, prompts or videos: they cover the choice of these, not '
-        "training. Those of FVD, FID and IS are by the delete-half jackknife, the others by bootstrap percentiles.</p>"
+        '<p class="soft">Intervals are 95 % over clips, prompts, videos, or repeats of seconds and memory: they cover '
+        "the choice of these, not training. Those of FVD, FID, IS and drift are by the delete-half jackknife, the "
+        "others by bootstrap percentiles.</p>"
         + "".join(f"<p>{escape(note)}</p>" for note in notes)
         + f"{parts}</body></html>\n"
     )
@@ -121,12 +128,22 @@ def figures(values: Mapping[str, Any]) -> str:
     if "joins" in values:  # candidates by metric, as elsewhere
         own: dict[str, dict[str, Any]] = {}
         for kind, part in values["joins"].items():
-            drift = {metric.replace("FVD", "drift"): figure for metric, figure in part["drift"].items()}
+            videos = {"n": len(part["frames"])}
+            drift = {metric.replace("FVD", "drift"): {**figure, **videos} for metric, figure in part["drift"].items()}
             named = {"join_score": part["join_score"], "motion_over_time": part["motion"], **drift}
             for metric, figure in named.items():
                 own.setdefault(metric, {})[kind] = figure
         others = {key: value for key, value in values.items() if key not in ("joins", "cost")}
         values = {**others, **own, **values["cost"]}
+    of_mean_error = {
+        f"{metric}_of_mean_error": {
+            name: {"value": one["of_mean_error_db"], "interval": one["of_mean_error_interval_db"], "n": one["n"]}
+            for name, one in values[metric].items()
+        }
+        for metric in ("psnr", "first_stage_psnr")
+        if metric in values
+    }
+    values = {**values, **of_mean_error}
     alone: dict[str, Figure] = {}
     plain: dict[str, Any] = {}
     groups = []
@@ -161,7 +178,7 @@ def figure_of(value: Any) -> Figure | None:
     if interval is None:
         return None
     low_high = None if value[interval] is None else (float(value[interval][0]), float(value[interval][1]))
-    return Figure(float(next(iter(value.values()))), low_high, value.get("n", value.get("clips")))
+    return Figure(float(next(iter(value.values()))), low_high, value.get("n"))
 
 
 def ranking(values: Mapping[str, Any]) -> str:

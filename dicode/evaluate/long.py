@@ -174,13 +174,9 @@ def time_figures(times: Mapping[float, Sequence[VideoTime]], seconds: float, cli
         "processor_time_ratio": repeats_score(ratio, processor),
         "language_model_share": repeats_score(np.median, shares),
     }
-    medians = {f"{length:g}": asdict(repeats_score(np.median, own)) for length, own in zip(times, total.T, strict=True)}
+    medians = {f"{length:g}": repeats_score(np.median, own) for length, own in zip(times, total.T, strict=True)}
     medians.pop(f"{seconds:g}")
-    return {
-        "frames": times[seconds][0].frames,
-        "short_median_s": medians,
-        **{name: asdict(score) for name, score in scores.items()},
-    }
+    return {"frames": times[seconds][0].frames, "short_median_s": medians, **scores}
 
 
 def timed_video(model: DiCoDe, prompt: str, seconds: float) -> VideoTime:

@@ -102,8 +102,7 @@ def ucf101(command: Ucf101, watch: Stopwatch) -> int:
 
     def figures(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
         score = inception_score(rows["c3d"], SPLITS)
-        halves = len(rows["c3d"]) >= 2 * SPLITS  # each of which fills the splits
-        interval = class_score(rows["c3d"], command.seed, SPLITS).interval if halves else None
+        interval = class_score(rows["c3d"], command.seed, SPLITS).interval
         name = c3d_known.figure("Inception Score")
         return {
             name: {"value": score.mean, "interval": interval, "deviation": score.deviation, "splits": SPLITS}
@@ -212,7 +211,9 @@ def measure(
     write_result(command.output, f"{run['model']}: zero-shot {name}", values, n, command.seed, line, device)
     for key, figure in values.items():
         if isinstance(figure, dict) and "protocol_samples" in figure:
-            print(f"{key} {figure['value']:.5g} ({figure['samples']} samples, protocol {figure['protocol_samples']})")
+            within = "{:.5g} to {:.5g}, ".format(*figure["interval"]) if figure["interval"] else ""
+            counts = f"{figure['samples']} samples, protocol {figure['protocol_samples']}"
+            print(f"{key} {figure['value']:.5g} ({within}{counts})")
     print(f"{command.output}\n{watch.text()}")
     return 0
 
@@ -317,7 +318,10 @@ def real_clip(path: Path, fps: float, size: int, seed: int) -> Video | None:
 
 
 def fvd(name: str, real: np.ndarray, generated: np.ndarray, protocol_clips: int, seed: int) -> dict[str, Any]:
-    """The squared Fréchet distance of I3D's vectors, with an interval over both sets of clips (`set_score`)."""
+    """The squared Fréchet distance of I3D's vectors, with an interval over both sets of clips (`set_score`).
+
+    They are taken for independent, though prompts come from the captions or classes of the real videos.
+    """
     score = frechet_score(real, generated, seed, paired=False)
     samples = counted(name, len(generated), protocol_clips)
     figure = {"value": score.value, "interval": score.interval, **samples}

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float64
 from numpy import ndarray
 
-from dicode.evaluate.metrics import Clips, bootstrap_interval, motion
+from dicode.evaluate.metrics import Clips, Interval, bootstrap_interval, motion
 from dicode.shapes import Video
 from dicode.tokenizer.video_tokenizer import TokenizerConfig
 
@@ -32,7 +32,7 @@ class DynamicShare:
     """
 
     share: float
-    interval: tuple[float, float]  # 95 %, over clips
+    interval: Interval  # 95 %, over clips
     of_real: float  # the same share of the real clips
     least_motion: float  # the threshold, in steps of 0…255
     n: int

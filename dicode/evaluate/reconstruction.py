@@ -57,16 +57,16 @@ def psnr_score(real: Clips, candidates: Clips, seed: int = 0) -> PsnrScore:
         raise ValueError("expected at least one clip, got none")
     floor = 255**2 / 10 ** (PSNR_CEILING_DB / 10)
     per_clip = np.array([(10 * np.log10(255**2 / np.maximum(error, floor))).mean() for error in errors])
-    sums = np.array([(error.sum(), len(error)) for error in errors])
+    sums_and_counts = np.array([(error.sum(), len(error)) for error in errors])
 
     def of_mean_error(drawn: Float64[ndarray, "n 2"]) -> float:
-        error, frames = drawn.sum(axis=0)
-        return float(10 * np.log10(255**2 / max(error / frames, floor)))
+        total, frames = drawn.sum(axis=0)
+        return float(10 * np.log10(255**2 / max(total / frames, floor)))
 
     return PsnrScore(
         mean_db=float(per_clip.mean()),
         interval_db=bootstrap_interval(np.mean, per_clip, seed=seed),
-        of_mean_error_db=of_mean_error(sums),
-        of_mean_error_interval_db=bootstrap_interval(of_mean_error, sums, seed=seed),
+        of_mean_error_db=of_mean_error(sums_and_counts),
+        of_mean_error_interval_db=bootstrap_interval(of_mean_error, sums_and_counts, seed=seed),
         n=len(per_clip),
     )

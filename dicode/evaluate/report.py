@@ -35,9 +35,8 @@ def write_result(
 ) -> dict[str, Any]:
     """Write one result file, whole or not at all, and return what it holds.
 
-    `values` may hold numbers, strings, lists, mappings, dataclasses, numpy arrays and scalars; a list of numbers
-    takes one line. NaN or infinity is an error that names the value: a figure that could not be measured must not look
-    like one.
+    `values` may hold numbers, strings, lists, mappings, dataclasses, numpy arrays and scalars. NaN or infinity is an
+    error that names the value: a figure that could not be measured must not look like one.
     """
     result = {
         "name": name,
@@ -51,6 +50,7 @@ def write_result(
         "versions": versions(),
         **({"notes": notes} if notes else {}),
     }
+    # an interval takes a line and not four, and the repository holds many
     lines = json.dumps(result, indent=1, ensure_ascii=False)
     put_text(Path(path), _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", lines) + "\n")
     return result

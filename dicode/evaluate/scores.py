@@ -25,6 +25,8 @@ from dicode.seeds import generator_for
 from dicode.shapes import Video
 
 LEAST_CLIPS = 4  # whose halves have a covariance
+LEAST_A_SPLIT = 20  # clips of a half in each split of an Inception Score; of ten an interval is a third too narrow
+LEAST_REPEATS = 5  # from the least to the greatest of as many lies a median 94 times in a hundred
 HALVES = 100  # their deviation is then known to 7 %
 
 
@@ -33,7 +35,7 @@ class Score:
     """One figure, with what the choice of clips alone leaves open."""
 
     value: float
-    interval: Interval | None  # 95 %; None for a set of fewer than LEAST_CLIPS clips, which cannot be halved
+    interval: Interval | None  # 95 %; None where there is too little to tell it from
     n: int  # clips, videos or repeats of a measurement
 
 
@@ -52,8 +54,13 @@ def mean_score(values: Sequence[float] | Float[ndarray, "n"], seed: int = 0) -> 
 
 
 def repeats_score(statistic: Callable[[ndarray], float], repeats: ndarray, seed: int = 0) -> Score:
-    """A statistic of measurements that were repeated, one row each, with its bootstrap interval over them."""
-    return Score(float(statistic(repeats)), bootstrap_interval(statistic, repeats, seed=seed), len(repeats))
+    """A statistic of measurements that were repeated, one row each, with its bootstrap interval over them.
+
+    Fewer than LEAST_REPEATS have no interval.
+    """
+    enough = len(repeats) >= LEAST_REPEATS
+    interval = bootstrap_interval(statistic, repeats, seed=seed) if enough else None
+    return Score(float(statistic(repeats)), interval, len(repeats))
 
 
 def set_score(
@@ -68,16 +75,18 @@ def set_score(
 
     Why no bootstrap: a set drawn with replacement holds clips twice, which makes a Fréchet distance larger and an
     Inception Score smaller, so that the interval may not hold the value. Halves drawn without replacement are biased
-    too, but all alike: their deviation is the standard error of the whole set, and the interval is the value ± 1.96 of
-    it, not below `least`. Value and interval are those of n clips: compare only sets of as many.
+    too, but all alike: their deviation is the standard error of the whole set, rather more of Fréchet distances of
+    fewer clips than features, and the interval is the value ± 1.96 of it, not below `least`. Fewer than LEAST_CLIPS
+    clips have no interval. Value and interval are those of so many clips: compare only with sets of as many.
 
-    Row i of every set belongs to one clip or prompt, and is left out with it; where the sets are not `paired` each is
-    halved on its own, and n is the smallest. `seed` draws the halves.
+    Row i of every set belongs to one clip or prompt, and is left out with it; raises `ValueError` where sets differ in
+    length. Where they are not `paired` each is halved on its own, the error is exact for even or large sets, and n is
+    the smallest. `seed` draws the halves.
     """
     counts = [len(rows) for rows in sets]
     n = min(counts)
-    if (paired and n != max(counts)) or n < 2:
-        raise ValueError(f"expected sets of {'equally many ' * paired}clips, at least 2, got {counts}")
+    if paired and n != max(counts):
+        raise ValueError(f"expected sets of equally many clips, got {counts}")
     value = float(statistic(*sets))
     if n < LEAST_CLIPS:
         return Score(value, None, n)
@@ -96,7 +105,10 @@ def set_score(
 
 
 def frechet_score(real: ndarray, made: ndarray, seed: int = 0, paired: bool = True) -> Score:
-    """Squared Fréchet distance of two sets of clips, of vectors `n width` or of all frames' `n f width`."""
+    """Squared Fréchet distance of two sets of clips, of vectors `n width` or of all frames' `n f width`.
+
+    Clip i of one belongs to clip i of the other, or, where they are not `paired`, to none, and there may be more.
+    """
 
     def distance(one: ndarray, other: ndarray) -> float:
         sets = (FrechetStatistics.of(rows.reshape(-1, rows.shape[-1])) for rows in (one, other))
@@ -106,7 +118,12 @@ def frechet_score(real: ndarray, made: ndarray, seed: int = 0, paired: bool = Tr
 
 
 def class_score(probabilities: Float[ndarray, "n classes"], seed: int = 0, splits: int = 1) -> Score:
-    """Inception Score, of all clips as one split: a few hundred cannot fill the ten of the literature."""
+    """Inception Score, of one split by default: a few hundred clips cannot fill the ten of the literature.
+
+    Without an interval where a half would have fewer than LEAST_A_SPLIT clips in a split.
+    """
+    if len(probabilities) < 2 * LEAST_A_SPLIT * splits:
+        return Score(inception_score(probabilities, splits).mean, None, len(probabilities))
     return set_score(lambda rows: inception_score(rows, splits).mean, probabilities, least=1.0, seed=seed)
 
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import torch
 from jaxtyping import Float64
 from numpy import ndarray
 
-from dicode.evaluate.scores import repeats_score
+from dicode.evaluate.scores import Score, repeats_score
 from dicode.generate import DiCoDe
 
 
@@ -29,7 +28,7 @@ class WholeProcess(NamedTuple):
 def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.0, repeats: int = 5) -> dict[str, Any]:
     """Seconds for one video, model loaded and after a warm-up, and of a whole process with its peak memory.
 
-    Medians of `repeats`, with bootstrap intervals over them: of five they reach from the least to the greatest.
+    Medians of `repeats`, with intervals from five on (`repeats_score`).
     """
     times = []
     for repeat in range(repeats + 1):
@@ -40,8 +39,8 @@ def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.
     return {
         "seconds_of_video": seconds,
         "frames": frames,
-        "median_s": asdict(repeats_score(np.median, np.array(times[1:]))),
-        "process_s": asdict(repeats_score(np.median, np.array([one.took_s for one in processes]))),
+        "median_s": repeats_score(np.median, np.array(times[1:])),
+        "process_s": repeats_score(np.median, np.array([one.took_s for one in processes])),
         "peak_memory_gib": memory_score(np.median, np.array([one.peak_memory_gib for one in processes])),
         "threads": torch.get_num_threads(),
     }
@@ -61,8 +60,6 @@ def whole_process(model: DiCoDe, folder: Path, prompt: str, seconds: float) -> W
     return WholeProcess(process_s, float(memory[1]) / 2**10 if memory else float("nan"))
 
 
-def memory_score(
-    statistic: Callable[[ndarray], float], repeats: Float64[ndarray, "n *lengths"]
-) -> dict[str, Any] | None:
+def memory_score(statistic: Callable[[ndarray], float], repeats: Float64[ndarray, "n *lengths"]) -> Score | None:
     """A statistic of peak memory with its interval; None where the system does not tell it."""
-    return None if np.isnan(repeats).any() else asdict(repeats_score(statistic, repeats))
+    return None if np.isnan(repeats).any() else repeats_score(statistic, repeats)
