@@ -9,13 +9,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import motion_ratio
-from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
+from dicode.evaluate.metrics import frechet_of_sets
 from dicode.evaluate.reconstruction import cross_fade
 from dicode.evaluate.report import write_result
 from dicode.tokenizer.diffusion import scale_motion
@@ -56,18 +55,13 @@ def main() -> None:
             "mean": (true.mean, ours.mean),
             "change": (true.difference, ours.difference),
         }
-        values[case] = {f"Fréchet distance, {part}": distance(*both) for part, both in sides.items()}
+        values[case] = {f"Fréchet distance, {part}": frechet_of_sets(*both) for part, both in sides.items()}
         values[case]["motion"] = float(motion_ratio(made, list(real.numpy())).ratio)
         print(case, values[case], flush=True)
     target = Path("results") / f"{Path(name).name}-motion-scale.json"
     write_result(
         str(target), "motion scale, training clips", values, len(real), 0, f"python docs/motion.py {name} {folder}"
     )
-
-
-def distance(real: np.ndarray, made: np.ndarray) -> float:
-    """Fréchet distance between two sets of features."""
-    return float(frechet_distance(FrechetStatistics.of(real), FrechetStatistics.of(made)))
 
 
 def over_time(latents: Tensor) -> float:

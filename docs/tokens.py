@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
-from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
+from dicode.evaluate.metrics import frechet_of_sets
 from dicode.evaluate.report import write_result
 from dicode.hub import resolve
 from dicode.tokenizer.linear import LinearCode
@@ -77,8 +77,7 @@ def fvd(cache: FrameCache, tokenizer: VideoTokenizer | Linear, shown_by: VideoTo
         through = tokenizer.key_latents(tokenizer.tokens_of(shown_by.first_stage.encode(pixels)))
         clips.append(clip.numpy())
         made.append(shown_by.frames_of(through[None])[0].numpy())
-    sets = (FrechetStatistics.of(features_of_clips(extractor, those).joined()) for those in (clips, made))
-    return frechet_distance(*sets)
+    return frechet_of_sets(*(features_of_clips(extractor, those).joined() for those in (clips, made)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from dicode.evaluate.clips import first_clip, generated_clips
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import draw_prompts, text_control
-from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
+from dicode.evaluate.metrics import frechet_of_sets
 from dicode.evaluate.report import write_result
 from dicode.evaluate.suite import bank_features
 from dicode.evaluate.tokens import captions_with_variants, diversity, energy_score
@@ -108,7 +108,7 @@ def measure(model: DiCoDe, stage: LanguageTraining, bank: FrameCache, features: 
     held = np.array([v.validation for v in bank.videos])
     captions = [v.captions[0] if v.captions else "" for v in bank.videos if not v.validation]
     control = text_control(made.mean, prompts, features.mean[~held], captions, seed=0)
-    sets = (FrechetStatistics.of(those.joined()) for those in (features_of_clips(extractor, real), made))
+    distance = frechet_of_sets(features_of_clips(extractor, real).joined(), made.joined())
     variants = captions_with_variants([v.captions[0] for v in training], 4)
     own = {c: real_key_frames(extractor, model, stage.cache, [training[i] for i in r]) for c, r in variants.items()}
     own = {c: features for c, features in own.items() if features.std(0).any()}  # some begin with the same picture
@@ -116,7 +116,7 @@ def measure(model: DiCoDe, stage: LanguageTraining, bank: FrameCache, features: 
     return {
         "text_control": control.share,
         "text_control_interval": control.interval,
-        "frechet": {"generated": {f"FVD-{extractor.name}": frechet_distance(*sets)}},
+        "frechet": {"generated": {f"FVD-{extractor.name}": distance}},
         "diversity": asdict(diversity(drawn, list(own.values()), seed=0)),
         "energy_validation": asdict(scored(model, stage, stage.validation.videos, seed)),
         "energy_training": asdict(scored(model, stage, tuple(training), seed)),

@@ -10,18 +10,17 @@ from numpy import ndarray
 
 from dicode.evaluate.metrics import (
     Clips,
-    FrechetStatistics,
     Interval,
     at_joins,
     bootstrap_interval,
     frame_steps,
-    frechet_distance,
+    frechet_of_sets,
     motion,
     percentile_rank,
     retrieval,
     similarities,
 )
-from dicode.evaluate.scores import set_score
+from dicode.evaluate.scores import frechet_score
 from dicode.seeds import generator_for
 
 Captions = Sequence[str | Sequence[str]]  # one entry a clip: its caption, or all captions that are true of it
@@ -98,7 +97,7 @@ class Drift:
     """
 
     distance: float  # of the last window's clips to the first's
-    interval: Interval | None  # 95 %, over videos (`set_score`); None for fewer than LEAST_CLIPS of them
+    interval: Interval | None  # 95 %, over videos (`frechet_score`); None for fewer than LEAST_CLIPS of them
     by_window: tuple[float, ...]  # of every further window's to the first's, in order; the last is `distance`
     chance: float  # between two sets as large, to which each video's clips of both windows are dealt at random: mean
     chance_interval: Interval  # and 95 % of such splits
@@ -273,15 +272,15 @@ def drift(features: Float[ndarray, "videos clips width"], window: int, splits: i
     if not 1 <= window <= clips // 2:
         raise ValueError(f"window: expected 1 to {clips // 2} of {clips} clips a video, got {window}")
     starts = [*range(window, clips - window, window), clips - window]
-    by_window = [_distance(features[:, :window], features[:, start : start + window]) for start in starts]
+    by_window = [frechet_of_sets(features[:, :window], features[:, start : start + window]) for start in starts]
     ends = np.concatenate([features[:, :window], features[:, -window:]], axis=1)
     generator, dealt = generator_for(seed, "splits"), []
     for _ in range(splits):
         order = torch.rand(videos, 2 * window, generator=generator).argsort(dim=1).numpy()
         shuffled = np.take_along_axis(ends, order[:, :, None], axis=1)
-        dealt.append(_distance(shuffled[:, :window], shuffled[:, window:]))
+        dealt.append(frechet_of_sets(shuffled[:, :window], shuffled[:, window:]))
     low, high = np.quantile(dealt, [0.025, 0.975])
-    end = set_score(_distance, features[:, :window], features[:, -window:], seed=seed)
+    end = frechet_score(features[:, :window], features[:, -window:], seed)
     return Drift(
         distance=end.value,
         interval=end.interval,
@@ -290,11 +289,6 @@ def drift(features: Float[ndarray, "videos clips width"], window: int, splits: i
         chance_interval=(float(low), float(high)),
         clips=videos * window,
     )
-
-
-def _distance(one: Float[ndarray, "v c width"], other: Float[ndarray, "v c width"]) -> float:
-    sets = (FrechetStatistics.of(clips.reshape(-1, clips.shape[-1])) for clips in (one, other))
-    return frechet_distance(*sets)
 
 
 def _moving(motion_of_video: Float[ndarray, "v"], where: str) -> Bool[ndarray, "v"]:

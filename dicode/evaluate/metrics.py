@@ -102,6 +102,11 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
     return max(0.0, float(distance))  # rounding may leave -1e-12 for equal sets
 
 
+def frechet_of_sets(one: Float[ndarray, "*n width"], other: Float[ndarray, "*m width"]) -> float:
+    """`frechet_distance` of two sets of feature vectors; axes before the last are samples: clips, or frames of them."""
+    return frechet_distance(*(FrechetStatistics.of(rows.reshape(-1, rows.shape[-1])) for rows in (one, other)))
+
+
 def psnr(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
     """Peak signal-to-noise ratio of every frame in dB, peak 255; infinite where a frame is equal."""
     with np.errstate(divide="ignore"):

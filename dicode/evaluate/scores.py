@@ -12,10 +12,9 @@ from numpy import ndarray
 
 from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.metrics import (
-    FrechetStatistics,
     Interval,
     bootstrap_interval,
-    frechet_distance,
+    frechet_of_sets,
     percentile_rank,
 )
 from dicode.evaluate.networks import C3D, I3D, Clip, Inception
@@ -109,12 +108,7 @@ def frechet_score(real: ndarray, made: ndarray, seed: int = 0, paired: bool = Tr
 
     Clip i of one belongs to clip i of the other, or, where they are not `paired`, to none, and there may be more.
     """
-
-    def distance(one: ndarray, other: ndarray) -> float:
-        sets = (FrechetStatistics.of(rows.reshape(-1, rows.shape[-1])) for rows in (one, other))
-        return frechet_distance(*sets)
-
-    return set_score(distance, real, made, paired=paired, seed=seed)
+    return set_score(frechet_of_sets, real, made, paired=paired, seed=seed)
 
 
 def class_score(probabilities: Float[ndarray, "n classes"], seed: int = 0, splits: int = 1) -> Score:
