@@ -18,6 +18,7 @@ from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, arg
 from tyro.extras import SubcommandApp
 
 from dicode import __version__
+from dicode.extras import missing_extra
 from dicode.flags import (
     Assemble,
     Cache,
@@ -151,10 +152,3 @@ def load_run(recipe: str) -> Any:
     if not dataclasses.is_dataclass(run):
         raise ValueError(f"{recipe}: expected it to return a run (a dataclass), got {type(run).__name__}")
     return run
-
-
-def missing_extra(error: ModuleNotFoundError, extra: str) -> ImportError:
-    """The same error, naming the extra of this package to install."""
-    if error.name and error.name.split(".")[0] == "dicode":
-        return error
-    return ImportError(f"this needs the package {error.name!r}, not installed: pip install 'dicode[{extra}]'")

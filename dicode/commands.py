@@ -14,8 +14,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from dicode import __version__
-from dicode.cli import missing_extra
 from dicode.device import pick_device
+from dicode.extras import missing_extra
 from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train, Widen
 from dicode.generate import GenerationConfig, trimmed
 from dicode.hub import (

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from dicode.cli import missing_extra
 from dicode.data.build import CacheOptions, build_cache
-from dicode.data.places import place
 from dicode.data.tars import write_tars
+from dicode.extras import missing_extra
+from dicode.files import place
 from dicode.flags import Cache, Encode, Export, Index, Sheet, Verify
 from dicode.hub import resolve
 from dicode.seeds import generator_for

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,34 @@ def pick_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # which of them depends on the device
         raise ValueError(f"device {name}: cannot be used here ({str(error).splitlines()[0]})") from error
+
+
+Precision = Literal["auto", "bfloat16", "float32"]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware: elsewhere they are emulated, 30 times as slow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False
+
+
+def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype:
+    """The dtype of matrix products in training and encoding: bfloat16 under `auto` only where the device has it.
+
+    The one place that decides it, for training, caching, encoding, fine-tuning and optimizers.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    return getattr(torch, precision)
+
+
+def autocast(device: torch.device, precision: Precision = "auto") -> torch.autocast:
+    """Autocast to `compute_dtype`; without effect where that is float32."""
+    dtype = compute_dtype(device, precision)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def peak_memory_mib() -> float | None:

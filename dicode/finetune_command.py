@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from dicode import __version__
-from dicode.cli import missing_extra
 from dicode.data_commands import cache as make_cache
 from dicode.device import peak_memory_mib, pick_device
+from dicode.extras import missing_extra
 from dicode.flags import Cache, Finetune
 from dicode.generate import GenerationConfig
 from dicode.hub import CheckpointError, config_from_dict, config_to_dict, content_hash, model_name, read_config, resolve

@@ -17,11 +17,11 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from dicode.cli import missing_extra
-from dicode.data.places import put_text
 from dicode.device import pick_device
 from dicode.evaluate.report import write_result
 from dicode.evaluate.scaling import fit_power_law
+from dicode.extras import missing_extra
+from dicode.files import put_text
 from dicode.flags import Scale
 from dicode.hub import config_from_dict, config_to_dict
 from dicode.info_command import runs_of

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from test_evaluate_networks import clip_folder  # noqa: F401 - a fixture
 
 from dicode.cli import main
-from dicode.data.places import sha256_of
 from dicode.evaluate.networks import Clip
 from dicode.evaluate.protocol_data import drawn_captions, msrvtt_videos, shuffled
 from dicode.evaluate.protocol_networks import clip_file
+from dicode.files import sha256_of
 from dicode.generate import DiCoDe
 
 pytestmark = [

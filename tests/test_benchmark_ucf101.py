@@ -10,11 +10,11 @@ import torch
 from benchmark_folders import COUNTS, write_networks, write_ucf101
 
 from dicode.cli import main
-from dicode.data.places import sha256_of
 from dicode.evaluate.networks import C3D, I3D
 from dicode.evaluate.protocol_data import class_prompts, class_words, share_out, shuffled, ucf101_videos
 from dicode.evaluate.protocols import real_clip
 from dicode.evaluate.scores import frechet_score, set_score
+from dicode.files import sha256_of
 from dicode.generate import DiCoDe
 
 pytestmark = [

@@ -15,7 +15,7 @@ from dicode.cli import main
 from dicode.data import build
 from dicode.data.build import CacheOptions, build_cache
 from dicode.data.looks import COLOUR_LEVELS, look_of, repeats, scenes
-from dicode.data.places import place
+from dicode.files import place
 from dicode.video.clips import ClipRecord, read_index
 from dicode.video.io import VideoReadError
 from dicode.video.shards import FrameCache

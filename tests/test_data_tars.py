@@ -12,8 +12,8 @@ import torch
 
 from dicode.cli import main
 from dicode.data.build import CacheOptions, build_cache
-from dicode.data.places import place
 from dicode.data.tars import write_tars
+from dicode.files import place
 from dicode.video.clips import is_validation, read_index
 from dicode.video.io import read_video
 from dicode.video.shards import CachedVideo, FrameCache

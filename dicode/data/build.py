@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from dicode.data.looks import look_of, repeats, scenes
-from dicode.data.places import PARTIAL, Place, fetched, put_text, state_of
 from dicode.data.spread import spread
+from dicode.files import PARTIAL, Place, fetched, put_text, state_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
 from dicode.shapes import Video
 from dicode.video.clips import ClipRecord, is_validation

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
-from dicode.cli import missing_extra
+from dicode.extras import missing_extra
 from dicode.shapes import Video
 
 LOOKED_AT = (1, 3, 5)  # sixths of a video: its ends are often blank, and the same in many

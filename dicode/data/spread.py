@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
-from dicode.cli import missing_extra
+from dicode.extras import missing_extra
 
 A = TypeVar("A")
 B = TypeVar("B")

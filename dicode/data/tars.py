@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dicode.data.places import Place, put
+from dicode.files import Place, put
 from dicode.shapes import Video
 from dicode.video.io import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from dicode.video.shards import CachedVideo, FrameCache, Rows

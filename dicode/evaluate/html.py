@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from dicode.data.places import put_text
 from dicode.evaluate.metrics import Interval
+from dicode.files import put_text
 
 # What the figures say, by the beginning of their names; a name that is not here stands for itself.
 MEANINGS = {

@@ -5,8 +5,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dicode.data.places import sha256_of
 from dicode.evaluate.networks import CLIP_FILES
+from dicode.files import sha256_of
 from dicode.hub import downloaded
 
 I3D_FILE = "i3d_torchscript.pt of StyleGAN-V (https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt)"

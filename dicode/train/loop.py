@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from dicode.data.places import flush
 from dicode.device import pick_device
+from dicode.files import flush
 from dicode.hub import config_to_dict, content_hash, is_finite
 from dicode.seeds import generator_for
 from dicode.stopwatch import Stopwatch

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dicode.data.places import put_text
 from dicode.evaluate.report import describe_commit, describe_device, versions
+from dicode.files import put_text
 
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 ABOUT_SPEED = ("trained_s", "samples_per_s", "data_share", "eta_s", "memory_gib", "mfu")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dicode.data.places import Place, fetched, place
 from dicode.data.tars import TAR_SUFFIX, Member, samples
+from dicode.files import Place, fetched, place
 from dicode.video.io import DEFAULT_FPS, VIDEO_SUFFIXES, VideoReadError, natural_key, read_video
 
 INDEX_NAMES = ("captions.jsonl", "captions.csv")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dicode.data.places import Place, place, put, put_text, sha256_of
+from dicode.files import Place, place, put, put_text, sha256_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
 
 FORMAT = 1

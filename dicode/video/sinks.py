@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image
 
-from dicode.data.places import flush
+from dicode.files import flush
 
 _BT709 = 1  # the number of ITU-R BT.709 for matrix, primaries and transfer alike (ISO 23091-2)
 # Without BITEXACT swscale may take other roundings on other processors.

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from dicode.data.places import flush
+from dicode.files import flush
 from dicode.shapes import Video
 from dicode.video.sinks import FORMATS, FolderSink, MovieSink, write_bytes
 

@@ -14,6 +14,13 @@ Place = Path | UPath  # a `Path` always lies here
 PARTIAL = ".part"  # what unfinished files end in, and their names begin with a dot
 
 
+MOST_TEXT = 2**30  # bytes of a text file: captions of ten million clips
+
+
+class TextError(ValueError):
+    """A text file that cannot be read as one: says which file, and which line."""
+
+
 class UnreachableError(ValueError):
     """A store that does not answer, which says nothing about the file asked for: stop, and try again later."""
 
@@ -76,6 +83,30 @@ def put(target: Place, write: Callable[[Path], object]) -> None:
 def put_text(target: Place, text: str) -> None:
     """Write a text file; see `put`."""
     put(target, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_text(source: Place, most_bytes: int = MOST_TEXT) -> str:
+    """A text file in UTF-8, without the byte order mark that Windows tools put first; line ends as they are.
+
+    The one reader of every text file that a user supplies. Raises `TextError` naming the file, and the line where it is
+    not UTF-8, for a file of more than `most_bytes`, and for what is no regular file.
+    """
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise TextError(f"{source}: expected a text file, got a folder, pipe or device")
+    with source.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise TextError(f"{source}: expected a text file of at most {most_bytes:,} bytes, got more")
+    return decoded(data, str(source))
+
+
+def decoded(data: bytes, name: str) -> str:
+    """Bytes of a text as `read_text` reads them; `name` is for the error."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise TextError(f"{name}, line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
 
 
 def flush(path: Path) -> None:
