@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from dicode.data.build import CacheOptions, build_cache
+from dicode.data.index import check_files, is_validation, read_index
 from dicode.data.tars import write_tars
 from dicode.extras import missing_extra
 from dicode.files import place
@@ -17,7 +18,6 @@ from dicode.hub import resolve
 from dicode.seeds import generator_for
 from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
-from dicode.video.clips import check_files, is_validation, read_index
 from dicode.video.io import VideoReadError, read_video
 from dicode.video.shards import FrameCache, fault, read_cache_index
 from dicode.video.sheet import save_sheet

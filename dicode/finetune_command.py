@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dicode import __version__
+from dicode.data.index import ClipRecord, read_index
 from dicode.data_commands import cache as make_cache
 from dicode.device import peak_memory_mib, pick_device
 from dicode.extras import missing_extra
@@ -22,7 +23,6 @@ from dicode.hub import CheckpointError, config_from_dict, config_to_dict, conten
 from dicode.lm.sizes import DeepLMConfig
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.video_tokenizer import TokenizerConfig
-from dicode.video.clips import ClipRecord, read_index
 from dicode.video.shards import FrameCache
 
 try:

@@ -14,9 +14,9 @@ from test_cli import spoilt_clips as spoilt_clips  # a fixture
 from dicode.cli import main
 from dicode.data import build
 from dicode.data.build import CacheOptions, build_cache
+from dicode.data.index import ClipRecord, read_index
 from dicode.data.looks import COLOUR_LEVELS, look_of, repeats, scenes
 from dicode.files import place
-from dicode.video.clips import ClipRecord, read_index
 from dicode.video.io import VideoReadError
 from dicode.video.shards import FrameCache
 from dicode.video.synthetic import draw_clip

@@ -9,7 +9,7 @@ from test_training import write_cache
 
 from dicode.cli import main
 from dicode.data.build import CacheOptions, build_cache
-from dicode.video.clips import read_index
+from dicode.data.index import read_index
 from dicode.video.shards import CacheError, FrameCache, Rows
 
 

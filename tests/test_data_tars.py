@@ -12,9 +12,9 @@ import torch
 
 from dicode.cli import main
 from dicode.data.build import CacheOptions, build_cache
+from dicode.data.index import is_validation, read_index
 from dicode.data.tars import write_tars
 from dicode.files import place
-from dicode.video.clips import is_validation, read_index
 from dicode.video.io import read_video
 from dicode.video.shards import CachedVideo, FrameCache
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dicode.video.clips import check_files, is_validation, key_frame_indices, read_index
+from dicode.data.index import check_files, is_validation, read_index
+from dicode.tokenizer.joins import key_frame_indices
 from dicode.video.io import VideoReadError, read_video
 from dicode.video.sheet import contact_sheet, save_sheet
 from dicode.video.synthetic import draw_clip, write_dataset

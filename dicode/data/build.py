@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dicode.data.index import ClipRecord, is_validation
 from dicode.data.looks import look_of, repeats, scenes
 from dicode.data.spread import spread
 from dicode.files import PARTIAL, Place, fetched, put_text, state_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
 from dicode.shapes import Video
-from dicode.video.clips import ClipRecord, is_validation
 from dicode.video.io import Times, VideoReadError, native_frames
 from dicode.video.shards import INDEX, CachedVideo, Shard, fault, index_text, shard_name, write_shard
 

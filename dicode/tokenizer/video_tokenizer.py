@@ -42,11 +42,10 @@ from dicode.tokenizer.denoiser import build_denoiser
 from dicode.tokenizer.diffusion import DiffusionConfig, sample, scale_motion
 from dicode.tokenizer.encoder import EncoderConfig, KeyFrameHead, build_encoder
 from dicode.tokenizer.first_stage import DECODER, FirstStage, FirstStageConfig
-from dicode.tokenizer.joins import Joins, blended_stream
+from dicode.tokenizer.joins import Joins, blended_stream, key_frame_indices
 from dicode.tokenizer.known import DenoiserConfig, Known
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.resampler import Resampler, ResamplerConfig
-from dicode.video.clips import key_frame_indices
 
 WEIGHTS = "tokenizer.safetensors"
 FIRST_STAGE_WEIGHTS = "first_stage.safetensors"

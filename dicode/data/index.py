@@ -1,4 +1,4 @@
-"""Clips and their captions: reading an index of them, checking the files, where key frames lie."""
+"""Clips and their captions: reading an index of them, checking the files."""
 
 import csv
 import io
@@ -132,18 +132,6 @@ def check_files(
         except (VideoReadError, OSError) as error:
             bad.append(BadFile(record, str(error)))
     return good, bad
-
-
-def key_frame_indices(num_frames: int, spacing: int = 16) -> list[int]:
-    """Indices of the key frames of a video, `spacing` apart: 0, 16, 32, … and the end of its last clip (DESIGN §2.9).
-
-    N clips have N+1 key frames. A video that ends with or within its last clip has no frame 16·N: its last frame takes
-    that place. Raises ValueError for a video of fewer than 2 frames.
-    """
-    if num_frames < 2:
-        raise ValueError(f"expected at least 2 frames, got {num_frames}")
-    num_clips = max(1, -(-(num_frames - 1) // spacing))
-    return [min(i * spacing, num_frames - 1) for i in range(num_clips + 1)]
 
 
 def _jsonl_rows(path: Place) -> Iterator[tuple[int, dict[str, Any]]]:
