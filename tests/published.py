@@ -1,13 +1,14 @@
 """Checkpoints as the authors published them, at toy size: the reference weights, with small CLIP towers beside them."""
 
 import json
+import lzma
 import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from dicode.convert.configs import denoiser_config, first_stage_config, lm_config, resampler_config
@@ -25,6 +26,10 @@ def values_of(name: str) -> dict[str, Any]:
 
 
 def weights_of(name: str) -> dict[str, Tensor]:
+    """Large ones are compressed here, bit for bit the reference's."""
+    packed = REFERENCE / f"{name}.weights.safetensors.xz"
+    if packed.is_file():
+        return load(lzma.decompress(packed.read_bytes()))
     return load_file(REFERENCE / f"{name}.weights.safetensors")
 
 
