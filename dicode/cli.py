@@ -4,12 +4,11 @@ A command is a dataclass of `flags`. The work is done by a function of the same 
 when the command runs, so that `dicode --help` needs no torch.
 """
 
-import dataclasses
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import import_module, util
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,6 @@ from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, arg
 from tyro.extras import SubcommandApp
 
 from dicode import __version__
-from dicode.extras import missing_extra
 from dicode.flags import (
     Assemble,
     Cache,
@@ -44,6 +42,7 @@ from dicode.flags import (
     Verify,
     Widen,
 )
+from dicode.recipe_files import load_run
 from dicode.stopwatch import Stopwatch
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -126,29 +125,3 @@ def _parse_train(recipe: str, flags: list[str]) -> Train:
         return Train(recipe, run_folder, run)
 
     return tyro.cli(train, prog=f"dicode train {recipe}", description=kind.__doc__, args=flags)
-
-
-def load_run(recipe: str) -> Any:
-    """Call RUN of `FILE.py:RUN`; raises `ValueError` where it is no function that returns a dataclass."""
-    file, _, name = recipe.rpartition(":")
-    if not file.endswith(".py") or not name.isidentifier():
-        raise ValueError(f"recipe: expected FILE.py:RUN, as in recipes/sprites.py:lm, got {recipe!r}")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such recipe file")
-    spec = util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = util.module_from_spec(spec)  # a dataclass in the file looks for its module there
-    try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "train") from error
-    own = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == spec.name]
-    if name not in own:
-        from dicode.hub import nearest
-
-        raise ValueError(f"{file}: no function {name!r}{nearest(name, own)}; it has {', '.join(own)}")
-    run = getattr(module, name)()
-    if not dataclasses.is_dataclass(run):
-        raise ValueError(f"{recipe}: expected it to return a run (a dataclass), got {type(run).__name__}")
-    return run

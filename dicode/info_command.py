@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dicode.cli import load_run
 from dicode.evaluate.report import write_result
 from dicode.flags import Info
 from dicode.generate import GenerationConfig
 from dicode.hub import CheckpointError, config_from_dict, nearest, read_config, resolve
 from dicode.lm.sizes import SIZES, DeepLMConfig
+from dicode.recipe_files import load_run
 from dicode.sizing import GPUS, Sizing, size_lm, size_tokenizer
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.sizes import TOKENIZERS

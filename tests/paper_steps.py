@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from dicode.cli import load_run
 from dicode.device import peak_memory_gib, pick_device
 from dicode.evaluate.report import write_result
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.plans import Planner, blank_batches
+from dicode.recipe_files import load_run
 from dicode.sizing import GPUS, peak_flops
 from dicode.train.checkpoint import TrainState
 from dicode.train.language import LanguageRun, LanguageTraining

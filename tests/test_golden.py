@@ -19,8 +19,8 @@ import torch
 from test_tokenizer import tiny_config
 from test_training import runs, write_cache
 
-from dicode.cli import load_run
 from dicode.lm.sizes import DeepLMConfig
+from dicode.recipe_files import load_run
 from dicode.tokenizer.denoiser import DenoiserConfig
 from dicode.tokenizer.video_tokenizer import TokenizerConfig
 from dicode.train.clips import TokenizerRun

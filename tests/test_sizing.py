@@ -19,11 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dicode.cli import load_run, main
+from dicode.cli import main
 from dicode.hub import write_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.plans import Planner, blank_batches, blank_stage, state_bytes
+from dicode.recipe_files import load_run
 from dicode.seeds import generator_for
 from dicode.sizing import (
     GPUS,

@@ -15,12 +15,12 @@ from test_training import SIZE, assert_same_checkpoint, loop, train_in_parts, wr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dicode.cli import load_run
 from dicode.hub import CheckpointError, write_config
 from dicode.lm.backbone import Backbone
 from dicode.lm.deep_lm import DeepTokenLM, body_differences
 from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.lm.text import IMAGE_ENTRIES, TextTokenizer
+from dicode.recipe_files import load_run
 from dicode.seeds import generator_for
 from dicode.tokenizer.diffusion import DiffusionConfig
 from dicode.tokenizer.encoder import EncoderConfig

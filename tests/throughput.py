@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dicode.cli import load_run
 from dicode.evaluate.report import write_result
+from dicode.recipe_files import load_run
 from dicode.train.loop import Training, _loss
 from dicode.train.parallel import Processes
 from dicode.train.stages import stage_of
