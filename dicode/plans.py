@@ -73,7 +73,9 @@ class Planner:
         if (samples, recomputes) not in self.costs:
             with self.fake:
                 batch = blank_batches(self.run, samples)[-1][1]
-                self.costs[samples, recomputes] = piece_cost(self.stages[recomputes], batch, self.loop.bf16)
+                self.costs[samples, recomputes] = piece_cost(
+                    self.stages[recomputes], batch, self.loop.precision != "float32"
+                )
         return self.costs[samples, recomputes]
 
     def plan(self, gpus: int, gpu: Gpu, mfu: float) -> Plan:

@@ -49,7 +49,7 @@ def toy(run: Run, root: Path) -> Run:
         run.loop.optim, steps=STEPS, batch_size=max(4, 2 * run.loop.pieces), warmup_steps=2, ema_decay=0.9
     )
     small = dataclasses.replace(
-        run.loop, optim=optim, bf16=False, device="cpu", strategy="ddp", tracker="none", log_every=1,
+        run.loop, optim=optim, precision="float32", device="cpu", strategy="ddp", tracker="none", log_every=1,
         evaluate_every=STEPS, checkpoint_every=STEPS,
     )  # fmt: skip
     changes: dict[str, Any] = {"cache": str(root / "cache"), "loop": small}

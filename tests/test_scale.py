@@ -41,7 +41,7 @@ def of_width(width):
         tokens_per_keyframe=4, max_keyframes=3, text_length=12, components=2,
     )
     loop = LoopConfig(
-        bf16=False, tracker="none", evaluate_every=100, checkpoint_every=2,
+        precision="float32", tracker="none", evaluate_every=100, checkpoint_every=2,
         optim=OptimConfig(steps=4, batch_size=4, warmup_steps=1),
     )
     return LanguageRun(model=model, loop=loop, longer=(), longer_share=())

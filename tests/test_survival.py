@@ -245,4 +245,4 @@ def test_toy_runs_have_every_option_of_the_loop_at_its_default_but_these(root: P
     """So that what is compared above is what users run."""
     config, default = runs(root)["lm"].loop, dicode.train.loop.LoopConfig()
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(default, f.name)}
-    assert changed == {"bf16", "log_every", "evaluate_every", "checkpoint_every", "optim"}
+    assert changed == {"precision", "log_every", "evaluate_every", "checkpoint_every", "optim"}

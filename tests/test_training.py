@@ -57,7 +57,7 @@ def write_cache(folder: Path, count: int = 18) -> None:
 
 def loop(steps: int, **changes: object) -> LoopConfig:
     optim = OptimConfig(steps=steps, batch_size=4, lr=2e-3, warmup_steps=2, ema_decay=0.9)
-    return LoopConfig(bf16=False, log_every=1, evaluate_every=4, checkpoint_every=2, optim=optim, **changes)  # type: ignore[arg-type]
+    return LoopConfig(precision="float32", log_every=1, evaluate_every=4, checkpoint_every=2, optim=optim, **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_other_sizes_are_resized_and_clips_too_short_refused(network: TinyVT) ->
 def test_a_short_training_finds_captions_that_only_motion_tells(tmp_path: Path) -> None:
     captions = drawn_cache(tmp_path / "cache", 17)
     optim = OptimConfig(steps=60, batch_size=12, lr=4e-3, warmup_steps=5, ema_decay=0.9)
-    loop = LoopConfig(bf16=False, evaluate_every=60, checkpoint_every=60, optim=optim)
+    loop = LoopConfig(precision="float32", evaluate_every=60, checkpoint_every=60, optim=optim)
     run = VideoTextRun(
         (str(tmp_path / "cache"),), replace(SMALL, dropout=0.0), loop, chosen_by=10**6, dropped_words=0.0
     )

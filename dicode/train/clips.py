@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dicode.device import pick_device
+from dicode.device import Precision, autocast, pick_device
 from dicode.hub import (
     config_from_dict,
     content_hash,
@@ -64,7 +64,9 @@ class TokenizerRun:
     drop_context: float = 0.5  # share of clips that see nothing of the clip before
 
 
-def first_stage_latents(tokenizer: VideoTokenizer, cache: FrameCache, weights: Path) -> Rows:
+def first_stage_latents(
+    tokenizer: VideoTokenizer, cache: FrameCache, weights: Path, precision: Precision = "auto"
+) -> Rows:
     """Latents of all cached frames and of their mirror images, float16 `f 2 z y x`.
 
     Computed once and kept beside the shards, under a name that tells the first stage's `weights` file.
@@ -73,7 +75,7 @@ def first_stage_latents(tokenizer: VideoTokenizer, cache: FrameCache, weights: P
     def latents(frames: Tensor) -> Tensor:
         parts = []
         device = tokenizer.device
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), autocast(device, precision):
             for piece in frames.split(at_once(128, frames.shape[1])):
                 pixels = frames_to_pixels(piece).to(device)
                 parts.append(tokenizer.first_stage.encode(torch.cat([pixels, pixels.flip(-1)])).half().cpu())
@@ -164,7 +166,7 @@ class TokenizerTraining:
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
         self.rows = self.cache.frame_rows()
-        self.latents = first_stage_latents(self.module, cache, weights)
+        self.latents = first_stage_latents(self.module, cache, weights, run.loop.precision)
         if self.module.linear_code is not None and not run.init:
             fit_linear_code(self.module, self.latents, self.rows)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step

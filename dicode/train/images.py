@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dicode.device import pick_device
+from dicode.device import autocast, pick_device
 from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
 from dicode.hub import config_to_dict, content_hash, kept_tensors, load_weights, save_weights, write_config
 from dicode.shapes import ImageLatents, KeyFramePixels
@@ -82,7 +82,7 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
         for number, part in enumerate(tqdm(rows.split(16), desc="rendering clips", unit="batch", mininterval=5)):
             tokens = tokenizer.encode(cache.frames[part])
             indices = list(range(16 * number, 16 * number + len(part)))
-            with torch.autocast(tokenizer.device.type, torch.bfloat16):  # half the time; the loop trains so as well
+            with autocast(tokenizer.device, run.loop.precision):
                 latents = tokenizer.render(tokens, sample_indices=indices)
             parts.append(latents.half().cpu())
         return {"latents": torch.cat(parts)}

@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from dicode.device import pick_device
+from dicode.device import Precision, autocast, pick_device
 from dicode.hub import content_hash, downloaded, load_weights, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
@@ -63,7 +63,9 @@ class LanguageRun:
     own_share: float = 0.0  # of steps that go on from what the model writes, to mend it (`with_own`); none with a goal
 
 
-def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, source: Path, view: View | None = None) -> Rows:
+def frame_tokens(
+    tokenizer: VideoTokenizer, cache: FrameCache, source: Path, view: View | None = None, precision: Precision = "auto"
+) -> Rows:
     """Deep tokens of every cached frame, or of a view of it, float16 `f n d`.
 
     Computed once and kept beside the shards, under a name that tells the weights of the tokenizer's `source`.
@@ -72,7 +74,7 @@ def frame_tokens(tokenizer: VideoTokenizer, cache: FrameCache, source: Path, vie
     def tokens(frames: Tensor) -> Tensor:
         device, pieces = tokenizer.device, frames.split(at_once(128, frames.shape[1]))
         pieces = pieces if view is None else [view.of_frames(piece) for piece in pieces]
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), autocast(device, precision):
             sources = (tokenizer.source_of(frames_to_pixels(piece).to(device)) for piece in pieces)
             parts = [tokenizer.tokens_of(part).half().cpu() for part in sources]
         return torch.cat(parts)
@@ -114,9 +116,10 @@ class LanguageTraining:
         text = self._text(body)
         if text.vocab_size > run.model.vocab_size:
             raise ValueError(f"vocab_size: expected {text.vocab_size} or more, got {run.model.vocab_size}")
-        self.tokens = frame_tokens(self.tokenizer, cache, folder)
+        precision = run.loop.precision
+        self.tokens = frame_tokens(self.tokenizer, cache, folder, precision=precision)
         self.views = [View.numbered(number) for number in range(1, run.views + 1)]
-        self.view_tokens = [frame_tokens(self.tokenizer, cache, folder, view) for view in self.views]
+        self.view_tokens = [frame_tokens(self.tokenizer, cache, folder, view, precision) for view in self.views]
         self.tokenizer.cpu()  # an accelerator's memory is for the language model
         torch.manual_seed(run.loop.seed)
         self.text = text

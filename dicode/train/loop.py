@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from dicode.device import pick_device
+from dicode.device import Precision, autocast, pick_device
 from dicode.files import flush
 from dicode.hub import config_to_dict, content_hash, is_finite
 from dicode.seeds import generator_for
@@ -46,11 +46,11 @@ from dicode.train.speed import Speed
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the loop itself needs; `bf16` is autocast with float32 weights, for machines that have bf16 units."""
+    """What the loop itself needs; `precision` is that of matrix products, by autocast: weights are float32."""
 
     seed: int = 0
     device: str = "auto"
-    bf16: bool = True
+    precision: Precision = "auto"  # bfloat16 where the device has it
     compile: bool = False  # torch.compile: a minute once, then 1.4× the speed on CPUs; language model (docs/log.md)
     pieces: int = 1  # in which a step's batch is computed, shared out among processes; changes the random numbers
     strategy: Strategy = "ddp"  # of several processes: each with all weights, or each with its share
@@ -328,7 +328,7 @@ def _loss(run: Training, step_module: nn.Module, step: int, piece: int, batch: A
     """Loss and scalars of one piece of a step, always the same ones."""
     # dropout inside library modules takes no generator
     torch.manual_seed(run.generator("dropout", step, piece).initial_seed())
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.bf16):
+    with autocast(run.device, run.config.precision):
         return step_module(batch, run.generator("noise", step, piece))
 
 
