@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from tqdm import tqdm
 
 from dicode import __version__
 from dicode.device import pick_device
@@ -25,6 +24,7 @@ from dicode.hub import (
     read_tensors,
     resolve,
 )
+from dicode.progress import Progress
 from dicode.shapes import DeepTokens, Video
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
@@ -32,7 +32,6 @@ from dicode.video.io import read_video
 from dicode.video.shards import FrameCache
 from dicode.video.writer import VideoWriter
 
-PROGRESS_AFTER_S = 2.0
 TOKENS_SUFFIX = ".safetensors"
 
 
@@ -151,11 +150,6 @@ def widen(command: Widen, watch: Stopwatch) -> int:
     return info(Info(str(command.output)), watch)
 
 
-def progress(total: int, unit: str) -> tqdm:
-    """A bar on the terminal, for what takes longer than two seconds."""
-    return tqdm(total=total, unit=unit, delay=PROGRESS_AFTER_S, disable=None, leave=False)
-
-
 def origin(folder: Path, *weights: Path) -> dict[str, str]:
     """What made a file, for its metadata: model, its weights, and version."""
     return {"model": model_name(folder), "weights": content_hash(*weights), "dicode": __version__}
@@ -176,9 +170,12 @@ def written(
     num_frames: int,
     watch: Stopwatch,
     stream: bool = False,
-) -> Iterator[tuple[VideoWriter, tqdm]]:
+) -> Iterator[tuple[VideoWriter, Progress]]:
     """A writer and a progress bar; at the end says where the file lies and what took how long."""
-    with VideoWriter(path, fps, metadata, scale=scale, stream=stream) as writer, progress(num_frames, "frame") as bar:
+    with (
+        VideoWriter(path, fps, metadata, scale=scale, stream=stream) as writer,
+        Progress("rendering", num_frames, "frame") as bar,
+    ):
         yield writer, bar
         with watch.stage("write"):
             writer.close()

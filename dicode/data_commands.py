@@ -3,10 +3,8 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from dicode.data.build import CacheOptions, build_cache
 from dicode.data.index import check_files, is_validation, read_index
@@ -15,6 +13,7 @@ from dicode.extras import missing_extra
 from dicode.files import place
 from dicode.flags import Cache, Encode, Export, Index, Sheet, Verify
 from dicode.hub import resolve
+from dicode.progress import Progress, tracked
 from dicode.seeds import generator_for
 from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
@@ -22,9 +21,7 @@ from dicode.video.io import VideoReadError, read_video
 from dicode.video.shards import FrameCache, fault, read_cache_index
 from dicode.video.sheet import save_sheet
 
-PROGRESS_AFTER_S = 2.0
 MOST_COUNTED = 125  # exit codes from 126 on mean other things to a shell
-T = TypeVar("T")
 
 
 def index(command: Index, watch: Stopwatch) -> int:
@@ -37,7 +34,7 @@ def index(command: Index, watch: Stopwatch) -> int:
             print(f"bad: {error}")
             total_bad += 1
             continue
-        good, bad = check_files(bar(records, place(folder).name))
+        good, bad = check_files(tracked(records, f"reading {place(folder).name}", "clip"))
         for file in bad:
             print(f"bad: {file.reason}")
         captions = sum(bool(record.caption) for record in good)
@@ -76,7 +73,11 @@ def verify(command: Verify, watch: Stopwatch) -> int:
     """Every shard is read; exits with the count of those that are not what the index says."""
     folder = place(command.cache)
     shards, videos = read_cache_index(folder)
-    faults = [said for shard in bar(shards, folder.name) if (said := fault(folder, shard, hashes=True))]
+    faults = [
+        said
+        for shard in tracked(shards, f"reading {folder.name}", "shard")
+        if (said := fault(folder, shard, hashes=True))
+    ]
     for said in faults:
         print(f"bad: {said}")
     print(f"{command.cache}: {len(shards)} shards, {len(videos)} clips; {len(faults)} bad shards")
@@ -120,7 +121,7 @@ def sheet(command: Sheet, watch: Stopwatch) -> int:
     order = torch.randperm(len(records), generator=generator_for(command.seed, "sheet")).tolist()
     clips: list[Video] = []
     labels: list[str] = []
-    with tqdm(total=command.count, unit="clip", delay=PROGRESS_AFTER_S, disable=None, leave=False) as shown:
+    with Progress("reading", command.count, "clip") as progress:
         for record in (records[i] for i in order):
             if len(clips) == command.count:
                 break
@@ -131,15 +132,10 @@ def sheet(command: Sheet, watch: Stopwatch) -> int:
                 print(f"bad: {error}", file=sys.stderr)
                 continue
             labels.append(record.caption or record.path.name)
-            shown.update()
+            progress.update()
     save_sheet(command.output, clips, labels)
     print(f"{command.output}: {len(clips)} of {len(records)} clips")
     return 0
-
-
-def bar(items: Sequence[T], name: str) -> "tqdm[Any]":
-    """The items with a progress bar, for what takes longer than two seconds."""
-    return tqdm(items, desc=name, unit="clip", delay=PROGRESS_AFTER_S, disable=None, leave=False)
 
 
 def _named(folders: Sequence[str]) -> Sequence[str]:

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dicode.data.index import ClipRecord, is_validation
 from dicode.data.looks import look_of, repeats, scenes
 from dicode.data.spread import spread
 from dicode.files import PARTIAL, Place, fetched, put_text, state_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
+from dicode.progress import Progress
 from dicode.shapes import Video
 from dicode.video.io import Times, VideoReadError, native_frames
 from dicode.video.shards import INDEX, CachedVideo, Shard, fault, index_text, shard_name, write_shard
@@ -103,10 +103,10 @@ def build_cache(
         Unit(i // at_once, tuple(records[i : i + at_once]), options, output) for i in range(0, len(records), at_once)
     ]
     made = []
-    with tqdm(total=len(records), unit="clip", delay=2, disable=None, leave=False) as shown:
+    with Progress("caching", len(records), "clip") as progress:
         for text in spread(make_shard, units, workers, ray):
             made.append(config_from_dict(Made, json.loads(text), "unit"))
-            shown.update(len(units[made[-1].number].records))
+            progress.update(len(units[made[-1].number].records))
     made.sort(key=lambda unit: unit.number)
     if options.dedupe is not None:
         made = without_copies(made, units, options.dedupe)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dicode.generate import DiCoDe
+from dicode.progress import tracked
 from dicode.shapes import KeyFrameTokens, Video
 from dicode.video.shards import CachedVideo, FrameCache
 
@@ -37,7 +37,7 @@ class MadeClips:
         """These clips through tokens and back, 16 frames each, and the tokens of their key frames, `2 n d`."""
         made: list[Video] = []
         tokens: list[KeyFrameTokens] = []
-        for first in tqdm(range(0, len(self.real), BATCH), desc="reconstructing", unit="batch", mininterval=5):
+        for first in tracked(range(0, len(self.real), BATCH), "reconstructing", "batch"):
             part = self.model.tokenizer.encode(torch.from_numpy(np.stack(self.real[first : first + BATCH])))
             indices = list(range(first, first + len(part)))
             made += list(next(self.model.tokenizer.decode(part, seed=self.seed, sample_indices=indices)).cpu().numpy())
@@ -66,7 +66,7 @@ def first_clip(model: DiCoDe, cache: FrameCache, video: CachedVideo) -> Video:
 def generated_clips(model: DiCoDe, prompts: Sequence[str], seed: int, **options: Any) -> list[Video]:
     """One 2-s clip a prompt; clip i is sample i of the seed, however they are batched."""
     clips: list[Video] = []
-    for first in tqdm(range(0, len(prompts), BATCH), desc="generating", unit="batch", mininterval=5):
+    for first in tracked(range(0, len(prompts), BATCH), "generating", "batch"):
         part = list(prompts[first : first + BATCH])
         indices = list(range(first, first + len(part)))
         seconds = model.tokenizer.config.clip_s

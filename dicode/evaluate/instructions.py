@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from tqdm import tqdm
 
 from dicode.evaluate.clips import BATCH, first_clip
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
@@ -17,6 +16,7 @@ from dicode.evaluate.metrics import Clips
 from dicode.evaluate.reconstruction import hold_head
 from dicode.evaluate.scores import mean_score, scores_of_sets, seen_by_efflite
 from dicode.generate import DiCoDe, Given
+from dicode.progress import tracked
 from dicode.seeds import generator_for
 from dicode.shapes import Video
 from dicode.video.shards import CachedVideo, FrameCache
@@ -52,7 +52,7 @@ def evaluate_instructions(
         videos = [v for v in cache.videos if v.validation == held and v.captions and v.captions[0]]
         picked = [videos[i] for i in np.linspace(0, len(videos) - 1, min(count, len(videos))).round().astype(int)]
         clips: list[Continued] = []
-        for first in tqdm(range(0, len(picked), BATCH), desc=f"{split} images", unit="batch", mininterval=5):
+        for first in tracked(range(0, len(picked), BATCH), f"{split} images", "batch"):
             part = picked[first : first + BATCH]
             others = [another(videos, video, seed, first + i) for i, video in enumerate(part)]
             clips += continued(model, cache, part, others, seed, first)

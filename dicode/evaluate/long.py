@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float64, UInt8
 from numpy import ndarray
 from PIL import Image
-from tqdm import tqdm
 
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import draw_prompts, drift, join_score, motion_over_time
@@ -19,6 +18,7 @@ from dicode.evaluate.metrics import at_joins
 from dicode.evaluate.scores import Score, repeats_score
 from dicode.evaluate.speed import memory_score, whole_process
 from dicode.generate import DiCoDe
+from dicode.progress import tracked
 from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.joins import Joins
@@ -71,7 +71,10 @@ def measure_long(
     by_joins: dict[str, Any] = {}
     rows: dict[tuple[int, str], Video] = {}
     for joins in JOINS:
-        videos = [long_video(model, p, seconds, seed, i, joins) for i, p in enumerate(tqdm(prompts, desc=joins))]
+        videos = [
+            long_video(model, p, seconds, seed, i, joins)
+            for i, p in enumerate(tracked(prompts, f"videos, {joins}", "video"))
+        ]
         by_joins[joins] = over_time(model, videos, extractor, seed)
         rows |= {(i, joins): video[:: round(model.tokenizer.config.fps)] for i, video in enumerate(videos)}
     figures = {
@@ -100,7 +103,7 @@ def over_time(
     clip = {"clip_frames": config.clip_frames, "repeated_frames": config.repeated_frames}
     clips = [clips_of(video, **clip) for video in videos]
     window = max(1, round(len(clips[0]) * WINDOW_SHARE))
-    features = [features_of_clips(extractor, own).joined() for own in tqdm(clips, desc="features")]
+    features = [features_of_clips(extractor, own).joined() for own in tracked(clips, "features", "video")]
     return {
         "frames": [len(video) for video in videos],
         "window_s": window * config.clip_s,
@@ -126,13 +129,13 @@ def cost_of_length(model: DiCoDe, folder: Path, prompt: str, seconds: float, rep
     lengths = [clips * config.clip_s for clips in SHORT_CLIPS if clips * config.clip_s < seconds] + [seconds]
     timed_video(model, prompt, lengths[-2])
     times: dict[float, list[VideoTime]] = {length: [] for length in lengths}
-    for _ in tqdm(range(repeats), desc="timing"):
+    for _ in tracked(range(repeats), "timing"):
         for length in lengths:
             times[length].append(timed_video(model, prompt, length))
     memory = np.array(
         [
             [whole_process(model, folder, prompt, length).peak_memory_gib for length in (seconds, config.clip_s)]
-            for _ in tqdm(range(repeats), desc="memory")
+            for _ in tracked(range(repeats), "memory")
         ]
     )
     return {

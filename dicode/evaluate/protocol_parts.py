@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dicode.files import put_text
 from dicode.hub import kept_tensors, read_tensors
+from dicode.progress import tracked
 from dicode.train.parallel import Processes
 
 RUN_FILE = "run.json"
@@ -76,7 +76,7 @@ class Parts:
     def each(self, kind: str, count: int, work: Callable[[int], object]) -> None:
         """Work on this process's parts, with a progress bar."""
         try:
-            for number in tqdm(self.shard.own(count), desc=kind, unit="part", mininterval=5, disable=None):
+            for number in tracked(self.shard.own(count), kind, "part"):
                 work(number)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt("finished parts are kept; the same command continues") from error

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int
 from numpy import ndarray
-from tqdm import tqdm
 
 from dicode.evaluate.clips import MadeClips, caption_of, first_clip, generated_clips
 from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
@@ -32,6 +31,7 @@ from dicode.evaluate.tokens import captions_with_variants, diversity
 from dicode.evaluate.video_text import TinyVT
 from dicode.generate import DiCoDe
 from dicode.hub import kept_tensors
+from dicode.progress import tracked
 from dicode.seeds import generator_for
 from dicode.shapes import KeyFrameTokens, Video
 from dicode.video.shards import FrameCache
@@ -45,7 +45,7 @@ def bank_features(model: DiCoDe, cache: FrameCache, extractor: EfficientNetLite0
     """Features of the first clip of every cached video, kept at `path`."""
 
     def computed() -> dict[str, torch.Tensor]:
-        clips = (first_clip(model, cache, v)[:-1] for v in tqdm(cache.videos, desc="real clips", mininterval=5))
+        clips = (first_clip(model, cache, v)[:-1] for v in tracked(cache.videos, "features of real clips", "clip"))
         features = features_of_clips(extractor, clips)
         return {name: torch.from_numpy(value) for name, value in features._asdict().items()}
 

@@ -9,11 +9,11 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dicode.device import autocast, pick_device
 from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
 from dicode.hub import config_to_dict, content_hash, kept_tensors, load_weights, save_weights, write_config
+from dicode.progress import tracked
 from dicode.shapes import ImageLatents, KeyFramePixels
 from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
@@ -79,7 +79,7 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
 
     def computed() -> dict[str, Tensor]:
         parts = []
-        for number, part in enumerate(tqdm(rows.split(16), desc="rendering clips", unit="batch", mininterval=5)):
+        for number, part in enumerate(tracked(rows.split(16), "rendering clips", "batch")):
             tokens = tokenizer.encode(cache.frames[part])
             indices = list(range(16 * number, 16 * number + len(part)))
             with autocast(tokenizer.device, run.loop.precision):

@@ -22,6 +22,7 @@ from PIL import Image
 
 from dicode.evaluate.report import describe_commit, describe_device, versions
 from dicode.files import put_text
+from dicode.progress import duration
 
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 ABOUT_SPEED = ("trained_s", "samples_per_s", "data_share", "eta_s", "memory_gib", "mfu")
@@ -175,13 +176,3 @@ def note_start(
         "data": data,
     }
     put_text(sessions, "".join(json.dumps(line) + "\n" for line in [*before, session]))
-
-
-def duration(seconds: float) -> str:
-    """E.g. '3 d 4 h', '2 h 5 min', '40 s'."""
-    days, rest = divmod(round(seconds), 86_400)
-    hours, rest = divmod(rest, 3600)
-    minutes, left = divmod(rest, 60)
-    units = [(days, "d"), (hours, "h"), (minutes, "min"), (left, "s")]
-    first = next((i for i, (count, _) in enumerate(units) if count), 3)
-    return " ".join(f"{count} {unit}" for count, unit in units[first : first + 2] if count or unit == "s") or "0 s"

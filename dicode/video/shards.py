@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from dicode.files import Place, place, put, put_text, sha256_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
+from dicode.progress import Progress
 
 FORMAT = 1
 INDEX = "index.json"
@@ -131,12 +131,14 @@ class FrameCache:
             return Rows([make(self.frames[:])])
         parts = zip(self.files, self.frames.parts, strict=True)
         made = []
-        for file, frames in tqdm(parts, name.split("-")[0], len(self.files), delay=2, disable=None, leave=False):
-            path = file.with_suffix(f".{name}.safetensors")
-            if not path.is_file():
-                values = make(frames)
-                put(path, partial(save_file, {"values": values}))
-            made.append(read_tensors(path)["values"])
+        with Progress(f"computing {name.split('-')[0]}", len(self.frames), "frame") as progress:
+            for file, frames in parts:
+                path = file.with_suffix(f".{name}.safetensors")
+                if not path.is_file():
+                    values = make(frames)
+                    put(path, partial(save_file, {"values": values}))
+                made.append(read_tensors(path)["values"])
+                progress.update(len(frames))
         return Rows(made)
 
     def subset(self, validation: bool) -> "FrameCache":

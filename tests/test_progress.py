@@ -1,0 +1,48 @@
+"""Long work says how far it is, without a terminal too."""
+
+import io
+import time
+
+import pytest
+
+from dicode import progress
+from dicode.progress import Progress, duration, tracked
+
+
+def test_a_line_says_what_is_left_from_what_was_done() -> None:
+    work = Progress("computing latents", 1200, "frame")
+    assert work.line(2.0) == "computing latents: 1,200 frames"
+    assert work.line(40.0) == "computing latents: 1,200 frames, 40 s so far"
+    work.update(300)
+    assert work.line(60.0) == "computing latents: 300 of 1,200 frames, about 3 min to go"
+    assert Progress("validating").line(61.0) == "validating: 1 min 1 s so far"
+
+
+def test_lines_come_without_a_terminal_while_one_item_lasts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_AFTER_S", 0.01)
+    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    said = io.StringIO()
+    monkeypatch.setattr("sys.stderr", said)
+    items = []
+    for item in tracked([1, 2], "working", "clip"):
+        items.append(item)
+        if item == 1:
+            begun_s = time.monotonic()
+            while said.getvalue().count("\n") < 3 and time.monotonic() < begun_s + 60:
+                time.sleep(0.01)
+    assert items == [1, 2]
+    assert said.getvalue().startswith("working: 2 clips") and said.getvalue().count("\n") >= 3
+
+
+def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(tracked([1, 2, 3], "working")) == [1, 2, 3]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (40, "40 s"), (300, "5 min"), (7500, "2 h 5 min"), (273_600, "3 d 4 h")]
+)
+def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
