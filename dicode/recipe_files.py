@@ -40,7 +40,7 @@ def load_function(spec: str, kind: str, form: str, extra: str) -> Callable[..., 
         from dicode.hub import nearest
 
         raise RecipeError(f"{file}: no function {name!r}{nearest(name, own)}; it has {', '.join(own)}")
-    return getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(module, name)
 
 
 def load_file(file: Path, kind: str, extra: str) -> ModuleType:
