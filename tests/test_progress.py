@@ -42,7 +42,7 @@ def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.2, "0 s"), (40, "40 s"), (300, "5 min"), (7500, "2 h 5 min"), (273_600, "3 d 4 h")]
+    ("seconds", "text"), [(0.2, "0 s"), (40.0, "40 s"), (300.0, "5 min"), (7500.0, "2 h 5 min"), (273_600.0, "3 d 4 h")]
 )
 def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
