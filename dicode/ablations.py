@@ -17,10 +17,12 @@ from dicode.generate import DiCoDe
 from dicode.hub import config_from_dict, content_hash, read_config
 from dicode.lm.sizes import HeadName
 from dicode.shapes import DeepTokens
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerConfig
-from dicode.train.clips import TokenizerRun, TokenizerTraining, first_stage_latents
+from dicode.tokenizer.config import TokenizerConfig
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS
+from dicode.train.clips import TokenizerTraining, first_stage_latents
 from dicode.train.images import frames_to_pixels
-from dicode.train.language import LanguageRun, LanguageTraining
+from dicode.train.language import LanguageTraining
+from dicode.train.runs import LanguageRun, TokenizerRun
 from dicode.video.shards import FrameCache
 
 HEADS: tuple[HeadName, ...] = ("gaussian", "regression", "flow")  # beside the base's mixture

@@ -5,9 +5,10 @@ import platform
 import re
 import sys
 from pathlib import Path
-from typing import Literal
 
 import torch
+
+from dicode.config import Precision as Precision
 
 
 def pick_device(name: str) -> torch.device:
@@ -21,7 +22,6 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device {name}: cannot be used here ({str(error).splitlines()[0]})") from error
 
 
-Precision = Literal["auto", "bfloat16", "float32"]
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # environment variables that oneDNN obeys, for trying others
 NO_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 

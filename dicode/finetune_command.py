@@ -22,17 +22,14 @@ from dicode.generate import GenerationConfig
 from dicode.hub import CheckpointError, config_from_dict, config_to_dict, content_hash, model_name, read_config, resolve
 from dicode.lm.sizes import DeepLMConfig
 from dicode.stopwatch import Stopwatch
-from dicode.tokenizer.video_tokenizer import TokenizerConfig
+from dicode.tokenizer.config import TokenizerConfig
+from dicode.train.runs import LanguageRun, LoopConfig, LoRAConfig, OptimConfig, TokenizerRun
 from dicode.video.shards import FrameCache
 
 try:
     from dicode.evaluate.report import write_result
     from dicode.train.assemble import assemble
-    from dicode.train.clips import TokenizerRun
-    from dicode.train.language import LanguageRun
-    from dicode.train.loop import LoopConfig, NonFiniteLossError, train
-    from dicode.train.lora import LoRAConfig
-    from dicode.train.optim import OptimConfig
+    from dicode.train.loop import NonFiniteLossError, train
     from dicode.train.stages import stage_of
 except ModuleNotFoundError as error:
     raise missing_extra(error, "train") from error

@@ -1,22 +1,23 @@
 """A checkpoint is a folder: `config.json`, `*.safetensors`, `README.md`. It loads strictly, runs no code of its own."""
 
-import dataclasses
-import difflib
 import hashlib
 import json
 import re
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from dicode.config import CheckpointError as CheckpointError
+from dicode.config import config_from_dict as config_from_dict
+from dicode.config import config_to_dict as config_to_dict
+from dicode.config import nearest as nearest
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DEFAULT_MODEL = "sprites"
@@ -35,11 +36,6 @@ A text-to-video model for `dicode`.
     dicode generate "a prompt" --model {repo_id}
 """
 INITIALISERS = ("torch.nn.init", "transformers.initialization")  # the latter stands in for the former now and then
-T = TypeVar("T")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be loaded: says which file, what was expected and what was found."""
 
 
 def resolve(name_or_folder: str | Path | None = None, revision: str | None = None) -> Path:
@@ -139,54 +135,6 @@ def push_folder(
         (folder / "README.md").write_text(CARD.format(repo_id=repo_id) if card is None else card, encoding="utf-8")
     api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
     return str(url)
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """' (did you mean …?)' for a misspelt name, or '' when nothing is close."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def config_to_dict(config: Any) -> dict[str, Any]:
-    """A frozen dataclass as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def config_from_dict(kind: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """Build a frozen dataclass from JSON values; an unknown or a missing key is an error that names it."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in fields:
-            raise CheckpointError(f"{where}: unknown key {key!r}{nearest(key, list(fields))}")
-    built = {}
-    for key, field in fields.items():
-        if key in values:
-            built[key] = _convert(hints[key], values[key], f"{where}.{key}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise CheckpointError(f"{where}: missing key {key!r}")
-    return kind(**built)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        return config_from_dict(hint, value, where)  # type: ignore[arg-type]
-    if origin is tuple:
-        return tuple(_convert(arguments[0], v, where) for v in value)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise CheckpointError(f"{where}: expected one of {arguments}, got {value!r}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise CheckpointError(f"{where}: expected {hint.__name__}, got {value!r}")
-    return value
 
 
 def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:

@@ -16,8 +16,9 @@ from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.recipe_files import load_run
 from dicode.sizing import GPUS, Sizing, size_lm, size_tokenizer
 from dicode.stopwatch import Stopwatch
+from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.sizes import TOKENIZERS
-from dicode.tokenizer.video_tokenizer import WEIGHTS, TokenizerConfig
+from dicode.tokenizer.video_tokenizer import WEIGHTS
 
 if TYPE_CHECKING:
     from dicode.plans import Plan  # needs what training needs

@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.sizing import FLOAT32, Gpu, PieceCost, batch_flops, piece_cost
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.clips import TokenizerRun, TokenizerTraining
-from dicode.train.language import LanguageRun, LanguageTraining
-from dicode.train.loop import LoopConfig, Stage
+from dicode.train.clips import TokenizerTraining
+from dicode.train.language import LanguageTraining
+from dicode.train.loop import Stage
 from dicode.train.optim import make_optimizers
-from dicode.train.parallel import Strategy, blocks_of, recompute_activations
+from dicode.train.parallel import blocks_of, recompute_activations
+from dicode.train.runs import LanguageRun, LoopConfig, Strategy, TokenizerRun
 
 USABLE = 0.9  # of a GPU's memory: CUDA and its libraries take 1 to 2 GiB, an allocator's fragments the rest
 DAY_S = 86_400

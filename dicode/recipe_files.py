@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dicode.config import nearest
 from dicode.extras import missing_extra
 
 
@@ -37,8 +38,6 @@ def load_function(spec: str, kind: str, form: str, extra: str) -> Callable[..., 
     values = vars(module).items()
     own = [n for n, value in values if callable(value) and getattr(value, "__module__", "") == module.__name__]
     if name not in own:
-        from dicode.hub import nearest
-
         raise RecipeError(f"{file}: no function {name!r}{nearest(name, own)}; it has {', '.join(own)}")
     return getattr(module, name)
 

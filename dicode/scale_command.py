@@ -29,13 +29,14 @@ from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import generator_for
 from dicode.sizing import batch_flops, count_parameters
 from dicode.stopwatch import Stopwatch
+from dicode.train.runs import LanguageRun
 from dicode.video.shards import CachedVideo, FrameCache, join_caches
 
 try:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from dicode.plans import blank_batches, blank_stage
-    from dicode.train.language import LanguageRun, LanguageTraining, chunks
+    from dicode.train.language import LanguageTraining, chunks
     from dicode.train.loop import train
     from dicode.train.parallel import Processes
     from dicode.train.signals import StopSignal

@@ -31,7 +31,8 @@ from dicode.lm.heads import Head
 from dicode.lm.sizes import DeepLMConfig
 from dicode.seeds import generator_for
 from dicode.shapes import ClipLatents
-from dicode.tokenizer.video_tokenizer import TokenizerConfig, VideoTokenizer
+from dicode.tokenizer.config import TokenizerConfig
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
 if TYPE_CHECKING:
     from dicode.train.loop import Stage  # which imports this file

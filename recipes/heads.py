@@ -31,9 +31,9 @@ from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, HeadName, Order
 from dicode.sizing import step_flops
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.language import LanguageRun, LanguageTraining
-from dicode.train.loop import LoopConfig, train
-from dicode.train.optim import OptimConfig
+from dicode.train.language import LanguageTraining
+from dicode.train.loop import train
+from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
 from dicode.video.shards import CachedVideo, FrameCache
 
 TOKENIZER = "dicode/checkpoints/sprites"

@@ -18,11 +18,7 @@ hours and results are unknown. A run reads its cache from disk, through memory m
 
 from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.tokenizer.sizes import TOKENIZERS
-from dicode.train.clips import TokenizerRun
-from dicode.train.language import LanguageRun
-from dicode.train.loop import LoopConfig
-from dicode.train.optim import OptimConfig
-from dicode.train.parallel import Strategy
+from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, Strategy, TokenizerRun
 
 PRIOR = "checkpoints/dynamicrafter"
 

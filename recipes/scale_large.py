@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dicode.recipe_files import load_run
-from dicode.train.language import LanguageRun
+from dicode.train.runs import LanguageRun
 
 BASE = f"{Path(__file__).with_name('scale.py')}:llama_19m"
 

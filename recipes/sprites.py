@@ -19,11 +19,7 @@ from dataclasses import replace
 
 from dicode.lm.sizes import SIZES
 from dicode.tokenizer.sizes import TOKENIZERS
-from dicode.train.clips import TokenizerRun
-from dicode.train.images import FirstStageRun
-from dicode.train.language import LanguageRun
-from dicode.train.loop import LoopConfig
-from dicode.train.optim import OptimConfig
+from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 
 MODEL = TOKENIZERS["sprites"]
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from dicode.evaluate.report import write_result
 from dicode.evaluate.video_text import BOX, TinyVT, accuracy
-from dicode.train.loop import LoopConfig
-from dicode.train.optim import OptimConfig
+from dicode.train.runs import LoopConfig, OptimConfig
 from dicode.train.video_text import VideoTextRun, first_clips
 from dicode.video.shards import FrameCache
 

@@ -24,9 +24,10 @@ from dicode.plans import Planner, blank_batches
 from dicode.recipe_files import load_run
 from dicode.sizing import GPUS, peak_flops
 from dicode.train.checkpoint import TrainState
-from dicode.train.language import LanguageRun, LanguageTraining
+from dicode.train.language import LanguageTraining
 from dicode.train.loop import Training, _step, attention_on
 from dicode.train.parallel import Processes
+from dicode.train.runs import LanguageRun
 
 RECIPES = Path(__file__).parents[1] / "recipes/paper.py"
 SAMPLES, STEPS, WARM_UP = 16, 25, 8

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from dicode.convert.configs import denoiser_config, first_stage_config, lm_config, resampler_config
 from dicode.lm.sizes import DeepLMConfig
-from dicode.tokenizer.diffusion import DiffusionConfig
-from dicode.tokenizer.encoder import EncoderConfig
-from dicode.tokenizer.video_tokenizer import TokenizerConfig
+from dicode.tokenizer.config import DiffusionConfig, EncoderConfig, TokenizerConfig
 
 REFERENCE = Path(os.environ.get("DICODE_REFERENCE", Path(__file__).parent / "reference"))
 TEXT_LENGTH, TEXT_DEPTH, IMAGE_HEADS = 7, 3, 2

@@ -30,8 +30,8 @@ import dicode.train.loop
 from dicode.evaluate.report import write_result
 from dicode.sizing import peak_flops
 from dicode.train.checkpoint import checkpoints, damage
-from dicode.train.language import LanguageRun
 from dicode.train.run_folder import ABOUT_SPEED
+from dicode.train.runs import LanguageRun
 from dicode.train.stages import run_recipe, stage_of
 
 

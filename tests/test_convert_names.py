@@ -11,7 +11,8 @@ from torch import Tensor
 from dicode.convert.configs import denoiser_config, first_stage_config, first_stage_of
 from dicode.convert.names import unet_state, vae_state
 from dicode.hub import load_state
-from dicode.tokenizer.diffusion import DiffusionConfig, sample
+from dicode.tokenizer.config import DiffusionConfig
+from dicode.tokenizer.diffusion import sample
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.known import Known
 from dicode.tokenizer.unet3d import UNet3D

@@ -14,7 +14,7 @@ import dicode.device
 from dicode.device import compute_dtype, has_bfloat16
 from dicode.flags import Encode
 from dicode.stopwatch import Stopwatch
-from dicode.train.loop import LoopConfig
+from dicode.train.runs import LoopConfig
 from dicode.train.stages import Run, run_recipe
 
 CPU = torch.device("cpu")

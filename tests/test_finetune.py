@@ -24,7 +24,8 @@ from dicode.hub import load_state, read_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.train import lora
 from dicode.train.clips import TokenizerTraining
-from dicode.train.lora import LoRAConfig, add_adapters, merged
+from dicode.train.lora import add_adapters, merged
+from dicode.train.runs import LanguageRun, LoRAConfig, TokenizerRun
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0)
 NETWORKS = ["hourglass", "change", "wan", "unet3d", "llama", "gpt2"]
@@ -290,8 +291,6 @@ def test_clips_that_leave_none_to_train_on_are_refused(capsys, tmp_path: Path, t
 
 
 def test_a_run_with_adapters_needs_a_model_to_adapt(tmp_path: Path) -> None:
-    from dicode.train.clips import TokenizerRun
-    from dicode.train.language import LanguageRun
     from dicode.train.stages import stage_of
 
     assert lora.LoRAConfig().rank == 0

@@ -21,10 +21,8 @@ from test_training import runs, write_cache
 
 from dicode.lm.sizes import DeepLMConfig
 from dicode.recipe_files import load_run
-from dicode.tokenizer.denoiser import DenoiserConfig
-from dicode.tokenizer.video_tokenizer import TokenizerConfig
-from dicode.train.clips import TokenizerRun
-from dicode.train.images import FirstStageRun
+from dicode.tokenizer.config import DenoiserConfig, TokenizerConfig
+from dicode.train.runs import FirstStageRun, TokenizerRun
 from dicode.train.stages import Run, run_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"

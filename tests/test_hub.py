@@ -29,8 +29,7 @@ from dicode.cli import main
 from dicode.generate import DiCoDe
 from dicode.hub import CheckpointError, load_state, load_weights, read_config, resolve, save_weights, write_config
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.tokenizer.encoder import EncoderConfig
-from dicode.tokenizer.first_stage import FirstStageConfig
+from dicode.tokenizer.config import EncoderConfig, FirstStageConfig
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.video.io import read_metadata
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.clips import TokenizerRun, TokenizerTraining
-from dicode.train.images import FirstStageRun
+from dicode.train.clips import TokenizerTraining
+from dicode.train.runs import FirstStageRun, TokenizerRun
 from dicode.train.stages import run_recipe
 
 CHANNELS, SIDE, TOKENS, WIDTH = 3, 8, 4, 6

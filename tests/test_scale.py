@@ -15,16 +15,14 @@ from dicode.cli import main
 from dicode.evaluate.scaling import fit_power_law
 from dicode.info_command import runs_of
 from dicode.lm.sizes import SIZES
-from dicode.train.language import LanguageRun, LanguageTraining
+from dicode.train.language import LanguageTraining
+from dicode.train.runs import LanguageRun
 from dicode.train.stages import run_recipe
 from dicode.video.shards import FrameCache, join_caches
 
 PARAMETERS = np.array([3e5, 1e6, 3e6, 1e7, 3e7])
 RECIPES = """
 from dicode.lm.sizes import DeepLMConfig
-from dicode.train.language import LanguageRun
-from dicode.train.loop import LoopConfig
-from dicode.train.optim import OptimConfig
 
 def small() -> LanguageRun:
     return of_width(16)

@@ -37,17 +37,19 @@ from dicode.sizing import (
     size_tokenizer,
     step_flops,
 )
-from dicode.tokenizer.diffusion import DiffusionConfig
-from dicode.tokenizer.encoder import EncoderConfig
-from dicode.tokenizer.first_stage import FirstStageConfig
-from dicode.tokenizer.known import DenoiserConfig
-from dicode.tokenizer.resampler import ResamplerConfig
+from dicode.tokenizer.config import (
+    DenoiserConfig,
+    DiffusionConfig,
+    EncoderConfig,
+    FirstStageConfig,
+    ResamplerConfig,
+    TokenizerConfig,
+)
 from dicode.tokenizer.sizes import TOKENIZERS
-from dicode.tokenizer.video_tokenizer import TokenizerConfig, VideoTokenizer
-from dicode.train.clips import TokenizerRun
-from dicode.train.language import LanguageRun
-from dicode.train.loop import LoopConfig, Stage
-from dicode.train.optim import OptimConfig, make_optimizers
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.loop import Stage
+from dicode.train.optim import make_optimizers
+from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import stage_of
 
 NAMESAKES = {

@@ -15,14 +15,22 @@ from safetensors.torch import load_file
 from dicode.convert.configs import resampler_config
 from dicode.hub import CheckpointError, read_config, write_config
 from dicode.seeds import SeedPlan, generator_for
+from dicode.tokenizer.config import (
+    DenoiserConfig,
+    DiffusionConfig,
+    EncoderConfig,
+    FirstStageConfig,
+    ResamplerConfig,
+    TokenizerConfig,
+)
 from dicode.tokenizer.denoiser import ChangeDenoiser, build_denoiser
-from dicode.tokenizer.diffusion import DiffusionConfig, noised, sample, scale_motion
-from dicode.tokenizer.encoder import ClipEncoder, EncoderConfig, KeyFrameHead
-from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
+from dicode.tokenizer.diffusion import noised, sample, scale_motion
+from dicode.tokenizer.encoder import ClipEncoder, KeyFrameHead
+from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.joins import BLEND_FRAMES, Joins, blended
-from dicode.tokenizer.known import DenoiserConfig, Known, cross_faded
-from dicode.tokenizer.resampler import Resampler, ResamplerConfig
-from dicode.tokenizer.video_tokenizer import TokenizerConfig, VideoTokenizer
+from dicode.tokenizer.known import Known, cross_faded
+from dicode.tokenizer.resampler import Resampler
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
 DENOISERS = {
     "hourglass": DenoiserConfig(width=32, fine_width=16, fine_blocks=1, depth=1, heads=2),

@@ -20,15 +20,16 @@ from dicode.hub import CheckpointError, read_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import DeepLMConfig
 from dicode.seeds import generator_for
+from dicode.tokenizer.config import FirstStageConfig
 from dicode.tokenizer.denoiser import ChangeDenoiser
-from dicode.tokenizer.first_stage import DECODER, FirstStageConfig
+from dicode.tokenizer.first_stage import DECODER
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.train.assemble import assemble
-from dicode.train.clips import TokenizerRun
-from dicode.train.images import FirstStageRun, FirstStageTraining
-from dicode.train.language import LanguageRun, LanguageTraining
-from dicode.train.loop import LoopConfig, NonFiniteLossError, sample_indices, train
-from dicode.train.optim import OptimConfig, make_optimizers
+from dicode.train.images import FirstStageTraining
+from dicode.train.language import LanguageTraining
+from dicode.train.loop import NonFiniteLossError, sample_indices, train
+from dicode.train.optim import make_optimizers
+from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import run_recipe, stage_of
 from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.synthetic import draw_clip

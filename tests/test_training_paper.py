@@ -22,14 +22,13 @@ from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.lm.text import IMAGE_ENTRIES, TextTokenizer
 from dicode.recipe_files import load_run
 from dicode.seeds import generator_for
-from dicode.tokenizer.diffusion import DiffusionConfig
-from dicode.tokenizer.encoder import EncoderConfig
-from dicode.tokenizer.resampler import ResamplerConfig
+from dicode.tokenizer.config import DiffusionConfig, EncoderConfig, ResamplerConfig, TokenizerConfig
 from dicode.tokenizer.sizes import TOKENIZERS
-from dicode.tokenizer.video_tokenizer import TokenizerConfig, TokenizerParts, VideoTokenizer
-from dicode.train.clips import TokenizerRun, TokenizerTraining
+from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
+from dicode.train.clips import TokenizerTraining
 from dicode.train.images import frames_to_pixels
-from dicode.train.language import LanguageRun, LanguageTraining
+from dicode.train.language import LanguageTraining
+from dicode.train.runs import LanguageRun, TokenizerRun
 from dicode.train.stages import run_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes/paper.py"

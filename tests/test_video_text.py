@@ -13,8 +13,7 @@ from dicode.evaluate.video_text import BOX, WEIGHTS, TinyVT, TinyVTConfig, accur
 from dicode.hub import CheckpointError
 from dicode.lm.text import TextTokenizer
 from dicode.seeds import generator_for
-from dicode.train.loop import LoopConfig
-from dicode.train.optim import OptimConfig
+from dicode.train.runs import LoopConfig, OptimConfig
 from dicode.train.stages import run_recipe
 from dicode.train.video_text import VideoTextRun, VideoTextTraining
 from dicode.video.shards import CachedVideo, FrameCache

@@ -9,7 +9,8 @@ from test_training import loop, write_cache
 
 from dicode.lm.sizes import DeepLMConfig
 from dicode.seeds import generator_for
-from dicode.train.language import LanguageRun, LanguageTraining
+from dicode.train.language import LanguageTraining
+from dicode.train.runs import LanguageRun
 from dicode.train.views import SMALLEST_CROP, View
 
 PLAIN = View(mirrored=False, crop=1.0, across=0.0, down=0.0, gains=(1.0, 1.0, 1.0), gamma=1.0)

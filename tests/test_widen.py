@@ -20,7 +20,7 @@ from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.assemble import assemble
 from dicode.train.images import frames_to_pixels
-from dicode.train.language import LanguageRun
+from dicode.train.runs import LanguageRun
 from dicode.train.stages import run_recipe
 from dicode.train.widen import widen
 from dicode.video.shards import FrameCache

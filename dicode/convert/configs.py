@@ -7,9 +7,7 @@ from torch import Tensor
 
 from dicode.hub import CheckpointError
 from dicode.lm.sizes import SIZES, DeepLMConfig
-from dicode.tokenizer.first_stage import FirstStageConfig
-from dicode.tokenizer.known import DenoiserConfig
-from dicode.tokenizer.resampler import ResamplerConfig
+from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, ResamplerConfig
 
 CLIP_HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H/14: 16 heads in either tower
 

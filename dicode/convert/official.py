@@ -19,11 +19,11 @@ from dicode.hub import CheckpointError, config_to_dict, load_state, misfits, rea
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM
 from dicode.lm.text import TextTokenizer
+from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import (
     FIRST_STAGE_WEIGHTS,
     WEIGHTS,
-    TokenizerConfig,
     TokenizerParts,
     VideoTokenizer,
     hash_of_tokens,

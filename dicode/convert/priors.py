@@ -30,9 +30,10 @@ from dicode.convert.official import (
     write_card,
 )
 from dicode.hub import CheckpointError, write_config
+from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.sizes import TOKENIZERS
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerConfig
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 VAE_UNUSED = {r"(loss\..*|model_ema\..*)": "the autoencoder's own training"}

@@ -9,7 +9,7 @@ from numpy import ndarray
 
 from dicode.evaluate.metrics import Clips, Interval, bootstrap_interval, motion
 from dicode.shapes import Video
-from dicode.tokenizer.video_tokenizer import TokenizerConfig
+from dicode.tokenizer.config import TokenizerConfig
 
 DYNAMIC_SHARE = 0.25  # of the real clips' median motion: a clip that moves less is called still
 

@@ -1,8 +1,6 @@
 """The diffusion that trains and drives a denoiser: two objectives, samplers from diffusers, guidance."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -10,17 +8,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dicode.shapes import ClipLatents
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """`flow`: flow matching with logit-normal times. `v_prediction`: the published schedule (DESIGN §1)."""
-
-    objective: Literal["flow", "v_prediction"] = "flow"
-    shift: float = 1.0  # >1 spends more of training and sampling at high noise (Esser et al. 2024, section 5.3.2)
-    eta: float = 0.0  # DDIM's noise, `v_prediction` only; published 1.0
-    guidance_rescale: float = 0.0  # published 0.7
-
+from dicode.tokenizer.config import DiffusionConfig
 
 Predict = Callable[[ClipLatents, Tensor], ClipLatents]
 

@@ -1,8 +1,6 @@
 """Image encoders: a key frame → the features that the resampler reads."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
@@ -12,30 +10,10 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dicode.shapes import ImageLatents, KeyFramePixels, PatchFeatures
+from dicode.tokenizer.config import EncoderConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """`clip` reads pixels and stays frozen; `patch` reads first-stage latents and is trained with the resampler.
-
-    For `clip` the sizes are those of the vision tower (ViT-H/14: width 1280, depth 32, heads 16, patch 14, size 224).
-    """
-
-    kind: Literal["clip", "patch"] = "patch"
-    width: int = 192
-    depth: int = 3
-    heads: int = 3
-    size: int = 8  # side of the input: latent positions (`patch`) or pixels (`clip`)
-    patch: int = 1
-    channels: int = 16
-
-    @property
-    def reads_latents(self) -> bool:
-        """Whether the input is first-stage latents rather than pixels."""
-        return self.kind == "patch"
 
 
 def build_encoder(config: EncoderConfig) -> nn.Module:

@@ -1,9 +1,8 @@
 """The first stage: an image autoencoder from diffusers, frame by frame, with normalised latents."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -11,24 +10,9 @@ from torch import Tensor, nn
 
 from dicode.hub import CheckpointError, load_state
 from dicode.shapes import ImageLatents, KeyFramePixels
+from dicode.tokenizer.config import FirstStageConfig
 
 DECODER = ("autoencoder.decoder.", "autoencoder.post_quant_conv.")  # what may change without changing a latent
-
-
-@dataclass(frozen=True)
-class FirstStageConfig:
-    """`tiny` is diffusers' AutoencoderTiny, `kl` its AutoencoderKL; `channels` lists the widths from fine to coarse."""
-
-    kind: Literal["tiny", "kl"] = "tiny"
-    channels: tuple[int, ...] = (64, 64, 64, 64)
-    latent_channels: int = 16
-    encoder_blocks: tuple[int, ...] = (0, 2, 2, 3)
-    decoder_blocks: tuple[int, ...] = (3, 2, 2, 1)
-
-    @property
-    def downsampling(self) -> int:
-        """Image pixels a latent position spans, along each side."""
-        return 2 ** (len(self.channels) - 1)
 
 
 class FirstStage(nn.Module):

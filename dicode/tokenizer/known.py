@@ -1,35 +1,13 @@
 """What a denoiser is told about a clip, in the form that every denoiser takes it."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from einops import repeat
 from torch import Tensor
 
 from dicode.shapes import ClipLatents
-
-
-@dataclass(frozen=True)
-class DenoiserConfig:
-    """Which network, and its sizes; a network reads only the fields that say so.
-
-    `context_frames` of the clip before and the coarse `key latents` enter every network as extra channels.
-    """
-
-    kind: Literal["hourglass", "wan", "unet3d"] = "hourglass"
-    context_frames: int = 2
-    uses_key_latents: bool = True
-    predicts_change: bool = False  # work on what differs from a cross-fade of the key latents (`ChangeDenoiser`)
-    depth: int = 2  # transformer blocks; `unet3d`: residual layers a level
-    heads: int = 4  # of attention; `unet3d`: at its finest level
-    width: int = 224  # `hourglass`, `wan`: of the transformer
-    fine_width: int = 128  # `hourglass`: of the convolutions around it
-    fine_blocks: int = 3  # `hourglass`: on either side
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # `unet3d`: fine to coarse
-    text_width: int = 1024  # `unet3d`: of the null text's tokens
-    text_tokens: int = 77  # `unet3d`
-    frame_stride: int = 3  # `unet3d`: 24 fps films, every third frame
+from dicode.tokenizer.config import DenoiserConfig
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ section 3.1.1), with the parameter names of the public weights.
 """
 
 import math
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -14,22 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.shapes import KeyFrameTokens, PatchFeatures
-
-
-@dataclass(frozen=True)
-class ResamplerConfig:
-    """Published: width 1024, depth 4, 12 heads of 64, 16 queries, features 1280, tokens 1024."""
-
-    width: int = 1024
-    depth: int = 4
-    heads: int = 12
-    head_width: int = 64
-    queries: int = 16
-    feature_width: int = 1280
-    features: int = 257  # features a key frame; only `grid_queries` needs to know
-    token_width: int = 1024
-    feedforward_factor: int = 4
-    grid_queries: bool = False  # start each query from the features of its own cell of the image (not published)
+from dicode.tokenizer.config import ResamplerConfig
 
 
 class Resampler(nn.Module):

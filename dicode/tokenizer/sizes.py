@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
-from dicode.tokenizer.diffusion import DiffusionConfig
-from dicode.tokenizer.encoder import EncoderConfig
-from dicode.tokenizer.first_stage import FirstStageConfig
-from dicode.tokenizer.known import DenoiserConfig
-from dicode.tokenizer.resampler import ResamplerConfig
-from dicode.tokenizer.video_tokenizer import TokenizerConfig
+from dicode.tokenizer.config import (
+    DenoiserConfig,
+    DiffusionConfig,
+    EncoderConfig,
+    FirstStageConfig,
+    ResamplerConfig,
+    TokenizerConfig,
+)
 
 TOKENIZERS: dict[str, TokenizerConfig] = {
     "sprites": TokenizerConfig(

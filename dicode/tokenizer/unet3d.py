@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.shapes import ClipLatents
-from dicode.tokenizer.known import DenoiserConfig, Known, input_channels
+from dicode.tokenizer.config import DenoiserConfig
+from dicode.tokenizer.known import Known, input_channels
 
 
 class UNet3D(nn.Module):

@@ -2,12 +2,11 @@
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, TypedDict, Unpack, get_args
 
 import numpy as np
 import torch
@@ -38,75 +37,18 @@ from dicode.shapes import (
     KeyFrameTokens,
     Video,
 )
+from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.denoiser import build_denoiser
-from dicode.tokenizer.diffusion import DiffusionConfig, sample, scale_motion
-from dicode.tokenizer.encoder import EncoderConfig, KeyFrameHead, build_encoder
-from dicode.tokenizer.first_stage import DECODER, FirstStage, FirstStageConfig
+from dicode.tokenizer.diffusion import sample, scale_motion
+from dicode.tokenizer.encoder import KeyFrameHead, build_encoder
+from dicode.tokenizer.first_stage import DECODER, FirstStage
 from dicode.tokenizer.joins import Joins, blended_stream, key_frame_indices
-from dicode.tokenizer.known import DenoiserConfig, Known
+from dicode.tokenizer.known import Known
 from dicode.tokenizer.linear import LinearCode
-from dicode.tokenizer.resampler import Resampler, ResamplerConfig
+from dicode.tokenizer.resampler import Resampler
 
 WEIGHTS = "tokenizer.safetensors"
 FIRST_STAGE_WEIGHTS = "first_stage.safetensors"
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """Every part of a tokenizer, and the clip it works on.
-
-    A clip of ours is frames 0…15 between key frames at 0 and 16, the next clip's first. Published: `tail_frame` 15, so
-    that both key frames are the clip's own and the next clip begins with the same frame again (shown once).
-    """
-
-    size: int = 64
-    fps: float = 8.0
-    clip_frames: int = 16
-    tail_frame: int = 16  # where a clip's tail key frame lies: `clip_frames`, or one less
-    null_image: Literal["none", "black"] = "none"  # whose tokens guidance steers away from; none: zeros
-    key_head_width: int = 192
-    key_head_depth: int = 3
-    linear_code: bool = False  # tokens and key latents get a linear part (`LinearCode`), fitted before training
-    first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    resampler: ResamplerConfig = field(
-        default_factory=lambda: ResamplerConfig(
-            width=192,
-            depth=2,
-            heads=3,
-            head_width=64,
-            queries=16,
-            feature_width=192,
-            features=64,
-            token_width=32,
-            grid_queries=True,
-        )
-    )
-    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    steps: int = 12  # sampling steps where the caller names none
-    guidance: float = 1.0
-    temperature: float = 1.0  # of the noise a clip starts from: below 1 clips hold together better and move less
-    motion_scale: float = 1.0  # how far frames move from their clip's mean, times what was rendered: `scale_motion`
-
-    @property
-    def latent_size(self) -> int:
-        """Latent positions along a side."""
-        return self.size // self.first_stage.downsampling
-
-    @property
-    def clip_s(self) -> float:
-        """Seconds from one key frame to the next."""
-        return self.tail_frame / self.fps
-
-    @property
-    def repeated_frames(self) -> int:
-        """Frames at a clip's start that the clip before it has shown."""
-        return self.clip_frames - self.tail_frame
-
-    def num_clips(self, frames: int) -> int:
-        """Clips that hold a video of this many frames."""
-        return max(1, math.ceil((frames - self.repeated_frames) / self.tail_frame))
 
 
 @dataclass(frozen=True)

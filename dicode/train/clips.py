@@ -4,7 +4,7 @@ A step holds clips (for the denoiser) and single frames (for the key-frame regre
 encoder that reads pixels gets them from the cached frames.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,44 +24,15 @@ from dicode.hub import (
     write_config,
 )
 from dicode.seeds import generator_for
+from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import ChangeDenoiser
 from dicode.tokenizer.diffusion import noised
-from dicode.tokenizer.first_stage import FirstStageConfig
 from dicode.tokenizer.known import Known
-from dicode.tokenizer.video_tokenizer import (
-    FIRST_STAGE_WEIGHTS,
-    WEIGHTS,
-    TokenizerConfig,
-    TokenizerParts,
-    VideoTokenizer,
-)
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
 from dicode.train.images import frames_to_pixels, pixels_to_frames, psnr_db
-from dicode.train.loop import LoopConfig
-from dicode.train.lora import LoRAConfig, add_adapters, merged
+from dicode.train.lora import add_adapters, merged
+from dicode.train.runs import TokenizerRun
 from dicode.video.shards import CachedVideo, FrameCache, Rows
-
-
-@dataclass(frozen=True)
-class TokenizerRun:
-    """Train a tokenizer; `init` continues from another run's weights, `freeze_key_frames` trains the denoiser alone.
-
-    An encoder of kind `clip` is never trained: `init` has to bring its weights.
-    """
-
-    cache: str = "cache/sprites"
-    first_stage: str = "runs/first_stage/best"
-    init: str | None = None
-    init_denoiser: str | None = None  # a checkpoint with the same denoiser, to begin with that part of it
-    freeze_key_frames: bool = False  # encoder, resampler, token statistics and key-frame head stay as they are
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)  # of the denoiser
-    fits_statistics: bool = True  # False, as published: the normalizer stays as `init` has it, or without effect
-    images_per_step: int = 64  # single frames beside the clips, for the key-frame regression
-    denoises: bool = True  # False: images only
-    token_noise: float = 0.2  # highest deviation of noise on the tokens the decoder sees (DESIGN §2.4)
-    drop_tokens: float = 0.1  # share of clips that learn the null condition of guidance
-    drop_context: float = 0.5  # share of clips that see nothing of the clip before
 
 
 def first_stage_latents(

@@ -1,7 +1,7 @@
 """Stage 0: the first stage learns to reconstruct single frames."""
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,35 +15,13 @@ from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
 from dicode.hub import config_to_dict, content_hash, kept_tensors, load_weights, save_weights, write_config
 from dicode.progress import tracked
 from dicode.shapes import ImageLatents, KeyFramePixels
-from dicode.tokenizer.first_stage import FirstStage, FirstStageConfig
+from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
 from dicode.tokenizer.video_tokenizer import WEIGHTS as TOKENIZER_WEIGHTS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.adversarial import FeatureDiscriminator, Judged, adversarial_losses
-from dicode.train.loop import LoopConfig
+from dicode.train.runs import FirstStageRun
 from dicode.video.shards import FrameCache
-
-
-@dataclass(frozen=True)
-class FirstStageRun:
-    """Train the image autoencoder on all frames of a cache; `init` continues from a checkpoint folder's weights.
-
-    With `freeze_encoder` the decoder is trained alone: latents, hence deep tokens and what was trained on them, stay.
-    """
-
-    cache: str = "cache/sprites"
-    init: str | None = None
-    freeze_encoder: bool = False
-    tokenizer: str | None = None  # on this first stage: half of the latents come from deep tokens, as they will in use
-    rendered_share: float = 0.0  # of the images: frames that this tokenizer renders of training clips, sharpened by …
-    rendered_guidance: float = 2.5  # … this guidance, also as they will in use,
-    rendered_motion_scale: float = 1.0  # … and moved apart by this (`scale_motion`)
-    model: FirstStageConfig = field(default_factory=FirstStageConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    l1_weight: float = 0.1  # beside the squared error: keeps flat areas of pixel art flat
-    perceptual_weight: float = 0.0  # of `perceptual_distance`, which squared error alone leaves blurred
-    adversarial_weight: float = 0.0  # of a `FeatureDiscriminator`, trained beside it; needs a perceptual_weight
-    latent_noise: float = 0.05  # of the batch's latent deviation: the decoder will see imperfect latents
 
 
 def frames_to_pixels(frames: Tensor) -> Tensor:

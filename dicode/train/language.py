@@ -1,7 +1,7 @@
 """Stage 2: the language model learns from captions and cached deep tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ from dicode.device import Precision, autocast, pick_device
 from dicode.hub import content_hash, downloaded, load_weights, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.lm.text import TextTokenizer
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
 from dicode.train.clips import at_once
 from dicode.train.images import frames_to_pixels, pixels_to_frames
-from dicode.train.loop import LoopConfig
-from dicode.train.lora import LoRAConfig, add_adapters, merged
+from dicode.train.lora import add_adapters, merged
 from dicode.train.own import with_own
+from dicode.train.runs import LanguageRun
 from dicode.train.views import View
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 from dicode.video.sheet import contact_sheet
@@ -29,38 +28,6 @@ from dicode.video.sheet import contact_sheet
 RANKED_CLIPS = 48  # validation clips whose captions are matched with each other
 WRITTEN_CLIPS = 64  # captions of either split that the model writes from at every evaluation
 BODY_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
-
-
-@dataclass(frozen=True)
-class LanguageRun:
-    """Train a language model on the deep tokens of a tokenizer; `init` continues from another run's weights.
-
-    `body` begins from a language model for text, a GPT-2 or Llama of `transformers` with the sizes of `model`, and
-    extends its vocabulary. Without either, the vocabulary is learnt from the captions or taken from `vocabulary`.
-    """
-
-    cache: str = "cache/sprites"
-    tokenizer: str = "runs/tokenizer/best"
-    init: str | None = None
-    body: str | None = None  # a folder, or an id of Hugging Face
-    vocabulary: str | None = None  # a folder with tokenizer.json, or with vocab.json and merges.txt
-    model: DeepLMConfig = field(default_factory=lambda: SIZES["sprites"])
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    key_frames: int = 3  # of most samples: 4 s
-    longer: tuple[int, ...] = (9, 31)  # key frames of the steps that teach long videos, up to a minute …
-    longer_share: tuple[float, ...] = (0.08, 0.02)  # … and the share of steps of each
-    goal_share: float = 0.0  # of steps that tell the last key frame beforehand (needs `model.reads_goal`)
-    from_start: float = 0.75  # share of samples that begin where the video does; the others begin anywhere in its loop
-    long_captions: float = 0.4  # share of samples with the expanded caption, where there is one
-    null_captions: float = 0.1  # share without text, for guidance
-    word_dropout: float = 0.3  # share of samples that lose words …
-    dropped_words: float = 0.3  # … and how many of them
-    word_swaps: float = 0.0  # share of samples in which words of any captions stand in place of some: unsure of what …
-    swapped_words: float = 0.5  # … it was never told so (docs/heads.md), and how many of them
-    views: int = 0  # of every training video (`View`): from them it learns how a picture goes on, not which one to draw
-    view_share: float = 0.5  # share of samples that are such views
-    own_share: float = 0.0  # of steps that go on from what the model writes, to mend it (`with_own`); none with a goal
 
 
 def frame_tokens(

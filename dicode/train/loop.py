@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,17 +21,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from dicode.device import Precision, autocast, pick_device
+from dicode.device import autocast, pick_device
 from dicode.files import flush
 from dicode.hub import config_to_dict, content_hash, is_finite
 from dicode.seeds import generator_for
 from dicode.stopwatch import Stopwatch
 from dicode.train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
-from dicode.train.optim import OptimConfig, make_optimizers
+from dicode.train.optim import make_optimizers
 from dicode.train.parallel import (
     Processes,
     StepModule,
-    Strategy,
     copy_into,
     full,
     gradients_shared,
@@ -39,30 +38,10 @@ from dicode.train.parallel import (
     recompute_activations,
     whole,
 )
-from dicode.train.run_folder import NoLog, RunLog, Tracker, note_start
+from dicode.train.run_folder import NoLog, RunLog, note_start
+from dicode.train.runs import LoopConfig
 from dicode.train.signals import Stopped, StopSignal
 from dicode.train.speed import Speed
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """What the loop itself needs; `precision` is that of matrix products, by autocast: weights are float32."""
-
-    seed: int = 0
-    device: str = "auto"
-    precision: Precision = "auto"  # bfloat16 where the device has it
-    compile: bool = False  # torch.compile: a minute once, then 1.4× the speed on CPUs; language model (docs/log.md)
-    pieces: int = 1  # in which a step's batch is computed, shared out among processes; changes the random numbers
-    strategy: Strategy = "ddp"  # of several processes: each with all weights, or each with its share
-    checkpoint_activations: bool = False  # compute blocks a second time in the backward pass instead of keeping them
-    prefetch: bool = False  # make the next step's batch in a thread meanwhile: for accelerators
-    skip_non_finite: int = 0  # steps with NaN or infinity to leave out, and count, before the run stops
-    tracker: Tracker = "tensorboard"
-    log_samples: bool = False  # the sample numbers of every step, in log.jsonl
-    log_every: int = 20
-    evaluate_every: int = 1000
-    checkpoint_every: int = 500
-    optim: OptimConfig = field(default_factory=OptimConfig)
 
 
 @runtime_checkable

@@ -8,7 +8,6 @@ rounding at every step, and torch's fused encoder layer, which runs without grad
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,16 +18,7 @@ from torch.nn.utils import parametrize
 
 from dicode.hub import nearest
 from dicode.seeds import generator_for
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Adapters that train in place of the weights of `init`; rank 0: none, the weights themselves train."""
-
-    rank: int = 0
-    alpha: float = 16.0  # what an adapter adds counts alpha/rank
-    dropout: float = 0.0  # share of A that is left out of a training step
-    targets: tuple[str, ...] = ()  # layers, by the ends of their names (q_proj v_proj); none named: every layer
+from dicode.train.runs import LoRAConfig
 
 
 class LowRank(nn.Module):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from PIL import Image
 from dicode.evaluate.report import describe_commit, describe_device, versions
 from dicode.files import put_text
 from dicode.progress import duration
+from dicode.train.runs import Tracker
 
-Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 ABOUT_SPEED = ("trained_s", "samples_per_s", "data_share", "eta_s", "memory_gib", "mfu")
 
 

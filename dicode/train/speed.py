@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,15 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from dicode.device import peak_memory_gib
 from dicode.sizing import peak_flops
 from dicode.stopwatch import Stopwatch
-
-if TYPE_CHECKING:
-    from dicode.train.loop import LoopConfig
+from dicode.train.runs import LoopConfig
 
 
 class Speed:
     """How fast a run goes, between one look and the next."""
 
-    def __init__(self, config: "LoopConfig", device: torch.device, step: int, watch: Stopwatch):
+    def __init__(self, config: LoopConfig, device: torch.device, step: int, watch: Stopwatch):
         self.config, self.device, self.watch = config, device, watch
         self.first = self.step = step
         self.began_s = time.monotonic()

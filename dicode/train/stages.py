@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from dicode.train.clips import TokenizerRun, TokenizerTraining
-from dicode.train.images import FirstStageRun, FirstStageTraining
-from dicode.train.language import LanguageRun, LanguageTraining
+from dicode.train.clips import TokenizerTraining
+from dicode.train.images import FirstStageTraining
+from dicode.train.language import LanguageTraining
 from dicode.train.loop import Stage, train
 from dicode.train.parallel import Processes
+from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
 from dicode.train.signals import StopSignal
 from dicode.train.video_text import VideoTextRun, VideoTextTraining
 

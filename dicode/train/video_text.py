@@ -13,7 +13,7 @@ from torch.nn import functional
 from dicode.evaluate.video_text import FPS, FRAMES, SIZE, TinyVT, TinyVTConfig, accuracy, shuffled
 from dicode.lm.text import TextTokenizer
 from dicode.shapes import Video
-from dicode.train.loop import LoopConfig
+from dicode.train.runs import LoopConfig
 from dicode.video.shards import CachedVideo, FrameCache
 
 SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|counterclockwise)\b", re.IGNORECASE)

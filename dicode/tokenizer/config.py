@@ -1,0 +1,148 @@
+"""What a tokenizer is made of, as plain values: importing it needs no torch, so that help and plans come at once."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """`clip` reads pixels and stays frozen; `patch` reads first-stage latents and is trained with the resampler.
+
+    For `clip` the sizes are those of the vision tower (ViT-H/14: width 1280, depth 32, heads 16, patch 14, size 224).
+    """
+
+    kind: Literal["clip", "patch"] = "patch"
+    width: int = 192
+    depth: int = 3
+    heads: int = 3
+    size: int = 8  # side of the input: latent positions (`patch`) or pixels (`clip`)
+    patch: int = 1
+    channels: int = 16
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the input is first-stage latents rather than pixels."""
+        return self.kind == "patch"
+
+
+@dataclass(frozen=True)
+class FirstStageConfig:
+    """`tiny` is diffusers' AutoencoderTiny, `kl` its AutoencoderKL; `channels` lists the widths from fine to coarse."""
+
+    kind: Literal["tiny", "kl"] = "tiny"
+    channels: tuple[int, ...] = (64, 64, 64, 64)
+    latent_channels: int = 16
+    encoder_blocks: tuple[int, ...] = (0, 2, 2, 3)
+    decoder_blocks: tuple[int, ...] = (3, 2, 2, 1)
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels a latent position spans, along each side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Published: width 1024, depth 4, 12 heads of 64, 16 queries, features 1280, tokens 1024."""
+
+    width: int = 1024
+    depth: int = 4
+    heads: int = 12
+    head_width: int = 64
+    queries: int = 16
+    feature_width: int = 1280
+    features: int = 257  # features a key frame; only `grid_queries` needs to know
+    token_width: int = 1024
+    feedforward_factor: int = 4
+    grid_queries: bool = False  # start each query from the features of its own cell of the image (not published)
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Which network, and its sizes; a network reads only the fields that say so.
+
+    `context_frames` of the clip before and the coarse `key latents` enter every network as extra channels.
+    """
+
+    kind: Literal["hourglass", "wan", "unet3d"] = "hourglass"
+    context_frames: int = 2
+    uses_key_latents: bool = True
+    predicts_change: bool = False  # work on what differs from a cross-fade of the key latents (`ChangeDenoiser`)
+    depth: int = 2  # transformer blocks; `unet3d`: residual layers a level
+    heads: int = 4  # of attention; `unet3d`: at its finest level
+    width: int = 224  # `hourglass`, `wan`: of the transformer
+    fine_width: int = 128  # `hourglass`: of the convolutions around it
+    fine_blocks: int = 3  # `hourglass`: on either side
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # `unet3d`: fine to coarse
+    text_width: int = 1024  # `unet3d`: of the null text's tokens
+    text_tokens: int = 77  # `unet3d`
+    frame_stride: int = 3  # `unet3d`: 24 fps films, every third frame
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """`flow`: flow matching with logit-normal times. `v_prediction`: the published schedule (DESIGN §1)."""
+
+    objective: Literal["flow", "v_prediction"] = "flow"
+    shift: float = 1.0  # >1 spends more of training and sampling at high noise (Esser et al. 2024, section 5.3.2)
+    eta: float = 0.0  # DDIM's noise, `v_prediction` only; published 1.0
+    guidance_rescale: float = 0.0  # published 0.7
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Every part of a tokenizer, and the clip it works on.
+
+    A clip of ours is frames 0…15 between key frames at 0 and 16, the next clip's first. Published: `tail_frame` 15, so
+    that both key frames are the clip's own and the next clip begins with the same frame again (shown once).
+    """
+
+    size: int = 64
+    fps: float = 8.0
+    clip_frames: int = 16
+    tail_frame: int = 16  # where a clip's tail key frame lies: `clip_frames`, or one less
+    null_image: Literal["none", "black"] = "none"  # whose tokens guidance steers away from; none: zeros
+    key_head_width: int = 192
+    key_head_depth: int = 3
+    linear_code: bool = False  # tokens and key latents get a linear part (`LinearCode`), fitted before training
+    first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    resampler: ResamplerConfig = field(
+        default_factory=lambda: ResamplerConfig(
+            width=192,
+            depth=2,
+            heads=3,
+            head_width=64,
+            queries=16,
+            feature_width=192,
+            features=64,
+            token_width=32,
+            grid_queries=True,
+        )
+    )
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    steps: int = 12  # sampling steps where the caller names none
+    guidance: float = 1.0
+    temperature: float = 1.0  # of the noise a clip starts from: below 1 clips hold together better and move less
+    motion_scale: float = 1.0  # how far frames move from their clip's mean, times what was rendered: `scale_motion`
+
+    @property
+    def latent_size(self) -> int:
+        """Latent positions along a side."""
+        return self.size // self.first_stage.downsampling
+
+    @property
+    def clip_s(self) -> float:
+        """Seconds from one key frame to the next."""
+        return self.tail_frame / self.fps
+
+    @property
+    def repeated_frames(self) -> int:
+        """Frames at a clip's start that the clip before it has shown."""
+        return self.clip_frames - self.tail_frame
+
+    def num_clips(self, frames: int) -> int:
+        """Clips that hold a video of this many frames."""
+        return max(1, math.ceil((frames - self.repeated_frames) / self.tail_frame))
