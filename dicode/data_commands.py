@@ -72,7 +72,7 @@ def cache(command: Cache, watch: Stopwatch) -> int:
 def verify(command: Verify, watch: Stopwatch) -> int:
     """Every shard is read; exits with the count of those that are not what the index says."""
     folder = place(command.cache)
-    shards, videos = read_cache_index(folder)
+    shards, videos = read_cache_index(folder, hashes=True)
     faults = [
         said
         for shard in tracked(shards, f"reading {folder.name}", "shard")

@@ -7,8 +7,8 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from dicode.lm.sizes import DeepLMConfig
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.train.runs import LanguageRun, LoopConfig, LoRAConfig, OptimConfig, TokenizerRun
-from dicode.video.shards import FrameCache
+from dicode.video.shards import CachedVideo, FrameCache
 
 try:
     from dicode.evaluate.report import write_result
@@ -138,7 +138,7 @@ def _records(command: Finetune, base: Path, work: Path) -> list[ClipRecord]:
     return records
 
 
-def _cached(command: Finetune, folder: Path, size: int, watch: Stopwatch) -> tuple[Any, ...]:
+def _cached(command: Finetune, folder: Path, size: int, watch: Stopwatch) -> Sequence[CachedVideo]:
     """The videos of the clips' cache, which is made where it is not there yet."""
     if not (folder / "index.json").is_file():
         make_cache(Cache(command.folders, str(folder), size=size, loops=command.loops), watch)

@@ -7,7 +7,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -231,7 +231,7 @@ def likelihoods(stage: LanguageTraining) -> dict[str, float]:
     return figures
 
 
-def caption_ranks(stage: LanguageTraining, videos: tuple[CachedVideo, ...]) -> dict[int, float]:
+def caption_ranks(stage: LanguageTraining, videos: Sequence[CachedVideo]) -> dict[int, float]:
     """Percentile rank of each clip's own caption among others of its folder, by its place; some have no rivals."""
     ranks = {}
     for i, video in enumerate(videos):

@@ -214,7 +214,7 @@ def test_copies_are_left_out_whatever_the_shards(tmp_path: Path, files_per_shard
     assert [video.file for video in cache.videos] == ["0.mp4", "1.mp4", "3.mp4", "4.mp4"]
     assert len(cache.frames) == 80 and [video.first for video in cache.videos] == [0, 20, 40, 60]
     name = tmp_path.name
-    assert json.loads((tmp_path / "cache/index.json").read_text())["repeats"] == [
+    assert [json.loads(line) for line in (tmp_path / "cache/copies.jsonl").read_text().splitlines()] == [
         {"source": name, "file": "2.mp4", "start_s": 0.0, "repeats": f"{name}/0.mp4"},
         {"source": name, "file": "5.mp4", "start_s": 0.0, "repeats": f"{name}/1.mp4"},
     ]

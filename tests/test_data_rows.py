@@ -1,8 +1,10 @@
 """A cache in several shards: read as one, computed shard by shard, checked before it is trusted."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_training import write_cache
@@ -10,7 +12,9 @@ from test_training import write_cache
 from dicode.cli import main
 from dicode.data.build import CacheOptions, build_cache
 from dicode.data.index import read_index
-from dicode.video.shards import CacheError, FrameCache, Rows
+from dicode.video import shards
+from dicode.video.columns import CAPTIONED, VALIDATION, CachedVideo, FrameRows, Videos
+from dicode.video.shards import CacheError, FrameCache, Rows, read_cache_index
 
 
 @pytest.fixture
@@ -112,7 +116,12 @@ def test_a_damaged_shard_is_found_and_made_again(
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("[]", "expected format 1, got 'list'"), ('{"format": 1}', "not an index"), ("{", "not an index")],
+    [
+        ("[]", "expected format 2, got 'list'"),
+        ('{"format": 1}', "expected format 2, got 1; make the cache again"),
+        ('{"format": 2}', "not an index"),
+        ("{", "not an index"),
+    ],
 )
 def test_an_index_of_another_kind_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "index.json").write_text(text)
@@ -127,4 +136,80 @@ def test_the_index_tells_what_every_shard_is(cache: Path) -> None:
     assert [shard["bytes"] for shard in index["shards"]] == [
         (cache / f"shard-0000{i}.safetensors").stat().st_size for i in range(3)
     ]
-    assert [video["first"] for video in index["videos"]] == [0, 20, 40, 60, 80, 100]
+    assert [video.first for video in FrameCache.load(cache).videos] == [0, 20, 40, 60, 80, 100]
+    assert index["videos"]["videos"] == 6 and index["videos"]["bytes"] == (cache / "videos.safetensors").stat().st_size
+
+
+def drawn_videos(count: int) -> list[CachedVideo]:
+    """Videos of all kinds, whose frames follow each other."""
+    videos, first = [], 0
+    for i in range(count):
+        frames = 1 if i % 5 == 2 else 3 + i % 7
+        captions = tuple(f"clip {i} é {j}" for j in range(i % 4))
+        extra = {"object": "cup", "ids": [i, None, 1.5]} if i % 3 else {}
+        times = (frames / 8, float(i % 2))
+        videos.append(
+            CachedVideo(f"s{i % 3}", f"{i}.mp4", captions, i % 4 == 0, i % 6 == 1, first, frames, *times, extra)
+        )
+        first += frames
+    return videos
+
+
+def test_videos_come_back_from_their_columns_and_one_is_made_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = drawn_videos(40)
+    drawn[3] = dataclasses.replace(drawn[3], file="\udcff\udcfe.mp4")  # a name that is not UTF-8
+    videos = Videos.of(drawn)
+    assert list(videos) == drawn and videos == tuple(drawn) and videos[-1] == drawn[-1]
+    assert list(videos[3:30:4]) == drawn[3:30:4] and list(videos[np.array([5, 2])]) == [drawn[5], drawn[2]]
+    assert list(videos.having(VALIDATION)) == [v for v in drawn if v.validation]
+    assert list(videos.having(VALIDATION, False).having(CAPTIONED)) == [
+        v for v in drawn if not v.validation and v.captions
+    ]
+    assert list(videos.lasting(1.0)) == [v for v in drawn if v.lasts(1.0)]
+    assert [len(videos.spread(n)) for n in (1, 7, 40, 99)] == [1, 7, 40, 40]
+    made: list[int] = []
+    monkeypatch.setattr(Videos, "_made", lambda self, number: made.append(number))
+    videos.having(VALIDATION, False).lasting(0.5).spread(3)[1]
+    assert len(made) == 1
+
+
+def test_what_lasts_is_a_loop_or_long_enough_and_never_a_still_image() -> None:
+    video = drawn_videos(1)[0]
+    kinds = [(16, 2.0, False), (16, 1.95, False), (16, 1.9, False), (1, 5.0, False), (1, 5.0, True), (3, 0.3, True)]
+    made = [dataclasses.replace(video, count=c, period_s=s, loops=loops) for c, s, loops in kinds]
+    assert [v.lasts(2.0) for v in made] == [True, True, False, False, False, True]
+    assert list(Videos.of(made).lasting(2.0)) == [v for v in made if v.lasts(2.0)]
+
+
+def test_rows_of_frames_are_found_without_a_list_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = drawn_videos(40)
+    chosen = [v for v in drawn if not v.validation]
+    whole = torch.cat([torch.arange(v.first, v.first + v.count) for v in chosen])
+    monkeypatch.setattr("dicode.video.columns.BLOCK", 4)
+    rows = FrameRows(Videos.of(drawn).having(VALIDATION, False))
+    assert len(rows) == len(whole) and torch.equal(rows[:], whole) and torch.equal(rows[5:90:7], whole[5:90:7])
+    at = torch.randint(len(whole), (3, 50), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rows[at], whole[at])
+    assert torch.equal(rows.spread(9), whole[torch.linspace(0, len(whole) - 1, 9).round().long()])
+    with pytest.raises(IndexError, match=f"expected frames from 0 to {len(whole) - 1}"):
+        rows[[len(whole)]]
+
+
+def test_a_file_of_videos_that_is_another_is_refused(cache: Path) -> None:
+    path = cache / "videos.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(CacheError, match=f"expected {len(whole)} bytes, got {len(whole) - 1}; make the cache again"):
+        FrameCache.load(cache)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CacheError, match="expected SHA-256"):
+        read_cache_index(cache, hashes=True)
+
+
+def test_shards_are_opened_when_they_are_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    real = shards.read_tensors
+    monkeypatch.setattr(shards, "read_tensors", lambda path: opened.append(path.name) or real(path))
+    frames = FrameCache.load(cache)
+    frames.frames[frames.clip_rows(frames.videos[5], 0.0, 4, 8.0)]
+    assert sorted(opened) == ["shard-00000.safetensors", "shard-00002.safetensors", "videos.safetensors"]

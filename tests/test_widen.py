@@ -96,7 +96,7 @@ def test_the_first_numbers_are_those_of_the_narrower_code_and_more_is_told(
     prepared: Path, wide: DiCoDe, held: DiCoDe
 ) -> None:
     cache = FrameCache.load(prepared / "cache").subset(validation=False)
-    pixels = frames_to_pixels(cache.frames[cache.frame_rows()])
+    pixels = frames_to_pixels(cache.frames[cache.frame_rows()[:]])
     latents, same = (model.tokenizer.first_stage.encode(pixels) for model in (wide, held))
     assert torch.equal(latents, same)
     told = [model.tokenizer.key_latents(model.tokenizer.tokens_of(latents)) for model in (wide, held)]

@@ -1,7 +1,7 @@
 """Videos to the shards of a training cache: the same bytes however many workers, and however often it was stopped.
 
 Beside the shards lie what each of them was made of and from (shard-00000.json), for the same command to go on from, and
-quarantine.jsonl, the files that could not be read.
+quarantine.jsonl, the files that could not be read, and copies.jsonl, the videos that were left out as copies.
 """
 
 import dataclasses
@@ -21,10 +21,11 @@ from dicode.files import PARTIAL, Place, fetched, put_text, state_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
 from dicode.progress import Progress
 from dicode.shapes import Video
+from dicode.video.columns import VIDEOS, CachedVideo
 from dicode.video.io import Times, VideoReadError, native_frames
-from dicode.video.shards import INDEX, CachedVideo, Shard, fault, index_text, shard_name, write_shard
+from dicode.video.shards import INDEX, Shard, fault, index_text, shard_name, write_shard, write_videos
 
-QUARANTINE = "quarantine.jsonl"
+QUARANTINE, COPIES = "quarantine.jsonl", "copies.jsonl"
 
 
 @dataclass(frozen=True)
@@ -264,11 +265,12 @@ def finish(made: Sequence[Made], output: Place) -> None:
     for old in (*output.glob("shard-*"), *output.glob(f".*{PARTIAL}")):
         if old.name.partition(".")[0] not in names:
             old.unlink()
-    text = index_text(shards, videos, repeats=copies)
+    put_text(output / COPIES, "".join(json.dumps(copy, ensure_ascii=False) + "\n" for copy in copies))
+    text = index_text(shards, *write_videos(output, videos)) if videos else ""
     if videos and index.is_file() and index.read_text(encoding="utf-8") == text:
         return
     for old in output.glob("*.safetensors"):
-        if not old.name.startswith("shard-"):  # computed of the whole cache as it was
+        if not old.name.startswith("shard-") and old.name != VIDEOS:  # computed of the whole cache as it was
             old.unlink()
     index.unlink(missing_ok=True)
     if not videos:

@@ -32,7 +32,10 @@ from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, Token
 from dicode.train.images import frames_to_pixels, pixels_to_frames, psnr_db
 from dicode.train.lora import add_adapters, merged
 from dicode.train.runs import TokenizerRun
+from dicode.video.columns import FrameRows
 from dicode.video.shards import CachedVideo, FrameCache, Rows
+
+MOST_FITTED = 20_000  # frames that a linear code is fitted to
 
 
 def first_stage_latents(
@@ -62,14 +65,14 @@ def at_once(count: int, size: int) -> int:
 
 @torch.no_grad()
 def fit_linear_code(
-    tokenizer: VideoTokenizer, latents: Rows, rows: Tensor, narrower: VideoTokenizer | None = None
+    tokenizer: VideoTokenizer, latents: Rows, rows: FrameRows, narrower: VideoTokenizer | None = None
 ) -> None:
-    """Fit a tokenizer's linear code to up to 20,000 of these rows of latents, or extend that of narrower tokens to it.
+    """Fit a tokenizer's linear code to `MOST_FITTED` of these rows of latents, or extend that of narrower tokens to it.
 
     What the networks add to it begins at zero. Raises `ValueError` as `LinearCode.fit` and `LinearCode.extend`.
     """
     assert tokenizer.linear_code is not None and tokenizer.key_head is not None
-    fitted = latents[rows[:: len(rows) // 20_000 + 1], 0].float()
+    fitted = latents[rows.spread(MOST_FITTED), 0].float()
     if narrower is None:
         mean, variance = tokenizer.linear_code.fit(fitted)
     else:

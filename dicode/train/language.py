@@ -1,6 +1,6 @@
 """Stage 2: the language model learns from captions and cached deep tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ class LanguageTraining:
         metrics["written_rank"] = self.written(self.validation.videos)[1]
         return metrics, None if self.tokenizer.key_head is None else self.sheet()
 
-    def sample_of(self, videos: tuple[CachedVideo, ...], key_frames: int | None = None) -> tuple[Tensor, Tensor]:
+    def sample_of(self, videos: Sequence[CachedVideo], key_frames: int | None = None) -> tuple[Tensor, Tensor]:
         """Short captions and tokens of videos from their start, without augmentation."""
         device = next(self.module.parameters()).device
         rows = torch.stack([self.key_frame_rows(v, key_frames or self.run.key_frames) for v in videos])
@@ -228,7 +228,7 @@ class LanguageTraining:
             ranks.append((loss > loss[own]).float().sum() / max(1, n - 1) * 100)
         return torch.stack(ranks).mean().item()
 
-    def written(self, videos: tuple[CachedVideo, ...]) -> tuple[float, float]:
+    def written(self, videos: Sequence[CachedVideo]) -> tuple[float, float]:
         """Write the first key frame of up to 64 captions and look it up among the real ones of all `videos`.
 
         Returns the share whose nearest real key frame carries the caption (0…1), and the mean percentile rank (100
@@ -250,7 +250,7 @@ class LanguageTraining:
 
     def sheet(self) -> Image.Image:
         """Real and written key frames, through the key-frame head, for six training and six validation captions."""
-        videos = self.cache.videos[:: max(1, len(self.cache.videos) // 6)][:6] + self.validation.videos[::20][:6]
+        videos = [*self.cache.columns.spread(6), *self.validation.columns.spread(6)]
         ids, real = self.sample_of(videos)
         written = torch.stack(
             list(self.module.generate(ids, self.run.key_frames, variance_scale=0.1, temperature=0.0)), dim=1
@@ -268,6 +268,6 @@ class LanguageTraining:
         write_config(folder, {"lm": section, "tokenizer": tokenizer, "deep_tokens": self.tokenizer.token_hash()})
 
 
-def chunks(videos: tuple[CachedVideo, ...], size: int) -> list[tuple[CachedVideo, ...]]:
+def chunks(videos: Sequence[CachedVideo], size: int) -> list[Sequence[CachedVideo]]:
     """Consecutive pieces of at most `size`."""
     return [videos[i : i + size] for i in range(0, len(videos), size)]

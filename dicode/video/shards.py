@@ -2,45 +2,34 @@
 
 cache/shard-00000.safetensors          frames u8 `f h w c`, times_s f64 `f`; read through memory maps
 cache/shard-00000.NAME.safetensors     what was computed of its frames: `values`, first axis `f`
-cache/index.json                       shards with size and SHA-256, videos, and which ones repeat another
+cache/index.json                       shards and the file of videos, each with size and SHA-256
+cache/videos.safetensors               the videos; see `dicode.video.columns`
 """
 
 import dataclasses
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dicode.files import Place, place, put, put_text, sha256_of
+from dicode.files import Place, fetched, place, put, put_text, sha256_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
 from dicode.progress import Progress
+from dicode.video.columns import DTYPES, VALIDATION, VIDEOS, FrameRows, Videos, joined
+from dicode.video.columns import CachedVideo as CachedVideo  # which other modules import from here
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
-
-
-@dataclass(frozen=True)
-class CachedVideo:
-    """One video of a cache: frames `first … first + count − 1`, which play for `period_s` seconds and may loop."""
-
-    source: str
-    file: str
-    captions: tuple[str, ...]
-    validation: bool
-    loops: bool
-    first: int
-    count: int
-    period_s: float
-    start_s: float = 0.0  # where it begins in its file, if that was cut into scenes
+MOST_OPEN = 1024  # shards mapped at a time: Linux allows a process 65,530 maps, 10 million clips are 156,250 shards
 
 
 @dataclass(frozen=True)
@@ -57,12 +46,40 @@ class CacheError(ValueError):
     """A cache that cannot be read: says which file, what was expected and what was found."""
 
 
+class OpenedWhenRead(Sequence[Tensor]):
+    """One tensor of each of many safetensors files; the last ones read stay mapped.
+
+    `read` is shared by the tensors of the same files.
+    """
+
+    def __init__(self, files: Sequence[Path], name: str, read: Callable[[Path], dict[str, Tensor]]) -> None:
+        self.files, self.name, self.read = files, name, read
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, at: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, at: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(at, slice):
+            return OpenedWhenRead(self.files[at], self.name, self.read)
+        return self.read(self.files[at])[self.name]
+
+
+def last_read() -> Callable[[Path], dict[str, Tensor]]:
+    """`read_tensors` that keeps the last files mapped."""
+    return lru_cache(MOST_OPEN)(read_tensors)
+
+
 class Rows:
     """Tensors of equal width beneath each other, indexed by row as if they were one; none is copied whole."""
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self.parts = list(parts)
-        self.starts = [0, *accumulate(len(part) for part in parts)]
+    def __init__(self, parts: Sequence[Any], sizes: Sequence[int] | None = None) -> None:
+        """`parts` are tensors; `sizes` their numbers of rows, where they are not to be opened for it."""
+        self.parts = parts
+        self.starts = [0, *accumulate(sizes or [len(part) for part in parts])]
         self.shape = torch.Size([self.starts[-1], *parts[0].shape[1:]])
         self._bounds = torch.tensor(self.starts[1:])
 
@@ -93,10 +110,18 @@ class Rows:
 class FrameCache:
     """All videos of a data set, their frames in memory or in shards."""
 
-    videos: tuple[CachedVideo, ...]
+    videos: Sequence[CachedVideo]  # `Videos`, made of what is given
     frames: Tensor | Rows  # uint8 f h w c
     times_s: Tensor | Rows  # float64 f, from the start of each video
     files: tuple[Path, ...] = ()  # of the shards
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "videos", Videos.of(self.videos))
+
+    @property
+    def columns(self) -> Videos:
+        """The videos, as what they are."""
+        return cast(Videos, self.videos)
 
     @classmethod
     def load(cls, folder: str | Path) -> "FrameCache":
@@ -107,9 +132,9 @@ class FrameCache:
         shards, videos = read_cache_index(where)
         if wrong := [said for shard in shards if (said := fault(where, shard, hashes=False))]:
             raise CacheError(f"{wrong[0]}; make the cache again with the same `dicode data cache`, or copy it again")
-        files = tuple(where / shard.file for shard in shards)
-        tensors = [read_tensors(file) for file in files]
-        frames, times_s = (Rows([t[name] for t in tensors]) for name in ("frames", "times_s"))
+        files, sizes = tuple(where / shard.file for shard in shards), [shard.frames for shard in shards]
+        read = last_read()
+        frames, times_s = (Rows(OpenedWhenRead(files, name, read), sizes) for name in ("frames", "times_s"))
         return cls(videos, frames, times_s, files)
 
     def save(self, folder: str | Path) -> None:
@@ -123,34 +148,32 @@ class FrameCache:
         for old in (*folder.glob("*.safetensors"), *folder.glob("shard-*.json")):
             old.unlink()
         shard = write_shard(folder, shard_name(0), self.frames[:], self.times_s[:])
-        put_text(folder / INDEX, index_text([shard], self.videos))
+        write_index(folder, [shard], self.columns)
 
     def computed(self, name: str, make: Callable[[Tensor], Tensor]) -> Rows:
         """What `make` gives for all frames, kept beside each shard under `name`; interrupted, it goes on by shards."""
         if not isinstance(self.frames, Rows) or not self.files:
             return Rows([make(self.frames[:])])
-        parts = zip(self.files, self.frames.parts, strict=True)
-        made = []
+        made = [file.with_suffix(f".{name}.safetensors") for file in self.files]
+        sizes = np.diff(self.frames.starts).tolist()
         with Progress(f"computing {name.split('-')[0]}", len(self.frames), "frame") as progress:
-            for file, frames in parts:
-                path = file.with_suffix(f".{name}.safetensors")
+            for number, path in enumerate(made):
                 if not path.is_file():
-                    values = make(frames)
+                    values = make(self.frames.parts[number])
                     put(path, partial(save_file, {"values": values}))
-                made.append(read_tensors(path)["values"])
-                progress.update(len(frames))
-        return Rows(made)
+                progress.update(sizes[number])
+        return Rows(OpenedWhenRead(made, "values", last_read()), sizes)
 
     def subset(self, validation: bool) -> "FrameCache":
         """The videos of one split; the frames are shared, not copied. Raises `ValueError` where it has none."""
-        chosen = tuple(v for v in self.videos if v.validation == validation)
+        chosen = self.columns.having(VALIDATION, validation)
         if not chosen:
             raise ValueError(f"none of {len(self.videos)} videos is for {'validation' if validation else 'training'}")
         return dataclasses.replace(self, videos=chosen)
 
-    def frame_rows(self) -> Tensor:
-        """Row numbers of all frames of the videos in this (sub)set."""
-        return torch.cat([torch.arange(v.first, v.first + v.count) for v in self.videos])
+    def frame_rows(self) -> FrameRows:
+        """Row numbers of all frames of the videos in this (sub)set; `[:]` makes them all."""
+        return FrameRows(self.columns)
 
     def clip_rows(self, video: CachedVideo, start_s: float, num_frames: int, fps: float) -> Tensor:
         """Row of the frame shown at `start_s + i / fps`; a looping video wraps, another holds its last frame."""
@@ -164,15 +187,14 @@ class FrameCache:
 
 def join_caches(folders: Sequence[str | Path], output: Path) -> None:
     """Make of several caches one that is an index alone: shards, and what is computed of them, stay where they are."""
-    shards: list[Shard] = []
-    videos: list[CachedVideo] = []
-    for folder in folders:
-        first = sum(shard.frames for shard in shards)
-        own, theirs = read_cache_index(Path(folder))
-        shards += [dataclasses.replace(shard, file=str(Path(folder, shard.file).resolve())) for shard in own]
-        videos += [dataclasses.replace(video, first=first + video.first) for video in theirs]
-    output.mkdir(parents=True, exist_ok=True)
-    put_text(output / INDEX, index_text(shards, videos))
+    parts = [(Path(folder).resolve(), *read_cache_index(Path(folder))) for folder in folders]
+    shards = [
+        dataclasses.replace(shard, file=str(folder / shard.file))
+        for folder, own_shards, _ in parts
+        for shard in own_shards
+    ]
+    frames = [sum(shard.frames for shard in own_shards) for _, own_shards, _ in parts]
+    write_index(output, shards, joined([videos for _, _, videos in parts], frames))
 
 
 def shard_name(number: int) -> str:
@@ -193,8 +215,8 @@ def write_shard(folder: Place, name: str, frames: Tensor, times_s: Tensor) -> Sh
     return Shard(path.name, len(frames), *facts[0])
 
 
-def fault(folder: Place, shard: Shard, hashes: bool) -> str:
-    """What is wrong with a shard's file, by its size and, if asked for, its SHA-256; '' for nothing."""
+def fault(folder: Place, shard: "Shard | VideosFile", hashes: bool) -> str:
+    """What is wrong with a file, by its size and, if asked for, its SHA-256; '' for nothing."""
     path = folder / shard.file
     if not path.is_file():
         return f"{path}: missing"
@@ -205,14 +227,54 @@ def fault(folder: Place, shard: Shard, hashes: bool) -> str:
     return ""
 
 
-def index_text(shards: Sequence[Shard], videos: Sequence[CachedVideo], **more: Any) -> str:
-    """The content of index.json, which makes shards a cache; `more` values are for whoever looks into it."""
-    more |= {"shards": [dataclasses.asdict(s) for s in shards], "videos": [dataclasses.asdict(v) for v in videos]}
-    return json.dumps({"format": FORMAT, **more}, indent=0, ensure_ascii=False) + "\n"
+@dataclass(frozen=True)
+class VideosFile:
+    """The file of a cache's videos: what it should hold."""
+
+    file: str
+    videos: int
+    validation: int
+    bytes: int
+    sha256: str
 
 
-def read_cache_index(folder: Place) -> tuple[tuple[Shard, ...], tuple[CachedVideo, ...]]:
-    """The shards and videos of a cache. Raises `FileNotFoundError`, or `CacheError` for another kind of index.json."""
+def write_videos(folder: Place, videos: Iterable[CachedVideo]) -> tuple[VideosFile, Sequence[str]]:
+    """Write the videos of a cache, and remove an index of others; gives the file's facts and the videos' sources.
+
+    Equal videos give equal bytes.
+    """
+    columns = Videos.of(videos)
+    facts: list[VideosFile] = []
+
+    def write(partial: Path) -> None:
+        save_file(columns.tensors(), partial)
+        validation = int((columns.column("flags") & VALIDATION != 0).sum())
+        facts.append(VideosFile(VIDEOS, len(columns), validation, partial.stat().st_size, sha256_of(partial)))
+        index = folder / INDEX
+        if index.is_file() and facts[0].sha256 not in index.read_text(encoding="utf-8"):
+            index.unlink()
+
+    put(folder / VIDEOS, write)
+    return facts[0], columns.sources
+
+
+def write_index(folder: Place, shards: Sequence[Shard], videos: Iterable[CachedVideo]) -> None:
+    """Make shards a cache of these videos."""
+    put_text(folder / INDEX, index_text(shards, *write_videos(folder, videos)))
+
+
+def index_text(shards: Sequence[Shard], videos: VideosFile, sources: Sequence[str]) -> str:
+    """The content of index.json: the same for equal shards and videos."""
+    values = {"format": FORMAT, "videos": dataclasses.asdict(videos), "sources": list(sources)}
+    values["shards"] = [dataclasses.asdict(shard) for shard in shards]
+    return json.dumps(values, indent=0, ensure_ascii=False) + "\n"
+
+
+def read_cache_index(folder: Place, hashes: bool = False) -> tuple[tuple[Shard, ...], Videos]:
+    """The shards and videos of a cache; `hashes` compares the file of videos with its SHA-256.
+
+    Raises `FileNotFoundError`, or `CacheError` for another kind of index.json and for another file of videos.
+    """
     path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no frame cache there; make it with `dicode data cache`")
@@ -221,10 +283,14 @@ def read_cache_index(folder: Place) -> tuple[tuple[Shard, ...], tuple[CachedVide
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         if found != FORMAT:
             raise CacheError(f"{path}: expected format {FORMAT}, got {found!r}; make the cache again")
-        shards, videos = values["shards"], values["videos"]
-        return (
-            tuple(config_from_dict(Shard, entry, INDEX) for entry in shards),
-            tuple(config_from_dict(CachedVideo, entry, INDEX) for entry in videos),
-        )
-    except (json.JSONDecodeError, KeyError, CheckpointError) as error:
+        held = config_from_dict(VideosFile, values["videos"], INDEX)
+        shards = tuple(Shard(**entry) for entry in values["shards"])
+        if wrong := fault(folder, held, hashes):
+            raise CacheError(f"{wrong}; make the cache again with the same `dicode data cache`, or copy it again")
+        with fetched(folder / held.file) as local:
+            columns = {name: tensor.numpy() for name, tensor in read_tensors(local).items()}
+        if not columns.keys() == {*DTYPES, "text"} or {len(columns[name]) for name in DTYPES} != {held.videos}:
+            raise CacheError(f"{folder / held.file}: not the videos of {path}; make the cache again")
+        return shards, Videos(columns, values["sources"])
+    except (json.JSONDecodeError, KeyError, TypeError, CheckpointError) as error:
         raise CacheError(f"{path}: not an index of a cache ({error}); make the cache again") from error
