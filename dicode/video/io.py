@@ -3,63 +3,55 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import av
 import numpy as np
-import torch
-from av.container import InputContainer
-from av.video.reformatter import Interpolation
-from av.video.stream import VideoStream
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from numpy import ndarray
-from PIL import Image, ImageOps
 from upath import UPath
 
+from dicode.files import read_text
 from dicode.shapes import Video
+from dicode.video.container import CONTAINER_SUFFIXES, container_comment, container_frames, stream_facts
+from dicode.video.fit import Fit, Size, fitted
+from dicode.video.images import IMAGE_SUFFIXES, folder_frames, image_comment, image_format, image_frames
+from dicode.video.timed import (
+    DEFAULT_FPS,
+    MOST_BYTES,
+    MOST_PIXELS,
+    TIME_TOLERANCE_S,
+    Picture,
+    Shown,
+    Timed,
+    VideoReadError,
+    checked_fps,
+    shown,
+)
 from dicode.video.writer import FOLDER_METADATA, VideoWriter
 
 __all__ = [
+    "DEFAULT_FPS",
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "Facts",
     "VideoFrames",
     "VideoReadError",
     "VideoWriter",
     "frame_indices",
     "native_frames",
     "natural_key",
+    "probe",
     "read_metadata",
     "read_video",
 ]
 
-Fit = Literal["crop", "pad"]
-Size = int | tuple[int, int]
-Picture = UInt8[ndarray, "_h _w _c"]
 Times = Float[ndarray, "f"]
 FrameIndices = Int[ndarray, "n"]
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".apng"})
-VIDEO_SUFFIXES = IMAGE_SUFFIXES | {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"}
-
-# Matroska rounds times to 1 ms, so a frame starting up to this much late still counts as shown.
-TIME_TOLERANCE_S = 1e-3
-# Browsers show a frame of an animated image that asks for 10 ms or less for 100 ms; so do we.
-SHORTEST_DELAY_S, REPLACED_DELAY_S = 0.010, 0.100
-DEFAULT_FPS = 8.0
-# swscale's default loses 1 to 3 levels of colour each time a file is read; these flags round without bias and place
-# colour samples where the file says. (POINT, which would undo our own writing exactly, shifts everyone else's colours.)
-EXACT_COLOURS = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-# Real containers only: FFmpeg would also open playlists, which read other files, and draw plain text as video.
-_CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf,h264,hevc,ivf,m4v,mp3,wav,flac"
-)
-
-
-class VideoReadError(ValueError):
-    """A file that is no readable video: says which file, what was expected and found, and what to do."""
+VIDEO_SUFFIXES = IMAGE_SUFFIXES | CONTAINER_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -76,16 +68,25 @@ class VideoFrames:
         return len(self.frames) / self.fps
 
 
-class _Timed(NamedTuple):
-    time_s: float
-    duration_s: float | None  # None where the file does not say
-    render: Callable[[], Picture]  # conversion waits until the frame is known to be wanted
+@dataclass(frozen=True)
+class Facts:
+    """What a file holds, found without decoding a video; sizes are before rotation. A still lasts no time."""
 
+    height: int
+    width: int
+    num_frames: int
+    duration_s: float
+    hdr: bool = False  # PQ or HLG: frames are tone-mapped when they are read
 
-class _Shown(NamedTuple):
-    start_s: float
-    end_s: float
-    render: Callable[[], Picture]
+    @property
+    def still(self) -> bool:
+        """Whether there is a single frame."""
+        return self.num_frames == 1
+
+    @property
+    def fps(self) -> float:
+        """The mean rate; 0 for a still image."""
+        return self.num_frames / self.duration_s if self.duration_s > 0 else 0.0
 
 
 def read_video(
@@ -104,40 +105,43 @@ def read_video(
 
     The last frame is shown for its own duration, a still image for one frame. `fps=None` keeps the file's own frames.
     `size` is a side or (height, width): the picture is scaled to cover it and cropped at the centre, or scaled to fit
-    and padded with white. Rotation flags are obeyed, transparency is laid over white. A folder runs at `folder_fps`,
-    else at the rate in its metadata.json, else at 8. Only the frames returned are held in memory.
+    and padded with white. Rotation flags are obeyed, transparency is laid over white, HDR is tone-mapped. A folder runs
+    at `folder_fps`, else at the rate in its metadata.json, else at 8. Only the frames returned are held in memory.
 
-    Raises `VideoReadError` for whatever cannot be read, for fewer than `min_frames` frames, and for a file that breaks
-    off (`allow_partial=True` takes what came before).
+    Raises `VideoReadError` for whatever cannot be read, for fewer than `min_frames` frames, for what is beyond the
+    bounds of `timed.py`, and for a file that breaks off (`allow_partial=True` takes what came before).
     """
-    if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps: expected a positive rate or None, got {fps}")
-    if start_s < 0:
+    path = Path(path)
+    fps = None if fps is None else checked_fps(fps, "fps")
+    if not (math.isfinite(start_s) and start_s >= 0):
         raise ValueError(f"start_s: expected a time from 0 on, got {start_s}")
-    path, end_s = Path(path), math.inf if max_duration_s is None else start_s + max_duration_s
-    frames: list[Picture] = []
-    seen, shown_until_s, first_start_s = 0, 0.0, 0.0
-    for shown in _shown(_timed_frames(path, 1 / (fps or DEFAULT_FPS), folder_fps, allow_partial)):
-        seen, shown_until_s = seen + 1, shown.end_s
+    if max_duration_s is not None and not max_duration_s > 0:
+        raise ValueError(f"max_duration_s: expected a positive time or None, got {max_duration_s}")
+    end_s = math.inf if max_duration_s is None else start_s + max_duration_s
+    held = _Held(path, size, fit)
+    seen, shown_until_s, seen_from_s, first_start_s = 0, 0.0, 0.0, 0.0
+    for frame in shown(path, _timed_frames(path, 1 / (fps or DEFAULT_FPS), folder_fps, allow_partial, start_s)):
+        seen_from_s = seen_from_s if seen else frame.start_s
+        seen, shown_until_s = seen + 1, frame.end_s
         if fps is None:
-            wanted = int(shown.end_s - TIME_TOLERANCE_S > start_s and shown.start_s + TIME_TOLERANCE_S < end_s)
+            wanted = int(frame.end_s - TIME_TOLERANCE_S > start_s and frame.start_s + TIME_TOLERANCE_S < end_s)
         else:  # sample times start_s + i/fps from the next one on, up to this frame's end
-            until_s = min(shown.end_s, end_s) - TIME_TOLERANCE_S
-            wanted = max(0, math.ceil((until_s - start_s) * fps) - len(frames))
+            until_s = min(frame.end_s, end_s) - TIME_TOLERANCE_S
+            wanted = max(0, math.ceil((until_s - start_s) * fps) - held.count)
         if wanted:
-            first_start_s = first_start_s if frames else shown.start_s
-            frames += [_checked(path, _fit(shown.render(), size, fit), frames)] * wanted
-        if shown.end_s >= end_s:
+            first_start_s = first_start_s if held.count else frame.start_s
+            held.add(frame, wanted)
+        if frame.end_s >= end_s:
             break
-    if len(frames) < max(min_frames, 1):
+    if held.count < max(min_frames, 1):
         rate = f" at {fps:g} fps" if fps else ""
         raise VideoReadError(
             f"{path}: too short: expected at least {max(min_frames, 1)} frame(s){rate} from {start_s:g} s on,"
-            f" got {len(frames)}; the file lasts {shown_until_s:.3g} s ({seen} frame(s))"
+            f" got {held.count}; the file lasts {shown_until_s:.3g} s ({seen} frame(s))"
         )
-    own_fps = len(frames) / max(shown_until_s - first_start_s, TIME_TOLERANCE_S)
-    source_fps = seen / max(shown_until_s, TIME_TOLERANCE_S)
-    return VideoFrames(np.stack(frames), own_fps if fps is None else float(fps), source_fps)
+    own_fps = held.count / max(shown_until_s - first_start_s, TIME_TOLERANCE_S)
+    source_fps = seen / max(shown_until_s - seen_from_s, TIME_TOLERANCE_S)
+    return VideoFrames(held.frames(), own_fps if fps is None else fps, source_fps)
 
 
 def native_frames(
@@ -147,21 +151,95 @@ def native_frames(
     *,
     folder_fps: float | None = None,
     max_fps: float = math.inf,
+    start_s: float = 0.0,
+    end_s: float | None = None,
 ) -> tuple[Video, Times, float]:
     """All frames of a file, the time in seconds each appears at, and the period a loop repeats after.
 
     Frames that come sooner than 1/max_fps (within 1 %) after one kept are left out. The period includes the last
-    frame's own duration. Memory holds every frame kept.
+    frame's own duration. Memory holds every frame kept. Of a span from `start_s` to `end_s`, these are the frames
+    shown in it, timed from its beginning; the period is its length, or what the file has of it.
     """
-    frames: list[Picture] = []
+    path, until_s = Path(path), math.inf if end_s is None else float(end_s)
+    if not (math.isfinite(start_s) and 0 <= start_s < until_s):
+        raise ValueError(f"expected 0 ≤ start_s < end_s, got start_s {start_s} and end_s {end_s}")
+    held, period_s, file_s = _Held(path, size, fit), 0.0, 0.0
     times_s: list[float] = []
-    period_s = 0.0
-    for shown in _shown(_timed_frames(Path(path), 1 / DEFAULT_FPS, folder_fps, allow_partial=False)):
-        if not times_s or shown.start_s - times_s[-1] >= 0.99 / max_fps:
-            frames.append(_checked(Path(path), _fit(shown.render(), size, fit), frames))
-            times_s.append(shown.start_s)
-        period_s = shown.end_s
-    return np.stack(frames), np.array(times_s, dtype=np.float64), period_s
+    for frame in shown(path, _timed_frames(path, 1 / DEFAULT_FPS, folder_fps, False, start_s)):
+        file_s = frame.end_s
+        if frame.start_s + TIME_TOLERANCE_S >= until_s:
+            break
+        if start_s and frame.end_s - TIME_TOLERANCE_S <= start_s:
+            continue
+        time_s = max(0.0, frame.start_s - start_s)
+        if not times_s or time_s - times_s[-1] >= 0.99 / max_fps:
+            held.add(frame)
+            times_s.append(time_s)
+        period_s = min(frame.end_s, until_s) - start_s
+    if not times_s:
+        raise VideoReadError(f"{path}: expected frames from {start_s:g} s on; the file lasts {file_s:.3g} s")
+    return held.frames(), np.array(times_s, dtype=np.float64), period_s
+
+
+def probe(path: str | Path, folder_fps: float | None = None) -> Facts:
+    """Size, length and kind of a file or folder. Packets of a video are counted, not decoded.
+
+    Raises `VideoReadError` for what cannot be opened; that all frames can be decoded is not checked.
+    """
+    path = Path(path)
+    _check_kind(path)
+    try:
+        if path.is_file() and image_format(path) is None:
+            return Facts(*stream_facts(path))
+    except VideoReadError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    count, last = 0, None
+    for frame in shown(path, _timed_frames(path, 0.0, folder_fps, False)):
+        count, last = count + 1, frame
+    assert last is not None
+    height, width = last.render().shape[:2]
+    return Facts(height, width, count, last.end_s if count > 1 else 0.0)
+
+
+class _Held:
+    """The frames that are wanted, each once however often it is repeated, within the bound of memory."""
+
+    def __init__(self, path: Path, size: Size | None, fit: Fit) -> None:
+        height, width = (size, size) if isinstance(size, int) else size or (1, 1)
+        if height < 1 or width < 1 or height * width > MOST_PIXELS:
+            raise ValueError(f"size: expected sides of at least 1 and at most {MOST_PIXELS:,} pixels, got {size}")
+        self.path, self.size, self.fit = path, size, fit
+        self.pictures: list[tuple[Picture, int]] = []
+        self.count = 0
+
+    def add(self, frame: Shown, times: int = 1) -> None:
+        picture = fitted(self.path, frame.render(), self.size, self.fit)
+        first = self.pictures[0][0] if self.pictures else picture
+        if picture.shape != first.shape:
+            (height, width), (first_height, first_width) = picture.shape[:2], first.shape[:2]
+            raise VideoReadError(
+                f"{self.path}: frame {self.count} is {width}x{height}, the first one {first_width}x{first_height};"
+                " pass a size to bring them to one"
+            )
+        self.count += times
+        if self.count * picture.nbytes > MOST_BYTES:
+            raise VideoReadError(
+                f"{self.path}: {self.count} frames of {picture.shape[1]}x{picture.shape[0]} and more, up to"
+                f" {frame.start_s:.1f} s, would fill {self.count * picture.nbytes / 2**30:.1f} GiB; expected at most"
+                f" {MOST_BYTES / 2**30:.1f}: read them smaller (size, --size), or a span (start_s, end_s)"
+            )
+        self.pictures.append((picture, times))
+
+    def frames(self) -> Video:
+        """All in one array; pictures are let go while it is filled."""
+        stacked, at = np.empty((self.count, *self.pictures[0][0].shape), dtype=np.uint8), self.count
+        while self.pictures:
+            picture, times = self.pictures.pop()
+            stacked[at - times : at] = picture
+            at -= times
+        return stacked
 
 
 def frame_indices(
@@ -185,19 +263,22 @@ def frame_indices(
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """What `VideoWriter` wrote about a file: from the file itself, else from the .json beside it, else {}."""
     path = Path(path)
+    _check_kind(path)
     texts: list[str] = []
     if path.is_dir():
-        texts = [note.read_text(encoding="utf-8") for note in [path / FOLDER_METADATA] if note.is_file()]
-    elif not path.is_file():
-        raise VideoReadError(f"{path}: no such file or folder")
+        texts = [read_text(note) for note in [path / FOLDER_METADATA] if note.is_file()]
     else:
-        texts.append(_comment(path))
+        try:
+            form = image_format(path)
+            texts.append(image_comment(path, form) if form else container_comment(path))
+        except Exception as error:
+            raise VideoReadError(f"{path}: not a readable video or image ({error})") from error
         beside = path.with_suffix(".json")
-        texts += [beside.read_text(encoding="utf-8")] if beside.is_file() else []
+        texts += [read_text(beside)] if beside.is_file() else []
     for text in texts:
         try:
             values = json.loads(text)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue  # somebody else's comment
         if isinstance(values, dict):
             return values
@@ -210,31 +291,18 @@ def natural_key(path: Path | UPath) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _shown(timed: Iterator[_Timed]) -> Iterator[_Shown]:
-    """Give each frame its end: the next frame's start, or for the last its own duration. Times start at 0."""
-    last = next(timed)
-    origin_s, length_s = last.time_s, last.duration_s or 0.0
-    for frame in timed:
-        frame = frame._replace(time_s=max(frame.time_s, last.time_s))  # damaged clocks run backwards
-        length_s = frame.time_s - last.time_s
-        yield _Shown(last.time_s - origin_s, frame.time_s - origin_s, last.render)
-        last = frame
-    length_s = last.duration_s or length_s
-    yield _Shown(last.time_s - origin_s, last.time_s - origin_s + length_s, last.render)
-
-
-def _timed_frames(path: Path, still_s: float, folder_fps: float | None, allow_partial: bool) -> Iterator[_Timed]:
+def _timed_frames(
+    path: Path, still_s: float, folder_fps: float | None, allow_partial: bool, start_s: float = 0.0
+) -> Iterator[Timed]:
     """The frames of whatever lies at `path`, at least one, in order; all errors become `VideoReadError`."""
-    if not path.exists():
-        raise VideoReadError(f"{path}: no such file or folder")
-    if path.is_file() and path.stat().st_size == 0:
-        raise VideoReadError(f"{path}: expected a video, got an empty file (0 bytes); copy or download it again")
+    _check_kind(path)
     count = 0
     try:
+        form = None if path.is_dir() else image_format(path)
         if path.is_dir():
-            source = _folder_frames(path, folder_fps)
+            source = folder_frames(*_folder(path, folder_fps))
         else:
-            source = (_image_frames if _is_image(path) else _container_frames)(path, still_s)
+            source = container_frames(path, start_s) if form is None else image_frames(path, form, still_s)
         for frame in source:
             yield frame
             count += 1
@@ -248,189 +316,38 @@ def _timed_frames(path: Path, still_s: float, folder_fps: float | None, allow_pa
                 " or pass allow_partial=True to take these frames"
             ) from error
         if not count:
-            raise VideoReadError(
-                f"{path}: expected a video, an image or a folder of images;"
-                f" the file is damaged or of another kind ({error})"
-            ) from error
+            raise _unreadable(path, error) from error
     if not count:
         raise VideoReadError(f"{path}: opens as a video but holds no frame that can be decoded")
 
 
-def _folder_frames(folder: Path, fps: float | None) -> Iterator[_Timed]:
+def _check_kind(path: Path) -> None:
+    """Raise `VideoReadError` for what is no file with content and no folder: a pipe would be waited for."""
+    if not path.exists():
+        raise VideoReadError(f"{path}: no such file or folder")
+    if not (path.is_file() or path.is_dir()):
+        raise VideoReadError(f"{path}: expected a file or a folder, found a pipe, a socket or a device")
+    if path.is_file() and path.stat().st_size == 0:
+        raise VideoReadError(f"{path}: expected a video, got an empty file (0 bytes); copy or download it again")
+
+
+def _unreadable(path: Path, error: Exception) -> VideoReadError:
+    return VideoReadError(
+        f"{path}: expected a video, an image or a folder of images; the file is damaged or of another kind ({error})"
+    )
+
+
+def _folder(folder: Path, fps: float | None) -> tuple[list[Path], float]:
+    """The images of a folder in order, and their rate."""
     images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not images:
         raise VideoReadError(
             f"{folder}: expected a folder of frame images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none"
         )
-    fps = fps or float(read_metadata(folder).get("fps", DEFAULT_FPS))
-    for index, image in enumerate(sorted(images, key=natural_key)):
-        try:
-            picture = next(_image_frames(image, 1 / fps)).render()
-        except Exception as error:
-            raise VideoReadError(f"{image}: not a readable image ({error}); copy it again") from error
-        yield _Timed(index / fps, 1 / fps, partial(_same, picture))
-
-
-def _is_image(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(12)
-    return head.startswith((b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM")) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
-
-
-def _image_frames(path: Path, still_s: float) -> Iterator[_Timed]:
-    """Frames of a still or animated image through Pillow: FFmpeg cannot decode animated WebP."""
-    with Image.open(path) as image:
-        count = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP") else 1
-        first = 1 if image.info.get("default_image") and count > 1 else 0  # an APNG's stand-in, not in the animation
-        time_s = 0.0
-        for index in range(first, count):
-            image.seek(index)
-            image.load()
-            delay_s = float(image.info.get("duration") or 0) / 1000
-            if count - first == 1:
-                delay_s = still_s
-            elif delay_s <= SHORTEST_DELAY_S:
-                delay_s = REPLACED_DELAY_S
-            yield _Timed(time_s, delay_s, partial(_same, _image_to_rgb(image)))
-            time_s += delay_s
-
-
-def _image_to_rgb(image: Image.Image) -> Picture:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
-        upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return _over_white(np.asarray(upright.convert("RGBA")))
-
-
-def _container_frames(path: Path, still_s: float) -> Iterator[_Timed]:
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-    with av.open(f"file:{path}", options=options) as container:  # "file:" since a name may hold a colon
-        streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
-        if not streams:
-            kinds = " and ".join(sorted({s.type for s in container.streams})) or "nothing"
-            raise VideoReadError(
-                f"{path}: expected a video stream, found only {kinds}; a file cut off early looks like this too"
-            )
-        stream, count, end_s = streams[0], 0, 0.0
-        tick_s = float(1 / stream.average_rate) if stream.average_rate else still_s
-        for frame in _decode(container, stream):
-            duration_s = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else None
-            time_s = end_s if frame.pts is None or frame.time_base is None else float(frame.pts * frame.time_base)
-            yield _Timed(time_s, duration_s or tick_s, partial(_frame_to_rgb, frame, stream.sample_aspect_ratio))
-            count, end_s = count + 1, time_s + (duration_s or tick_s)
-        declared_s = _declared_end_s(container, stream)
-        if count and declared_s is not None and declared_s - end_s > 2 * tick_s + 0.05:
-            raise VideoReadError(
-                f"{path}: breaks off after {count} frames: {end_s:.2f} s of the {declared_s:.2f} s its header names;"
-                " copy or download it again, or pass allow_partial=True to take these frames"
-            )
-
-
-def _decode(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
-    """Decode one stream. FFmpeg's own VP8 and VP9 decoders drop transparency, libvpx keeps it."""
-    name = stream.codec_context.name
-    if stream.metadata.get("alpha_mode") != "1" or name not in ("vp8", "vp9"):
-        yield from container.decode(stream)
-        return
-    decoder = av.VideoCodecContext.create("libvpx" if name == "vp8" else "libvpx-vp9", "r")
-    for packet in container.demux(stream):
-        yield from decoder.decode(packet if packet.size else None)
-
-
-def _declared_end_s(container: InputContainer, stream: VideoStream) -> float | None:
-    """When the stream ends by the header of a Matroska file: cut short, such a file ends with no error."""
-    if "matroska" not in container.format.name:
-        return None
-    if match := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):
-        hours, minutes, seconds = match.groups()
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    alone = len(container.streams) == 1  # else the sound may be the longer one
-    return container.duration / av.time_base if container.duration and alone else None
-
-
-def _frame_to_rgb(frame: av.VideoFrame, aspect: Fraction | None) -> Picture:
-    """A decoded frame as it is meant to be seen: 8 bit RGB, over white, square pixels, upright."""
-    transparent = any(component.is_alpha for component in frame.format.components)
-    if transparent or frame.format.has_palette:
-        picture = _over_white(frame.to_ndarray(format="rgba", interpolation=EXACT_COLOURS))
-    else:
-        picture = frame.to_ndarray(format="rgb24", interpolation=EXACT_COLOURS)
-    if aspect and aspect != 1:
-        picture = _resize(picture, picture.shape[0], max(1, round(picture.shape[1] * aspect)))
-    return _upright(picture, frame)
-
-
-def _upright(picture: Picture, frame: av.VideoFrame) -> Picture:
-    """Apply the display matrix (ISO 14496-12 §8.2.2): x' = ax + cy, y' = bx + dy, in quarter turns and mirrorings."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return picture
-    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5]  # type: ignore[call-overload]
-    if abs(b) > abs(a):
-        picture, x_sign, y_sign = picture.transpose(1, 0, 2), c, b
-    else:
-        x_sign, y_sign = a, d
-    return np.ascontiguousarray(picture[:: -1 if y_sign < 0 else 1, :: -1 if x_sign < 0 else 1])
-
-
-def _over_white(rgba: Picture) -> Picture:
-    if rgba[..., 3].min(initial=255) == 255:
-        return np.ascontiguousarray(rgba[..., :3])
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
-def _fit(picture: Picture, size: Size | None, fit: Fit) -> Picture:
-    if size is None:
-        return picture
-    height, width = (size, size) if isinstance(size, int) else size
-    own_height, own_width = picture.shape[:2]
-    ratios = (height / own_height, width / own_width)
-    if fit == "crop":
-        scale = max(ratios)
-        scaled = _resize(picture, max(height, round(own_height * scale)), max(width, round(own_width * scale)))
-        top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
-        return scaled[top : top + height, left : left + width]
-    if fit != "pad":
-        raise ValueError(f"fit: expected 'crop' or 'pad', got {fit!r}")
-    scale = min(ratios)
-    scaled = _resize(picture, max(1, round(own_height * scale)), max(1, round(own_width * scale)))
-    top, left = (height - scaled.shape[0]) // 2, (width - scaled.shape[1]) // 2
-    padded = np.full((height, width, 3), 255, dtype=np.uint8)
-    padded[top : top + scaled.shape[0], left : left + scaled.shape[1]] = scaled
-    return padded
-
-
-def _resize(picture: Picture, height: int, width: int) -> Picture:
-    """Bilinear, averaging over the area when shrinking (torch on uint8: unbiased, ten times as fast as float)."""
-    if picture.shape[:2] == (height, width):
-        return picture
-    pixels = torch.from_numpy(np.require(picture, requirements=["C", "W"])).permute(2, 0, 1)[None]
-    scaled = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
-    return np.ascontiguousarray(scaled[0].permute(1, 2, 0).numpy())
-
-
-def _checked(path: Path, picture: Picture, before: list[Picture]) -> Picture:
-    if before and picture.shape != before[0].shape:
-        (height, width), (first_height, first_width) = picture.shape[:2], before[0].shape[:2]
-        raise VideoReadError(
-            f"{path}: frame {len(before)} is {width}x{height}, the first one {first_width}x{first_height};"
-            " pass a size to bring them to one"
-        )
-    return picture
-
-
-def _same(picture: Picture) -> Picture:
-    return picture
-
-
-def _comment(path: Path) -> str:
+    if fps is not None:
+        return sorted(images, key=natural_key), checked_fps(fps, "folder_fps")
     try:
-        if _is_image(path):
-            with Image.open(path) as image:
-                comment = image.info.get("comment", "")
-            return comment.decode("utf-8", "replace") if isinstance(comment, bytes) else str(comment)
-        with av.open(f"file:{path}", options={"format_whitelist": _CONTAINERS}) as container:
-            return next((text for key, text in container.metadata.items() if key.lower() == "comment"), "")
-    except Exception as error:
-        raise VideoReadError(f"{path}: not a readable video or image ({error})") from error
+        rate = checked_fps(read_metadata(folder).get("fps", DEFAULT_FPS), f"{folder / FOLDER_METADATA}: fps")
+    except ValueError as error:
+        raise VideoReadError(str(error)) from error
+    return sorted(images, key=natural_key), rate

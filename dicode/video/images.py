@@ -1,0 +1,116 @@
+"""Still and animated images, and folders of them, through Pillow: FFmpeg cannot decode animated WebP."""
+
+import mmap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dicode.video.timed import Picture, Timed, VideoReadError, check_pixels
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".apng", ".avif"})
+# Browsers show a frame of an animated image that asks for 10 ms or less for 100 ms; so do we.
+SHORTEST_DELAY_S, REPLACED_DELAY_S = 0.010, 0.100
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
+_HEAD_BYTES = 32
+
+
+def image_format(path: Path) -> str | None:
+    """Pillow's name for what these bytes are, whatever the file is called; None for what is no image.
+
+    Pillow opens a file as this format alone: left to itself it starts Ghostscript for an EPS that is called PNG.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if head[4:8] == b"ftyp":
+        brands = {head[8:12], *(head[i : i + 4] for i in range(16, len(head), 4))}
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        if head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+            raise VideoReadError(f"{path}: is a HEIC image, which is not read; convert it to PNG or JPEG")
+    for magic, name in {b"GIF8": "GIF", b"\x89PNG\r\n\x1a\n": "PNG", b"BM": "BMP"}.items():
+        if head.startswith(magic):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    return "JPEG" if head.startswith(b"\xff\xd8\xff") and not _is_motion_jpeg(path) else None
+
+
+def image_frames(path: Path, form: str, still_s: float) -> Iterator[Timed]:
+    """Frames of an image of this format; a still one lasts `still_s`."""
+    with opened(path, form) as image:
+        count = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
+        first = 1 if image.info.get("default_image") and count > 1 else 0  # an APNG's stand-in, not in the animation
+        time_s = 0.0
+        for index in range(first, count):
+            image.seek(index)
+            image.load()
+            delay_s = float(image.info.get("duration") or 0) / 1000
+            if count - first == 1:
+                delay_s = still_s
+            elif delay_s <= SHORTEST_DELAY_S:
+                delay_s = REPLACED_DELAY_S
+            yield Timed(time_s, delay_s, partial(_same, _to_rgb(image)))
+            time_s += delay_s
+
+
+def folder_frames(images: list[Path], fps: float) -> Iterator[Timed]:
+    """A frame of every image of a folder, one period after the other."""
+    for index, image in enumerate(images):
+        try:
+            if not image.is_file():
+                raise ValueError("no regular file")
+            form = image_format(image)
+            if form is None:
+                raise ValueError("its content is that of no image")
+            picture = next(image_frames(image, form, 1 / fps)).render()
+        except Exception as error:
+            raise VideoReadError(f"{image}: not a readable image ({error}); copy it again") from error
+        yield Timed(index / fps, 1 / fps, partial(_same, picture))
+
+
+def image_comment(path: Path, form: str) -> str:
+    """The comment that an image carries, or ''."""
+    with opened(path, form) as image:
+        comment = image.info.get("comment", "")
+    return comment.decode("utf-8", "replace") if isinstance(comment, bytes) else str(comment)
+
+
+@contextmanager
+def opened(path: Path, form: str) -> Iterator[Image.Image]:
+    """The image, opened as this format and as no other, if it is not too large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower
+        image = Image.open(path, formats=(form,))
+    with image:
+        check_pixels(path, *image.size)
+        yield image
+
+
+def over_white(rgba: Picture) -> Picture:
+    """Lay a picture with transparency over white."""
+    if rgba[..., 3].min(initial=255) == 255:
+        return np.ascontiguousarray(rgba[..., :3])
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _is_motion_jpeg(path: Path) -> bool:
+    """Whether JPEGs follow one another; a photograph may hold previews (MPF) behind its own picture."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"\xff\xd9\xff\xd8\xff") > 0 and data.find(b"MPF\0", 0, 2**16) < 0
+
+
+def _to_rgb(image: Image.Image) -> Picture:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
+        upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return over_white(np.asarray(upright.convert("RGBA")))
+
+
+def _same(picture: Picture) -> Picture:
+    return picture
