@@ -16,7 +16,7 @@ from dicode import __version__
 from dicode.device import pick_device
 from dicode.extras import missing_extra
 from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train, Widen
-from dicode.generate import GenerationConfig, trimmed
+from dicode.generate import trimmed
 from dicode.hub import (
     config_to_dict,
     content_hash,
@@ -74,26 +74,12 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
             frames, tokens = _encode(tokenizer, command.input)
             num_frames, source = len(frames), Path(command.input).name
     config = tokenizer.config
-    steps = config.steps if command.steps is None else command.steps
-    guidance = config.guidance if command.decoder_guidance is None else command.decoder_guidance
-    temperature = config.temperature if command.decoder_temperature is None else command.decoder_temperature
-    motion_scale = config.motion_scale if command.motion_scale is None else command.motion_scale
-    stacks = tokenizer.decode(
-        tokens,
-        seed=command.seed,
-        steps=steps,
-        guidance=guidance,
-        temperature=temperature,
-        motion_scale=motion_scale,
-        joins=command.joins,
-    )
+    asked = dataclasses.asdict(command.render)
+    sampling = config.sampling.changed(**asked)
+    stacks = tokenizer.decode(tokens, seed=command.seed, **asked)
     options = {
         "seed": command.seed,
-        "steps": steps,
-        "decoder_guidance": guidance,
-        "decoder_temperature": temperature,
-        "motion_scale": motion_scale,
-        "joins": command.joins,
+        **{name: getattr(sampling, name) for name in asked},
         **({} if command.dtype == "float32" else {"dtype": command.dtype}),
     }
     metadata = {"source": source, **options, **model}
@@ -134,8 +120,8 @@ def assemble(command: Assemble, watch: Stopwatch) -> int:
     from dicode.info_command import info
     from dicode.train.assemble import assemble as join
 
-    defaults, dtype = sampling(command, GenerationConfig()), getattr(torch, command.dtype)
-    join(command.tokenizer, command.lm, command.output, command.first_stage, defaults, dtype)
+    dtype, options = getattr(torch, command.dtype), asked_sampling(command)
+    join(command.tokenizer, command.lm, command.output, command.first_stage, dtype, **options)
     return info(Info(str(command.output)), watch)
 
 
@@ -187,10 +173,9 @@ def written(
     print(f"real-time factor {video_s / worked_s:.2f}: {video_s:g} s of video in {worked_s:.2f} s, once loaded")
 
 
-def sampling(command: Generate | Assemble, defaults: GenerationConfig) -> GenerationConfig:
-    """The defaults, changed by the flags that were given."""
-    asked = {name: getattr(command, name) for name in GenerationConfig.__dataclass_fields__}
-    return dataclasses.replace(defaults, **{name: value for name, value in asked.items() if value is not None})
+def asked_sampling(command: Generate | Assemble) -> dict[str, Any]:
+    """The flags of `SamplingConfig`; None where one was left out."""
+    return {**dataclasses.asdict(command.write), **dataclasses.asdict(command.render)}
 
 
 def _load_tokenizer(

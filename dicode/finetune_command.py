@@ -18,7 +18,6 @@ from dicode.data_commands import cache as make_cache
 from dicode.device import peak_memory_mib, pick_device
 from dicode.extras import missing_extra
 from dicode.flags import Cache, Finetune
-from dicode.generate import GenerationConfig
 from dicode.hub import CheckpointError, config_from_dict, config_to_dict, content_hash, model_name, read_config, resolve
 from dicode.lm.sizes import DeepLMConfig
 from dicode.stopwatch import Stopwatch
@@ -88,9 +87,8 @@ def finetune(command: Finetune, watch: Stopwatch) -> int:
                 print(f"dicode: {part}: {error}; try a lower --lr", file=sys.stderr)
                 return 1
     folders = [work / part / "best" if part in parts else base for part in ("denoiser", "lm")]
-    defaults = config_from_dict(GenerationConfig, read_config(base).get("generation", {}), "generation")
     with watch.stage("assemble"):
-        assemble(folders[0], folders[1], command.output, None, defaults, getattr(torch, command.dtype))
+        assemble(folders[0], folders[1], command.output, dtype=getattr(torch, command.dtype))
     line, held = "dicode " + shlex.join(sys.argv[1:]), sum(video.validation for video in videos)
     card = CARD.format(
         name=command.output.name,

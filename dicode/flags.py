@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, Suppress, arg
 
+from dicode.sampling import Joins
+
 # Text, not a Path: the slash at the end of "frames/" says that a folder is meant.
 Output = Annotated[str, arg(aliases=("-o",))]
 # Text, since a Path would take one slash off s3://…
@@ -13,8 +15,36 @@ Folder = Annotated[Positional[str], arg(metavar="FOLDER")]
 Folders = Annotated[Positional[tuple[str, ...]], arg(metavar="FOLDER …")]
 Input = Annotated[Positional[str], arg(metavar="INPUT")]
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
-Joins = Literal["chained", "parallel", "independent"]
 Dtype = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class WriteFlags:
+    """Sampling of the language model; left out: the model's own, which `dicode info` shows."""
+
+    guidance: float | None = None  # above 1 follows the prompt more closely
+    variance_scale: float | None = None  # of the next tokens' distribution; 0 takes its mean
+    first_variance_scale: float | None = None  # of the first key frame; lower follows the prompt more reliably
+    temperature: float | None = None  # of the choice between mixture components; 0 takes the likeliest
+    flow_steps: int | None = None  # of a flow head
+    window: int | None = None  # key frames of the language model's sequence, for any length; 0: all that it holds
+
+
+@dataclass(frozen=True)
+class RenderFlags:
+    """Sampling of the decoder; left out: the model's own, which `dicode info` shows."""
+
+    steps: int | None = None  # denoising steps a clip
+    decoder_guidance: float | None = None  # above 1 follows the tokens more closely
+    decoder_temperature: float | None = None  # of its noise; below 1 clips hold together better and move less
+    guidance_rescale: float | None = None  # 0…1: pulls the contrast of guided predictions back
+    eta: float | None = None  # 0…1: noise of DDIM, where the model has a schedule of it
+    motion_scale: float | None = None  # above 1 frames differ more from one another, key frames stay as they are
+    joins: Joins | None = None  # chained: each clip with the end of the one before as context; parallel: joins blended
+
+
+Write = Annotated[WriteFlags, arg(name="")]
+Render = Annotated[RenderFlags, arg(name="")]
 
 
 @dataclass(frozen=True)
@@ -38,17 +68,8 @@ class Generate:
         None  # from this clip on (the first is 0) take another seed; those before stay as they are
     )
     reroll_seed: int | None = None  # that other seed; default: the next one
-    guidance: float | None = None  # of the language model: above 1 follows the prompt more closely
-    variance_scale: float | None = None  # of the next tokens' distribution: 0 takes its mean
-    first_variance_scale: float | None = None  # of the first key frame's: small draws surely what the prompt names
-    temperature: float | None = None  # of the choice between its components: 0 takes the likeliest
-    flow_steps: int | None = None  # of a flow head
-    window: int | None = None  # key frames of the language model's sequence, for any length; 0: all that it holds
-    decoder_guidance: float | None = None  # of the decoder: above 1 follows the tokens more closely
-    decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
-    motion_scale: float | None = None  # above 1 frames differ more from one another, key frames stay as they are
-    steps: int | None = None  # denoising steps a clip
-    joins: Joins | None = None  # chained: a clip sees the end of the one before; parallel: blended over the join
+    write: Write = WriteFlags()
+    render: Render = RenderFlags()
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
     output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
@@ -83,11 +104,7 @@ class Reconstruct:
     output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
     side_by_side: bool = False  # the video at the left, what its tokens give at the right
     seed: int = 0  # of the decoder
-    decoder_guidance: float | None = None  # above 1 follows the tokens more closely
-    decoder_temperature: float | None = None  # of its noise: below 1 clips hold together better and move less
-    motion_scale: float | None = None  # above 1 frames differ more from one another, key frames stay as they are
-    steps: int | None = None  # denoising steps a clip
-    joins: Joins = "chained"  # chained: a clip sees the end of the one before; parallel: blended over the join
+    render: Render = RenderFlags()
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
     scale: int = 4  # enlarge every pixel this many times along each side
@@ -141,17 +158,8 @@ class Assemble:
     output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
     first_stage: Path | None = None  # a later run of the same first stage, whose decoder to take
     dtype: Dtype | Literal["int8"] = "float16"  # of the weights on disk; int8: of matrices, with a scale a row
-    guidance: float | None = None  # this and the following: how the model is sampled where nothing else is asked for
-    variance_scale: float | None = None
-    first_variance_scale: float | None = None
-    temperature: float | None = None
-    flow_steps: int | None = None
-    window: int | None = None
-    decoder_guidance: float | None = None
-    decoder_temperature: float | None = None
-    motion_scale: float | None = None
-    steps: int | None = None
-    joins: Joins | None = None
+    write: Write = WriteFlags()  # kept as the model's own sampling; left out: the tokenizer's
+    render: Render = RenderFlags()
 
 
 @dataclass(frozen=True)

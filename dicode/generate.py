@@ -2,40 +2,23 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from dicode.hub import config_from_dict, config_to_dict, push_folder, read_config, resolve, write_config
+from dicode.hub import push_folder, resolve, write_config
 from dicode.lm.deep_lm import DeepTokenLM
+from dicode.sampling import SamplingConfig
 from dicode.seeds import SeedPlan
 from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens, Still, Video
 from dicode.storyboard import Shot, key_frames_of
-from dicode.tokenizer.joins import Joins
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
 Prompt = str | Sequence[Shot]  # a storyboard's shots follow one another within one video
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How a model is sampled where the caller does not say; part of its checkpoint."""
-
-    guidance: float = 1.0  # of the language model against the null prompt
-    variance_scale: float = 1.0  # of the mixture over the next deep token; 0 takes its mean
-    first_variance_scale: float | None = None  # the same of a video's first key frame; None: as of the others
-    temperature: float = 1.0  # of the choice between the mixture's components; 0 takes the likeliest
-    flow_steps: int = 8  # of the flow head a token or key frame
-    decoder_guidance: float = 1.0  # of the denoiser against null tokens
-    decoder_temperature: float = 1.0  # of its noise: below 1 clips hold together better and move less
-    motion_scale: float = 1.0  # how far frames move from their clip's mean, times what the denoiser rendered
-    steps: int = 12  # of the denoiser a clip
-    joins: Joins = "chained"
-    window: int = 0  # key frames of the language model's sequence, for any length; 0: all, as many as it holds
 
 
 @dataclass(frozen=True)
@@ -50,7 +33,7 @@ class Given:
 class DiCoDe:
     """A tokenizer and a language model that share deep tokens: prompts in, clips out."""
 
-    def __init__(self, tokenizer: VideoTokenizer, lm: DeepTokenLM, defaults: GenerationConfig | None = None):
+    def __init__(self, tokenizer: VideoTokenizer, lm: DeepTokenLM):
         n, d = tokenizer.config.resampler.queries, tokenizer.config.resampler.token_width
         if (n, d) != (lm.config.tokens_per_keyframe, lm.config.token_width):
             raise ValueError(
@@ -59,7 +42,7 @@ class DiCoDe:
             )
         if lm.text is None:
             raise ValueError("the language model has no text tokenizer; load it with DeepTokenLM.from_pretrained")
-        self.tokenizer, self.lm, self.defaults = tokenizer.eval(), lm.eval(), defaults or GenerationConfig()
+        self.tokenizer, self.lm = tokenizer.eval(), lm.eval()
         self.text = lm.text
 
     @classmethod
@@ -75,9 +58,8 @@ class DiCoDe:
         `revision` is a branch, tag or commit on the Hub, `dtype` that of the parameters (default: float32).
         """
         folder = resolve(name_or_folder, revision)
-        defaults = config_from_dict(GenerationConfig, read_config(folder).get("generation", {}), "generation")
         tokenizer = VideoTokenizer.from_pretrained(folder, dtype=dtype).to(device)
-        return cls(tokenizer, DeepTokenLM.from_pretrained(folder, dtype=dtype).to(device), defaults)
+        return cls(tokenizer, DeepTokenLM.from_pretrained(folder, dtype=dtype).to(device))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint folder (weights and `config.json`; the model card is the caller's)."""
@@ -87,7 +69,6 @@ class DiCoDe:
             {
                 "tokenizer": self.tokenizer.save_pretrained(folder, dtype),
                 "lm": self.lm.save_part(folder, dtype),
-                "generation": config_to_dict(self.defaults),
                 "deep_tokens": self.tokenizer.token_hash(dtype),
             },
         )
@@ -168,7 +149,7 @@ class DiCoDe:
         """Clips of one video, uint8 `f h w c`, each made when asked for; together exactly `seconds` long (default: 4).
 
         `prompt` is a text, or the shots of a storyboard, which bring their own seconds. `given` is what it begins and
-        ends with, `options` are fields of `GenerationConfig`. Raises `ValueError` at the call for an empty prompt, an
+        ends with, `options` are fields of `SamplingConfig`. Raises `ValueError` at the call for an empty prompt, an
         unknown option, or more seconds than the language model has positions for.
         """
         clips = self.generate_batch(
@@ -206,7 +187,7 @@ class DiCoDe:
 
         A storyboard's prompt changes after the key frame that ends its shot. Everything is checked at the call.
         """
-        settings, given = self.settings(**options), given or Given()
+        sampling, given = self.sampling.changed(**options), given or Given()
         length = length_s(prompts, seconds)
         scripts = [[Shot(p, length)] if isinstance(p, str) else list(p) for p in prompts]
         start = 0 if given.key_frames is None else given.key_frames.shape[1]
@@ -225,12 +206,12 @@ class DiCoDe:
                 goal_keyframe=None if given.goal is None else start + sum(counts) - 1,
                 seed=seed,
                 sample_indices=sample_indices,
-                guidance=settings.guidance,
-                variance_scale=settings.variance_scale,
-                first_variance_scale=settings.first_variance_scale,
-                temperature=settings.temperature,
-                flow_steps=settings.flow_steps,
-                window=settings.window,
+                guidance=sampling.guidance,
+                variance_scale=sampling.variance_scale,
+                first_variance_scale=sampling.first_variance_scale,
+                temperature=sampling.temperature,
+                flow_steps=sampling.flow_steps,
+                window=sampling.window,
             )
 
         def shots() -> Iterator[KeyFrameTokens]:
@@ -253,35 +234,29 @@ class DiCoDe:
         seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
         given: Given | None = None,
-        **options: object,
+        **options: Any,
     ) -> Iterator[FrameStack]:
         """The decoder's part of `generate_batch`: the clips between key frames, made as they are asked for."""
-        settings, given = self.settings(**options), given or Given()
+        given = given or Given()
         clips = self.tokenizer.decode_pairs(
             consecutive(key_frames),
             seed=seed,
             sample_indices=sample_indices,
-            steps=settings.steps,
-            guidance=settings.decoder_guidance,
-            temperature=settings.decoder_temperature,
-            motion_scale=settings.motion_scale,
-            joins=settings.joins,
             before=given.before,
             first_clip=0 if given.key_frames is None else given.key_frames.shape[1] - 1,
+            **options,
         )
         return trimmed(clips, self.num_frames(seconds))
 
-    def settings(self, **options: object) -> GenerationConfig:
-        """The model's own settings with these changed. Raises `ValueError` for one that does not exist."""
-        unknown = options.keys() - GenerationConfig.__dataclass_fields__.keys()
-        if unknown:
-            raise ValueError(f"unknown options {sorted(unknown)}; known: {list(GenerationConfig.__dataclass_fields__)}")
-        return replace(self.defaults, **options)  # type: ignore[arg-type]
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the model is sampled where the caller asks for nothing else."""
+        return self.tokenizer.config.sampling
 
-    def reconstruct(self, frames: Video, *, seed: int = 0, **decode_options: object) -> Iterator[Video]:
+    def reconstruct(self, frames: Video, *, seed: int = 0, **options: object) -> Iterator[Video]:
         """Clips of a video after its way through deep tokens; as many frames as went in, less a lone last one."""
         tokens = self.tokenizer.encode(torch.from_numpy(np.ascontiguousarray(frames))[None])
-        clips = self.tokenizer.decode(tokens, seed=seed, **decode_options)  # type: ignore[arg-type]
+        clips = self.tokenizer.decode(tokens, seed=seed, **options)
         return (clip[0].numpy() for clip in trimmed(clips, len(frames)))
 
 

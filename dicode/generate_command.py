@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from dicode.commands import check_parent, origin, sampling, written
+from dicode.commands import asked_sampling, check_parent, origin, written
 from dicode.device import peak_memory_mib, pick_device
 from dicode.flags import Generate
-from dicode.generate import DiCoDe, GenerationConfig, Given, Prompt, length_s
+from dicode.generate import DiCoDe, Given, Prompt, length_s
 from dicode.hub import resolve
+from dicode.sampling import SamplingConfig
 from dicode.seeds import SeedPlan
 from dicode.shapes import KeyFrameTokens, Video
 from dicode.stopwatch import Stopwatch
@@ -43,7 +44,7 @@ def generate(command: Generate, watch: Stopwatch) -> int:
         model = DiCoDe.from_pretrained(folder, device=device, dtype=dtype)
         given = given_of(command, model)
     made_by = origin(folder, *folder.glob("*.safetensors"))
-    settings = sampling(command, model.defaults)
+    settings = model.sampling.changed(**asked_sampling(command))
     for job in jobs:
         key_frames = _key_frames(command, job, model, given, settings, watch)
         if command.preview:
@@ -119,7 +120,7 @@ def seed_of(command: Generate) -> int | SeedPlan:
 
 
 def _key_frames(
-    command: Generate, job: Job, model: DiCoDe, given: Given, settings: GenerationConfig, watch: Stopwatch
+    command: Generate, job: Job, model: DiCoDe, given: Given, settings: SamplingConfig, watch: Stopwatch
 ) -> Iterator[KeyFrameTokens]:
     """Written when the decoder asks for them: their time is told from the decoder's."""
     key_frames = model.write(
@@ -139,7 +140,7 @@ def _render(
     model: DiCoDe,
     key_frames: Iterator[KeyFrameTokens],
     given: Given,
-    settings: GenerationConfig,
+    settings: SamplingConfig,
     made_by: dict[str, str],
     watch: Stopwatch,
 ) -> None:

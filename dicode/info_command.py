@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from dicode.evaluate.report import write_result
 from dicode.flags import Info
-from dicode.generate import GenerationConfig
 from dicode.hub import CheckpointError, config_from_dict, nearest, read_config, resolve
 from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.recipe_files import load_run
@@ -146,10 +145,11 @@ def _describe(command: Info) -> dict[str, TokenizerConfig | DeepLMConfig]:
         parts["language model"] = lm = config_from_dict(DeepLMConfig, sections["lm"], "lm")
         print(_summary(lm))
     if len(parts) == 2:
-        defaults = config_from_dict(GenerationConfig, sections.get("generation", {}), "generation")
         print(f"up to {(lm.keyframe_limit - 1) * tokenizer.clip_s:g} s")
-        print("sampling: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(defaults).items()))
-        parts["tokenizer"] = dataclasses.replace(tokenizer, steps=defaults.steps, guidance=defaults.decoder_guidance)
+        print(
+            "sampling: "
+            + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(tokenizer.sampling).items())
+        )
     print(f"licence: {_licence(folder)}")
     return parts
 

@@ -116,7 +116,10 @@ def size_tokenizer(config: TokenizerConfig, batch_size: int = 1) -> Sizing:
         model = VideoTokenizer(config).train()
         flops, training = training_cost(model, lambda: _denoising_loss(model, batch_size))
     parts = {name: count_parameters(part) for name, part in model.named_children()}
-    forwards, once = config.steps * (1 if config.guidance == 1.0 else 2), denoise.flops - told.flops
+    forwards, once = (
+        config.sampling.steps * (1 if config.sampling.decoder_guidance == 1.0 else 2),
+        denoise.flops - told.flops,
+    )
     around = told.flops + first_stage.flops + (encode.flops if config.null_image == "black" else 0)
     return Sizing(
         parameters={name: count for name, count in parts.items() if count},

@@ -31,7 +31,8 @@ def main() -> None:
     """Deviation over time of latents, real and rendered; Fréchet distance and motion of the clips at every scale."""
     name, folder = sys.argv[1:]
     tokenizer = VideoTokenizer.from_pretrained(name)
-    tokenizer.config = config = dataclasses.replace(tokenizer.config, motion_scale=1.0)
+    config = tokenizer.config
+    tokenizer.config = dataclasses.replace(config, sampling=config.sampling.changed(motion_scale=1.0))
     cache = FrameCache.load(folder).subset(validation=False)
     videos = cache.videos[:: max(1, len(cache.videos) // CLIPS)]
     clips = cache.frames[

@@ -26,9 +26,10 @@ from dicode.evaluate.metrics import frechet_of_sets
 from dicode.evaluate.report import write_result
 from dicode.evaluate.suite import bank_features
 from dicode.evaluate.tokens import captions_with_variants, diversity, energy_score
-from dicode.generate import DiCoDe, GenerationConfig
+from dicode.generate import DiCoDe
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, HeadName, Order
+from dicode.sampling import SamplingConfig
 from dicode.sizing import step_flops
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.language import LanguageTraining
@@ -149,7 +150,7 @@ def scored(model: DiCoDe, stage: LanguageTraining, videos: tuple[CachedVideo, ..
 def key_frame_features(model: DiCoDe, extractor: EfficientNetLite0Features, caption: str, seed: int) -> np.ndarray:
     """Features of the first key frame of several samples, as the key-frame head shows it: the decoder has no part."""
     ids = model.text.encode([caption] * SAMPLES, model.lm.config.text_length)
-    sampling = {name: getattr(model.defaults, name) for name in SAMPLING}
+    sampling = {name: getattr(model.sampling, name) for name in SAMPLING}
     tokens = next(model.lm.generate(ids, 1, seed=seed, **sampling))
     frames = model.tokenizer.frames_of(model.tokenizer.key_latents(tokens)[None])[0]
     return extractor.frame_features(frames).double().numpy()
@@ -176,14 +177,15 @@ def trained_and_measured(
     loop = replace(asked.loop, optim=replace(asked.loop.optim, steps=steps))
     metrics = train(stage, loop, folder, {"name": name})
     lm = DeepTokenLM.from_pretrained(folder / "best")
-    defaults = GenerationConfig(decoder_guidance=2.5, decoder_temperature=0.95, **sampling_of(head))
+    sampling = SamplingConfig(decoder_guidance=2.5, decoder_temperature=0.95, **sampling_of(head))
+    tokenizer.config = replace(tokenizer.config, sampling=sampling)
     figures = {
         "parameters": sum(p.numel() for p in lm.parameters()),
         "steps": steps,
         "training_tflop": steps * flops / 1e12,
         "validation_loss": metrics["validation_loss"],
         "training_loss": metrics["training_loss"],
-        **measure(DiCoDe(tokenizer, lm, defaults), stage, bank, features, seed),
+        **measure(DiCoDe(tokenizer, lm), stage, bank, features, seed),
     }
     (folder / "figures.json").write_text(json.dumps(figures, indent=2))
     return figures

@@ -13,12 +13,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from test_tokenizer import tiny_tokenizer
 
-    from dicode.generate import DiCoDe, GenerationConfig
+    from dicode.generate import DiCoDe
     from dicode.lm.deep_lm import DeepTokenLM
     from dicode.lm.sizes import DeepLMConfig
     from dicode.lm.text import TextTokenizer
+    from dicode.sampling import SamplingConfig
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(sampling=SamplingConfig(steps=2, variance_scale=0.5))
     config = DeepLMConfig(
         body="llama",
         width=24,
@@ -39,7 +40,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in lm.parameters():  # so that every input matters
             parameter.add_(0.2 * torch.randn_like(parameter))
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    DiCoDe(tokenizer, lm, GenerationConfig(steps=2, variance_scale=0.5)).save_pretrained(folder)
+    DiCoDe(tokenizer, lm).save_pretrained(folder)
     return folder
 
 

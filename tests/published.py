@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dicode.convert.configs import denoiser_config, first_stage_config, lm_config, resampler_config
 from dicode.lm.sizes import DeepLMConfig
+from dicode.sampling import SamplingConfig
 from dicode.tokenizer.config import DiffusionConfig, EncoderConfig, TokenizerConfig
 
 REFERENCE = Path(os.environ.get("DICODE_REFERENCE", Path(__file__).parent / "reference"))
@@ -52,9 +53,14 @@ def reference_config(text_tokens: int = TEXT_LENGTH) -> TokenizerConfig:
         encoder=EncoderConfig("clip", resampler.feature_width, 2, IMAGE_HEADS, size=28, patch=14, channels=3),
         resampler=resampler,
         denoiser=denoiser_config(values_of("unet"), text_tokens),
-        diffusion=DiffusionConfig("v_prediction", eta=ddim["eta"], guidance_rescale=ddim["guidance_rescale"]),
-        steps=4,
-        guidance=ddim["guidance_scale"],
+        diffusion=DiffusionConfig("v_prediction"),
+        sampling=SamplingConfig(
+            steps=4,
+            decoder_guidance=ddim["guidance_scale"],
+            guidance_rescale=ddim["guidance_rescale"],
+            eta=ddim["eta"],
+            joins="independent",
+        ),
     )
 
 

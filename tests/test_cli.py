@@ -1,5 +1,6 @@
 """The command line: files it writes, what it says, how it fails."""
 
+import dataclasses
 import json
 import os
 import re
@@ -21,9 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from dicode import __version__
 from dicode.cli import main
-from dicode.flags import Assemble, Generate
-from dicode.generate import DiCoDe, GenerationConfig
+from dicode.flags import RenderFlags, WriteFlags
+from dicode.generate import DiCoDe
 from dicode.hub import content_hash
+from dicode.sampling import SamplingConfig
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.video.io import read_metadata, read_video
@@ -33,19 +35,20 @@ PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
     "generate": "--continue-from --decoder-guidance --decoder-temperature "
-    "--device --dtype --first-variance-scale --flow-steps --guidance --help --image --joins --last-image --loop "
-    "--model "
+    "--device --dtype --eta --first-variance-scale --flow-steps --guidance --guidance-rescale --help --image "
+    "--joins --last-image --loop --model "
     "--motion-scale --output --preview --prompts --reroll-from --reroll-seed --revision --sample --scale "
     "--seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale --window",
     "tokenize": "--device --help --model --output --revision",
     "reconstruct": "--decoder-guidance --decoder-temperature "
-    "--device --dtype --help --joins --model --motion-scale --output --revision --scale --seed --side-by-side --steps",
+    "--device --dtype --eta --guidance-rescale --help --joins --model --motion-scale --output --revision --scale "
+    "--seed --side-by-side --steps",
     "train": "--help --run-folder",
     "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --model "
     "--output --parts --rank --revision --seed --steps --targets --work-folder",
     "assemble": "--decoder-guidance --decoder-temperature "
-    "--dtype --first-stage --first-variance-scale --flow-steps --guidance --help --joins --motion-scale --output "
-    "--steps --temperature --variance-scale --window",
+    "--dtype --eta --first-stage --first-variance-scale --flow-steps --guidance --guidance-rescale --help --joins "
+    "--motion-scale --output --steps --temperature --variance-scale --window",
     "widen": "--cache --help --output --token-width",
     "evaluate": "--cache --dtype --features --help --long-prompts --long-seconds --output --parts --prompts "
     "--repeats --report --seed --sheets",
@@ -143,6 +146,8 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
         "window": 0,
         "decoder_guidance": 1.0,
         "decoder_temperature": 1.0,
+        "guidance_rescale": 0.0,
+        "eta": 0.0,
         "motion_scale": 1.0,
         "steps": 2,
         "joins": "chained",
@@ -195,8 +200,9 @@ def test_sheet_and_timings_show_every_clip(capsys, tmp_path, tiny_model):
 
 
 def test_sampling_options_are_the_fields_of_its_configuration():
-    for command in (Generate, Assemble):
-        assert GenerationConfig.__dataclass_fields__.keys() <= command.__dataclass_fields__.keys()
+    asked = WriteFlags.__dataclass_fields__ | RenderFlags.__dataclass_fields__
+    assert list(asked) == list(SamplingConfig.__dataclass_fields__)
+    assert {field.default for field in asked.values()} == {None}  # left out: the model's own
 
 
 def test_tokens_give_the_same_file_as_their_video(capsys, tmp_path, tiny_model, drawn_clips):
@@ -489,9 +495,10 @@ def test_info_counts_parameters_and_rates(capsys, tiny_model):
 def test_assemble_joins_two_runs_and_keeps_how_to_sample_them(capsys, tmp_path, tiny_model):
     code, out, err = run(capsys, "assemble", tiny_model, tiny_model, "-o", tmp_path / "joined", "--steps", 5)
     assert code == 0, err
-    assert "guidance 1.0, variance_scale 1.0, first_variance_scale None, temperature 1.0, flow_steps 8" in out
-    assert "steps 5, joins chained" in out
-    assert DiCoDe.from_pretrained(tmp_path / "joined").defaults == GenerationConfig(steps=5)
+    assert "guidance 1.0, variance_scale 0.5, first_variance_scale None, temperature 1.0, flow_steps 8" in out
+    own = DiCoDe.from_pretrained(tiny_model).sampling
+    assert own.variance_scale == 0.5 and own.steps == 2
+    assert DiCoDe.from_pretrained(tmp_path / "joined").sampling == dataclasses.replace(own, steps=5)
 
 
 def test_a_stopwatch_gives_time_to_the_innermost_stage(monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 from dicode.convert.configs import denoiser_config, first_stage_config, first_stage_of
 from dicode.convert.names import unet_state, vae_state
 from dicode.hub import load_state
+from dicode.sampling import SamplingConfig
 from dicode.tokenizer.config import DiffusionConfig
 from dicode.tokenizer.diffusion import sample
 from dicode.tokenizer.first_stage import FirstStage
@@ -54,17 +55,20 @@ def test_unet_prediction_is_the_published_one(unet_vectors: dict[str, Tensor]) -
 def test_guided_sampling_is_the_published_one(unet_vectors: dict[str, Tensor], steps: int) -> None:
     values = values_of("ddim")
     v, d = unet_vectors, vectors_of("ddim")
-    config = DiffusionConfig(objective="v_prediction", eta=values["eta"], guidance_rescale=values["guidance_rescale"])
-    guidance = values["guidance_scale"]
+    sampling = SamplingConfig(
+        steps=steps,
+        decoder_guidance=values["guidance_scale"],
+        guidance_rescale=values["guidance_rescale"],
+        eta=values["eta"],
+    )
     for i, stride in enumerate(values["frame_stride"]):
         network = published_unet(v["null_text"], int(stride))
         known = told(v["head_tokens"][i : i + 1], v["tail_tokens"][i : i + 1])
         null = told(d["uncond_tokens"], d["uncond_tokens"])
         noise = d["noise"][i : i + 1].transpose(1, 2)
         with torch.no_grad():
-            made = sample(
-                config, partial(network, known=known), partial(network, known=null), noise, steps, guidance
-            ).transpose(1, 2)
+            predict, predict_null = partial(network, known=known), partial(network, known=null)
+            made = sample(DiffusionConfig("v_prediction"), sampling, predict, predict_null, noise).transpose(1, 2)
         expected = d[f"latents_{steps}_steps"][i : i + 1]
         assert ((made - expected).norm() / expected.norm()).item() < 1e-4
 

@@ -117,7 +117,7 @@ def test_guidance_steers_away_from_a_black_image(published: dict[str, Tensor], t
     tokenizer = VideoTokenizer.from_pretrained(tmp_path / "out")
     black = tokenizer.encode(torch.zeros(1, 2, 32, 32, 3, dtype=torch.uint8))
     torch.testing.assert_close(tokenizer.null_tokens(), black[:, 0])
-    plain, guided = (next(tokenizer.decode(black, steps=2, guidance=g)) for g in (1.0, 7.5))
+    plain, guided = (next(tokenizer.decode(black, steps=2, decoder_guidance=g)) for g in (1.0, 7.5))
     assert (plain.int() - guided.int()).abs().max() <= 1  # away from itself is nowhere
 
 
@@ -253,7 +253,7 @@ def test_parts_converted_one_after_the_other_make_one_folder(
     path = saved(weights_of("lm"), tmp_path / "lm.bin")
     vocabulary = TextTokenizer.gpt2(gpt2_folder)
     convert_official(tmp_path / "out", lm=path, vocabulary=vocabulary, lm_config=reference_lm_config())
-    assert read_config(tmp_path / "out").keys() == {"tokenizer", "lm", "generation", "deep_tokens"}
+    assert read_config(tmp_path / "out").keys() == {"tokenizer", "lm", "deep_tokens"}
     assert (tmp_path / "out" / "README.md").read_text() == card
     VideoTokenizer.from_pretrained(tmp_path / "out")
     DeepTokenLM.from_pretrained(tmp_path / "out")

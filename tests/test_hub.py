@@ -474,7 +474,7 @@ def test_every_tokenizer_works_in_bfloat16_as_in_float32(tmp_path, name):
     frames = torch.randint(0, 256, (1, 17, 32, 32, 3), generator=torch.manual_seed(1)).byte()
     tokens = whole.encode(frames)
     close(halved.encode(frames), tokens, 0.05)
-    one, other = (next(part.decode(tokens, guidance=1.5)).float() for part in (whole, halved))
+    one, other = (next(part.decode(tokens, decoder_guidance=1.5)).float() for part in (whole, halved))
     close(other, one, 0.15)
 
 

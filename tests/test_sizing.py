@@ -25,6 +25,7 @@ from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.plans import Planner, blank_batches, blank_stage, state_bytes
 from dicode.recipe_files import load_run
+from dicode.sampling import SamplingConfig
 from dicode.seeds import generator_for
 from dicode.sizing import (
     GPUS,
@@ -86,8 +87,7 @@ UNET = TokenizerConfig(  # the published arrangement: no key-frame head, two key
         "unet3d", context_frames=0, uses_key_latents=False, depth=1, heads=2, channels=(64, 96), text_width=32
     ),
     diffusion=DiffusionConfig("v_prediction"),
-    steps=2,
-    guidance=3.0,
+    sampling=SamplingConfig(steps=2, decoder_guidance=3.0),
 )
 
 lm_sizing, tokenizer_sizing = functools.cache(size_lm), functools.cache(size_tokenizer)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from dicode.convert.configs import resampler_config
 from dicode.hub import CheckpointError, read_config, write_config
+from dicode.sampling import Joins, SamplingConfig
 from dicode.seeds import SeedPlan, generator_for
 from dicode.tokenizer.config import (
     DenoiserConfig,
@@ -27,7 +28,7 @@ from dicode.tokenizer.denoiser import ChangeDenoiser, build_denoiser
 from dicode.tokenizer.diffusion import noised, sample, scale_motion
 from dicode.tokenizer.encoder import ClipEncoder, KeyFrameHead
 from dicode.tokenizer.first_stage import FirstStage
-from dicode.tokenizer.joins import BLEND_FRAMES, Joins, blended
+from dicode.tokenizer.joins import BLEND_FRAMES, blended
 from dicode.tokenizer.known import Known, cross_faded
 from dicode.tokenizer.resampler import Resampler
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
@@ -53,7 +54,7 @@ def tiny_config(**changes: object) -> TokenizerConfig:
             grid_queries=True,
         ),
         denoiser=DENOISERS["hourglass"],
-        steps=2,
+        sampling=SamplingConfig(steps=2),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
@@ -127,10 +128,10 @@ def test_decoding_is_lazy() -> None:
 def test_batch_size_and_order_change_no_clip() -> None:
     tokenizer = tiny_tokenizer()
     tokens = torch.randn(3, 3, 4, 6)
-    together = torch.cat(list(tokenizer.decode(tokens, seed=5, guidance=2.0)), dim=1).int()
+    together = torch.cat(list(tokenizer.decode(tokens, seed=5, decoder_guidance=2.0)), dim=1).int()
     for i in (2, 0, 1):
         alone = torch.cat(
-            list(tokenizer.decode(tokens[i : i + 1], seed=5, sample_indices=[i], guidance=2.0)), dim=1
+            list(tokenizer.decode(tokens[i : i + 1], seed=5, sample_indices=[i], decoder_guidance=2.0)), dim=1
         ).int()
         assert (alone[0] - together[i]).abs().max() <= 1  # float rounding may move a level
 
@@ -149,7 +150,7 @@ def test_impossible_options_are_refused_before_anything_is_made() -> None:
     tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 2, 4, 6)
     wrong: dict[str, dict[str, Any]] = {
         "steps": {"steps": 0},
-        "temperature": {"temperature": -0.5},
+        "decoder_temperature": {"decoder_temperature": -0.5},
         "motion_scale": {"motion_scale": -0.5},
         "clips_at_once: expected at least 1": {"joins": "parallel", "clips_at_once": 0},
         "first_clip": {"first_clip": -1},
@@ -163,7 +164,7 @@ def test_temperature_scales_the_noise_that_a_clip_starts_from() -> None:
     tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 2, 4, 6)
 
     def made(temperature: float, seed: int) -> torch.Tensor:
-        return next(tokenizer.decode(tokens, seed=seed, temperature=temperature)).float()
+        return next(tokenizer.decode(tokens, seed=seed, decoder_temperature=temperature)).float()
 
     differences = [(made(t, 1) - made(t, 2)).abs().mean() for t in (1.0, 0.5, 0.0)]
     assert differences[0] > differences[1] > differences[2] == 0
@@ -185,7 +186,7 @@ def test_motion_scale_moves_frames_from_the_mean_of_their_clip_and_leaves_key_fr
 
 def test_a_chained_clip_sees_the_one_before_as_it_was_shown() -> None:
     tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 3, 4, 6)
-    tokenizer.config = dataclasses.replace(tokenizer.config, motion_scale=1.5)
+    tokenizer.config = dataclasses.replace(tokenizer.config, sampling=SamplingConfig(steps=2, motion_scale=1.5))
     by_config = latents_of(tokenizer, tokens)
     assert clips_equal(by_config, latents_of(tokenizer, tokens, motion_scale=1.5)) == [True, True]
     other = latents_of(tokenizer, tokens, motion_scale=1.0)[1]
@@ -216,10 +217,10 @@ def clips_equal(made: list[torch.Tensor], expected: list[torch.Tensor]) -> list[
 @pytest.mark.parametrize("tail_frame", [15, 16])
 def test_parallel_clips_do_not_depend_on_how_many_are_rendered_at_once(tail_frame: int) -> None:
     tokenizer, tokens = tiny_tokenizer(tail_frame=tail_frame), torch.randn(2, 6, 4, 6)
-    alone = latents_of(tokenizer, tokens, guidance=2.0, joins="parallel", clips_at_once=1)
+    alone = latents_of(tokenizer, tokens, decoder_guidance=2.0, joins="parallel", clips_at_once=1)
     assert [clip.shape[1] for clip in alone] == [16] + [tail_frame] * 4
     for clips_at_once in (2, 3, 9):
-        together = latents_of(tokenizer, tokens, guidance=2.0, joins="parallel", clips_at_once=clips_at_once)
+        together = latents_of(tokenizer, tokens, decoder_guidance=2.0, joins="parallel", clips_at_once=clips_at_once)
         for made, expected in zip(together, alone, strict=True):
             torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
 
@@ -505,7 +506,7 @@ def test_a_perfect_denoiser_recovers_the_latents(objective: str) -> None:
         times.append(timestep[0].item())
         return perfect(latents, timestep)
 
-    made = sample(config, watched, None, noise, steps=20, guidance=1.0)
+    made = sample(config, SamplingConfig(steps=20), watched, watched, noise)
     assert len(times) == 20
     if objective == "flow":
         assert times == pytest.approx([1000 - 50 * i for i in range(20)], abs=0.01)  # no step is wasted
@@ -516,7 +517,12 @@ def test_a_perfect_denoiser_recovers_the_latents(objective: str) -> None:
 def test_guidance_of_one_is_the_conditional_prediction_and_two_moves_away_from_null() -> None:
     noise = torch.zeros(1, 1, 1, 1, 1)
     ones, zeros = (lambda x, t: torch.ones_like(x)), (lambda x, t: torch.zeros_like(x))
-    values = {g: sample(DiffusionConfig(), ones, zeros, noise, 4, g).item() for g in (0.0, 1.0, 2.0)}
+
+    def made(guidance: float) -> float:
+        sampling = SamplingConfig(steps=4, decoder_guidance=guidance)
+        return sample(DiffusionConfig(), sampling, ones, zeros, noise).item()
+
+    values = {guidance: made(guidance) for guidance in (0.0, 1.0, 2.0)}
     assert values[0.0] == pytest.approx(0)
     assert values[2.0] == pytest.approx(2 * values[1.0])
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_tokenizer import tiny_config
 from torch import nn
 
-from dicode.generate import DiCoDe, GenerationConfig
+from dicode.generate import DiCoDe
 from dicode.hub import CheckpointError, read_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.sizes import DeepLMConfig
@@ -181,7 +181,7 @@ def test_rendered_frames_are_those_that_decode_shows_beside_the_real_ones(traine
     rows = torch.stack([cache.clip_rows(video, 0.0, 17, 8.0) for video in cache.videos])
     assert torch.equal(stage.rendered.rows, rows[:, 1:16].flatten())
     tokens = stage.tokenizer.encode(cache.frames[rows[:3]])
-    shown = next(stage.tokenizer.decode(tokens, seed=0, guidance=1.5, motion_scale=1.3))
+    shown = next(stage.tokenizer.decode(tokens, seed=0, decoder_guidance=1.5, motion_scale=1.3))
     latents = stage.rendered.latents.float().unflatten(0, (-1, 15))[:3]
     assert (stage.tokenizer.frames_of(latents).int() - shown[:, 1:].int()).abs().max() <= 1  # kept as float16
     batch = stage.batch(torch.arange(4), generator_for(0))
@@ -367,8 +367,9 @@ def test_a_denoiser_begins_with_that_of_another_model(trained: Path) -> None:
 def test_assembling_takes_a_later_decoder_and_refuses_what_does_not_fit(trained: Path, tmp_path: Path) -> None:
     tokenizer, lm = trained / "denoiser/best", trained / "lm/best"
     run_recipe(variants(trained)["perceptual"], tmp_path / "later", {})
-    model = assemble(tokenizer, lm, tmp_path / "model", tmp_path / "later/best", GenerationConfig(steps=3))
-    assert model.defaults.steps == model.tokenizer.config.steps == 3
+    model = assemble(tokenizer, lm, tmp_path / "model", tmp_path / "later/best", steps=3)
+    own = VideoTokenizer.from_pretrained(tokenizer).config.sampling
+    assert own.steps == 2 and model.sampling == dataclasses.replace(own, steps=3)  # all else as it was
     held = load_file(tmp_path / "later/best/first_stage.safetensors")
     for name, value in model.tokenizer.first_stage.state_dict().items():
         torch.testing.assert_close(value, held[name], rtol=1e-3, atol=1e-3)  # float16
@@ -450,7 +451,7 @@ def test_trained_stages_make_one_model_that_generates(trained: Path, tmp_path: P
     tokenizer = VideoTokenizer.from_pretrained(trained / "denoiser/best")
     model = DiCoDe(tokenizer, DeepTokenLM.from_pretrained(trained / "lm/best"))
     model.save_pretrained(tmp_path, torch.bfloat16)
-    assert set(read_config(tmp_path)) == {"tokenizer", "lm", "generation", "deep_tokens"}
+    assert set(read_config(tmp_path)) == {"tokenizer", "lm", "deep_tokens"}
     model = DiCoDe.from_pretrained(tmp_path)
     clips = list(model.generate("a red square moves right", seconds=5.0, seed=3))
     assert [clip.shape for clip in clips] == [(16, SIZE, SIZE, 3), (16, SIZE, SIZE, 3), (8, SIZE, SIZE, 3)]

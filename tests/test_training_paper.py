@@ -51,7 +51,7 @@ def published_config(**changes: Any) -> TokenizerConfig:
         ),
         denoiser=dataclasses.replace(DENOISERS["unet3d"], channels=(16, 32), context_frames=0, uses_key_latents=False),
         diffusion=published.diffusion,
-        guidance=published.guidance,
+        sampling=dataclasses.replace(published.sampling, steps=2),
         **changes,
     )  # fmt: skip
 
@@ -66,7 +66,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = VideoTokenizer(published_config())
     tokenizer.normalizer.get_buffer("running_var").fill_(1 - tokenizer.normalizer.eps)
     tokenizer.denoiser.get_buffer("null_text").normal_()
-    write_config(folder / "prior", {"tokenizer": tokenizer.save_pretrained(folder / "prior"), "generation": {}})
+    write_config(folder / "prior", {"tokenizer": tokenizer.save_pretrained(folder / "prior")})
     return folder
 
 
@@ -418,7 +418,9 @@ def test_a_run_from_scratch_takes_a_vocabulary_that_fits_and_only_one(trained: P
 def test_the_tokenizer_recipe_is_the_published_one() -> None:
     run = load_run(f"{RECIPES}:paper_tokenizer_256")
     assert run.model == TOKENIZERS["paper_tokenizer_256"]
-    assert run.model.diffusion == DiffusionConfig("v_prediction", eta=1.0, guidance_rescale=0.7)
+    assert run.model.diffusion == DiffusionConfig("v_prediction")
+    sampling = run.model.sampling
+    assert (sampling.steps, sampling.eta, sampling.guidance_rescale, sampling.decoder_guidance) == (50, 1.0, 0.7, 7.5)
     with torch.device("meta"):
         model = VideoTokenizer(run.model)
     assert parameters_m(model.denoiser) == pytest.approx(1439, abs=1)

@@ -12,7 +12,7 @@ from test_training import FLOW, LM, loop
 from torch import Tensor, nn
 
 from dicode.cli import main
-from dicode.generate import DiCoDe, GenerationConfig
+from dicode.generate import DiCoDe
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.flow_head import FlowHead
 from dicode.seeds import generator_for
@@ -75,7 +75,7 @@ def narrow(prepared: Path, tmp_path_factory: pytest.TempPathFactory, request: py
     )
     run_recipe(whole, root / "denoiser", {})
     run_recipe(dataclasses.replace(language(root, "keys"), cache=keys.cache), root / "lm", {})
-    assemble(root / "denoiser/best", root / "lm/best", root / "model", defaults=GenerationConfig(guidance=3.5))
+    assemble(root / "denoiser/best", root / "lm/best", root / "model", guidance=3.5)
     return root
 
 
@@ -129,7 +129,7 @@ def test_the_language_model_says_what_it_said_and_nothing_of_the_further_numbers
     means = [head.mean(hidden[0]) for head in (wide.lm.head, held.lm.head)]
     torch.testing.assert_close(means[0][..., :WIDTH], means[1])
     assert means[1].any() and not means[0][..., WIDTH:].any()
-    assert wide.defaults == held.defaults == GenerationConfig(guidance=3.5)
+    assert wide.sampling == held.sampling == tiny_config().sampling.changed(guidance=3.5)
 
 
 def test_training_goes_on_from_what_was_written(prepared: Path, narrow: Path, wide: DiCoDe, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from dicode import __version__
 from dicode.convert.configs import CLIP_HEAD_WIDTH, lm_size_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import clip_state, lm_state, unet_state, vae_state
-from dicode.generate import GenerationConfig
 from dicode.hub import CheckpointError, config_to_dict, load_state, misfits, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM
@@ -144,12 +143,8 @@ def tokenizer_sections(config: TokenizerConfig, first_stage: State, parts: State
         if not name.startswith("denoiser.")
     }
     stage, encoding = ({name: saved[name] for name in part if name in saved} for part in (first_stage, parts))
-    published = GenerationConfig(
-        variance_scale=0.01, decoder_guidance=config.guidance, steps=config.steps, joins="independent"
-    )
     return {
         "tokenizer": config_to_dict(config),
-        "generation": config_to_dict(published),
         "deep_tokens": hash_of_tokens(stage, encoding),
     }
 

@@ -19,9 +19,9 @@ from dicode.evaluate.scores import Score, repeats_score
 from dicode.evaluate.speed import memory_score, whole_process
 from dicode.generate import DiCoDe
 from dicode.progress import tracked
+from dicode.sampling import Joins
 from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
-from dicode.tokenizer.joins import Joins
 from dicode.video.shards import FrameCache
 from dicode.video.sheet import contact_sheet
 
@@ -139,7 +139,7 @@ def cost_of_length(model: DiCoDe, folder: Path, prompt: str, seconds: float, rep
         ]
     )
     return {
-        "joins": model.defaults.joins,
+        "joins": model.sampling.joins,
         **time_figures(times, seconds, config.clip_s),
         "peak_memory_gib": memory_score(np.median, memory[:, 0]),
         "one_clip_peak_memory_gib": memory_score(np.median, memory[:, 1]),

@@ -343,7 +343,7 @@ def made_by(model: DiCoDe, folder: Path) -> dict[str, Any]:
     """Model, its weights and configuration, version, and how it is sampled: its own settings."""
     return {
         **origin(folder, folder / "config.json", *folder.glob("*.safetensors")),
-        "settings": asdict(model.defaults),
+        "settings": asdict(model.sampling),
     }
 
 

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dicode.sampling import SamplingConfig
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -86,8 +88,6 @@ class DiffusionConfig:
 
     objective: Literal["flow", "v_prediction"] = "flow"
     shift: float = 1.0  # >1 spends more of training and sampling at high noise (Esser et al. 2024, section 5.3.2)
-    eta: float = 0.0  # DDIM's noise, `v_prediction` only; published 1.0
-    guidance_rescale: float = 0.0  # published 0.7
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,7 @@ class TokenizerConfig:
     )
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    steps: int = 12  # sampling steps where the caller names none
-    guidance: float = 1.0
-    temperature: float = 1.0  # of the noise a clip starts from: below 1 clips hold together better and move less
-    motion_scale: float = 1.0  # how far frames move from their clip's mean, times what was rendered: `scale_motion`
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # where the caller asks for nothing else
 
     @property
     def latent_size(self) -> int:

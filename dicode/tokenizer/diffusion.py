@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from dicode.sampling import SamplingConfig
 from dicode.shapes import ClipLatents
 from dicode.tokenizer.config import DiffusionConfig
 
@@ -46,45 +47,44 @@ def noised(
 
 def sample(
     config: DiffusionConfig,
+    sampling: SamplingConfig,
     predict: Predict,
-    predict_null: Predict | None,
+    predict_null: Predict,
     noise: ClipLatents,
-    steps: int,
-    guidance: float,
     generators: list[torch.Generator] | None = None,
 ) -> ClipLatents:
-    """Noise → clean latents in `steps` steps.
+    """Noise → clean latents.
 
-    Where `predict_null` is given, the prediction is null + guidance·(conditional − null) (Ho & Salimans 2022), its
+    With a guidance other than 1 the prediction is null + guidance·(conditional − null) (Ho & Salimans 2022), its
     deviation pulled back by `guidance_rescale` (Lin et al. 2024, section 3.4).
     """
 
     def guided(latents: ClipLatents, timestep: Tensor) -> ClipLatents:
         conditional = predict(latents, timestep)
-        if predict_null is None:
+        if sampling.decoder_guidance == 1.0:
             return conditional
         null = predict_null(latents, timestep)
-        prediction = null + guidance * (conditional - null)
-        if config.guidance_rescale == 0.0:
+        prediction = null + sampling.decoder_guidance * (conditional - null)
+        if sampling.guidance_rescale == 0.0:
             return prediction
         axes = tuple(range(1, prediction.ndim))
         ratio = conditional.std(axes, keepdim=True) / prediction.std(axes, keepdim=True)
-        return prediction * (config.guidance_rescale * ratio + 1 - config.guidance_rescale)
+        return prediction * (sampling.guidance_rescale * ratio + 1 - sampling.guidance_rescale)
 
     if config.objective == "flow":  # from 1 in equal steps to 0; left alone, diffusers takes its last step at 0.001
         scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=noise.device)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / sampling.steps, sampling.steps), device=noise.device)
     else:
         scheduler = ddim_scheduler()
-        scheduler.set_timesteps(steps, device=noise.device)
-    latents = noise
+        scheduler.set_timesteps(sampling.steps, device=noise.device)
+    latents = sampling.decoder_temperature * noise
     for timestep in scheduler.timesteps:
         prediction = guided(latents, timestep.expand(len(latents)).to(noise))
         if config.objective == "flow":
             latents = scheduler.step(prediction, timestep, latents).prev_sample
         else:
             latents = scheduler.step(
-                prediction, timestep, latents, eta=config.eta, generator=generators, use_clipped_model_output=False
+                prediction, timestep, latents, eta=sampling.eta, generator=generators, use_clipped_model_output=False
             ).prev_sample
     return latents
 

@@ -5,15 +5,12 @@ A clip of ours ends one frame before the next one begins; published clips share 
 """
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dicode.shapes import ClipLatents, ImageLatents
-
-Joins = Literal["chained", "parallel", "independent"]
 
 # At a join's either side. Key frames jittered for every clip made joins of the model in the box 2.35 times an inside
 # step; 2, 3, 4 and 5 frames lowered that to 1.32, 1.21, 1.14 and 1.10. More frames drag more of a clip from its place.

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from dicode.sampling import SamplingConfig
 from dicode.tokenizer.config import (
     DenoiserConfig,
     DiffusionConfig,
@@ -38,8 +39,9 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         encoder=EncoderConfig("clip", width=1280, depth=32, heads=16, size=224, patch=14, channels=3),
         resampler=ResamplerConfig(),
         denoiser=DenoiserConfig("unet3d", context_frames=0, uses_key_latents=False, depth=2, heads=5),
-        diffusion=DiffusionConfig(objective="v_prediction", eta=1.0, guidance_rescale=0.7),
-        steps=50,
-        guidance=7.5,
+        diffusion=DiffusionConfig(objective="v_prediction"),
+        sampling=SamplingConfig(
+            variance_scale=0.01, steps=50, decoder_guidance=7.5, guidance_rescale=0.7, eta=1.0, joins="independent"
+        ),
     ),
 }

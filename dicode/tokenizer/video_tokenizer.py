@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from dicode.hub import (
     save_weights,
     without_initialisation,
 )
+from dicode.sampling import SamplingConfig
 from dicode.seeds import SeedPlan, generator_for, normal, seed_of_clip
 from dicode.shapes import (
     ClipLatents,
@@ -42,7 +43,7 @@ from dicode.tokenizer.denoiser import build_denoiser
 from dicode.tokenizer.diffusion import sample, scale_motion
 from dicode.tokenizer.encoder import KeyFrameHead, build_encoder
 from dicode.tokenizer.first_stage import DECODER, FirstStage
-from dicode.tokenizer.joins import Joins, blended_stream, key_frame_indices
+from dicode.tokenizer.joins import blended_stream, key_frame_indices
 from dicode.tokenizer.known import Known
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.resampler import Resampler
@@ -52,30 +53,12 @@ FIRST_STAGE_WEIGHTS = "first_stage.safetensors"
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the denoiser is sampled, for every clip of a stream."""
+class Draws:
+    """What decides how the clips of a stream are sampled."""
 
+    sampling: SamplingConfig
     seed: int | SeedPlan
     sample_indices: Sequence[int] | None  # of the batch entries; none: 0, 1, …
-    steps: int
-    guidance: float
-    temperature: float
-    motion_scale: float
-
-
-class DecodeOptions(TypedDict, total=False):
-    """The keywords of `VideoTokenizer.decode_pairs`, which says what they do."""
-
-    seed: int | SeedPlan
-    sample_indices: Sequence[int] | None
-    steps: int | None
-    guidance: float | None
-    temperature: float | None
-    motion_scale: float | None
-    joins: Joins
-    clips_at_once: int
-    before: FrameStack | None
-    first_clip: int
 
 
 class VideoTokenizer(nn.Module):
@@ -193,7 +176,7 @@ class VideoTokenizer(nn.Module):
 
     # tokens → frames
 
-    def decode(self, tokens: DeepTokens, **options: Unpack[DecodeOptions]) -> Iterator[FrameStack]:
+    def decode(self, tokens: DeepTokens, **options: Any) -> Iterator[FrameStack]:
         """Render N key frames' tokens `b k n d` as k−1 clips, each uint8 `b 16 h w c`; options as of `decode_pairs`."""
         if tokens.shape[1] < 2:
             raise ValueError(f"expected at least 2 key frames (one clip), got {tokens.shape[1]}")
@@ -205,49 +188,35 @@ class VideoTokenizer(nn.Module):
         *,
         seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        temperature: float | None = None,
-        motion_scale: float | None = None,
-        joins: Joins = "chained",
         clips_at_once: int = 4,
         before: FrameStack | None = None,
         first_clip: int = 0,
+        **options: object,
     ) -> Iterator[FrameStack]:
         """A stream of (head, tail) token pairs `b 2 n d` → clips, uint8 `b 16 h w c`, one after the other.
 
-        Where clips share a frame (see `TokenizerConfig`), all but the first come without it.
+        Where clips share a frame (see `TokenizerConfig`), all but the first come without it. `options` are fields of
+        `SamplingConfig`; those left out are the model's own.
 
-        `chained` gives every clip the last frames of the one before as clean context, the first one those of `before`
-        (uint8 frames `b f h w c` of the tokenizer's size that end where the stream begins); it draws a pair when its
-        clip is asked for. `parallel` renders `clips_at_once` clips as one batch without context and blends their
-        joins, for which it holds one clip back: at most `clips_at_once` + 1 pairs are drawn ahead of what was given.
-        `independent` leaves every clip as it was rendered. These two ignore `before`.
+        Joins `chained` give every clip the last frames of the one before as clean context, the first one those of
+        `before` (uint8 frames `b f h w c` of the tokenizer's size that end where the stream begins); a pair is drawn
+        when its clip is asked for. `parallel` renders `clips_at_once` clips as one batch without context and blends
+        their joins, for which it holds one clip back: at most `clips_at_once` + 1 pairs are drawn ahead of what was
+        given. `independent` leaves every clip as it was rendered. These two ignore `before`.
 
         A sample's noise depends on (seed, its sample index, clip number) only; the first clip's number is `first_clip`.
         Raises `ValueError` at the call for options out of range, and for `before` too short or of another size.
         """
-        steps = self.config.steps if steps is None else steps
-        guidance = self.config.guidance if guidance is None else guidance
-        temperature = self.config.temperature if temperature is None else temperature
-        motion_scale = self.config.motion_scale if motion_scale is None else motion_scale
-        for name, value, least in (
-            ("steps", steps, 1),
-            ("clips_at_once", clips_at_once, 1),
-            ("first_clip", first_clip, 0),
-            ("temperature of the decoder", temperature, 0),
-            ("motion_scale", motion_scale, 0),
-        ):
+        draws = Draws(self.config.sampling.changed(**options), seed, sample_indices)
+        for name, value, least in (("clips_at_once", clips_at_once, 1), ("first_clip", first_clip, 0)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if joins not in get_args(Joins):
-            raise ValueError(f"joins: expected one of {', '.join(get_args(Joins))}, got {joins!r}")
+        joins = draws.sampling.joins
         context = None if before is None or joins != "chained" else self.context_of(before)
-        sampling = Sampling(seed, sample_indices, steps, guidance, temperature, motion_scale)
         numbered = enumerate(pairs, first_clip)
         if joins == "chained":
-            return self._shown(self._chained(numbered, context, sampling))
-        clips = self._at_once(numbered, clips_at_once if joins == "parallel" else 1, sampling)
+            return self._shown(self._chained(numbered, context, draws))
+        clips = self._at_once(numbered, clips_at_once if joins == "parallel" else 1, draws)
         if joins == "parallel":
             # what predicts the change from a key frame has a clip's first frame right, the key frame itself
             moves_later = not self.config.denoiser.predicts_change
@@ -256,9 +225,7 @@ class VideoTokenizer(nn.Module):
 
     def render(self, pair: DeepTokens, sample_indices: Sequence[int], seed: int = 0) -> ClipLatents:
         """The first-stage latents of single clips with these head and tail tokens `b 2 n d`, as `decode` would show."""
-        c = self.config
-        sampling = Sampling(seed, sample_indices, c.steps, c.guidance, c.temperature, c.motion_scale)
-        return self._render([pair], None, [0], sampling)[0]
+        return self._render([pair], None, [0], Draws(self.config.sampling, seed, sample_indices))[0]
 
     def _shown(self, clips: Iterator[ClipLatents]) -> Iterator[FrameStack]:
         for position, latents in enumerate(clips):
@@ -267,34 +234,34 @@ class VideoTokenizer(nn.Module):
             yield frames
 
     def _chained(
-        self, numbered: Iterator[tuple[int, DeepTokens]], context: ContextLatents | None, sampling: Sampling
+        self, numbered: Iterator[tuple[int, DeepTokens]], context: ContextLatents | None, draws: Draws
     ) -> Iterator[ClipLatents]:
         frames = self.config.denoiser.context_frames
         for clip, pair in numbered:
             if context is not None and len(context) != len(pair):
                 raise ValueError(f"before: expected a batch of {len(pair)}, as the tokens, got {len(context)}")
-            (latents,) = self._render([pair], context, [clip], sampling)
+            (latents,) = self._render([pair], context, [clip], draws)
             context = latents[:, -frames:] if frames else None
             yield latents
 
     def _at_once(
-        self, numbered: Iterator[tuple[int, DeepTokens]], clips_at_once: int, sampling: Sampling
+        self, numbered: Iterator[tuple[int, DeepTokens]], clips_at_once: int, draws: Draws
     ) -> Iterator[ClipLatents]:
         while drawn := list(islice(numbered, clips_at_once)):
-            yield from self._render([pair for _, pair in drawn], None, [clip for clip, _ in drawn], sampling)
+            yield from self._render([pair for _, pair in drawn], None, [clip for clip, _ in drawn], draws)
 
     @torch.no_grad()
     def _render(
-        self, pairs: list[DeepTokens], before: ContextLatents | None, clips: list[int], sampling: Sampling
+        self, pairs: list[DeepTokens], before: ContextLatents | None, clips: list[int], draws: Draws
     ) -> Sequence[ClipLatents]:
         """The latents of some clips, rendered as one batch of the denoiser; `before` is the context of every one."""
         config = self.config
         side = config.latent_size
         shape = (config.clip_frames, config.first_stage.latent_channels, side, side)
         places = [
-            (seed_of_clip(sampling.seed, clip), i, clip)
+            (seed_of_clip(draws.seed, clip), i, clip)
             for clip, pair in zip(clips, pairs, strict=True)
-            for i in sampling.sample_indices or range(len(pair))
+            for i in draws.sample_indices or range(len(pair))
         ]
         noise = torch.stack([normal(shape, seed, "clip", i, clip) for seed, i, clip in places]).to(self.device)
         known = self.known(torch.cat(pairs).to(self.device), before)
@@ -306,15 +273,14 @@ class VideoTokenizer(nn.Module):
         )
         latents = sample(
             config.diffusion,
+            draws.sampling,
             lambda latents, timestep: self.denoiser(latents, timestep, known),
-            None if sampling.guidance == 1.0 else lambda latents, timestep: self.denoiser(latents, timestep, null),
-            sampling.temperature * noise,
-            sampling.steps,
-            sampling.guidance,
+            lambda latents, timestep: self.denoiser(latents, timestep, null),
+            noise,
             [generator_for(seed, "sampler", i, clip) for seed, i, clip in places],
         )
         keys = [0, config.tail_frame] if config.repeated_frames else [0]  # the key frames among a clip's frames
-        return scale_motion(latents, sampling.motion_scale, keys).split([len(pair) for pair in pairs])
+        return scale_motion(latents, draws.sampling.motion_scale, keys).split([len(pair) for pair in pairs])
 
     @torch.no_grad()
     def context_of(self, before: FrameStack) -> ContextLatents | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dicode.generate import DiCoDe, GenerationConfig
+from dicode.generate import DiCoDe
 from dicode.hub import CheckpointError, load_weights, read_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.tokenizer.first_stage import DECODER, FirstStage
@@ -17,13 +17,14 @@ def assemble(
     lm: Path,
     output: Path,
     first_stage: Path | None = None,
-    defaults: GenerationConfig | None = None,
     dtype: torch.dtype = torch.float16,
+    **options: object,
 ) -> DiCoDe:
     """Join a tokenizer run's and a language model run's weights; returns the model as loaded back from `output`.
 
     `first_stage` names a later run of the same first stage, its encoder frozen: only its decoder may differ, for
     latents and deep tokens to stay what they were. float16 keeps three more bits than bfloat16, and weights fit it.
+    The tokenizer's own sampling is kept but for `options`, fields of `SamplingConfig`.
     Raises `CheckpointError` where they do not, or where the language model was trained on other tokens.
     """
     parts = VideoTokenizer.from_pretrained(tokenizer)
@@ -36,13 +37,6 @@ def assemble(
             if not name.startswith(DECODER) and not torch.equal(value, later.state_dict()[name]):
                 raise CheckpointError(f"{first_stage}: {name} differs from {tokenizer}; the deep tokens would change")
         parts.first_stage.load_state_dict(later.state_dict())
-    if defaults is not None:  # what a reconstruction takes where it is told nothing
-        parts.config = replace(
-            parts.config,
-            steps=defaults.steps,
-            guidance=defaults.decoder_guidance,
-            temperature=defaults.decoder_temperature,
-            motion_scale=defaults.motion_scale,
-        )
-    DiCoDe(parts, DeepTokenLM.from_pretrained(lm), defaults).save_pretrained(output, dtype)
+    parts.config = replace(parts.config, sampling=parts.config.sampling.changed(**options))
+    DiCoDe(parts, DeepTokenLM.from_pretrained(lm)).save_pretrained(output, dtype)
     return DiCoDe.from_pretrained(output)

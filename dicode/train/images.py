@@ -67,7 +67,9 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
 
     weights = content_hash(source / WEIGHTS, source / TOKENIZER_WEIGHTS)
     videos = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:8]
-    name = f"rendered-{weights}-{config.guidance:g}-{config.motion_scale:g}-{videos}.safetensors"
+    name = (
+        f"rendered-{weights}-{config.sampling.decoder_guidance:g}-{config.sampling.motion_scale:g}-{videos}.safetensors"
+    )
     latents = kept_tensors(Path(run.cache) / name, computed)["latents"]
     return Rendered(rows[:, 1 : config.clip_frames].flatten(), latents[:, 1:].flatten(0, 1))
 
@@ -110,9 +112,11 @@ class FirstStageTraining:
         self.rendered: Rendered | None = None
         if run.rendered_share and self.tokenizer is not None:
             self.tokenizer.to(pick_device(run.loop.device))
-            self.tokenizer.config = replace(
-                self.tokenizer.config, guidance=run.rendered_guidance, motion_scale=run.rendered_motion_scale
+            config = self.tokenizer.config
+            sampling = config.sampling.changed(
+                decoder_guidance=run.rendered_guidance, motion_scale=run.rendered_motion_scale
             )
+            self.tokenizer.config = replace(config, sampling=sampling)
             self.rendered = rendered_clips(self.tokenizer, cache.subset(validation=False), run)
             self.rendered_validation = rendered_clips(self.tokenizer, validation, run)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dicode.generate import DiCoDe, GenerationConfig
-from dicode.hub import config_from_dict, load_state, read_config, resolve, write_config
+from dicode.generate import DiCoDe
+from dicode.hub import load_state, read_config, resolve, write_config
 from dicode.lm.deep_lm import SECTION, DeepTokenLM
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.clips import first_stage_latents, fit_linear_code
@@ -49,8 +49,7 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
         return
     wide_lm = DeepTokenLM(replace(lm.config, token_width=token_width), lm.text)
     grow(wide_lm, lm.state_dict(), OF_LANGUAGE_MODEL)
-    defaults = config_from_dict(GenerationConfig, sections.get("generation", {}), "generation")
-    DiCoDe(wide, wide_lm, defaults).save_pretrained(output)
+    DiCoDe(wide, wide_lm).save_pretrained(output)
 
 
 def grow(module: nn.Module, narrower: Mapping[str, Tensor], names: Collection[str]) -> None:
