@@ -15,6 +15,7 @@ from safetensors.torch import save
 from dicode import __version__
 from dicode.device import pick_device
 from dicode.extras import missing_extra
+from dicode.files import check_parent
 from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train, Widen
 from dicode.generate import trimmed
 from dicode.hub import (
@@ -30,7 +31,7 @@ from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
 from dicode.video.io import read_video
 from dicode.video.shards import FrameCache
-from dicode.video.writer import VideoWriter
+from dicode.video.writer import VideoWriter, check_output
 
 TOKENS_SUFFIX = ".safetensors"
 
@@ -64,6 +65,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
     is_saved = Path(command.input).suffix == TOKENS_SUFFIX
     if is_saved and command.side_by_side:
         raise ValueError(f"--side-by-side: {command.input} holds tokens, not the video to show beside them")
+    check_output(command.output, scale=command.scale)
     with watch.stage("load"):
         tokenizer, model = _load_tokenizer(command, getattr(torch, command.dtype))
     frames: Video | None = None
@@ -139,12 +141,6 @@ def widen(command: Widen, watch: Stopwatch) -> int:
 def origin(folder: Path, *weights: Path) -> dict[str, str]:
     """What made a file, for its metadata: model, its weights, and version."""
     return {"model": model_name(folder), "weights": content_hash(*weights), "dicode": __version__}
-
-
-def check_parent(path: Path | None) -> None:
-    """Raise before any work is done where the folder of an output is missing."""
-    if path is not None and not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name!r} in")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
 from dicode.video.io import VideoReadError, read_video
 from dicode.video.shards import FrameCache, fault, read_cache_index
-from dicode.video.sheet import save_sheet
+from dicode.video.sheet import check_sheet, save_sheet
 
 MOST_COUNTED = 125  # exit codes from 126 on mean other things to a shell
 
@@ -114,9 +114,7 @@ def export(command: Export, watch: Stopwatch) -> int:
 
 def sheet(command: Sheet, watch: Stopwatch) -> int:
     """Bad files are listed and others take their place."""
-    from dicode.commands import check_parent  # brings diffusers: five seconds that the other commands need not wait
-
-    check_parent(command.output)
+    check_sheet(command.output)
     records = read_index(command.folder)
     order = torch.randperm(len(records), generator=generator_for(command.seed, "sheet")).tolist()
     clips: list[Video] = []

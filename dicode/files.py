@@ -25,6 +25,14 @@ class UnreachableError(ValueError):
     """A store that does not answer, which says nothing about the file asked for: stop, and try again later."""
 
 
+def check_parent(path: Path | None) -> None:
+    """Raise before any work is done where the folder of an output is missing, or nothing can be written there."""
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name!r} in")
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent}: cannot write here")
+
+
 def place(name: str | Path | UPath) -> Place:
     """The file or folder of this name or URL."""
     text = str(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dicode.commands import asked_sampling, check_parent, origin, written
+from dicode.commands import asked_sampling, origin, written
 from dicode.device import peak_memory_mib, pick_device
 from dicode.flags import Generate
 from dicode.generate import DiCoDe, Given, Prompt, length_s
@@ -18,7 +18,8 @@ from dicode.shapes import KeyFrameTokens, Video
 from dicode.stopwatch import Stopwatch
 from dicode.storyboard import parse_storyboard, read_storyboard
 from dicode.video.io import read_video
-from dicode.video.sheet import save_sheet
+from dicode.video.sheet import check_sheet, save_sheet
+from dicode.video.writer import check_output
 
 PREVIEW_STEPS = 2  # and no guidance: a twelfth of the work of the model in the box
 
@@ -36,8 +37,11 @@ class Job:
 
 def generate(command: Generate, watch: Stopwatch) -> int:
     """Clips are written as they come; the file appears when the last one has, or from the first on (`--stream`)."""
-    check_parent(command.sheet)
     jobs = jobs_of(command)
+    for job in jobs:
+        check_sheet(job.sheet)
+        for output in (job.output, *([beside(job.output, "preview")] if command.preview else [])):
+            check_output(output, scale=command.scale, stream=command.stream)
     with watch.stage("load"):
         folder = resolve(command.model, command.revision)
         device, dtype = str(pick_device(command.device)), getattr(torch, command.dtype)
@@ -102,8 +106,8 @@ def given_of(command: Generate, model: DiCoDe) -> Given:
 
 
 def beside(output: str, word: str, between: str = ".") -> str:
-    """The name of another output: out.mp4 → out.preview.mp4, frames/ → frames.preview/."""
-    if output.endswith("/"):
+    """The name of another output: out.mp4 → out.preview.mp4, frames/ and frames → frames.preview/."""
+    if output.endswith("/") or not Path(output).suffix:
         return f"{output.rstrip('/')}{between}{word}/"
     path = Path(output)
     return str(path.with_name(f"{path.stem}{between}{word}{path.suffix}"))

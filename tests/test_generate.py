@@ -14,6 +14,7 @@ from test_cli import PROMPT, interrupt_after_a_clip, run
 from dicode.generate import DiCoDe, Given
 from dicode.seeds import SeedPlan
 from dicode.storyboard import Shot
+from dicode.tokenizer.first_stage import FirstStage
 from dicode.video.io import read_metadata, read_video
 
 SIZE = 32
@@ -217,6 +218,50 @@ def test_a_preview_comes_first_from_the_same_key_frames(capsys: Any, tmp_path: P
     assert read_metadata(tmp_path / "a.preview.mp4")["steps"] == 2
     run(capsys, *base, "-o", tmp_path / "b.mp4")
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_a_preview_of_a_folder_without_a_slash_is_a_folder(capsys: Any, tmp_path: Path, tiny_model: Path) -> None:
+    argv = ["generate", PROMPT, "--model", tiny_model, "--seconds", 2, "--preview", "-o", tmp_path / "frames"]
+    code, _, err = run(capsys, *argv)
+    assert code == 0, err
+    assert {path.name for path in tmp_path.iterdir()} == {"frames", "frames.preview"}
+    assert len(read_video(tmp_path / "frames.preview").frames) == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["-o", "a.avi"], "ending in .mp4, .webm, .gif"),
+        (["-o", "a.mp4", "--sheet", "s.txt"], "s.txt: expected a name ending in .png"),
+        (["-o", "a.mp4", "--sheet", "no/s.png"], "no such folder"),
+        (["-o", "taken.mp4"], "taken.json: would be replaced and was not written by dicode"),
+        (["-o", "frames", "--preview"], "frames.preview: holds files that dicode did not write"),
+        (["-o", "a.mp4", "--scale", "100000"], "scale: expected a whole number from 1 to 64"),
+    ],
+)
+def test_outputs_are_checked_before_a_model_is_looked_for(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken.json").write_text('{"my": "notes"}')
+    Path("frames.preview").mkdir()
+    Path("frames.preview/holiday.png").touch()
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run(capsys, "generate", PROMPT, "--model", "no_such_model", *flags)
+    assert code == 2
+    assert said in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_frames_that_are_not_finite_are_no_video(
+    capsys: Any, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = FirstStage.decode
+    monkeypatch.setattr(FirstStage, "decode", lambda self, latents: decode(self, latents) * float("nan"))
+    code, _, err = run(capsys, "generate", PROMPT, "--model", tiny_model, "-o", tmp_path / "a.mp4")
+    assert code == 2
+    assert "rendered frames hold values that are not finite" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm", "frames/"])

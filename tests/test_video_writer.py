@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dicode import __version__
 from dicode.video import writer as writer_module
 from dicode.video.io import read_metadata, read_video
 from dicode.video.synthetic import draw_clip
@@ -25,6 +26,7 @@ METADATA = {
     "seed": 7,
     "guidance": 1.5,
     "more": {"a": [1, None]},
+    "dicode": "0.0",  # else the writer adds the version to the .json
 }
 
 
@@ -239,11 +241,14 @@ def test_a_failing_disk_leaves_no_part(tmp_path, monkeypatch):
 def test_impossible_requests_are_refused_before_anything_is_generated(tmp_path):
     refused = [
         (ValueError, "ending in .mp4, .webm, .gif.*got '.avi'", {"path": "a.avi"}),
-        (ValueError, "positive rate, got 0", {"path": "a.mp4", "fps": 0.0}),
+        (ValueError, "positive rate from .*, got 0", {"path": "a.mp4", "fps": 0.0}),
         (ValueError, "at most 50 frames", {"path": "a.gif", "fps": 60.0}),
         (ValueError, "until it is whole; write .mp4, .webm or a folder", {"path": "a.gif", "stream": True}),
-        (ValueError, "for .mp4 and .webm only", {"path": "a.gif", "crf": 20}),
-        (ValueError, "from 1 on, got 0", {"path": "a.mp4", "scale": 0}),
+        (ValueError, "for .mp4 and .webm with loss only", {"path": "a.gif", "crf": 20}),
+        (ValueError, "from 1 to 64, got 0", {"path": "a.mp4", "scale": 0}),
+        (ValueError, "from 1 to 64, got 100000", {"path": "a.mp4", "scale": 100_000}),
+        (ValueError, "ending in .mp4, .webm without loss", {"path": "a.gif", "lossless": True}),
+        (ValueError, "with loss only", {"path": "a.mp4", "lossless": True, "crf": 20}),
         (ValueError, "JSON", {"path": "a.mp4", "metadata": {"loss": float("nan")}}),
         (TypeError, "JSON", {"path": "a.mp4", "metadata": {"model": object()}}),
         (FileNotFoundError, "no such folder", {"path": "missing/a.mp4"}),
@@ -261,6 +266,49 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path):
     with pytest.raises(FileExistsError, match=r"wedding\.jpg"):
         VideoWriter(folder)
     assert (folder / "wedding.jpg").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("names", [["000000.png"], ["000000.png", "metadata.json"], ["metadata.json"]])
+def test_frames_and_notes_of_somebody_else_are_never_replaced(tmp_path, names):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text('{"fps": 8}')
+    with pytest.raises(FileExistsError, match="holds files that dicode did not write"):
+        VideoWriter(folder)
+    assert sorted(file.name for file in folder.iterdir()) == names
+
+
+@pytest.mark.parametrize("text", ['{"my": "notes"}', "no json", "[" * 100_000, '["dicode"]'])
+def test_a_json_of_somebody_else_beside_the_file_is_never_replaced(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(FileExistsError, match=r"a.json: would be replaced and was not written by dicode"):
+        VideoWriter(tmp_path / "a.mp4", metadata={"seed": 1})
+    write(tmp_path / "a.mp4", [draw_clip(0, 2, 16)[0]])  # without metadata nothing is in the way
+    with VideoWriter(tmp_path / "a.mp4") as writer:
+        writer.write(draw_clip(0, 2, 16)[0])
+        with pytest.raises(FileExistsError, match="not written by dicode"):
+            writer.note(seed=1)
+    assert (tmp_path / "a.json").read_text() == text
+    assert {file.name for file in tmp_path.iterdir()} == {"a.mp4", "a.json"}
+
+
+def test_pipes_are_not_written_to(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    os.mkfifo(tmp_path / "frames")
+    for path in (tmp_path / "a.mp4", tmp_path / "frames", Path("/dev/null")):
+        with pytest.raises(FileExistsError, match="is a"):
+            VideoWriter(path)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_loss_every_bit_comes_back(tmp_path, name, stream):
+    frames = np.random.default_rng(0).integers(0, 256, (6, 33, 47, 3), dtype=np.uint8)
+    frames[4:] = frames[3]
+    path = write(tmp_path / name, [frames[:2], frames[2:]], lossless=True, stream=stream, metadata={"seed": 1}, scale=2)
+    np.testing.assert_array_equal(read_video(path).frames, frames.repeat(2, axis=1).repeat(2, axis=2))
+    assert read_metadata(path) == {"seed": 1, "scale": 2}
 
 
 def test_frames_of_another_kind_or_size_are_refused(tmp_path):
@@ -455,4 +503,4 @@ def test_notes_alone_make_a_json_too(tmp_path):
     with VideoWriter(tmp_path / "a.mp4") as writer:
         writer.write(draw_clip(0, 3, 16)[0])
         writer.note(stopped=True)
-    assert read_metadata(tmp_path / "a.mp4") == {"stopped": True}
+    assert read_metadata(tmp_path / "a.mp4") == {"stopped": True, "dicode": __version__}

@@ -9,7 +9,10 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 
+from dicode.files import check_parent
+
 AnyVideo = UInt8[ndarray, "_f _h _w c"]  # unlike `Video`: rows of a sheet may differ in length and size
+SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 GAP = 2  # pixels between frames
 LABEL_WIDTH, LABEL_CHARACTERS, LABEL_SIZE = 150, 24, 11  # pixels, characters that fit, font height
 
@@ -41,11 +44,21 @@ def contact_sheet(
     return sheet
 
 
+def check_sheet(path: Path | None) -> None:
+    """Raise before any work is done where no sheet can be written: for its suffix, its folder, or what lies there."""
+    if path is not None and path.suffix.lower() not in SHEET_SUFFIXES:
+        raise ValueError(f"{path}: expected a name ending in {', '.join(SHEET_SUFFIXES)} for a contact sheet")
+    check_parent(path)
+    if path is not None and path.exists() and not path.is_file():
+        raise FileExistsError(f"{path}: is a folder, a pipe or a device; expected the name of a file")
+
+
 def save_sheet(
     path: str | Path, clips: Sequence[AnyVideo], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1
 ) -> None:
     """Write the contact sheet of some clips as an image file; an interrupted write leaves no half of it."""
     path = Path(path)
+    check_sheet(path)
     partial = path.with_name(f".part.{path.name}")
     try:
         contact_sheet(clips, labels, columns, scale).save(partial)

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +24,7 @@ from PIL import Image
 from dicode.files import flush
 
 _BT709 = 1  # the number of ITU-R BT.709 for matrix, primaries and transfer alike (ISO 23091-2)
+_RGB = 0  # the matrix of pixels that are red, green and blue
 # Without BITEXACT swscale may take other roundings on other processors.
 _SCALER = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 
@@ -58,6 +59,10 @@ FORMATS = {
     ),
     ".webm": Format("webm", "libvpx-vp9", "yuv420p", 22, _VP9, {}, {"lag-in-frames": "0"}, {"live": "1"}),
     ".gif": Format("gif", "gif", "pal8", container_options={"loop": "0"}),
+}
+LOSSLESS_FORMATS = {
+    ".mp4": replace(FORMATS[".mp4"], codec="libx264rgb", pixels="rgb24", crf=None, codec_options={**_X264, "qp": "0"}),
+    ".webm": replace(FORMATS[".webm"], pixels="gbrp", crf=None, codec_options={**_VP9, "lossless": "1"}),
 }
 
 
@@ -114,8 +119,9 @@ class MovieSink:
         stream.codec_context.time_base = self.time_base
         if form.pixels != "pal8":
             stream.bit_rate = 0  # quality by crf alone
-            stream.color_range = ColorRange.MPEG
-            stream.colorspace = stream.color_primaries = stream.color_trc = _BT709
+            stream.color_range = ColorRange.MPEG if form.pixels == "yuv420p" else ColorRange.JPEG
+            stream.colorspace = _BT709 if form.pixels == "yuv420p" else _RGB
+            stream.color_primaries = stream.color_trc = _BT709
         if live:
             stream.codec_context.gop_size = math.ceil(_LIVE_KEY_FRAME_S * rate)
         if note is not None:
@@ -160,7 +166,10 @@ class MovieSink:
     def _to_yuv(self, frame: UInt8[ndarray, "h w c"]) -> av.VideoFrame:
         height, width = frame.shape[:2]
         padded = np.pad(frame, ((0, self.stream.height - height), (0, self.stream.width - width), (0, 0)), mode="edge")
-        return av.VideoFrame.from_ndarray(padded, format="rgb24").reformat(
+        picture = av.VideoFrame.from_ndarray(padded, format="rgb24")
+        if self.form.pixels != "yuv420p":
+            return picture.reformat(format=self.form.pixels)
+        return picture.reformat(
             format=self.form.pixels,
             dst_colorspace=Colorspace.ITU709,
             dst_color_range=ColorRange.MPEG,

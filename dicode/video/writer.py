@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import secrets
@@ -16,11 +15,16 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from dicode.files import flush
+from dicode import __version__
+from dicode.files import check_parent, flush
 from dicode.shapes import Video
-from dicode.video.sinks import FORMATS, FolderSink, MovieSink, write_bytes
+from dicode.video.sinks import FORMATS, LOSSLESS_FORMATS, FolderSink, Format, MovieSink, write_bytes
+from dicode.video.timed import checked_fps
 
 FOLDER_METADATA = "metadata.json"
+OWN_KEY = "dicode"  # the version, in every .json of ours
+MOST_SCALE = 64
+_MOST_NOTE = 2**24  # bytes
 
 
 class VideoWriter:
@@ -35,15 +39,16 @@ class VideoWriter:
     that, `abort` and Ctrl-C included, they stay. In the end the file is an ordinary one, the same however the frames
     were split into clips, but not the one written without `stream`: the encoder may not look ahead.
 
-    `metadata` (JSON values) is stored in the file, with its "prompt" as title, and in a .json beside it (metadata.json
-    in a folder), replacing what is there; `read_metadata` reads it, `note` adds to the .json. `crf` is the quality of
-    mp4 and webm (lower is better; default 16 and 22). `scale` makes every pixel a square of that side, so that small
-    pictures can be watched.
-    H.264 needs even sides: an odd one repeats its last row or column. A GIF counts time in 1/100 s: frame i starts at
-    floor(100·i/fps), so it never drifts.
+    `metadata` (JSON values) is stored in the file, with its "prompt" as title and `scale` where that is not 1, and in a
+    .json beside it (metadata.json in a folder) with the version of dicode, by which it is known to be ours and may be
+    replaced; `read_metadata` reads it, `note` adds to the .json. `crf` is the quality of mp4 and webm (lower is better;
+    default 16 and 22). `lossless` keeps every bit: VP9 in RGB in a .webm, which browsers play, or H.264 in RGB in an
+    .mp4, which VLC, mpv and Chrome play and QuickTime does not. `scale` makes every pixel a square of that side, so
+    that small pictures can be watched.
+    H.264 with loss needs even sides: an odd one repeats its last row or column. A GIF counts time in 1/100 s: frame i
+    starts at floor(100·i/fps), so it never drifts.
 
-    Raises ValueError before anything is written for an unknown suffix, rate or option, FileExistsError for a folder
-    that holds anything but frames, FileNotFoundError where the parent folder is missing.
+    Raises what `check_output` does, before anything is written.
     """
 
     def __init__(
@@ -55,33 +60,14 @@ class VideoWriter:
         crf: int | None = None,
         scale: int = 1,
         stream: bool = False,
+        lossless: bool = False,
     ) -> None:
         self.path, self.fps, self.scale, self.stream = Path(path), float(fps), scale, stream
         self.num_frames = 0
-        suffix = self.path.suffix.lower()
-        self._format = None if not suffix or str(path).endswith(("/", os.sep)) else FORMATS.get(suffix)
-        if suffix and self._format is None and not str(path).endswith(("/", os.sep)):
-            raise ValueError(
-                f"{path}: expected a name ending in {', '.join(FORMATS)}, or a folder 'name/'; got {suffix!r}"
-            )
-        if not (math.isfinite(fps) and fps > 0):
-            raise ValueError(f"fps: expected a positive rate, got {fps}")
-        if self._format is FORMATS[".gif"] and fps > 50:
-            raise ValueError(f"fps: a GIF shows at most 50 frames a second, got {fps:g}; write .mp4 or .webm")
-        if self._format is FORMATS[".gif"] and stream:
-            raise ValueError("stream: a GIF cannot be watched until it is whole; write .mp4, .webm or a folder 'name/'")
-        if crf is not None and (self._format is None or self._format.crf is None):
-            raise ValueError("crf: a quality for .mp4 and .webm only; GIF and PNG frames have none")
-        if scale < 1:
-            raise ValueError(f"scale: expected a whole number from 1 on, got {scale}")
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"{self.path.parent}: no such folder to write {self.path.name!r} in")
-        if not os.access(self.path.parent, os.W_OK):
-            raise PermissionError(f"{self.path.parent}: cannot write here")
-        if self._format is None:
-            _check_replaceable(self.path)
-        elif self.path.is_dir():
-            raise FileExistsError(f"{self.path}: is a folder; expected the name of a file")
+        noted = metadata is not None
+        self._format = check_output(path, fps, noted, crf=crf, scale=scale, stream=stream, lossless=lossless)
+        if metadata is not None and scale != 1:
+            metadata = {**metadata, "scale": scale}
         self._crf = crf
         self._comment = None if metadata is None else json.dumps(metadata, ensure_ascii=False, allow_nan=False)
         self._noted: dict[str, object] = {}
@@ -118,6 +104,8 @@ class VideoWriter:
         """
         if not self._open:
             raise ValueError(f"{self.path}: already closed")
+        if self._format is not None and self._comment is None:
+            _check_own(self.path.with_suffix(".json"))
         self._noted |= json.loads(json.dumps(values, allow_nan=False))
 
     def close(self) -> None:
@@ -184,16 +172,19 @@ class VideoWriter:
             self._shown = True
 
     def _place_folder(self, sink: FolderSink) -> None:
-        values = {"fps": self.fps, **json.loads(self._comment or "{}"), **self._noted}
-        _write_text(sink.folder / FOLDER_METADATA, json.dumps(values, ensure_ascii=False, indent=2))
+        self._write_values(sink.folder / FOLDER_METADATA, {"fps": self.fps})
         if sink.folder != self.path:
             _replace_folder(sink.folder, self.path)
             sink.folder = self.path
 
     def _write_beside(self) -> None:
         if self._comment is not None or self._noted:
-            values = {**json.loads(self._comment or "{}"), **self._noted}
-            _write_text(self.path.with_suffix(".json"), json.dumps(values, ensure_ascii=False, indent=2))
+            self._write_values(self.path.with_suffix(".json"), {})
+
+    def _write_values(self, path: Path, first: dict[str, object]) -> None:
+        values = {**first, **json.loads(self._comment or "{}"), **self._noted}
+        values.setdefault(OWN_KEY, __version__)
+        write_bytes(path, f"{json.dumps(values, ensure_ascii=False, indent=2)}\n".encode())
 
     def _make_sink(self, first: UInt8[ndarray, "h w c"]) -> MovieSink | FolderSink:
         if self._format is None:
@@ -201,6 +192,61 @@ class VideoWriter:
         rate = Fraction(self.fps).limit_denominator(1001)
         size, live = first.shape[:2], self.stream
         return MovieSink(self._partial, self._format, rate, size, self._crf, self._title, self._comment, live)
+
+
+def check_output(
+    path: str | Path,
+    fps: float = 8.0,
+    metadata: bool = True,
+    *,
+    crf: int | None = None,
+    scale: int = 1,
+    stream: bool = False,
+    lossless: bool = False,
+) -> Format | None:
+    """What a `VideoWriter` of these arguments writes, None for a folder: to be asked before long work.
+
+    Raises ValueError for an unknown suffix, rate or option, FileExistsError for a folder that holds anything but frames
+    of ours, or a .json beside the file that is not, FileNotFoundError where the parent folder is missing.
+    """
+    suffix, is_folder = Path(path).suffix.lower(), str(path).endswith(("/", os.sep))
+    form = None if is_folder or not suffix else (LOSSLESS_FORMATS if lossless else FORMATS).get(suffix)
+    path, text = Path(path), str(path)
+    if suffix and form is None and not is_folder:
+        names = ", ".join(LOSSLESS_FORMATS if lossless else FORMATS)
+        kind = " without loss" if lossless and suffix in FORMATS else ""
+        raise ValueError(f"{text}: expected a name ending in {names}{kind}, or a folder 'name/'; got {suffix!r}")
+    checked_fps(fps, "fps")
+    if form is FORMATS[".gif"] and fps > 50:
+        raise ValueError(f"fps: a GIF shows at most 50 frames a second, got {fps:g}; write .mp4 or .webm")
+    if form is FORMATS[".gif"] and stream:
+        raise ValueError("stream: a GIF cannot be watched until it is whole; write .mp4, .webm or a folder 'name/'")
+    if crf is not None and (form is None or form.crf is None):
+        raise ValueError("crf: a quality for .mp4 and .webm with loss only; GIF and PNG frames have none")
+    if not 1 <= scale <= MOST_SCALE:
+        raise ValueError(f"scale: expected a whole number from 1 to {MOST_SCALE}, got {scale}")
+    check_parent(path)
+    if form is None:
+        _check_replaceable(path)
+    elif path.exists() and not path.is_file():
+        raise FileExistsError(f"{path}: is a folder, a pipe or a device; expected the name of a file")
+    elif metadata:
+        _check_own(path.with_suffix(".json"))
+    return form
+
+
+def _check_own(note: Path) -> None:
+    """Raise for a file in the place of our metadata that is not ours."""
+    if note.exists() and not _is_own(note):
+        raise FileExistsError(f"{note}: would be replaced and was not written by dicode; move it, or write elsewhere")
+
+
+def _is_own(note: Path) -> bool:
+    try:
+        values = json.loads(note.read_bytes()) if note.is_file() and note.stat().st_size < _MOST_NOTE else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and OWN_KEY in values
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -211,12 +257,12 @@ def _check_replaceable(folder: Path) -> None:
         raise FileExistsError(
             f"{folder}: is a file; expected a folder for frames, or a name ending in .mp4, .webm or .gif"
         )
-    others = [
-        p.name for p in folder.iterdir() if p.name != FOLDER_METADATA and not re.fullmatch(r"\.?\d{6,}\.png", p.name)
-    ]
-    if others:
+    names = [p.name for p in folder.iterdir()]
+    others = [name for name in names if name != FOLDER_METADATA and not re.fullmatch(r"\.?\d{6,}\.png", name)]
+    if others or (names and not _is_own(folder / FOLDER_METADATA)):
         raise FileExistsError(
-            f"{folder}: holds other files ({others[0]}, …) that writing would remove; name a new folder"
+            f"{folder}: holds files that dicode did not write ({(others or names)[0]}, …) and writing would remove;"
+            " name a new folder"
         )
 
 
@@ -227,7 +273,3 @@ def _replace_folder(source: Path, target: Path) -> None:
         os.replace(target, old)
     os.replace(source, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_bytes(path, f"{text}\n".encode())
