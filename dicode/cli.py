@@ -5,11 +5,15 @@ when the command runs, so that `dicode --help` needs no torch.
 """
 
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import tyro
@@ -72,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv == ["--version"]:
         print(f"dicode {__version__}")
         return 0
+    signals: list[int] = []
     try:
-        with warnings.catch_warnings():
+        with _ended_by(signals), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"dicode: warning: {message}", file=sys.stderr)
             command, watch = parse(argv or ["--help"]), Stopwatch()
             module = next(module for module, kinds in COMMANDS.items() if isinstance(command, kinds))
@@ -82,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return work(command, watch)
     except KeyboardInterrupt as interrupt:
         print(f"dicode: interrupted; {str(interrupt) or 'no unfinished file is left'}", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + signals[0] if signals else INTERRUPTED
     except BrokenPipeError:  # the reader of our output has seen enough, as in `dicode info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 0
@@ -91,6 +96,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dicode: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
+
+
+@contextmanager
+def _ended_by(signals: list[int]) -> Iterator[None]:
+    """In here SIGTERM and SIGHUP act as Ctrl-C does, so that unfinished files are removed; their number is noted."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would stop the clearing up
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parse(argv: list[str]) -> Any:

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 from dicode.extras import missing_extra
@@ -32,7 +32,7 @@ def spread(work: Callable[[A], B], units: Sequence[A], workers: int = 1, ray: st
 def _by_processes(work: Callable[[A], B], units: Sequence[A], workers: int) -> Iterator[B]:
     with ProcessPoolExecutor(workers, get_context("spawn"), _prepare_process) as pool:
         try:
-            for done in as_completed([pool.submit(work, unit) for unit in units]):
+            for done in as_completed([pool.submit(_worked, work, unit) for unit in units]):
                 yield done.result()
         except BrokenProcessPool as error:
             raise OSError(
@@ -41,6 +41,8 @@ def _by_processes(work: Callable[[A], B], units: Sequence[A], workers: int) -> I
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()  # at once, with what is unfinished removed
             raise
 
 
@@ -48,7 +50,33 @@ def _prepare_process() -> None:
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # Ctrl-C reaches every process; one of them says so
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches every process; one of them says so
+        signal.signal(number, _leave)
+
+
+_working = _leaving = False
+
+
+def _worked(work: Callable[[A], B], unit: A) -> B:
+    global _working
+    if _leaving:  # a unit that was handed over before
+        raise SystemExit(1)
+    _working = True
+    try:
+        return work(unit)
+    finally:
+        _working = False
+
+
+def _leave(*_: object) -> None:
+    """End a worker; what it is writing is removed first."""
+    global _leaving
+    if not _working:
+        os._exit(1)
+    _leaving = True
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(1)
 
 
 def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: str) -> Iterator[B]:
