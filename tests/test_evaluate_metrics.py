@@ -102,6 +102,12 @@ def test_psnr_follows_its_definition_frame_by_frame() -> None:
     np.testing.assert_allclose(psnr(reference, candidate), [np.inf, 20 * np.log10(25.5), 10 * np.log10(2)])
 
 
+def test_psnr_takes_no_floats() -> None:
+    frames = np.zeros((1, 4, 4, 3))
+    with pytest.raises((ValueError, TypeError), match=r"float64|f64"):  # TypeError where types are checked
+        psnr(frames, frames)
+
+
 def test_psnr_falls_from_blur_to_noise() -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8))

@@ -117,6 +117,8 @@ def squared_error(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
     """Mean squared error of every frame, in squared steps of 0…255."""
     if reference.shape != candidate.shape:
         raise ValueError(f"expected clips of one shape, got {reference.shape} and {candidate.shape}")
+    if not reference.dtype == candidate.dtype == np.uint8:
+        raise ValueError(f"expected uint8 frames in 0…255, got {reference.dtype} and {candidate.dtype}")
     return ((reference.astype(np.float64) - candidate.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
 
 

@@ -304,6 +304,8 @@ class VideoTokenizer(nn.Module):
     def frames_of(self, latents: ClipLatents) -> FrameStack:
         """First-stage latents of clips → uint8 frames."""
         pixels = self.first_stage.decode(rearrange(latents, "b f c h w -> (b f) c h w"))
+        if not pixels.isfinite().all():
+            raise ValueError("rendered frames hold values that are not finite: the model's weights are damaged")
         frames = (pixels * 127.5 + 127.5).round().clamp(0, 255).byte()
         return rearrange(frames, "(b f) c h w -> b f h w c", b=len(latents))
 
