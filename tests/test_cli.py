@@ -133,6 +133,7 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
     metadata = read_metadata(path)
     assert metadata.pop("weights") == content_hash(*tiny_model.glob("*.safetensors"))
     assert metadata.pop("fps", 8.0) == 8.0  # a folder needs to say it
+    assert metadata.pop("scale") == 2
     assert metadata == {
         "prompt": PROMPT,
         "seed": 3,
