@@ -5,6 +5,7 @@ when the command runs, so that `dicode --help` needs no torch.
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, arg
 from tyro.extras import SubcommandApp
 
 from dicode import __version__
+from dicode.config import check_ranges
 from dicode.flags import (
     Assemble,
     Cache,
@@ -46,11 +48,14 @@ from dicode.flags import (
     Verify,
     Widen,
 )
-from dicode.recipe_files import load_run
+from dicode.recipe_files import load_run, raised_in
 from dicode.stopwatch import Stopwatch
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 USAGE_ERROR = 2  # as tyro and argparse
+BUG = 70  # EX_SOFTWARE
+GROUPS = re.compile(r"^(run|write|render)\.")  # of flags, whose names leave them out
+RECIPE = re.compile(r"\.py(:|$)")
 
 COMMANDS = {
     "dicode.generate_command": (Generate,),
@@ -67,6 +72,8 @@ COMMANDS = {
 
 def console() -> None:
     """The `dicode` command."""
+    for stream in (sys.stdout, sys.stderr):  # a name that is not UTF-8, or a terminal that is none, stops nothing
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())
 
 
@@ -91,11 +98,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough, as in `dicode info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("DICODE_DEBUG"):
             raise
-        print(f"dicode: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE_ERROR
+        code, text = _explained(error)
+        print(f"dicode: {' '.join(text.split())}", file=sys.stderr)
+        return code
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """The exit code of an error, and what to say of it: what users can cause names file and flag by itself."""
+    if isinstance(error, ValueError | OSError | ImportError):
+        return USAGE_ERROR, str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory", str(error)):
+        return USAGE_ERROR, f"not enough memory; ask for less at a time, or take a smaller model ({error})"
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f"{Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno}" if trace else "?"
+    return BUG, f"{type(error).__name__}: {error} ({where}); this is a bug: DICODE_DEBUG=1 shows where it comes from"
 
 
 @contextmanager
@@ -120,9 +141,18 @@ def _ended_by(signals: list[int]) -> Iterator[None]:
 
 
 def parse(argv: list[str]) -> Any:
-    """The command of these arguments, one of the dataclasses of `flags`."""
-    if len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-"):
-        return _parse_train(argv[1], argv[2:])
+    """The command of these arguments, one of the dataclasses of `flags`, every number in its range."""
+    command = _parsed(argv)
+    check_ranges(command, lambda path: "--" + GROUPS.sub("", path).replace("_", "-"))
+    return command
+
+
+def _parsed(argv: list[str]) -> Any:
+    recipes = [word for word in argv[1:] if RECIPE.search(word)] if argv[0] == "train" else []
+    if recipes:
+        flags = argv[1:]
+        flags.remove(recipes[0])
+        return _parse_train(recipes[0], flags)
     app, benchmark, data, convert = (SubcommandApp() for _ in range(4))
     for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Widen, Evaluate, Scale, Info):
         app.command(name=command.__name__.lower())(command)
@@ -136,7 +166,10 @@ def parse(argv: list[str]) -> Any:
     app.command(data, name="data", help="Check, cache, encode, export or look at folders of clips.")
     app.command(convert, name="convert", help="Turn weights that others published into ours.")
     description = "Text to video with a language model. `dicode --version` tells the version."
-    return app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
+    command = app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
+    if isinstance(command, Train):
+        load_run(command.recipe)  # which raises, or it would have been found
+    return command
 
 
 def _parse_train(recipe: str, flags: list[str]) -> Train:
@@ -150,4 +183,7 @@ def _parse_train(recipe: str, flags: list[str]) -> Train:
     ) -> Train:
         return Train(recipe, run_folder, run)
 
-    return tyro.cli(train, prog=f"dicode train {recipe}", description=kind.__doc__, args=flags)
+    try:
+        return tyro.cli(train, prog=f"dicode train {recipe}", description=kind.__doc__, args=flags)
+    except Exception as error:  # of a dataclass in the recipe
+        raise raised_in(recipe.rpartition(":")[0], error) from error

@@ -1,19 +1,83 @@
-"""Plain values ⇄ frozen dataclasses, as in `config.json`. Importing it needs no torch, so that help comes at once."""
+"""Plain values ⇄ frozen dataclasses, as in `config.json`, with each field's range declared beside it.
+
+Importing it needs no torch, so that help comes at once.
+"""
 
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 Precision = Literal["auto", "bfloat16", "float32"]
+MOST_INTEGER = 2**63 - 1
+FORMAT = 1
+MOST_CONFIG = 2**20  # bytes of config.json
 T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
     """A checkpoint folder that cannot be loaded: says which file, what was expected and what was found."""
+
+
+class RangeError(ValueError):
+    """A number that its field does not take: names the field, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes, in its annotation: `Annotated[int, Range(1, 512)]`. NaN is never one of them."""
+
+    least: int | float = -math.inf
+    most: int | float = math.inf
+    above: bool = False  # `least` itself is left out
+
+    def holds(self, value: int | float) -> bool:
+        """Whether it takes this number."""
+        return (self.least < value if self.above else self.least <= value) and value <= self.most
+
+    def refusal(self, value: int | float) -> str:
+        """What an error says of another number."""
+        if self.above:
+            assert self.least == 0, "words for no other range"
+            return f"expected a positive number, got {shortened(value)} (at most {self.most:,})"
+        least = f"{self.least:,} or more" if self.most >= 2**31 - 1 else f"{self.least:,} to {self.most:,}"
+        return f"expected {least}, got {shortened(value)}"
+
+
+@dataclass(frozen=True)
+class Items:
+    """How many items a tuple holds."""
+
+    least: int
+    most: int
+
+
+class Unicode:
+    """Of a text that can be written as UTF-8: no bytes of another encoding, as a terminal may hand on."""
+
+
+Count = Annotated[int, Range(1, 2**31 - 1)]
+Whole = Annotated[int, Range(0, 2**31 - 1)]
+Width = Annotated[int, Range(1, 2**16)]  # of a layer
+Depth = Annotated[int, Range(0, 512)]  # in blocks
+Side = Annotated[int, Range(1, 2**13)]  # of a picture
+UpTo1000 = Annotated[float, Range(0, 1000, above=True)]
+Steps = Annotated[int, Range(1, 1000)]  # of a sampler
+Guidance = Annotated[float, Range(0, 1000)]
+Share = Annotated[float, Range(0, 1)]
+Factor = Annotated[float, Range(0, 1000)]  # of a temperature or a scale
+Positive = Annotated[float, Range(0, 1e9, above=True)]
+TrainingSteps = Annotated[int, Range(1, 10**8)]
+LearningRate = Annotated[float, Range(0, 10, above=True)]
+BatchSize = Annotated[int, Range(1, 2**20)]
+Seed = Annotated[int, Range(0, MOST_INTEGER)]
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -28,9 +92,14 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_from_dict(kind: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """Build a frozen dataclass from JSON values; an unknown or a missing key is an error that names it."""
+    """Build a frozen dataclass from JSON values.
+
+    Raises `CheckpointError` that names a key which is unknown, missing, of another type or out of its range.
+    """
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{where}: expected a section of {kind.__name__}, got {shortened(values)}")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
             raise CheckpointError(f"{where}: unknown key {key!r}{nearest(key, list(fields))}")
@@ -40,11 +109,70 @@ def config_from_dict(kind: type[T], values: Mapping[str, Any], where: str = "con
             built[key] = _convert(hints[key], values[key], f"{where}.{key}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise CheckpointError(f"{where}: missing key {key!r}")
-    return kind(**built)
+    try:
+        return kind(**built)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def check_ranges(config: Any, name: Callable[[str], str] = str, inside: str = "") -> None:
+    """Raise `RangeError` for the first number of a dataclass, nested ones included, that is out of its field's range.
+
+    `name` makes of a field's path (loop.optim.lr) what the error calls it.
+    """
+    try:
+        hints = _hints(type(config))  # type: ignore[arg-type]
+    except NameError:  # of a user's own dataclass, whose annotations cannot be resolved
+        return
+    for field in dataclasses.fields(config):
+        path = f"{inside}.{field.name}" if inside else field.name
+        try:
+            _check(hints[field.name], getattr(config, field.name), name(path), (name, path))
+        except CheckpointError as error:
+            raise RangeError(str(error)) from error
+
+
+def _check(hint: Any, value: Any, where: str, nested: tuple[Callable[[str], str], str] | None = None) -> None:
+    """Raise `CheckpointError` where a value of the right type is out of the range that its annotation names."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if value is None:
+        return
+    if origin is Annotated:
+        for note in arguments[1:]:
+            if isinstance(note, Range) and not isinstance(value, bool | tuple) and not note.holds(value):
+                raise CheckpointError(f"{where}: {note.refusal(value)}")
+            if isinstance(note, Items) and not note.least <= len(value) <= note.most:
+                raise CheckpointError(f"{where}: expected {note.least} to {note.most} values, got {len(value)}")
+            if note is Unicode and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise CheckpointError(f"{where}: expected text in UTF-8, got {value!r}")
+        _check(arguments[0], value, where, nested)
+    elif origin in (typing.Union, types.UnionType):
+        _check(next(a for a in arguments if a is not type(None)), value, where, nested)
+    elif isinstance(value, tuple):
+        for item in value:
+            _check(arguments[0] if arguments else type(item), item, where, nested)
+    elif dataclasses.is_dataclass(value):
+        if nested is not None:
+            check_ranges(value, *nested)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise CheckpointError(f"{where}: expected a finite number, got {value}")
+    elif isinstance(value, int) and abs(value) > MOST_INTEGER:
+        raise CheckpointError(f"{where}: expected a number of at most 64 bits, got {shortened(value)}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        converted = _convert(arguments[0], value, where)
+        _check(hint, converted, where)
+        return converted
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -52,13 +180,78 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return config_from_dict(hint, value, where)  # type: ignore[arg-type]
     if origin is tuple:
-        return tuple(_convert(arguments[0], v, where) for v in value)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise CheckpointError(f"{where}: expected one of {arguments}, got {value!r}")
+        if not isinstance(value, list | tuple):
+            raise CheckpointError(f"{where}: expected a list, got {shortened(value)}")
+        return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Literal:
+        if not isinstance(value, str | int) or value not in arguments:
+            raise CheckpointError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {shortened(value)}")
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise CheckpointError(f"{where}: expected {hint.__name__}, got {value!r}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST_INTEGER:
+        value = float(value)
+    if hint in (int, float, str, bool):
+        if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+            raise CheckpointError(f"{where}: expected {hint.__name__}, got {shortened(value)}")
+        _check(hint, value, where)
     return value
+
+
+def shortened(value: Any) -> str:
+    """A value for an error's one line."""
+    try:
+        text = f"{value:g}" if isinstance(value, float) else repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    except RecursionError:
+        return "a value nested without end"
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def parsed_json(text: str, where: str) -> Any:
+    """JSON as it is defined, of a user's file; raises `CheckpointError`.
+
+    NaN and infinity, which Python's reader takes, are none; nor is a key that is given twice, of which it drops one.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        held = dict(pairs)
+        if len(held) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise CheckpointError(f"{where}: the key {twice!r} is given twice")
+        return held
+
+    def no_number(word: str) -> Any:
+        raise CheckpointError(f"{where}: expected finite numbers, got {word}")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
+    except CheckpointError:
+        raise
+    except RecursionError as error:
+        raise CheckpointError(f"{where}: not readable as JSON (nested too deeply)") from error
+    except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
+        raise CheckpointError(f"{where}: not readable as JSON ({error})") from error
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.json` of a checkpoint folder, with the format number that `read_config` checks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json` of a checkpoint folder and check its format number."""
+    from dicode.files import TextError, read_text  # brings fsspec, which help need not wait for
+
+    path = folder / "config.json"
+    try:
+        text = read_text(path, MOST_CONFIG)
+    except (OSError, TextError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    values = parsed_json(text, str(path))
+    found = values.get("format") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or isinstance(found, bool) or found != FORMAT:
+        raise CheckpointError(
+            f"{path}: expected format {FORMAT}, got {shortened(found)}; this version of dicode cannot read it"
+        )
+    return {key: value for key, value in values.items() if key != "format"}

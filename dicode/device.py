@@ -17,9 +17,13 @@ def pick_device(name: str) -> torch.device:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which of them depends on the device
-        raise ValueError(f"device {name}: cannot be used here ({str(error).splitlines()[0]})") from error
+        tried = torch.ones(2, device=name)
+        if tried.sum().item() != 2 or not tried.untyped_storage().nbytes():
+            raise RuntimeError("it does not compute")
+        return tried.device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # which depends on the device
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"device {name}: cannot be used here ({reason}); cpu always can") from error
 
 
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # environment variables that oneDNN obeys, for trying others

@@ -6,7 +6,33 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, Suppress, arg
 
+from dicode.config import (
+    BatchSize,
+    Count,
+    Factor,
+    Guidance,
+    Items,
+    LearningRate,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    Side,
+    Steps,
+    TrainingSteps,
+    Unicode,
+    UpTo1000,
+    Whole,
+    Width,
+)
 from dicode.sampling import Joins
+
+# The numbers that a flag takes: `cli.parse` checks them, before any work is done
+Seconds = Annotated[float, Range(0, 86_400, above=True)]
+Scaling = Annotated[int, Range(1, 64)]
+KeyFrames = Annotated[int, Range(2, 4096)]
+Bits = Annotated[int, Range(0, 64)]
+Gpus = Annotated[tuple[Count, ...], Items(1, 64)]
 
 # Text, not a Path: the slash at the end of "frames/" says that a folder is meant.
 Output = Annotated[str, arg(aliases=("-o",))]
@@ -22,24 +48,24 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 class WriteFlags:
     """Sampling of the language model; left out: the model's own, which `dicode info` shows."""
 
-    guidance: float | None = None  # above 1 follows the prompt more closely
-    variance_scale: float | None = None  # of the next tokens' distribution; 0 takes its mean
-    first_variance_scale: float | None = None  # of the first key frame; lower follows the prompt more reliably
-    temperature: float | None = None  # of the choice between mixture components; 0 takes the likeliest
-    flow_steps: int | None = None  # of a flow head
-    window: int | None = None  # key frames of the language model's sequence, for any length; 0: all that it holds
+    guidance: Guidance | None = None  # above 1 follows the prompt more closely
+    variance_scale: Factor | None = None  # of the next tokens' distribution; 0 takes its mean
+    first_variance_scale: Factor | None = None  # of the first key frame; lower follows the prompt more reliably
+    temperature: Factor | None = None  # of the choice between mixture components; 0 takes the likeliest
+    flow_steps: Steps | None = None  # of a flow head
+    window: Whole | None = None  # key frames of the language model's sequence, for any length; 0: all that it holds
 
 
 @dataclass(frozen=True)
 class RenderFlags:
     """Sampling of the decoder; left out: the model's own, which `dicode info` shows."""
 
-    steps: int | None = None  # denoising steps a clip
-    decoder_guidance: float | None = None  # above 1 follows the tokens more closely
-    decoder_temperature: float | None = None  # of its noise; below 1 clips hold together better and move less
-    guidance_rescale: float | None = None  # 0…1: pulls the contrast of guided predictions back
-    eta: float | None = None  # 0…1: noise of DDIM, where the model has a schedule of it
-    motion_scale: float | None = None  # above 1 frames differ more from one another, key frames stay as they are
+    steps: Steps | None = None  # denoising steps a clip
+    decoder_guidance: Guidance | None = None  # above 1 follows the tokens more closely
+    decoder_temperature: Factor | None = None  # of its noise; below 1 clips hold together better and move less
+    guidance_rescale: Share | None = None  # 0…1: pulls the contrast of guided predictions back
+    eta: Share | None = None  # 0…1: noise of DDIM, where the model has a schedule of it
+    motion_scale: Factor | None = None  # above 1 frames differ more from one another, key frames stay as they are
     joins: Joins | None = None  # chained: each clip with the end of the one before as context; parallel: joins blended
 
 
@@ -54,26 +80,24 @@ class Generate:
     A storyboard changes the prompt on the way: "[4s: a spark] [4s: it grows into a fireball]".
     """
 
-    prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None  # what the video shows
-    seconds: float | None = None  # how long it lasts; default: 4, or as long as the storyboard
-    seed: int = 0  # the same seed, prompt and options give the same file
-    sample: int = 0  # another number gives another video of the same seed
+    prompt: Annotated[Positional[Annotated[str, Unicode] | None], arg(metavar="PROMPT")] = None  # what the video shows
+    seconds: Seconds | None = None  # how long it lasts; default: 4, or as long as the storyboard
+    seed: Seed = 0  # the same seed, prompt and options give the same file
+    sample: Seed = 0  # another number gives another video of the same seed
     storyboard: Path | None = None  # a YAML file in place of the prompt: a list of {seconds: 4, prompt: a spark}
     prompts: Path | None = None  # a text file in place of the prompt: a video a line, out-000.mp4, out-001.mp4, …
     image: Path | None = None  # the first frame
     last_image: Path | None = None  # the frame that the video ends on
     loop: bool = False  # end on the first frame
     continue_from: Path | None = None  # a video to go on from: the new one begins on its last frame
-    reroll_from: int | None = (
-        None  # from this clip on (the first is 0) take another seed; those before stay as they are
-    )
-    reroll_seed: int | None = None  # that other seed; default: the next one
+    reroll_from: Whole | None = None  # from this clip on (the first is 0) take another seed; those before stay
+    reroll_seed: Seed | None = None  # that other seed; default: the next one
     write: Write = WriteFlags()
     render: Render = RenderFlags()
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
     output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
-    scale: int = 4  # enlarge every pixel this many times along each side
+    scale: Scaling = 4  # enlarge every pixel this many times along each side
     stream: bool = False  # write so that it can be watched from the first clip on; stopping early keeps what is there
     preview: bool = False  # first write out.preview.mp4, of fewer denoising steps
     sheet: Path | None = None  # also write a contact sheet, one row a clip
@@ -103,11 +127,11 @@ class Reconstruct:
     input: Input  # video, animated image, folder of frames, or tokens.safetensors
     output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
     side_by_side: bool = False  # the video at the left, what its tokens give at the right
-    seed: int = 0  # of the decoder
+    seed: Seed = 0  # of the decoder
     render: Render = RenderFlags()
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
-    scale: int = 4  # enlarge every pixel this many times along each side
+    scale: Scaling = 4  # enlarge every pixel this many times along each side
     device: str = "auto"  # cpu, cuda, mps
     dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes less time where the processor has it
 
@@ -133,17 +157,17 @@ class Finetune:
     model: str = "sprites"  # to begin from: a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
     parts: tuple[Literal["denoiser", "lm"], ...] = ("denoiser", "lm")  # how it moves; what a caption means
-    steps: int = 500  # of each part
-    rank: int = 16  # of the adapters: higher learns more, and takes more clips
-    alpha: float = 16.0  # what an adapter adds counts alpha/rank
-    dropout: float = 0.0  # share of an adapter that is left out of a training step
+    steps: TrainingSteps = 500  # of each part
+    rank: Annotated[int, Range(1, 4096)] = 16  # of the adapters: higher learns more, and takes more clips
+    alpha: Positive = 16.0  # what an adapter adds counts alpha/rank
+    dropout: Share = 0.0  # share of an adapter that is left out of a training step
     targets: tuple[str, ...] = ()  # layers to adapt, by the ends of their names; none named: every layer
-    lr: float = 1e-3
-    batch_size: int = 16
-    key_frames: int = 3  # that the language model learns to write of a clip, one every two seconds
+    lr: LearningRate = 1e-3
+    batch_size: BatchSize = 16
+    key_frames: KeyFrames = 3  # that the language model learns to write of a clip, one every two seconds
     loops: bool = False  # the clips repeat without a seam
     work_folder: Path | None = None  # of cache and runs; default: OUTPUT.work, and it can be deleted afterwards
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"  # cpu, cuda, mps
     dtype: Dtype = "float16"  # of the weights on disk
     json: Annotated[Path | None, arg(metavar="FILE")] = None  # keep the figures in a result file
@@ -170,7 +194,7 @@ class Widen:
     """
 
     model: Model  # with linear code, hourglass and flow head: in the box, a checkpoint folder, or owner/name on the Hub
-    token_width: int  # numbers a token
+    token_width: Width  # numbers a token
     output: Annotated[Path, arg(aliases=("-o",))]  # the checkpoint folder to write
     cache: Path = Path("cache/world")  # real clips, from `dicode data cache`
 
@@ -196,11 +220,11 @@ class Evaluate:
     )
     # networks to measure with; EffLite0 always does. More: I3D=PATH, C3D=PATH, Inception=PATH, CLIP=ID_OR_FOLDER
     features: tuple[str, ...] = ("EffLite0", "TinyVT")
-    prompts: int = 100  # training captions to draw
-    long_prompts: int = 8  # training captions to draw for long videos
-    long_seconds: float = 60.0  # how long they last
-    repeats: int = 5  # how many times seconds and memory are measured; fewer have no interval
-    seed: int = 0
+    prompts: Count = 100  # training captions to draw
+    long_prompts: Count = 8  # training captions to draw for long videos
+    long_seconds: Seconds = 60.0  # how long they last
+    repeats: Count = 5  # how many times seconds and memory are measured; fewer have no interval
+    seed: Seed = 0
     dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes less time where the processor has it
 
 
@@ -214,15 +238,15 @@ class Scale:
     caches: Annotated[Positional[tuple[str, ...]], arg(metavar="CACHE …")]  # from `dicode data cache`, taken as one
     family: str = "recipes/scale.py"  # a file of recipes: its language models, from the smallest on
     tokenizer: str = "dicode/checkpoints/sprites"  # whose deep tokens
-    seeds: int = 3  # runs a size
-    samples: int | None = None  # training samples a run; default: as many as the recipes say
-    pieces: int | None = None  # to cut a batch into, a multiple of the processes; default: as the recipes say
+    seeds: Annotated[int, Range(1, 1000)] = 3  # runs a size
+    samples: Count | None = None  # training samples a run; default: as many as the recipes say
+    pieces: Count | None = None  # to cut a batch into, a multiple of the processes; default: as the recipes say
     # in place of the sizes one thing changed at a time, of the family's second: results in ablations.json
     studies: tuple[Literal["tokens", "width", "head", "noise", "joins"], ...] = ()
     work_folder: Path = Path("runs/scale")  # of the runs
     output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON file, named as the family is
     dry_run: bool = False  # only say what sizes and FLOPs there are, and hours
-    tflops: float = 0.15  # of the machine that the hours are of, by the second and in use
+    tflops: Positive = 0.15  # of the machine that the hours are of, by the second and in use
 
 
 @dataclass(frozen=True)
@@ -239,14 +263,14 @@ class Ucf101:
     confirm: tuple[str, ...] = ()  # SHA-256 of such files that you know to be the published ones
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
-    samples: int = 10_000  # videos to make, classes as often as among the real ones
-    fvd_clips: int = 2048  # on either side of the FVD
+    samples: Count = 10_000  # videos to make, classes as often as among the real ones
+    fvd_clips: Count = 2048  # on either side of the FVD
     split: Literal["all", "train", "test"] = "all"  # of the real videos; train and test: the first of the three lists
-    template: str = "{}"  # of a prompt: {} is the class in words, such as apply eye makeup
+    template: Annotated[str, Unicode] = "{}"  # of a prompt: {} is the class in words, such as apply eye makeup
     prompts: Path | None = None  # a JSON file in place of the template: {"ApplyEyeMakeup": "a sentence", …}
-    size: int = 256  # side of the real clips, scaled to cover it and cropped at the centre
-    seed: int = 0
-    batch_size: int = 10  # samples made at once
+    size: Side = 256  # side of the real clips, scaled to cover it and cropped at the centre
+    seed: Seed = 0
+    batch_size: BatchSize = 10  # samples made at once
     shard: str | None = None  # this process's share: 2/4 is the second of four
     work_folder: Path | None = None  # of what is kept meanwhile; default: OUTPUT.work, and it can be deleted afterwards
     device: str = "auto"  # cpu, cuda, mps
@@ -266,12 +290,12 @@ class Msrvtt:
     confirm: tuple[str, ...] = ()  # SHA-256 of such files that you know to be the published ones
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
-    samples: int | None = None  # videos to make; default: one for every caption that is taken
+    samples: Count | None = None  # videos to make; default: one for every caption that is taken
     all_captions: bool = False  # every caption of a test video, not one drawn by the seed
-    fvd_clips: int = 2990  # on either side of the FVD
-    size: int = 256  # side of the real clips, scaled to cover it and cropped at the centre
-    seed: int = 0
-    batch_size: int = 10  # samples made at once
+    fvd_clips: Count = 2990  # on either side of the FVD
+    size: Side = 256  # side of the real clips, scaled to cover it and cropped at the centre
+    seed: Seed = 0
+    batch_size: BatchSize = 10  # samples made at once
     shard: str | None = None  # this process's share: 2/4 is the second of four
     work_folder: Path | None = None  # of what is kept meanwhile; default: OUTPUT.work, and it can be deleted afterwards
     device: str = "auto"  # cpu, cuda, mps
@@ -288,11 +312,11 @@ class Vbench:
     output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
-    samples: int = 5  # videos a prompt; VBench asks for 25 where temporal flickering is measured
-    seconds: float = 2.0  # how long a video lasts
-    scale: int = 1  # enlarge every pixel this many times along each side
-    seed: int = 0
-    batch_size: int = 10  # videos made at once
+    samples: Count = 5  # videos a prompt; VBench asks for 25 where temporal flickering is measured
+    seconds: Seconds = 2.0  # how long a video lasts
+    scale: Scaling = 1  # enlarge every pixel this many times along each side
+    seed: Seed = 0
+    batch_size: BatchSize = 10  # videos made at once
     shard: str | None = None  # this process's share: 2/4 is the second of four
     device: str = "auto"  # cpu, cuda, mps
 
@@ -314,13 +338,13 @@ class Cache:
 
     folders: Folders  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
     output: Annotated[str, arg(aliases=("-o",))]  # a folder such as cache/sprites
-    size: int = 64  # side of the frames, scaled to cover it and cropped at the centre
-    max_fps: float = 12.5  # frames closer together than this are left out
+    size: Side = 64  # side of the frames, scaled to cover it and cropped at the centre
+    max_fps: UpTo1000 = 12.5  # frames closer together than this are left out
     loops: bool = False  # the clips repeat without a seam
-    scenes: float | None = None  # cut videos where the scene changes, and leave out scenes of fewer seconds than this
-    dedupe: int | None = None  # leave out copies: perceptual hashes differ in at most so many of 64 bits; 4 is usual
-    files_per_shard: int = 64  # a worker holds the frames of that many files in memory
-    workers: int = 1  # processes
+    scenes: Seconds | None = None  # cut videos where the scene changes, and leave out scenes of fewer seconds than this
+    dedupe: Bits | None = None  # leave out copies: perceptual hashes differ in at most so many of 64 bits; 4 is usual
+    files_per_shard: Annotated[int, Range(1, 65536)] = 64  # a worker holds the frames of that many files in memory
+    workers: Annotated[int, Range(1, 1024)] = 1  # processes
     ray: str | None = None  # spread the work by Ray Data: the address of a cluster, auto, or local for one started here
 
 
@@ -353,9 +377,9 @@ class Sheet:
 
     folder: Folder  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
     output: Annotated[Path, arg(aliases=("-o",))] = Path("sheet.png")
-    count: int = 16  # clips
-    seed: int = 0  # which clips
-    size: int = 64  # side of a frame
+    count: Annotated[int, Range(1, 1000)] = 16  # clips
+    seed: Seed = 0  # which clips
+    size: Side = 64  # side of a frame
 
 
 @dataclass(frozen=True)
@@ -408,11 +432,11 @@ class Info:
 
     model: Model = "sprites"  # in the box, a checkpoint folder, owner/name on the Hub, a preset, FILE.py:RUN or FILE.py
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
-    gpus: tuple[int, ...] | None = None  # to train on; default: 1 for a recipe, 1 and 8 for all else
-    batch_size: int | None = None  # samples on each of them (default 1); of a recipe: on all together
+    gpus: Gpus | None = None  # to train on; default: 1 for a recipe, 1 and 8 for all else
+    batch_size: Count | None = None  # samples on each of them (default 1); of a recipe: on all together
     gpu: str = "a100-80gb"  # this and the following for recipes: which GPUs
-    mfu: float = 0.4  # the share of their peak that is assumed to be reached
+    mfu: Annotated[float, Range(0, 1, above=True)] = 0.4  # the share of their peak that is assumed to be reached
     strategy: Literal["ddp", "fsdp"] | None = None  # each GPU with all weights, or with its share
-    pieces: int | None = None  # to cut a batch into
+    pieces: Count | None = None  # to cut a batch into
     checkpoint_activations: bool = False  # computes blocks twice instead of keeping what they computed
     json: Annotated[Path | None, arg(metavar="FILE")] = None  # keep the figures in a result file

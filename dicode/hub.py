@@ -3,10 +3,11 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +19,25 @@ from dicode.config import CheckpointError as CheckpointError
 from dicode.config import config_from_dict as config_from_dict
 from dicode.config import config_to_dict as config_to_dict
 from dicode.config import nearest as nearest
+from dicode.config import read_config as read_config
+from dicode.config import write_config as write_config
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DEFAULT_MODEL = "sprites"
-FORMAT = 1
+FLOATS = ("F16", "BF16", "F32", "F64")  # of safetensors' header; either is cast to the module's own type
+NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+SEAL = "content"  # in the metadata of a file of weights: see `check_seal`
 SCALES = ".int8_scales"  # what the name of a quantized tensor's scales ends with
 HUB_FILES = ["config.json", "*.safetensors", "tokenizer.json", "README.md"]  # nothing that could run
 CARD = """---
@@ -36,6 +52,13 @@ A text-to-video model for `dicode`.
     dicode generate "a prompt" --model {repo_id}
 """
 INITIALISERS = ("torch.nn.init", "transformers.initialization")  # the latter stands in for the former now and then
+
+
+class Held(NamedTuple):
+    """What a file's header says of a tensor, in the words of safetensors."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def resolve(name_or_folder: str | Path | None = None, revision: str | None = None) -> Path:
@@ -137,10 +160,11 @@ def push_folder(
     return str(url)
 
 
-def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
+def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None, beside: Path | None = None) -> None:
     """Write a module's state as one safetensors file, floating-point tensors as `dtype` where given.
 
-    `int8` is for the disk alone: a matrix keeps 8 bits a number and a scale a row, all else is float16.
+    `int8` is for the disk alone: a matrix keeps 8 bits a number and a scale a row, all else is float16. `beside` is the
+    text tokenizer that the weights cannot do without.
     """
     state = {}
     for name, value in module.state_dict().items():
@@ -149,7 +173,13 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None
         else:
             state[name] = as_saved(value.detach().cpu(), dtype).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata={"format": "pt"})
+    unknown = "0" * (32 if beside else 16)
+    save_file(state, path, metadata={SEAL: unknown})  # a single key: of several the order differs from file to file
+    content = content_of(path, beside)[0]
+    with path.open("r+b") as file:
+        head = file.read(2**16)
+        file.seek(0)
+        file.write(head.replace(f'"{SEAL}":"{unknown}"'.encode(), f'"{SEAL}":"{content}"'.encode(), 1))
     path.chmod(0o644)  # safetensors makes files for their owner alone; a checkpoint is there to be shared
 
 
@@ -219,8 +249,61 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype | None) -> None:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fill a module from a safetensors file, tensor by tensor, strictly: as `load_state`, without a second copy."""
     with _opened(path) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in _names(file)}
-        _fill(module, shapes, lambda name: _read(file, name), str(path))
+        check_seal(path)
+        _fill(module, _header(file), lambda name: _read(file, name), str(path))
+
+
+def check_weights(build: Callable[[], Mapping[Path, nn.Module]], where: str) -> None:
+    """Compare the headers of files with the modules that `build` makes for them: names, shapes and types of tensors.
+
+    They are built without memory, so that nothing is allocated for what does not fit. Raises `CheckpointError`, also
+    where they cannot be built of the section `where` at all.
+    """
+    try:
+        with torch.device("meta"), without_initialisation(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            modules = build()
+    except CheckpointError:
+        raise
+    except Exception as error:  # of torch, diffusers and transformers, for sizes that do not go together
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{where}: no network has these sizes ({reason[:300]})") from error
+    for path, module in modules.items():
+        with _opened(path) as file:
+            if problems := misfits(module, _header(file)):
+                raise _misfit(str(path), problems)
+
+
+def content_of(path: Path, beside: Path | None = None) -> tuple[str, dict[str, str]]:
+    """Hexadecimal digits that stand for a safetensors file's tensors, names and types, and its metadata.
+
+    Sixteen, and as many for the content of the file `beside` it.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, path.stat().st_size)))
+        metadata = header.pop("__metadata__", {})
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()[:16] + (content_hash(beside) if beside else ""), metadata
+
+
+def check_seal(path: Path) -> None:
+    """Raise `CheckpointError` where a file, or the text tokenizer beside it, is not as `save_weights` wrote it.
+
+    Numbers that a copy has damaged, or that a header calls by another type, would be taken for weights otherwise. What
+    others wrote has no seal, and may be anything that fits.
+    """
+    beside = path.with_name("tokenizer.json")
+    try:
+        content, metadata = content_of(path, beside if beside.is_file() else None)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    expected = metadata.get(SEAL, "")
+    if not content.startswith(expected):
+        what = path if content[:16] != expected[:16] else beside
+        raise CheckpointError(f"{what}: not the content that was saved with this model; download or copy it again")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -234,6 +317,21 @@ def _names(file: Any) -> list[str]:
     return [n for n in file.keys() if not (n.endswith(SCALES) and n.removesuffix(SCALES) in names)]  # noqa: SIM118
 
 
+def _header(file: Any) -> dict[str, Held]:
+    """What the tensors of an open file are, by its header alone. A quantized one counts as float."""
+    held = {}
+    for name in _names(file):
+        part = file.get_slice(name)
+        shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
+        if dtype == "I8" and name + SCALES in file.keys():  # noqa: SIM118
+            scales = file.get_slice(name + SCALES)
+            one_a_row = (shape[0], *[1] * (len(shape) - 1)) if shape else ()
+            fits = tuple(scales.get_shape()) == one_a_row and scales.get_dtype() in FLOATS
+            dtype = "F32" if fits else f"I8 with scales {scales.get_dtype()} {tuple(scales.get_shape())}"
+        held[name] = Held(shape, dtype)
+    return held
+
+
 def _read(file: Any, name: str) -> Tensor:
     value = file.get_tensor(name)
     return value.float() * file.get_tensor(name + SCALES) if value.dtype == torch.int8 else value
@@ -241,6 +339,8 @@ def _read(file: Any, name: str) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, got a folder, pipe or device")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the checkpoint folder is incomplete")
     try:
@@ -268,57 +368,52 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     Raises `CheckpointError` that names missing, extra and misshapen tensors, which leaves the module as it was, and
     those that hold NaN or infinity, or would once cast.
     """
-    _fill(module, {name: tuple(value.shape) for name, value in state.items()}, state.__getitem__, source)
+    _fill(module, held_by(state), state.__getitem__, source)
 
 
-def _fill(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], source: str) -> None:
+def held_by(state: Mapping[str, Tensor]) -> dict[str, Held]:
+    """What the header of a file of these tensors would say."""
+    return {name: Held(tuple(value.shape), NAMES.get(value.dtype, str(value.dtype))) for name, value in state.items()}
+
+
+def _fill(module: nn.Module, held: Mapping[str, Held], read: Callable[[str], Tensor], source: str) -> None:
     own = module.state_dict()
-    problems = misfits(module, shapes)
+    problems = misfits(module, held)
     fits = not problems
     with torch.no_grad():
-        for name in shapes:
+        for name in held:
             value = own[name].copy_(read(name)) if fits else read(name)
             if not is_finite(value):
                 problems.append(f"{name}: holds NaN or infinity in {value.dtype}")
     if problems:
-        shown = "\n  ".join(problems[:8])
-        more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{source} does not fit the model of its config.json:\n  {shown}{more}")
+        raise _misfit(source, problems)
 
 
-def misfits(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What keeps tensors of these names and shapes from being the module's state, a line each."""
-    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    problems = [f"missing {name} {shape}" for name, shape in own.items() if name not in shapes]
-    problems += [f"unexpected {name}{nearest(name, list(own))}" for name in shapes if name not in own]
-    problems += [
-        f"{name}: expected shape {own[name]}, got {shape}"
-        for name, shape in shapes.items()
-        if name in own and own[name] != shape
-    ]
+def _misfit(source: str, problems: list[str]) -> CheckpointError:
+    shown = "\n  ".join(problems[:8])
+    more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
+    return CheckpointError(f"{source} does not fit the model of its config.json:\n  {shown}{more}")
+
+
+def misfits(module: nn.Module, held: Mapping[str, Held]) -> list[str]:
+    """What keeps tensors of these names, shapes and types from being the module's state, a line each."""
+    own = module.state_dict()
+    problems = [f"missing {name} {tuple(value.shape)}" for name, value in own.items() if name not in held]
+    problems += [f"unexpected {name}{nearest(name, list(own))}" for name in held if name not in own]
+    for name, (shape, dtype) in held.items():
+        if name not in own:
+            continue
+        if (expected := tuple(own[name].shape)) != shape:
+            problems.append(f"{name}: expected shape {expected}, got {shape}")
+        kinds = FLOATS if own[name].is_floating_point() else (NAMES[own[name].dtype],)
+        if dtype not in kinds:
+            problems.append(f"{name}: expected {' or '.join(kinds)}, got {dtype}")
     return problems
 
 
 def is_finite(value: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
+    if not value.is_floating_point():
+        return True
     # NaN spreads to the extremes, which take a tenth of the time of asking every value
     return value.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
-
-
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json` of a checkpoint folder, with the format number that `read_config` checks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json` of a checkpoint folder and check its format number."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else None
-        raise CheckpointError(f"{path}: expected format {FORMAT}, got {found!r}; this version of dicode cannot read it")
-    return {key: value for key, value in values.items() if key != "format"}

@@ -1,7 +1,7 @@
 """What `dicode info` does; its flags are in `flags.py`."""
 
+import ast
 import dataclasses
-import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dicode.evaluate.report import write_result
+from dicode.files import read_text
 from dicode.flags import Info
 from dicode.hub import CheckpointError, config_from_dict, nearest, read_config, resolve
 from dicode.lm.sizes import SIZES, DeepLMConfig
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from dicode.plans import Plan  # needs what training needs
 
 GIB, MIB = 2**30, 2**20
-RUNS = re.compile(r"^def ([a-z]\w*)\(\) -> \w*Run:", re.MULTILINE)
 
 
 def info(command: Info, watch: Stopwatch) -> int:
@@ -102,8 +102,23 @@ def _runs(command: Info) -> dict[str, Any]:
 
 
 def runs_of(file: str) -> dict[str, Any]:
-    """All runs of a recipe file by their names, in its order."""
-    return {name: load_run(f"{file}:{name}") for name in RUNS.findall(Path(file).read_text(encoding="utf-8"))}
+    """All runs of a recipe file by their names, in its order: functions without parameters that return a …Run."""
+    try:
+        parts = ast.parse(read_text(Path(file)), file).body
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{file}: not readable as Python ({error})") from error
+    names = [
+        part.name
+        for part in parts
+        if isinstance(part, ast.FunctionDef)
+        and not part.args.args
+        and part.returns is not None
+        and ast.unparse(part.returns).strip("'").endswith("Run")
+        and not part.name.startswith("_")
+    ]
+    if not names:
+        raise ValueError(f"{file}: expected functions that return a run, as 'def lm() -> LanguageRun:', found none")
+    return {name: load_run(f"{file}:{name}") for name in names}
 
 
 def rates(config: TokenizerConfig) -> dict[str, dict[str, float]]:

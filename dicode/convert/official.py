@@ -14,7 +14,7 @@ from dicode import __version__
 from dicode.convert.configs import CLIP_HEAD_WIDTH, lm_size_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import clip_state, lm_state, unet_state, vae_state
-from dicode.hub import CheckpointError, config_to_dict, load_state, misfits, read_config, write_config
+from dicode.hub import CheckpointError, config_to_dict, held_by, load_state, misfits, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM
 from dicode.lm.text import TextTokenizer
@@ -318,6 +318,6 @@ def fitted(state: Mapping[str, Tensor], module: nn.Module, source: str) -> State
 
     Raises `CheckpointError` where names or shapes are not those of the module.
     """
-    if problems := misfits(module, {name: tuple(value.shape) for name, value in state.items()}):
+    if problems := misfits(module, held_by(state)):
         raise CheckpointError(f"{source}: {len(problems)} tensors do not fit:\n  " + "\n  ".join(problems[:20]))
     return {name: state[name] for name in module.state_dict()}

@@ -18,9 +18,11 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dicode.config import Depth, Share, Width
 from dicode.hub import (
     CHECKPOINTS,
     CheckpointError,
+    check_weights,
     config_from_dict,
     config_to_dict,
     load_weights,
@@ -28,9 +30,10 @@ from dicode.hub import (
     save_weights,
     write_config,
 )
-from dicode.lm.text import TextTokenizer
+from dicode.lm.text import FILE, TextTokenizer
 from dicode.seeds import generator_for
 from dicode.shapes import Video
+from dicode.tokenizer.config import Depths, Widths
 
 BOX = CHECKPOINTS / "tinyvt"
 WEIGHTS = "video_text.safetensors"
@@ -45,15 +48,15 @@ RECALLS = (1, 5, 10)
 class TinyVTConfig:
     """Sizes: each stage of the video tower but the first halves height and width, the second also time."""
 
-    widths: tuple[int, ...] = (48, 96, 160)
-    depths: tuple[int, ...] = (2, 2, 1)  # blocks of each stage
-    text_width: int = 96
-    text_heads: int = 3
-    text_depth: int = 1
-    text_length: int = 40
-    vocab_size: int = 1536
-    joint_width: int = 64  # in which clips and captions are compared
-    dropout: float = 0.1
+    widths: Widths = (48, 96, 160)
+    depths: Depths = (2, 2, 1)  # blocks of each stage
+    text_width: Width = 96
+    text_heads: Width = 3
+    text_depth: Depth = 1
+    text_length: Width = 40
+    vocab_size: Width = 1536
+    joint_width: Width = 64  # in which clips and captions are compared
+    dropout: Share = 0.1
 
 
 class Block(nn.Module):
@@ -137,16 +140,18 @@ class TinyVT(nn.Module):
         held = read_config(folder)
         if "video_text" not in held:
             raise CheckpointError(f"{folder}: expected a video_text part in config.json, got {sorted(held)}")
-        config = config_from_dict(TinyVTConfig, held["video_text"], f"{folder}: video_text")
-        network = cls(config, TextTokenizer.load(folder))
+        where = f"{folder}/config.json: video_text"
+        config, text = config_from_dict(TinyVTConfig, held["video_text"], where), TextTokenizer.load(folder)
+        check_weights(lambda: {folder / WEIGHTS: cls(config, text)}, where)
+        network = cls(config, text)
         load_weights(network, folder / WEIGHTS)
         return network.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write config.json, the weights and tokenizer.json."""
         write_config(folder, {"video_text": config_to_dict(self.config)})
-        save_weights(self, folder / WEIGHTS, dtype)
         self.text.save(folder)
+        save_weights(self, folder / WEIGHTS, dtype, beside=folder / FILE)
 
     def forward(
         self, frames: UInt8[Tensor, "b f h w c"], light: Float32[Tensor, "b two"] | None = None

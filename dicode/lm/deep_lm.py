@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from dicode.hub import (
     CheckpointError,
     cast_parameters,
+    check_weights,
     config_from_dict,
     config_to_dict,
     load_state,
@@ -29,7 +30,7 @@ from dicode.lm.flow_head import FlowHead
 from dicode.lm.heads import Head, MixtureHead, RegressionHead, TokenSampling
 from dicode.lm.sequence import BeginHidden, DeepTokenEmbedding, KeyFrameHidden, appended, arrange, predicting, sees
 from dicode.lm.sizes import DeepLMConfig
-from dicode.lm.text import TextTokenizer
+from dicode.lm.text import FILE, TextTokenizer
 from dicode.seeds import SeedPlan, generator_for, seed_of_clip
 from dicode.shapes import DeepTokens, KeyFrameMask, KeyFrameTokens, TextIds
 
@@ -363,20 +364,22 @@ class DeepTokenLM(nn.Module):
         """Write weights and text tokenizer into a checkpoint folder; returns this part's section of `config.json`."""
         if self.text is None:
             raise ValueError("a checkpoint needs the text tokenizer too: set DeepTokenLM.text before saving")
-        save_weights(self, folder / WEIGHTS, dtype)
         self.text.save(folder)
+        save_weights(self, folder / WEIGHTS, dtype, beside=folder / FILE)
         return config_to_dict(self.config)
 
     @classmethod
     def load_part(cls, folder: Path, section: dict[str, Any], dtype: torch.dtype | None = None) -> "DeepTokenLM":
         """Build the model of a section of `config.json`, fill it, strictly, from the folder; ready for use (eval)."""
+        where = f"{folder}/config.json: {SECTION}"
+        config = config_from_dict(DeepLMConfig, section, where)
         text = TextTokenizer.load(folder)
-        config = config_from_dict(DeepLMConfig, section, SECTION)
         if (text.pad_id, text.begin_id) != (config.pad_id, config.begin_id) or text.vocab_size > config.vocab_size:
             raise CheckpointError(
                 f"{folder}: text tokenizer (vocabulary {text.vocab_size}, pad {text.pad_id}, begin {text.begin_id}) "
                 f"is not the model's ({config.vocab_size}, {config.pad_id}, {config.begin_id})"
             )
+        check_weights(lambda: {folder / WEIGHTS: cls(config, text)}, where)
         with without_initialisation():
             model = cls(config, text)
         cast_parameters(model, dtype)

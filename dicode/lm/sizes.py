@@ -1,11 +1,16 @@
 """What a language model's size is made of, and the sizes that have a name."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from dicode.config import Depth, Factor, Range, Share, Width
 
 GPT2_VOCABULARY = 50_257 + 66  # published: `</img>`, `<img>` and 64 `<img_000NN>` follow GPT-2's own entries
 LLAMA_VOCABULARY = 128_256 + 66
 
+Entries = Annotated[int, Range(1, 2**20)]
+Entry = Annotated[int, Range(0, 2**20)]
+Stretch = Annotated[float, Range(1, 1e12)]
 HeadName = Literal["mixture", "gaussian", "regression", "flow"]
 Order = Literal["token", "keyframe"]
 
@@ -15,32 +20,32 @@ class DeepLMConfig:
     """Everything that decides the shape and the training-time noise of a `DeepTokenLM`, as plain JSON values."""
 
     body: Literal["gpt2", "llama"]
-    width: int
-    depth: int
-    heads: int
-    positions: int  # longest sequence: text_length + max_keyframes * (1 + tokens_per_keyframe) or more
-    vocab_size: int
-    token_width: int
-    max_keyframes: int
-    text_length: int = 80
-    tokens_per_keyframe: int = 16
-    pad_id: int = 0
-    begin_id: int = 1  # the begin-of-image token, an entry of the text vocabulary
+    width: Width
+    depth: Depth
+    heads: Width
+    positions: Entries  # longest sequence: text_length + max_keyframes * (1 + tokens_per_keyframe) or more
+    vocab_size: Entries
+    token_width: Width
+    max_keyframes: Width
+    text_length: Width = 80
+    tokens_per_keyframe: Width = 16
+    pad_id: Entry = 0
+    begin_id: Entry = 1  # the begin-of-image token, an entry of the text vocabulary
     head: HeadName = "mixture"
     order: Order = "token"  # what is predicted at once (see sequence.py); published: a token
     predicts_change: bool = False  # key frames after the first are what they add to the one before, which so stays
-    change_from_first: float = 0.0  # … or to a mean with this share of the first one that is read: errors fade
+    change_from_first: Share = 0.0  # … or to a mean with this share of the first one that is read: errors fade
     reads_goal: bool = False  # whether a later key frame may be given: loops, a last image
-    components: int = 16  # mixture only; a Gaussian is a mixture of one
-    flow_width: int = 256  # flow only: of the network that turns noise into tokens …
-    flow_depth: int = 3  # … and its blocks
-    token_variance: float = 0.0  # mixture and Gaussian: added to every variance, 0 as published (see `MixtureHead`)
-    dropout: float = 0.0
-    input_noise: float = 0.0  # largest share (0…1) of noise in the deep tokens read in training
-    key_value_heads: int | None = None  # Llama only; default: as many as heads
-    feed_forward: int | None = None  # default: 4 × width (GPT-2) or 3 × width (Llama)
-    rope_base: float = 10_000.0  # Llama only
-    rope_factor: float = 1.0  # Llama only; above 1: Llama 3's stretching of an 8,192-position base
+    components: Width = 16  # mixture only; a Gaussian is a mixture of one
+    flow_width: Width = 256  # flow only: of the network that turns noise into tokens …
+    flow_depth: Depth = 3  # … and its blocks
+    token_variance: Factor = 0.0  # mixture and Gaussian: added to every variance, 0 as published
+    dropout: Share = 0.0
+    input_noise: Share = 0.0  # largest share (0…1) of noise in the deep tokens read in training
+    key_value_heads: Width | None = None  # Llama only; default: as many as heads
+    feed_forward: Width | None = None  # default: 4 × width (GPT-2) or 3 × width (Llama)
+    rope_base: Stretch = 10_000.0  # Llama only
+    rope_factor: Stretch = 1.0  # Llama only; above 1: Llama 3's stretching of an 8,192-position base
 
     @property
     def keyframe_limit(self) -> int:

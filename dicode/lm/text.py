@@ -110,6 +110,10 @@ class TextTokenizer:
 
 
 def _read(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: {'a folder, pipe or device' if path.exists() else 'no such file'}; expected a text tokenizer"
+        )
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises a bare Exception for a missing and for a damaged file

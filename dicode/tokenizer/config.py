@@ -2,9 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from dicode.config import Depth, Items, Range, Side, UpTo1000, Width
 from dicode.sampling import SamplingConfig
+
+Widths = Annotated[tuple[Width, ...], Items(1, 8)]
+Depths = Annotated[tuple[Depth, ...], Items(1, 8)]
 
 
 @dataclass(frozen=True)
@@ -15,12 +19,12 @@ class EncoderConfig:
     """
 
     kind: Literal["clip", "patch"] = "patch"
-    width: int = 192
-    depth: int = 3
-    heads: int = 3
-    size: int = 8  # side of the input: latent positions (`patch`) or pixels (`clip`)
-    patch: int = 1
-    channels: int = 16
+    width: Width = 192
+    depth: Depth = 3
+    heads: Width = 3
+    size: Side = 8  # side of the input: latent positions (`patch`) or pixels (`clip`)
+    patch: Side = 1
+    channels: Width = 16
 
     @property
     def reads_latents(self) -> bool:
@@ -33,10 +37,10 @@ class FirstStageConfig:
     """`tiny` is diffusers' AutoencoderTiny, `kl` its AutoencoderKL; `channels` lists the widths from fine to coarse."""
 
     kind: Literal["tiny", "kl"] = "tiny"
-    channels: tuple[int, ...] = (64, 64, 64, 64)
-    latent_channels: int = 16
-    encoder_blocks: tuple[int, ...] = (0, 2, 2, 3)
-    decoder_blocks: tuple[int, ...] = (3, 2, 2, 1)
+    channels: Widths = (64, 64, 64, 64)
+    latent_channels: Width = 16
+    encoder_blocks: Depths = (0, 2, 2, 3)
+    decoder_blocks: Depths = (3, 2, 2, 1)
 
     @property
     def downsampling(self) -> int:
@@ -48,15 +52,15 @@ class FirstStageConfig:
 class ResamplerConfig:
     """Published: width 1024, depth 4, 12 heads of 64, 16 queries, features 1280, tokens 1024."""
 
-    width: int = 1024
-    depth: int = 4
-    heads: int = 12
-    head_width: int = 64
-    queries: int = 16
-    feature_width: int = 1280
-    features: int = 257  # features a key frame; only `grid_queries` needs to know
-    token_width: int = 1024
-    feedforward_factor: int = 4
+    width: Width = 1024
+    depth: Depth = 4
+    heads: Width = 12
+    head_width: Width = 64
+    queries: Width = 16
+    feature_width: Width = 1280
+    features: Width = 257  # features a key frame; only `grid_queries` needs to know
+    token_width: Width = 1024
+    feedforward_factor: Annotated[int, Range(1, 64)] = 4
     grid_queries: bool = False  # start each query from the features of its own cell of the image (not published)
 
 
@@ -68,18 +72,18 @@ class DenoiserConfig:
     """
 
     kind: Literal["hourglass", "wan", "unet3d"] = "hourglass"
-    context_frames: int = 2
+    context_frames: Annotated[int, Range(0, 256)] = 2
     uses_key_latents: bool = True
     predicts_change: bool = False  # work on what differs from a cross-fade of the key latents (`ChangeDenoiser`)
-    depth: int = 2  # transformer blocks; `unet3d`: residual layers a level
-    heads: int = 4  # of attention; `unet3d`: at its finest level
-    width: int = 224  # `hourglass`, `wan`: of the transformer
-    fine_width: int = 128  # `hourglass`: of the convolutions around it
-    fine_blocks: int = 3  # `hourglass`: on either side
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # `unet3d`: fine to coarse
-    text_width: int = 1024  # `unet3d`: of the null text's tokens
-    text_tokens: int = 77  # `unet3d`
-    frame_stride: int = 3  # `unet3d`: 24 fps films, every third frame
+    depth: Depth = 2  # transformer blocks; `unet3d`: residual layers a level
+    heads: Width = 4  # of attention; `unet3d`: at its finest level
+    width: Width = 224  # `hourglass`, `wan`: of the transformer
+    fine_width: Width = 128  # `hourglass`: of the convolutions around it
+    fine_blocks: Depth = 3  # `hourglass`: on either side
+    channels: Widths = (320, 640, 1280, 1280)  # `unet3d`: fine to coarse
+    text_width: Width = 1024  # `unet3d`: of the null text's tokens
+    text_tokens: Width = 77  # `unet3d`
+    frame_stride: Annotated[int, Range(1, 256)] = 3  # `unet3d`: 24 fps films, every third frame
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class DiffusionConfig:
     """`flow`: flow matching with logit-normal times. `v_prediction`: the published schedule (DESIGN §1)."""
 
     objective: Literal["flow", "v_prediction"] = "flow"
-    shift: float = 1.0  # >1 spends more of training and sampling at high noise (Esser et al. 2024, section 5.3.2)
+    shift: UpTo1000 = 1.0  # >1 spends more of training and sampling at high noise (Esser et al. 2024, section 5.3.2)
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,13 @@ class TokenizerConfig:
     that both key frames are the clip's own and the next clip begins with the same frame again (shown once).
     """
 
-    size: int = 64
-    fps: float = 8.0
-    clip_frames: int = 16
-    tail_frame: int = 16  # where a clip's tail key frame lies: `clip_frames`, or one less
+    size: Side = 64
+    fps: UpTo1000 = 8.0
+    clip_frames: Annotated[int, Range(2, 4096)] = 16
+    tail_frame: Annotated[int, Range(1, 4096)] = 16  # where a clip's tail key frame lies: `clip_frames`, or one less
     null_image: Literal["none", "black"] = "none"  # whose tokens guidance steers away from; none: zeros
-    key_head_width: int = 192
-    key_head_depth: int = 3
+    key_head_width: Width = 192
+    key_head_depth: Depth = 3
     linear_code: bool = False  # tokens and key latents get a linear part (`LinearCode`), fitted before training
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

@@ -18,6 +18,7 @@ from dicode.hub import (
     CheckpointError,
     as_saved,
     cast_parameters,
+    check_weights,
     config_from_dict,
     config_to_dict,
     load_weights,
@@ -105,7 +106,14 @@ class VideoTokenizer(nn.Module):
         sections = read_config(folder)
         if "tokenizer" not in sections:
             raise CheckpointError(f"{folder}/config.json: no section 'tokenizer'; it has {sorted(sections)}")
-        config = config_from_dict(TokenizerConfig, sections["tokenizer"], f"{folder}/config.json: tokenizer")
+        where = f"{folder}/config.json: tokenizer"
+        config = config_from_dict(TokenizerConfig, sections["tokenizer"], where)
+
+        def files() -> dict[Path, nn.Module]:
+            tokenizer = cls(config)
+            return {folder / FIRST_STAGE_WEIGHTS: tokenizer.first_stage, folder / WEIGHTS: TokenizerParts(tokenizer)}
+
+        check_weights(files, where)
         with without_initialisation():
             tokenizer = cls(config)
         cast_parameters(tokenizer, dtype)

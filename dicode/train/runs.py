@@ -1,9 +1,22 @@
 """Runs of the stages, as plain values: what recipes return. Importing it needs no torch, so that help comes at once."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from dicode.config import Precision
+from dicode.config import (
+    BatchSize,
+    Count,
+    Factor,
+    Guidance,
+    LearningRate,
+    Positive,
+    Precision,
+    Range,
+    Seed,
+    Share,
+    TrainingSteps,
+    Whole,
+)
 from dicode.lm.sizes import SIZES, DeepLMConfig
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 
@@ -20,16 +33,16 @@ class OptimConfig:
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    steps: int = 10_000
-    batch_size: int = 32  # samples a step, of all processes together
-    lr: float = 1e-3
-    warmup_steps: int = 200
-    decay_fraction: float = 0.2
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
+    steps: TrainingSteps = 10_000
+    batch_size: BatchSize = 32  # samples a step, of all processes together
+    lr: LearningRate = 1e-3
+    warmup_steps: Whole = 200
+    decay_fraction: Share = 0.2
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    weight_decay: Share = 0.01
+    clip_norm: Positive = 1.0
+    ema_decay: Share = 0.999
 
     def lr_at(self, step: int) -> float:
         """Learning rate of `step`, counted from 0."""
@@ -42,20 +55,20 @@ class OptimConfig:
 class LoopConfig:
     """What the loop itself needs; `precision` is that of matrix products, by autocast: weights are float32."""
 
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     precision: Precision = "auto"  # bfloat16 where the device has it
     compile: bool = False  # torch.compile: a minute once, then 1.4× the speed on CPUs; language model (docs/log.md)
-    pieces: int = 1  # in which a step's batch is computed, shared out among processes; changes the random numbers
+    pieces: Count = 1  # in which a step's batch is computed, shared out among processes; changes the random numbers
     strategy: Strategy = "ddp"  # of several processes: each with all weights, or each with its share
     checkpoint_activations: bool = False  # compute blocks a second time in the backward pass instead of keeping them
     prefetch: bool = False  # make the next step's batch in a thread meanwhile: for accelerators
-    skip_non_finite: int = 0  # steps with NaN or infinity to leave out, and count, before the run stops
+    skip_non_finite: Whole = 0  # steps with NaN or infinity to leave out, and count, before the run stops
     tracker: Tracker = "tensorboard"
     log_samples: bool = False  # the sample numbers of every step, in log.jsonl
-    log_every: int = 20
-    evaluate_every: int = 1000
-    checkpoint_every: int = 500
+    log_every: Count = 20
+    evaluate_every: Count = 1000
+    checkpoint_every: Count = 500
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -63,9 +76,9 @@ class LoopConfig:
 class LoRAConfig:
     """Adapters that train in place of the weights of `init`; rank 0: none, the weights themselves train."""
 
-    rank: int = 0
-    alpha: float = 16.0  # what an adapter adds counts alpha/rank
-    dropout: float = 0.0  # share of A that is left out of a training step
+    rank: Annotated[int, Range(0, 4096)] = 0
+    alpha: Positive = 16.0  # what an adapter adds counts alpha/rank
+    dropout: Share = 0.0  # share of A that is left out of a training step
     targets: tuple[str, ...] = ()  # layers, by the ends of their names (q_proj v_proj); none named: every layer
 
 
@@ -80,15 +93,15 @@ class FirstStageRun:
     init: str | None = None
     freeze_encoder: bool = False
     tokenizer: str | None = None  # on this first stage: half of the latents come from deep tokens, as they will in use
-    rendered_share: float = 0.0  # of the images: frames that this tokenizer renders of training clips, sharpened by …
-    rendered_guidance: float = 2.5  # … this guidance, also as they will in use,
-    rendered_motion_scale: float = 1.0  # … and moved apart by this (`scale_motion`)
+    rendered_share: Share = 0.0  # of the images: frames that this tokenizer renders of training clips, sharpened by …
+    rendered_guidance: Guidance = 2.5  # … this guidance, also as they will in use,
+    rendered_motion_scale: Factor = 1.0  # … and moved apart by this (`scale_motion`)
     model: FirstStageConfig = field(default_factory=FirstStageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    l1_weight: float = 0.1  # beside the squared error: keeps flat areas of pixel art flat
-    perceptual_weight: float = 0.0  # of `perceptual_distance`, which squared error alone leaves blurred
-    adversarial_weight: float = 0.0  # of a `FeatureDiscriminator`, trained beside it; needs a perceptual_weight
-    latent_noise: float = 0.05  # of the batch's latent deviation: the decoder will see imperfect latents
+    l1_weight: Factor = 0.1  # beside the squared error: keeps flat areas of pixel art flat
+    perceptual_weight: Factor = 0.0  # of `perceptual_distance`, which squared error alone leaves blurred
+    adversarial_weight: Factor = 0.0  # of a `FeatureDiscriminator`, trained beside it; needs a perceptual_weight
+    latent_noise: Factor = 0.05  # of the batch's latent deviation: the decoder will see imperfect latents
 
 
 @dataclass(frozen=True)
@@ -107,11 +120,11 @@ class TokenizerRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # of the denoiser
     fits_statistics: bool = True  # False, as published: the normalizer stays as `init` has it, or without effect
-    images_per_step: int = 64  # single frames beside the clips, for the key-frame regression
+    images_per_step: Whole = 64  # single frames beside the clips, for the key-frame regression
     denoises: bool = True  # False: images only
-    token_noise: float = 0.2  # highest deviation of noise on the tokens the decoder sees (DESIGN §2.4)
-    drop_tokens: float = 0.1  # share of clips that learn the null condition of guidance
-    drop_context: float = 0.5  # share of clips that see nothing of the clip before
+    token_noise: Factor = 0.2  # highest deviation of noise on the tokens the decoder sees (DESIGN §2.4)
+    drop_tokens: Share = 0.1  # share of clips that learn the null condition of guidance
+    drop_context: Share = 0.5  # share of clips that see nothing of the clip before
 
 
 @dataclass(frozen=True)
@@ -130,17 +143,17 @@ class LanguageRun:
     model: DeepLMConfig = field(default_factory=lambda: SIZES["sprites"])
     loop: LoopConfig = field(default_factory=LoopConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    key_frames: int = 3  # of most samples: 4 s
-    longer: tuple[int, ...] = (9, 31)  # key frames of the steps that teach long videos, up to a minute …
-    longer_share: tuple[float, ...] = (0.08, 0.02)  # … and the share of steps of each
-    goal_share: float = 0.0  # of steps that tell the last key frame beforehand (needs `model.reads_goal`)
-    from_start: float = 0.75  # share of samples that begin where the video does; the others begin anywhere in its loop
-    long_captions: float = 0.4  # share of samples with the expanded caption, where there is one
-    null_captions: float = 0.1  # share without text, for guidance
-    word_dropout: float = 0.3  # share of samples that lose words …
-    dropped_words: float = 0.3  # … and how many of them
-    word_swaps: float = 0.0  # share of samples in which words of any captions stand in place of some: unsure of what …
-    swapped_words: float = 0.5  # … it was never told so (docs/heads.md), and how many of them
-    views: int = 0  # of every training video (`View`): from them it learns how a picture goes on, not which one to draw
-    view_share: float = 0.5  # share of samples that are such views
-    own_share: float = 0.0  # of steps that go on from what the model writes, to mend it (`with_own`); none with a goal
+    key_frames: Count = 3  # of most samples: 4 s
+    longer: tuple[Count, ...] = (9, 31)  # key frames of the steps that teach long videos, up to a minute …
+    longer_share: tuple[Share, ...] = (0.08, 0.02)  # … and the share of steps of each
+    goal_share: Share = 0.0  # of steps that tell the last key frame beforehand (needs `model.reads_goal`)
+    from_start: Share = 0.75  # share of samples that begin where the video does; the others begin anywhere in its loop
+    long_captions: Share = 0.4  # share of samples with the expanded caption, where there is one
+    null_captions: Share = 0.1  # share without text, for guidance
+    word_dropout: Share = 0.3  # share of samples that lose words …
+    dropped_words: Share = 0.3  # … and how many of them
+    word_swaps: Share = 0.0  # share of samples in which words of any captions stand in place of some: unsure of what …
+    swapped_words: Share = 0.5  # … it was never told so (docs/heads.md), and how many of them
+    views: Whole = 0  # of every training video (`View`): from them it learns how a picture goes on, not which to draw
+    view_share: Share = 0.5  # share of samples that are such views
+    own_share: Share = 0.0  # of steps that go on from what the model writes, to mend it (`with_own`); none with a goal
