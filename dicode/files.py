@@ -1,12 +1,14 @@
 """Where files lie: a folder here, or anything that fsspec reaches (`s3://…`, `gs://…`, `memory://…`)."""
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from upath import UPath
 
@@ -115,6 +117,21 @@ def decoded(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise TextError(f"{name}, line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+
+
+def read_json(source: Place, most_bytes: int = MOST_TEXT) -> Any:
+    """What a JSON file holds, read as `read_text` does. Raises `TextError` where it is none, or nested too deeply."""
+    return json_of(read_text(source, most_bytes), str(source))
+
+
+def json_of(text: str, name: str) -> Any:
+    """The value of a JSON text; `name` is for the error."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise TextError(f"{name}: nested too deeply to be read as JSON") from error
+    except ValueError as error:
+        raise TextError(f"{name}: not JSON ({error})") from error
 
 
 def flush(path: Path) -> None:

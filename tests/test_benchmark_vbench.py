@@ -108,3 +108,29 @@ def test_prompts_come_from_text_or_from_the_published_list(prompts, tmp_path):
         prompts.write_text(text)
         with pytest.raises(ValueError, match=message):
             vbench_prompts(prompts)
+
+
+def test_prompts_of_windows_tools_have_no_mark_and_no_carriage_return(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("\ufeffa café\r\n\r\na fox\u2028runs\r\n".encode())
+    assert vbench_prompts(tmp_path / "p.txt") == ["a café", "a fox\u2028runs"]
+    (tmp_path / "p.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([{"prompt_en": " a fox "}]).encode())
+    assert vbench_prompts(tmp_path / "p.json") == ["a fox"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", b"a fox\ncaf\xe9\n", "p.txt, line 2: not UTF-8"),
+        ("p.json", b"[" * 200_000, "p.json: nested too deeply"),
+        ("p.json", b"[" + b"9" * 5000 + b"]", "p.json: not JSON"),
+        ("p.json", b'[{"prompt_en": 3}]', "p.json: expected a list of objects with prompt_en"),
+        ("p.json", b"{", "p.json: not JSON"),
+    ],
+)
+def test_prompts_that_cannot_be_read_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert main(["benchmark", "vbench", str(tmp_path / name), "-o", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1

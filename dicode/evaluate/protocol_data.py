@@ -1,14 +1,14 @@
 """Data sets of the published protocols in their usual folders: which videos, which prompts, in which order."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
+from dicode.files import read_json, read_text
 from dicode.seeds import generator_for
 from dicode.video.io import natural_key
 
@@ -75,7 +75,7 @@ def class_prompts(classes: Sequence[str], template: str = "{}", file: Path | Non
         if template.count("{}") != 1:
             raise ValueError(f"template: expected one {{}} where the class goes, got {template!r}")
         return {name: template.replace("{}", class_words(name)) for name in classes}
-    sentences = _read_json(file)
+    sentences = read_json(file)
     if not isinstance(sentences, dict) or not all(
         isinstance(text, str) and text.strip() for text in sentences.values()
     ):
@@ -109,14 +109,14 @@ def msrvtt_videos(folder: Path) -> list[CaptionedVideo]:
             f"{folder}: expected one of {', '.join(CAPTION_FILES)} and one of the folders {', '.join(VIDEO_FOLDERS)}, "
             f"found {notes.name if notes else 'no such file'} and {root.name if root else 'no such folder'}"
         )
-    info = _read_json(notes)
+    info = read_json(notes)
     try:
         names = [video["video_id"] for video in info["videos"] if video["split"] == "test"]
         captions: dict[str, list[str]] = {name: [] for name in names}
         for sentence in info["sentences"]:
             if sentence["video_id"] in captions:
-                captions[sentence["video_id"]].append(sentence["caption"])
-    except (KeyError, TypeError) as error:
+                captions[sentence["video_id"]].append(sentence["caption"].strip())
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{notes}: expected videos (video_id, split) and sentences (video_id, caption): {error!r}"
         ) from error
@@ -147,8 +147,8 @@ def vbench_prompts(file: Path) -> list[str]:
     """
     if file.suffix == ".json":
         try:
-            texts = [str(entry["prompt_en"]).strip() for entry in _read_json(file)]
-        except (KeyError, TypeError) as error:
+            texts = [entry["prompt_en"].strip() for entry in read_json(file)]
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: expected a list of objects with prompt_en, as VBench_full_info.json") from error
     else:
         texts = _lines(file)
@@ -171,11 +171,4 @@ def _draw(count: int, seed: int, *place: int | str) -> int:
 
 
 def _lines(file: Path) -> list[str]:
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not JSON in UTF-8 ({error})") from error
+    return [line.strip() for line in read_text(file).split("\n") if line.strip()]

