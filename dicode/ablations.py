@@ -110,12 +110,12 @@ def latents_of(stage: LanguageTraining, tokens: DeepTokens) -> Tensor:
     return stage.tokenizer.key_latents(tokens.cpu().flatten(0, 1)).float().unflatten(0, tokens.shape[:2]).flatten(2)
 
 
-def joins(folder: Path, cache: Path, seed: int = 0) -> dict[str, Any]:
+def joins(folder: Path, cache: Path, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
     """Step at joins over step inside clips, with and without context, of a whole model's videos of a few captions."""
     from dicode.evaluate.generation import draw_prompts, join_score
     from dicode.evaluate.long import JOINS, long_video
 
-    model, told = DiCoDe.from_pretrained(folder), FrameCache.load(cache).subset(validation=False).videos
+    model, told = DiCoDe.from_pretrained(folder, device=device), FrameCache.load(cache).subset(validation=False).videos
     prompts = draw_prompts({v.captions[0] for v in told if v.captions}, JOIN_PROMPTS, seed)
     config, scores = model.tokenizer.config, {}
     for kind in JOINS:

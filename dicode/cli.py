@@ -42,6 +42,7 @@ from dicode.flags import (
     Sheet,
     Tokenize,
     Train,
+    Tune,
     Ucf101,
     Vae,
     Vbench,
@@ -65,6 +66,7 @@ COMMANDS = {
     "dicode.scale_command": (Scale,),
     "dicode.data_commands": (Index, Cache, Verify, Encode, Export, Sheet),
     "dicode.evaluate.command": (Evaluate,),
+    "dicode.evaluate.tune": (Tune,),
     "dicode.evaluate.protocols": (Ucf101, Msrvtt, Vbench),
     "dicode.convert.command": (Official, Dynamicrafter, Clip, Vae),
 }
@@ -154,7 +156,7 @@ def _parsed(argv: list[str]) -> Any:
         flags.remove(recipes[0])
         return _parse_train(recipes[0], flags)
     app, benchmark, data, convert = (SubcommandApp() for _ in range(4))
-    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Widen, Evaluate, Scale, Info):
+    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Widen, Evaluate, Tune, Scale, Info):
         app.command(name=command.__name__.lower())(command)
     for protocol in (Ucf101, Msrvtt, Vbench):
         benchmark.command(name=protocol.__name__.lower())(protocol)

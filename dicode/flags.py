@@ -203,8 +203,7 @@ class Widen:
 class Evaluate:
     """Measure a model against its training and validation clips: one JSON a part, written from this command alone.
 
-    The usual parts take nearly ten minutes on two CPU cores for `sprites`, eight with `instructions` for `world` in
-    bfloat16; `long`, a minute's videos, half an hour more.
+    The first line says how long it takes on this machine; `long`, a minute's videos, takes longest.
     """
 
     model: Model = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
@@ -218,14 +217,40 @@ class Evaluate:
         "ranking",  # do the metrics rank known cases? real, reconstruction, generation, shuffled frames, noise
         "speed",
     )
+    quick: bool = False  # a first look of a minute or so: few clips, without ranking, speed, instructions, long
+    # FILE.py:FUNCTION, of uint8 frames f h w c, whose dict is compared with the keys of caption lines: accuracy by key
+    scorer: Annotated[str | None, arg(metavar="FILE.py:FUNCTION")] = None
     # networks to measure with; EffLite0 always does. More: I3D=PATH, C3D=PATH, Inception=PATH, CLIP=ID_OR_FOLDER
     features: tuple[str, ...] = ("EffLite0", "TinyVT")
-    prompts: Count = 100  # training captions to draw
+    prompts: Count = 100  # most training captions to draw, and videos of each split for a scorer
     long_prompts: Count = 8  # training captions to draw for long videos
     long_seconds: Seconds = 60.0  # how long they last
     repeats: Count = 5  # how many times seconds and memory are measured; fewer have no interval
     seed: Seed = 0
+    device: str = "auto"  # cpu, cuda, mps
     dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes less time where the processor has it
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Choose a model's sampling on training captions: a table of settings, the best written into its config.json.
+
+    Settings are compared on the same captions and noise; where none is better beyond noise, the stored ones stay.
+    """
+
+    model: Model  # a checkpoint folder; a bundled model or one on the Hub with -o
+    cache: Path = Path("cache/sprites")  # real clips, from `dicode data cache`
+    output: Annotated[Path | None, arg(aliases=("-o",))] = None  # a new folder for the tuned model; default: in place
+    # FILE.py:FUNCTION, as of `dicode evaluate`: its accuracy decides; default: the rank of captions by TinyVT
+    scorer: Annotated[str | None, arg(metavar="FILE.py:FUNCTION")] = None
+    prompts: Annotated[int, Range(8, 10_000)] = 32  # training captions
+    guidance: tuple[Guidance, ...] = (1.0, 2.0, 3.0)  # of the language model
+    variance_scale: tuple[Factor, ...] = (0.1, 0.3, 1.0)  # of the next tokens' distribution, each with each guidance
+    decoder_guidance: tuple[Guidance, ...] = (1.0, 2.0)  # tried with the best of these pairs
+    seed: Seed = 0
+    device: str = "auto"  # cpu, cuda, mps
+    dtype: Dtype = "float32"  # of the weights in memory
+    json: Annotated[Path | None, arg(metavar="FILE")] = None  # result file of the table
 
 
 @dataclass(frozen=True)
@@ -246,6 +271,7 @@ class Scale:
     work_folder: Path = Path("runs/scale")  # of the runs
     output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON file, named as the family is
     dry_run: bool = False  # only say what sizes and FLOPs there are, and hours
+    device: str = "auto"  # cpu, cuda, mps
     tflops: Positive = 0.15  # of the machine that the hours are of, by the second and in use
 
 

@@ -21,7 +21,7 @@ from dicode.device import pick_device
 from dicode.evaluate.report import write_result
 from dicode.evaluate.scaling import fit_power_law
 from dicode.extras import missing_extra
-from dicode.files import put_text
+from dicode.files import put_text, read_json
 from dicode.flags import Scale
 from dicode.hub import config_from_dict, config_to_dict
 from dicode.info_command import runs_of
@@ -84,7 +84,9 @@ def ablate(command: Scale, runs: dict[str, LanguageRun]) -> int:
             values: Figures = {"sizes": {name: counted(run) for name, run in changed.items()}, "means": means(figures)}
             if "joins" in command.studies:
                 with stop.cutting():
-                    values["joins"] = joins(Path(command.tokenizer), Path(base.cache))
+                    values["joins"] = joins(
+                        Path(command.tokenizer), Path(base.cache), device=str(pick_device(command.device))
+                    )
             publish(
                 command, command.output / "ablations.json", "one thing changed", {**values, "runs": by_seed(figures)}
             )
@@ -95,7 +97,7 @@ def publish(command: Scale, path: Path, name: str, values: Figures) -> None:
     """Write the result, of so many validation clips."""
     n = len(FrameCache.load(command.work_folder / "cache").subset(validation=True).videos)
     command.output.mkdir(parents=True, exist_ok=True)
-    write_result(path, name, values, n, 0, "dicode " + shlex.join(sys.argv[1:]), pick_device("auto"))
+    write_result(path, name, values, n, 0, "dicode " + shlex.join(sys.argv[1:]), pick_device(command.device))
     print(f"{path}: of {n} validation clips")
 
 
@@ -114,6 +116,8 @@ def family(command: Scale) -> dict[str, LanguageRun]:
                 loop = replace(loop, optim=replace(loop.optim, steps=max(1, command.samples // batch_size)))
             if command.pieces is not None:
                 loop = replace(loop, pieces=command.pieces)
+            if command.device != "auto":
+                loop = replace(loop, device=command.device)
             runs[name] = replace(run, cache=str(cache), tokenizer=command.tokenizer, loop=loop)
     if not runs:
         raise ValueError(f"{command.family}: none of its runs is of a language model")
@@ -170,7 +174,7 @@ def measured_run(run: LanguageRun, folder: Path, measure: Measure, processes: Pr
     """
     kept, asked = folder / FIGURES, config_to_dict(run)
     if kept.exists():
-        held = json.loads(kept.read_text(encoding="utf-8"))
+        held = read_json(kept)
         ran = config_to_dict(config_from_dict(LanguageRun, held["run"], str(kept)))
         if changed := [key for key in asked if asked[key] != ran[key]]:
             raise ValueError(f"{folder} was run with other values of {', '.join(changed)}: name another work folder")
@@ -185,7 +189,7 @@ def measured_run(run: LanguageRun, folder: Path, measure: Measure, processes: Pr
             shutil.rmtree(checkpoint)
         print(f"{folder.name}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float)))
     processes.wait()
-    return json.loads(kept.read_text(encoding="utf-8"))
+    return read_json(kept)
 
 
 def by_seed(figures: dict[str, list[Figures]]) -> dict[str, list[Figures]]:
@@ -279,8 +283,11 @@ def laws(sizes: dict[str, Figures], figures: dict[str, list[Figures]]) -> Figure
 
 def t_interval(values: np.ndarray) -> tuple[float, float] | None:
     """95 % of the mean over seeds, by Student's distribution; None for one seed."""
+    try:
+        from scipy import stats
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "evaluate") from error
     if len(values) < 2:
         return None
-    quantiles = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-    half = quantiles.get(len(values), 2.0) * float(values.std(ddof=1)) / len(values) ** 0.5
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return float(values.mean()) - half, float(values.mean()) + half

@@ -19,12 +19,12 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from dicode.evaluate.clips import first_clip, generated_clips
+from dicode.evaluate.bank import RealClips, first_clip
+from dicode.evaluate.clips import generated_clips
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import draw_prompts, text_control
 from dicode.evaluate.metrics import frechet_of_sets
 from dicode.evaluate.report import write_result
-from dicode.evaluate.suite import bank_features
 from dicode.evaluate.tokens import captions_with_variants, diversity, energy_score
 from dicode.generate import DiCoDe
 from dicode.lm.deep_lm import DeepTokenLM
@@ -105,7 +105,8 @@ def measure(model: DiCoDe, stage: LanguageTraining, bank: FrameCache, features: 
     prompts = draw_prompts({v.captions[0] for v in training}, PROMPTS, seed=0)
     clips = generated_clips(model, prompts, seed)
     made = features_of_clips(extractor, clips)
-    real = [first_clip(model, stage.cache, next(v for v in training if v.captions[0] == p))[:-1] for p in prompts]
+    told = [next(v for v in training if v.captions[0] == p) for p in prompts]
+    real = [first_clip(model.tokenizer.config, stage.cache, video)[:-1] for video in told]
     held = np.array([v.validation for v in bank.videos])
     captions = [v.captions[0] if v.captions else "" for v in bank.videos if not v.validation]
     control = text_control(made.mean, prompts, features.mean[~held], captions, seed=0)
@@ -119,7 +120,7 @@ def measure(model: DiCoDe, stage: LanguageTraining, bank: FrameCache, features: 
         "text_control_interval": control.interval,
         "frechet": {"generated": {f"FVD-{extractor.name}": distance}},
         "diversity": asdict(diversity(drawn, list(own.values()), seed=0)),
-        "energy_validation": asdict(scored(model, stage, stage.validation.videos, seed)),
+        "energy_validation": asdict(scored(model, stage, tuple(stage.validation.videos), seed)),
         "energy_training": asdict(scored(model, stage, tuple(training), seed)),
     }
 
@@ -160,7 +161,7 @@ def real_key_frames(
     extractor: EfficientNetLite0Features, model: DiCoDe, cache: FrameCache, videos: list[CachedVideo]
 ) -> np.ndarray:
     """Features of the first frames of real clips."""
-    frames = np.stack([first_clip(model, cache, v)[0] for v in videos])
+    frames = np.stack([first_clip(model.tokenizer.config, cache, v)[0] for v in videos])
     return extractor.frame_features(frames).double().numpy()
 
 
@@ -197,8 +198,8 @@ def main(cache: str, *seeds: str) -> None:
     if not (CACHE / "index.json").exists():
         chosen_clips(bank).save(CACHE)
     box = DiCoDe.from_pretrained(TOKENIZER)
-    path = Path(cache) / "EffLite0-16-frames-8-fps.safetensors"  # as `dicode evaluate` keeps it
-    features = bank_features(box, bank, EfficientNetLite0Features(), path)
+    real = RealClips(bank, box.tokenizer.config, Path(cache))
+    features = real.features(EfficientNetLite0Features(), range(len(bank.videos)))
     budget = STEPS * step_flops(LanguageTraining(arrangement("mixture", "token", 0)))
     values: dict[str, Any] = {}
     asked = [(head, order, False) for order in ORDERS for head in HEADS] + [(*pair, True) for pair in SWAPS]

@@ -10,6 +10,11 @@ CAPTIONS = ["a swirling ice vortex", "a red square moves right", "a blue circle 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a whole model with random weights: 32×32 pixels, 4 tokens of 6, up to 16 s."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def write_tiny_model(folder: Path, **changes: object) -> Path:
+    """Such a folder, with changes of the tokenizer's configuration."""
     import torch
     from test_tokenizer import tiny_tokenizer
 
@@ -19,7 +24,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dicode.lm.text import TextTokenizer
     from dicode.sampling import SamplingConfig
 
-    tokenizer = tiny_tokenizer(sampling=SamplingConfig(steps=2, variance_scale=0.5))
+    tokenizer = tiny_tokenizer(sampling=SamplingConfig(steps=2, variance_scale=0.5), **changes)
     config = DeepLMConfig(
         body="llama",
         width=24,
@@ -39,7 +44,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in lm.parameters():  # so that every input matters
             parameter.add_(0.2 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     DiCoDe(tokenizer, lm).save_pretrained(folder)
     return folder
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_training import write_cache
 
-from dicode.evaluate.clips import first_clip
+from dicode.evaluate.bank import first_clip
 from dicode.evaluate.instructions import Continued, another, continued, evaluate_instructions, measured
 from dicode.generate import DiCoDe
 from dicode.video.shards import FrameCache
@@ -54,11 +54,11 @@ def test_clips_of_one_image_are_what_generate_makes_of_it_alone(tiny_model: Path
     made = continued(model, cache, videos, others, seed=3, first=5)
     for i, (video, one) in enumerate(zip(videos, made, strict=True)):
         assert one.captions[0] != one.captions[1]
-        given = model.given(image=first_clip(model, cache, video)[:1])
+        given = model.given(image=first_clip(model.tokenizer.config, cache, video)[:1])
         for caption, clip in zip(one.captions, (one.own, one.other), strict=True):
             (alone,) = model.generate(caption, seconds=2.0, seed=3, sample_index=5 + i, given=given)
             assert np.abs(clip.astype(int) - alone).max() <= 1
-        assert np.array_equal(one.real, first_clip(model, cache, video)[:-1])
+        assert np.array_equal(one.real, first_clip(model.tokenizer.config, cache, video)[:-1])
 
 
 def test_both_splits_are_measured_and_shown(tiny_model: Path, cache: FrameCache) -> None:

@@ -135,7 +135,8 @@ def test_frame_scores_are_of_the_frames_at_a_quarter_and_three_quarters() -> Non
     others = [clip.copy() for clip in real]
     for clip in others:
         clip[[0, 1, 2, 3, 5, 11, 13, 14, 15]] = 0
-    same, worse = frame_scores(real, others, 0), frame_scores(real, [255 - clip for clip in real], 0)
+    network = EfficientNetLite0Features()
+    same, worse = (frame_scores(real, made, 0, network) for made in (others, [255 - clip for clip in real]))
     assert same["SSIM"].value == pytest.approx(1) and same["perceptual-EffLite0"].value == pytest.approx(0, abs=1e-6)
 
     def pixels(clip: np.ndarray) -> torch.Tensor:

@@ -1,17 +1,22 @@
 """`dicode evaluate` on a tiny model: every figure it promises is there, finite, and repeatable."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import write_tiny_model
 from scipy.spatial.distance import pdist
 from test_evaluate_networks import clip_folder  # noqa: F401
 from test_training import write_cache
 
 from dicode.cli import main
-from dicode.evaluate.clips import MadeClips, first_clip, generated_clips
+from dicode.evaluate import long, speed
+from dicode.evaluate.bank import first_clip
+from dicode.evaluate.clips import MadeClips, generated_clips
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips, load_networks
 from dicode.evaluate.long import JOINS
 from dicode.evaluate.networks import Clip, clip_similarity
@@ -19,16 +24,33 @@ from dicode.evaluate.suite import caption_diversity, evaluate_generation
 from dicode.generate import DiCoDe
 from dicode.video.shards import FrameCache
 
+CASES = ("real", "reconstruction", "generated")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*lose their end"),  # the tiny model reads 12 text tokens
     pytest.mark.filterwarnings("ignore:Fréchet distance of"),  # and two clips are few
 ]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared: features of real clips are kept in it."""
+    folder = tmp_path_factory.mktemp("drawn") / "cache"
+    write_cache(folder, count=12)
+    return folder
+
+
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    write_cache(tmp_path / "cache", count=12)
-    return tmp_path / "cache"
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of video that processes would have been started for; `test_evaluate_long` starts one."""
+    asked: list[float] = []
+
+    def process(*given: Any) -> speed.WholeProcess:
+        asked.append(given[3])
+        return speed.WholeProcess(2.5, 0.25)
+
+    monkeypatch.setattr(speed, "whole_process", process)
+    monkeypatch.setattr(long, "whole_process", process)
+    return asked
 
 
 def repeated(figures: dict[str, Any]) -> list[dict[str, Any]]:
@@ -36,24 +58,39 @@ def repeated(figures: dict[str, Any]) -> list[dict[str, Any]]:
     return [value for value in figures.values() if isinstance(value, dict) and "interval" in value]
 
 
-def test_evaluate_writes_a_result_a_part(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
-    flags = [str(tiny_model), "--cache", str(cache), "-o", str(tmp_path / "results"), "--prompts", "3"]
-    flags += ["--repeats", "2"]
-    parts = ("generation", "reconstruction", "ranking", "speed", "long")
-    long = ["--long-prompts", "2", "--long-seconds", "16"]  # the most that the tiny model holds
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in the published arrangement: a clip's tail key frame is its own last frame."""
+    return write_tiny_model(tmp_path_factory.mktemp("published") / "tiny", tail_frame=15)
+
+
+def test_evaluate_writes_a_result_a_part_in_the_published_arrangement(
+    published: Path, cache: Path, tmp_path: Path, processes: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [str(published), "--cache", str(cache), "-o", str(tmp_path / "results"), "--prompts", "3"]
+    flags += ["--repeats", "2", "--device", "cpu"]
+    parts = ("generation", "reconstruction", "ranking", "speed", "long", "instructions")
+    long = ["--long-prompts", "2", "--long-seconds", "7.5"]  # four clips
     pages = ["--sheets", str(tmp_path / "sheets"), "--report", str(tmp_path / "report.html")]
     assert main(["evaluate", *flags, *long, *pages, "--parts", *parts]) == 0
+    assert processes == [4.0] * 2 + [7.5, 1.875] * 2
+    printed = capsys.readouterr().out
+    assert re.search(r"^about .* on this machine, by its first clips: generation .*, reconstruction .*, long ", printed)
+    assert ("TinyVT is blind here" in printed) == ("blind" in (tmp_path / "report.html").read_text())
     made = {p.name: json.loads(p.read_text()) for p in (tmp_path / "results").iterdir()}
     assert set(made) == {f"tiny-{part}.json" for part in parts}
-    generation, reconstruction, ranking, speed, minute = (made[f"tiny-{part}.json"]["values"] for part in parts)
+    generation, reconstruction, ranking, speed, minute, instructions = (
+        made[f"tiny-{part}.json"]["values"] for part in parts
+    )
     assert 0 <= generation["text_control"]["share"] <= 1
     assert generation["validation_percentile"]["n"] == 2  # clips 0 and 6 of twelve are held out
     baselines = {"hold_head", "cross_fade", "hold_head_of_tokens", "cross_fade_of_tokens"}
     candidates = {"reconstruction", "first_stage", *baselines}
-    for metric in ("psnr", "SSIM", "perceptual-EffLite0", "FVD-EffLite0", "FVD-TinyVT"):
+    for metric in ("psnr", "psnr_in_motion", "SSIM", "perceptual-EffLite0", "FVD-EffLite0", "FVD-TinyVT"):
         assert reconstruction[metric].keys() == candidates
         assert all(score["n"] == 2 for score in reconstruction[metric].values())
-    assert reconstruction["token_rate"]["tokens"] == 2  # 4 tokens in 2 s
+    assert reconstruction["token_rate"]["tokens"] == pytest.approx(4 / 1.875)
+    assert instructions["motion"].keys() == {"training: own caption", "validation: own caption"}
     assert generation["FVD-EffLite0"].keys() == {"generated", "real training clips"}
     assert generation["FVD-TinyVT"].keys() == generation["FVD-EffLite0"].keys()  # measures by default, by its own name
     for metric in ("alignment-TinyVT", "caption rank-TinyVT"):
@@ -66,21 +103,48 @@ def test_evaluate_writes_a_result_a_part(tiny_model: Path, cache: Path, tmp_path
     assert ranking["metrics"]["FVD-EffLite0"]["cases"].keys() == ranking["cases"].keys()
     assert all("EfficientNet-lite0" in made[f"tiny-{part}.json"]["notes"] for part in parts if part != "speed")
     page = (tmp_path / "report.html").read_text()
-    assert all(f"<h2>{part}</h2>" in page for part in parts) and page.count("<img") == 4
+    assert all(f"<h2>{part}</h2>" in page for part in parts) and page.count("<img") == 5
     assert all(made[f"tiny-{part}.json"]["values"]["measured_in_s"] > 0 for part in parts)
     assert speed["frames"] == 32 and made["tiny-speed.json"]["n"] == 2
-    assert minute["frames_asked"] == minute["cost"]["frames"] == 128
+    assert minute["frames_asked"] == minute["cost"]["frames"] == 60
     assert {"chained", "parallel"} <= set(JOINS) == minute["joins"].keys() and made["tiny-long.json"]["n"] == 2
-    assert all(figures["frames"] == [128, 128] for figures in minute["joins"].values())
+    assert all(figures["frames"] == [60, 60] for figures in minute["joins"].values())
     timed, cost = repeated(speed), repeated(minute["cost"])
-    assert (len(timed), len(cost)) == (3, 10)
+    assert (len(timed), len(cost)) == (3, 10)  # memory among them
     for measured in (*timed, *cost, *minute["cost"]["short_median_s"].values()):
         assert measured["n"] == 2 and measured["interval"] is None
     sheets = {p.name for p in (tmp_path / "sheets").iterdir()}
     assert sheets == {f"tiny-{part}.png" for part in parts if part != "speed"}
     (tmp_path / "sheets/tiny-reconstruction.png").unlink()
     assert main(["evaluate", *flags, *pages, "--parts", "speed"]) == 0
-    assert (tmp_path / "report.html").read_text().count("<img") == 3  # of earlier runs
+    assert (tmp_path / "report.html").read_text().count("<img") == 4  # of earlier runs
+
+
+def test_a_quick_look_says_what_it_leaves_out_and_takes_a_scorer(
+    tiny_model: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "torch.py").write_text(
+        "def found(frames):\n    return {'moves': bool((frames[0] != frames[-1]).any())}\n"
+    )
+    frames = FrameCache.load(cache)
+    videos = [dataclasses.replace(v, extra={"moves": True}) for v in frames.videos]
+    dataclasses.replace(frames, videos=videos).save(tmp_path / "cache")
+    flags = ["--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "results"), "--quick", "--features", "EffLite0"]
+    flags += ["--scorer", f"{tmp_path}/torch.py:found"]
+    assert main(["evaluate", str(tiny_model), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "quick: generation, reconstruction, scorer" in printed
+    assert "left out: ranking, instructions, speed, long, diversity" in printed
+    made = {p.name: json.loads(p.read_text()) for p in (tmp_path / "results").iterdir()}
+    assert set(made) == {f"tiny-quick-{part}.json" for part in ("generation", "reconstruction", "scorer")}
+    values = made["tiny-quick-scorer.json"]["values"]
+    assert values["seconds"] == 2.0  # the median video is 1.9 s long
+    cases = {f"{s}: {c}{t}" for s in ("training", "validation") for c in CASES for t in ("", ", shuffled")}
+    assert values["accuracy of moves"].keys() == cases
+    assert values["accuracy of moves"]["validation: real"]["value"] == 1.0
+    assert all("Quick: few clips" in one["notes"] for one in made.values())
+    assert main(["evaluate", str(tiny_model), "--cache", str(cache), "--quick", "--parts", "long"]) == 2
+    assert "--quick: expected a part among generation, reconstruction, scorer, got long" in capsys.readouterr().err
 
 
 def test_evaluate_says_at_once_that_a_model_holds_no_minute(
@@ -94,12 +158,10 @@ def test_evaluate_says_at_once_that_a_model_holds_no_minute(
     assert not (tmp_path / "results").exists()
 
 
-def test_generation_figures_repeat_with_the_seed(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
+def test_generation_figures_repeat_with_the_seed(tiny_model: Path, cache: Path) -> None:
     model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
-    first, again = (
-        evaluate_generation(MadeClips(model, frames, seed=1), tmp_path / "bank", count=3)[0] for _ in range(2)
-    )
-    assert first == again
+    first = evaluate_generation(MadeClips(model, frames, 1), count=3)[0]  # features are not kept
+    assert evaluate_generation(MadeClips(model, frames, 1, cache), count=3)[0] == first
 
 
 def test_parts_share_clips_that_are_samples_of_the_seed(tiny_model: Path, cache: Path) -> None:
@@ -122,16 +184,16 @@ def test_networks_asked_for_measure_beside_efflite(
     tiny_model: Path,
     cache: Path,
     clip_folder: Path,  # noqa: F811
-    tmp_path: Path,
 ) -> None:
     model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
     networks = load_networks(["EffLite0", f"CLIP={clip_folder}"])
-    made = evaluate_generation(MadeClips(model, frames), tmp_path / "bank", count=2, networks=networks)[0]
-    alone = evaluate_generation(MadeClips(model, frames), tmp_path / "bank", count=2)[0]
+    clips = MadeClips(model, frames, folder=cache)
+    made = evaluate_generation(clips, count=2, networks=networks)[0]
+    alone = evaluate_generation(clips, count=2)[0]
     clipsim = f"CLIPSIM-{clip_folder.name}"
     assert made.keys() - alone.keys() == {"FVD-CLIP", clipsim}
     assert {key: made[key] for key in alone} == alone
-    real = [first_clip(model, frames, video)[:-1] for video in frames.videos if video.validation]
+    real = [first_clip(model.tokenizer.config, frames, video)[:-1] for video in frames.videos if video.validation]
     captions = [video.captions[0] for video in frames.videos if video.validation]
     expected = [clip_similarity(Clip(clip_folder), *pair) for pair in zip(real, captions, strict=True)]
     assert made[clipsim]["real"].value == pytest.approx(sum(expected) / 2)
@@ -139,7 +201,7 @@ def test_networks_asked_for_measure_beside_efflite(
 
 def test_diversity_is_of_captions_whose_real_variants_differ(tiny_model: Path, cache: Path) -> None:
     model, frames, extractor = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache), EfficientNetLite0Features()
-    clips = [first_clip(model, frames, video)[:-1] for video in frames.videos]
+    clips = [first_clip(model.tokenizer.config, frames, video)[:-1] for video in frames.videos]
     features = features_of_clips(extractor, clips).mean
     captions = ["a hand"] * 5 + ["a red square"] * 4 + ["one", "two", "three"]
     features[5:9] = features[5]  # copies
@@ -162,6 +224,11 @@ def test_evaluated_clips_are_single_samples_of_the_seed(tiny_model: Path) -> Non
 def test_first_clip_starts_with_the_video_and_ends_on_its_tail_key_frame(tiny_model: Path, cache: Path) -> None:
     frames = FrameCache.load(cache)
     video = frames.videos[1]  # 13 frames at 8 fps, looping
-    clip = first_clip(DiCoDe.from_pretrained(tiny_model), frames, video)
+    clip = first_clip(DiCoDe.from_pretrained(tiny_model).tokenizer.config, frames, video)
     own = frames.frames[video.first : video.first + video.count].numpy()
     assert (clip == own[[i % 13 for i in range(17)]]).all()
+
+
+def test_a_whole_process_is_timed_with_its_memory(tiny_model: Path) -> None:
+    one = speed.whole_process(DiCoDe.from_pretrained(tiny_model), tiny_model, "a red square", 2.0)
+    assert 0.1 < one.peak_memory_gib < 4 and one.took_s > 0

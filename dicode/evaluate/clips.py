@@ -2,35 +2,67 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dicode.evaluate.bank import RealClips, first_clip
+from dicode.evaluate.features import EfficientNetLite0Features
 from dicode.generate import DiCoDe
 from dicode.progress import tracked
 from dicode.shapes import KeyFrameTokens, Video
-from dicode.video.shards import CachedVideo, FrameCache
+from dicode.video.columns import CAPTIONED, VALIDATION, CachedVideo, Videos
+from dicode.video.shards import FrameCache
 
 BATCH = 10  # prompts generated together
+MOST_VIDEOS = 10_000  # of a split, among which captions, images and near clips are looked for
 
 
 class MadeClips:
     """Validation clips and what a model makes of them, for all parts of an evaluation: each once, when asked for.
 
-    `options` are of `DiCoDe.generate`; sample i of the seeds is that of validation video i.
+    `options` are of `DiCoDe.generate`; sample i of the seeds is that of validation video i. `folder` is the cache's,
+    where features of real clips are kept, and `most` how many validation clips, spread over all, are looked at.
     """
 
-    def __init__(self, model: DiCoDe, cache: FrameCache, seed: int = 0, **options: Any):
+    def __init__(
+        self,
+        model: DiCoDe,
+        cache: FrameCache,
+        seed: int = 0,
+        folder: Path | None = None,
+        most: int | None = None,
+        **options: Any,
+    ):
         self.model, self.cache, self.seed, self.options = model, cache, seed, options
-        self.videos = [video for video in cache.videos if video.validation]
+        self.bank = RealClips(cache, model.tokenizer.config, folder)
+        self.rows = spread(split_rows(cache, True), most)
+        self.videos = [cache.videos[i] for i in self.rows]
         self.captions = [caption_of(video) for video in self.videos]
         self.captioned = [i for i, caption in enumerate(self.captions) if caption]
 
+    def training(self, most: int) -> list[int]:
+        """The rows of up to so many training videos, spread over all."""
+        return spread(split_rows(self.cache, False), most)
+
+    @cached_property
+    def extractor(self) -> EfficientNetLite0Features:
+        """The network that always measures."""
+        return EfficientNetLite0Features(device=self.model.tokenizer.device)
+
     @cached_property
     def real(self) -> list[Video]:
-        """The first clip of every validation video, and its tail key frame: 17 frames."""
-        return [first_clip(self.model, self.cache, video) for video in self.videos]
+        """The first clip of every validation video, up to its tail key frame."""
+        if not self.videos:
+            raise ValueError(f"none of the {len(self.cache.videos)} videos is for validation; make another cache")
+        return [first_clip(self.model.tokenizer.config, self.cache, video) for video in self.videos]
+
+    @property
+    def clips(self) -> list[Video]:
+        """The same without a tail key frame that is the next clip's first frame: 16 frames."""
+        return [clip[: self.model.tokenizer.config.clip_frames] for clip in self.real]
 
     @cached_property
     def reconstructed(self) -> tuple[list[Video], list[KeyFrameTokens]]:
@@ -57,19 +89,34 @@ def caption_of(video: CachedVideo) -> str:
     return video.captions[0] if video.captions else ""
 
 
-def first_clip(model: DiCoDe, cache: FrameCache, video: CachedVideo) -> Video:
-    """The real clip that starts where the video does, and its tail key frame: 17 frames at the model's rate."""
-    config = model.tokenizer.config
-    return cache.frames[cache.clip_rows(video, 0.0, config.clip_frames + 1, config.fps)].numpy()
+def split_rows(cache: FrameCache, held: bool, captioned: bool = False) -> list[int]:
+    """The numbers of the validation videos, or of the others; with a caption, if asked for."""
+    flags = Videos.of(cache.videos).column("flags")
+    chosen = (flags & VALIDATION != 0) == held
+    return np.flatnonzero(chosen & ((flags & CAPTIONED != 0) | (not captioned))).tolist()
 
 
-def generated_clips(model: DiCoDe, prompts: Sequence[str], seed: int, **options: Any) -> list[Video]:
-    """One 2-s clip a prompt; clip i is sample i of the seed, however they are batched."""
+def spread(rows: Sequence[int], most: int | None) -> list[int]:
+    """At most so many of these, evenly spread; None: all."""
+    if most is None or len(rows) <= most:
+        return list(rows)
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, most).round().astype(int)]
+
+
+def one_clip_s(model: DiCoDe) -> float:
+    """Seconds of one whole clip, with its tail key frame where that is its own last frame."""
+    return model.tokenizer.config.clip_frames / model.tokenizer.config.fps
+
+
+def generated_clips(
+    model: DiCoDe, prompts: Sequence[str], seed: int, seconds: float | None = None, **options: Any
+) -> list[Video]:
+    """One clip a prompt, or as many as these seconds take; clip i is sample i of the seed, however they are batched."""
     clips: list[Video] = []
     for first in tracked(range(0, len(prompts), BATCH), "generating", "batch"):
         part = list(prompts[first : first + BATCH])
         indices = list(range(first, first + len(part)))
-        seconds = model.tokenizer.config.clip_s
-        made = list(model.generate_batch(part, seconds=seconds, seed=seed, sample_indices=indices, **options))
+        length_s = one_clip_s(model) if seconds is None else seconds
+        made = list(model.generate_batch(part, seconds=length_s, seed=seed, sample_indices=indices, **options))
         clips += list(torch.cat(made, dim=1).numpy())
     return clips

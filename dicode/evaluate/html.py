@@ -33,6 +33,10 @@ MEANINGS = {
     "join_score": "Frame difference across joins over that inside clips; 1 cannot be told from motion.",
     "psnr": "PSNR in dB, mean over frames, of which an exact one counts 60. Higher is better.",
     "psnr_of_mean_error": "PSNR in dB of the mean squared error of all frames. Higher is better.",
+    "psnr_in_motion": "PSNR in dB inside what moves in the real clip: errors weighted by its squared deviation from "
+    "the clip's mean frame. Higher is better.",
+    "accuracy": "Share of videos of which the scorer finds what their caption line says; shuffled: chance. The real "
+    "videos' own is what can be reached.",
     "first_stage_psnr_of_mean_error": "The same of every frame through the first stage alone, by data set.",
     "first_stage_psnr": "PSNR in dB of every frame through the first stage alone, by data set. Higher is better.",
     "SSIM": "Structural similarity, two frames a clip. Higher is better.",
@@ -46,7 +50,7 @@ MEANINGS = {
 }
 STAND_INS = {
     "EffLite0": "Of EfficientNet-lite0, not the network of published figures: compare with none.",
-    "TinyVT": "Of TinyVT, a small network trained on the clips at hand: compare with no published figure.",
+    "TinyVT": "Of TinyVT, a small network trained on clips of five data sets: compare with no published figure.",
 }
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#5b6570;--paper:#fff;--line:#d9dee4;--mark:#1f6fb4;--bad:#b42318}
@@ -115,12 +119,13 @@ def section(part: str, result: Mapping[str, Any], sheet: Image.Image | None) -> 
         "date": result.get("date", "unknown"),
     }
     listed = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
-    values = result["values"]
+    values = dict(result["values"])
+    blind = "".join(f'<p class="bad">{escape(why)}</p>' for why in values.pop("blind", {}).values())
     body = ranking(values) if part == "ranking" else drifts(values) + figures(values)
     picture = ""
     if sheet is not None:
         picture = f'<h3>Clips</h3><div class="wide"><img alt="contact sheet: {part}" src="{data_uri(sheet)}"></div>'
-    return f"<section><h2>{escape(part)}</h2><dl>{listed}</dl>{body}{picture}</section>"
+    return f"<section><h2>{escape(part)}</h2><dl>{listed}</dl>{blind}{body}{picture}</section>"
 
 
 def figures(values: Mapping[str, Any]) -> str:
@@ -154,7 +159,7 @@ def figures(values: Mapping[str, Any]) -> str:
         elif isinstance(value, Mapping):
             found = {name: one for name, item in value.items() if (one := figure_of(item)) is not None}
             if found:
-                groups.append(f"<h3>{escape(key)}</h3>{meaning(key)}{dots(found)}{table(found)}")
+                groups.append(f"<h3>{escape(key)}</h3>{blindness(value)}{meaning(key)}{dots(found)}{table(found)}")
             else:
                 plain |= {
                     f"{key}, {name}": item for name, item in value.items() if not isinstance(item, list | Mapping)
@@ -194,7 +199,9 @@ def ranking(values: Mapping[str, Any]) -> str:
         ranked = {True: "yes", False: '<span class="bad">no</span>', None: "–"}[row["ranked"]]
         ranked += f"<br><small>{len(row['undecided'])} overlap</small>" if row["undecided"] else ""
         arrow = "" if row["ranked"] is None else {"higher": " ↑", "lower": " ↓"}[row["better"]]
-        rows.append(f"<tr><th>{escape(metric)}{arrow}</th><td>{ranked}</td>{''.join(cells)}</tr>")
+        rows.append(
+            f"<tr><th>{escape(metric)}{arrow}{blindness(row['cases'])}</th><td>{ranked}</td>{''.join(cells)}</tr>"
+        )
     cases = "".join(f"<dt>{case}</dt><dd>{escape(what)}</dd>" for case, what in values["cases"].items())
     return (
         f"<p>Known order, best first: {escape(' > '.join(values['cases']))}. Distances are to the real clips. "
@@ -281,9 +288,15 @@ def table(candidates: Mapping[str, Figure]) -> str:
 
 def meaning(key: str, before: str = "") -> str:
     """What a metric says, and that it compares with no published one where it is of the stand-in network."""
-    said = MEANINGS.get(key) or MEANINGS.get(key.split("-")[0], "")
+    said = MEANINGS.get(key) or MEANINGS.get(key.split("-")[0].split(" of ")[0], "")
     said = f"{said} {STAND_INS.get(key.split('-')[-1], '')}".strip()
     return f'<p class="soft">{escape(before + said)}</p>' if said else ""
+
+
+def blindness(candidates: Mapping[str, Any]) -> str:
+    """Why these figures say nothing, where their network cannot tell the real clips at hand apart."""
+    found = (one["blind"] for one in candidates.values() if isinstance(one, Mapping) and "blind" in one)
+    return next((f'<p class="bad">{escape(why)}</p>' for why in found), "")
 
 
 def words(key: str) -> str:

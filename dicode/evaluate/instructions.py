@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from dicode.evaluate.clips import BATCH, first_clip
+from dicode.evaluate.bank import first_clip
+from dicode.evaluate.clips import BATCH, MOST_VIDEOS, one_clip_s, split_rows, spread
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import motion_ratio
 from dicode.evaluate.metrics import Clips
@@ -49,8 +50,8 @@ def evaluate_instructions(
     total = 0
     shown: list[Continued] = []
     for split, held in (("training", False), ("validation", True)):
-        videos = [v for v in cache.videos if v.validation == held and v.captions and v.captions[0]]
-        picked = [videos[i] for i in np.linspace(0, len(videos) - 1, min(count, len(videos))).round().astype(int)]
+        videos = [cache.videos[row] for row in spread(split_rows(cache, held, captioned=True), MOST_VIDEOS)]
+        picked = [videos[i] for i in spread(range(len(videos)), count)]
         clips: list[Continued] = []
         for first in tracked(range(0, len(picked), BATCH), f"{split} images", "batch"):
             part = picked[first : first + BATCH]
@@ -93,20 +94,19 @@ def continued(
 
     The first of them is sample `first`.
     """
-    real, own = [first_clip(model, cache, video) for video in videos], [video.captions[0] for video in videos]
+    config, own = model.tokenizer.config, [video.captions[0] for video in videos]
+    real = [first_clip(config, cache, video)[: config.clip_frames] for video in videos]
     images = rearrange(model.tokenizer.encode_frames(np.stack([clip[0] for clip in real])), "1 b n d -> b 1 n d")
     indices = list(range(first, first + len(videos)))
     made = model.generate_batch(
         [*own, *others, *own],
-        seconds=model.tokenizer.config.clip_s,
+        seconds=one_clip_s(model),
         seed=seed,
         sample_indices=[*indices, *indices, *(i + len(cache.videos) for i in indices)],
         given=Given(images.repeat(3, 1, 1, 1)),
     )
-    clips = torch.cat(list(made), dim=1).numpy().reshape(3, len(videos), *real[0][:-1].shape)
-    return [
-        Continued(clip[:-1], clips[0, i], clips[1, i], clips[2, i], (own[i], others[i])) for i, clip in enumerate(real)
-    ]
+    clips = torch.cat(list(made), dim=1).numpy().reshape(3, len(videos), *real[0].shape)
+    return [Continued(clip, clips[0, i], clips[1, i], clips[2, i], (own[i], others[i])) for i, clip in enumerate(real)]
 
 
 def measured(clips: Sequence[Continued], seed: int, device: str | torch.device = "cpu") -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from jaxtyping import Float64, UInt8
 from numpy import ndarray
 from PIL import Image
 
+from dicode.evaluate.clips import MOST_VIDEOS, caption_of, split_rows, spread
 from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
 from dicode.evaluate.generation import draw_prompts, drift, join_score, motion_over_time
 from dicode.evaluate.metrics import at_joins
@@ -65,9 +66,9 @@ def measure_long(
     from. Returns the figures and a contact sheet, a frame a second, the kinds of joins beneath each other.
     """
     check_length(model, seconds)
-    captions = [v.captions[0] for v in cache.videos if not v.validation and v.captions and v.captions[0]]
-    prompts = draw_prompts(captions, count, seed)
-    extractor = EfficientNetLite0Features()
+    training = spread(split_rows(cache, False, captioned=True), MOST_VIDEOS)
+    prompts = draw_prompts({caption_of(cache.videos[row]) for row in training} - {""}, count, seed)
+    extractor = EfficientNetLite0Features(device=model.tokenizer.device)
     by_joins: dict[str, Any] = {}
     rows: dict[tuple[int, str], Video] = {}
     for joins in JOINS:

@@ -15,8 +15,8 @@ class FeatureMaps:
     by them, and its card has to say so. No other such network installs offline.
     """
 
-    def __init__(self) -> None:
-        self._network: EfficientNetLite0Features | None = None  # on the device of the first images
+    def __init__(self, network: EfficientNetLite0Features | None = None) -> None:
+        self._network = network  # none: one on the device of the first images
 
     def __call__(self, pixels: KeyFramePixels) -> list[Tensor]:
         """Of pixels `b 3 h w` in −1…1, with gradients: maps `b c y x`, fine to coarse."""

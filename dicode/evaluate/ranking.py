@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from dicode.evaluate.clips import MadeClips
+from dicode.evaluate.clips import MadeClips, spread
 from dicode.evaluate.features import EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.generation import percentile_of_true_clip
 from dicode.evaluate.metrics import Interval, psnr
@@ -60,16 +59,15 @@ def evaluate_ranking(
     scale. Against other real clips, as many, nothing is told: of 32, FVD-EffLite0 had 505 for real clips and 481 for
     reconstructions, with intervals that overlap.
     """
-    spread = np.linspace(0, len(made.captioned) - 1, min(count, len(made.captioned))).round().astype(int)
-    chosen = [made.captioned[i] for i in spread]
+    chosen = spread(made.captioned, count)
     captions = [made.captions[i] for i in chosen]
     real, reconstruction, generation = (
-        [those[i] for i in chosen] for those in (made.real, made.reconstructed[0], made.generated)
+        [those[i] for i in chosen] for those in (made.clips, made.reconstructed[0], made.generated)
     )
-    cases = known_cases([clip[:-1] for clip in real], reconstruction, generation, made.seed)
+    cases = known_cases(real, reconstruction, generation, made.seed)
     figures = {
         "cases": CASES,
-        "metrics": rank_cases(cases, captions, made.seed, networks or {}, made.model.tokenizer.device),
+        "metrics": rank_cases(cases, captions, made.seed, networks or {}, made.extractor),
         "n": len(chosen),
     }
     rows = [(clips[i], f"{case}: {captions[i]}") for i in range(min(3, len(captions))) for case, clips in cases.items()]
@@ -93,17 +91,17 @@ def rank_cases(
     captions: Sequence[str],
     seed: int = 0,
     networks: Mapping[str, Network] | None = None,
-    device: str | torch.device = "cpu",
+    extractor: EfficientNetLite0Features | None = None,
 ) -> dict[str, dict[str, Any]]:
     """For every metric: which way is better, the score of each case or "does not claim", and whether it ranks them.
 
     `ranked` is whether the cases that the metric claims have values in the known order, None where it claims none;
     `undecided` lists neighbours whose intervals overlap. `networks` measure beside EffLite0.
     """
-    extractor = EfficientNetLite0Features(device=device)
+    extractor = extractor or EfficientNetLite0Features()
     features = {case: features_of_clips(extractor, clips) for case, clips in cases.items()}
     real = cases["real"]
-    by_case = {case: frame_scores(real, clips, seed, device) for case, clips in cases.items()}
+    by_case = {case: frame_scores(real, clips, seed, extractor) for case, clips in cases.items()}
     scores: dict[str, Mapping[str, Score]] = {
         "PSNR": {case: psnr_of(real, clips, seed) for case, clips in cases.items()},
         **{metric: {case: own[metric] for case, own in by_case.items()} for metric in ("SSIM", PERCEPTUAL)},
@@ -122,7 +120,7 @@ def rank_cases(
     for spec, network in (networks or {}).items():
         own = {case: seen(network, clips) for case, clips in cases.items()}
         scores |= scores_of_sets(network.name, own["real"], own, seed)
-        scores |= text_scores(spec, network, cases, own, captions, seed)
+        scores |= text_scores(spec, network, own, captions, seed)
     return {metric: claimed(metric, own) for metric, own in scores.items()}
 
 

@@ -12,6 +12,7 @@ from dicode.evaluate.metrics import (
     bootstrap_interval,
     squared_error,
 )
+from dicode.evaluate.scores import Score, mean_score
 from dicode.shapes import Video
 
 # Mean PSNR counts a frame at most this much. Rounding to uint8 alone leaves 59 dB, so more says nothing; without a
@@ -70,3 +71,22 @@ def psnr_score(real: Clips, candidates: Clips, seed: int = 0) -> PsnrScore:
         of_mean_error_interval_db=bootstrap_interval(of_mean_error, sums_and_counts, seed=seed),
         n=len(per_clip),
     )
+
+
+def psnr_in_motion(real: Clips, candidates: Clips, seed: int = 0) -> Score | None:
+    """PSNR in dB inside what moves in the real clip: squared errors weighted by how far it is from its mean frame.
+
+    The weight of a pixel is its squared deviation from the clip's mean, so that noise of a still background counts
+    little and a small object that moves counts as a large one. Mean over clips, each at most PSNR_CEILING_DB; still
+    clips are left out, None where all are.
+    """
+    values = []
+    for clip, candidate in zip(real, candidates, strict=True):
+        if clip.shape != candidate.shape:
+            raise ValueError(f"expected clips of one shape, got {clip.shape} and {candidate.shape}")
+        frames = clip.astype(np.float64)
+        weights = np.square(frames - frames.mean(axis=0)).mean(axis=-1)
+        if weights.any():
+            error = (np.square(frames - candidate).mean(axis=-1) * weights).sum() / weights.sum()
+            values.append(min(PSNR_CEILING_DB, float(10 * np.log10(255**2 / max(error, 1e-9)))))
+    return mean_score(values, seed) if values else None

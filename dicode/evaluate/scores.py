@@ -2,8 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from dicode.shapes import Video
 LEAST_CLIPS = 4  # whose halves have a covariance
 LEAST_A_SPLIT = 20  # clips of a half in each split of an Inception Score; of ten an interval is a third too narrow
 LEAST_REPEATS = 5  # from the least to the greatest of as many lies a median 94 times in a hundred
+CHANCE_RANK = 50  # of the right caption among all, in percent
 HALVES = 100  # their deviation is then known to 7 %
 
 
@@ -165,18 +166,70 @@ def alignment_scores(
 ) -> dict[str, dict[str, Score]]:
     """How well clips fit their captions: clip i of every set belongs to caption i, and is left out where it has none.
 
-    `alignment-TinyVT`: mean cosine of clip and caption. `caption rank-TinyVT`: mean percentile rank of the right
-    caption among all different ones (chance 50). Nothing where fewer than two differ.
+    `alignment-TinyVT`: mean cosine of clip and caption. `caption rank-TinyVT`: see `caption_rank`. Nothing where fewer
+    than two captions differ.
     """
+    ranks = {name: caption_rank(network, own, captions, seed) for name, own in candidates.items()}
+    rows = [i for i, caption in enumerate(captions) if caption]
+    texts = [captions[i] for i in rows]
+    alignment = {
+        name: mean_score(np.diagonal(cosines(network, own, texts, rows)), seed)
+        for name, own in candidates.items()
+        if ranks[name]
+    }
+    known = {name: rank for name, rank in ranks.items() if rank}
+    return {f"alignment-{network.name}": alignment, f"caption rank-{network.name}": known} if known else {}
+
+
+def cosines(
+    network: TinyVT | Clip, clips: Seen, texts: Sequence[str], rows: Sequence[int] | None = None
+) -> Float[ndarray, "n texts"]:
+    """Of clips, by what `seen` gives of them, or some rows of it, with texts: of CLIP means over frames (CLIPSIM)."""
+    assert clips.clips is not None  # as `seen` gives of these
+    vectors = clips.clips if rows is None else clips.clips[list(rows)]
+    if isinstance(network, TinyVT):
+        return network.similarities(vectors, texts)
+    return vectors[:, : network.width] @ network.text_features(texts).double().cpu().numpy().T
+
+
+def caption_rank(network: TinyVT | Clip, clips: Seen, captions: Sequence[str], seed: int = 0) -> Score | None:
+    """Mean percentile rank of the right caption among all different ones (chance 50); None where fewer than two are."""
     rows = [i for i, caption in enumerate(captions) if caption]
     different = sorted({captions[i] for i in rows})
     if len(different) < 2:
-        return {}
+        return None
     right = np.array([different.index(captions[i]) for i in rows])
-    alignment, rank = {}, {}
-    for name, own in candidates.items():
-        assert own.clips is not None  # as `seen` gives of TinyVT
-        cosines = network.similarities(own.clips[rows], different)
-        alignment[name] = mean_score(cosines[np.arange(len(rows)), right], seed)
-        rank[name] = mean_score(percentile_rank(cosines, right), seed)
-    return {f"alignment-{network.name}": alignment, f"caption rank-{network.name}": rank}
+    return mean_score(percentile_rank(cosines(network, clips, different, rows), right), seed)
+
+
+def blindness(network: Network, real: Seen, captions: Sequence[str], seed: int = 0) -> str | None:
+    """Why figures of a network say nothing of these real clips: it ranks their captions no better than chance.
+
+    None for a network that tells them apart, for one that reads nothing, and where fewer than two captions differ.
+    """
+    if not isinstance(network, TinyVT | Clip):
+        return None
+    rank = caption_rank(network, real, captions, seed)
+    if rank is None or rank.interval is None or rank.interval[0] > CHANCE_RANK:
+        return None
+    low, high = rank.interval
+    return (
+        f"{network.name} is blind here: it ranks the captions of this cache's real clips at {rank.value:.1f} "
+        f"({low:.1f} to {high:.1f}, {rank.n} clips; chance is {CHANCE_RANK}). Its figures say nothing of these clips."
+    )
+
+
+def marked_blind(values: Any, blind: Mapping[str, str], why: str | None = None) -> Any:
+    """The figures with `blind`, the reason, beside each that a blind network made; `blind` maps networks to reasons."""
+    if is_dataclass(values) and not isinstance(values, type):
+        values = asdict(values)
+    if not isinstance(values, Mapping):
+        return values
+    reasons = {key: next((why for name, why in blind.items() if made_by(str(key), name)), None) for key in values}
+    marked = {key: marked_blind(value, blind, why or reasons[key]) for key, value in values.items()}
+    return {**marked, "blind": why} if why and "value" in values else marked
+
+
+def made_by(metric: str, network: str) -> bool:
+    """Whether a metric's name says that this network made it."""
+    return metric.endswith(f"-{network}") or metric.startswith(f"{network}SIM-")

@@ -1,0 +1,245 @@
+"""What `dicode tune` does: sampling settings tried on training captions, a table, the best written into config.json."""
+
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from numpy import ndarray
+
+from dicode.device import pick_device
+from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, caption_of, generated_clips, split_rows, spread
+from dicode.evaluate.features import features_of_clips
+from dicode.evaluate.generation import draw_prompts
+from dicode.evaluate.metrics import motion, percentile_rank, similarities
+from dicode.evaluate.report import write_result
+from dicode.evaluate.scorer import Scorer, agrees, clips_of_videos, shown_frames, truth_of
+from dicode.evaluate.scores import blindness, cosines, mean_score, seen
+from dicode.evaluate.video_text import TinyVT
+from dicode.files import put_text, read_json
+from dicode.flags import Tune
+from dicode.generate import DiCoDe
+from dicode.hub import CHECKPOINTS, resolve
+from dicode.progress import tracked
+from dicode.shapes import Video
+from dicode.stopwatch import Stopwatch
+from dicode.video.columns import CachedVideo
+from dicode.video.shards import FrameCache
+
+LEAST_PROMPTS = 8
+Settings = dict[str, float]
+Judge = Callable[[Sequence[Video]], Float64[ndarray, "n"]]  # percent, a number a clip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting: what each prompt's clip scored, and how much clips move beside real ones."""
+
+    settings: Settings  # none: as the model is stored
+    scores: Float64[ndarray, "n"]
+    motion: float
+
+
+def tune(command: Tune, watch: Stopwatch) -> int:
+    """Try guidance × variance scale, then the decoder's guidance, each with the same prompts and noise."""
+    folder = resolve(command.model)
+    target = target_of(folder, command.output)
+    scorer = None if command.scorer is None else Scorer(command.scorer)
+    with watch.stage("load"):
+        device = pick_device(command.device)
+        model = DiCoDe.from_pretrained(folder, device=str(device), dtype=getattr(torch, command.dtype))
+        made = MadeClips(model, FrameCache.load(command.cache), command.seed, Path(command.cache))
+    rows = training_rows(made, command.prompts)
+    measured_by, judge, clips = judged_by(made, rows, scorer)
+    print(f"{measured_by}; {len(rows)} training captions, {len(rows)} clips a setting")
+    real = real_videos(made, rows, clips)
+    still = float(np.mean([motion(video) for video in real])) or 1.0
+    prompts = [caption_of(made.cache.videos[row]) for row in rows]
+
+    def tried(settings: Settings) -> Trial:
+        seconds = shown_frames(made, clips) / model.tokenizer.config.fps
+        videos = generated_clips(model, prompts, command.seed, seconds, **settings)
+        return Trial(settings, judge(videos), float(np.mean([motion(video) for video in videos])) / still)
+
+    with watch.stage("settings"):
+        grid = grid_of(model, command.guidance, command.variance_scale)
+        trials = [tried(settings) for settings in tracked([{}, *grid], "settings", "setting")]
+        best = max(trials, key=lambda trial: trial.scores.mean())
+        further = [{**best.settings, "decoder_guidance": value} for value in command.decoder_guidance]
+        trials += [tried(settings) for settings in further if changes_of(model, settings) != best.settings]
+    chosen, values = decided(trials, judge(real), measured_by)
+    print(table(model, values))
+    print(values["decision"])
+    if target is not None and (chosen or target != folder):
+        write_choice(folder, target, chosen)
+        print(f"{target}/config.json: {', '.join(f'{k} {v:g}' for k, v in chosen.items()) or 'as before'}")
+    if command.json is not None:
+        line = "dicode " + shlex.join(sys.argv[1:])
+        write_result(command.json, f"{Path(command.model).name}: tuned", values, len(rows), command.seed, line, device)
+        print(f"{command.json}")
+    return 0
+
+
+def target_of(folder: Path, output: Path | None) -> Path:
+    """Where the choice is written: the model's own folder, or a new one. Raises `ValueError` where that must not be."""
+    if output is None:
+        if folder.resolve().is_relative_to(CHECKPOINTS.resolve()) or "snapshots" in folder.resolve().parts:
+            raise ValueError(f"{folder}: a bundled or downloaded model is not changed in place; name a folder with -o")
+        return folder
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: expected a new folder for the tuned model, got one that holds something")
+    return output
+
+
+def training_rows(made: MadeClips, count: int) -> list[int]:
+    """A training video of each of `count` different captions, drawn by the seed."""
+    rows = spread(split_rows(made.cache, False, captioned=True), MOST_VIDEOS)
+    by_caption = {caption: row for row in reversed(rows) if (caption := caption_of(made.cache.videos[row]))}
+    if len(by_caption) < LEAST_PROMPTS:
+        raise ValueError(
+            f"expected {LEAST_PROMPTS} different captions or more among the training clips, got {len(by_caption)}"
+        )
+    return [by_caption[p] for p in draw_prompts(by_caption, min(count, len(by_caption)), made.seed)]
+
+
+def judged_by(made: MadeClips, rows: Sequence[int], scorer: Scorer | None) -> tuple[str, Judge, int]:
+    """What the score is, how clips are scored, and of how many clips a video is.
+
+    Without a scorer TinyVT scores, where it ranks these captions' real clips above chance, or else EffLite0.
+    """
+    videos = [made.cache.videos[row] for row in rows]
+    captions = [caption_of(video) for video in videos]
+    if scorer is not None:
+        return f"score: share of keys that {scorer.spec} finds, %", scored_by(scorer, videos), clips_of_videos(made)
+    network = TinyVT.from_pretrained().to(made.model.tokenizer.device)
+    reason = blindness(network, made.bank.seen(network, rows), captions, made.seed)
+    own = np.arange(len(captions))
+    if reason is None:
+
+        def by_caption(clips: Sequence[Video]) -> Float64[ndarray, "n"]:
+            return percentile_rank(cosines(network, seen(network, clips), captions), own)
+
+        return "score: percentile rank of the right caption among all, by TinyVT (chance 50)", by_caption, 1
+    print(reason)
+    pool = made.bank.features(made.extractor, rows).mean
+
+    def by_clip(clips: Sequence[Video]) -> Float64[ndarray, "n"]:
+        return percentile_rank(similarities(features_of_clips(made.extractor, clips).mean, pool), own)
+
+    return "score: percentile rank of the true clip among all, by EffLite0 (chance 50)", by_clip, 1
+
+
+def scored_by(scorer: Scorer, videos: Sequence[CachedVideo]) -> Judge:
+    """Percent of the keys of each video's caption line that the scorer finds."""
+    truths = [truth_of(video) for video in videos]
+
+    def share(clips: Sequence[Video]) -> Float64[ndarray, "n"]:
+        found = [scorer(clip) for clip in tracked(clips, "scoring", "video")]
+        keys = [sorted(own.keys() & truth.keys()) for own, truth in zip(found, truths, strict=True)]
+        if not all(keys):
+            raise ValueError(f"{scorer.spec}: expected keys of the caption lines, got {', '.join(sorted(found[0]))}")
+        rights = zip(found, truths, keys, strict=True)
+        return np.array([100 * np.mean([agrees(own[k], truth[k]) for k in ks]) for own, truth, ks in rights])
+
+    return share
+
+
+def real_videos(made: MadeClips, rows: Sequence[int], clips: int) -> list[Video]:
+    """The real beginnings of videos, as long as what is generated."""
+    cache, count, fps = made.cache, shown_frames(made, clips), made.model.tokenizer.config.fps
+    return [cache.frames[cache.clip_rows(cache.videos[row], 0.0, count, fps)].numpy() for row in rows]
+
+
+def grid_of(model: DiCoDe, guidance: Sequence[float], variance_scale: Sequence[float]) -> list[Settings]:
+    """Every pair of both; where the first key frame has a variance scale of its own, it gets the same."""
+    first = model.sampling.first_variance_scale is not None
+    pairs = product(guidance, variance_scale)
+    made = [{"guidance": g, "variance_scale": v} | ({"first_variance_scale": v} if first else {}) for g, v in pairs]
+    return [settings for settings in made if changes_of(model, settings)]
+
+
+def changes_of(model: DiCoDe, settings: Settings) -> Settings:
+    """Those settings, or none where all are the model's own."""
+    return settings if any(getattr(model.sampling, name) != value for name, value in settings.items()) else {}
+
+
+def decided(trials: Sequence[Trial], real: Float64[ndarray, "n"], measured_by: str) -> tuple[Settings, dict[str, Any]]:
+    """The settings to write, none where no trial is better than the stored ones beyond noise; and what is reported.
+
+    Differences are of the same prompts and noise. Their intervals are Student's, widened for the number of settings
+    (Bonferroni), since the best of many is better by chance too.
+    """
+    from scipy import stats
+
+    stored, *others = trials
+    n = len(stored.scores)
+    rows: list[dict[str, Any]] = []
+    quantile = float(stats.t.ppf(1 - 0.025 / max(1, len(others)), n - 1))
+    for trial in trials:
+        gain = trial.scores - stored.scores
+        half = quantile * float(stats.sem(gain))
+        mean, own = float(gain.mean()), mean_score(trial.scores)
+        score = {"value": own.value, "interval": own.interval, "n": n}
+        rows.append(
+            {
+                "settings": trial.settings,
+                "score": score,
+                "gain": {"value": mean, "interval": (mean - half, mean + half)},
+                "motion": trial.motion,
+            }
+        )
+    best = max(rows, key=lambda row: row["score"]["value"])
+    low, high = best["gain"]["interval"]
+    beyond = best["gain"]["value"] > 0 and low > 0
+    told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in best["settings"].items())
+    if beyond:
+        decision = (
+            f"chosen: {told}; {best['gain']['value']:+.1f} ({low:+.1f} to {high:+.1f}) against the stored settings"
+        )
+    elif best["settings"]:
+        decision = (
+            f"no difference beyond noise: the best ({told}) gains {best['gain']['value']:+.1f} ({low:+.1f} to "
+            f"{high:+.1f}); the stored settings stay. More --prompts tell smaller differences"
+        )
+    else:
+        decision = "no difference beyond noise: the stored settings are best, and stay"
+    values = {
+        "measured_by": measured_by,
+        "decision": decision,
+        "beyond_noise": beyond,
+        "chosen": best["settings"] if beyond else {},
+        "real": {"value": float(real.mean()), "interval": mean_score(real).interval, "n": n},
+        "trials": rows,
+    }
+    return (best["settings"] if beyond else {}), values
+
+
+def table(model: DiCoDe, values: Mapping[str, Any]) -> str:
+    """A line a setting."""
+    names = ("guidance", "variance_scale", "decoder_guidance")
+    lines = ["  guidance  variance  decoder    score  95 %            gain  95 %, all settings  motion"]
+    for row in values["trials"]:
+        own = (row["settings"].get(name, getattr(model.sampling, name)) for name in names)
+        (low, high), (least, most) = row["score"]["interval"], row["gain"]["interval"]
+        gain = f"{row['gain']['value']:+9.1f}  {least:+.1f} to {most:+.1f}" if row["settings"] else "   stored"
+        cells = "".join(f"{value:10g}" for value in own)
+        lines.append(f"{cells}{row['score']['value']:9.1f}  {low:.1f} to {high:.1f} {gain:28}{row['motion']:8.2f}")
+    return "\n".join([*lines, f"{'real clips':>30}{values['real']['value']:9.1f}"])
+
+
+def write_choice(folder: Path, target: Path, chosen: Settings) -> None:
+    """The model with these settings in `target`, which may be its own folder."""
+    if target != folder:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+    config = read_json(target / "config.json")
+    part = config["tokenizer"]
+    part["sampling"] = {**part.get("sampling", {}), **chosen}
+    put_text(target / "config.json", dumps(config, indent=2) + "\n")

@@ -1,0 +1,125 @@
+"""Real clips: features are computed only where needed, once; errors where it moves; blindness."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_tokenizer import tiny_config
+from test_training import write_cache
+
+from dicode.evaluate.bank import RealClips
+from dicode.evaluate.features import EfficientNetLite0Features
+from dicode.evaluate.html import page
+from dicode.evaluate.reconstruction import hold_head, psnr_in_motion, psnr_score
+from dicode.evaluate.scores import Score, Seen, blindness, marked_blind
+from dicode.evaluate.video_text import TinyVT
+from dicode.scale_command import t_interval
+from dicode.video.shards import FrameCache
+
+Made = list[int]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Made:
+    """How many frames EffLite0 was given, a call each; it makes them up."""
+    made: Made = []
+
+    def features(self: object, frames: np.ndarray) -> torch.Tensor:
+        made.append(len(frames))
+        return torch.from_numpy(frames).float().mean((1, 2)).repeat(1, 427)[:, :1280].contiguous()
+
+    monkeypatch.setattr(EfficientNetLite0Features, "frame_features", features)
+    return made
+
+
+def test_features_are_of_the_clips_asked_for_and_kept_in_the_cache_folder(tmp_path: Path, counted: Made) -> None:
+    write_cache(tmp_path, count=8)
+    config, network = tiny_config(), EfficientNetLite0Features()
+    bank = RealClips(FrameCache.load(tmp_path), config, tmp_path)
+    assert bank.missing(network, [0, 6]) == 2
+    first = bank.features(network, [0, 6])
+    assert counted == [16, 16] and bank.missing(network, [0, 6]) == 0
+    (kept,) = tmp_path.glob("features-EffLite0-*.safetensors")
+    assert {name: tuple(value.shape) for name, value in load_file(kept).items()} == {
+        "mean": (2, 1280),
+        "difference": (2, 1280),
+    }
+    again = RealClips(FrameCache.load(tmp_path), config, tmp_path).features(network, [0, 6])
+    assert counted == [16, 16]
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert FrameCache.load(tmp_path).videos  # the cache is still one
+
+
+def test_features_of_another_cache_or_network_are_never_taken(tmp_path: Path, counted: Made) -> None:
+    write_cache(tmp_path, count=8)
+    network = EfficientNetLite0Features()
+    RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path).features(network, [0])
+    index = tmp_path / "index.json"
+    index.write_text(index.read_text() + "\n")
+    RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path).features(network, [0])
+    RealClips(FrameCache.load(tmp_path), tiny_config(fps=4.0), tmp_path).features(network, [0])
+    with torch.no_grad():
+        next(iter(network._network.parameters())).add_(1)
+    RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path).features(network, [0])
+    assert counted == [16] * 4 and len(list(tmp_path.glob("features-*"))) == 4
+
+
+def ranked_by(network: TinyVT, cosines: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    monkeypatch.setattr(network, "similarities", lambda vectors, texts: cosines)
+    captions = [f"caption {i:02}" for i in range(len(cosines))]
+    return blindness(network, Seen(np.zeros((len(cosines), 160)), None, None), captions)
+
+
+def test_a_network_that_ranks_real_clips_at_chance_is_called_blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, random = TinyVT.from_pretrained(), np.random.default_rng(0)
+    noise = random.normal(size=(40, 40))
+    assert ranked_by(network, noise + 2 * np.eye(40), monkeypatch) is None
+    said = ranked_by(network, noise, monkeypatch)
+    assert said is not None and "TinyVT is blind here" in said and "40 clips; chance is 50" in said
+    assert blindness(EfficientNetLite0Features(), Seen(np.zeros((2, 2)), None, None), ["a", "b"]) is None
+
+
+def test_blindness_stands_beside_every_figure_of_that_network_and_no_other() -> None:
+    figures: dict[str, Any] = {
+        "FVD-TinyVT": {"generated": Score(1.0, (0.5, 1.5), 9)},
+        "FVD-EffLite0": {"generated": Score(2.0, (1.5, 2.5), 9)},
+        "metrics": {"caption rank-TinyVT": {"better": "higher", "cases": {"real": Score(50.0, None, 9), "noise": "-"}}},
+    }
+    made = marked_blind(figures, {"TinyVT": "it sees nothing"})
+    assert made["FVD-TinyVT"]["generated"]["blind"] == "it sees nothing"
+    assert made["metrics"]["caption rank-TinyVT"]["cases"]["real"]["blind"] == "it sees nothing"
+    assert made["FVD-EffLite0"] == {"generated": {"value": 2.0, "interval": (1.5, 2.5), "n": 9}}
+    made.pop("metrics")
+    result = {"values": {**made, "blind": {"TinyVT": "it sees nothing"}}, "n": 9, "command": ""}
+    assert page("tiny", {"generation": result}, {}).count("it sees nothing") == 2  # of the part, of the metric
+
+
+def test_errors_count_where_the_real_clip_moves() -> None:
+    clip = np.full((16, 32, 32, 3), 100, np.uint8)
+    for i in range(16):
+        clip[i, 4:8, i : i + 4] = 200  # an object of a sixty-fourth of the picture
+    (shifted,) = (clip + np.uint8(10),)
+    made = psnr_in_motion([clip], [shifted])
+    assert made is not None and made.value == pytest.approx(10 * np.log10(255**2 / 100))
+    background = clip.copy()
+    background[:, 20:] += 50
+    away = psnr_in_motion([clip], [background])
+    assert away is not None and away.value == 60.0
+    held = psnr_in_motion([clip], [hold_head(clip)])
+    assert held is not None and held.value < psnr_score([clip], [hold_head(clip)]).mean_db - 8
+    assert psnr_in_motion([hold_head(clip)], [clip]) is None
+    both = psnr_in_motion([hold_head(clip), clip], [clip, clip])
+    assert both is not None and (both.value, both.n) == (60.0, 1)
+
+
+@pytest.mark.parametrize(("seeds", "quantile"), [(2, 12.706), (5, 2.776), (6, 2.571), (10, 2.262), (30, 2.045)])
+def test_intervals_over_seeds_are_student_s(seeds: int, quantile: float) -> None:
+    values = np.random.default_rng(seeds).normal(size=seeds)
+    made = t_interval(values)
+    assert made is not None
+    half = quantile * values.std(ddof=1) / np.sqrt(seeds)
+    assert made == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-3)
