@@ -56,8 +56,6 @@ QUICK = Limits(prompts=8, validation=8, bank=24, diverse=0, scored=8)
 
 def evaluate(command: Evaluate, watch: Stopwatch) -> int:
     """One result file and one contact sheet a part: generation, reconstruction, ranking, instructions, speed, long."""
-    if command.repeats < 1:
-        raise ValueError(f"repeats: expected 1 or more, got {command.repeats}")
     limits = QUICK if command.quick else Limits(command.prompts, None, scored=command.prompts)
     parts = parts_of(command)
     scorer = None if command.scorer is None else Scorer(command.scorer)
