@@ -29,7 +29,8 @@ class OptimConfig:
     """Warm-up, a constant stretch, and a linear decay over the last `decay_fraction` of the steps.
 
     `muon` orthogonalises the updates of linear layers' weights, scaled to AdamW's size so that one `lr` serves both
-    (arXiv 2502.16982); all other parameters stay with AdamW.
+    (arXiv 2502.16982); all other parameters stay with AdamW. `weight_decay` is for what multiplies activations: not for
+    norms, biases, embeddings and other learned tables.
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
