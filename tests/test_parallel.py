@@ -7,12 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import parallel_recipes
 import pytest
 import torch
+from parallel_recipes import COMPARED, SHARED, recipe
+from parallel_recipes import NAMES as RECIPES
 from parallel_worker import STEPS, parallel_run
 from safetensors.torch import load_file
 from test_training import loop, runs, write_cache
+from test_video_text import drawn_cache
 from torch import nn
 
 from dicode.seeds import generator_for
@@ -29,15 +35,49 @@ TOGETHER = ["2/ddp-key_frames", "2/ddp-own", "2/fsdp-lm", "4/ddp-lm", *(f"4/fsdp
 FREE = ("num_batches_tracked", "norm_out.bias", "running_mean")
 
 
-def launch(processes: int, *arguments: object) -> None:
-    """`torchrun` the worker; its output is shown where it fails."""
+def launch(processes: int, worker: str, *arguments: object) -> None:
+    """`torchrun` a worker; its output is shown where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [*command, str(HERE / "parallel_worker.py"), *map(str, arguments)],
+        [*command, str(HERE / worker), *map(str, arguments)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+
+
+@pytest.fixture(scope="module")
+def recipes(root: Path) -> dict[str, Any]:
+    """The first steps of every bundled recipe: of one process under its name, of two under the strategy too."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    drawn_cache(root / "video_text", 17)
+    alone = {name: parallel_recipes.first_steps(recipe(name, root), Processes()) for name in COMPARED}
+    asked = [*(f"ddp:{name}" for name in RECIPES), *(f"fsdp:{name}" for name in SHARED)]
+    launch(2, "parallel_recipes.py", root, root / "recipes.json", *asked)
+    return {**alone, **json.loads((root / "recipes.json").read_text())}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_takes_its_first_steps_in_two_processes(recipes: dict[str, Any], name: str) -> None:
+    """Also where only one of them draws a goal, or goes on from what it writes: some weights have no part elsewhere."""
+    shared = recipes[f"ddp:{name}"]
+    assert np.isfinite([*shared["loss"], *shared["norm"]]).all() and shared["moved"] > 0
+    alone = recipes.get(name, shared)
+    for kind in ("loss", "norm", "moved"):
+        assert shared[kind] == pytest.approx(alone[kind], rel=1e-3), kind
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_fsdp_computes_in_bfloat16(recipes: dict[str, Any], name: str) -> None:
+    alone, shared = recipes[name], recipes[f"fsdp:{name}"]
+    for kind, tolerance in (("loss", 0.03), ("norm", 0.1), ("moved", 0.1)):
+        assert shared[kind] == pytest.approx(alone[kind], rel=tolerance), kind
+
+
+@pytest.mark.parametrize("name", ["sprites:denoiser", "sprites:lm"])
+def test_muon_gathers_each_matrix_once(recipes: dict[str, Any], name: str) -> None:
+    gathers, messages, matrices, shapes = recipes[f"fsdp:{name}"]["gathers"]
+    assert gathers == messages == shapes < matrices
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +90,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_recipe(runs(folder)[name], folder / name, {})
     for name in (*NAMES, "own"):
         run_recipe(parallel_run(folder, name, "ddp"), folder / "1" / f"ddp-{name}", {})
-    launch(4, folder, folder / "4", "fsdp:key_frames:12", "ddp:lm", *(f"fsdp:{name}" for name in NAMES))
+    launch(
+        4,
+        "parallel_worker.py",
+        folder,
+        folder / "4",
+        "fsdp:key_frames:12",
+        "ddp:lm",
+        *(f"fsdp:{name}" for name in NAMES),
+    )
     shutil.copytree(folder / "stopped", folder / "2")
-    launch(2, folder, folder / "2", "fsdp:key_frames", "ddp:key_frames", "ddp:own", "fsdp:lm")
+    launch(2, "parallel_worker.py", folder, folder / "2", "fsdp:key_frames", "ddp:key_frames", "ddp:own", "fsdp:lm")
     return folder
 
 

@@ -28,6 +28,7 @@ from dicode.train.assemble import assemble
 from dicode.train.images import FirstStageTraining
 from dicode.train.language import LanguageTraining
 from dicode.train.loop import NonFiniteLossError, sample_indices, train
+from dicode.train.muon import Muon
 from dicode.train.optim import make_optimizers
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import run_recipe, stage_of
@@ -160,7 +161,7 @@ def test_a_run_does_not_go_on_with_another_optimizer(trained: Path, tmp_path: Pa
 def test_muon_moves_the_weights_of_linear_layers_alone() -> None:
     module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
     adamw, muon = make_optimizers(module, OptimConfig(optimizer="muon"))
-    assert isinstance(muon, torch.optim.Muon) and muon.param_groups[0]["params"] == [module[1].weight]
+    assert isinstance(muon, Muon) and muon.param_groups[0]["params"] == [module[1].weight]
     assert len(adamw.param_groups[0]["params"]) == 4
     assert len(make_optimizers(module, OptimConfig())) == 1
 

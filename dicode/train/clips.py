@@ -235,6 +235,9 @@ class TokenizerTraining:
         learnt = losses["denoising_loss"] if self.run.freeze_key_frames else torch.stack(list(losses.values())).sum()
         return learnt, {name: loss.detach() for name, loss in losses.items()}
 
+    def weight(self, batch: dict[str, Tensor]) -> float:
+        return 1.0
+
     def _hold_still(self) -> None:
         """Take what does not learn out of training mode, into which the loop puts everything."""
         self.module.first_stage.eval()

@@ -169,6 +169,9 @@ class FirstStageTraining:
                 loss = loss + self.run.adversarial_weight * adversarial + discriminator
         return loss, {name: part.detach() for name, part in parts.items()}
 
+    def weight(self, batch: dict[str, Tensor]) -> float:
+        return 1.0
+
     @torch.no_grad()
     def through_tokens(self, pixels: KeyFramePixels) -> ImageLatents:
         """Raw latents as the key-frame head tells them from an image's deep tokens: smoother than the encoder's."""

@@ -191,6 +191,9 @@ class LanguageTraining:
         output = self.module(text_ids, tokens, mask, generator, goal=told, read=read)
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
+    def weight(self, batch: dict[str, Tensor]) -> float:
+        return float(batch["mask"].sum())
+
     def validate(self) -> tuple[dict[str, float], Image.Image | None]:
         """Loss on validation and on training clips from their start; how well captions pick out their own clip.
 

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from dicode.device import autocast, pick_device
+from dicode.device import autocast, compute_dtype, pick_device
 from dicode.files import flush
 from dicode.hub import config_to_dict, content_hash, is_finite
 from dicode.seeds import generator_for
 from dicode.stopwatch import Stopwatch
 from dicode.train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from dicode.train.optim import make_optimizers
+from dicode.train.order import sample_indices
 from dicode.train.parallel import (
     Processes,
     StepModule,
@@ -68,6 +69,10 @@ class Stage(Protocol):
         """Scalar loss to minimise and named scalars to log."""
         ...
 
+    def weight(self, batch: Any) -> float:
+        """What this loss counts for beside those of a step's other pieces: of how many terms it is the mean."""
+        ...
+
     def validate(self) -> tuple[dict[str, float], Image.Image | None]:
         """Metrics on the validation split with the module as it stands, and a contact sheet."""
         ...
@@ -105,13 +110,14 @@ class Training:
             )
         shares = config.strategy == "fsdp" and processes.count > 1
         copy = deepcopy(stage.module).cpu() if shares else None
-        module = stage.module.to(pick_device(config.device))
+        module = stage.module.to(device := pick_device(config.device))
+        dtype = compute_dtype(device, config.precision)
         if config.checkpoint_activations:
             recompute_activations(module)
-        step = processes.arrange(StepModule(stage), config.strategy)
+        step = processes.arrange(StepModule(stage), config.strategy, dtype)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         ema = {name: p.detach().clone() for name, p in trained.items()}
-        optimizers = make_optimizers(module, config.optim)
+        optimizers = make_optimizers(module, config.optim, dtype)
         return cls(stage, config, processes, step, copy, trained, ema, dict(module.named_buffers()), optimizers)
 
     @property
@@ -146,19 +152,6 @@ class Training:
             for name, p in self.trained.items():
                 held |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state.get(p, {}).items()}
         return held
-
-
-def sample_indices(num_samples: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Sample numbers of one step: consecutive pieces of one permutation an epoch, each sample once an epoch."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    orders: dict[int, Tensor] = {}
-    picked = []
-    for position in positions:
-        epoch, place = divmod(position, num_samples)
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(num_samples, generator=generator_for(seed, "epoch", epoch))
-        picked.append(orders[epoch][place])
-    return torch.stack(picked)
 
 
 def train(
@@ -265,20 +258,23 @@ def _step(run: Training, state: TrainState, batches: dict[int, Any]) -> dict[str
     buffers = run.statistics()
     moved = [torch.zeros_like(b) for b in buffers]
     before = [b.clone() for b in buffers]
-    scalars = []
-    for piece, batch in batches.items():
+    scalars, counted = [], torch.tensor([run.stage.weight(batch) for batch in batches.values()], dtype=torch.float64)
+    shares = counted / run.processes.mean(counted.sum()).clamp(min=1)  # gradients and logs are means over processes
+    for share, (piece, batch) in zip(shares.tolist(), batches.items(), strict=True):
         with gradients_shared(run.step, last=piece == run.own_pieces[-1]):
             loss, values = _loss(run, run.step, step, piece, batch)
-            (loss / len(batches)).backward()
+            (loss * share).backward()
         scalars.append({"loss": loss.detach(), **values})
         for total, buffer, start in zip(moved, buffers, before, strict=True):
             total += buffer - start
             buffer.copy_(start)
     names = list(scalars[0])
-    sums = torch.stack([torch.stack([s[name].float() for name in names]) for s in scalars]).mean(0)
+    values = torch.stack([torch.stack([s[name].float() for name in names]) for s in scalars]).cpu()
+    sums = (values * shares[:, None].float()).sum(0)
     found = dict(zip(names, run.processes.mean(sums).tolist(), strict=True))
-    gradients = [p.grad for p in run.trained.values() if p.grad is not None]
-    total_norm = nn.utils.get_total_norm(gradients)
+    for p in run.trained.values():  # not reached by any piece: as where another process's piece has reached it
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    total_norm = nn.utils.get_total_norm([p.grad for p in run.trained.values() if p.grad is not None])
     norm = full(total_norm).item()
     if not (math.isfinite(found["loss"]) and math.isfinite(norm)):
         state.skipped += 1

@@ -7,6 +7,7 @@ and gradients are averaged over all. So batch and losses are the same whatever t
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from dicode.train.runs import Strategy
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # with a process that computes latents or validates; one that dies ends all at once
 
 
 class Processes:
@@ -37,7 +39,7 @@ class Processes:
         if self.count > 1 and not dist.is_initialized():
             if torch.accelerator.is_available():
                 torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()  # nccl on GPUs, and gloo for what lies on CPUs
+            dist.init_process_group(timeout=PATIENCE)  # nccl on GPUs, and gloo for what lies on CPUs
             self.joined = True
         return self
 
@@ -84,11 +86,11 @@ class Processes:
         dist.broadcast_object_list(box)
         return box[0]
 
-    def arrange(self, step: nn.Module, strategy: Strategy) -> nn.Module:
+    def arrange(self, step: nn.Module, strategy: Strategy, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The module whose `forward` is called in training, as these processes share it.
 
         `ddp`: weights, gradients, EMA and optimizer whole in each; `fsdp`: FSDP2, each holding its share of them, and
-        a block's weights put together while it computes.
+        a block's weights put together, and what it reads, in `dtype` while it computes.
         """
         if self.count == 1:
             return step
@@ -99,8 +101,9 @@ class Processes:
         for parameter in step.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP takes no channels-last
         mesh = init_device_mesh(device.type, (self.count,))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in blocks_of(step):
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(step, mesh=mesh)
         return step
 
@@ -114,7 +117,27 @@ class StepModule(nn.Module):
         self.stage = [stage]  # in a list: a stage is no part of the module
 
     def forward(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.stage[0].loss(batch, generator)
+        loss, values = self.stage[0].loss(batch, generator)
+        if dist.is_available() and dist.is_initialized():
+            # all processes expect a gradient of every weight, also where this batch has no use for one
+            reached = leaves_of(loss)
+            unused = [p for p in self.module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+            loss = loss + sum(0.0 * p.sum() for p in unused if p not in reached)
+        return loss, values
+
+
+def leaves_of(loss: Tensor) -> set[Tensor]:
+    """The tensors that a backward pass gives gradients."""
+    found: set[Tensor] = set()
+    seen, ahead = set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [before for before, _ in node.next_functions]
+            if isinstance(leaf := getattr(node, "variable", None), Tensor):
+                found.add(leaf)
+    return found
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:

@@ -139,6 +139,9 @@ class VideoTextTraining:
         }
         return loss, {name: part.detach() for name, part in parts.items()}
 
+    def weight(self, batch: dict[str, object]) -> float:
+        return 1.0
+
     def validate(self) -> tuple[dict[str, float], None]:
         """Of the clips held out of the training split, never of the validation split: weights are chosen by this."""
         metrics: dict[str, float] = {}

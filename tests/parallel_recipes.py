@@ -1,0 +1,108 @@
+"""The first steps of every bundled recipe, with its flags, at toy size: see test_parallel.py.
+
+torchrun --standalone --nproc-per-node 2 tests/parallel_recipes.py ROOT OUTPUT.json ddp:sprites:lm fsdp:sprites:lm
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from test_golden import RECIPES, toy
+from test_video_text import SMALL
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from dicode.cli import load_run
+from dicode.train.checkpoint import TrainState
+from dicode.train.language import LanguageRun
+from dicode.train.loop import Training, _batches, _step
+from dicode.train.muon import Muon
+from dicode.train.parallel import Processes, Strategy, full
+from dicode.train.stages import Run, stage_of
+
+STEPS, PIECES = 3, 2
+NAMES = (
+    "sprites:first_stage", "sprites:first_stage_decoder", "sprites:key_frames", "sprites:denoiser", "sprites:lm",
+    "world:first_stage", "world:first_stage_decoder", "world:key_frames", "world:denoiser", "world:lm", "world:lm_own",
+    "paper:paper_tokenizer_256", "paper:gpt2_mini", "paper:llama_1b", "heads:run", "scale:llama_200k",
+    "scale_large:llama_19m", "video_text:run",
+)  # fmt: skip
+COMPARED = (
+    "sprites:first_stage",
+    "sprites:denoiser",
+    "sprites:lm",
+    "world:lm_own",
+    "paper:gpt2_mini",
+)  # with one process
+SHARED = ("sprites:first_stage", "sprites:denoiser", "sprites:lm", "paper:gpt2_mini")  # by FSDP too
+
+
+def recipe(name: str, root: Path, strategy: Strategy = "ddp") -> Run:
+    """A recipe at toy size; what it does in some of its steps it does in about half of these."""
+    if name == "video_text:run":
+        run: Run = dataclasses.replace(
+            load_run(f"{RECIPES}/video_text.py:run"), caches=(f"{root}/video_text",), model=SMALL
+        )
+    else:
+        run = toy(load_run(f"{RECIPES / name.partition(':')[0]}.py:{name.partition(':')[2]}"), root)
+    if isinstance(run, LanguageRun):
+        shares = {"goal_share": 0.5 * run.model.reads_goal, "own_share": 0.5 * (run.own_share > 0)}
+        run = dataclasses.replace(run, **shares)  # type: ignore[arg-type]
+    optim = dataclasses.replace(run.loop.optim, batch_size=4 * PIECES)
+    precision = "bfloat16" if strategy == "fsdp" else "float32"
+    return dataclasses.replace(
+        run, loop=dataclasses.replace(run.loop, optim=optim, pieces=PIECES, strategy=strategy, precision=precision)
+    )
+
+
+def first_steps(run: Run, processes: Processes) -> dict[str, Any]:
+    """Losses and gradient norms of its first steps, how far it moved, and all-gathers of the optimizers by matrix."""
+    with processes.one_first():
+        stage = stage_of(run)
+    training = Training.of(stage, run.loop, processes)
+    state, lines = TrainState(), []
+    batches = _batches(training, 0)
+    start = {name: full(p.detach()).clone() for name, p in training.trained.items()}
+    for _ in range(STEPS):
+        lines.append(cast(dict[str, float], _step(training, state, next(batches))))
+        state.step += 1
+    moved = torch.stack([(full(p.detach()) - start[name]).square().sum() for name, p in training.trained.items()]).sum()
+    found = {"loss": [line["loss"] for line in lines], "norm": [line["gradient_norm"] for line in lines]}
+    return {**found, "moved": moved.sqrt().item(), "gathers": gathers(training)}
+
+
+def gathers(training: Training) -> list[int]:
+    """All-gathers of one step of Muon, its matrices, and their shapes; nothing where it has no part."""
+    for optimizer in training.optimizers:
+        matrices = [p for group in optimizer.param_groups for p in group["params"]]
+        if isinstance(optimizer, Muon) and isinstance(matrices[0], DTensor):
+            with CommDebugMode() as counted:
+                optimizer.step()
+            by_kind = {str(kind): count for kind, count in counted.get_comm_counts().items()}
+            gathered = sum(count for kind, count in by_kind.items() if "all_gather" in kind)
+            return [gathered, sum(by_kind.values()), len(matrices), len({p.shape for p in matrices})]
+    return []
+
+
+def main(root: str, output: str, *asked: str) -> None:
+    """The recipes asked for, one after the other in the same processes."""
+    torch.set_num_threads(1)
+    found = {}
+    with Processes() as processes:
+        for one in asked:
+            strategy, _, name = one.partition(":")
+            try:
+                found[one] = first_steps(recipe(name, Path(root), cast(Strategy, strategy)), processes)
+            except Exception as error:
+                raise RuntimeError(f"{one}: {error}") from error
+            dist.barrier()
+        if processes.first:
+            Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
