@@ -1,15 +1,20 @@
 """Where files lie: a folder here, or anything that fsspec reaches (`s3://…`, `gs://…`, `memory://…`)."""
 
+import codecs
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from upath import UPath
 
 Place = Path | UPath  # a `Path` always lies here
@@ -77,7 +82,7 @@ def put(target: Place, write: Callable[[Path], object]) -> None:
         os.close(number)
         partial = Path(name)
         try:
-            write(partial)
+            _written(write, partial)
             flush(partial)
             partial.chmod(0o644)  # mkstemp and safetensors make files for their owner alone
             partial.replace(target)
@@ -85,9 +90,18 @@ def put(target: Place, write: Callable[[Path], object]) -> None:
             partial.unlink(missing_ok=True)
         return
     with tempfile.TemporaryDirectory(prefix="dicode-") as folder:
-        write(Path(folder) / target.name)
+        _written(write, Path(folder) / target.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.fs.put_file(str(Path(folder) / target.name), target.path)  # object stores show a file when it is whole
+
+
+def _written(write: Callable[[Path], object], path: Path) -> None:
+    """Let `write` fill a file; what safetensors cannot write for want of space is an `OSError`, as elsewhere."""
+    try:
+        write(path)
+    except SafetensorError as error:
+        code = int(match[1]) if (match := re.search(r"os error (\d+)", str(error))) else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def put_text(target: Place, text: str) -> None:
@@ -111,12 +125,17 @@ def read_text(source: Place, most_bytes: int = MOST_TEXT) -> str:
 
 
 def decoded(data: bytes, name: str) -> str:
-    """Bytes of a text as `read_text` reads them; `name` is for the error."""
+    """Bytes of a text as `read_text` reads them, or of UTF-16 with its byte order mark; `name` is for the error."""
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-16" if data.startswith(marks) else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise TextError(f"{name}, line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise TextError(f"{name}, line {line}: holds a NUL character, as UTF-16 read as UTF-8 does; save it as UTF-8")
+    return text
 
 
 def read_json(source: Place, most_bytes: int = MOST_TEXT) -> Any:
@@ -155,11 +174,20 @@ def sha256_of(source: Place) -> str:
 
 
 def state_of(source: Place) -> str:
-    """What changes when a file does: size and time for one here, what its store tells for another; '' if missing."""
+    """What changes when a file, or one in a folder, does: size and time for one here, what its store tells for another.
+
+    '' where there is none.
+    """
     try:
-        if isinstance(source, Path):
-            facts = source.stat()
+        if not isinstance(source, Path):
+            return str(source.fs.ukey(source.path))
+        facts = source.stat()
+        if not stat.S_ISDIR(facts.st_mode):
             return f"{facts.st_size} {facts.st_mtime_ns}"
-        return str(source.fs.ukey(source.path))
-    except FileNotFoundError:
+        digest = hashlib.sha256()
+        for name in sorted(os.listdir(source)):
+            held = os.stat(source / name)
+            digest.update(os.fsencode(name) + f" {held.st_size} {held.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+    except (OSError, ValueError):  # ValueError: of a NUL in its name
         return ""
