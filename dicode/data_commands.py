@@ -6,9 +6,12 @@ from dataclasses import fields
 
 import torch
 
-from dicode.data.build import CacheOptions, build_cache
-from dicode.data.index import check_files, is_validation, read_index
+from dicode.data.build import FULL, CacheOptions, build_cache
+from dicode.data.index import check_files, read_data, read_index
+from dicode.data.records import merged, validation_split
+from dicode.data.summary import Clip, table
 from dicode.data.tars import write_tars
+from dicode.device import pick_device
 from dicode.extras import missing_extra
 from dicode.files import place
 from dicode.flags import Cache, Encode, Export, Index, Sheet, Verify
@@ -17,7 +20,8 @@ from dicode.progress import Progress, tracked
 from dicode.seeds import generator_for
 from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
-from dicode.video.io import VideoReadError, read_video
+from dicode.video.cache_folder import check_own
+from dicode.video.io import DEFAULT_FPS, VideoReadError, read_video
 from dicode.video.shards import FrameCache, fault, read_cache_index
 from dicode.video.sheet import check_sheet, save_sheet
 
@@ -26,20 +30,21 @@ MOST_COUNTED = 125  # exit codes from 126 on mean other things to a shell
 
 def index(command: Index, watch: Stopwatch) -> int:
     """An index that cannot be read counts as one bad file."""
-    total_bad = 0
+    total_bad, by = 0, _by(command.validation_by)
     for folder in _named(command.folders):
         try:
-            records = read_index(folder)
+            found = read_data(folder)
         except VideoReadError as error:
             print(f"bad: {error}")
             total_bad += 1
             continue
-        good, bad = check_files(tracked(records, f"reading {place(folder).name}", "clip"))
+        checked, bad = check_files(tracked(found.records, f"reading {place(folder).name}", "clip"))
         for file in bad:
             print(f"bad: {file.reason}")
-        captions = sum(bool(record.caption) for record in good)
-        held_out = sum(is_validation(record) for record in good)
+        good = [record for record, _ in checked]
+        captions, held_out = (sum(flags) for flags in ((bool(r.captions) for r in good), validation_split(good, by)))
         print(f"{folder}: {len(good)} clips, {captions} with captions, {held_out} for validation; {len(bad)} bad files")
+        print(table([clip for _, clip in checked], [found], len(bad)))
         total_bad += len(bad)
     return min(total_bad, MOST_COUNTED)
 
@@ -47,13 +52,23 @@ def index(command: Index, watch: Stopwatch) -> int:
 def cache(command: Cache, watch: Stopwatch) -> int:
     """Bad files are listed and left out; a cache with nothing in it is an error."""
     options = CacheOptions(**{field.name: getattr(command, field.name) for field in fields(CacheOptions)})
-    records = [record for folder in _named(command.folders) for record in read_index(folder)]
+    validation_by = _by(command.validation_by)
+    if not command.output.strip():
+        raise ValueError(f"-o: expected the name of a folder, got {command.output!r}")
     output = place(command.output)
+    check_own(output)
+    found = [read_data(folder) for folder in _named(command.folders)]
+    records = merged(record for each in found for record in each.records)
+    kept = "finished shards are kept; the same command continues"
     try:
         with watch.stage("shards"):
-            made = build_cache(records, output, options, command.workers, command.ray)
+            made = build_cache(records, output, options, command.workers, command.ray, validation_by)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt("finished shards are kept; the same command continues") from error
+        raise KeyboardInterrupt(kept) from error
+    except OSError as error:
+        if error.errno in FULL:
+            raise OSError(f"{output}: no space is left there; {kept} when there is some") from error
+        raise
     bad = [file for unit in made for file in unit.bad]
     for file in bad:
         print(f"bad: {file.reason}", file=sys.stderr)
@@ -66,6 +81,8 @@ def cache(command: Cache, watch: Stopwatch) -> int:
         f"{sum(shard.bytes for shard in shards) / 1e6:.0f} MB in {len(shards)} shards; {len(bad)} bad files"
         + (f"; {copies} copies left out" if command.dedupe is not None else "")
     )
+    clips = [Clip(video.count, video.period_s, video.captions, loops=video.loops) for video in videos]
+    print(table(clips, found, len(bad), copies if command.dedupe is not None else None))
     return min(len(bad), MOST_COUNTED)
 
 
@@ -94,7 +111,8 @@ def encode(command: Encode, watch: Stopwatch) -> int:
         raise missing_extra(error, "train") from error
     source = resolve(command.model)
     with watch.stage("load"):
-        tokenizer, frames = VideoTokenizer.from_pretrained(source), FrameCache.load(command.cache)
+        frames = FrameCache.load(command.cache)
+        tokenizer = VideoTokenizer.from_pretrained(source).to(pick_device(command.device))
     with watch.stage("latents"):
         latents = first_stage_latents(tokenizer, frames, source / FIRST_STAGE_WEIGHTS)
     with watch.stage("tokens"):
@@ -125,7 +143,9 @@ def sheet(command: Sheet, watch: Stopwatch) -> int:
                 break
             try:
                 with record.opened() as path:
-                    clips.append(read_video(path, size=command.size, fit="pad").frames)
+                    most_s = None if record.end_s is None else record.end_s - record.start_s
+                    video = read_video(path, DEFAULT_FPS, command.size, "pad", record.start_s, most_s)
+                    clips.append(video.frames)
             except (VideoReadError, OSError) as error:
                 print(f"bad: {error}", file=sys.stderr)
                 continue
@@ -134,6 +154,16 @@ def sheet(command: Sheet, watch: Stopwatch) -> int:
     save_sheet(command.output, clips, labels)
     print(f"{command.output}: {len(clips)} of {len(records)} clips")
     return 0
+
+
+def _by(text: str | None) -> tuple[str, str] | None:
+    """KEY=VALUE of a flag."""
+    if text is None:
+        return None
+    key, mark, value = text.partition("=")
+    if not (key and mark and value):
+        raise ValueError(f"--validation-by: expected KEY=VALUE such as lab=f147f077, got {text!r}")
+    return key, value
 
 
 def _named(folders: Sequence[str]) -> Sequence[str]:

@@ -3,6 +3,7 @@
 clips ─► WORK/cache ─► adapters: WORK/denoiser, WORK/lm ─► merged: WORK/…/best ─► one checkpoint folder
 """
 
+import hashlib
 import json
 import shlex
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 import torch
 
 from dicode import __version__
-from dicode.data.index import ClipRecord, read_index
+from dicode.data.index import read_index
+from dicode.data.records import VALIDATION_EVERY, ClipRecord, merged
 from dicode.data_commands import cache as make_cache
 from dicode.device import peak_memory_mib, pick_device
 from dicode.extras import missing_extra
+from dicode.files import put_text, state_of
 from dicode.flags import Cache, Finetune
 from dicode.hub import CheckpointError, config_from_dict, config_to_dict, content_hash, model_name, read_config, resolve
 from dicode.lm.sizes import DeepLMConfig
@@ -35,6 +38,7 @@ except ModuleNotFoundError as error:
 
 Run = TokenizerRun | LanguageRun
 Figures = dict[str, dict[str, float]]  # "before" and "after": validation metrics
+NOTE = "finetune.json"  # of a working folder: what it was begun with
 GOAL_SHARE = 0.2  # of steps with a goal, where the model reads goals: enough not to forget them
 CARD = """---
 library_name: dicode
@@ -112,40 +116,50 @@ def finetune(command: Finetune, watch: Stopwatch) -> int:
 
 
 def _records(command: Finetune, base: Path, work: Path) -> list[ClipRecord]:
-    """The clips that are asked for; the working folder notes them, and the model that is to learn them.
+    """The clips that are asked for; the working folder notes their files, and the model that is to learn them.
 
-    Raises `ValueError` where it was begun for others, where an output would be overwritten that it did not make, or
-    where there are no captions for a language model.
+    Raises `ValueError` where a part was begun with others, where an output would be overwritten that it did not make,
+    or where there are no captions for a language model.
     """
     if not command.folders:
         raise ValueError("expected at least one folder of clips, got none")
-    records = [record for folder in command.folders for record in read_index(folder)]
+    records = merged(record for folder in command.folders for record in read_index(folder))
     if "lm" in command.parts and not any(record.captions for record in records):
         raise ValueError(f"none of {len(records)} clips has a caption to learn from; --parts denoiser needs none")
-    clips = [[str(record.path), *record.captions] for record in records]
-    asked = {"model": content_hash(*base.glob("*.safetensors")), "loops": command.loops, "clips": clips}
-    note = work / "finetune.json"
+    clips = hashlib.sha256()
+    for r in records:
+        facts = (str(r.path), r.captions, r.start_s, r.end_s, r.validation, r.inside and r.inside.span)
+        clips.update(json.dumps([*facts, state_of(r.inside.archive if r.inside else r.path)]).encode())
+    asked = {"model": content_hash(*base.glob("*.safetensors")), "loops": command.loops, "clips": clips.hexdigest()}
+    note = work / NOTE
     if not note.is_file():
         if (command.output / "config.json").exists():
             raise ValueError(f"{command.output}: a model is there already, and {work} did not make it; name another -o")
-        work.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(asked))
-    begun = json.loads(note.read_text())
-    if differing := ", ".join(name for name, value in asked.items() if begun.get(name) != value):
-        raise ValueError(f"{work} was begun with other {differing}: delete it, or name another --work-folder")
+        if work.exists() and (not work.is_dir() or any(work.iterdir())):
+            raise ValueError(f"{work}: expected a folder of this command's, or none; name another --work-folder")
+    begun = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else asked
+    begun_parts = [part for part in ("denoiser", "lm") if (work / part).exists()]
+    differing = ", ".join(name for name, value in asked.items() if begun.get(name) != value)
+    if differing and begun_parts:
+        at = " and ".join(str(work / part) for part in begun_parts)
+        raise ValueError(
+            f"{work} was begun with other {differing} (files, captions or splits): delete {at} to train anew,"
+            " or name another --work-folder"
+        )
+    put_text(note, json.dumps(asked))
     return records
 
 
 def _cached(command: Finetune, folder: Path, size: int, watch: Stopwatch) -> Sequence[CachedVideo]:
-    """The videos of the clips' cache, which is made where it is not there yet."""
-    if not (folder / "index.json").is_file():
-        make_cache(Cache(command.folders, str(folder), size=size, loops=command.loops), watch)
+    """The videos of the clips' cache; what of it is there and of the same files stays."""
+    make_cache(Cache(command.folders, str(folder), size=size, loops=command.loops), watch)
     videos = FrameCache.load(folder).videos
     held = sum(video.validation for video in videos)
     if not 0 < held < len(videos):
         raise ValueError(
-            f"{folder}: expected clips to train on and to validate with (every 15th of a folder, from the first on), "
-            f"got {len(videos) - held} and {held}"
+            f"{folder}: expected clips to train on and to validate with, got {len(videos) - held} and {held}; for"
+            f" validation is what says so in its line, else every {VALIDATION_EVERY}th video of a folder that can be"
+            ' read, from the first on. Add clips, or "validation" to lines, and give the same command again'
         )
     return videos
 

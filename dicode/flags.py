@@ -149,7 +149,7 @@ class Train:
 class Finetune:
     """Teach a model your own clips: low-rank adapters, merged into a new model. The same command continues it.
 
-    Every 15th clip of a folder, from the first on, is kept for validation.
+    Clips whose line says "validation": true are kept for validation, else every 15th of a folder, from the first on.
     """
 
     folders: Folders  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
@@ -352,6 +352,7 @@ class Index:
     """Read every file of data sets to its end; list the bad ones, and exit with their count (at most 125)."""
 
     folders: Folders  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
+    validation_by: Annotated[str | None, arg(metavar="KEY=VALUE")] = None  # as `dicode data cache` has it
 
 
 @dataclass(frozen=True)
@@ -365,9 +366,11 @@ class Cache:
     folders: Folders  # with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
     output: Annotated[str, arg(aliases=("-o",))]  # a folder such as cache/sprites
     size: Side = 64  # side of the frames, scaled to cover it and cropped at the centre
-    max_fps: UpTo1000 = 12.5  # frames closer together than this are left out
+    max_fps: UpTo1000 = 12.5  # frames a second that are enough: of more, some are left out, to no fewer than this
     loops: bool = False  # the clips repeat without a seam
     scenes: Seconds | None = None  # cut videos where the scene changes, and leave out scenes of fewer seconds than this
+    # which clips are for validation where their lines have KEY, such as lab=f147f077; elsewhere every 15th video is
+    validation_by: Annotated[str | None, arg(metavar="KEY=VALUE")] = None
     dedupe: Bits | None = None  # leave out copies: perceptual hashes differ in at most so many of 64 bits; 4 is usual
     files_per_shard: Annotated[int, Range(1, 65536)] = 64  # a worker holds the frames of that many files in memory
     workers: Annotated[int, Range(1, 1024)] = 1  # processes
@@ -387,6 +390,7 @@ class Encode:
 
     cache: Annotated[Positional[Path], arg(metavar="CACHE")]  # from `dicode data cache`
     model: str = "sprites"  # whose first stage and tokenizer: a model in the box, or a folder such as runs/NAME/best
+    device: str = "auto"  # cpu, cuda, mps
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ parameters. A run that was interrupted goes on where it was; a run that is measu
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -130,7 +131,7 @@ def sampling_of(head: HeadName) -> dict[str, Any]:
     return {**SAMPLING, "variance_scale": 1.0} if head in AS_LEARNT else SAMPLING
 
 
-def scored(model: DiCoDe, stage: LanguageTraining, videos: tuple[CachedVideo, ...], seed: int) -> Any:
+def scored(model: DiCoDe, stage: LanguageTraining, videos: Sequence[CachedVideo], seed: int) -> Any:
     """Energy score of the first two key frames, without guidance, which makes no samples of a distribution."""
     videos = videos[:: max(1, len(videos) // CONDITIONS)][:CONDITIONS]
     ids, truth = stage.sample_of(videos, key_frames=2)

@@ -1,7 +1,7 @@
 """TinyVT, the network of clips and captions that `dicode evaluate` measures with, without a download.
 
     dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
-    dicode data cache ../shared/data/droid ../shared/data/rt1 ../shared/data/bridge -o cache/world --size 64
+    dicode data cache ../shared/data/{droid,rt1,bridge} -o cache/world --size 64 --validation-by lab=f147f077
     dicode train recipes/video_text.py:run --caches cache/sprites cache/world
     python recipes/video_text.py cache/sprites cache/world    # its accuracy: results/video-text.json
 

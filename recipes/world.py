@@ -2,7 +2,7 @@
 
 64×64, 8 fps, 16 frames a clip, trained on `droid`, `rt1` and `bridge`; lab `f147f077` of `droid` is for validation.
 
-    dicode data cache ../shared/data/droid ../shared/data/rt1 ../shared/data/bridge -o cache/world --size 64
+    dicode data cache ../shared/data/{droid,rt1,bridge} -o cache/world --size 64 --validation-by lab=f147f077
     dicode train recipes/world.py:first_stage
     dicode train recipes/world.py:key_frames
     dicode train recipes/world.py:denoiser              # these two need nothing of each other

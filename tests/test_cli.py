@@ -60,10 +60,11 @@ FLAGS = {
     "benchmark vbench": "--batch-size --device --help --model --output --revision --samples --scale --seconds --seed "
     "--shard",
     "data": "--help",
-    "data index": "--help",
-    "data cache": "--dedupe --files-per-shard --help --loops --max-fps --output --ray --scenes --size --workers",
+    "data index": "--help --validation-by",
+    "data cache": "--dedupe --files-per-shard --help --loops --max-fps --output --ray --scenes --size "
+    "--validation-by --workers",
     "data verify": "--help",
-    "data encode": "--help --model",
+    "data encode": "--device --help --model",
     "data export": "--help --output",
     "data sheet": "--count --help --output --seed --size",
     "scale": "--dry-run --family --help --output --pieces --samples --seeds --studies --tflops --tokenizer "
@@ -412,7 +413,12 @@ def spoilt_clips(tmp_path: Path, drawn_clips: Path) -> Path:
 
 def test_index_lists_bad_files_and_exits_with_their_count(capsys, tmp_path, drawn_clips, spoilt_clips):
     code, out, _ = run(capsys, "data", "index", drawn_clips)
-    assert (code, out) == (0, f"{drawn_clips}: 6 clips, 6 with captions, 1 for validation; 0 bad files\n")
+    line, *rows = out.splitlines()
+    assert (code, line) == (0, f"{drawn_clips}: 6 clips, 6 with captions, 1 for validation; 0 bad files")
+    table = {row[2:18].strip(): row[19:] for row in rows}
+    assert table["seconds"] == "15.0, from 2.5 to 2.5, median 2.5" and table["under 2 s"] == "0"
+    assert (table["frames a second"], table["sizes"], table["read"]) == ("8 (6)", "40×40 (6)", "captions.jsonl")
+    assert table["captions"] == "6 clips with, 0 without; 6 different texts"
     code, out, _ = run(capsys, "data", "index", spoilt_clips, drawn_clips, tmp_path / "nowhere")
     assert code == 3
     bad = [line for line in out.splitlines() if line.startswith("bad: ")]

@@ -9,15 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from test_cli import spoilt_clips as spoilt_clips  # a fixture
 
 from dicode.cli import main
 from dicode.data import build
 from dicode.data.build import CacheOptions, build_cache
-from dicode.data.index import ClipRecord, read_index
+from dicode.data.index import read_index
 from dicode.data.looks import COLOUR_LEVELS, look_of, repeats, scenes
+from dicode.data.records import ClipRecord
 from dicode.files import place
-from dicode.video.io import VideoReadError
+from dicode.video import shards
+from dicode.video.io import VideoReadError, native_frames
 from dicode.video.shards import FrameCache
 from dicode.video.synthetic import draw_clip
 from dicode.video.writer import VideoWriter
@@ -95,7 +101,7 @@ def test_a_stopped_run_goes_on_with_the_shards_that_are_not_done(
     read = build._clips
 
     def clips(record: ClipRecord, options: CacheOptions) -> object:
-        made.append(record.line)
+        made.append(int(record.path.stem))
         if made == [0, 1, 2]:
             raise KeyboardInterrupt
         return read(record, options)
@@ -117,19 +123,152 @@ def test_only_what_changed_is_made_again(tmp_path: Path, drawn_clips: Path) -> N
     clips, cache = tmp_path / "clips", tmp_path / "cache"
     shutil.copytree(drawn_clips, clips)
     build_cache(read_index(clips), cache, OPTIONS)
-    (cache / "shard-00000.tokens-12.safetensors").touch()
-    (cache / "EffLite0.safetensors").touch()
+    save_file({"values": torch.zeros(2)}, cache / "shard-00000.tokens-12.safetensors")
+    (cache / "EffLite0-17-frames-8-fps.safetensors").touch()
     before = {path.name: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
     shutil.copy(clips / "videos/0000.mp4", clips / "videos/0004.mp4")
     build_cache(read_index(clips), cache, OPTIONS)
     after = {path.name: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
     assert {name for name in before if before[name] != after[name]} == {"shard-00002.json", "shard-00002.safetensors"}
-    assert not (cache / "EffLite0.safetensors").exists()  # was of all shards
+    assert not (cache / "EffLite0-17-frames-8-fps.safetensors").exists()  # was of all shards
     build_cache(read_index(clips)[:3], cache, OPTIONS)
     assert sorted(path.name for path in cache.glob("shard-*.json")) == ["shard-00000.json", "shard-00001.json"]
     assert (cache / "shard-00000.tokens-12.safetensors").exists()
     build_cache(read_index(clips)[:3], cache, CacheOptions(size=8, files_per_shard=2))
     assert not (cache / "shard-00000.tokens-12.safetensors").exists()
+
+
+def test_captions_and_split_change_without_the_shards(tmp_path: Path, drawn_clips: Path) -> None:
+    clips, cache = tmp_path / "clips", tmp_path / "cache"
+    shutil.copytree(drawn_clips, clips)
+    build_cache(read_index(clips), cache, OPTIONS)
+    before = {path.name: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
+    rows = [json.loads(line) for line in (clips / "captions.jsonl").read_text().splitlines()]
+    (clips / "videos/0000.mp4").write_bytes(b"")  # the split is over what can be read
+    rows[2] |= {"caption": ["new", "words"], "validation": True, "lab": "x"}
+    (clips / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build_cache(read_index(clips), cache, OPTIONS)
+    videos = {video.file: video for video in FrameCache.load(cache).videos}
+    assert [file for file, video in videos.items() if video.validation] == ["videos/0001.gif", "videos/0002.mp4"]
+    assert (videos["videos/0002.mp4"].captions, videos["videos/0002.mp4"].extra) == (("new", "words"), {"lab": "x"})
+    assert {p.name for p in cache.glob("shard-*") if p.stat().st_mtime_ns != before[p.name]} == {
+        "shard-00000.json",
+        "shard-00000.safetensors",
+    }
+
+
+def test_spans_of_a_file_are_cut_and_15_frames_a_second_stay(tmp_path: Path) -> None:
+    for name, fps in (("15", 15.0), ("30", 30.0), ("24", 24.0), ("25", 25.0)):
+        film(tmp_path / f"{name}.mp4", (1.0, 1.0, 1.0), fps=fps)
+    rows = [{"file": "15.mp4", "start_s": 1, "end_s": 2}, {"file": "15.mp4", "start_s": "2.0"}, {"file": "30.mp4"}]
+    rows += [{"file": "24.mp4"}, {"file": "25.mp4"}, {"file": "25.mp4", "end_s": 9}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (made,) = build_cache(read_index(tmp_path), tmp_path / "cache", CacheOptions(size=16))
+    cache = FrameCache.load(tmp_path / "cache")
+    found = [(v.file, v.start_s, v.count, round(v.period_s, 3)) for v in cache.videos]
+    spans = [("15.mp4", 1.0, 15, 1.0), ("15.mp4", 2.0, 15, 1.0)]
+    assert found == [*spans, ("30.mp4", 0.0, 45, 3.0), ("24.mp4", 0.0, 36, 3.0), ("25.mp4", 0.0, 38, 3.0)]
+    assert "its line has end_s 9, and the file ends at 3 s" in made.bad[0].reason
+    whole = native_frames(tmp_path / "15.mp4", 16)[0]
+    assert np.abs(cache.frames[:15].numpy().astype(int) - whole[15:30]).mean() < 1
+
+
+def test_a_frame_that_is_replaced_in_a_folder_of_frames_is_noticed(tmp_path: Path) -> None:
+    with VideoWriter(f"{tmp_path}/v/", 8.0) as writer:
+        writer.write(draw_clip(1, 4, 16)[0])
+    options = CacheOptions(size=16)
+    build_cache(read_index(tmp_path / "v"), tmp_path / "cache", options)
+    before = FrameCache.load(tmp_path / "cache").frames[:].clone()
+    frame = sorted((tmp_path / "v").glob("*.png"))[2]
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "new.png")
+    time_ns = (tmp_path / "v").stat().st_mtime_ns
+    frame.write_bytes((tmp_path / "new.png").read_bytes())
+    os.utime(tmp_path / "v", ns=(time_ns, time_ns))
+    build_cache(read_index(tmp_path / "v"), tmp_path / "cache", options)
+    after = FrameCache.load(tmp_path / "cache").frames[:]
+    assert [bool((a != b).any()) for a, b in zip(before, after, strict=True)] == [False, False, True, False]
+
+
+FOREIGN = {
+    "a model": {"model.safetensors": {"weight": 3}, "config.json": "{}"},
+    "a model in shards": {"shard-00000.safetensors": {"weight": 3}, "shard-00001.safetensors": {"weight": 3}},
+    "an index of another kind": {"index.json": '{"weight_map": {}}'},
+    "a text": {"thesis.txt": "years of work"},
+    "a shard's note": {"shard-00000.json": '{"my": "notes"}'},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_no_cache_is_made_among_foreign_files(tmp_path: Path, drawn_clips: Path, kind: str) -> None:
+    for name, held in FOREIGN[kind].items():
+        if isinstance(held, dict):
+            save_file({key: torch.zeros(size) for key, size in held.items()}, tmp_path / name)
+        else:
+            (tmp_path / name).write_text(held)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds files that no cache has"):
+        build_cache(read_index(drawn_clips), tmp_path, OPTIONS)
+    with pytest.raises(ValueError, match="holds files that no cache has"):
+        FrameCache((), torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1)).save(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_foreign_files_in_a_cache_stay(tmp_path: Path, drawn_clips: Path) -> None:
+    cache = tmp_path / "cache"
+    build_cache(read_index(drawn_clips), cache, OPTIONS)
+    mine = {"mine.safetensors": {"w": torch.zeros(2)}, "shard-00009.safetensors": {"w": torch.ones(2)}}
+    for name, tensors in mine.items():
+        save_file(tensors, cache / name)
+    (cache / "shard-list.txt").write_text("notes")
+    held = {name: content for name, content in contents(cache).items() if name in (*mine, "shard-list.txt")}
+    build_cache(read_index(drawn_clips)[:2], cache, CacheOptions(size=8, files_per_shard=1))
+    build_cache(read_index(drawn_clips)[:1], cache, CacheOptions(size=8, files_per_shard=1))
+    assert held.items() <= contents(cache).items()
+    FrameCache.load(cache).save(cache)
+    assert held.items() <= contents(cache).items()
+
+
+def test_a_full_disk_keeps_what_is_done_and_calls_no_file_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn_clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["data", "cache", str(drawn_clips), "-o", str(tmp_path / "cache"), "--size", "16"]
+    command += ["--files-per-shard", "2"]
+    with monkeypatch.context() as patch:
+        real, made = shards.save_file, []
+
+        def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            made.append(path)
+            if len(made) > 1:
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            real(tensors, path)
+
+        patch.setattr(shards, "save_file", full)
+        assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "no space is left there; finished shards are kept" in err and err.count("\n") == 1
+    assert sorted(contents(tmp_path / "cache")) == ["shard-00000.json", "shard-00000.safetensors"]
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--size", "100000"], "--size"),
+        (["--max-fps", "nan"], "--max-fps"),
+        (["--dedupe", "-1"], "--dedupe"),
+        (["--workers", "0"], "--workers"),
+        (["--scenes", "inf"], "--scenes"),
+        (["--files-per-shard", "0"], "--files-per-shard"),
+        (["--validation-by", "lab"], "--validation-by: expected KEY=VALUE"),
+        (["--validation-by", "lab=x"], "--validation-by lab=x: no line has that"),
+        (["-o", ""], "-o: expected the name of a folder, got ''"),
+    ],
+)
+def test_flags_out_of_range_are_named_before_any_work(tmp_path, monkeypatch, drawn_clips, capsys, flags, said):
+    monkeypatch.setattr(build, "_clips", None)  # which any work would call
+    assert main(["data", "cache", str(drawn_clips), "-o", str(tmp_path / "cache"), *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_files_are_quarantined_with_their_reasons(tmp_path: Path, spoilt_clips: Path) -> None:
@@ -174,7 +313,7 @@ def test_films_are_cut_into_scenes_and_short_ones_left_out(tmp_path: Path) -> No
     film(tmp_path / "film.mp4", (2.0, 0.5, 3.0))
     film(tmp_path / "one.mp4", (1.5,))
     options = CacheOptions(size=32, scenes=1.0)
-    records = [ClipRecord(tmp_path / name, "a film", 15, tmp_path) for name in ("film.mp4", "one.mp4")]
+    records = [ClipRecord(tmp_path / name, ("a film",), tmp_path, validation=True) for name in ("film.mp4", "one.mp4")]
     build_cache(records, tmp_path / "cache", options)
     videos = FrameCache.load(tmp_path / "cache").videos
     found = [(v.file, round(v.start_s, 3), v.count, round(v.period_s, 3), v.validation) for v in videos]
@@ -203,7 +342,7 @@ def copies(folder: Path) -> list[ClipRecord]:
             frames, _ = draw_clip(shift, 20, 48)
             frames[..., :10, :, :] = 40 * shift
             writer.write(frames[..., ::-1].copy() if i == 4 else frames)
-    return [ClipRecord(folder / f"{i}.mp4", "x", i, folder) for i in range(6)]
+    return [ClipRecord(folder / f"{i}.mp4", ("x",), folder) for i in range(6)]
 
 
 @pytest.mark.parametrize("files_per_shard", [2, 4])

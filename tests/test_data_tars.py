@@ -12,7 +12,7 @@ import torch
 
 from dicode.cli import main
 from dicode.data.build import CacheOptions, build_cache
-from dicode.data.index import is_validation, read_index
+from dicode.data.index import read_index
 from dicode.data.tars import write_tars
 from dicode.files import place
 from dicode.video.io import read_video
@@ -31,17 +31,16 @@ def archives(tmp_path: Path, drawn_clips: Path) -> Path:
             for record in read_index(drawn_clips)[number::2]:
                 video = {record.path.suffix[1:]: record.path.read_bytes(), "png": b"a picture beside it"}
                 note = {"txt": record.caption} if number else {"json": {"caption": record.caption, "validation": True}}
-                writer.write({"__key__": f"part/{record.line:03}.v1", **video, **note})
+                writer.write({"__key__": f"part/{int(record.path.stem):03}.v1", **video, **note})
     return folder
 
 
 def test_archives_of_webdataset_are_data_sets(tmp_path: Path, drawn_clips: Path, archives: Path) -> None:
     records = read_index(archives)
     assert [record.file for record in records[:2]] == ["0.tar/part/000.v1.mp4", "0.tar/part/002.v1.mp4"]
-    assert [record.line for record in records] == list(range(6))
     original = read_index(drawn_clips)
     assert [r.caption for r in records] == [original[i].caption for i in (0, 2, 4, 1, 3, 5)]
-    assert [is_validation(record) for record in records] == [True] * 3 + [False] * 3
+    assert [record.validation for record in records] == [True] * 3 + [None] * 3
     options = CacheOptions(size=16, files_per_shard=4)
     build_cache(records, tmp_path / "of_tars", options)
     build_cache([original[i] for i in (0, 2, 4, 1, 3, 5)], tmp_path / "of_files", options)

@@ -18,6 +18,7 @@ from test_lm_deep_lm import PROMPTS, build
 from test_tokenizer import DENOISERS, known, tiny_tokenizer
 from torch import Tensor, nn
 
+from dicode import finetune_command
 from dicode.cli import parse
 from dicode.generate import DiCoDe
 from dicode.hub import load_state, read_config
@@ -26,6 +27,7 @@ from dicode.train import lora
 from dicode.train.clips import TokenizerTraining
 from dicode.train.lora import add_adapters, merged
 from dicode.train.runs import LanguageRun, LoRAConfig, TokenizerRun
+from dicode.video.shards import FrameCache
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0)
 NETWORKS = ["hourglass", "change", "wan", "unet3d", "llama", "gpt2"]
@@ -279,6 +281,43 @@ def test_a_working_folder_is_for_one_model_and_one_set_of_clips(capsys, tmp_path
         code, _, err = finetune(capsys, folder, tmp_path / "copy/mine", *argv)
         assert code == 2
         assert f"mine.work was begun with other {changed}" in err
+
+
+def test_a_repaired_file_is_taken_and_changed_ones_are_not_passed_over(
+    capsys, monkeypatch, tmp_path: Path, tiny_model: Path, drawn_clips: Path
+):
+    clips, work = tmp_path / "clips", tmp_path / "mine.work"
+    shutil.copytree(drawn_clips, clips)
+    lines = (clips / "captions.jsonl").read_text().splitlines()
+    (clips / "captions.jsonl").write_text("\n".join(lines[:2]))
+    whole = (clips / "videos/0000.mp4").read_bytes()
+    (clips / "videos/0000.mp4").write_bytes(b"")
+    argv = [clips, tmp_path / "mine", "--model", tiny_model, "--steps", 1, "--parts", "lm"]
+    code, _, err = finetune(capsys, *argv)
+    assert code == 2 and "got 0 and 1; for validation is what says so in its line, else every 15th video" in err
+    (clips / "videos/0000.mp4").write_bytes(whole)
+
+    def training(run: object, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        raise ValueError("training begins")
+
+    monkeypatch.setattr(finetune_command, "_train", training)
+    code, _, err = finetune(capsys, *argv)
+    assert (code, err) == (2, "dicode: training begins\n")
+    assert [video.file for video in FrameCache.load(work / "cache").videos] == ["videos/0000.mp4", "videos/0001.gif"]
+    cached = (work / "cache/index.json").read_bytes()
+    (clips / "captions.jsonl").write_text("\n".join([*lines[:1], lines[1][:-1] + ', "validation": true}']))
+    code, _, err = finetune(capsys, *argv)
+    assert code == 2 and f"begun with other clips (files, captions or splits): delete {work / 'lm'}" in err
+    assert (work / "cache/index.json").read_bytes() == cached
+    shutil.rmtree(work / "lm")
+    code, _, err = finetune(capsys, *argv)
+    assert code == 2 and "got 0 and 2" in err  # the changed line is obeyed
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").touch()
+    code, _, err = finetune(capsys, clips, tmp_path / "mine", "--model", tiny_model, "--work-folder", other)
+    assert code == 2 and "expected a folder of this command's, or none" in err
 
 
 def test_clips_that_leave_none_to_train_on_are_refused(capsys, tmp_path: Path, tiny_model: Path, drawn_clips: Path):

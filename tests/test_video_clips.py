@@ -1,92 +1,14 @@
-"""Data sets of clips: their index and captions, bad files among them, key frames, contact sheets, drawn clips."""
-
-import json
-import logging
+"""Clips: key frames, contact sheets, drawn clips."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dicode.data.index import check_files, is_validation, read_index
+from dicode.data.index import read_index
 from dicode.tokenizer.joins import key_frame_indices
-from dicode.video.io import VideoReadError, read_video
+from dicode.video.io import read_video
 from dicode.video.sheet import contact_sheet, save_sheet
 from dicode.video.synthetic import draw_clip, write_dataset
-
-
-def test_jsonl_index_keeps_lines_captions_and_all_else(tmp_path, caplog):
-    rows = [
-        {"file": "videos/a.gif", "caption": " ice  vortex\n", "expanded": "a vortex of ice", "lab": "x1", "take": 3},
-        {"file": "videos/b.mp4", "caption": None},
-    ]
-    (tmp_path / "captions.jsonl").write_text(json.dumps(rows[0]) + "\n\n" + json.dumps(rows[1]) + "\n")
-    with caplog.at_level(logging.WARNING):
-        first, second = read_index(tmp_path)
-    assert first.path == tmp_path / "videos" / "a.gif"
-    assert first.captions == ("ice vortex", "a vortex of ice")
-    assert first.extra == {"lab": "x1", "take": 3}
-    assert (second.caption, second.captions, second.line) == ("", (), 2)  # the blank line counts
-    assert "1 of 2 clips have no caption" in caplog.text
-    assert read_index(tmp_path / "captions.jsonl") == [first, second]
-
-
-def test_csv_and_text_files_serve_as_captions(tmp_path):
-    (tmp_path / "list.csv").write_text(
-        '﻿file,caption,scene\na.mp4,"fire, then ice",kitchen\nb.mp4,,\n', encoding="utf-8"
-    )
-    first, second = read_index(tmp_path / "list.csv")
-    assert (first.path.name, first.caption, first.extra) == ("a.mp4", "fire, then ice", {"scene": "kitchen"})
-    assert (second.caption, second.line) == ("", 1)
-    loose = tmp_path / "loose"
-    (loose / "sub").mkdir(parents=True)
-    for name in ("clip10.mp4", "clip9.gif", "sub/clip1.webm", "notes.pdf"):
-        (loose / name).touch()
-    (loose / "clip9.txt").write_text("a fox\n")
-    found = [(record.path.name, record.caption, record.line) for record in read_index(loose)]
-    assert found == [("clip9.gif", "a fox", 0), ("clip10.mp4", "", 1), ("clip1.webm", "", 2)]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("captions.jsonl", '{"file": "a.mp4"}\n{"file"', "line 2: not JSON"),
-        ("captions.jsonl", "[1]", "line 1: expected an object"),
-        ("captions.jsonl", '{"caption": "fire"}', "expected text for 'file', got None"),
-        ("captions.jsonl", '{"file": "a.mp4", "caption": 3}', "expected text for 'caption', got 3"),
-        ("captions.jsonl", "\n", "found no clip"),
-        ("captions.csv", "name,text\na,b\n", "columns file and caption"),
-        ("captions.jsonl", b'{"file": "a.mp4"}\n{"file": "b.mp4", "caption": "caf\xe9"}', "line 2: not JSON in UTF-8"),
-        ("captions.csv", b"file,caption\na.mp4,caf\xe9\n", "not UTF-8"),
-        ("captions.xml", "<a/>", "expected a .jsonl, .csv or .tar file"),
-    ],
-)
-def test_a_damaged_index_is_refused_by_file_and_line(tmp_path, name, text, said):
-    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(VideoReadError, match=said) as caught:
-        read_index(tmp_path / name)
-    assert name in str(caught.value)
-
-
-def test_the_validation_split_is_one_lab_of_droid_and_every_fifteenth_line_elsewhere(tmp_path):
-    for folder in ("droid", "other"):
-        (tmp_path / folder).mkdir()
-        rows = [{"file": f"{i}.mp4", "caption": "x", "lab": "f147f077" if i in (2, 15) else "z"} for i in range(31)]
-        (tmp_path / folder / "captions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    chosen = {f: [r.line for r in read_index(tmp_path / f) if is_validation(r)] for f in ("droid", "other")}
-    assert chosen == {"droid": [2, 15], "other": [0, 15, 30]}
-
-
-def test_checking_goes_on_after_bad_files(tmp_path):
-    write_dataset(tmp_path, 4)
-    records = read_index(tmp_path)
-    records[0].path.write_bytes(b"")
-    records[2].path.unlink()
-    good, bad = check_files(records)
-    assert good == [records[1], records[3]]
-    assert [file.record for file in bad] == [records[0], records[2]]
-    assert "empty file" in bad[0].reason
-    assert "no such file" in bad[1].reason
-    assert len(check_files(records[1:2], min_frames=99)[1]) == 1
 
 
 def test_n_clips_have_n_plus_1_key_frames():
@@ -129,8 +51,8 @@ def test_drawn_clips_show_what_their_caption_says():
 
 def test_a_written_data_set_reads_back_as_drawn(tmp_path):
     records = read_index(write_dataset(tmp_path / "toy", 3, num_frames=9, size=24, seed=40))
-    for record in records:
-        frames, caption = draw_clip(40 + record.line, 9, 24)
+    for number, record in enumerate(records):
+        frames, caption = draw_clip(40 + number, 9, 24)
         read = read_video(record.path).frames
         assert (record.caption, read.shape) == (caption, frames.shape)
         assert np.abs(read.astype(int) - frames).mean() < 4

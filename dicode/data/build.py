@@ -5,6 +5,7 @@ quarantine.jsonl, the files that could not be read, and copies.jsonl, the videos
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,18 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from dicode.data.index import ClipRecord, is_validation
 from dicode.data.looks import look_of, repeats, scenes
+from dicode.data.records import ClipRecord, validation_split
 from dicode.data.spread import spread
-from dicode.files import PARTIAL, Place, fetched, put_text, state_of
+from dicode.files import Place, fetched, put_text, state_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
 from dicode.progress import Progress
 from dicode.shapes import Video
-from dicode.video.columns import VIDEOS, CachedVideo
+from dicode.video.cache_folder import INDEX, check_own, shard_files, stale_files, whole_files
+from dicode.video.columns import CachedVideo
 from dicode.video.io import Times, VideoReadError, native_frames
-from dicode.video.shards import INDEX, Shard, fault, index_text, shard_name, write_shard, write_videos
+from dicode.video.shards import Shard, fault, index_text, shard_name, write_shard, write_videos
 
 QUARANTINE, COPIES = "quarantine.jsonl", "copies.jsonl"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MOST_LACKING_S = 0.5  # of a span, at the end of its file: times of lists are rounded
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,10 @@ class Unit:
 class Entry:
     """A video of a unit: its rows counted from the first of the shard, and whether it is left out as a copy."""
 
-    video: CachedVideo
+    video: CachedVideo  # in the notes of shards without captions, split and further values; see `with_lines`
     look: str = ""  # see `look_of`
     repeats: str = ""  # the video it is a copy of
+    record: int = 0  # of the unit's
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,22 @@ class Made:
 
 
 def build_cache(
-    records: Sequence[ClipRecord], output: Place, options: CacheOptions, workers: int = 1, ray: str | None = None
+    records: Sequence[ClipRecord],
+    output: Place,
+    options: CacheOptions,
+    workers: int = 1,
+    ray: str | None = None,
+    validation_by: tuple[str, str] | None = None,
 ) -> list[Made]:
     """Write a cache of these clips, in their order, going on from what an earlier run of the same left.
 
-    Bad files are noted and left out. Raises `VideoReadError` where nothing can be read.
+    Bad files are noted and left out. `validation_by`: see `validation_split`. Raises `VideoReadError` where nothing can
+    be read, and `ValueError` for a folder with other files than a cache's.
     """
-    for old in output.glob(f".*{PARTIAL}"):
+    check_own(output)
+    if validation_by is not None:
+        validation_split(records, validation_by)  # raises before the work rather than after it
+    for old in stale_files(output):
         old.unlink()
     at_once = options.files_per_shard
     units = [
@@ -111,6 +125,7 @@ def build_cache(
     made.sort(key=lambda unit: unit.number)
     if options.dedupe is not None:
         made = without_copies(made, units, options.dedupe)
+    made = with_lines(made, units, validation_by)
     bad = [dataclasses.asdict(file) for unit in made for file in unit.bad]
     put_text(output / QUARANTINE, "".join(json.dumps(file, ensure_ascii=False) + "\n" for file in bad))
     finish(made, output)
@@ -122,14 +137,8 @@ def make_shard(unit: Unit) -> str:
     name, digest = shard_name(unit.number), hashlib.sha256(unit.options.of_units().encode())
     for record in unit.records:
         held = record.inside.archive if record.inside else record.path
-        facts = (
-            record.source,
-            record.file,
-            record.captions,
-            is_validation(record),
-            record.inside and record.inside.span,
-        )
-        digest.update(json.dumps([*facts, state_of(held)]).encode())
+        facts = (record.source, record.file, record.start_s, record.end_s, record.inside and record.inside.span)
+        digest.update(json.dumps([*facts, record.fault or state_of(held)]).encode())
     note = unit.output / f"{name}.json"
     if not unit.afresh and note.is_file():
         text = note.read_text(encoding="utf-8")
@@ -141,14 +150,16 @@ def make_shard(unit: Unit) -> str:
     times_s: list[Times] = []
     bad: list[Bad] = []
     first = 0
-    for record in unit.records:
+    for number, record in enumerate(unit.records):
         try:
             for entry, own_frames, own_times_s in _clips(record, unit.options):
-                entries.append(replace(entry, video=replace(entry.video, first=first)))
+                entries.append(replace(entry, record=number, video=replace(entry.video, first=first)))
                 frames.append(own_frames)
                 times_s.append(own_times_s)
                 first += len(own_frames)
         except (VideoReadError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise  # of a copy that an archive's member is read from
             bad.append(Bad(str(record.path), str(error)))
     shard = None
     if frames:
@@ -168,7 +179,14 @@ def _still_there(text: str, inputs: str, output: Place) -> bool:
 def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, Video, Times]]:
     """The video of a file, or its scenes."""
     with record.opened() as path:
-        frames, times_s, period_s = native_frames(path, options.size, max_fps=options.max_fps)
+        frames, times_s, period_s = native_frames(
+            path, options.size, max_fps=options.max_fps, start_s=record.start_s, end_s=record.end_s
+        )
+    if record.end_s is not None and record.end_s - record.start_s - period_s > MOST_LACKING_S:
+        lasts_s = record.start_s + period_s
+        raise VideoReadError(
+            f"{record.path}: its line has end_s {record.end_s:g}, and the file ends at {lasts_s:.4g} s"
+        )
     spans = [(0, len(frames))] if options.scenes is None else scenes(frames)
     ends_s = [*times_s[[stop for _, stop in spans[:-1]]], period_s]
     lengths_s = [end_s - times_s[start] for (start, _), end_s in zip(spans, ends_s, strict=True)]
@@ -180,13 +198,13 @@ def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, V
         video = CachedVideo(
             source=record.source,
             file=record.file,
-            captions=record.captions,
-            validation=is_validation(record),
+            captions=(),
+            validation=False,
             loops=options.loops,
             first=0,
             count=stop - start,
             period_s=float(length_s),
-            start_s=float(times_s[start]),
+            start_s=record.start_s + float(times_s[start]),
         )
         own = frames[start:stop]
         look = "" if options.dedupe is None else look_of(own)
@@ -201,7 +219,7 @@ def _note(made: Made, output: Place) -> str:
 
 def _forget(output: Place, name: str) -> None:
     """Remove a shard with all that was computed of it, and the index, which speaks of it."""
-    for old in [output / INDEX, *output.glob(f"{name}.*")]:
+    for old in [output / INDEX, *shard_files(output, name)]:
         old.unlink(missing_ok=True)
 
 
@@ -247,6 +265,21 @@ def _rewritten(made: Made, output: Place, copies: dict[int, str]) -> Made:
     return made
 
 
+def with_lines(made: Iterable[Made], units: Sequence[Unit], validation_by: tuple[str, str] | None = None) -> list[Made]:
+    """The same with what the lines tell of each video, and the split, which is over videos that can be read."""
+    made = list(made)
+    lines = {i: units[unit.number].records for i, unit in enumerate(made)}
+    kept = dict.fromkeys((i, e.record) for i, unit in enumerate(made) for e in unit.entries if not e.repeats)
+    split = dict(zip(kept, validation_split([lines[i][number] for i, number in kept], validation_by), strict=True))
+
+    def told(i: int, entry: Entry) -> Entry:
+        record, held_out = lines[i][entry.record], split.get((i, entry.record), False)
+        video = replace(entry.video, captions=record.captions, validation=held_out, extra=dict(record.extra))
+        return replace(entry, video=video)
+
+    return [replace(unit, entries=tuple(told(i, entry) for entry in unit.entries)) for i, unit in enumerate(made)]
+
+
 def finish(made: Sequence[Made], output: Place) -> None:
     """Write the index of the shards, and remove what does not belong to them."""
     shards: list[Shard] = []
@@ -262,16 +295,15 @@ def finish(made: Sequence[Made], output: Place) -> None:
             else:
                 videos.append(replace(entry.video, first=first + entry.video.first))
     names, index = {shard_name(unit.number) for unit in made}, output / INDEX
-    for old in (*output.glob("shard-*"), *output.glob(f".*{PARTIAL}")):
+    for old in (*shard_files(output), *stale_files(output)):
         if old.name.partition(".")[0] not in names:
             old.unlink()
     put_text(output / COPIES, "".join(json.dumps(copy, ensure_ascii=False) + "\n" for copy in copies))
     text = index_text(shards, *write_videos(output, videos)) if videos else ""
     if videos and index.is_file() and index.read_text(encoding="utf-8") == text:
         return
-    for old in output.glob("*.safetensors"):
-        if not old.name.startswith("shard-") and old.name != VIDEOS:  # computed of the whole cache as it was
-            old.unlink()
+    for old in whole_files(output):
+        old.unlink()
     index.unlink(missing_ok=True)
     if not videos:
         raise VideoReadError(

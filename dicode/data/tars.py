@@ -4,62 +4,149 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
-from dicode.files import Place, put
+from dicode.data.notes import MOST_BYTES, NOTES, of_texts
+from dicode.data.records import ClipRecord, Member, faulty
+from dicode.files import Place, TextError, decoded, put
 from dicode.shapes import Video
 from dicode.video.io import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 from dicode.video.writer import VideoWriter
 
 TAR_SUFFIX = ".tar"
-NOTES = (".json", ".txt")
 UNEVEN = 0.25  # of the mean time between frames: a GIF at 8 fps has frames of 0.12 and 0.13 s
 
 
-class Member(NamedTuple):
-    """A file within an archive, which can be read without looking at those before it."""
+def tar_records(archive: Place, folder: Place, left_out: Counter[str]) -> list[ClipRecord]:
+    """The clips of an archive, in its order, each with its .json and .txt; what is damaged is a clip with a fault."""
+    try:
+        with archive.open("rb") as file:
+            return list(_records(archive, folder, file, left_out))
+    except tarfile.ReadError as error:
+        return [_damaged(archive, folder, error)]
 
-    archive: Place
-    span: tuple[int, int]  # offset and length in bytes
+
+def _damaged(archive: Place, folder: Place, error: Exception) -> ClipRecord:
+    return faulty(archive, folder, f"not a whole, uncompressed tar ({error}); unpack it, or copy it again")
 
 
-def samples(archive: Place) -> Iterator[tuple[str, Member, Mapping[str, bytes]]]:
-    """Name and place of every video of an archive, with its .json and .txt, in the order of the archive.
-
-    A sample is what has one name up to its first dot; of several videos in it the first that is no image counts.
-    Raises `tarfile.ReadError` where the archive is damaged or compressed, after what comes before that.
-    """
-    found: dict[str, dict[str, tarfile.TarInfo]] = {}
-    damage: tarfile.ReadError | None = None
-    with archive.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+def _records(archive: Place, folder: Place, file: IO[bytes], left_out: Counter[str]) -> Iterator[ClipRecord]:
+    damage: Exception | None = None
+    with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
+        entries: dict[str, tarfile.TarInfo] = {}
+        twice: set[str] = set()
         try:
-            for entry in tar:
-                folder, _, name = entry.name.rpartition("/")
-                key, _, ending = name.partition(".")
-                if entry.isfile():
-                    found.setdefault(f"{folder}/{key}", {})[ending.lower()] = entry
-        except tarfile.ReadError as error:
+            for entry in _members(tar, file):
+                twice |= {entry.name} & entries.keys()
+                entries[entry.name] = entry
+        except (tarfile.TarError, OSError, MemoryError, OverflowError, ValueError, RecursionError) as error:
             damage = error
-        for entries in found.values():
-            videos = [ending for ending in entries if _suffix(ending) in VIDEO_SUFFIXES]
-            if videos:
-                chosen = entries[min(videos, key=lambda ending: _suffix(ending) in IMAGE_SUFFIXES)]
-                notes = {_suffix(ending): entry for ending, entry in entries.items() if _suffix(ending) in NOTES}
-                texts = {suffix: tar.extractfile(entry).read() for suffix, entry in notes.items()}  # type: ignore[union-attr]
-                yield chosen.name, Member(archive, (chosen.offset_data, chosen.size)), texts
+        for name, notes in _samples(list(entries), left_out):
+            path, entry = archive / _utf8(name), entries[name]
+            if isinstance(notes, str) or name in twice or _utf8(name) != name:
+                reasons = notes if isinstance(notes, str) else "its name is not UTF-8" if _utf8(name) != name else ""
+                yield faulty(path, folder, reasons or "twice in the archive; which is meant?")
+                continue
+            try:
+                texts = {suffix: _text(tar, entries[note]) for suffix, note in notes.items()}
+            except (TextError, OSError, tarfile.TarError) as error:
+                yield faulty(path, folder, f"the text beside it cannot be read ({error})")
+                continue
+            span = (entry.offset_data, entry.size)
+            yield replace(of_texts(path, texts, folder, left_out), inside=Member(archive, span))
     if damage is not None:
-        raise damage
+        yield _damaged(archive, folder, damage)
 
 
-def _suffix(ending: str) -> str:
-    return "." + ending.rpartition(".")[2]
+def _members(tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """The plain files of an archive that lie in it whole. Raises `tarfile.ReadError` for one that claims more."""
+    size = file.seek(0, io.SEEK_END)
+    before = -1
+    for entry in tar:
+        if entry.size < 0 or entry.offset <= before or (entry.isfile() and entry.offset_data + entry.size > size):
+            raise tarfile.ReadError(f"{entry.name!r} claims {entry.size:,} bytes, and {size:,} are there")
+        before = entry.offset
+        if entry.isfile() and not entry.issparse():
+            yield entry
+
+
+def _samples(names: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[str, dict[str, str] | str]]:
+    """Each video with its notes by suffix, or with why they cannot be told.
+
+    A note belongs to the video of its name up to the last dot: of KEY.v1.mp4 that is KEY.v1.json, and only where no
+    name fits so, that of `webdataset`, up to the first dot, counts, if it fits one video alone.
+    """
+    videos: dict[str, list[str]] = {}
+    notes: dict[str, dict[str, str]] = {}
+    for name in names:
+        stem, dot, ending = name.rpartition(".")
+        suffix = f".{ending.lower()}"
+        if not dot or name.rpartition("/")[2].startswith("."):
+            continue
+        if suffix in NOTES:
+            notes.setdefault(stem, {})[suffix] = name
+        elif suffix in VIDEO_SUFFIXES:
+            videos.setdefault(stem, []).append(name)
+    by_first = _shared(videos, left_out)
+    loose = {stem: found for stem, found in notes.items() if stem not in videos}
+    told: dict[str, dict[str, str] | str] = {stem: dict(notes.get(stem, {})) for stem in videos}
+    for stem, found in loose.items():
+        fitting = by_first.get(_first(stem), [])
+        for video in fitting:
+            own = told[video]
+            if len(fitting) > 1 and not isinstance(own, str) and not own:
+                told[video] = f"{', '.join(found.values())} may belong to any of {len(fitting)} videos; name it as one"
+            elif len(fitting) == 1 and isinstance(own, dict):
+                told[video] = {**found, **own}
+    for stem, (name, *_) in videos.items():
+        yield name, told[stem]
+
+
+def _shared(videos: dict[str, list[str]], left_out: Counter[str]) -> dict[str, list[str]]:
+    """Stems by their first part; images of which a video has the key are taken out, and so is a second video."""
+    by_first: dict[str, list[str]] = {}
+    for stem in videos:
+        by_first.setdefault(_first(stem), []).append(stem)
+    for stems in by_first.values():
+        moving = [stem for stem in stems if any(not _is_still(name) for name in videos[stem])]
+        for stem in [stem for stem in stems if moving and stem not in moving]:
+            left_out["images beside videos"] += len(videos.pop(stem))
+            stems.remove(stem)
+        for stem in stems:
+            names = sorted(videos[stem], key=_is_still)
+            kept = [name for name in names if not _is_still(name)] or names
+            left_out["images beside videos"] += len(names) - len(kept)
+            left_out["further videos of one key in archives"] += len(kept) - 1
+            videos[stem] = kept
+    return by_first
+
+
+def _first(stem: str) -> str:
+    folder, slash, name = stem.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def _is_still(name: str) -> bool:
+    return f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
+
+
+def _utf8(name: str) -> str:
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _text(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> str:
+    if entry.size > MOST_BYTES:
+        raise TextError(f"{entry.name}: expected a text of at most {MOST_BYTES:,} bytes, got {entry.size:,}")
+    return decoded(tar.extractfile(entry).read(), entry.name)  # type: ignore[union-attr]
 
 
 def write_tars(cache: FrameCache, output: Place) -> list[Place]:
@@ -84,8 +171,9 @@ def _write_tar(path: Path, cache: FrameCache, videos: list[CachedVideo], stem: s
             movie = Path(folder) / "clip.mp4"
             with VideoWriter(movie, fps) as writer:
                 writer.write(frames)
-            facts = {"caption": (*video.captions, "")[0], "expanded": (*video.captions, "", "")[1]}
-            facts |= {name: getattr(video, name) for name in ("source", "file", "start_s", "loops", "validation")}
+            facts: dict[str, Any] = {"caption": (*video.captions, "")[0], "expanded": (*video.captions, "", "")[1]}
+            facts |= {name: getattr(video, name) for name in ("source", "file", "loops", "validation")}
+            facts |= {"captions": video.captions[2:], "scene_start_s": video.start_s}  # start_s would cut it once more
             contents = {
                 "mp4": movie.read_bytes(),
                 "txt": facts["caption"].encode(),

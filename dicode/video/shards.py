@@ -24,11 +24,11 @@ from torch import Tensor
 from dicode.files import Place, fetched, place, put, put_text, sha256_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
 from dicode.progress import Progress
+from dicode.video.cache_folder import INDEX, check_own, shard_files, whole_files
 from dicode.video.columns import DTYPES, VALIDATION, VIDEOS, FrameRows, Videos, joined
 from dicode.video.columns import CachedVideo as CachedVideo  # which other modules import from here
 
 FORMAT = 2
-INDEX = "index.json"
 MOST_OPEN = 1024  # shards mapped at a time: Linux allows a process 65,530 maps, 10 million clips are 156,250 shards
 
 
@@ -140,12 +140,14 @@ class FrameCache:
     def save(self, folder: str | Path) -> None:
         """Write the videos of a cache in memory as one shard.
 
-        What lay there before goes, with what was computed of it: an interrupted write leaves no cache.
+        A cache that lay there before goes, with what was computed of it: an interrupted write leaves none. Raises
+        `ValueError` for a folder with other files.
         """
         folder = Path(folder)
+        check_own(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / INDEX).unlink(missing_ok=True)
-        for old in (*folder.glob("*.safetensors"), *folder.glob("shard-*.json")):
+        for old in (*shard_files(folder), *whole_files(folder)):
             old.unlink()
         shard = write_shard(folder, shard_name(0), self.frames[:], self.times_s[:])
         write_index(folder, [shard], self.columns)

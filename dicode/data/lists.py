@@ -1,0 +1,188 @@
+"""List files: a line, an entry or a row for every clip, from JSON, CSV, Parquet or plain text."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from dicode.data.records import FILE_KEYS, ClipRecord, record_of
+from dicode.extras import missing_extra
+from dicode.files import Place, TextError, fetched, read_text
+from dicode.video.io import VideoReadError
+
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
+# What a folder's list is called, the first that is there; metadata is what Hugging Face's VideoFolder reads.
+NAMES = (
+    *(f"captions{suffix}" for suffix in SUFFIXES),
+    *(f"metadata{suffix}" for suffix in SUFFIXES if suffix != ".json"),  # metadata.json tells of frames beside it
+)
+PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt"), "videos.txt"  # a line a clip in both, as trainers of CogVideoX read
+Row = tuple[str, dict[str, Any]]  # where it stands, and its values
+
+
+def read_list(path: Place, folder: Place) -> list[ClipRecord]:
+    """The clips of a list file, one a line. Raises `VideoReadError` naming file and line."""
+    return [record_of(row, where, path.parent, folder) for where, row in rows(path)]
+
+
+def read_pairs(prompts: Place, videos: Place, folder: Place) -> list[ClipRecord]:
+    """The clips of two text files, of which one has the captions and one the files, a line each."""
+    texts, files = (_text(path).splitlines() for path in (prompts, videos))
+    while files and not files[-1].strip():
+        files.pop()
+    if not any(text.strip() for text in texts[len(files) :]):
+        del texts[len(files) :]
+    if len(texts) != len(files):
+        raise VideoReadError(
+            f"{prompts}, {videos.name}: expected as many lines in both, got {len(texts)} and {len(files)}"
+        )
+    return [
+        record_of({"file": file.strip(), "caption": text}, f"{videos}, line {line}", videos.parent, folder)
+        for line, (file, text) in enumerate(zip(files, texts, strict=True), 1)
+    ]
+
+
+def rows(path: Place) -> Iterator[Row]:
+    """The rows of a list file, each with where it stands."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(read_parquet(path)))
+    elif suffix in (".csv", ".tsv"):
+        yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
+    elif suffix == ".json":
+        yield from _json_entries(path)
+    else:
+        for line, text in enumerate(_text(path).split("\n"), 1):
+            if text.strip():
+                where = f"{path}, line {line}"
+                yield where, json_object(text, where)
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """An object of JSON. Raises `VideoReadError` naming `where`."""
+    value = json_value(text, where)
+    if not isinstance(value, dict):
+        raise VideoReadError(f"{where}: expected an object, got {text.strip()[:60]}")
+    return value
+
+
+def json_value(text: str, where: str) -> Any:
+    """A value of JSON, in which no object has a key twice. NaN is a number here, as many programs write it."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # RecursionError: of brackets in brackets
+        raise VideoReadError(f"{where}: not JSON ({error})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return values
+
+
+def _text(path: Place) -> str:
+    try:
+        return read_text(path)
+    except (TextError, OSError) as error:
+        raise VideoReadError(str(error)) from error
+
+
+def _json_entries(path: Place) -> Iterator[Row]:
+    """A list of objects, or an object that names captions, or an object, for every file."""
+    value = json_value(_text(path), str(path))
+    if isinstance(value, dict) and not any(key in value for key in FILE_KEYS):
+        entries: list[Any] = []
+        for file, told in value.items():
+            if not (isinstance(told, str | dict) or _is_texts(told)):
+                raise VideoReadError(
+                    f"{path}: expected a list of objects, or captions or an object for each file,"
+                    f" got {str(told)[:60]!r} for {file!r}"
+                )
+            entries.append({"file": file, **told} if isinstance(told, dict) else {"file": file, "caption": told})
+    else:
+        entries = value if isinstance(value, list) else [value]
+    for number, entry in enumerate(entries):
+        where = f"{path}, entry {number} (counting from 0)"
+        if not isinstance(entry, dict):
+            raise VideoReadError(f"{where}: expected an object, got {str(entry)[:60]!r}")
+        yield where, entry
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _csv_rows(path: Place, delimiter: str) -> Iterator[Row]:
+    """Rows with as many values as there are columns; quotes are closed, and begin where the value does."""
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, delimiter=delimiter)
+    columns: list[str] = []
+    line = 1
+    while True:
+        where = f"{path}, line {line}"
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise VideoReadError(
+                f"{where}: not CSV ({error}); is a quote left open, or one within a text single?"
+            ) from error
+        line = reader.line_num + 1
+        if values is None:
+            break
+        if not values:
+            continue
+        if not columns:
+            columns = _columns(values, where, delimiter)
+            continue
+        if len(values) != len(columns):
+            kind = "more" if len(values) > len(columns) else "fewer"
+            raise VideoReadError(
+                f"{where}: {kind} values than columns ({len(values)}, {len(columns)}); put a text that holds"
+                f" {'tabs' if delimiter != ',' else 'commas'} in double quotes, with no space before the first"
+            )
+        if any(value[:1].isspace() and value.lstrip().startswith('"') for value in values):
+            raise VideoReadError(f"{where}: a space before a double quote, which so is part of the text; take it out")
+        yield where, dict(zip(columns, values, strict=True))
+
+
+def _columns(values: list[str], where: str, delimiter: str) -> list[str]:
+    columns = [value.strip() for value in values]
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise VideoReadError(f"{where}: the column {twice!r} is there twice")
+    if not set(columns) & set(FILE_KEYS):
+        other = next((mark for mark in ";\t," if mark != delimiter and mark in "".join(values)), "")
+        hint = f"; columns are separated by {delimiter!r}, not by {other!r}" if other else ""
+        raise VideoReadError(f"{where}: expected columns file and caption, got {columns}{hint}")
+    return columns
+
+
+def read_parquet(path: Place, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a Parquet file, of all columns or those of these that it has."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "data") from error
+    with fetched(path) as local:
+        try:
+            has = parquet.read_schema(local).names
+            table = parquet.read_table(local, columns=has if columns is None else [c for c in columns if c in has])
+            return table.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise VideoReadError(f"{path}: not a Parquet file that can be read ({error})") from error
+
+
+def whole_number(value: Any, where: str) -> int:
+    """An integer from 0 on."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value != int(value)
+        or value < 0
+    ):
+        raise VideoReadError(f"{where}: expected a number from 0 on, got {value!r}")
+    return int(value)

@@ -1,0 +1,288 @@
+"""A clip and what a line of text tells of it: the file, its captions, the span of it, its split."""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dicode.files import Place, fetched, place
+from dicode.video.io import VideoReadError
+
+# The names under which lists have these; the first that a line fills counts.
+FILE_KEYS = ("file", "file_name", "filename", "video", "video_path", "path", "video_file", "file_path", "filepath")
+CAPTION_KEYS = ("caption", "text", "prompt")
+SPAN_KEYS = ("start_s", "end_s")
+KNOWN = (*FILE_KEYS, *CAPTION_KEYS, "captions", "expanded", "validation", *SPAN_KEYS)
+# Words of other lists that mean something here under another name, and are not taken for it: their units differ.
+MEANT = {
+    **dict.fromkeys(("start", "start_time", "start_sec", "begin", "from_timestamp", "start time"), "start_s"),
+    **dict.fromkeys(("end", "end_time", "end_sec", "to_timestamp", "end time"), "end_s"),
+    **dict.fromkeys(("start_frame", "end_frame", "timestamp", "timestamps"), "start_s, end_s"),
+    **dict.fromkeys(("split", "val", "is_validation"), "validation"),
+}
+TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+LIKENESS = 0.85  # of a mistyped key: captoin, end_ms, but not start, caption_en
+VALIDATION_EVERY = 15
+MOST_NESTING = 20  # of further values; what is deeper is null
+MOST_CAPTIONS = 1000  # of a clip
+MOST_CAPTION = 100_000  # characters: a caption, not a book that a quote left open has swallowed
+
+
+class Member(NamedTuple):
+    """A file within an archive, which can be read without looking at those before it."""
+
+    archive: Place
+    span: tuple[int, int]  # offset and length in bytes
+
+
+@dataclass(frozen=True)
+class ClipRecord:
+    """A clip of a data set: a video, or a span of it, and what it shows."""
+
+    path: Place  # a file, or a folder of frames
+    captions: tuple[str, ...]  # every text there is, the short one first
+    folder: Place  # the data set's
+    start_s: float = 0.0
+    end_s: float | None = None  # None: to the end of the file
+    validation: bool | None = None  # as its line says
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further values of its line
+    episode: str = ""  # of a file or of several; what the split takes for one video
+    inside: Member | None = None  # of a tar archive, if it is no file of its own
+    fault: str = ""  # what is wrong with it, if that is known before it is read
+
+    @property
+    def caption(self) -> str:
+        """The first text, or ''."""
+        return self.captions[0] if self.captions else ""
+
+    @property
+    def source(self) -> str:
+        """The name of the data set: that of its folder."""
+        return _name_of(self.folder)
+
+    @property
+    def file(self) -> str:
+        """The path within the data set, or the whole path of what lies elsewhere."""
+        path, folder = self.path.as_posix(), self.folder.as_posix()
+        return path.removeprefix(f"{folder}/") if folder != "." else path
+
+    @property
+    def video(self) -> str:
+        """What tells one video from another, however many clips are of it."""
+        if self.episode:
+            return self.episode
+        return os.path.normpath(self.path) if isinstance(self.path, Path) else str(self.path)
+
+    @contextmanager
+    def opened(self) -> Iterator[Path]:
+        """A path to read frames from, as long as the block lasts; errors of reading name the clip, not a copy of it."""
+        if self.fault:
+            raise VideoReadError(self.fault)
+        held, span = (self.inside.archive, self.inside.span) if self.inside else (self.path, None)
+        with fetched(held, span, self.path.name) as local:
+            try:
+                yield local
+            except VideoReadError as error:
+                raise VideoReadError(str(error).replace(str(local), str(self.path))) from error
+
+
+@lru_cache
+def _name_of(folder: Place) -> str:
+    return folder.resolve().name
+
+
+def faulty(path: Place, folder: Place, reason: str) -> ClipRecord:
+    """A clip that cannot be read, and why. What of the names is not UTF-8 is written as \\xNN."""
+    shown, where = (
+        place(
+            p if (name := str(p)).isascii() else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        )
+        for p in (path, folder)
+    )
+    return ClipRecord(shown, (), where, fault=f"{shown}: {reason}")
+
+
+def record_of(row: Mapping[str, Any], where: str, base: Place, folder: Place) -> ClipRecord:
+    """What a line of a list tells; its file is relative to `base`. Raises `VideoReadError` naming `where`."""
+    given = [key for key in FILE_KEYS if row.get(key) not in (None, "")]
+    if not given or not isinstance(file := row[given[0]], str):
+        found = f"{file!r}" if given else f"the keys {', '.join(map(str, row)) or 'none'}"
+        raise VideoReadError(f"{where}: expected text for 'file' (or one of {', '.join(FILE_KEYS[1:])}), got {found}")
+    if not _is_text(file):
+        raise VideoReadError(f"{where}: the file's name {file!r} is no text")
+    try:
+        path = place(file) if "://" in file else base / file
+        if "\\" in file and isinstance(path, Path) and not path.exists():
+            path = base / file.replace("\\", "/")  # written on Windows
+    except (ValueError, OSError, ImportError) as error:
+        raise VideoReadError(f"{where}: {file!r} names no file that can be reached ({error})") from error
+    return described(row, where, folder, path, given[0])
+
+
+def described(row: Mapping[str, Any], where: str, folder: Place, path: Place, file_key: str = "") -> ClipRecord:
+    """The clip at `path` with the values of a line; the file that the line names under `file_key` is no extra."""
+    for key, meant in misspelt(tuple(row)):
+        raise VideoReadError(f"{where}: unknown key {key!r} (did you mean {meant!r}?)")
+    texts = next((found for key in CAPTION_KEYS if (found := _texts(row, key, where))), ())
+    captions = (*texts[:1], *_texts(row, "expanded", where), *texts[1:], *_texts(row, "captions", where))
+    if len(captions) > MOST_CAPTIONS:
+        raise VideoReadError(f"{where}: expected at most {MOST_CAPTIONS} captions of a clip, got {len(captions)}")
+    start_s, end_s = (_seconds(row, key, where) for key in SPAN_KEYS)
+    if end_s is not None and end_s <= (start_s or 0.0):
+        raise VideoReadError(f"{where}: expected end_s after start_s, got {start_s or 0:g} and {end_s:g}")
+    validation = _truth(row.get("validation"), where)
+    extra = _extra(row, file_key)
+    return ClipRecord(path, tuple(dict.fromkeys(captions)), folder, start_s or 0.0, end_s, validation, extra)
+
+
+@lru_cache
+def misspelt(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Keys that are nearly a known one which is missing, each with that one."""
+    missing = [
+        known
+        for group in (
+            FILE_KEYS,
+            (*CAPTION_KEYS, "captions"),
+            *((key,) for key in ("expanded", "validation", *SPAN_KEYS)),
+        )
+        if not set(group) & set(keys)
+        for known in group
+        if len(known) > len("text")  # "test" is a word of its own
+    ]
+    others = [key for key in keys if key not in KNOWN and key not in MEANT]
+    return tuple((key, meant) for key in others for meant in difflib.get_close_matches(key, missing, 1, LIKENESS))
+
+
+def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = row.get(key)
+    if value is None or _is_nan(value):
+        return ()
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
+        raise VideoReadError(f"{where}: expected text, or a list of texts, for {key!r}, got {_shown(value)}")
+    for text in values:
+        if not _is_text(text):
+            raise VideoReadError(f"{where}: {key!r} holds half a character or a NUL: {_shown(text)}")
+        if len(text) > MOST_CAPTION:
+            raise VideoReadError(
+                f"{where}: expected at most {MOST_CAPTION:,} characters for {key!r}, got {len(text):,}"
+            )
+    return tuple(short for text in values if (short := " ".join(text.split())))
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and (text.isascii() or not re.search("[\ud800-\udfff]", text))
+
+
+def _seconds(row: Mapping[str, Any], key: str, where: str) -> float | None:
+    value = row.get(key)
+    if value is None or value == "":
+        return None
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise VideoReadError(f"{where}: expected seconds from 0 on for {key!r}, got {_shown(value)}")
+    return seconds
+
+
+def _truth(value: Any, where: str) -> bool | None:
+    if value is None or value == "":
+        return None
+    word = str(value).strip().lower()
+    if not isinstance(value, bool | int | str) or word not in (*TRUE, *FALSE):
+        raise VideoReadError(f"{where}: expected true or false for 'validation', got {_shown(value)}")
+    return word in TRUE
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _extra(row: Mapping[str, Any], file_key: str) -> dict[str, Any]:
+    """The further values of a line."""
+    taken = {file_key, "captions", "expanded", "validation", *SPAN_KEYS}
+    taken |= {next((key for key in CAPTION_KEYS if row.get(key)), "caption"), "caption"}
+    return {str(key): _plain(value, 0) for key, value in row.items() if key not in taken}
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """A value as JSON in UTF-8 has it: numbers that are not finite are null, halves of characters question marks."""
+    if isinstance(value, str):
+        return value if _is_text(value) else value.encode(errors="replace").decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, int):
+        return value
+    if depth >= MOST_NESTING:
+        return None
+    if isinstance(value, dict):
+        return {_plain(str(key), 0): _plain(held, depth + 1) for key, held in value.items()}
+    return [_plain(held, depth + 1) for held in value] if isinstance(value, list | tuple) else str(value)
+
+
+def merged(records: Iterable[ClipRecord]) -> list[ClipRecord]:
+    """One clip of all lines that name the same span of the same file, with every caption of theirs.
+
+    Raises `VideoReadError` where they disagree on whether it is for validation.
+    """
+    found: dict[tuple[Any, ...], ClipRecord] = {}
+    for record in records:
+        key = (os.path.normpath(str(record.path)), record.start_s, record.end_s, record.inside)
+        if (before := found.get(key)) is None:
+            found[key] = record
+            continue
+        says = {said for said in (before.validation, record.validation) if said is not None}
+        if len(says) > 1:
+            raise VideoReadError(f"{record.path}: one line says that it is for validation, another that it is not")
+        captions = tuple(dict.fromkeys((*before.captions, *record.captions)))
+        if len(captions) > MOST_CAPTIONS:
+            raise VideoReadError(f"{record.path}: expected at most {MOST_CAPTIONS} captions of a clip, got more")
+        extra, fault = {**record.extra, **before.extra}, before.fault or record.fault
+        found[key] = replace(before, captions=captions, validation=next(iter(says), None), extra=extra, fault=fault)
+    return list(found.values())
+
+
+def validation_split(records: Sequence[ClipRecord], by: tuple[str, str] | None = None) -> list[bool]:
+    """Which clips are kept from training: as their line says, else every 15th video of a data set, from the first on.
+
+    Clips of one video stay together, unless there is no other. `by`, a key and a value: in data sets whose lines have
+    that key, the clips with that value instead.
+    """
+    videos: dict[Place, set[str]] = {}
+    for record in records:
+        videos.setdefault(record.folder, set()).add(record.video)
+    units = [r.video if len(videos[r.folder]) > 1 else f"{r.video}, {r.start_s:g} s" for r in records]
+    numbers: dict[Place, dict[str, int]] = {}
+    said: dict[str, bool] = {}
+    keyed = {record.folder for record in records if by and by[0] in record.extra}
+    if by and not any(str(record.extra.get(by[0])) == by[1] for record in records):
+        raise ValueError(f"--validation-by {by[0]}={by[1]}: no line has that")
+    for record, unit in zip(records, units, strict=True):
+        own = numbers.setdefault(record.folder, {})
+        own.setdefault(unit, len(own))
+        if record.validation is not None:
+            said.setdefault(unit, record.validation)
+    chosen = []
+    for record, unit in zip(records, units, strict=True):
+        if record.validation is not None:
+            chosen.append(record.validation)
+        elif unit in said:
+            chosen.append(said[unit])
+        elif by and record.folder in keyed:
+            chosen.append(str(record.extra.get(by[0])) == by[1])
+        else:
+            chosen.append(numbers[record.folder][unit] % VALIDATION_EVERY == 0)
+    return chosen
