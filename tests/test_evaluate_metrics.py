@@ -191,3 +191,8 @@ def test_mean_pair_distance_is_that_of_all_pairs() -> None:
     assert mean_pair_distance(points) == pytest.approx(pdist(points).mean(), rel=1e-12)
     with pytest.raises(ValueError, match="at least 2 points, got 1"):
         mean_pair_distance(points[:1])
+
+
+def test_interval_of_a_mean_is_that_of_any_statistic_on_the_same_draws() -> None:
+    for sample in (np.random.default_rng(0).normal(size=23), np.arange(7) > 4):
+        assert bootstrap_interval(np.mean, sample, seed=3) == bootstrap_interval(lambda x: x.mean(), sample, seed=3)

@@ -26,7 +26,7 @@ from dicode.evaluate.suite import DIVERSE_CAPTIONS, DIVERSE_SAMPLES, evaluate_ge
 from dicode.flags import Evaluate
 from dicode.generate import DiCoDe
 from dicode.hub import resolve
-from dicode.progress import duration
+from dicode.progress import Progress, duration
 from dicode.stopwatch import Stopwatch
 from dicode.video.shards import FrameCache
 
@@ -76,7 +76,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> int:
         blind = blind_networks(made, networks)
     work = work_by_part(command, made, networks, scorer, limits)
     for part in parts:
-        with watch.stage(part):
+        with watch.stage(part), Progress(part):
             figures, sheet = work[part]()
         write_part(command, name, part, figures, watch.seconds[part], device, blind)
         if sheet is not None:

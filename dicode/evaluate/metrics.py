@@ -211,6 +211,11 @@ def bootstrap_interval(
         # As a numpy array: numpy takes a tensor of one number for a number, and would return a row, not a sample of one
         return sample[torch.randint(len(sample), (len(sample),), generator=generator).numpy()]
 
-    values = [float(statistic(*(resampled(sample) for sample in samples))) for _ in range(resamples)]
+    first = samples[0]
+    if len(samples) == 1 and first.ndim == 1 and statistic is np.mean:  # the same draws and means, all at once
+        drawn = torch.randint(len(first), (resamples, len(first)), generator=generator).numpy()
+        values = first[drawn].mean(axis=1)
+    else:
+        values = np.array([statistic(*map(resampled, samples)) for _ in range(resamples)], dtype=np.float64)
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -1,0 +1,31 @@
+"""How long an evaluation takes is counted in clips, by what each part makes and measures, times what one clip took."""
+
+import pytest
+
+from dicode.evaluate.estimate import Work, work_of
+
+COUNTS = {
+    "validation": 10,
+    "missing": 100,
+    "prompts": 20,
+    "diverse": 6,
+    "images": 7,
+    "ranked": 5,
+    "scored": 3,
+    "repeats": 2,
+    "long": 16,
+}
+
+
+def test_clips_that_parts_share_are_made_in_the_first_of_them() -> None:
+    made = work_of(("generation", "reconstruction", "ranking"), **COUNTS)
+    assert made["generation"] == Work(generated=20 + 6 + 10, measured=100 + 20 + 6 + 10)
+    assert made["reconstruction"].reconstructed == 10
+    assert made["ranking"] == Work(measured=25)
+    alone = work_of(("ranking",), **COUNTS)["ranking"]
+    assert (alone.generated, alone.reconstructed) == (10, 10)
+    assert work_of(("scorer",), **COUNTS)["scorer"] == Work(3, 3)
+
+
+def test_seconds_are_those_of_the_units_measured() -> None:
+    assert Work(3, 2, 10, 1).seconds(Work(0.5, 0.25, 0.125, 4.0)) == pytest.approx(1.5 + 0.5 + 1.25 + 4.0)
