@@ -42,6 +42,7 @@ from dicode.flags import (
     Sheet,
     Tokenize,
     Train,
+    TrainAll,
     Tune,
     Ucf101,
     Vae,
@@ -60,7 +61,7 @@ RECIPE = re.compile(r"\.py(:|$)")
 
 COMMANDS = {
     "dicode.generate_command": (Generate,),
-    "dicode.commands": (Tokenize, Reconstruct, Train, Assemble, Widen),
+    "dicode.commands": (Tokenize, Reconstruct, Train, TrainAll, Assemble, Widen),
     "dicode.finetune_command": (Finetune,),
     "dicode.info_command": (Info,),
     "dicode.scale_command": (Scale,),
@@ -174,16 +175,22 @@ def _parsed(argv: list[str]) -> Any:
     return command
 
 
-def _parse_train(recipe: str, flags: list[str]) -> Train:
-    """The run of a recipe with the fields that flags change, e.g. `--loop.optim.lr 1e-4`."""
+def _parse_train(recipe: str, flags: list[str]) -> Train | TrainAll:
+    """A recipe's run with the fields that flags change, e.g. `--loop.optim.lr 1e-4`; with `--all`, a file's runs."""
+    if "--all" in flags:
+        rest = [recipe, *(flag for flag in flags if flag != "--all")]
+        return tyro.cli(TrainAll, prog="dicode train --all", args=rest, config=(FlagCreatePairsOff,))
+    if recipe.endswith(".py"):
+        raise ValueError(f"recipe: expected FILE.py:RUN, or FILE.py and --all for every stage in order, got {recipe!r}")
     default = load_run(recipe)
     kind = type(default)
 
     def train(
         run_folder: Path | None = None,
+        minutes: float | None = None,
         run: Annotated[AvoidSubcommands[kind], arg(name="")] = default,  # type: ignore[valid-type]
     ) -> Train:
-        return Train(recipe, run_folder, run)
+        return Train(recipe, run_folder, minutes, run)
 
     try:
         return tyro.cli(train, prog=f"dicode train {recipe}", description=kind.__doc__, args=flags)

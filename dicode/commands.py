@@ -16,7 +16,7 @@ from dicode import __version__
 from dicode.device import pick_device
 from dicode.extras import missing_extra
 from dicode.files import check_parent
-from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train, Widen
+from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train, TrainAll, Widen
 from dicode.generate import trimmed
 from dicode.hub import (
     config_to_dict,
@@ -108,13 +108,35 @@ def train(command: Train, watch: Stopwatch) -> int:
     folder = command.run_folder or Path("runs") / command.recipe.rpartition(":")[2]
     recipe = {"recipe": command.recipe, "run": config_to_dict(command.run), "dicode": __version__}
     try:
-        best = run_recipe(command.run, folder, recipe, Path(command.recipe.rpartition(":")[0]))
+        best = run_recipe(command.run, folder, recipe, Path(command.recipe.rpartition(":")[0]), command.minutes)
     except NonFiniteLossError as error:
         print(f"dicode: {error}", file=sys.stderr)
         return 1
     if Processes().first:
         print(f"{folder}/best: " + "  ".join(f"{name} {value:.4g}" for name, value in best.items()))
     return 0
+
+
+def trainall(command: TrainAll, watch: Stopwatch) -> int:
+    """As `train` and `assemble`; says what came out, as `dicode info` does."""
+    try:
+        from dicode.info_command import info
+        from dicode.train.chain import Chain
+        from dicode.train.loop import NonFiniteLossError
+        from dicode.train.parallel import Processes
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "train") from error
+    check_parent(command.output)
+    chain = Chain.of(command.recipe, command.cache, command.runs, command.first_stage)
+    try:
+        chain.train(command.minutes)
+    except NonFiniteLossError as error:
+        print(f"dicode: {error}", file=sys.stderr)
+        return 1
+    if not Processes().first:
+        return 0
+    chain.assemble(command.output, command.dtype)
+    return info(Info(str(command.output)), watch)
 
 
 def assemble(command: Assemble, watch: Stopwatch) -> int:

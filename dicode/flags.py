@@ -29,6 +29,7 @@ from dicode.sampling import Joins
 
 # The numbers that a flag takes: `cli.parse` checks them, before any work is done
 Seconds = Annotated[float, Range(0, 86_400, above=True)]
+Minutes = Annotated[float, Range(0, 1_000_000, above=True)]
 Scaling = Annotated[int, Range(1, 64)]
 KeyFrames = Annotated[int, Range(2, 4096)]
 Bits = Annotated[int, Range(0, 64)]
@@ -142,7 +143,24 @@ class Train:
 
     recipe: Annotated[Positional[str], arg(metavar="FILE.py:RUN")]  # a function of that file which returns a run
     run_folder: Path | None = None  # default: runs/RUN
+    minutes: Minutes | None = None  # in place of steps: as many as this machine does in that time
     run: Suppress[Any] = None  # what the function returned, changed by flags
+
+
+@dataclass(frozen=True)
+class TrainAll:
+    """Train all stages of a recipe file in order and join them into a model; the same command continues.
+
+    What is finished is not trained again. One stage alone: FILE.py:RUN.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="FILE.py")]  # with STAGES, as recipes/small.py has them
+    output: Annotated[Path, arg(aliases=("-o",))]  # the checkpoint folder to write
+    cache: str | None = None  # from `dicode data cache`; default: what the recipe names
+    minutes: Minutes | None = None  # for all stages together, in place of their steps, shared out as the file says
+    first_stage: str | None = None  # of a model in the box or a folder, in place of training one
+    runs: Path = Path("runs")  # where the run folders lie, FILE-STAGE each
+    dtype: Dtype | Literal["int8"] = "float16"  # of the weights on disk
 
 
 @dataclass(frozen=True)
@@ -462,6 +480,7 @@ class Info:
 
     model: Model = "sprites"  # in the box, a checkpoint folder, owner/name on the Hub, a preset, FILE.py:RUN or FILE.py
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
+    here: bool = False  # of a recipe file with STAGES: how long each stage takes on this machine, measured
     gpus: Gpus | None = None  # to train on; default: 1 for a recipe, 1 and 8 for all else
     batch_size: Count | None = None  # samples on each of them (default 1); of a recipe: on all together
     gpu: str = "a100-80gb"  # this and the following for recipes: which GPUs

@@ -13,6 +13,7 @@ from dicode.files import read_text
 from dicode.flags import Info
 from dicode.hub import CheckpointError, config_from_dict, nearest, read_config, resolve
 from dicode.lm.sizes import SIZES, DeepLMConfig
+from dicode.progress import duration
 from dicode.recipe_files import load_run
 from dicode.sizing import GPUS, Sizing, size_lm, size_tokenizer
 from dicode.stopwatch import Stopwatch
@@ -37,7 +38,12 @@ def info(command: Info, watch: Stopwatch) -> int:
     gpus = command.gpus or ((1,) if is_recipe else (1, 8))
     if batch_size < 1 or min(gpus) < 1:
         raise ValueError(f"expected a batch size and GPUs of at least 1, got {batch_size} and {list(gpus)}")
-    values = _plans(command, gpus) if is_recipe else _sizes(command, gpus, batch_size)
+    if command.here and not is_recipe:
+        raise ValueError(f"--here: measures the stages of a recipe file, such as recipes/small.py; got {command.model}")
+    if command.here:
+        values = _paces(command)
+    else:
+        values = _plans(command, gpus) if is_recipe else _sizes(command, gpus, batch_size)
     if command.json is not None:
         line, what = "dicode " + shlex.join(sys.argv[1:]), "plans" if is_recipe else "sizes"
         write_result(command.json, f"{Path(command.model).name}: {what}", values, 1, 0, line, "meta")
@@ -83,6 +89,33 @@ def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
         _print_plans({f"{n} × {command.gpu}": plan for n, plan in plans.items()})
     print(f"\nAssumed: {command.mfu:.0%} of {gpu.peak_flops / 1e12:g} TFLOP/s; {USABLE:.0%} of {gpu.memory_gib:g} GiB")
     return values
+
+
+def _paces(command: Info) -> dict[str, Any]:
+    """Measure how long the stages of a recipe take on this machine, print it, and return it."""
+    import torch
+
+    from dicode.train.chain import Chain
+
+    file, _, only = command.model.rpartition(":") if ":" in command.model else (command.model, "", "")
+    chain = Chain.of(file, None, Path("runs"))
+    if only and only not in chain.stages:
+        raise ValueError(f"{file}: STAGES has no {only!r}{nearest(only, list(chain.stages))}")
+    paces = chain.paces(only or None)
+    rows: dict[str, dict[str, str]] = {}
+    for name, pace in paces.items():
+        loop = chain.stages[name].loop
+        seconds = loop.optim.steps * pace.step_s + loop.optim.steps // loop.evaluate_every * pace.evaluation_s
+        in_minute = 60 / pace.step_s
+        rows[name] = {
+            "steps": f"{loop.optim.steps:,}",
+            "s a step": f"{pace.step_s:.3g}",
+            "all steps": duration(seconds),
+            "a minute": f"{in_minute:,.0f} steps",
+        }
+    print(f"\nOn this machine, {torch.get_num_threads()} threads; measured on drawn clips")
+    _print_table("stage", rows, "{}")
+    return {name: dataclasses.asdict(pace) for name, pace in paces.items()}
 
 
 def _runs(command: Info) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Functions of Python files that a user supplies, by `FILE.py:FUNCTION`: recipes of runs, scorers of clips."""
 
 import dataclasses
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,26 @@ def load_run(recipe: str) -> Any:
     if not dataclasses.is_dataclass(run):
         raise RecipeError(f"{recipe}: expected it to return a run (a dataclass), got {type(run).__name__}")
     return run
+
+
+def stages_of(file: str) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
+    """Runs of a recipe file in the order of its `STAGES`, their shares of the time, and its `SAMPLING` if it has one.
+
+    Raises `RecipeError` where the file does not say how to train it whole.
+    """
+    module = load_file(Path(file), "recipe", "train")
+    shares, sampling = getattr(module, "STAGES", None), getattr(module, "SAMPLING", {})
+    if not isinstance(shares, dict) or not shares or not all(_is_share(share) for share in shares.values()):
+        raise RecipeError(
+            f"{file}: expected STAGES, a dict of its runs in order with their shares of the time, such as "
+            f"{{'first_stage': 0.3, 'lm': 0.7}}, got {shares!r}; or name one run, as in {file}:lm"
+        )
+    runs = {name: load_run(f"{file}:{name}") for name in shares}
+    return runs, {name: float(share) for name, share in shares.items()}, dict(sampling)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
 def load_function(spec: str, kind: str, form: str, extra: str) -> Callable[..., Any]:

@@ -23,6 +23,13 @@ from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfi
 
 MODEL = TOKENIZERS["sprites"]
 
+# For `dicode train recipes/sprites.py --all`: in order, with the hours that each is worth.
+STAGES = {"first_stage": 0.9, "key_frames": 0.5, "denoiser": 4.3, "lm": 3.6, "first_stage_decoder": 0.7}
+SAMPLING = {
+    "guidance": 1.5, "variance_scale": 1.0, "decoder_guidance": 2.5, "decoder_temperature": 0.95, "motion_scale": 1.3,
+    "window": 8,
+}  # fmt: skip
+
 
 def first_stage() -> FirstStageRun:
     """Image autoencoder, 8× smaller along each side, 16 channels (12× fewer numbers)."""

@@ -29,6 +29,15 @@ CACHE = "cache/world"
 SPRITES = "dicode/checkpoints/sprites"
 MODEL = TOKENIZERS["world"]
 
+# For `dicode train recipes/world.py --all`: in order, with the share of the time that each is worth.
+STAGES = {
+    "first_stage": 0.12, "key_frames": 0.02, "denoiser": 0.4, "lm": 0.14, "lm_own": 0.2, "first_stage_decoder": 0.12
+}  # fmt: skip
+SAMPLING = {
+    "guidance": 2.5, "variance_scale": 0.75, "first_variance_scale": 0.2, "decoder_guidance": 1.5, "motion_scale": 1.3,
+    "window": 6,
+}  # fmt: skip
+
 
 def first_stage() -> FirstStageRun:
     """Image autoencoder of the same shape as that of `sprites`, 8× smaller along each side, 16 channels."""

@@ -23,6 +23,7 @@ from dicode.video.shards import FrameCache, join_caches
 PARAMETERS = np.array([3e5, 1e6, 3e6, 1e7, 3e7])
 RECIPES = """
 from dicode.lm.sizes import DeepLMConfig
+from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
 
 def small() -> LanguageRun:
     return of_width(16)

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from dicode.device import autocast, compute_dtype, pick_device
 from dicode.files import flush
 from dicode.hub import config_to_dict, content_hash, is_finite
+from dicode.progress import Progress
 from dicode.seeds import generator_for
 from dicode.stopwatch import Stopwatch
 from dicode.train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -228,6 +229,8 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, s
             log.write("skipped", state.step, {"skipped": float(state.skipped)})
         elif logs:
             log.write("train", state.step, {**scalars, "trained_s": state.trained_s, **speed.since_last(state.step)})
+        else:
+            log.heartbeat(state.step, steps, scalars["loss"])
 
 
 def _batches(run: Training, step: int) -> Iterator[dict[int, Any]]:
@@ -342,7 +345,7 @@ def _evaluate(run: Training, state: TrainState, folder: Path, log: RunLog | NoLo
     result = None
     # compiled code is left out: the shapes of validation would each be compiled anew
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), whole(stage, run.copy):
-        with suppress(Stopped), stop.cutting():
+        with suppress(Stopped), stop.cutting(), Progress("validating"):
             result = stage.validate()
         cut = run.processes.any(result is None)
         if result is not None and not cut:

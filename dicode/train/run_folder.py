@@ -10,6 +10,7 @@ step-…/, best/   what to go on from, and the best weights so far
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import import_module
@@ -22,7 +23,7 @@ from PIL import Image
 
 from dicode.evaluate.report import describe_commit, describe_device, versions
 from dicode.files import put_text
-from dicode.progress import duration
+from dicode.progress import EVERY_S, duration
 from dicode.train.runs import Tracker
 
 ABOUT_SPEED = ("trained_s", "samples_per_s", "data_share", "eta_s", "memory_gib", "mfu")
@@ -40,6 +41,7 @@ class RunLog:
         put_text(self.path, "".join(kept))
         self.tracker = open_tracker(tracker, folder, step, recipe)
         self.file = self.path.open("a")
+        self.spoke_s = time.monotonic()
 
     def _lines(self) -> list[str]:
         """The whole lines; the process may have ended within the last one."""
@@ -59,7 +61,16 @@ class RunLog:
         self.tracker.numbers(kind, step, values)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in ABOUT_SPEED)
         eta = f"  {duration(values['eta_s'])} to go" if "eta_s" in values else ""
-        print(f"{kind} {step}: {shown}{eta}", flush=True)
+        self._say(f"{kind} {step}: {shown}{eta}")
+
+    def heartbeat(self, step: int, steps: int, loss: float) -> None:
+        """A line on the terminal alone, where steps are so long that there was none for half a minute."""
+        if time.monotonic() - self.spoke_s >= EVERY_S:
+            self._say(f"step {step} of {steps}: loss {loss:.4g}")
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+        self.spoke_s = time.monotonic()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append a record to `log.jsonl` alone."""
@@ -82,6 +93,8 @@ class NoLog:
     def __exit__(self, *_: object) -> None: ...
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None: ...
+
+    def heartbeat(self, step: int, steps: int, loss: float) -> None: ...
 
     def append(self, record: Mapping[str, Any]) -> None: ...
 

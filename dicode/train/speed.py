@@ -12,6 +12,8 @@ from dicode.sizing import peak_flops
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig
 
+ESTIMATED_FROM = 20  # steps, before the time to go is known
+
 
 class Speed:
     """How fast a run goes, between one look and the next."""
@@ -46,9 +48,10 @@ class Speed:
         values = {
             "samples_per_s": steps * self.config.optim.batch_size / computing_s,
             "data_share": spent["data"] / computing_s,
-            "eta_s": left * (now - self.began_s) / (step - self.first),  # with evaluations and checkpoints
             "memory_gib": peak_memory_gib(self.device),
         }
+        if step - self.first >= ESTIMATED_FROM or not left:  # the first steps are slow
+            values["eta_s"] = left * (now - self.began_s) / (step - self.first)  # with evaluations and checkpoints
         if self.flops_per_s is not None:
             values["mfu"] = self.flops_per_s / peak_flops(self.device)
         self.step, self.seconds = step, dict(self.watch.seconds)

@@ -1,12 +1,15 @@
 """From a recipe's dataclass to its training stage."""
 
+import time
 from pathlib import Path
 from typing import Any
 
+from dicode.progress import Progress
 from dicode.train.clips import TokenizerTraining
 from dicode.train.images import FirstStageTraining
 from dicode.train.language import LanguageTraining
 from dicode.train.loop import Stage, train
+from dicode.train.pace import planned
 from dicode.train.parallel import Processes
 from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
 from dicode.train.signals import StopSignal
@@ -24,9 +27,17 @@ def stage_of(run: Run) -> Stage:
     return TokenizerTraining(run) if isinstance(run, TokenizerRun) else LanguageTraining(run)
 
 
-def run_recipe(run: Run, folder: Path, recipe: dict[str, Any], source: Path | None = None) -> dict[str, float]:
-    """Train a recipe in `folder`, or continue there; returns the validation metrics of its best weights."""
+def run_recipe(
+    run: Run, folder: Path, recipe: dict[str, Any], source: Path | None = None, minutes: float | None = None
+) -> dict[str, float]:
+    """Train a recipe in `folder`, or continue there; returns the validation metrics of its best weights.
+
+    With `minutes`, its number of steps is what they allow on this machine; see `planned`.
+    """
+    began_s = time.monotonic()
     with StopSignal() as stop, Processes() as processes:
-        with stop.cutting(), processes.one_first():
+        with stop.cutting(), processes.one_first(), Progress(f"preparing {folder.name}"):
             stage = stage_of(run)  # the first process leaves latents and tokens for the others
-        return train(stage, run.loop, folder, recipe, source, stop)
+        with stop.cutting():
+            loop = planned(stage, run.loop, folder, minutes, began_s, processes)
+        return train(stage, loop, folder, recipe, source, stop)

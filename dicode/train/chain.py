@@ -1,0 +1,163 @@
+"""All stages of a recipe file, one after the other, each fed with those before it, to one checkpoint folder.
+
+A recipe file that can be trained whole has `STAGES`: its runs in order, with the share of the time that each is worth;
+and perhaps `SAMPLING`, how the model is then sampled.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dicode import __version__
+from dicode.hub import config_from_dict, config_to_dict, content_hash, read_config, resolve
+from dicode.recipe_files import stages_of
+from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
+from dicode.train.assemble import assemble
+from dicode.train.checkpoint import STATE, checkpoints
+from dicode.train.pace import Pace, measured_pace, read_plan
+from dicode.train.parallel import Processes
+from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
+from dicode.train.stages import Run, run_recipe, stage_of
+from dicode.video.shards import INDEX, CachedVideo, FrameCache
+from dicode.video.synthetic import draw_clip
+
+LEAST_SHARE = 0.5  # of the time planned for a stage, where those before it took longer than planned
+DRAWN_CLIPS, DRAWN_FRAMES = 48, 40  # to measure on: enough for a batch, and little to encode
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages of a recipe file, to be trained on one cache."""
+
+    file: str
+    stages: dict[str, Run]  # by name, in order
+    shares: dict[str, float]
+    sampling: dict[str, Any]
+    folders: dict[str, Path]  # of the runs
+    first_stage: str | None  # a trained one, in place of the stages that would train it
+
+    @classmethod
+    def of(cls, file: str, cache: str | None, runs: Path, first_stage: str | None = None) -> "Chain":
+        """Read a recipe file; `cache` is where the clips lie (default: as it says), `runs` the folder of run folders.
+
+        `first_stage` is a model, bundled or a folder, whose first stage is taken as it is.
+        """
+        stages, shares, sampling = stages_of(file)
+        held = resolve(first_stage) if first_stage else None
+        folders = {name: runs / f"{Path(file).stem}-{name}" for name in stages}
+        best = {name: folder / "best" for name, folder in folders.items()}
+        chosen: dict[str, Run] = {}
+        for name, run in stages.items():
+            if held is not None and isinstance(run, FirstStageRun) and not run.freeze_encoder:
+                best[name] = held
+                continue
+            chosen[name] = wired(run if cache is None else replace(run, cache=cache), folders, best)
+            if held is not None and isinstance(ready := chosen[name], TokenizerRun):
+                chosen[name] = replace(ready, model=replace(ready.model, first_stage=first_stage_of(held)))
+        return cls(file, chosen, {name: shares[name] for name in chosen}, sampling, folders, first_stage)
+
+    def train(self, minutes: float | None) -> None:
+        """Train every stage that is not finished; `minutes` are for all of them together."""
+        for number, (name, run) in enumerate(self.stages.items(), 1):
+            folder = self.folders[name]
+            if finished(folder, run):
+                print(f"{number} of {len(self.stages)}: {folder} is finished", flush=True)
+                continue
+            given = None if minutes is None else self.minutes_for(name, minutes)
+            print(f"{number} of {len(self.stages)}: {folder}" + (f", {given:.3g} min" if given else ""), flush=True)
+            recipe = {"recipe": f"{self.file}:{name}", "run": config_to_dict(run), "dicode": __version__}
+            run_recipe(run, folder, recipe, Path(self.file), given)
+
+    def minutes_for(self, name: str, minutes: float) -> float:
+        """Its share of what the stages before it have left over, or what it was given when it began."""
+        if (plan := read_plan(self.folders[name])) is not None:
+            return plan.minutes
+        names = list(self.stages)
+        rest = names[names.index(name) :]
+        left = minutes - sum(spent_minutes(self.folders[n]) for n in names[: names.index(name)])
+        share = self.shares[name] / sum(self.shares[n] for n in rest)
+        return max(left * share, LEAST_SHARE * minutes * self.shares[name] / sum(self.shares.values()))
+
+    def assemble(self, output: Path, dtype: str) -> None:
+        """Join what the stages trained into one checkpoint folder."""
+        tokenizers = [n for n, run in self.stages.items() if isinstance(run, TokenizerRun) and run.denoises]
+        decoders = [n for n, run in self.stages.items() if isinstance(run, FirstStageRun) and run.freeze_encoder]
+        lms = [n for n, run in self.stages.items() if isinstance(run, LanguageRun)]
+        decoder = self.folders[decoders[-1]] / "best" if decoders else None
+        parts = self.folders[tokenizers[-1]] / "best", self.folders[lms[-1]] / "best"
+        assemble(*parts, output, decoder, getattr(torch, dtype), **self.sampling)
+
+    def paces(self, only: str | None = None) -> dict[str, Pace]:
+        """How fast each stage goes here: a few steps at its real sizes, on drawn clips, with random weights."""
+        found: dict[str, Pace] = {}
+        with tempfile.TemporaryDirectory() as place:
+            size = next(run.model.size for run in self.stages.values() if isinstance(run, TokenizerRun))
+            draw_cache(Path(place) / "cache", size)
+            own = Chain.of(self.file, str(Path(place) / "cache"), Path(place), self.first_stage)
+            with Processes() as processes:
+                for name, run in own.stages.items():
+                    stage = stage_of(run)
+                    if only in (None, name):
+                        found[name] = measured_pace(stage, run.loop, processes)
+                    stage.export(own.folders[name] / "best")  # for the stages after it
+        return found
+
+
+def wired(run: Run, folders: Mapping[str, Path], best: Mapping[str, Path]) -> Run:
+    """The run with `best` of a stage in place of every field `runs/STAGE/best` that names a stage of the same file."""
+    changes: dict[str, Any] = {}
+    for field in fields(run):
+        value = getattr(run, field.name)
+        named = re.fullmatch(r"runs/(.+)/best", value) if isinstance(value, str) else None
+        stage = named and next((n for n in folders if named[1] in (n, folders[n].name)), None)
+        if stage:
+            changes[field.name] = str(best[stage])
+    return replace(run, **changes)
+
+
+def first_stage_of(folder: Path) -> FirstStageConfig:
+    """The configuration of a model's first stage."""
+    return config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}: tokenizer").first_stage
+
+
+def finished(folder: Path, run: Run) -> bool:
+    """Whether a run folder holds all steps of this run, on the data that its cache holds now."""
+    kept, plan = checkpoints(folder), read_plan(folder)
+    if not kept or not (folder / "best").is_dir():
+        return False
+    state = json.loads((kept[-1] / STATE).read_text(encoding="utf-8"))
+    asked = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["recipe"]["run"]
+    session = json.loads((folder / "sessions.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    same = asked == json.loads(json.dumps(config_to_dict(run), default=str))
+    steps = run.loop.optim.steps if plan is None else plan.steps
+    data = content_hash(Path(run.cache) / INDEX)
+    return same and session["data"] == data and state["step"] >= steps and state["evaluated"] == state["step"]
+
+
+def spent_minutes(folder: Path) -> float:
+    """How long a run took so far, from its latents to its last checkpoint."""
+    kept, plan = checkpoints(folder), read_plan(folder)
+    trained_s = json.loads((kept[-1] / STATE).read_text(encoding="utf-8"))["trained_s"] if kept else 0.0
+    return (trained_s + (plan.prepared_s if plan else 0.0)) / 60
+
+
+def draw_cache(folder: Path, size: int) -> None:
+    """A cache of a few drawn clips, to measure on."""
+    videos = []
+    frames = []
+    for number in range(DRAWN_CLIPS):
+        clip, caption = draw_clip(number, DRAWN_FRAMES, size)
+        first = number * DRAWN_FRAMES
+        held = number % 6 == 0
+        videos.append(
+            CachedVideo("drawn", f"{number}.mp4", (caption,), held, False, first, DRAWN_FRAMES, DRAWN_FRAMES / 8)
+        )
+        frames.append(torch.from_numpy(clip.copy()))
+    times_s = torch.arange(DRAWN_FRAMES, dtype=torch.float64).repeat(DRAWN_CLIPS) / 8
+    FrameCache(tuple(videos), torch.cat(frames), times_s).save(folder)

@@ -1,0 +1,108 @@
+"""A model of about a thousand plain clips of one's own, in an hour of any two processor cores, bfloat16 or none.
+
+    dicode data cache my_clips/ -o cache/mine
+    dicode data check cache/mine                                    # what suits these clips, and what does not
+    dicode train recipes/small.py --all --cache cache/mine --minutes 55 -o my_model
+    dicode generate "…" --model my_model
+
+64×64, 8 fps, clips of 16 frames. Every stage is told apart in docs/train.md, with what its log should say.
+
+`SIZE` is the one dial: every width is a multiple of it, time goes with its square. 16 suits the hour; 24 and twice the
+time, or 32 and four times, where there is a GPU or a night. Some fields must be the same in all stages, since each
+reads what those before it made: `MODEL` (first stage, encoder, resampler, denoiser) in the first three, its
+`token_width` and number of tokens in the language model too. All others may be changed stage by stage.
+"""
+
+from dataclasses import replace
+
+from dicode.lm.sizes import SIZES
+from dicode.tokenizer.config import DenoiserConfig, EncoderConfig, FirstStageConfig, TokenizerConfig
+from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+
+SIZE = 16
+
+MODEL = TokenizerConfig(
+    key_head_width=48,
+    key_head_depth=1,
+    linear_code=True,  # fitted at once; the networks beside it add little (docs/tokens.md)
+    # no convolutions at full resolution but the last one: half of the time, and flat areas need none
+    first_stage=FirstStageConfig(channels=(3 * SIZE,) * 4, encoder_blocks=(0, 1, 2, 2), decoder_blocks=(2, 2, 1, 0)),
+    encoder=EncoderConfig(width=48, depth=1, heads=3),
+    resampler=replace(TokenizerConfig().resampler, width=48, depth=1, head_width=16, feature_width=48),
+    denoiser=DenoiserConfig(predicts_change=True, width=12 * SIZE, heads=3, fine_width=4 * SIZE, fine_blocks=2),
+)
+
+# In order, with the share of the time that each is worth.
+STAGES = {"first_stage": 0.28, "key_frames": 0.02, "denoiser": 0.38, "lm": 0.32}
+
+# How a model of an hour is sampled; `dicode tune` finds what suits one that was trained.
+SAMPLING = {"guidance": 2.0, "variance_scale": 0.5, "decoder_guidance": 2.0, "steps": 12}
+
+
+def first_stage() -> FirstStageRun:
+    """Image autoencoder, 8× smaller along each side, 16 channels. PSNR on validation frames: 26 dB will do."""
+    return FirstStageRun(
+        model=MODEL.first_stage,
+        loop=_loop(OptimConfig(steps=1500, batch_size=24, lr=1.5e-3, decay_fraction=0.5, ema_decay=0.995)),
+    )
+
+
+def key_frames() -> TokenizerRun:
+    """Encoder, resampler and key-frame head on single frames: fixes what the deep tokens are."""
+    return TokenizerRun(
+        first_stage="runs/first_stage/best",
+        model=MODEL,
+        denoises=False,
+        images_per_step=64,
+        loop=_loop(OptimConfig(steps=100, batch_size=1, lr=2e-4, decay_fraction=0.7, ema_decay=0.98)),
+    )
+
+
+def denoiser() -> TokenizerRun:
+    """The video diffusion decoder on clips, tokens fixed."""
+    return TokenizerRun(
+        first_stage="runs/first_stage/best",
+        init="runs/key_frames/best",
+        freeze_key_frames=True,
+        images_per_step=0,
+        model=MODEL,
+        loop=_loop(OptimConfig(steps=3000, batch_size=16, lr=1.5e-3, decay_fraction=0.5, ema_decay=0.997)),
+    )
+
+
+def lm() -> LanguageRun:
+    """A small Llama on the deep tokens: what a caption means."""
+    return LanguageRun(
+        tokenizer="runs/key_frames/best",
+        model=replace(
+            SIZES["sprites"],
+            token_width=MODEL.resampler.token_width,
+            width=8 * SIZE,
+            depth=5,
+            heads=2,
+            feed_forward=16 * SIZE,
+            vocab_size=1024,
+            text_length=24,
+            positions=24 + 16 * 33,
+            input_noise=1.0,
+            head="flow",
+            order="keyframe",
+            flow_width=8 * SIZE,
+            reads_goal=True,
+        ),
+        key_frames=3,
+        longer=(),
+        longer_share=(),
+        from_start=0.8,
+        goal_share=0.1,
+        long_captions=0.3,
+        word_dropout=0.25,
+        word_swaps=0.1,
+        loop=_loop(OptimConfig(steps=5000, batch_size=32, lr=2e-3, decay_fraction=0.7, ema_decay=0.997)),
+    )
+
+
+def _loop(optim: OptimConfig) -> LoopConfig:
+    """Eight evaluations; AdamW, which on a processor without bfloat16 makes two steps where Muon makes one."""
+    every = -(-optim.steps // 8)
+    return LoopConfig(evaluate_every=every, checkpoint_every=every, optim=replace(optim, warmup_steps=50))

@@ -1,0 +1,206 @@
+"""`dicode train FILE.py --all`: stages in order, fed with each other, continued, assembled; steps from minutes."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import SHARD, write_cache
+
+from dicode.cli import main, parse
+from dicode.flags import Train, TrainAll
+from dicode.generate import DiCoDe
+from dicode.hub import read_config
+from dicode.train.chain import Chain
+from dicode.train.language import LanguageTraining
+from dicode.train.loop import Stage
+from dicode.train.pace import Pace, measured_pace, plan_of
+from dicode.train.parallel import Processes
+from dicode.train.runs import LoopConfig
+from dicode.train.stages import stage_of
+
+RECIPE = """
+from dataclasses import replace
+from pathlib import Path
+from test_training import loop, runs
+STAGES = {"first_stage": 1, "key_frames": 1, "denoiser": 2, "lm": 4}
+SAMPLING = {"guidance": 1.75, "steps": 2}
+def _run(name):
+    run = runs(Path("runs"))[name]
+    return replace(run, cache="nowhere", loop=replace(loop(3), checkpoint_every=1))
+def first_stage(): return _run("first_stage")
+def key_frames(): return _run("key_frames")
+def denoiser(): return _run("denoiser")
+def lm(): return replace(_run("lm"), longer=(), longer_share=())
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache and a recipe of four stages of three steps."""
+    folder = tmp_path_factory.mktemp("chain")
+    torch.set_num_threads(1)
+    write_cache(folder / "cache")
+    (folder / "toy.py").write_text(RECIPE)
+    return folder
+
+
+def test_all_stages_train_in_order_and_an_interrupted_one_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second time finished stages are skipped, and the model is that of a run that was never interrupted."""
+
+    def command(name: str) -> list[str]:
+        runs_folder, output = str(tmp_path / name), str(tmp_path / f"{name}-model")
+        cache = ["--cache", str(root / "cache"), "--dtype", "float32"]
+        return ["train", str(root / "toy.py"), "--all", *cache, "--runs", runs_folder, "-o", output]
+
+    def interrupted(*_: object) -> object:
+        if len(list((tmp_path / "parts/toy-lm").glob("step-*"))) == 2:
+            raise KeyboardInterrupt
+        return original(*_)  # type: ignore[arg-type]
+
+    original = LanguageTraining.batch
+    monkeypatch.setattr(LanguageTraining, "batch", interrupted)
+    assert main(command("parts")) == 130
+    assert not (tmp_path / "parts-model").exists()
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert main(command("parts")) == 0
+    said = capsys.readouterr().out
+    for name in ("first_stage", "key_frames", "denoiser"):
+        assert f"{tmp_path}/parts/toy-{name} is finished" in said
+    assert f"continuing {tmp_path}/parts/toy-lm from step 2" in said
+    assert main(command("whole")) == 0
+    for name in ("first_stage", "lm"):
+        one, other = (load_file(tmp_path / part / f"toy-{name}/step-00000003/{SHARD}") for part in ("parts", "whole"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    model = DiCoDe.from_pretrained(tmp_path / "parts-model")
+    assert (model.tokenizer.config.sampling.guidance, model.tokenizer.config.sampling.steps) == (1.75, 2)
+    (tmp_path / "parts/toy-lm/sessions.jsonl").write_text('{"data": "of other clips"}\n')
+    chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path / "parts")
+    assert not finished_of(chain, "lm") and finished_of(chain, "denoiser")
+
+
+def finished_of(chain: Chain, name: str) -> bool:
+    from dicode.train.chain import finished
+
+    return finished(chain.folders[name], chain.stages[name])
+
+
+def test_a_first_stage_can_be_taken_from_a_model(root: Path, tmp_path: Path, tiny_model: Path) -> None:
+    chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path, str(tiny_model))
+    assert list(chain.stages) == ["key_frames", "denoiser", "lm"]
+    assert chain.stages["key_frames"].first_stage == chain.stages["denoiser"].first_stage == str(tiny_model)  # type: ignore[union-attr]
+    assert chain.stages["lm"].tokenizer == str(tmp_path / "toy-key_frames/best")  # type: ignore[union-attr]
+    held = read_config(tiny_model)["tokenizer"]["first_stage"]["latent_channels"]
+    assert chain.stages["denoiser"].model.first_stage.latent_channels == held  # type: ignore[union-attr]
+
+
+def test_measuring_leaves_weights_and_statistics_as_they_were(root: Path, tmp_path: Path) -> None:
+    for name in ("first_stage", "key_frames", "denoiser", "lm"):
+        chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path)
+        stage: Stage = stage_of(chain.stages[name])
+        before = {key: value.clone() for key, value in stage.module.state_dict().items()}
+        pace = measured_pace(stage, chain.stages[name].loop, Processes(), timed=1)
+        assert pace.step_s > 0 and pace.evaluation_s > 0
+        assert all(torch.equal(value, before[key]) for key, value in stage.module.state_dict().items())
+        stage.export(chain.folders[name] / "best")
+
+
+def test_minutes_become_steps_that_stay_as_they_are(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On another day, at another speed, the same command goes on to the same end."""
+    command = ["train", f"{root}/toy.py:first_stage", "--cache", str(root / "cache"), "--run-folder", str(tmp_path)]
+    monkeypatch.setattr("dicode.train.pace.measured_pace", lambda *_: Pace(step_s=0.5, evaluation_s=0.25))
+    for module in ("pace", "stages"):
+        monkeypatch.setattr(f"dicode.train.{module}.time", FrozenTime())
+    assert main([*command, "--minutes", "0.1"]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["steps"] == 10 and plan["evaluate_every"] == 4  # 6 s: 10 steps and 3 evaluations
+    last = {p.name for p in tmp_path.glob("step-*")}
+    assert "step-00000010" in last
+    monkeypatch.setattr("dicode.train.pace.measured_pace", lambda *_: Pace(step_s=0.01, evaluation_s=0.25))
+    assert main([*command, "--minutes", "0.1"]) == 0 and main(command) == 0
+    assert {p.name for p in tmp_path.glob("step-*")} == last
+    assert main([*command, "--minutes", "0.2"]) == 2
+    assert "this run has 10 steps, fixed when it began with --minutes 0.1, got 0.2" in capsys.readouterr().err
+
+
+class FrozenTime:
+    """A clock that stands still, but measures."""
+
+    perf_counter = staticmethod(time.perf_counter)
+
+    @staticmethod
+    def monotonic() -> float:
+        return 0.0
+
+
+def test_a_plan_fills_its_time() -> None:
+    """Steps, evaluations and what came before the first step are together no longer than asked, nor a step shorter."""
+    config = LoopConfig()
+    for minutes, prepared_s, pace in ((10.0, 30.0, Pace(0.4, 3.0)), (1.0, 10.0, Pace(0.05, 20.0))):
+        plan = plan_of(minutes, prepared_s, pace, config)
+        evaluations = -(-plan.steps // plan.evaluate_every)
+        spent_s = prepared_s + plan.steps * pace.step_s + evaluations * pace.evaluation_s
+        assert 60 * minutes - pace.step_s - pace.evaluation_s < spent_s <= 60 * minutes
+        assert evaluations == 1 or evaluations * pace.evaluation_s <= 0.15 * 60 * minutes
+    assert plan_of(1.0, 100.0, Pace(1.0, 1.0), config).steps == 1
+
+
+def test_time_left_over_by_a_stage_goes_to_those_after_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path)
+    assert [chain.minutes_for(name, 8.0) for name in ("first_stage", "key_frames", "lm")] == pytest.approx(
+        [1, 8 / 7, 8]
+    )
+    monkeypatch.setattr(
+        "dicode.train.chain.spent_minutes", lambda folder: {"toy-first_stage": 4.5}.get(folder.name, 0.0)
+    )
+    assert chain.minutes_for("key_frames", 8.0) == pytest.approx(3.5 / 7)
+    monkeypatch.setattr("dicode.train.chain.spent_minutes", lambda folder: 8.0)
+    assert chain.minutes_for("lm", 8.0) == pytest.approx(0.5 * 4)  # not nothing
+
+
+def test_flags_of_one_stage_and_of_all() -> None:
+    made = parse(["train", "recipes/small.py", "--all", "--cache", "c", "--minutes", "55", "-o", "m"])
+    assert made == TrainAll("recipes/small.py", Path("m"), "c", 55.0)
+    one = parse(["train", "recipes/small.py:lm", "--minutes", "5"])
+    assert isinstance(one, Train) and one.minutes == 5.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["recipes/small.py"], "recipe: expected FILE.py:RUN, or FILE.py and --all"),
+        (["recipes/paper.py", "--all", "-o", "{}/m"], "expected STAGES, a dict of its runs in order"),
+        (["recipes/small.py", "--all", "-o", "{}/m", "--minutes", "-1"], "--minutes: expected a positive number, got"),
+        (["recipes/small.py:lm", "--minutes", "nan"], "--minutes: expected a positive number, got"),
+        (["recipes/small.py", "--all", "-o", "{}/none/m"], "no such folder to write 'm' in"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *(text.format(tmp_path) for text in arguments)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_bundled_recipes_with_stages_agree_over_them() -> None:
+    """Whatever the dial: one tokenizer in all stages, and tokens of its shape in the language model."""
+    for name in ("small", "sprites", "world"):
+        chain = Chain.of(f"recipes/{name}.py", "cache/mine", Path("runs"))
+        models = [run.model for run in chain.stages.values()]
+        tokenizer = next(model for model in models if hasattr(model, "resampler"))
+        for model in models:
+            assert model in (tokenizer, tokenizer.first_stage) or (
+                model.token_width == tokenizer.resampler.token_width
+                and model.tokens_per_keyframe == tokenizer.resampler.queries
+                and model.most_keyframes(model.reads_goal) >= 3
+            )
+        assert all(run.cache == "cache/mine" for run in chain.stages.values())
