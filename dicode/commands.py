@@ -105,10 +105,11 @@ def train(command: Train, watch: Stopwatch) -> int:
         from dicode.train.stages import run_recipe
     except ModuleNotFoundError as error:
         raise missing_extra(error, "train") from error
-    folder = command.run_folder or Path("runs") / command.recipe.rpartition(":")[2]
+    file, _, name = command.recipe.rpartition(":")
+    folder = command.run_folder or Path("runs") / f"{Path(file).stem}-{name}"
     recipe = {"recipe": command.recipe, "run": config_to_dict(command.run), "dicode": __version__}
     try:
-        best = run_recipe(command.run, folder, recipe, Path(command.recipe.rpartition(":")[0]), command.minutes)
+        best = run_recipe(command.run, folder, recipe, Path(file), command.minutes)
     except NonFiniteLossError as error:
         print(f"dicode: {error}", file=sys.stderr)
         return 1

@@ -142,7 +142,7 @@ class Train:
     """Train a run of a recipe; the same command continues it. FILE.py:RUN --help lists the flags of the run itself."""
 
     recipe: Annotated[Positional[str], arg(metavar="FILE.py:RUN")]  # a function of that file which returns a run
-    run_folder: Path | None = None  # default: runs/RUN
+    run_folder: Path | None = None  # default: runs/FILE-RUN
     minutes: Minutes | None = None  # in place of steps: as many as this machine does in that time
     run: Suppress[Any] = None  # what the function returned, changed by flags
 
@@ -195,8 +195,8 @@ class Finetune:
 class Assemble:
     """Join the best weights of a tokenizer run and a language model run into one checkpoint folder."""
 
-    tokenizer: Annotated[Positional[Path], arg(metavar="TOKENIZER")]  # runs/NAME/best of a tokenizer run
-    lm: Annotated[Positional[Path], arg(metavar="LM")]  # runs/NAME/best of a language model run
+    tokenizer: Annotated[Positional[Path], arg(metavar="TOKENIZER")]  # runs/FILE-NAME/best of a tokenizer run
+    lm: Annotated[Positional[Path], arg(metavar="LM")]  # runs/FILE-NAME/best of a language model run
     output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
     first_stage: Path | None = None  # a later run of the same first stage, whose decoder to take
     dtype: Dtype | Literal["int8"] = "float16"  # of the weights on disk; int8: of matrices, with a scale a row
@@ -407,7 +407,7 @@ class Encode:
     """Compute the latents and deep tokens of a cache now, which training would compute when it first needs them."""
 
     cache: Annotated[Positional[Path], arg(metavar="CACHE")]  # from `dicode data cache`
-    model: str = "sprites"  # whose first stage and tokenizer: a model in the box, or a folder such as runs/NAME/best
+    model: str = "sprites"  # whose first stage and tokenizer: a model in the box, or a folder: runs/FILE-NAME/best
     device: str = "auto"  # cpu, cuda, mps
 
 

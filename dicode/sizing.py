@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes a number
 DRAWS = 200  # of batches, for their mean FLOPs: kinds that make up 2 % of the steps count to within a third
-MEASURED_S = 0.1  # of matrix products, where no table tells a device's speed
+MEASURED_S = 0.05  # of matrix products, where no table tells a device's speed
 
 
 @dataclass(frozen=True)
@@ -199,24 +199,24 @@ def training_cost(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, Tr
     return flops[0], TrainingBytes(weights, one, one, 2 * one, *activations)
 
 
-def peak_flops(device: torch.device) -> float:
-    """Matrix products in bfloat16, FLOPs a second: of a GPU known by name its data sheet's, of all others measured."""
-    if device.type == "cuda":
+def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Matrix products, FLOPs a second: in bfloat16 of a GPU known by name its data sheet's, of all others measured."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for gpu in GPUS.values():
             if re.search(gpu.named, name):
                 return gpu.peak_flops
-    return measured_flops(device)
+    return measured_flops(device, dtype)
 
 
 @cache
-def measured_flops(device: torch.device) -> float:
-    """The best rate of three sizes of matrix products in bfloat16, FLOPs a second; takes half a second, once."""
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of three sizes of matrix products, FLOPs a second; takes a quarter of a second, once."""
     best = 0.0
     for size in (512, 2048, 8192):
         if best and 2 * size**3 / best > 2 * MEASURED_S:
             break  # CPUs end at 2048, those without bfloat16 units at 512; a large GPU is kept busy by 8192 alone
-        matrix, flops, spent_s = torch.ones(size, size, dtype=torch.bfloat16, device=device), 0, 0.0
+        matrix, flops, spent_s = torch.ones(size, size, dtype=dtype, device=device), 0, 0.0
         (matrix @ matrix)[0, 0].item()  # the first one also loads the library
         began_s = time.perf_counter()
         while spent_s < MEASURED_S:

@@ -4,7 +4,7 @@
     dicode convert dynamicrafter model.ckpt -o checkpoints/dynamicrafter
     dicode train recipes/paper.py:paper_tokenizer_256
     dicode train recipes/paper.py:gpt2
-    dicode assemble runs/paper_tokenizer_256/best runs/gpt2/best -o paper
+    dicode assemble runs/paper-paper_tokenizer_256/best runs/paper-gpt2/best -o paper
 
 Each is meant for four GPUs of 80 GB, and says the pieces of a batch and the strategy that fit there (docs/plans.md has
 memory and days; `dicode info recipes/paper.py:gpt2 --gpus 8 --pieces 16` plans another machine):
@@ -93,7 +93,7 @@ def _language_model(model: DeepLMConfig, lr: float, pieces: int = 4, strategy: S
     """From scratch; learning rates are those of GPT-3's family (arXiv 2005.14165, table 2.1) at the nearest size."""
     return LanguageRun(
         cache="cache/videos",
-        tokenizer="runs/paper_tokenizer_256/best",
+        tokenizer="runs/paper-paper_tokenizer_256/best",
         model=model,
         long_captions=0.0,
         word_dropout=0.0,

@@ -50,7 +50,7 @@ def first_stage() -> FirstStageRun:
 def key_frames() -> TokenizerRun:
     """Encoder, resampler and key-frame head on single frames: fixes what the deep tokens are."""
     return TokenizerRun(
-        first_stage="runs/first_stage/best",
+        first_stage="runs/small-first_stage/best",
         model=MODEL,
         denoises=False,
         images_per_step=64,
@@ -61,8 +61,8 @@ def key_frames() -> TokenizerRun:
 def denoiser() -> TokenizerRun:
     """The video diffusion decoder on clips, tokens fixed."""
     return TokenizerRun(
-        first_stage="runs/first_stage/best",
-        init="runs/key_frames/best",
+        first_stage="runs/small-first_stage/best",
+        init="runs/small-key_frames/best",
         freeze_key_frames=True,
         images_per_step=0,
         model=MODEL,
@@ -73,7 +73,7 @@ def denoiser() -> TokenizerRun:
 def lm() -> LanguageRun:
     """A small Llama on the deep tokens: what a caption means."""
     return LanguageRun(
-        tokenizer="runs/key_frames/best",
+        tokenizer="runs/small-key_frames/best",
         model=replace(
             SIZES["sprites"],
             token_width=MODEL.resampler.token_width,

@@ -6,7 +6,8 @@
     dicode train recipes/sprites.py:denoiser            # these two need nothing of each other
     dicode train recipes/sprites.py:lm
     dicode train recipes/sprites.py:first_stage_decoder
-    dicode assemble runs/denoiser/best runs/lm/best --first-stage runs/first_stage_decoder/best -o sprites
+    dicode assemble runs/sprites-denoiser/best runs/sprites-lm/best -o sprites \\
+        --first-stage runs/sprites-first_stage_decoder/best
 
 The box was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 2.5 --decoder-temperature 0.95
 --motion-scale 1.3 --window 8` as well.
@@ -50,9 +51,9 @@ def first_stage_decoder() -> FirstStageRun:
     and without rendered frames before these (docs/log.md).
     """
     return FirstStageRun(
-        init="runs/first_stage/best",
+        init="runs/sprites-first_stage/best",
         freeze_encoder=True,
-        tokenizer="runs/denoiser/best",
+        tokenizer="runs/sprites-denoiser/best",
         rendered_share=0.5,
         perceptual_weight=0.3,
         adversarial_weight=0.05,
@@ -92,7 +93,7 @@ def key_frames() -> TokenizerRun:
 def denoiser() -> TokenizerRun:
     """The video diffusion decoder on clips, tokens fixed."""
     return TokenizerRun(
-        init="runs/key_frames/best",
+        init="runs/sprites-key_frames/best",
         freeze_key_frames=True,
         images_per_step=0,
         model=MODEL,
@@ -120,7 +121,7 @@ def lm() -> LanguageRun:
     trained before there were swaps.
     """
     return LanguageRun(
-        tokenizer="runs/key_frames/best",
+        tokenizer="runs/sprites-key_frames/best",
         model=replace(
             SIZES["sprites"],
             width=192,

@@ -9,7 +9,8 @@
     dicode train recipes/world.py:lm
     dicode train recipes/world.py:lm_own
     dicode train recipes/world.py:first_stage_decoder
-    dicode assemble runs/denoiser/best runs/lm_own/best --first-stage runs/first_stage_decoder/best -o world
+    dicode assemble runs/world-denoiser/best runs/world-lm_own/best -o world \\
+        --first-stage runs/world-first_stage_decoder/best
 
 The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 0.75 --first-variance-scale 0.2
 --decoder-guidance 1.5 --motion-scale 1.3 --window 6` as well.
@@ -57,9 +58,9 @@ def first_stage_decoder() -> FirstStageRun:
     """The same autoencoder's decoder once more, with a discriminator and on rendered frames, as that of `sprites`."""
     return FirstStageRun(
         cache=CACHE,
-        init="runs/first_stage/best",
+        init="runs/world-first_stage/best",
         freeze_encoder=True,
-        tokenizer="runs/denoiser/best",
+        tokenizer="runs/world-denoiser/best",
         rendered_share=0.5,
         rendered_guidance=1.5,
         rendered_motion_scale=1.3,
@@ -79,6 +80,7 @@ def key_frames() -> TokenizerRun:
     """The linear code, fitted, and small networks beside it, which add little (docs/tokens.md)."""
     return TokenizerRun(
         cache=CACHE,
+        first_stage="runs/world-first_stage/best",
         model=MODEL,
         denoises=False,
         images_per_step=96,
@@ -94,7 +96,8 @@ def denoiser() -> TokenizerRun:
     """The video diffusion decoder on clips, tokens fixed."""
     return TokenizerRun(
         cache=CACHE,
-        init="runs/key_frames/best",
+        first_stage="runs/world-first_stage/best",
+        init="runs/world-key_frames/best",
         init_denoiser=SPRITES,
         freeze_key_frames=True,
         images_per_step=0,
@@ -125,7 +128,7 @@ def lm() -> LanguageRun:
     """
     return LanguageRun(
         cache=CACHE,
-        tokenizer="runs/key_frames/best",
+        tokenizer="runs/world-key_frames/best",
         model=replace(
             SIZES["sprites"],
             token_width=MODEL.resampler.token_width,
@@ -181,7 +184,7 @@ def lm_own() -> LanguageRun:
     first = lm()
     return replace(
         first,
-        init="runs/lm/best",
+        init="runs/world-lm/best",
         views=10,
         view_share=0.4,
         own_share=0.3,

@@ -313,7 +313,7 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     asked = options.parse_args()
     torch.set_num_threads(1)
-    peak_flops(torch.device("cpu"))  # measured once, before the forks
+    peak_flops(torch.device("cpu"), torch.float32)  # measured once, before the forks
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         whole = root / "whole"

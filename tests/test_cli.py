@@ -373,7 +373,7 @@ def test_train_hands_the_run_with_its_overrides_to_training(capsys, tmp_path, mo
     (run_, folder, recipe, source) = seen.pop()
     assert source == Path("recipe.py")
     assert (run_.steps, run_.inner.lr, run_.inner.names) == (7, 2e-4, ("x", "y"))
-    assert folder == Path("runs/short")
+    assert folder == Path("runs/recipe-short")
     assert recipe == {
         "recipe": "recipe.py:short",
         "run": {"steps": 7, "inner": {"lr": 2e-4, "names": ["x", "y"]}},

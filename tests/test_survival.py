@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,12 @@ from torch import Tensor
 
 import dicode.train.loop
 from dicode.hub import CheckpointError
+from dicode.stopwatch import Stopwatch
 from dicode.train.checkpoint import checkpoints
 from dicode.train.loop import NonFiniteLossError, train
-from dicode.train.run_folder import duration
+from dicode.train.run_folder import RunLog, duration, records
+from dicode.train.runs import LoopConfig
+from dicode.train.speed import Speed
 from dicode.train.stages import Run, run_recipe, stage_of
 
 STEPS = 8
@@ -41,6 +45,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short_run(root: Path, **changes: Any) -> Run:
     run = the_run(root, STEPS)
     return dataclasses.replace(run, loop=dataclasses.replace(run.loop, checkpoint_every=2, evaluate_every=4, **changes))
+
+
+def short_config() -> LoopConfig:
+    return LoopConfig(precision="float32")
 
 
 def stop_after(run: Run, folder: Path, steps: int) -> None:
@@ -193,20 +201,86 @@ def test_a_run_folder_explains_itself(root: Path, tmp_path: Path, capsys: pytest
     assert session["versions"]["torch"] == torch.__version__
     index = tmp_path / "cache/index.json"
     index.write_text(index.read_text() + " ")
-    run_recipe(run, folder, {"recipe": "recipe.py:lm"}, source)
-    assert "the data are not those the run began with" in capsys.readouterr().out
-    assert [json.loads(line)["from_step"] for line in (folder / "sessions.jsonl").read_text().splitlines()] == [
-        0,
-        STEPS,
-    ]
+    with pytest.raises(ValueError, match=rf"{folder} was begun with other data .*--run-folder.*--init {folder}/best"):
+        run_recipe(run, folder, {"recipe": "recipe.py:lm"}, source)
+    (folder / "sessions.jsonl").write_text(json.dumps({**session, "threads": 7, "dtype": "bfloat16"}) + "\n")
+    index.write_text(index.read_text()[:-1])
+    capsys.readouterr()
+    longer = dataclasses.replace(run.loop, optim=dataclasses.replace(run.loop.optim, lr=1e-4))
+    run_recipe(dataclasses.replace(run, loop=longer), folder, {"recipe": "recipe.py:lm"}, source)
+    out = capsys.readouterr().out
+    assert "the recipe is not the one the run began with (loop.optim.lr)" in out
+    assert f"threads: 7 then, {torch.get_num_threads()} now" in out and "dtype: bfloat16 then, float32 now" in out
+    assert [record["from_step"] for record in records(folder / "sessions.jsonl")] == [0, STEPS]
+
+
+def test_the_first_line_of_a_run_says_what_it_computes_on(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(short_run(root), tmp_path / "run", {})
+    threads = torch.get_num_threads()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.search(rf"run: cpu: .*{threads} threads; float32, matrix products at [\d,]+ GFLOP/s$", first)
+    (session,) = records(tmp_path / "run/sessions.jsonl")
+    assert session["dtype"] == "float32" and session["threads"] == threads and session["device"].startswith("cpu")
+
+
+def test_one_process_trains_in_a_folder(root: Path, tmp_path: Path) -> None:
+    held = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, 2); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"{tmp_path}: another process trains here.*--run-folder"):
+            run_recipe(short_run(root), tmp_path, {})
+        other.kill()
+    assert not (tmp_path / "log.jsonl").exists()
+    run_recipe(short_run(root), tmp_path, {})
+    assert (tmp_path / "best").is_dir()
+
+
+def test_lines_that_are_torn_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo}\n\x00\x00\xff}\n[3]\n{"step": 3}\n{"step": 4, "l')
+    assert records(path) == [{"step": 1, "loss": 2.0}, {"step": 3}]
+    assert records(tmp_path / "none") == []
+    with RunLog(tmp_path, 2, "none", {}) as log:
+        log.write("train", 3, {"loss": 1.0})
+    assert [record["step"] for record in records(path)] == [1, 3]
+
+
+def test_operations_are_counted_once_and_steps_are_timed_without_counting() -> None:
+    a = torch.ones(64, 64)
+    speed = Speed(short_config(), torch.device("cpu"), 0, Stopwatch())
+    for _ in range(3):
+        with speed.working({0: {"tokens": a, "goal": torch.tensor(True)}}):
+            a @ a
+    assert speed.computed == 2 * 2 * 64**3  # of the two steps after the one that was counted
+    with speed.working({0: {"tokens": a, "goal": torch.tensor(False)}}):  # another kind
+        a @ a @ a
+    assert sorted(speed.flops.values()) == [2 * 64**3, 4 * 64**3] and speed.computed == 4 * 64**3
+
+
+def test_more_than_the_peak_is_never_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = Speed(short_config(), torch.device("cpu"), 0, Stopwatch())
+    speed.computed, speed.computing_s = 10**9, 1.0
+    measured = []
+    for peaks, expected in (([0.5e9, 4e9], 0.25), ([4e9, 4e9], 0.25), ([0.5e9, 0.5e9], None)):
+        left = iter(peaks)
+        monkeypatch.setattr(
+            "dicode.train.speed.peak_flops", lambda _, dtype, left=left: (measured.append(dtype), next(left))[1]
+        )
+        assert speed.mfu() == expected  # measured again where it is less than was reached
+    assert measured == [torch.float32] * 6
 
 
 def test_the_log_tells_speed_memory_and_what_is_left(root: Path) -> None:
     lines = [json.loads(line) for line in (root / "whole/log.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
     assert all(line["samples_per_s"] > 0 and 0 < line["data_share"] < 1 and line["memory_gib"] > 0 for line in trained)
-    assert all(0 < line["mfu"] < 1 for line in trained)
-    assert trained[-1]["eta_s"] == 0 and "eta_s" not in trained[0]  # known from the twentieth step on
+    timed = [line for line in trained if "mfu" in line]  # the first of a kind is counted
+    assert timed and all(0 < line["mfu"] <= 1 for line in timed)
+    assert trained[-1]["eta_s"] == 0 and "eta_s" not in trained[0]
     assert list((root / "whole/tensorboard").glob("events.*"))
 
 
@@ -227,7 +301,9 @@ def test_a_hosted_tracker_gets_every_number(
     fake = SimpleNamespace(init=lambda **options: (asked.update(options), run)[1], Image=lambda image: image)
     monkeypatch.setitem(sys.modules, library, fake)
     run_recipe(short_run(root, tracker=library), tmp_path / "run", {"recipe": "x"})
-    assert asked["project"] == "dicode" and asked["name"] == "run" and asked["config"] == {"recipe": "x"}
+    kept = (tmp_path / "run/tracker-id").read_text().strip()
+    assert re.fullmatch(r"run-[0-9a-f]{8}", kept)
+    assert asked["project"] == "dicode" and asked["name"] == kept and asked["config"] == {"recipe": "x"}
     assert [step for step, values in logged if "train/loss" in values] == list(range(1, STEPS + 1))
     assert any("validation/sheet" in values for _, values in logged) and done == [True]
     assert not (tmp_path / "run/tensorboard").exists()
@@ -239,6 +315,10 @@ def test_a_tracker_that_is_not_installed_is_an_error(
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ValueError, match=r"tracker trackio.*pip install trackio"):
         run_recipe(short_run(root, tracker="trackio"), tmp_path, {})
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"tracker tensorboard.*dicode\[train\].*--loop.tracker none"):
+        run_recipe(short_run(root), tmp_path, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_toy_runs_have_every_option_of_the_loop_at_its_default_but_these(root: Path) -> None:

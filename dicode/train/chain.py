@@ -24,7 +24,8 @@ from dicode.train.pace import Pace, measured_pace, read_plan
 from dicode.train.parallel import Processes
 from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
 from dicode.train.stages import Run, run_recipe, stage_of
-from dicode.video.shards import INDEX, CachedVideo, FrameCache
+from dicode.video.cache_folder import INDEX
+from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.synthetic import draw_clip
 
 LEAST_SHARE = 0.5  # of the time planned for a stage, where those before it took longer than planned

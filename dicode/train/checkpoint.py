@@ -1,6 +1,6 @@
 """Training checkpoints: everything a run needs to go on, whole on disk or not there at all.
 
-    runs/lm/step-00000500/
+    runs/sprites-lm/step-00000500/
         shard-00001-….safetensors   weights, EMA, buffers and optimizer, one file a process
         state.json                  step, best metrics so far, seconds trained, steps skipped
         SHA256SUMS                  of all of them; `sha256sum -c SHA256SUMS` checks it too

@@ -94,6 +94,8 @@ def check(run: TokenizerRun) -> None:
         raise ValueError("freeze_key_frames: nothing is left to train where denoises is False")
     if run.images_per_step % run.loop.pieces:
         raise ValueError(f"images_per_step: expected a multiple of {run.loop.pieces} pieces, got {run.images_per_step}")
+    if run.loop.compile:
+        raise ValueError("loop.compile: compiled denoisers give NaN (docs/log.md); it is for language models alone")
     if run.lora.rank and not run.freeze_key_frames:
         raise ValueError("lora: adapts the denoiser alone; set freeze_key_frames and name the trained model in init")
     if run.model.encoder.kind == "clip" and not run.init:
@@ -134,8 +136,6 @@ class TokenizerTraining:
             self.module.denoiser.requires_grad_(False)
         if run.lora.rank:
             add_adapters(self.module.denoiser, run.lora, run.loop.seed)
-        if run.loop.compile:
-            self.module.denoiser.compile(dynamic=False)
         self.module.to(pick_device(run.loop.device))
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)

@@ -20,6 +20,7 @@ from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
 from dicode.tokenizer.video_tokenizer import WEIGHTS as TOKENIZER_WEIGHTS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.adversarial import FeatureDiscriminator, Judged, adversarial_losses
+from dicode.train.parallel import Processes
 from dicode.train.runs import FirstStageRun
 from dicode.video.shards import FrameCache
 
@@ -70,7 +71,8 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
     name = (
         f"rendered-{weights}-{config.sampling.decoder_guidance:g}-{config.sampling.motion_scale:g}-{videos}.safetensors"
     )
-    latents = kept_tensors(Path(run.cache) / name, computed)["latents"]
+    with Processes().one_first():
+        latents = kept_tensors(Path(run.cache) / name, computed)["latents"]
     return Rendered(rows[:, 1 : config.clip_frames].flatten(), latents[:, 1:].flatten(0, 1))
 
 

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from dicode.device import autocast, compute_dtype, pick_device
+from dicode.evaluate.report import describe_device
 from dicode.files import flush
 from dicode.hub import config_to_dict, content_hash, is_finite
 from dicode.progress import Progress
@@ -40,10 +41,10 @@ from dicode.train.parallel import (
     recompute_activations,
     whole,
 )
-from dicode.train.run_folder import NoLog, RunLog, note_start
+from dicode.train.run_folder import NoLog, RunLog, claimed, note_start
 from dicode.train.runs import LoopConfig
 from dicode.train.signals import Stopped, StopSignal
-from dicode.train.speed import Speed
+from dicode.train.speed import Speed, described, name_of
 
 
 @runtime_checkable
@@ -169,21 +170,35 @@ def train(
     a checkpoint and raises `SystemExit(75)`. Raises `NonFiniteLossError`, and `CheckpointError` where a checkpoint
     cannot be read or written.
     """
-    with stop or StopSignal() as stop, Processes() as processes:
+    data = data_of(stage.run)
+    with stop or StopSignal() as stop, Processes() as processes, claimed(folder, data, config.tracker, processes):
         run, state = Training.of(stage, config, processes), TrainState()
-        folder.mkdir(parents=True, exist_ok=True)
         if newest := newest_checkpoint(folder, processes):
             state = load_checkpoint(newest, run.tensors(), processes)
         if processes.first:
             if newest:
                 print(f"continuing {folder} from step {state.step}", flush=True)
-            data = content_hash(Path(stage.run.cache) / "index.json")
+            dtype = compute_dtype(run.device, config.precision)
+            print(f"{folder}: {described(run.device, dtype)}", flush=True)
+            made_on = {
+                "device": describe_device(run.device),
+                "dtype": name_of(dtype),
+                "threads": torch.get_num_threads(),
+                "processes": processes.count,
+                "data": data,
+            }
             asked = {"recipe": recipe, "loop": config_to_dict(config)}
-            note_start(folder, state.step, asked, source, data, processes.count)
+            note_start(folder, state.step, asked, source, made_on)
         log = RunLog(folder, state.step, config.tracker, recipe) if processes.first else NoLog()
         with log, sdpa_kernel(attention_on(run.device)):
             _loop(run, state, folder, log, stop)
     return {} if state.best is None else state.best
+
+
+def data_of(run: Any) -> str:
+    """What tells one cache from another, of the cache that a run trains on."""
+    index = Path(run.cache) / "index.json"
+    return content_hash(index) if index.is_file() else ""  # its absence is a matter of whoever reads it
 
 
 def attention_on(device: torch.device) -> list[SDPBackend]:
@@ -220,7 +235,7 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, s
         with watch.stage("data"):
             batch = next(batches)
         logs = (state.step + 1) % config.log_every == 0 or state.step == 0
-        with watch.stage("step"), speed.counting() if logs else nullcontext():
+        with watch.stage("step"), speed.working(batch):
             scalars = _step(run, state, batch)
         state.step += 1
         if config.log_samples:

@@ -113,7 +113,7 @@ class TokenizerRun:
     """
 
     cache: str = "cache/sprites"
-    first_stage: str = "runs/first_stage/best"
+    first_stage: str = "runs/sprites-first_stage/best"
     init: str | None = None
     init_denoiser: str | None = None  # a checkpoint with the same denoiser, to begin with that part of it
     freeze_key_frames: bool = False  # encoder, resampler, token statistics and key-frame head stay as they are
@@ -137,7 +137,7 @@ class LanguageRun:
     """
 
     cache: str = "cache/sprites"
-    tokenizer: str = "runs/tokenizer/best"
+    tokenizer: str = "runs/sprites-key_frames/best"
     init: str | None = None
     body: str | None = None  # a folder, or an id of Hugging Face
     vocabulary: str | None = None  # a folder with tokenizer.json, or with vocab.json and merges.txt

@@ -8,9 +8,10 @@ from dicode.progress import Progress
 from dicode.train.clips import TokenizerTraining
 from dicode.train.images import FirstStageTraining
 from dicode.train.language import LanguageTraining
-from dicode.train.loop import Stage, train
+from dicode.train.loop import Stage, data_of, train
 from dicode.train.pace import planned
 from dicode.train.parallel import Processes
+from dicode.train.run_folder import claimed
 from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
 from dicode.train.signals import StopSignal
 from dicode.train.video_text import VideoTextRun, VideoTextTraining
@@ -35,9 +36,9 @@ def run_recipe(
     With `minutes`, its number of steps is what they allow on this machine; see `planned`.
     """
     began_s = time.monotonic()
-    with StopSignal() as stop, Processes() as processes:
-        with stop.cutting(), processes.one_first(), Progress(f"preparing {folder.name}"):
-            stage = stage_of(run)  # the first process leaves latents and tokens for the others
+    with StopSignal() as stop, Processes() as processes, claimed(folder, data_of(run), run.loop.tracker, processes):
+        with stop.cutting(), Progress(f"preparing {folder.name}"):
+            stage = stage_of(run)
         with stop.cutting():
             loop = planned(stage, run.loop, folder, minutes, began_s, processes)
         return train(stage, loop, folder, recipe, source, stop)
