@@ -9,6 +9,7 @@ import torch
 
 from dicode.commands import asked_sampling, origin, written
 from dicode.device import peak_memory_mib, pick_device
+from dicode.files import read_text
 from dicode.flags import Generate
 from dicode.generate import DiCoDe, Given, Prompt, length_s
 from dicode.hub import resolve
@@ -74,7 +75,7 @@ def jobs_of(command: Generate) -> list[Job]:
         if isinstance(prompt, str):
             prompt = parse_storyboard(prompt) or prompt
         return [Job(prompt, seed, command.sample, command.output, command.sheet)]
-    lines = [line.strip() for line in command.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(command.prompts).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{command.prompts}: expected a prompt a line, found none")
     return [

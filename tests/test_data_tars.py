@@ -94,6 +94,17 @@ def test_webdataset_reads_what_is_exported_and_so_do_we(tmp_path: Path, drawn_cl
     assert [path.read_bytes() for path in second] == [path.read_bytes() for path in sorted(out.iterdir())]
 
 
+def test_no_foreign_archive_is_replaced(tmp_path: Path, drawn_clips: Path) -> None:
+    build_cache(read_index(drawn_clips)[:1], tmp_path / "cache", CacheOptions(size=16))
+    cache = FrameCache.load(tmp_path / "cache")
+    (tmp_path / "shard-00000.tar").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"shard-00000.tar: there is another file of this name"):
+        write_tars(cache, tmp_path)
+    assert (tmp_path / "shard-00000.tar").read_bytes() == b"mine"
+    first = write_tars(cache, tmp_path / "out")[0].read_bytes()
+    assert write_tars(cache, tmp_path / "out")[0].read_bytes() == first
+
+
 def test_frames_at_uneven_times_are_exported_at_a_rate_that_keeps_them(tmp_path: Path) -> None:
     frames = torch.stack([torch.full((16, 16, 3), value, dtype=torch.uint8) for value in (0, 120, 240)])
     video = CachedVideo("x", "a.gif", (), False, False, 0, 3, 1.0)

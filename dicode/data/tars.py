@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 import tempfile
 from collections import Counter
@@ -48,6 +49,7 @@ def _records(archive: Place, folder: Place, file: IO[bytes], left_out: Counter[s
             for entry in _members(tar, file):
                 twice |= {entry.name} & entries.keys()
                 entries[entry.name] = entry
+            _check_end(file, tar.offset)
         except (tarfile.TarError, OSError, MemoryError, OverflowError, ValueError, RecursionError) as error:
             damage = error
         for name, notes in _samples(list(entries), left_out):
@@ -79,6 +81,14 @@ def _members(tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tarfile.TarInfo]
             yield entry
 
 
+def _check_end(file: IO[bytes], offset: int) -> None:
+    """Raise `tarfile.ReadError` where an archive is followed by another: nothing but zeros may come after its end."""
+    file.seek(offset)
+    while block := file.read(MOST_BYTES):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("data after its end, as of two archives in one file")
+
+
 def _samples(names: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[str, dict[str, str] | str]]:
     """Each video with its notes by suffix, or with why they cannot be told.
 
@@ -101,6 +111,7 @@ def _samples(names: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[str
     told: dict[str, dict[str, str] | str] = {stem: dict(notes.get(stem, {})) for stem in videos}
     for stem, found in loose.items():
         fitting = by_first.get(_first(stem), [])
+        left_out["texts that belong to no clip"] += len(found) if not fitting else 0
         for video in fitting:
             own = told[video]
             if len(fitting) > 1 and not isinstance(own, str) and not own:
@@ -152,16 +163,25 @@ def _text(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> str:
 def write_tars(cache: FrameCache, output: Place) -> list[Place]:
     """Every shard of a cache as a tar of H.264 videos, their first caption as .txt and all else as .json.
 
-    Equal caches give equal bytes.
+    Equal caches give equal bytes. Raises `ValueError` where that would replace another file.
     """
     assert isinstance(cache.frames, Rows)
-    made = []
+    made: list[Place] = []
+    targets = [output / f"{file.stem}.tar" for file in cache.files]
+    if foreign := [target for target in targets if target.exists() and not _is_ours(target)]:
+        raise ValueError(f"{foreign[0]}: there is another file of this name; name another -o")
     for file, (start, stop) in zip(cache.files, pairwise(cache.frames.starts), strict=True):
         own = [v for v in cache.videos if start <= v.first < stop]
         target = output / f"{file.stem}.tar"
         put(target, partial(_write_tar, cache=cache, videos=own, stem=file.stem))
         made.append(target)
     return made
+
+
+def _is_ours(path: Place) -> bool:
+    """Whether `write_tars` has written a file: its first member is named as it names them."""
+    with path.open("rb") as file:
+        return re.fullmatch(rb"\d{5,}-\d{5,}\.mp4\0+", file.read(100)) is not None
 
 
 def _write_tar(path: Path, cache: FrameCache, videos: list[CachedVideo], stem: str) -> None:

@@ -188,7 +188,11 @@ class FrameCache:
 
 
 def join_caches(folders: Sequence[str | Path], output: Path) -> None:
-    """Make of several caches one that is an index alone: shards, and what is computed of them, stay where they are."""
+    """Make of several caches one that is an index alone: shards, and what is computed of them, stay where they are.
+
+    Raises `ValueError` where `output` holds other files than a cache's.
+    """
+    check_own(output)
     parts = [(Path(folder).resolve(), *read_cache_index(Path(folder))) for folder in folders]
     shards = [
         dataclasses.replace(shard, file=str(folder / shard.file))
