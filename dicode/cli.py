@@ -26,6 +26,7 @@ from dicode.config import check_ranges
 from dicode.flags import (
     Assemble,
     Cache,
+    Check,
     Clip,
     Dynamicrafter,
     Encode,
@@ -65,7 +66,7 @@ COMMANDS = {
     "dicode.finetune_command": (Finetune,),
     "dicode.info_command": (Info,),
     "dicode.scale_command": (Scale,),
-    "dicode.data_commands": (Index, Cache, Verify, Encode, Export, Sheet),
+    "dicode.data_commands": (Index, Cache, Check, Verify, Encode, Export, Sheet),
     "dicode.evaluate.command": (Evaluate,),
     "dicode.evaluate.tune": (Tune,),
     "dicode.evaluate.protocols": (Ucf101, Msrvtt, Vbench),
@@ -161,7 +162,7 @@ def _parsed(argv: list[str]) -> Any:
         app.command(name=command.__name__.lower())(command)
     for protocol in (Ucf101, Msrvtt, Vbench):
         benchmark.command(name=protocol.__name__.lower())(protocol)
-    for part in (Index, Cache, Verify, Encode, Export, Sheet):
+    for part in (Index, Cache, Check, Verify, Encode, Export, Sheet):
         data.command(name=part.__name__.lower())(part)
     for source in (Official, Dynamicrafter, Clip, Vae):
         convert.command(name=source.__name__.lower())(source)

@@ -1,8 +1,9 @@
 """What `dicode data index`, `cache`, `verify`, `encode`, `export` and `sheet` do; their flags are in `flags.py`."""
 
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import torch
 
@@ -13,8 +14,8 @@ from dicode.data.summary import Clip, table
 from dicode.data.tars import write_tars
 from dicode.device import pick_device
 from dicode.extras import missing_extra
-from dicode.files import place
-from dicode.flags import Cache, Encode, Export, Index, Sheet, Verify
+from dicode.files import check_parent, place, put_text
+from dicode.flags import Cache, Check, Encode, Export, Index, Sheet, Verify
 from dicode.hub import resolve
 from dicode.progress import Progress, tracked
 from dicode.seeds import generator_for
@@ -99,6 +100,23 @@ def verify(command: Verify, watch: Stopwatch) -> int:
         print(f"bad: {said}")
     print(f"{command.cache}: {len(shards)} shards, {len(videos)} clips; {len(faults)} bad shards")
     return min(len(faults), MOST_COUNTED)
+
+
+def check(command: Check, watch: Stopwatch) -> int:
+    """Findings, then what follows of them."""
+    from dicode.data.check import check_cache
+
+    check_parent(command.json)
+    findings = check_cache(FrameCache.load(command.cache))
+    for line in findings.lines():
+        print(line)
+    print("\nWhat follows:")
+    for line in findings.advice():
+        print(f"- {line}")
+    if command.json is not None:
+        put_text(command.json, json.dumps(asdict(findings), indent=1) + "\n")
+        print(f"{command.json}: the same, in numbers")
+    return 0
 
 
 def encode(command: Encode, watch: Stopwatch) -> int:

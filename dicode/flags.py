@@ -403,6 +403,14 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Say what the clips of a cache are like, and which settings follow: lengths, captions, motion, first stages."""
+
+    cache: Annotated[Positional[str], arg(metavar="CACHE")]  # from `dicode data cache`
+    json: Annotated[Path | None, arg(metavar="FILE")] = None  # keep the findings in a file
+
+
+@dataclass(frozen=True)
 class Encode:
     """Compute the latents and deep tokens of a cache now, which training would compute when it first needs them."""
 

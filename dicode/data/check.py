@@ -1,0 +1,226 @@
+"""What a cache of clips is like, and which settings follow from it: findings in numbers, then flags to copy."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dicode.hub import resolve
+from dicode.lm.text import TextTokenizer
+from dicode.progress import tracked
+from dicode.shapes import Video
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.video.columns import LOOPS, VALIDATION
+from dicode.video.shards import CachedVideo, FrameCache
+
+LOOKED_AT, THROUGH_NETWORKS = 256, 96  # clips
+BUNDLED = ("sprites", "world")
+CHANGED = 0.1  # of the range from black to white: a pixel further from its clip's mean frame changes
+SMALL_SHARE = 0.08  # of the picture: what changes is small
+GOOD_PSNR_DB, GOOD_MOVING_DB = 27.0, 21.0  # of a first stage, all over and where something moves (docs/log.md)
+READ_TOKENS, WRITTEN_KEY_FRAMES = 24, 3  # of the language model of recipes/small.py
+VOCABULARY, MOST_CAPTIONS = 1024, 20_000
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Of all clips of a cache, or of some of them spread over it."""
+
+    clips: int
+    validation: int
+    median_s: float
+    longest_s: float
+    clip_s: float  # from one key frame to the next
+    shorter: float  # share of clips that end before their second key frame
+    looping: float  # share cached as loops …
+    seamless: float  # … and of the others, share that end where they begin
+    captioned: float
+    captions: int  # different ones
+    most_repeated: int  # clips of one caption
+    text_tokens: int  # that 95 % of the captions need
+    sided: float  # share of captions that tell left from right
+    changing: float  # share of the picture that changes within a clip, in the median
+    psnr_db: dict[str, float]  # of a bundled first stage on these frames …
+    moving_db: dict[str, float]  # … and on what of them changes
+    change_variance: float  # of the tokens of a key frame less those before it, over the variance of the tokens
+
+    def lines(self) -> list[str]:
+        """What was found."""
+        named = ", ".join(f"{n} {self.psnr_db[n]:.1f} dB ({self.moving_db[n]:.1f} where it moves)" for n in BUNDLED)
+        return [
+            f"clips: {self.clips}, {self.validation} of them for validation; median {self.median_s:.1f} s, longest "
+            f"{self.longest_s:.1f} s; {self.shorter:.0%} end before the second key frame ({self.clip_s:g} s)",
+            f"loops: {self.looping:.0%} cached as loops; of the others {self.seamless:.0%} end where they begin",
+            f"captions: {self.captioned:.0%} of clips have one, {self.captions} different, the most frequent "
+            f"{self.most_repeated} times; 95 % need at most {self.text_tokens} text tokens; {self.sided:.0%} tell left "
+            "from right",
+            f"picture: {self.changing:.1%} of it changes within a clip",
+            f"bundled first stages on it: {named}",
+            f"key frames: changes from one to the next have {self.change_variance:.2f} times the variance of tokens",
+        ]
+
+    def advice(self) -> list[str]:
+        """What follows: commands and flags."""
+        found: list[str] = []
+        if self.seamless > 0.5:
+            found.append("most clips end where they begin: cache them with --loops (dicode data cache … --loops)")
+        if self.shorter > 0.1 and self.seamless <= 0.5:
+            found.append(
+                f"{self.shorter:.0%} of clips are shorter than {self.clip_s:g} s: they teach pictures, not motion"
+            )
+        useful = 2 if self.median_s < 2 * self.clip_s else int(self.median_s / self.clip_s) + 1
+        if not self.looping and useful != WRITTEN_KEY_FRAMES:
+            found.append(f"clips of {self.median_s:.1f} s have {useful} key frames: lm --key-frames {useful}")
+        if not self.validation:
+            found.append("no clip is kept for validation: 15 clips or more are needed")
+        if self.captioned < 0.9:
+            found.append(f"{1 - self.captioned:.0%} of clips have no caption: they teach motion, not what words mean")
+        if self.text_tokens > READ_TOKENS:
+            length = -(-self.text_tokens // 8) * 8
+            found.append(
+                f"captions are long: lm --model.text-length {length} --model.positions {length + 16 * 33}, "
+                f"or their ends are not read"
+            )
+        if self.captions and self.most_repeated > 3 * max(1, self.clips * self.captioned / self.captions):
+            found.append("few captions stand for many clips: validation loss and rank tell more than written_share")
+        if self.sided > 0.02:
+            found.append("captions tell left from right: leave mirroring off")
+        best = max(BUNDLED, key=lambda name: self.moving_db[name])
+        if self.psnr_db[best] >= GOOD_PSNR_DB and self.moving_db[best] >= GOOD_MOVING_DB:
+            found.append(
+                f"the first stage of {best} will do: train … --all --first-stage {best} saves a third of the time"
+            )
+        else:
+            found.append(
+                f"{self.psnr_db[best]:.1f} dB ({self.moving_db[best]:.1f} where it moves) is below {GOOD_PSNR_DB:g} "
+                f"({GOOD_MOVING_DB:g}): train a first stage of your own, as recipes/small.py does"
+            )
+        if self.change_variance < 0.7:
+            found.append("key frames change little: lm --model.predicts-change is worth trying")
+        else:
+            found.append("key frames change much: leave lm --model.predicts-change off")
+        return found
+
+
+def check_cache(cache: FrameCache) -> Findings:
+    """Look at up to 256 clips, send a frame of 96 through each bundled first stage; less than a minute."""
+    videos = cache.columns
+    tokenizers = {name: VideoTokenizer.from_pretrained(resolve(name)) for name in BUNDLED}
+    clip_s = tokenizers[BUNDLED[0]].config.clip_s
+    periods_s = videos.column("period_s")
+    known = videos.spread(MOST_CAPTIONS)
+    captions = [video.captions[0] for video in known if video.captions and video.captions[0]]
+    counts = Counter(captions)
+    some = list(videos.spread(LOOKED_AT))
+    seamless, changing = [], []
+    for video in tracked(some, "looking at clips", "clip"):
+        frames = frames_of(cache, video)
+        changing.append(float(moving(frames).mean()))
+        if not video.loops:
+            seamless.append(ends_where_it_begins(frames))
+    chosen = some[:: max(1, len(some) // THROUGH_NETWORKS)]
+    figures = {
+        name: through(tokenizer, cache, chosen) for name, tokenizer in tracked(list(tokenizers.items()), "first stages")
+    }
+    best = max(figures, key=lambda name: figures[name][0])
+    return Findings(
+        clips=len(videos),
+        validation=len(videos.having(VALIDATION)),
+        median_s=float(np.median(periods_s)),
+        longest_s=float(periods_s.max()),
+        clip_s=clip_s,
+        shorter=1 - len(videos.lasting(clip_s)) / len(videos),
+        looping=len(videos.having(LOOPS)) / len(videos),
+        seamless=float(np.mean(seamless)) if seamless else 0.0,
+        captioned=len(captions) / len(known),
+        captions=len(counts),
+        most_repeated=max(counts.values(), default=0),
+        text_tokens=text_tokens(captions),
+        sided=float(np.mean([bool({"left", "right"} & set(c.lower().split())) for c in captions])) if captions else 0.0,
+        changing=float(np.median(changing)),
+        psnr_db={name: all_over for name, (all_over, _) in figures.items()},
+        moving_db={name: where for name, (_, where) in figures.items()},
+        change_variance=change_variance(tokenizers[best], cache, chosen),
+    )
+
+
+def frames_of(cache: FrameCache, video: CachedVideo) -> Video:
+    """All cached frames of a video."""
+    return cache.frames[torch.arange(video.first, video.first + video.count)].numpy()
+
+
+def moving(frames: Video) -> np.ndarray:
+    """Which pixels `h w` of a clip leave its mean frame by more than a tenth of the range at some time."""
+    away = np.abs(frames - frames.mean(0, dtype=np.float32)).max((0, 3))
+    return away > CHANGED * 255
+
+
+def ends_where_it_begins(frames: Video) -> bool:
+    """Whether the last frame is a step away from the first, of the size of those within, and the clip went further."""
+    if len(frames) < 4:
+        return False
+    signed = frames.astype(np.float32)
+    steps = np.abs(np.diff(signed, axis=0)).mean((1, 2, 3))
+    away = np.abs(signed - signed[0]).mean((1, 2, 3)).max()
+    seam = np.abs(signed[-1] - signed[0]).mean()
+    return bool(away > 0.5 and seam < 0.75 * away and seam <= 2 * steps.max())
+
+
+def text_tokens(captions: Sequence[str]) -> int:
+    """Text tokens that 95 % of the captions need, in a vocabulary learnt from them."""
+    if not captions:
+        return 0
+    text = TextTokenizer.train(list(captions), VOCABULARY)
+    lengths = [len(entry.ids) for entry in text.tokenizer.encode_batch(list(captions))]
+    return int(np.percentile(lengths, 95, method="higher"))
+
+
+@torch.no_grad()
+def through(tokenizer: VideoTokenizer, cache: FrameCache, videos: Sequence[CachedVideo]) -> tuple[float, float]:
+    """Mean PSNR in dB of the middle frames through a first stage: all over, and of the pixels that change."""
+    size, values, inside = tokenizer.config.size, [], []
+    for video in videos:
+        frames = frames_of(cache, video)
+        pixels = resized(torch.from_numpy(frames[len(frames) // 2]), size)
+        made = tokenizer.first_stage.decode(tokenizer.first_stage.encode(pixels)).clamp(-1, 1)
+        error = ((made - pixels) / 2).square().mean(1)[0]
+        values.append(db(error.mean()))
+        mask = torch.from_numpy(moving(frames))[None, None].float()
+        where = torch.nn.functional.interpolate(mask, size=(size, size))[0, 0] > 0
+        if where.any():
+            inside.append(db(error[where].mean()))
+    return float(np.mean(values)), float(np.mean(inside)) if inside else float(np.mean(values))
+
+
+def resized(frame: Tensor, size: int) -> Tensor:
+    """A uint8 frame `h w c` as pixels `1 c size size` in −1…1."""
+    pixels = frame.permute(2, 0, 1)[None].float() / 127.5 - 1
+    if pixels.shape[-1] == size:
+        return pixels
+    return torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+
+
+def db(error: Tensor) -> float:
+    """Peak signal-to-noise ratio of a mean squared error of values in 0…1."""
+    return float(-10 * error.clamp_min(1e-10).log10())
+
+
+@torch.no_grad()
+def change_variance(tokenizer: VideoTokenizer, cache: FrameCache, videos: Sequence[CachedVideo]) -> float:
+    """Variance of what key frames add to those before, over that of tokens; 0 where no clip has two."""
+    config = tokenizer.config
+    pairs = [
+        torch.cat(
+            [resized(frame, config.size) for frame in cache.frames[cache.clip_rows(video, 0.0, 2, 1 / config.clip_s)]]
+        )
+        for video in videos
+        if video.lasts(config.clip_s)
+    ]
+    if len(pairs) < 2:
+        return 0.0
+    tokens = torch.stack([tokenizer.tokens_of(tokenizer.source_of(pair)) for pair in pairs])
+    change = tokens[:, 1] - tokens[:, 0]
+    return float(change.var(0).mean() / tokens[:, 0].var(0).mean().clamp_min(1e-8))
