@@ -4,7 +4,6 @@ Losses over different tokens, or of different heads, tell nothing of each other.
 compared: in the first stage's latents, which every tokenizer's key-frame head gives back.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from dicode.evaluate.tokens import energy_score
 from dicode.generate import DiCoDe
-from dicode.hub import config_from_dict, content_hash, read_config
+from dicode.hub import config_from_dict, read_config
 from dicode.lm.sizes import HeadName
 from dicode.shapes import DeepTokens
 from dicode.tokenizer.config import TokenizerConfig
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS
-from dicode.train.clips import TokenizerTraining, first_stage_latents
+from dicode.tokenizer.video_tokenizer import WEIGHTS
+from dicode.train.clips import TokenizerTraining
 from dicode.train.images import frames_to_pixels
 from dicode.train.language import LanguageTraining
 from dicode.train.runs import LanguageRun, TokenizerRun
@@ -54,7 +53,7 @@ def arms(base: LanguageRun, studies: tuple[str, ...], folder: Path) -> dict[str,
 def linear_tokenizer(base: LanguageRun, tokens: int, width: int, folder: Path) -> Path:
     """A tokenizer that is the linear code of so many tokens of this width, fitted to the training frames' latents.
 
-    The tokens of all frames come from the latents that are kept already.
+    Its tokens come from the latents that are kept already.
     """
     made = folder / f"{tokens}x{width}"
     model = config_from_dict(TokenizerConfig, read_config(Path(base.tokenizer))["tokenizer"])
@@ -62,18 +61,9 @@ def linear_tokenizer(base: LanguageRun, tokens: int, width: int, folder: Path) -
     if not (made / WEIGHTS).exists():
         run = TokenizerRun(cache=base.cache, first_stage=base.tokenizer, model=model, denoises=False, loop=base.loop)
         stage = TokenizerTraining(run)
-        module, cache = stage.module.eval(), FrameCache.load(base.cache)
+        stage.module.eval()
         stage.export(made)
-        latents = first_stage_latents(module, cache, Path(base.tokenizer) / FIRST_STAGE_WEIGHTS)
-        name = f"tokens-{content_hash(made / FIRST_STAGE_WEIGHTS, made / WEIGHTS)}"
-        replace(cache, frames=latents).computed(name, lambda part: tokens_of(module.tokens_of, part))
     return made
-
-
-@torch.no_grad()
-def tokens_of(encode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
-    """Float16 `f n d`, of latents beside their mirror images `f 2 z y x`."""
-    return torch.cat([encode(part[:, 0].float()).half() for part in latents.split(512)])
 
 
 @torch.no_grad()

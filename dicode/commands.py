@@ -144,9 +144,12 @@ def assemble(command: Assemble, watch: Stopwatch) -> int:
     """Says what came out, as `dicode info` does."""
     from dicode.info_command import info
     from dicode.train.assemble import assemble as join
+    from dicode.train.assemble import last_of
 
     dtype, options = getattr(torch, command.dtype), asked_sampling(command)
-    join(command.tokenizer, command.lm, command.output, command.first_stage, dtype, **options)
+    folders = [last_of(path) if command.last else path for path in (command.tokenizer, command.lm)]
+    later = last_of(command.first_stage) if command.last and command.first_stage else command.first_stage
+    join(folders[0], folders[1], command.output, later, dtype, **options)
     return info(Info(str(command.output)), watch)
 
 

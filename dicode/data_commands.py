@@ -132,10 +132,12 @@ def encode(command: Encode, watch: Stopwatch) -> int:
         frames = FrameCache.load(command.cache)
         tokenizer = VideoTokenizer.from_pretrained(source).to(pick_device(command.device))
     with watch.stage("latents"):
-        latents = first_stage_latents(tokenizer, frames, source / FIRST_STAGE_WEIGHTS)
+        latents = first_stage_latents(tokenizer, frames, source / FIRST_STAGE_WEIGHTS, mirror=command.mirror)
     with watch.stage("tokens"):
         tokens = frame_tokens(tokenizer, frames, source)
-    print(f"{command.cache}: latents {tuple(latents.shape)} of frames and mirror images, tokens {tuple(tokens.shape)}")
+    sides = "frames and mirror images" if command.mirror else "frames"
+    each = f"{tokens.shape[1]}×{tokens.shape[2]}"
+    print(f"{command.cache}: latents {tuple(latents.shape)} of {sides}, and {each} deep tokens of every key frame")
     print(watch.text())
     return 0
 

@@ -153,6 +153,29 @@ def json_of(text: str, name: str) -> Any:
         raise TextError(f"{name}: not JSON ({error})") from error
 
 
+@contextmanager
+def alone_with(held: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process has a file or folder to itself as long as the block lasts; others `wait`, or are refused.
+
+    A lock of the system's (`flock`), which ends with the process. Windows has none: there all have it.
+    """
+    if os.name == "nt":
+        yield True
+        return
+    import fcntl
+
+    handle = os.open(held, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(handle)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk itself."""
     if path.is_dir():

@@ -199,6 +199,7 @@ class Assemble:
     lm: Annotated[Positional[Path], arg(metavar="LM")]  # runs/FILE-NAME/best of a language model run
     output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
     first_stage: Path | None = None  # a later run of the same first stage, whose decoder to take
+    last: bool = False  # in place of each run's best weights, RUN/best, the average that it ended with, RUN/last
     dtype: Dtype | Literal["int8"] = "float16"  # of the weights on disk; int8: of matrices, with a scale a row
     write: Write = WriteFlags()  # kept as the model's own sampling; left out: the tokenizer's
     render: Render = RenderFlags()
@@ -417,6 +418,7 @@ class Encode:
     cache: Annotated[Positional[Path], arg(metavar="CACHE")]  # from `dicode data cache`
     model: str = "sprites"  # whose first stage and tokenizer: a model in the box, or a folder: runs/FILE-NAME/best
     device: str = "auto"  # cpu, cuda, mps
+    mirror: bool = False  # latents of mirror images too, for a tokenizer's training with --mirror
 
 
 @dataclass(frozen=True)

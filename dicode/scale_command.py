@@ -179,7 +179,7 @@ def measured_run(run: LanguageRun, folder: Path, measure: Measure, processes: Pr
         if changed := [key for key in asked if asked[key] != ran[key]]:
             raise ValueError(f"{folder} was run with other values of {', '.join(changed)}: name another work folder")
         return held
-    with stop.cutting(), processes.one_first():
+    with stop.cutting():
         stage = LanguageTraining(run, measure)
     metrics = train(stage, run.loop, folder, {"run": asked}, stop=stop)
     if processes.first:

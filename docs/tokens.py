@@ -46,7 +46,7 @@ def main() -> None:
     cache = FrameCache.load(sys.argv[1])
     source = resolve(next(iter(folders.values()))) / FIRST_STAGE_WEIGHTS
     latents = first_stage_latents(first, cache, source)
-    training, held = (cache.subset(validation=held).frame_rows() for held in (False, True))
+    training, held = (cache.subset(validation=held).frame_rows()[:] for held in (False, True))
     resampler = first.config.resampler
     linear = Linear(resampler.queries, resampler.token_width, latents[training[::2], 0].float())
     named = {"linear": linear, **tokenizers}

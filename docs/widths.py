@@ -31,11 +31,11 @@ AT_ONCE = 100
 def main(name: str, cache: str, output: str) -> None:
     """Figures of both splits by width, and those of the first stage alone and of the model's own tokens."""
     tokenizer, frames = VideoTokenizer.from_pretrained(name), FrameCache.load(cache)
-    training = frames.subset(validation=False).frame_rows()
+    training = frames.subset(validation=False).frame_rows()[:]
     latents = encoded(tokenizer, frames.frames[spread(training[::2], FITTED)])
     shown = {
         "training": frames.frames[spread(training[1::2], SHOWN)],
-        "validation": frames.frames[spread(frames.subset(validation=True).frame_rows(), SHOWN)],
+        "validation": frames.frames[spread(frames.subset(validation=True).frame_rows()[:], SHOWN)],
     }
     values: dict[str, Any] = {}
     for split, those in shown.items():

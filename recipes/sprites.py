@@ -81,6 +81,7 @@ def key_frames() -> TokenizerRun:
     return TokenizerRun(
         model=MODEL,
         denoises=False,
+        mirror=True,
         images_per_step=96,
         loop=LoopConfig(
             evaluate_every=150,
@@ -95,6 +96,7 @@ def denoiser() -> TokenizerRun:
     return TokenizerRun(
         init="runs/sprites-key_frames/best",
         freeze_key_frames=True,
+        mirror=True,
         images_per_step=0,
         model=MODEL,
         loop=LoopConfig(

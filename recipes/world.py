@@ -83,6 +83,7 @@ def key_frames() -> TokenizerRun:
         first_stage="runs/world-first_stage/best",
         model=MODEL,
         denoises=False,
+        mirror=True,
         images_per_step=96,
         loop=LoopConfig(
             evaluate_every=100,
@@ -100,6 +101,7 @@ def denoiser() -> TokenizerRun:
         init="runs/world-key_frames/best",
         init_denoiser=SPRITES,
         freeze_key_frames=True,
+        mirror=True,
         images_per_step=0,
         model=MODEL,
         loop=LoopConfig(

@@ -118,7 +118,7 @@ def key_frames(root: Path) -> TokenizerRun:
 
 def test_training_begins_with_the_linear_code_and_the_networks_learn_beside_it(prepared: Path, tmp_path: Path) -> None:
     stage = TokenizerTraining(key_frames(prepared))
-    latents = stage.latents[stage.rows, 0].float()
+    latents = stage.latents[stage.rows[:], 0].float()
     code = LinearCode(4, 6, 5, 8)
     mean, variance = code.fit(latents)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_training_begins_with_the_linear_code_and_the_networks_learn_beside_it(p
     assert trained.linear_code is not None and trained.key_head is not None
     for learnt in (trained.resampler.norm_out.weight, trained.key_head.out.weight, trained.linear_code.decode.weight):
         assert learnt.any()
-    held_out = stage.validation.frame_rows()
+    held_out = stage.validation.frame_rows()[:]
     with torch.no_grad():
         found = trained.key_latents(trained.tokens_of(stage.latents[held_out, 0].float()))
     assert (found - stage.latents[held_out, 0]).square().mean() < 2 * metrics["key_frame_error"] < 0.5

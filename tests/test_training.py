@@ -24,7 +24,7 @@ from dicode.tokenizer.config import FirstStageConfig
 from dicode.tokenizer.denoiser import ChangeDenoiser
 from dicode.tokenizer.first_stage import DECODER
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
-from dicode.train.assemble import assemble
+from dicode.train.assemble import assemble, last_of
 from dicode.train.images import FirstStageTraining
 from dicode.train.language import LanguageTraining
 from dicode.train.loop import NonFiniteLossError, sample_indices, train
@@ -374,6 +374,11 @@ def test_assembling_takes_a_later_decoder_and_refuses_what_does_not_fit(trained:
     held = load_file(tmp_path / "later/best/first_stage.safetensors")
     for name, value in model.tokenizer.first_stage.state_dict().items():
         torch.testing.assert_close(value, held[name], rtol=1e-3, atol=1e-3)  # float16
+    assert (last_of(tokenizer), last_of(lm)) == (trained / "denoiser/last", trained / "lm/last")
+    held = load_file(trained / "lm/last/lm.safetensors")
+    assert held.keys() == load_file(lm / "lm.safetensors").keys()
+    with pytest.raises(CheckpointError, match="--last: expected RUN/best with RUN/last beside it"):
+        last_of(trained / "denoiser")
     run_recipe(dataclasses.replace(runs(trained)["first_stage"], loop=loop(5)), tmp_path / "other", {})
     with pytest.raises(CheckpointError, match="the deep tokens would change"):
         assemble(tokenizer, lm, tmp_path / "wrong", tmp_path / "other/best")
@@ -391,20 +396,6 @@ def test_a_recipe_changed_on_the_way_is_kept_beside_the_first(trained: Path, tmp
     steps = [json.loads((tmp_path / name).read_text())["loop"]["optim"]["steps"]
              for name in ("recipe.json", "recipe-from-step-00000004.json")]  # fmt: skip
     assert steps == [4, 6]
-
-
-def test_key_frames_past_the_end_of_a_video_are_masked(trained: Path) -> None:
-    stage = stage_of(runs(trained)["lm"])
-    assert isinstance(stage, LanguageTraining)
-    video = dataclasses.replace(stage.cache.videos[0], loops=False, period_s=4.5)
-    stage.cache = dataclasses.replace(stage.cache, videos=(video,))
-    stage.run = dataclasses.replace(stage.run, key_frames=5, from_start=1.0, longer_share=(0.0,))
-    batch = stage.batch(torch.tensor([0, 0]), generator_for(0))
-    assert batch["mask"].tolist() == [[True, True, True, False, False]] * 2  # at 0, 2 and 4 s
-    changed = {**batch, "tokens": batch["tokens"].clone()}
-    changed["tokens"][:, 3:] = 9.0
-    stage.module.eval()
-    assert torch.equal(stage.loss(batch, generator_for(1))[0], stage.loss(changed, generator_for(1))[0])
 
 
 def test_a_denoiser_of_changes_measures_their_deviation_before_it_trains(trained: Path, tmp_path: Path) -> None:

@@ -40,3 +40,11 @@ def assemble(
     parts.config = replace(parts.config, sampling=parts.config.sampling.changed(**options))
     DiCoDe(parts, DeepTokenLM.from_pretrained(lm)).save_pretrained(output, dtype)
     return DiCoDe.from_pretrained(output)
+
+
+def last_of(best: Path) -> Path:
+    """RUN/last, the averaged weights of a run's last evaluation, for RUN/best. Raises `CheckpointError` without one."""
+    last = best.with_name("last")
+    if best.name != "best" or not last.is_dir():
+        raise CheckpointError(f"--last: expected RUN/best with RUN/last beside it, got {best}")
+    return last

@@ -31,20 +31,22 @@ from dicode.tokenizer.known import Known
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
 from dicode.train.images import frames_to_pixels, pixels_to_frames, psnr_db
 from dicode.train.lora import add_adapters, merged
-from dicode.train.runs import TokenizerRun
+from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
 from dicode.video.columns import FrameRows
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 
 MOST_FITTED = 20_000  # frames that a linear code is fitted to
+FITTED_FRAMES = 4096  # that the statistics of tokens are fitted to
 
 
 def first_stage_latents(
-    tokenizer: VideoTokenizer, cache: FrameCache, weights: Path, precision: Precision = "auto"
+    tokenizer: VideoTokenizer, cache: FrameCache, weights: Path, precision: Precision = "auto", mirror: bool = False
 ) -> Rows:
-    """Latents of all cached frames and of their mirror images, float16 `f 2 z y x`.
+    """Latents of all cached frames, float16 `f 1 z y x`, or of them and their mirror images, `f 2 z y x`.
 
     Computed once and kept beside the shards, under a name that tells the first stage's `weights` file.
     """
+    sides = 2 if mirror else 1
 
     def latents(frames: Tensor) -> Tensor:
         parts = []
@@ -52,10 +54,15 @@ def first_stage_latents(
         with torch.no_grad(), autocast(device, precision):
             for piece in frames.split(at_once(128, frames.shape[1])):
                 pixels = frames_to_pixels(piece).to(device)
-                parts.append(tokenizer.first_stage.encode(torch.cat([pixels, pixels.flip(-1)])).half().cpu())
-        return torch.cat([rearrange(part, "(two f) c h w -> f two c h w", two=2) for part in parts])
+                parts.append(tokenizer.first_stage.encode(torch.cat([pixels, pixels.flip(-1)][:sides])).half().cpu())
+        return torch.cat([rearrange(part, "(side f) c h w -> f side c h w", side=sides) for part in parts])
 
-    return cache.computed(f"latents-{content_hash(weights)}", latents)
+    return cache.computed(latents_name(weights, mirror), latents)
+
+
+def latents_name(weights: Path, mirror: bool) -> str:
+    """What latents are kept under: a first stage's, with those of mirror images or without."""
+    return f"latents-{content_hash(weights)}" + ("-mirrored" if mirror else "")
 
 
 def at_once(count: int, size: int) -> int:
@@ -140,7 +147,16 @@ class TokenizerTraining:
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
         self.rows = self.cache.frame_rows()
-        self.latents = first_stage_latents(self.module, cache, weights, run.loop.precision)
+        self.videos, judged = self.cache.columns, self.validation.columns
+        if run.denoises:  # what is shorter would teach that nothing moves: it gives key frames alone
+            self.videos, judged = (videos.lasting(run.model.clip_s) for videos in (self.videos, judged))
+            for split, videos in (("training", self.videos), ("validation", judged)):
+                if not videos:
+                    raise ValueError(
+                        f"{run.cache}: none of its {split} videos lasts {run.model.clip_s:g} s, as a clip does"
+                    )
+        self.judged = judged.spread(VALIDATION_CLIPS)
+        self.latents = first_stage_latents(self.module, cache, weights, run.loop.precision, run.mirror)
         if self.module.linear_code is not None and not run.init:
             fit_linear_code(self.module, self.latents, self.rows)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
@@ -149,8 +165,7 @@ class TokenizerTraining:
 
     def _measure_change(self, denoiser: ChangeDenoiser) -> None:
         """Tell the denoiser how far frames lie from a cross-fade of their key frames, from up to 512 training clips."""
-        chosen = self.cache.videos[:: len(self.cache.videos) // 512 + 1]
-        rows = torch.stack([self.clip_rows(video, 0.0) for video in chosen])
+        rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(512)])
         clips = self.latents[rows[:, self.head :], 0].float()
         denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
 
@@ -180,16 +195,18 @@ class TokenizerTraining:
         load_state(self.module.denoiser, theirs, str(folder / WEIGHTS))
 
     def num_samples(self) -> int:
-        return len(self.cache.videos)
+        return len(self.videos)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         starts = torch.rand(len(indices), generator=generator)
-        mirrored = (torch.rand(len(indices), generator=generator) < 0.5).long()
-        videos = [self.cache.videos[int(i)] for i in indices]
+        mirrored = (torch.rand(len(indices), generator=generator) < 0.5 * self.run.mirror).long()
+        videos = [self.videos[int(i)] for i in indices]
         rows = torch.stack([self.clip_rows(v, float(start)) for v, start in zip(videos, starts, strict=True)])
+        begun_s = [self.start_s(v, float(start)) for v, start in zip(videos, starts, strict=True)]
+        context_s = self.head / self.run.model.fps
         images = self.run.images_per_step // self.run.loop.pieces
         keys = self.rows[torch.randint(len(self.rows), (images,), generator=generator)]
-        flips = torch.randint(2, (len(keys),), generator=generator)
+        flips = torch.randint(1 + self.run.mirror, (len(keys),), generator=generator)
         if self.run.denoises:
             keys = torch.cat([rows[:, self.head], rows[:, self.tail], keys])
             flips = torch.cat([mirrored, mirrored, flips])
@@ -197,6 +214,8 @@ class TokenizerTraining:
             "clips": self.latents[rows, mirrored[:, None]].float(),
             "keys": self.sources(keys, flips),  # of the clips, then single frames
             "key_latents": self.latents[keys, flips].float(),
+            # False where nothing was recorded before the clip
+            "has_context": torch.tensor([v.loops or s >= context_s for v, s in zip(videos, begun_s, strict=True)]),
         }
 
     def clip_rows(self, video: CachedVideo, start: float) -> Tensor:
@@ -206,8 +225,11 @@ class TokenizerTraining:
         """
         config = self.run.model
         count = max(self.head + config.clip_frames, self.tail + 1)
-        start_s = (1 + start) * video.period_s if video.loops else start * max(0.0, video.period_s - config.clip_s)
-        return self.cache.clip_rows(video, start_s - self.head / config.fps, count, config.fps)
+        return self.cache.clip_rows(video, self.start_s(video, start) - self.head / config.fps, count, config.fps)
+
+    def start_s(self, video: CachedVideo, start: float) -> float:
+        """The moment that is `start`, 0…1, of where a clip may begin."""
+        return (1 + start) * video.period_s if video.loops else start * max(0.0, video.period_s - self.run.model.clip_s)
 
     def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
         """What the encoder reads of cached frames, those where `mirrored` is 1 as their mirror images."""
@@ -230,7 +252,7 @@ class TokenizerTraining:
         if self.module.key_head is not None:
             losses["key_frame_error"] = functional.mse_loss(predicted, key_latents)
         if self.run.denoises:
-            known = self.told(noisy_tokens, predicted.detach(), clips[:, : self.head], generator)
+            known = self.told(noisy_tokens, predicted.detach(), clips[:, : self.head], batch["has_context"], generator)
             losses["denoising_loss"] = self.denoising_loss(self.within(clips), known, generator)
         learnt = losses["denoising_loss"] if self.run.freeze_key_frames else torch.stack(list(losses.values())).sum()
         return learnt, {name: loss.detach() for name, loss in losses.items()}
@@ -247,11 +269,13 @@ class TokenizerTraining:
         if self.run.freeze_key_frames or not self.run.fits_statistics or self.module.linear_code is not None:
             self.module.normalizer.eval()
 
-    def told(self, tokens: Tensor, key_latents: Tensor, context: Tensor, generator: torch.Generator) -> Known:
+    def told(
+        self, tokens: Tensor, key_latents: Tensor, context: Tensor, has_context: Tensor, generator: torch.Generator
+    ) -> Known:
         """What the denoiser learns from: now and then without key frames, or without what came before the clip."""
         b = len(context)
         kept = (torch.rand(b, generator=generator) >= self.run.drop_tokens).to(tokens.device)
-        seen = (torch.rand(b, generator=generator) >= self.run.drop_context).to(tokens)
+        seen = ((torch.rand(b, generator=generator) >= self.run.drop_context) & has_context).to(tokens)
         self.module.normalizer.eval()  # a single image has no statistics
         return Known(
             tokens=torch.where(kept[:, None, None, None], pairs(tokens[: 2 * b]), self.module.null_tokens()),
@@ -276,12 +300,13 @@ class TokenizerTraining:
         """Key-frame error and PSNR, denoising loss with fixed noise; a sheet of real, key-head and rendered frames."""
         module, device, size = self.module, self.module.device, self.run.model.size
         if self.run.fits_statistics and not self.run.freeze_key_frames:
-            frames = self.rows[:: max(1, len(self.rows) // 2048)].split(at_once(64, size))
+            frames = self.rows.spread(FITTED_FRAMES).split(at_once(64, size))
             module.fit_statistics([self.sources(part, torch.zeros_like(part)).to(device) for part in frames])
         generator = generator_for(0, "validation")
-        rows = torch.stack([self.clip_rows(v, 0.0) for v in self.validation.videos])
+        rows = torch.stack([self.clip_rows(v, 0.0) for v in self.judged])
+        looped = torch.tensor([v.loops for v in self.judged]).to(device)
         errors, psnrs, losses = [], [], []
-        for part in rows.split(at_once(32, size)):
+        for part, loops in zip(rows.split(at_once(32, size)), looped.split(at_once(32, size)), strict=True):
             clips = self.latents[part, 0].float().to(device)
             head, tokens = clips[:, self.head], self.key_tokens(part)
             if module.key_head is not None:
@@ -290,6 +315,7 @@ class TokenizerTraining:
                 psnrs.append(psnr_db(module.first_stage.decode(predicted), module.first_stage.decode(head)))
             if self.run.denoises:
                 known = module.known(pairs(tokens), clips[:, : self.head])
+                known = replace(known, context_mask=known.context_mask * loops)  # nothing is before the others' start
                 losses.append(self.denoising_loss(self.within(clips), known, generator))
         metrics = {"key_frame_error": errors, "key_frame_psnr_db": psnrs, "denoising_loss": losses}
         shown = rows[:: max(1, len(rows) // 8)][:8]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
@@ -22,7 +23,12 @@ from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.adversarial import FeatureDiscriminator, Judged, adversarial_losses
 from dicode.train.parallel import Processes
 from dicode.train.runs import FirstStageRun
+from dicode.video.columns import FrameRows, Videos
 from dicode.video.shards import FrameCache
+
+MOST_RENDERED = 4096  # clips that a decoder learns from as they are rendered: hours of work for a processor
+VALIDATION_FRAMES = 2048  # of all sources together …
+LEAST_FRAMES = 16  # … but at least so many of each
 
 
 def frames_to_pixels(frames: Tensor) -> Tensor:
@@ -48,13 +54,25 @@ class Rendered(NamedTuple):
     latents: Tensor  # f c h w, float16, normalised
 
 
+def validation_rows(videos: Videos) -> dict[str, Tensor]:
+    """Rows of frames to validate with, of each source as many: `VALIDATION_FRAMES` in all, evenly over the videos."""
+    numbers = videos.column("source")
+    held = np.unique(numbers)
+    each = max(LEAST_FRAMES, VALIDATION_FRAMES // len(held))
+    chosen = sorted((videos.sources[i], i) for i in held.tolist())
+    return {source: FrameRows(videos[np.flatnonzero(numbers == i)]).spread(each) for source, i in chosen}
+
+
 def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStageRun) -> Rendered:
-    """The first clip of every video of a cache from its own key frames: all frames but the head, which is no work.
+    """The first clips of up to 4,096 videos from their own key frames: all frames but the head, which is no work.
 
     Computed once and kept in the cache's folder, under a name that tells the tokenizer's weights and the videos.
     """
     config, source = tokenizer.config, Path(str(run.tokenizer))
-    rows = torch.stack([cache.clip_rows(video, 0.0, config.tail_frame + 1, config.fps) for video in cache.videos])
+    chosen = cache.columns.lasting(config.clip_s).spread(MOST_RENDERED)
+    if not chosen:
+        raise ValueError(f"{run.cache}: none of its videos lasts {config.clip_s:g} s, as a rendered clip does")
+    rows = torch.stack([cache.clip_rows(video, 0.0, config.tail_frame + 1, config.fps) for video in chosen])
 
     def computed() -> dict[str, Tensor]:
         parts = []
@@ -96,12 +114,7 @@ class FirstStageTraining:
         self.frames = cache.frames
         self.rows = cache.subset(validation=False).frame_rows()
         validation = cache.subset(validation=True)
-        self.validation = {
-            source: torch.cat(
-                [torch.arange(v.first, v.first + v.count, 5) for v in validation.videos if v.source == source]
-            )
-            for source in sorted({v.source for v in validation.videos})
-        }
+        self.validation = validation_rows(validation.columns)
         torch.manual_seed(run.loop.seed)
         first_stage = FirstStage(run.model)
         if run.init:
@@ -134,7 +147,7 @@ class FirstStageTraining:
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         pixels = frames_to_pixels(self.frames[self.rows[indices]])
-        flipped = torch.rand(len(pixels), generator=generator) < 0.5
+        flipped = torch.rand(len(pixels), generator=generator) < 0.5 * self.run.mirror
         pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
         if self.rendered is None:
             return {"pixels": pixels}
@@ -187,7 +200,7 @@ class FirstStageTraining:
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         first_stage, device = self.first_stage, self.first_stage.latent_mean.device
-        sample = frames_to_pixels(self.frames[self.rows[:: max(1, len(self.rows) // 512)]]).to(device)
+        sample = frames_to_pixels(self.frames[self.rows.spread(1024)]).to(device)
         if not self.run.freeze_encoder:
             first_stage.fit_statistics(torch.cat([first_stage.raw_latents(part) for part in sample.split(64)]))
         metrics: dict[str, float] = {}

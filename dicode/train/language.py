@@ -1,6 +1,6 @@
 """Stage 2: the language model learns from captions and cached deep tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,38 +16,68 @@ from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.text import TextTokenizer
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
-from dicode.train.clips import at_once
+from dicode.train.clips import at_once, latents_name
 from dicode.train.images import frames_to_pixels, pixels_to_frames
 from dicode.train.lora import add_adapters, merged
 from dicode.train.own import with_own
-from dicode.train.runs import LanguageRun
+from dicode.train.parallel import Processes
+from dicode.train.runs import VALIDATION_CLIPS, LanguageRun
 from dicode.train.views import View
+from dicode.video.columns import CAPTIONED, Videos, spread_numbers
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 from dicode.video.sheet import contact_sheet
 
 RANKED_CLIPS = 48  # validation clips whose captions are matched with each other
-WRITTEN_CLIPS = 64  # captions of either split that the model writes from at every evaluation
+WRITTEN_CLIPS = 64  # captions of either split that the model writes from at every evaluation …
+WRITTEN_AMONG = 2048  # … and clips among which what it writes is looked up
+MEASURED_CLIPS = 512  # that say whether changes or whole key frames are the easier to predict
+MOST_READ = 200_000  # training videos whose captions the vocabulary is learnt from
 BODY_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
 
 
 def frame_tokens(
     tokenizer: VideoTokenizer, cache: FrameCache, source: Path, view: View | None = None, precision: Precision = "auto"
 ) -> Rows:
-    """Deep tokens of every cached frame, or of a view of it, float16 `f n d`.
+    """Deep tokens of the frames that can be key frames, or of a view of them, float16 `f n d`.
 
-    Computed once and kept beside the shards, under a name that tells the weights of the tokenizer's `source`.
+    Those are all frames of a loop, and those a whole number of clips after the start of another video. Computed once
+    and kept beside the shards, under a name that tells the weights of the tokenizer's `source`; where a tokenizer's
+    training left first-stage latents there, from those.
     """
+    clip_s, reads_latents = tokenizer.config.clip_s, tokenizer.config.encoder.reads_latents
+    names = [latents_name(source / FIRST_STAGE_WEIGHTS, mirror) for mirror in (False, True)]
 
-    def tokens(frames: Tensor) -> Tensor:
-        device, pieces = tokenizer.device, frames.split(at_once(128, frames.shape[1]))
-        pieces = pieces if view is None else [view.of_frames(piece) for piece in pieces]
+    def chosen(rows: range) -> Tensor:
+        found = [torch.empty(0, dtype=torch.long)]
+        for video in cache.of_rows(rows):
+            every = torch.arange(video.first, video.first + video.count)
+            found.append(
+                every if video.loops else cache.clip_rows(video, 0.0, key_frames_of(video, clip_s), 1 / clip_s)
+            )
+        return torch.cat(found).unique()
+
+    def tokens(rows: Tensor) -> Tensor:
+        latents = next((k for name in names if (k := cache.kept(name, rows)) is not None), None)
+        device, resampler = tokenizer.device, tokenizer.config.resampler
+        parts = [torch.empty(0, resampler.queries, resampler.token_width, dtype=torch.half)]
         with torch.no_grad(), autocast(device, precision):
-            sources = (tokenizer.source_of(frames_to_pixels(piece).to(device)) for piece in pieces)
-            parts = [tokenizer.tokens_of(part).half().cpu() for part in sources]
+            for at in torch.arange(len(rows)).split(at_once(128, tokenizer.config.size)):
+                if reads_latents and view is None and latents is not None:
+                    read = latents[at, 0].float().to(device)
+                else:
+                    frames = cache.frames[rows[at]] if view is None else view.of_frames(cache.frames[rows[at]])
+                    read = tokenizer.source_of(frames_to_pixels(frames).to(device))
+                parts.append(tokenizer.tokens_of(read).half().cpu())
         return torch.cat(parts)
 
-    name = f"tokens-{content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)}"
-    return cache.computed(name if view is None else f"{name}-{view.name}", tokens)
+    name = f"tokens-{content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)}-{clip_s:g}s"
+    return cache.computed_of(name if view is None else f"{name}-{view.name}", chosen, tokens)
+
+
+def key_frames_of(video: CachedVideo, clip_s: float) -> int:
+    """How many key frames, one clip apart from its start on, a video that does not loop has; a still image has one."""
+    count = 1 + int(video.period_s / clip_s)
+    return 1 if video.count == 1 else count + video.lasts(count * clip_s)
 
 
 def body_folder(name: str) -> Path:
@@ -57,8 +87,6 @@ def body_folder(name: str) -> Path:
 
 class LanguageTraining:
     """The `Stage` of a `LanguageRun`."""
-
-    best = "written_share"  # the loss is least long before the caption is heard (docs/log.md)
 
     def __init__(self, run: LanguageRun, measure: "Callable[[LanguageTraining], dict[str, float]] | None" = None):
         """`measure` is a validation of another kind, in place of `validate`'s own."""
@@ -90,8 +118,10 @@ class LanguageTraining:
         self.tokenizer.cpu()  # an accelerator's memory is for the language model
         torch.manual_seed(run.loop.seed)
         self.text = text
-        told = [video.captions for video in self.cache.videos if video.captions]
+        told = self.captions()
         self.words = [[word for captions in told for word in captions[kind].split()] for kind in (0, -1)]
+        # the loss is least long before the caption is heard, and the very caption is met late or never (docs/log.md)
+        self.best = "written_rank" if told else "-validation_loss"
         self.module = DeepTokenLM(replace(run.model, pad_id=text.pad_id, begin_id=text.begin_id), text)
         if run.init:
             load_weights(self.module, Path(run.init) / LM_WEIGHTS)
@@ -101,6 +131,27 @@ class LanguageTraining:
             add_adapters(self.module, run.lora, run.loop.seed)
         if run.loop.compile:
             self.module.compile(dynamic=False)
+        if Processes().first and (said := self.change_said()):
+            print(said, flush=True)
+
+    def captions(self) -> list[tuple[str, ...]]:
+        """The captions of up to `MOST_READ` training videos."""
+        return [video.captions for video in self.cache.columns.having(CAPTIONED).spread(MOST_READ)]
+
+    def change_said(self) -> str:
+        """A line that says whether `model.predicts_change` fits these videos; nothing where key frames stand alone."""
+        clip_s = self.tokenizer.config.clip_s
+        videos = self.cache.columns.lasting(clip_s).spread(MEASURED_CLIPS)
+        if len(videos) < 2 or max((self.run.key_frames, *self.run.longer)) < 2:
+            return ""
+        tokens = self.tokens[torch.stack([self.key_frame_rows(video, 2) for video in videos])].float()
+        change = (tokens[:, 1] - tokens[:, 0]).square().mean().item()
+        whole = (tokens[:, 1] - tokens[:, 1].mean(0)).square().mean().item()
+        held, fits = self.run.model.predicts_change, change < whole
+        return (
+            f"variance of key frames {whole:.3g}, of changes from one to the next {change:.3g} ({len(videos)} clips): "
+            f"model.predicts_change {held} {'fits' if held == fits else 'may not fit, try ' + str(fits)}"
+        )
 
     def _text(self, body: Path | None) -> TextTokenizer:
         """The vocabulary of the weights to begin from, the one named, or one learnt from the captions."""
@@ -108,7 +159,7 @@ class LanguageTraining:
             return TextTokenizer.load(Path(self.run.init))
         if folder := body or self.run.vocabulary:
             return TextTokenizer.from_pretrained(Path(folder))
-        captions = [caption for video in self.cache.videos for caption in video.captions]
+        captions = [caption for captions in self.captions() for caption in captions]
         return TextTokenizer.train(captions, self.run.model.vocab_size)
 
     def num_samples(self) -> int:
@@ -124,11 +175,9 @@ class LanguageTraining:
                 key_frames = longer
             drawn -= share
         texts, tokens, masks = [], [], []
-        clip_s = self.tokenizer.config.clip_s
         for i in indices:
             video = self.cache.videos[int(i)]
-            last_start_s = video.period_s if video.loops else max(0.0, video.period_s - clip_s)
-            start_s = 0.0 if chance() < self.run.from_start else chance() * last_start_s
+            start_s = 0.0 if chance() < self.run.from_start else self.later_start_s(video, key_frames, chance())
             rows = self.key_frame_rows(video, key_frames, start_s)
             real, text = self.is_real(video, key_frames, start_s), self.text_of(video, generator)
             if self.views and chance() < self.run.view_share:
@@ -140,33 +189,54 @@ class LanguageTraining:
             masks.append(real)
             texts.append(text)
         mask = torch.stack(masks)
-        may = self.run.goal_share > 0 and key_frames > 2 and bool(mask[:, 1:].all())
-        goal = may and chance() < self.run.goal_share
+        everywhere = 1 + int(mask[:, 1:].all(0).long().cumprod(0).sum())  # key frames that all samples have
+        goal = self.run.goal_share > 0 and everywhere > 2 and chance() < self.run.goal_share
+        length = everywhere if goal else 1 + int(mask[:, 1:].any(0).sum())
         return {
             "text_ids": self.encode(texts),
-            "tokens": torch.stack(tokens).float(),
-            "mask": mask,  # False, no loss: past the end of a video that does not loop, and the first one of a view
+            "tokens": torch.stack(tokens)[:, :length].float(),
+            "mask": mask[
+                :, :length
+            ],  # False, no loss: past the end of a video that does not loop, and the first one of a view
             "goal": torch.tensor(goal),
             "own": torch.tensor(not goal and self.run.own_share > 0 and chance() < self.run.own_share),
         }
 
+    def later_start_s(self, video: CachedVideo, key_frames: int, drawn: float) -> float:
+        """Where a sample begins that need not begin at the start, for a number 0…1: anywhere in a loop.
+
+        Another video that is longer than the sample loses whole clips; of one that is not, the sample holds all.
+        """
+        clip_s = self.tokenizer.config.clip_s
+        if video.loops:
+            return drawn * video.period_s
+        beyond = key_frames_of(video, clip_s) - key_frames
+        return clip_s * (1 + int(drawn * beyond)) if beyond > 0 else 0.0
+
     def key_frame_rows(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
-        """Cache rows of `key_frames` frames, one clip apart."""
-        return self.cache.clip_rows(video, start_s, key_frames, 1 / self.tokenizer.config.clip_s)
+        """Cache rows of `key_frames` frames, one clip apart; past the end of a video the last real one again."""
+        rows = self.cache.clip_rows(video, start_s, key_frames, 1 / self.tokenizer.config.clip_s)
+        return rows[torch.arange(key_frames).clamp(max=int(self.is_real(video, key_frames, start_s).sum()) - 1)]
 
     def is_real(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
-        """Which of `key_frame_rows` are not past the end of a video that does not loop."""
+        """Which of `key_frame_rows` are not past the end of a video that does not loop; of a still image the first."""
         clip_s = self.tokenizer.config.clip_s
-        moments_s = start_s + clip_s * torch.arange(key_frames)
-        return torch.full((key_frames,), True) if video.loops else moments_s <= max(clip_s, video.period_s)
+        if video.loops and video.count > 1:
+            return torch.full((key_frames,), True)
+        return torch.arange(key_frames) < max(1, key_frames_of(video, clip_s) - round(start_s / clip_s))
 
     def text_of(self, video: CachedVideo, generator: torch.Generator) -> str:
-        """One of the video's captions, whole, with words missing or words of other captions in it, or nothing."""
+        """One of the video's captions, whole, with words missing or words of other captions in it, or nothing.
+
+        Of two captions the second is the long one; of more each is as likely.
+        """
         draws = torch.rand(4, generator=generator).tolist()
         if draws[0] < self.run.null_captions or not video.captions:
             return ""
-        kind = -1 if draws[1] < self.run.long_captions else 0
-        words, others = video.captions[kind].split(), self.words[kind]
+        number = -1 if draws[1] < self.run.long_captions else 0
+        if len(video.captions) > 2:  # not a short and a long one but several of a kind
+            number = int(draws[1] * len(video.captions))
+        words, others = video.captions[number].split(), self.words[min(number, 1)]
         if draws[3] < self.run.word_swaps:
             swapped = torch.rand(len(words), generator=generator) < self.run.swapped_words
             drawn = torch.randint(len(others), (len(words),), generator=generator).tolist()
@@ -192,23 +262,36 @@ class LanguageTraining:
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
     def weight(self, batch: dict[str, Tensor]) -> float:
-        return float(batch["mask"].sum())
+        """How many key frames carry the loss; a goal is given."""
+        return float(batch["mask"][:, : -1 if batch["goal"] else None].sum())
 
     def validate(self) -> tuple[dict[str, float], Image.Image | None]:
         """Loss on validation and on training clips from their start; how well captions pick out their own clip.
 
-        No sheet where a tokenizer has no key-frame head, and would have to render clips for it.
+        On `VALIDATION_CLIPS` or fewer of either split. `written_rank` is the mean of those of both splits. No sheet
+        where a tokenizer has no key-frame head, and would have to render clips for it.
         """
         if self.measure:
             return self.measure(self), None
         metrics: dict[str, float] = {}
-        for name, videos in (("validation", self.validation.videos), ("training", self.cache.videos[::14])):
-            losses = [self.module(*self.sample_of(part)).loss for part in chunks(videos, 32)]
-            metrics[f"{name}_loss"] = torch.stack(losses).mean().item()
+        held, trained = self.validation.columns, self.cache.columns
+        for name, videos in (("validation", held), ("training", trained.spread(1 + len(trained) // 14))):
+            metrics[f"{name}_loss"] = self.loss_of(videos.spread(VALIDATION_CLIPS))
         metrics["caption_rank"] = self.caption_rank()
-        metrics["written_share"] = self.written(self.cache.videos)[0]
-        metrics["written_rank"] = self.written(self.validation.videos)[1]
+        metrics["written_share"], metrics["written_rank_training"] = self.written(trained)
+        metrics["written_rank_validation"] = self.written(held)[1]
+        metrics["written_rank"] = (metrics["written_rank_training"] + metrics["written_rank_validation"]) / 2
         return metrics, None if self.tokenizer.key_head is None else self.sheet()
+
+    def loss_of(self, videos: Sequence[CachedVideo]) -> float:
+        """Mean loss of the key frames that videos have, from their start."""
+        losses, counts = [], []
+        for part in chunks(videos, 32):
+            real = torch.stack([self.is_real(video, self.run.key_frames) for video in part])
+            ids, tokens = self.sample_of(part)
+            losses.append(self.module(ids, tokens, real.to(ids.device)).loss.float().cpu() * real.sum())
+            counts.append(real.sum())
+        return (torch.stack(losses).sum() / torch.stack(counts).sum()).item()
 
     def sample_of(self, videos: Sequence[CachedVideo], key_frames: int | None = None) -> tuple[Tensor, Tensor]:
         """Short captions and tokens of videos from their start, without augmentation."""
@@ -222,8 +305,7 @@ class LanguageTraining:
 
         Unlike the loss it does not punish confidence: a model may be overfitted in its variances and still know best.
         """
-        step = max(1, len(self.validation.videos) // RANKED_CLIPS)
-        ids, tokens = self.sample_of(self.validation.videos[::step][:RANKED_CLIPS], key_frames=1)
+        ids, tokens = self.sample_of(self.validation.columns.spread(RANKED_CLIPS), key_frames=1)
         n = len(ids)
         ranks = []
         for own in range(n):
@@ -232,32 +314,44 @@ class LanguageTraining:
         return torch.stack(ranks).mean().item()
 
     def written(self, videos: Sequence[CachedVideo]) -> tuple[float, float]:
-        """Write the first key frame of up to 64 captions and look it up among the real ones of all `videos`.
+        """Write first key frames of up to 64 captions and look them up among the real ones of up to 2,048 `videos`.
 
-        Returns the share whose nearest real key frame carries the caption (0…1), and the mean percentile rank (100
-        best, 50 chance) of the true one: text control without the decoder.
+        They are drawn as the model will be used. Returns the share whose nearest real key frame carries the caption
+        (0…1), and the mean percentile rank (100 best, 50 chance) of the true one: text control without the decoder.
         """
-        captioned = tuple(v for v in videos if v.captions)
+        captioned = list(Videos.of(videos).having(CAPTIONED).spread(WRITTEN_AMONG))
         if not captioned:
             return 0.0, 50.0
-        asked = captioned[:: max(1, len(captioned) // WRITTEN_CLIPS)][:WRITTEN_CLIPS]
-        real = torch.stack([self.sample_of((v,), key_frames=1)[1].flatten() for v in captioned])
-        ids, _ = self.sample_of(asked, key_frames=1)
-        made = next(self.module.generate(ids, 1, variance_scale=0.1, temperature=0.0, guidance=1.5))
+        numbers = spread_numbers(len(captioned), WRITTEN_CLIPS).tolist()
+        captions = [v.captions[0] for v in captioned]
+        real = torch.cat([self.sample_of(part, key_frames=1)[1].flatten(1) for part in chunks(captioned, 256)])
+        ids, _ = self.sample_of([captioned[i] for i in numbers], key_frames=1)
+        made = next(self.written_of(ids, 1))
         distances = torch.cdist(made.flatten(1).to(real), real)
-        own = torch.tensor([captioned.index(v) for v in asked], device=distances.device)
-        nearest = [captioned[i].captions[0] for i in distances.argmin(1).tolist()]
-        share = sum(n == v.captions[0] for n, v in zip(nearest, asked, strict=True)) / len(asked)
+        own = torch.tensor(numbers, device=distances.device)
+        nearest = distances.argmin(1).tolist()
+        share = sum(captions[i] == captions[j] for i, j in zip(nearest, numbers, strict=True)) / len(numbers)
         nearer = (distances < distances.gather(1, own[:, None])).float().sum(1) / max(1, len(captioned) - 1)
         return share, 100 * (1 - nearer).mean().item()
+
+    def written_of(self, text_ids: Tensor, key_frames: int) -> Iterator[Tensor]:
+        """Key frames as the model will be sampled."""
+        sampling = self.tokenizer.config.sampling
+        return self.module.generate(
+            text_ids,
+            key_frames,
+            guidance=sampling.guidance,
+            variance_scale=sampling.variance_scale,
+            first_variance_scale=sampling.first_variance_scale,
+            temperature=sampling.temperature,
+            flow_steps=sampling.flow_steps,
+        )
 
     def sheet(self) -> Image.Image:
         """Real and written key frames, through the key-frame head, for six training and six validation captions."""
         videos = [*self.cache.columns.spread(6), *self.validation.columns.spread(6)]
         ids, real = self.sample_of(videos)
-        written = torch.stack(
-            list(self.module.generate(ids, self.run.key_frames, variance_scale=0.1, temperature=0.0)), dim=1
-        )
+        written = torch.stack(list(self.written_of(ids, self.run.key_frames)), dim=1)
         both = torch.cat([real, written.to(real)], dim=1)
         latents = self.tokenizer.key_latents(rearrange(both, "b k n d -> (b k) n d").to(self.tokenizer.device))
         frames = pixels_to_frames(self.tokenizer.first_stage.decode(latents))

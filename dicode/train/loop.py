@@ -5,6 +5,7 @@ continued is bit-equal to one that was not. The same command continues a run, wi
 """
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -189,6 +190,8 @@ def train(
             }
             asked = {"recipe": recipe, "loop": config_to_dict(config)}
             note_start(folder, state.step, asked, source, made_on)
+        if config.best and state.step == 0:
+            _check_best(run, stop)
         log = RunLog(folder, state.step, config.tracker, recipe) if processes.first else NoLog()
         with log, sdpa_kernel(attention_on(run.device)):
             _loop(run, state, folder, log, stop)
@@ -377,26 +380,58 @@ def _keep_evaluation(
     if sheet is not None:
         log.sheet(state.step, sheet)
     state.evaluated = state.step
-    name, sign = run.stage.best.lstrip("-"), -1.0 if run.stage.best.startswith("-") else 1.0
+    name, sign = _best_metric(run, metrics)
     unfit = [n for n, average in run.ema.items() if not is_finite(local(average))]
     if not math.isfinite(metrics[name]) or run.processes.any(bool(unfit)):
         raise NonFiniteLossError(f"step {state.step}: validation {name} is {metrics[name]}; not finite: {unfit[:3]}")
-    if state.best is None or name not in state.best or sign * metrics[name] >= sign * state.best[name]:
+    better = state.best is None or name not in state.best or sign * metrics[name] >= sign * state.best[name]
+    if better:
         state.best = {**metrics, "step": float(state.step)}
-        if run.processes.first:
-            _export(run.stage, folder)
-        run.processes.wait()
+    if run.processes.first:
+        _export(run.stage, folder / "last")
+        if better:
+            _export(run.stage, folder / "best", folder / "last")
+    run.processes.wait()
 
 
-def _export(stage: Stage, folder: Path) -> None:
-    """Replace `best` by what the stage writes now; a run that ends between the two renames does this again."""
-    best, new, old = (folder / name for name in ("best", ".best-new", ".best-old"))
+def _best_metric(run: Training, metrics: dict[str, float]) -> tuple[str, float]:
+    """Name and sign of the metric that picks weights. Raises `ValueError` where it is not among these."""
+    asked = run.config.best or run.stage.best
+    name, sign = asked.removeprefix("-"), -1.0 if asked.startswith("-") else 1.0
+    if name not in metrics:
+        raise ValueError(f"--loop.best: expected one of {', '.join(sorted(metrics))}, got {asked!r}")
+    return name, sign
+
+
+def _check_best(run: Training, stop: StopSignal) -> None:
+    """Validate before the first step where `best` is asked for, which only then is known to be there."""
+    run.stage.module.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), whole(run.stage, run.copy), stop.cutting():
+        _best_metric(run, run.stage.validate()[0])
+
+
+def _export(stage: Stage, target: Path, same: Path | None = None) -> None:
+    """Replace a folder by what the stage writes now, or by links to the `same` files.
+
+    A run that ends between the two renames does this again.
+    """
+    new, old = (target.with_name(f".{target.name}-{state}") for state in ("new", "old"))
     for rest in (new, old):
         shutil.rmtree(rest, ignore_errors=True)
-    stage.export(new)
+    if same is None:
+        stage.export(new)
+    else:
+        shutil.copytree(same, new, copy_function=_linked)
     for path in new.rglob("*"):
         flush(path)
-    if best.exists():
-        best.rename(old)
-    new.rename(best)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)

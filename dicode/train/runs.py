@@ -22,6 +22,9 @@ from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 
 Strategy = Literal["ddp", "fsdp"]
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
+# Clips that a run validates with: spread evenly over the validation split, the same ones every time, however many
+# there are in all. 512 give a loss to 2 % where clips differ by half of it.
+VALIDATION_CLIPS = 512
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class LoopConfig:
     tracker: Tracker = "tensorboard"
     log_samples: bool = False  # the sample numbers of every step, in log.jsonl
     log_every: Count = 20
+    best: str | None = None  # validation metric that picks the weights of best/, '-' before it where less is better
     evaluate_every: Count = 1000
     checkpoint_every: Count = 500
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -103,6 +107,7 @@ class FirstStageRun:
     perceptual_weight: Factor = 0.0  # of `perceptual_distance`, which squared error alone leaves blurred
     adversarial_weight: Factor = 0.0  # of a `FeatureDiscriminator`, trained beside it; needs a perceptual_weight
     latent_noise: Factor = 0.05  # of the batch's latent deviation: the decoder will see imperfect latents
+    mirror: bool = True  # half of the images mirrored, which costs nothing here
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class TokenizerRun:
     token_noise: Factor = 0.2  # highest deviation of noise on the tokens the decoder sees (DESIGN §2.4)
     drop_tokens: Share = 0.1  # share of clips that learn the null condition of guidance
     drop_context: Share = 0.5  # share of clips that see nothing of the clip before
+    mirror: bool = False  # half of the clips mirrored: twice the latents to compute and keep
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,8 @@ class LanguageRun:
     longer: tuple[Count, ...] = (9, 31)  # key frames of the steps that teach long videos, up to a minute …
     longer_share: tuple[Share, ...] = (0.08, 0.02)  # … and the share of steps of each
     goal_share: Share = 0.0  # of steps that tell the last key frame beforehand (needs `model.reads_goal`)
-    from_start: Share = 0.75  # share of samples that begin where the video does; the others begin anywhere in its loop
+    from_start: Share = 0.75  # share of samples that begin where the video does; the others anywhere in a loop, or a …
+    # … whole number of clips later where a video that does not loop is longer than the sample
     long_captions: Share = 0.4  # share of samples with the expanded caption, where there is one
     null_captions: Share = 0.1  # share without text, for guidance
     word_dropout: Share = 0.3  # share of samples that lose words …

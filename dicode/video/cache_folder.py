@@ -16,7 +16,7 @@ NAMES = re.compile(
 UNFINISHED = re.compile(rf"\.({NAMES.pattern})\..*{re.escape(PARTIAL)}")
 # Computed of a whole cache, and stale when that changes; what evaluation keeps is named after the cache's index.
 OF_THE_WHOLE = re.compile(r"(rendered|EffLite0)-[\w.+-]+\.safetensors")
-TENSORS = ({"frames", "times_s"}, {"values"})  # of a shard; of what was computed of its frames
+TENSORS = ({"frames", "times_s"}, {"values"}, {"rows", "values"})  # of a shard; of what was computed of its frames
 OF_VIDEOS = {"first", "count", "period_s", "text_end"}  # among others
 MOST_HEADER = 2**20  # bytes of a safetensors header of ours
 

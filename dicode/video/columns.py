@@ -138,7 +138,7 @@ class Videos(Sequence[CachedVideo]):
 
     def spread(self, count: int) -> "Videos":
         """Up to so many of them, evenly over all, the same ones every time."""
-        return self[np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64))]
+        return self[spread_numbers(len(self), count)]
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file of these videos holds."""
@@ -193,8 +193,12 @@ class FrameRows:
 
     def spread(self, count: int) -> Tensor:
         """Rows of up to so many frames, evenly over all, the same ones every time."""
-        numbers = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)
-        return self[torch.from_numpy(np.unique(numbers))]
+        return self[torch.from_numpy(spread_numbers(len(self), count))]
+
+
+def spread_numbers(total: int, count: int) -> NDArray[np.int64]:
+    """Up to `count` numbers below `total`, evenly, without one twice."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 def _numbers(wanted: ArrayLike) -> NDArray[Any]:

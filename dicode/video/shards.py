@@ -1,7 +1,7 @@
 """The training cache: frames of a data set with their times, so that any clip at any rate is a lookup.
 
 cache/shard-00000.safetensors          frames u8 `f h w c`, times_s f64 `f`; read through memory maps
-cache/shard-00000.NAME.safetensors     what was computed of its frames: `values`, first axis `f`
+cache/shard-00000.NAME.safetensors     what was computed of its frames: `values`, first axis `f`; or of `rows` of them
 cache/index.json                       shards and the file of videos, each with size and SHA-256
 cache/videos.safetensors               the videos; see `dicode.video.columns`
 """
@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dicode.files import Place, fetched, place, put, put_text, sha256_of
+from dicode.files import Place, alone_with, fetched, place, put, put_text, sha256_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
 from dicode.progress import Progress
 from dicode.video.cache_folder import INDEX, check_own, shard_files, whole_files
@@ -76,9 +76,14 @@ def last_read() -> Callable[[Path], dict[str, Tensor]]:
 class Rows:
     """Tensors of equal width beneath each other, indexed by row as if they were one; none is copied whole."""
 
-    def __init__(self, parts: Sequence[Any], sizes: Sequence[int] | None = None) -> None:
-        """`parts` are tensors; `sizes` their numbers of rows, where they are not to be opened for it."""
-        self.parts = parts
+    def __init__(
+        self, parts: Sequence[Any], sizes: Sequence[int] | None = None, held: Sequence[Any] | None = None
+    ) -> None:
+        """`parts` are tensors; `sizes` their numbers of rows, where they are not to be opened for it.
+
+        `held` are tensors too: which rows of each part there are, in order, where some are left out.
+        """
+        self.parts, self.held = parts, held
         self.starts = [0, *accumulate(sizes or [len(part) for part in parts])]
         self.shape = torch.Size([self.starts[-1], *parts[0].shape[1:]])
         self._bounds = torch.tensor(self.starts[1:])
@@ -90,6 +95,8 @@ class Rows:
         """As `torch.cat(parts)[at]`, for a slice within one part, or integers, lists or tensors counted from 0."""
         if isinstance(at, slice):
             start, stop, step = at.indices(len(self))
+            if self.held is not None:
+                return self[torch.arange(start, stop, step)]
             i = min(bisect_right(self.starts, start), len(self.parts)) - 1
             if stop <= self.starts[i + 1]:
                 return self.parts[i][start - self.starts[i] : stop - self.starts[i] : step]
@@ -102,8 +109,19 @@ class Rows:
         part_of = torch.bucketize(rows, self._bounds, right=True)
         for i in part_of.unique().tolist():
             own = part_of == i
-            values[own] = self.parts[i][(rows[own] - self.starts[i], *(index[own] for index in others))]
+            values[own] = self.parts[i][(self._within(i, rows[own]), *(index[own] for index in others))]
         return values.reshape(*given[0].shape, *values.shape[1:])
+
+    def _within(self, part: int, rows: Tensor) -> Tensor:
+        """Where rows lie in the part that they belong to."""
+        local = rows - self.starts[part]
+        if self.held is None:
+            return local
+        held = self.held[part]
+        found = torch.searchsorted(held, local).clamp(max=max(0, len(held) - 1))
+        if len(held) == 0 or not torch.equal(held[found], local):
+            raise IndexError(f"rows {rows.tolist()[:8]}: some were left out, as no key frames")
+        return found
 
 
 @dataclass(frozen=True)
@@ -156,15 +174,54 @@ class FrameCache:
         """What `make` gives for all frames, kept beside each shard under `name`; interrupted, it goes on by shards."""
         if not isinstance(self.frames, Rows) or not self.files:
             return Rows([make(self.frames[:])])
+        parts, sizes = self.frames.parts, np.diff(self.frames.starts).tolist()
         made = [file.with_suffix(f".{name}.safetensors") for file in self.files]
-        sizes = np.diff(self.frames.starts).tolist()
-        with Progress(f"computing {name.split('-')[0]}", len(self.frames), "frame") as progress:
-            for number, path in enumerate(made):
-                if not path.is_file():
-                    values = make(self.frames.parts[number])
-                    put(path, partial(save_file, {"values": values}))
-                progress.update(sizes[number])
+        self._fill(name, made, sizes, lambda number: {"values": make(parts[number])})
         return Rows(OpenedWhenRead(made, "values", last_read()), sizes)
+
+    def computed_of(self, name: str, chosen: Callable[[range], Tensor], make: Callable[[Tensor], Tensor]) -> Rows:
+        """What `make` gives for some rows, kept as `computed` does; `chosen` says which, in order, of a shard's."""
+        starts = self.frames.starts if isinstance(self.frames, Rows) and self.files else [0, len(self.frames)]
+        own = [range(start, stop) for start, stop in pairwise(starts)]
+
+        def tensors(number: int) -> dict[str, Tensor]:
+            rows = chosen(own[number])
+            return {"rows": rows - own[number].start, "values": make(rows)}
+
+        sizes = list(map(len, own))
+        if not self.files:
+            values = tensors(0)
+            return Rows([values["values"]], sizes, [values["rows"]])
+        made, read = [file.with_suffix(f".{name}.safetensors") for file in self.files], last_read()
+        self._fill(name, made, sizes, tensors)
+        return Rows(OpenedWhenRead(made, "values", read), sizes, OpenedWhenRead(made, "rows", read))
+
+    def _fill(
+        self, name: str, made: Sequence[Path], sizes: Sequence[int], tensors: Callable[[int], dict[str, Tensor]]
+    ) -> None:
+        """Write the files that are missing, each by one process of however many do the same at this time."""
+        missing = [number for number, path in enumerate(made) if not path.is_file()]
+        with Progress(f"computing {name.split('-')[0]}", sum(sizes[n] for n in missing), "frame") as progress:
+            for wait in (False, True):  # what other processes have begun comes last, and is done by then or left undone
+                for number in missing:
+                    with alone_with(self.files[number], wait) as alone:
+                        if alone and not made[number].is_file():
+                            values = tensors(number)
+                            put(made[number], partial(save_file, values))
+                            progress.update(sizes[number])
+
+    def kept(self, name: str, rows: Tensor) -> Tensor | None:
+        """What `computed` left under a name of these rows, all of one shard; None where it left nothing there."""
+        if not isinstance(self.frames, Rows) or not self.files or len(rows) == 0:
+            return None
+        number = bisect_right(self.frames.starts, int(rows[0])) - 1
+        path = self.files[number].with_suffix(f".{name}.safetensors")
+        return read_tensors(path)["values"][rows - self.frames.starts[number]] if path.is_file() else None
+
+    def of_rows(self, rows: range) -> Videos:
+        """The videos that begin within these rows: of one shard."""
+        bounds = np.searchsorted(self.columns.column("first"), [rows.start, rows.stop])
+        return self.columns[bounds[0] : bounds[1]]
 
     def subset(self, validation: bool) -> "FrameCache":
         """The videos of one split; the frames are shared, not copied. Raises `ValueError` where it has none."""
