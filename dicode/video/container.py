@@ -1,9 +1,10 @@
 """Containers through PyAV: frames with their times, and whether the file is whole."""
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -68,9 +69,7 @@ class StreamFacts(NamedTuple):
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its moving picture: no cover art; where there are several, the one of most frames."""
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-    # "file:" since a name may hold a colon
-    with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+    with _container(path) as container:
         streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
         if not streams:
             kinds = " and ".join(sorted({s.type for s in container.streams})) or "nothing"
@@ -138,9 +137,21 @@ def stream_facts(path: Path) -> StreamFacts:
 
 def container_comment(path: Path) -> str:
     """The comment in a file's metadata, or ''."""
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-    with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+    with _container(path) as container:
         return next((text for key, text in container.metadata.items() if key.lower() == "comment"), "")
+
+
+@contextmanager
+def _container(path: Path) -> Iterator[InputContainer]:
+    """The file by its content: FFmpeg believes names such as a.png, and JPEGs in a row may be anything to it."""
+    with ExitStack() as stack:
+        name: Any = f"file:{path}"  # "file:" since a name may hold a colon
+        file = stack.enter_context(path.open("rb"))
+        form = "mjpeg" if file.read(3) == b"\xff\xd8\xff" else None
+        if path.suffix.lower() not in CONTAINER_SUFFIXES:
+            name = stack.enter_context(open(os.open(path, os.O_RDONLY), "rb"))  # which has no name
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+        yield stack.enter_context(av.open(name, format=form, options=options, metadata_errors="replace"))
 
 
 class _Packets:
@@ -155,11 +166,16 @@ def _decoded(path: Path, container: InputContainer, stream: VideoStream, packets
     name = _decoder_name(stream)
     decoder: Any = av.VideoCodecContext.create(name, "r") if name else None
     shown = 0
+    failure: Exception | None = None
     for packet in container.demux(stream):
         packets.count += packet.size > 0
         if packet.is_corrupt:
             packets.fault = packets.fault or "a packet is incomplete"
-        frames = decoder.decode(packet if packet.size else None) if decoder else packet.decode()
+        try:
+            frames = decoder.decode(packet if packet.size else None) if decoder else packet.decode()
+        except av.FFmpegError as error:
+            failure, waiting = error, decoder or stream.codec_context
+            frames = waiting.decode(None)  # those that wait for their turn are whole
         for frame in frames:
             assert isinstance(frame, av.VideoFrame)
             if frame.is_corrupt and (shown or "mpegts" not in container.format.name):
@@ -167,7 +183,11 @@ def _decoded(path: Path, container: InputContainer, stream: VideoStream, packets
             packets.decoded += 1
             if not frame.is_corrupt:  # recordings of broadcasts begin anywhere
                 shown += 1
+                if frame.time_base is None and stream.time_base is not None:
+                    frame.time_base = stream.time_base  # of those that waited
                 yield frame
+        if failure is not None:
+            raise failure
 
 
 def _decoder_name(stream: VideoStream) -> str | None:
@@ -219,7 +239,10 @@ def _shortfall(path: Path, container: InputContainer, stream: VideoStream, packe
     """What is missing by the file's own word, or ''."""
     kind, tick_s = container.format.name, _tick_s(stream)
     declared_s = _declared_end_s(container, stream)
-    if declared_s is not None and declared_s - end_s > 2 * tick_s + 0.05:
+    if kind == "mxf" and declared_s and packets.count < round(declared_s / tick_s):
+        return f"{packets.count} of the {round(declared_s / tick_s)} frames its header names"
+    slack_s = 2 * tick_s + 0.05 if "matroska" in kind else 0.5 * tick_s  # the last frame of a .mkv may be longer
+    if declared_s is not None and declared_s - end_s > slack_s:
         return f"{end_s:.2f} s of the {declared_s:.2f} s its header names"
     if packets.count < stream.frames and (kind == "avi" or "mp4" in kind):
         start_s = _seconds(stream.start_time, stream.time_base) or 0.0
@@ -229,11 +252,12 @@ def _shortfall(path: Path, container: InputContainer, stream: VideoStream, packe
     size = path.stat().st_size
     if kind == "mpegts" and all(size % step for step in (188, 192, 204)):
         return "it ends within a packet"
-    if kind == "asf" and (declared := _asf_size(path)) and declared > size:
-        return f"{size} of the {declared} bytes its header names"
+    if (declared := _declared_size(path, kind)) > size:
+        return f"{size:,} of the {declared:,} bytes its header names"
     if kind == "ogg" and not _ogg_ends(path):
         return "its last page is missing"
-    if kind in ("mjpeg", "mpegvideo", "mpeg2video") and packets.count > packets.decoded:
+    incomplete = packets.count > packets.decoded if kind in ("mpegvideo", "mpeg2video") else not _jpeg_ends(path, kind)
+    if incomplete:
         return "its last frame is incomplete"
     return ""
 
@@ -252,14 +276,36 @@ def _declared_end_s(container: InputContainer, stream: VideoStream) -> float | N
     return container.duration / av.time_base if container.duration and alone else None
 
 
-def _asf_size(path: Path) -> int:
-    """The size of the whole file by its File Properties Object (ASF specification, 3.2); 0 for a broadcast."""
+def _declared_size(path: Path, kind: str) -> int:
+    """The size of a whole file by its header, 0 where that does not say it."""
     with path.open("rb") as file:
         head = file.read(2**16)
-    at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
-    if at < 0 or at + 92 > len(head) or head[at + 88] & 1:
-        return 0
-    return int.from_bytes(head[at + 40 : at + 48], "little")
+    if kind == "avi":
+        return 8 + int.from_bytes(head[4:8], "little")
+    if "matroska" in kind:  # RFC 8794: an EBML header, then one segment; a size of ones only is unknown
+        at = 4 + sum(_ebml_size(head, 4))
+        width, size = _ebml_size(head, at + 4)
+        return at + 4 + width + size if head[at : at + 4] == b"\x18\x53\x80\x67" and size + 1 < 128**width else 0
+    if kind == "asf":  # the File Properties Object (ASF specification, 3.2), unless of a broadcast
+        at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+        known = at >= 0 and at + 92 <= len(head) and not head[at + 88] & 1
+        return int.from_bytes(head[at + 40 : at + 48], "little") if known else 0
+    return 0
+
+
+def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
+    """Width and value of a size (RFC 8794, section 4)."""
+    width = 9 - data[at].bit_length() if at < len(data) and data[at] else 1
+    return width, int.from_bytes(data[at : at + width], "big") & (128**width - 1)
+
+
+def _jpeg_ends(path: Path, kind: str) -> bool:
+    """Whether the last of JPEGs in a row has its end; true for other kinds."""
+    if kind != "mjpeg":
+        return True
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**12))
+        return b"\xff\xd9" in file.read()[-64:]
 
 
 def _ogg_ends(path: Path) -> bool:

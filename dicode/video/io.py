@@ -125,7 +125,8 @@ def read_video(
         seen_from_s = seen_from_s if seen else frame.start_s
         seen, shown_until_s = seen + 1, frame.end_s
         if fps is None:
-            wanted = int(frame.end_s - TIME_TOLERANCE_S > start_s and frame.start_s + TIME_TOLERANCE_S < end_s)
+            begun = not start_s or frame.end_s - TIME_TOLERANCE_S > start_s
+            wanted = int(begun and frame.start_s + TIME_TOLERANCE_S < end_s)
         else:  # sample times start_s + i/fps from the next one on, up to this frame's end
             until_s = min(frame.end_s, end_s) - TIME_TOLERANCE_S
             wanted = max(0, math.ceil((until_s - start_s) * fps) - held.count)
