@@ -278,6 +278,8 @@ def _declared_end_s(container: InputContainer, stream: VideoStream) -> float | N
 
 def _declared_size(path: Path, kind: str) -> int:
     """The size of a whole file by its header, 0 where that does not say it."""
+    if "mp4" in kind:
+        return _boxes_end(path)
     with path.open("rb") as file:
         head = file.read(2**16)
     if kind == "avi":
@@ -291,6 +293,22 @@ def _declared_size(path: Path, kind: str) -> int:
         known = at >= 0 and at + 92 <= len(head) and not head[at + 88] & 1
         return int.from_bytes(head[at + 40 : at + 48], "little") if known else 0
     return 0
+
+
+def _boxes_end(path: Path) -> int:
+    """Where the last of the boxes that follow one another ends (ISO 14496-12, section 4.2)."""
+    at, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        while at < size:
+            file.seek(at)
+            head = file.read(16)
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:
+                length = int.from_bytes(head[8:], "big")
+            if length == 0 or not head[4:8].isalnum():  # up to the end of the file, or no box at all
+                return 0
+            at += max(length, 8)
+    return at
 
 
 def _ebml_size(data: bytes, at: int) -> tuple[int, int]:

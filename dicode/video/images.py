@@ -56,6 +56,11 @@ def image_frames(path: Path, form: str, still_s: float) -> Iterator[Timed]:
                 delay_s = REPLACED_DELAY_S
             yield Timed(time_s, delay_s, partial(_same, _to_rgb(image)))
             time_s += delay_s
+        if form == "GIF" and not _gif_ends(path):
+            raise VideoReadError(
+                f"{path}: breaks off after {count - first} frames: its end is missing; copy it again, or pass"
+                " allow_partial=True to take these frames"
+            )
 
 
 def folder_frames(images: list[Path], fps: float) -> Iterator[Timed]:
@@ -103,6 +108,22 @@ def _is_motion_jpeg(path: Path) -> bool:
     """Whether JPEGs follow one another; a photograph may hold previews (MPF) behind its own picture."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return data.find(b"\xff\xd9\xff\xd8\xff") > 0 and data.find(b"MPF\0", 0, 2**16) < 0
+
+
+def _gif_ends(path: Path) -> bool:
+    """Whether blocks follow one another up to a trailer (GIF89a, section 27): Pillow takes what there is."""
+    data = path.read_bytes()
+    at = 13 + (3 * (2 << (data[10] & 7)) if data[10] & 0x80 else 0)
+    while at + 10 < len(data) and data[at] in (0x21, 0x2C):
+        if data[at] == 0x2C:  # a picture: its own palette, then the size of codes
+            flags = data[at + 9]
+            at += 11 + (3 * (2 << (flags & 7)) if flags & 0x80 else 0)
+        else:
+            at += 2
+        while at < len(data) and data[at]:
+            at += 1 + data[at]
+        at += 1
+    return at < len(data) and data[at] == 0x3B
 
 
 def _to_rgb(image: Image.Image) -> Picture:

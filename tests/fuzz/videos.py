@@ -326,6 +326,8 @@ def splice(kind: str, data: bytes, rng: np.random.Generator) -> Changed:
 def join(kind: str, data: bytes, rng: np.random.Generator) -> Changed:
     """Another file follows in the same one."""
     other = source(str(rng.choice(list(KINDS)))).data if rng.integers(2) else data
+    if kind == "still.jpg" and other[:2] == data[:2]:  # JPEGs in a row are a video
+        other = source("a.gif").data
     return kind, data + other, len(data)
 
 
