@@ -111,12 +111,12 @@ class Chain:
 
 
 def wired(run: Run, folders: Mapping[str, Path], best: Mapping[str, Path]) -> Run:
-    """The run with `best` of a stage in place of every field `runs/STAGE/best` that names a stage of the same file."""
+    """The run with `best` of a stage in place of every field `runs/STAGE/best` or `runs/FILE-STAGE/best` of such a name."""
     changes: dict[str, Any] = {}
     for field in fields(run):
         value = getattr(run, field.name)
         named = re.fullmatch(r"runs/(.+)/best", value) if isinstance(value, str) else None
-        stage = named and next((n for n in folders if named[1] in (n, folders[n].name)), None)
+        stage = named and next((n for n in folders if named[1] == n or named[1].endswith(f"-{n}")), None)
         if stage:
             changes[field.name] = str(best[stage])
     return replace(run, **changes)
