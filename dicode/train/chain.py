@@ -111,7 +111,7 @@ class Chain:
 
 
 def wired(run: Run, folders: Mapping[str, Path], best: Mapping[str, Path]) -> Run:
-    """The run with `best` of a stage in place of every field `runs/STAGE/best` or `runs/FILE-STAGE/best` of such a name."""
+    """The run with a stage's `best` in place of each field that names it: runs/STAGE/best or runs/FILE-STAGE/best."""
     changes: dict[str, Any] = {}
     for field in fields(run):
         value = getattr(run, field.name)
