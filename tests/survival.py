@@ -78,6 +78,8 @@ def prepare(root: Path) -> None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
+    if not (folder / "log.jsonl").exists():
+        return []
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ABOUT_SPEED} for line in lines]
 
@@ -98,38 +100,55 @@ def repeated_or_missed(folder: Path, samples: int) -> int:
     return sum(len(set(range(samples)) ^ set(epoch)) + samples - len(set(epoch)) for epoch in epochs)
 
 
-def wait_at(step: int) -> None:
-    """Let the training that follows in this process come no further than a step: it waits there to be killed."""
+def telling(pipe: int, furthest: int) -> None:
+    """Let the training that follows in this process tell every step it has done, and go no further than one of them."""
     original = dicode.train.loop._step
 
-    def waiting(training: Any, state: Any, batches: Any) -> Any:
-        if state.step >= step:
-            time.sleep(3600)
-        return original(training, state, batches)
+    def step(training: Any, state: Any, batches: Any) -> Any:
+        if state.step >= furthest:
+            os.write(pipe, WAITING)
+            time.sleep(3600)  # to be killed
+        done = original(training, state, batches)
+        os.write(pipe, STEP)
+        return done
 
-    dicode.train.loop._step = waiting
+    dicode.train.loop._step = step
 
 
-def survive_kills(root: Path, whole: Path, steps: int, whole_s: float, kills: int, seed: int) -> dict[str, Any]:
-    """`kill -9` at random moments, then the same run once more, to its end.
+STEP, WAITING = b".", b"|"
+LEAST_DIFFERENT = 0.6  # of the kills: of the checkpoints that lives go on from
 
-    However fast the machine has become since `whole_s` was measured, a life does not go past its share of the steps.
+
+def survive_kills(root: Path, whole: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
+    """`kill -9` after a random number of a life's steps and a moment more, then the same run once more, to its end.
+
+    Lives are counted in steps, so that a busy machine changes nothing; each stays within its share of them.
     """
     draw, folder, began_s = random.Random(seed), root / "killed", time.monotonic()
     resumed_at: list[int] = []
     for i in range(kills):
+        pipe, end = os.pipe()
 
-        def life(furthest: int = steps * (i + 1) // (kills + 1)) -> None:
-            wait_at(furthest)
+        def life(furthest: int = steps * (i + 1) // (kills + 1), end: int = end) -> None:
+            telling(end, furthest)
             run_recipe(the_run(root, steps), folder, {})
 
         process = start(life, root / "killed.log")
-        time.sleep(draw.uniform(0, whole_s / kills) + (draw.random() < 0.7) * 0.4)  # often past its start
+        os.close(end)
+        last_s, step_s = time.monotonic(), 0.0
+        for _ in range(draw.randint(1, 2 * steps // kills)):
+            if os.read(pipe, 1) != STEP:  # it waits, or has ended
+                break
+            step_s, last_s = time.monotonic() - last_s, time.monotonic()
+        time.sleep(draw.uniform(0, 2 * min(step_s, 1.0)))  # in whatever it does then
         os.kill(process, signal.SIGKILL)
-        if (code := finish(process)) != -signal.SIGKILL:
+        code = finish(process)
+        os.close(pipe)
+        if code != -signal.SIGKILL:
             raise RuntimeError(f"ended by itself with {code}: {(root / 'killed.log').read_text()}")
         resumed_at.append(max([int(p.name[5:]) for p in checkpoints(folder)], default=0))
     assert finish(start(lambda: run_recipe(the_run(root, steps), folder, {}), root / "killed.log")) == 0
+    assert len(set(resumed_at)) >= LEAST_DIFFERENT * kills, f"lives went on from {resumed_at}"
     return {
         "kills": kills,
         "steps": steps,
@@ -325,7 +344,7 @@ def main() -> None:
             sys.exit(log.read_text())
         whole_s = time.monotonic() - began_s
         values: dict[str, Any] = {"uninterrupted_s": whole_s}
-        values["kills"] = survive_kills(root, whole, asked.steps, whole_s, asked.kills, asked.seed)
+        values["kills"] = survive_kills(root, whole, asked.steps, asked.kills, asked.seed)
         values["signals"] = survive_signals(root, whole, asked.steps, asked.signals)
         values["damage"] = detect_damage(whole, asked.flips, asked.truncations, asked.seed)
         if finish(start(lambda: inject_nan(root, asked.nan, asked.seed), log)):

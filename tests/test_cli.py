@@ -308,6 +308,9 @@ def test_an_interrupt_leaves_no_file(capsys, tmp_path, monkeypatch, tiny_model, 
     assert list(tmp_path.iterdir()) == []
 
 
+HANGING_S = 600  # no measure of speed
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send to one process")
 def test_ctrl_c_in_the_middle_leaves_no_file(tmp_path, tiny_model):
     argv = ["generate", PROMPT, "--seconds", "16", "--steps", "500", "--model", str(tiny_model), "-o", "out.mp4"]
@@ -320,13 +323,13 @@ def test_ctrl_c_in_the_middle_leaves_no_file(tmp_path, tiny_model):
         # a job in the background ignores SIGINT, and so would its children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + HANGING_S
     while not list(tmp_path.glob(".out.mp4.*")):  # the first clip is being written
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline_s, "no clip within two minutes"
+        assert time.monotonic() < deadline_s, "no clip appeared"
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANGING_S)
     assert (process.returncode, err) == (130, "dicode: interrupted; no unfinished file is left\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -339,23 +342,17 @@ def test_flags_are_the_frozen_ones(capsys, monkeypatch, command):
     assert sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", out)) - {"--version"}) == FLAGS[command].split()
 
 
-def test_help_and_version_need_no_torch_and_little_time():
+def test_help_and_version_need_no_library_that_takes_time_to_load():
     program = (
         "import sys\nfrom dicode.cli import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-        "assert not {'torch', 'numpy', 'diffusers', 'transformers', 'av'} & sys.modules.keys(), sys.modules.keys()"
+        "assert not {'torch', 'numpy', 'diffusers', 'transformers', 'av', 'scipy', 'PIL'} & sys.modules.keys()"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     for flag, expected in (("--help", "usage: dicode"), ("--version", f"dicode {__version__}")):
-        spent_s = []
-        for _ in range(3):
-            before = os.times()
-            argv = [sys.executable, "-c", program, flag]
-            out = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout
-            after = os.times()
-            spent_s.append(sum(after[2:4]) - sum(before[2:4]))  # processor time: a busy machine stretches any other
+        argv = [sys.executable, "-c", program, flag]
+        out = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout
         assert out.startswith(expected)
-        assert min(spent_s) < 0.5, spent_s
 
 
 def test_train_hands_the_run_with_its_overrides_to_training(capsys, tmp_path, monkeypatch):

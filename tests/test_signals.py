@@ -30,7 +30,7 @@ COMMANDS = {
     "cache": ["data", "cache", "CLIPS", "-o", "OUT/cache", "--size", "16"],
     "data sheet": ["data", "sheet", "CLIPS", "-o", "OUT/s.png", "--count", "2"],
 }
-WAIT_S = 60.0  # against hanging only
+WAIT_S = 600.0  # against hanging only
 
 
 def run_until_it_writes(folder: Path, number: int, work) -> tuple[int, list[str]]:

