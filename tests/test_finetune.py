@@ -255,7 +255,7 @@ def test_one_part_leaves_the_other_as_it_was(capsys, tmp_path: Path, tiny_model:
     ("argv", "message"),
     [
         (["--parts", "resampler"], "resampler"),
-        (["--rank", "0"], "a rank of 1 or more"),
+        (["--rank", "0"], "--rank: expected 1"),
         (["--parts"], "expected parts to train"),
         (["--model", "nowhere"], "no checkpoint at 'nowhere'"),
         (["-o", "MODEL"], "a model is there already"),

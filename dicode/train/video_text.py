@@ -97,7 +97,9 @@ class VideoTextTraining:
         captions = [caption for caption in video.captions if caption]
         if not captions:
             return clip, ""
-        words = captions[-1 if chance[3] < self.run.long_captions else 0].split()
+        number = -1 if chance[3] < self.run.long_captions else 0
+        number = int(chance[3] * len(captions)) if len(captions) > 2 else number  # of several each is as likely
+        words = captions[number].split()
         first = int(chance[4] * max(1, len(words) - WORDS + 1))
         words = words[first : first + WORDS]
         kept = torch.rand(len(words), generator=generator) >= self.run.dropped_words
