@@ -219,6 +219,14 @@ def test_hidden_files_and_pictures_beside_videos_are_no_clips(tmp_path):
         "photos/two.png": ("second",),
     }
     assert found.left_out == {"hidden files and folders": 2, "images beside videos": 3}
+    put(
+        tmp_path,
+        {"thumbs/clip.jpg": None, "clip/0001.png": None, "clip/0002.png": None, "a.rmvb": None, "list.txt": ""},
+    )
+    again = read_data(tmp_path)
+    assert [record.file for record in again.records] == [record.file for record in found.records]
+    assert again.left_out["folders with the frames of a video that is read"] == again.left_out[".rmvb files"] == 1
+    assert again.left_out["images beside videos"] == 4 and again.unread == ["list.txt (no clip has that name)"]
 
 
 def test_a_folder_of_numbered_images_is_one_video(tmp_path):
@@ -231,6 +239,9 @@ def test_a_folder_of_numbered_images_is_one_video(tmp_path):
     assert shown(tmp_path / "v1") == {"v1": ()} and shown(tmp_path)["v1"] == ("a video",)
     assert shown(tmp_path)["v2"] == ("made",)
     assert len(read_index(tmp_path)) == 2 + 4  # numbers with gaps are names of pictures
+    put(tmp_path / "more", {f"{i}.png": None for i in range(8)} | {"sheet.png": None})
+    (mixed,) = read_index(tmp_path / "more")
+    assert mixed.fault.endswith("numbered images, and others (sheet.png): move those, or list each image")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX names and pipes")

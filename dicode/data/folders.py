@@ -14,6 +14,7 @@ from dicode.data.notes import NOTES, noted
 from dicode.data.records import ClipRecord, faulty
 from dicode.data.tars import TAR_SUFFIX, tar_records
 from dicode.files import Place
+from dicode.video.cache_folder import INDEX, is_own
 from dicode.video.io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoReadError, natural_key
 from dicode.video.writer import FOLDER_METADATA
 
@@ -22,6 +23,7 @@ OF_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # what they lea
 STILLS = IMAGE_SUFFIXES - {".gif", ".apng"}
 MOVING = VIDEO_SUFFIXES - STILLS
 NOTE_FOLDERS = ("labels", "captions")  # beside a folder `videos`
+LEAST_AMONG_OTHERS = 5  # numbered images that are taken for frames although other images lie among them
 LEAST_OF_FRAMES = 0.5  # of the numbers from the first to the last: where more are missing, images are no video's frames
 
 Notes = dict[str, dict[str, Place]]  # file name or its stem → suffix → path
@@ -58,6 +60,7 @@ def scan(folder: Place) -> DataSet:
     found = DataSet()
     tree = _tree(folder, found.left_out)
     clips: list[tuple[Place, list[ClipRecord]]] = []
+    videos = {path.stem for inside in tree.values() for path in inside.ending_in(*MOVING)}
     stack = [folder]
     while stack:
         here = stack.pop()
@@ -66,13 +69,12 @@ def scan(folder: Place) -> DataSet:
             clips.append((here, records))
             continue
         clips += [(record.path, [record]) for record in tree[here].strange]
-        clips += _media(here, tree, folder, found)
+        clips += _media(here, tree, folder, videos, found)
         stack += [path for path in tree[here].folders if path in tree]
     clips.sort(key=lambda clip: natural_key(clip[0]))
     found.records = [record for _, records in clips for record in records]
     found.lists.sort()
     found.unread.sort()
-    found.left_out = +found.left_out  # without what there is none of
     return found
 
 
@@ -145,10 +147,13 @@ def _below(here: Place, root: Place) -> str:
 def _listed(here: Place, tree: Tree, root: Place, found: DataSet) -> list[ClipRecord] | None:
     """The clips that the list file of a folder names, None where it has no list."""
     files, where = tree[here].files, _below(here, root)
-    known = [files[name] for name in NAMES if name in files]
+    lower = {name.lower(): path for name, path in files.items()}
+    known = [lower[name] for name in NAMES if name in lower]
     prompts = next((files[name] for name in PROMPTS if name in files), None)
     records: list[ClipRecord] | None = None
     chosen = ""
+    if INDEX in files and is_own(files[INDEX]):  # a cache, which may lie among the clips
+        return []
     if any(path.name == "meta" for path in tree[here].folders) and is_lerobot(here):
         chosen, records = "meta/ (LeRobot)", read_lerobot(here, root)
     elif known:
@@ -190,7 +195,9 @@ def _count_unlisted(here: Place, tree: Tree, root: Place, records: list[ClipReco
         stack += [path for path in tree[folder].folders if path in tree]
 
 
-def _media(here: Place, tree: Tree, root: Place, found: DataSet) -> Iterator[tuple[Place, list[ClipRecord]]]:
+def _media(
+    here: Place, tree: Tree, root: Place, all_videos: set[str], found: DataSet
+) -> Iterator[tuple[Place, list[ClipRecord]]]:
     """The clips of a folder without a list."""
     inside, left_out = tree[here], found.left_out
     videos, stills, notes = inside.ending_in(*MOVING), inside.ending_in(*STILLS), _notes(here, tree)
@@ -204,15 +211,29 @@ def _media(here: Place, tree: Tree, root: Place, found: DataSet) -> Iterator[tup
         moving = [path for path in stills if _is_animated(path)]
         left_out["images beside videos"] += len(stills) - len(moving)
         videos, stills = videos + moving, []
+    elif stray := _frames_but_for(stills, notes):
+        reason = f"numbered images, and others ({', '.join(sorted(stray)[:3])}): move those, or list each image"
+        yield here, [faulty(here, root, reason)]
+        return
     elif _are_frames(stills) and not any(path.stem in notes or path.name in notes for path in stills):
+        if here.name in all_videos:
+            left_out["folders with the frames of a video that is read"] += 1
+            return
         texts = {".json": inside.files[FOLDER_METADATA]} if FOLDER_METADATA in inside.files else {}
         texts |= _notes(here.parent, tree).get(here.name, {})
         yield here, [noted(here, texts, root if here != root else root.parent, left_out)]
         return
+    thumbnails = [path for path in stills if path.stem in all_videos]
+    left_out["images beside videos"] += len(thumbnails)
+    stills = [path for path in stills if path.stem not in all_videos]
     used = {name for path in (*videos, *stills, *inside.folders) for name in (path.stem, path.name)}
-    left_out["texts that belong to no clip"] += sum(
-        suffix == ".txt" for stem in notes.keys() - used for suffix in notes[stem] if here.name not in NOTE_FOLDERS
-    )
+    if here.name not in NOTE_FOLDERS:
+        loose = [notes[stem][".txt"] for stem in notes.keys() - used if ".txt" in notes[stem]]
+        found.unread += [f"{_below(here, root)}{path.name} (no clip has that name)" for path in loose]
+    for name in inside.files:
+        suffix = f".{name.rpartition('.')[2].lower()}" if "." in name else name
+        if suffix not in (*NOTES, *SUFFIXES) and not _is_media(name):
+            left_out[f"{suffix} files"] += 1
     for path in chain(videos, stills):
         yield path, [noted(path, {**notes.get(path.stem, {}), **notes.get(path.name, {})}, root, left_out)]
 
@@ -236,6 +257,20 @@ def _are_frames(stills: list[Place]) -> bool:
         return False
     numbers = {int(part[2]) for part in parts if part}
     return len(numbers) == len(stills) >= LEAST_OF_FRAMES * (max(numbers) - min(numbers) + 1)
+
+
+def _frames_but_for(stills: list[Place], notes: Notes) -> list[str]:
+    """Names of the few images that are no frames, among many that are."""
+    groups: dict[tuple[str, str], list[Place]] = {}
+    for path in stills:
+        if part := re.fullmatch(r"(.*?)(\d{1,18})(\D*)", path.name):
+            groups.setdefault((part[1], part[3].lower()), []).append(path)
+    most = max(groups.values(), key=len, default=[])
+    if not 0.8 * len(stills) <= len(most) < len(stills) or len(most) < LEAST_AMONG_OTHERS or not _are_frames(most):
+        return []
+    if any(path.stem in notes or path.name in notes for path in stills):
+        return []
+    return [path.name for path in stills if path not in most]
 
 
 def _is_animated(path: Place) -> bool:

@@ -46,6 +46,7 @@ def read_data(folder_or_file: str | Place) -> DataSet:
     except OSError as error:
         raise VideoReadError(f"{path}: {error.strerror or error}") from error
     records = found.records = merged(found.records)
+    found.left_out = +found.left_out  # without what there is none of
     if not records:
         raise VideoReadError(
             f"{path}: expected an index of clips or a folder of video files, found no clip" + left_text(found)

@@ -28,12 +28,9 @@ def read_lerobot(folder: Place, root: Place) -> list[ClipRecord]:
     except (TextError, OSError) as error:
         raise VideoReadError(str(error)) from error
     features, template = info.get("features"), info.get("video_path")
-    kinds = (
-        {name: f.get("dtype") for name, f in features.items() if isinstance(f, dict)}
-        if isinstance(features, dict)
-        else {}
-    )
-    cameras = [name for name, kind in kinds.items() if kind == "video"]
+    features = features if isinstance(features, dict) else {}
+    kinds = {name: f.get("dtype") for name, f in features.items() if isinstance(f, dict)}
+    cameras = [name for name, kind in kinds.items() if kind == "video" and not _is_depth(features[name])]
     if not cameras or not isinstance(template, str):
         images = [name for name, kind in kinds.items() if kind == "image"]
         raise VideoReadError(
@@ -87,6 +84,11 @@ def _clip(
         extra={"episode_index": number, "camera": camera},
         episode=f"{folder}, episode {number}",
     )
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    facts = feature.get("info") or feature.get("video_info") or {}
+    return isinstance(facts, dict) and facts.get("video.is_depth_map") is True
 
 
 def _filled(template: str, values: dict[str, str | int], where: str) -> str:

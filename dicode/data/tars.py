@@ -100,6 +100,8 @@ def _samples(names: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[str
     for name in names:
         stem, dot, ending = name.rpartition(".")
         suffix = f".{ending.lower()}"
+        if name.rpartition("/")[2].startswith("."):
+            left_out["hidden files and folders"] += 1
         if not dot or name.rpartition("/")[2].startswith("."):
             continue
         if suffix in NOTES:
@@ -191,7 +193,11 @@ def _write_tar(path: Path, cache: FrameCache, videos: list[CachedVideo], stem: s
             movie = Path(folder) / "clip.mp4"
             with VideoWriter(movie, fps) as writer:
                 writer.write(frames)
-            facts: dict[str, Any] = {"caption": (*video.captions, "")[0], "expanded": (*video.captions, "", "")[1]}
+            facts: dict[str, Any] = {
+                **video.extra,
+                "caption": (*video.captions, "")[0],
+                "expanded": (*video.captions, "", "")[1],
+            }
             facts |= {name: getattr(video, name) for name in ("source", "file", "loops", "validation")}
             facts |= {"captions": video.captions[2:], "scene_start_s": video.start_s}  # start_s would cut it once more
             contents = {

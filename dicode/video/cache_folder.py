@@ -27,7 +27,7 @@ def check_own(folder: Place) -> None:
         return
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder for a cache, got a file; name another -o")
-    others = [path.name for path in folder.iterdir() if not is_own(path)]
+    others = [path.name for path in folder.iterdir() if not (path.name.startswith(".") or is_own(path))]
     index, has_others = folder / INDEX, bool(others)
     if INDEX in others or (has_others and not index.is_file() and not any(map(is_own, folder.glob("shard-*.json")))):
         names = ", ".join(sorted(others)[:3]) + (", …" if len(others) > 3 else "")
