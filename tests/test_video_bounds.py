@@ -74,6 +74,20 @@ def test_claimed_sizes_are_refused_before_a_picture_is_made(tmp_path, monkeypatc
                 read(tmp_path / name)
 
 
+def test_many_empty_pictures_of_a_small_file_are_refused_before_they_are_drawn(tmp_path, monkeypatch):
+    frames = [Image.new("P", (2000, 2000)) for _ in range(41)]
+    for i, frame in enumerate(frames):
+        frame.putpixel((i, 0), 1)
+    path = tmp_path / "a.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    monkeypatch.setattr(timed, "FREE_WORK", 2**27)
+    monkeypatch.setattr(timed, "MOST_WORK", 2)
+    with pytest.raises(VideoReadError, match=r"a.gif: .* bytes that unfold to more than 1\d\d million pixels"):
+        read_video(path, size=8)
+    monkeypatch.setattr(timed, "MOST_WORK", 2**18)
+    assert len(read_video(path, size=8, fps=None).frames) == 41
+
+
 def test_a_strip_is_not_blown_up_to_gigabytes(tmp_path):
     Image.new("L", (60_000, 1)).save(tmp_path / "strip.png")
     with pytest.raises(VideoReadError, match=r"pictures of 7680000x128"):
@@ -155,7 +169,8 @@ def test_a_span_is_the_slice_of_the_whole(tmp_path, name):
         path = animated_image(tmp_path / name, frames, [10 * (t // 10) for t in np.diff([*times_ms, 6000]).tolist()])
     else:
         codec = "mpeg4" if name == "a.avi" else "libx264"
-        path = write_video(tmp_path / name, frames, codec, "yuv420p", times_ms, 6000)
+        often = {} if name == "a.avi" else {"g": "7", "x264-params": "open-gop=1:scenecut=0"}  # to seek to
+        path = write_video(tmp_path / name, frames, codec, "yuv420p", times_ms, 6000, codec_options=often)
     whole, starts_s, period_s = native_frames(path)
     ends_s = np.append(starts_s[1:], period_s)
     for start_s, end_s in [(0.0, 1.0), (0.55, 0.7), (3.1, 4.437), (4.9, None), (5.7, 99.0)]:

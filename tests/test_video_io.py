@@ -45,10 +45,11 @@ def write_video(
     matrix: Sequence[int] | None = None,
     aspect: Fraction | None = None,
     options: dict[str, str] | None = None,
+    codec_options: dict[str, str] | None = None,
 ) -> Path:
     """Write frames at given times with PyAV alone, so that reading is not tested against our own writer."""
     with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=1000)
+        stream = container.add_stream(codec, rate=1000, options=codec_options or {})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixels
         stream.codec_context.time_base = Fraction(1, 1000)

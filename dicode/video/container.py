@@ -27,6 +27,7 @@ from dicode.video.timed import (
     Timed,
     VideoReadError,
     check_pixels,
+    check_work,
 )
 
 CONTAINER_SUFFIXES = frozenset(
@@ -104,6 +105,7 @@ def container_frames(path: Path, start_s: float = 0.0) -> Iterator[Timed]:
             elif not count and time_s > origin_s + start_s:
                 break
             check_pixels(path, frame.width, frame.height)
+            check_work(path, count * frame.width * frame.height)
             yield Timed(time_s - origin_s, length_s, partial(_to_rgb, path, frame, stream))
             count, end_s = count + 1, time_s + length_s
         else:

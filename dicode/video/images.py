@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from dicode.video.timed import Picture, Timed, VideoReadError, check_pixels
+from dicode.video.timed import Picture, Timed, VideoReadError, check_pixels, check_work
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".apng", ".avif"})
 # Browsers show a frame of an animated image that asks for 10 ms or less for 100 ms; so do we.
@@ -44,6 +44,7 @@ def image_frames(path: Path, form: str, still_s: float) -> Iterator[Timed]:
     """Frames of an image of this format; a still one lasts `still_s`."""
     with opened(path, form) as image:
         count = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
+        check_work(path, count * image.width * image.height)
         first = 1 if image.info.get("default_image") and count > 1 else 0  # an APNG's stand-in, not in the animation
         time_s = 0.0
         for index in range(first, count):

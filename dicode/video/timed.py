@@ -15,6 +15,8 @@ LONGEST_FRAME_S = 600.0  # a slide of a talk stays for minutes; a clock that jum
 MOST_PIXELS = 2**26  # a picture of 8192x8192; 8K video has half of that
 MOST_FRAMES = 2**20  # ten hours at 30 fps
 MOST_BYTES = 2**32  # of the frames that one call returns
+# Pixels that a file may unfold to: so many, and so many for each of its bytes. A slide of a talk in 4K has 2^17 a byte.
+FREE_WORK, MOST_WORK = 2**32, 2**18
 LOWEST_FPS, HIGHEST_FPS = 1 / LONGEST_FRAME_S, 1000.0
 # Matroska rounds times to 1 ms, so a frame starting up to this much late still counts as shown.
 TIME_TOLERANCE_S = 1e-3
@@ -80,6 +82,16 @@ def checked_fps(fps: object, name: str) -> float:
     if isinstance(fps, (int, float)) and not isinstance(fps, bool) and LOWEST_FPS <= fps <= HIGHEST_FPS:
         return float(fps)
     raise ValueError(f"{name}: expected a positive rate from 1/{LONGEST_FRAME_S:g} to {HIGHEST_FPS:g}, got {fps!r}")
+
+
+def check_work(path: Path, pixels: int) -> None:
+    """Raise `VideoReadError` for more pixels than a file of its size may hold: hours of work for a few kilobytes."""
+    size = path.stat().st_size
+    if pixels > FREE_WORK + MOST_WORK * size:
+        most = (FREE_WORK + MOST_WORK * size) / 1e6
+        raise VideoReadError(
+            f"{path}: {size:,} bytes that unfold to more than {most:.0f} million pixels; make it smaller"
+        )
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz.truncated -o results/video-truncated.json`: which files are taken although their end is missing.
+"""`python -m tests.fuzz.truncated -o results/video-truncated.json`: files that are taken though their end is missing.
 
 Every animated kind of `videos.py`, cut at 50, 60, 70 and 80 % of its bytes, read by the `dicode` that is imported.
 """
