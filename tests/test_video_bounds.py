@@ -75,17 +75,17 @@ def test_claimed_sizes_are_refused_before_a_picture_is_made(tmp_path, monkeypatc
 
 
 def test_many_empty_pictures_of_a_small_file_are_refused_before_they_are_drawn(tmp_path, monkeypatch):
-    frames = [Image.new("P", (2000, 2000)) for _ in range(41)]
+    frames = [Image.new("P", (400, 400)) for _ in range(9)]
     for i, frame in enumerate(frames):
         frame.putpixel((i, 0), 1)
     path = tmp_path / "a.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
-    monkeypatch.setattr(timed, "FREE_WORK", 2**27)
+    monkeypatch.setattr(timed, "FREE_WORK", 10**6)
     monkeypatch.setattr(timed, "MOST_WORK", 2)
-    with pytest.raises(VideoReadError, match=r"a.gif: .* bytes that unfold to more than 1\d\d million pixels"):
+    with pytest.raises(VideoReadError, match=r"a.gif: .* bytes that unfold to more than 1 million pixels"):
         read_video(path, size=8)
     monkeypatch.setattr(timed, "MOST_WORK", 2**18)
-    assert len(read_video(path, size=8, fps=None).frames) == 41
+    assert len(read_video(path, size=8, fps=None).frames) == 9
 
 
 def test_a_strip_is_not_blown_up_to_gigabytes(tmp_path):
