@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals: list[int] = []
     try:
         with _ended_by(signals), warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"dicode: warning: {message}", file=sys.stderr)
+            warnings.showwarning = _warn_once()
             command, watch = parse(argv or ["--help"]), Stopwatch()
             module = next(module for module, kinds in COMMANDS.items() if isinstance(command, kinds))
             with watch.stage("load"):
@@ -142,6 +142,18 @@ def _ended_by(signals: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _warn_once() -> Callable[..., None]:
+    """What prints a warning in one line, and each text but once."""
+    said: set[str] = set()
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            print(f"dicode: warning: {message}", file=sys.stderr)
+
+    return warn
 
 
 def parse(argv: list[str]) -> Any:

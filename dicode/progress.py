@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from tqdm import tqdm
 
@@ -17,8 +17,11 @@ class Progress:
     """`total` units of work, or work that is not counted; a context, whose `update` counts what is done.
 
     Without a terminal a line says what and how many once two seconds have passed, then one every half minute how many
-    are done and, from the time that those took, how long the rest will take. Both go to stderr.
+    are done and, from the time that those took, how long the rest will take. Of work within other work only the
+    innermost speaks. Both go to stderr.
     """
+
+    _running: ClassVar[list["Progress"]] = []  # the innermost last
 
     def __init__(self, what: str, total: int | None = None, unit: str = ""):
         self.what, self.total, self.unit = what, total, unit
@@ -28,6 +31,7 @@ class Progress:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Progress":
+        self._running.append(self)
         self._began_s = time.monotonic()
         if sys.stderr.isatty():
             self._bar = tqdm(desc=self.what, total=self.total, unit=self.unit or "it", delay=FIRST_AFTER_S, leave=False)
@@ -38,6 +42,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self._running.remove(self)
         if self._bar is not None:
             self._bar.close()
         if self._thread is not None:
@@ -55,7 +60,7 @@ class Progress:
 
     def line(self, spent_s: float) -> str:
         """Where the work stands after so many seconds."""
-        unit = f" {self.unit}s" if self.unit else ""
+        unit = f" {self.unit}{'es' if self.unit.endswith('ch') else 's'}" if self.unit else ""
         if self.total is None:
             return f"{self.what}: {duration(spent_s)} so far"
         if not self.done:
@@ -66,7 +71,8 @@ class Progress:
     def _speak(self) -> None:
         wait_s = FIRST_AFTER_S
         while not self._ended.wait(wait_s):
-            print(self.line(time.monotonic() - self._began_s), file=sys.stderr, flush=True)
+            if self._running[-1:] == [self]:
+                print(self.line(time.monotonic() - self._began_s), file=sys.stderr, flush=True)
             wait_s = EVERY_S
 
 

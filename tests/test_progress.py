@@ -36,6 +36,26 @@ def test_lines_come_without_a_terminal_while_one_item_lasts(
     assert said.getvalue().startswith("working: 2 clips") and said.getvalue().count("\n") >= 3
 
 
+def test_only_the_innermost_work_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "FIRST_AFTER_S", 0.01)
+    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    said = io.StringIO()
+    monkeypatch.setattr("sys.stderr", said)
+
+    def last_lines() -> set[str]:
+        """What the next three lines begin with, at the most after a minute."""
+        began_s, before = time.monotonic(), said.getvalue().count("\n")
+        while said.getvalue().count("\n") < before + 4 and time.monotonic() < began_s + 60:
+            time.sleep(0.01)
+        return {line.split(":")[0] for line in said.getvalue().splitlines()[before + 1 :]}
+
+    with Progress("outer"):
+        with Progress("inner"):
+            assert last_lines() == {"inner"}
+        assert last_lines() == {"outer"}
+    assert Progress("reading", 3, "batch").line(0.0) == "reading: 3 batches"
+
+
 def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(tracked([1, 2, 3], "working")) == [1, 2, 3]
     assert capsys.readouterr() == ("", "")

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -28,7 +29,7 @@ from dicode.files import put_text, read_json
 from dicode.flags import Tune
 from dicode.generate import DiCoDe
 from dicode.hub import CHECKPOINTS, resolve
-from dicode.progress import tracked
+from dicode.progress import duration, tracked
 from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
 from dicode.video.columns import CachedVideo
@@ -65,13 +66,18 @@ def tune(command: Tune, watch: Stopwatch) -> int:
     prompts = [caption_of(made.cache.videos[row]) for row in rows]
 
     def tried(settings: Settings) -> Trial:
+        began_s = time.monotonic()
         seconds = shown_frames(made, clips) / model.tokenizer.config.fps
         videos = generated_clips(model, prompts, command.seed, seconds, **settings)
-        return Trial(settings, judge(videos), float(np.mean([motion(video) for video in videos])) / still)
+        trial = Trial(settings, judge(videos), float(np.mean([motion(video) for video in videos])) / still)
+        took = duration(time.monotonic() - began_s)
+        print(f"{named(settings) or 'as stored'}: {trial.scores.mean():.1f}, in {took}", flush=True)
+        return trial
 
     with watch.stage("settings"):
         grid = grid_of(model, command.guidance, command.variance_scale)
-        trials = [tried(settings) for settings in tracked([{}, *grid], "settings", "setting")]
+        print(f"{len(grid) + 1 + len(command.decoder_guidance)} settings at the most", flush=True)
+        trials = [tried(settings) for settings in ({}, *grid)]
         best = max(trials, key=lambda trial: trial.scores.mean())
         further = [{**best.settings, "decoder_guidance": value} for value in command.decoder_guidance]
         trials += [tried(settings) for settings in further if changes_of(model, settings) != best.settings]
@@ -80,7 +86,7 @@ def tune(command: Tune, watch: Stopwatch) -> int:
     print(values["decision"])
     if target is not None and (chosen or target != folder):
         write_choice(folder, target, chosen)
-        print(f"{target}/config.json: {', '.join(f'{k} {v:g}' for k, v in chosen.items()) or 'as before'}")
+        print(f"{target}/config.json: {named(chosen) or 'as before'}")
     if command.json is not None:
         line = "dicode " + shlex.join(sys.argv[1:])
         write_result(command.json, f"{Path(command.model).name}: tuned", values, len(rows), command.seed, line, device)
@@ -199,7 +205,7 @@ def decided(trials: Sequence[Trial], real: Float64[ndarray, "n"], measured_by: s
     best = max(rows, key=lambda row: row["score"]["value"])
     low, high = best["gain"]["interval"]
     beyond = best["gain"]["value"] > 0 and low > 0
-    told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in best["settings"].items())
+    told = named(best["settings"])
     if beyond:
         decision = (
             f"chosen: {told}; {best['gain']['value']:+.1f} ({low:+.1f} to {high:+.1f}) against the stored settings"
@@ -220,6 +226,11 @@ def decided(trials: Sequence[Trial], real: Float64[ndarray, "n"], measured_by: s
         "trials": rows,
     }
     return (best["settings"] if beyond else {}), values
+
+
+def named(settings: Settings) -> str:
+    """Settings as words."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
 
 
 def table(model: DiCoDe, values: Mapping[str, Any]) -> str:
