@@ -89,13 +89,14 @@ def test_blindness_stands_beside_every_figure_of_that_network_and_no_other() -> 
         "FVD-EffLite0": {"generated": Score(2.0, (1.5, 2.5), 9)},
         "metrics": {"caption rank-TinyVT": {"better": "higher", "cases": {"real": Score(50.0, None, 9), "noise": "-"}}},
     }
-    made = marked_blind(figures, {"TinyVT": "it sees nothing"})
-    assert made["FVD-TinyVT"]["generated"]["blind"] == "it sees nothing"
-    assert made["metrics"]["caption rank-TinyVT"]["cases"]["real"]["blind"] == "it sees nothing"
+    made = marked_blind(figures, {"TinyVT"})
+    assert made["FVD-TinyVT"]["generated"]["blind"] is True
+    assert made["metrics"]["caption rank-TinyVT"]["cases"]["real"]["blind"] is True
     assert made["FVD-EffLite0"] == {"generated": {"value": 2.0, "interval": (1.5, 2.5), "n": 9}}
     made.pop("metrics")
     result = {"values": {**made, "blind": {"TinyVT": "it sees nothing"}}, "n": 9, "command": ""}
-    assert page("tiny", {"generation": result}, {}).count("it sees nothing") == 2  # of the part, of the metric
+    text = page("tiny", {"generation": result}, {})
+    assert text.count("it sees nothing") == 1 and text.count("The network is blind here") == 1
 
 
 def test_errors_count_where_the_real_clip_moves() -> None:
@@ -123,3 +124,11 @@ def test_intervals_over_seeds_are_student_s(seeds: int, quantile: float) -> None
     assert made is not None
     half = quantile * values.std(ddof=1) / np.sqrt(seeds)
     assert made == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-3)
+
+
+def test_features_go_with_the_cache_that_they_are_of(tmp_path: Path, counted: Made) -> None:
+    write_cache(tmp_path, count=8)
+    RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path).features(EfficientNetLite0Features(), [0])
+    (tmp_path / "features-mine.safetensors").touch()
+    write_cache(tmp_path, count=9)
+    assert [path.name for path in tmp_path.glob("features-*")] == ["features-mine.safetensors"]

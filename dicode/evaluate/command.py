@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dicode.device import pick_device
-from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, split_rows
+from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, caption_of, split_rows
 from dicode.evaluate.estimate import measured_units, work_of
 from dicode.evaluate.features import Network, load_networks
 from dicode.evaluate.html import write_report
@@ -142,11 +142,12 @@ def foretold(
 def blind_networks(made: MadeClips, networks: Mapping[str, Network]) -> dict[str, str]:
     """Networks that rank the captions of this cache's real clips no better than chance, and what is to be said of it.
 
-    Also printed: figures of such a network say nothing of these clips.
+    Of validation clips, and of training clips where these are few. Also printed.
     """
-    found = {}
+    rows, found = made.rows + made.training(max(0, RANKED_CLIPS - len(made.rows))), {}
+    captions = [caption_of(made.cache.videos[row]) for row in rows]
     for network in networks.values():
-        if reason := blindness(network, made.bank.seen(network, made.rows), made.captions, made.seed):
+        if reason := blindness(network, made.bank.seen(network, rows), captions, made.seed):
             found[network.name] = reason
             print(reason)
     return found

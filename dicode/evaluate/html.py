@@ -294,9 +294,9 @@ def meaning(key: str, before: str = "") -> str:
 
 
 def blindness(candidates: Mapping[str, Any]) -> str:
-    """Why these figures say nothing, where their network cannot tell the real clips at hand apart."""
-    found = (one["blind"] for one in candidates.values() if isinstance(one, Mapping) and "blind" in one)
-    return next((f'<p class="bad">{escape(why)}</p>' for why in found), "")
+    """That these figures say nothing, where their network cannot tell the real clips at hand apart."""
+    blind = any(isinstance(one, Mapping) and one.get("blind") for one in candidates.values())
+    return '<p class="bad">The network is blind here: these say nothing.</p>' if blind else ""
 
 
 def words(key: str) -> str:

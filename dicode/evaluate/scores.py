@@ -1,7 +1,7 @@
 """Figures with intervals: means over clips, and Fréchet distances and Inception Scores of whole sets of clips."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, NamedTuple
 
@@ -219,15 +219,15 @@ def blindness(network: Network, real: Seen, captions: Sequence[str], seed: int =
     )
 
 
-def marked_blind(values: Any, blind: Mapping[str, str], why: str | None = None) -> Any:
-    """The figures with `blind`, the reason, beside each that a blind network made; `blind` maps networks to reasons."""
+def marked_blind(values: Any, blind: Collection[str], own: bool = False) -> Any:
+    """The figures with `blind: true` beside each that one of these networks made."""
     if is_dataclass(values) and not isinstance(values, type):
         values = asdict(values)
     if not isinstance(values, Mapping):
         return values
-    reasons = {key: next((why for name, why in blind.items() if made_by(str(key), name)), None) for key in values}
-    marked = {key: marked_blind(value, blind, why or reasons[key]) for key, value in values.items()}
-    return {**marked, "blind": why} if why and "value" in values else marked
+    theirs = {key: own or any(made_by(str(key), name) for name in blind) for key in values}
+    marked = {key: marked_blind(value, blind, theirs[key]) for key, value in values.items()}
+    return {**marked, "blind": True} if own and "value" in values else marked
 
 
 def made_by(metric: str, network: str) -> bool:

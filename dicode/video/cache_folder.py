@@ -14,8 +14,8 @@ NAMES = re.compile(
     rf"{INDEX}|quarantine\.jsonl|copies\.jsonl|{re.escape(VIDEOS)}|shard-\d{{5,}}\.(json|safetensors|[\w.+-]+\.safetensors)"
 )
 UNFINISHED = re.compile(rf"\.({NAMES.pattern})\..*{re.escape(PARTIAL)}")
-# Computed of a whole cache, and stale when that changes; what evaluation keeps is named after the cache's index.
-OF_THE_WHOLE = re.compile(r"(rendered|EffLite0)-[\w.+-]+\.safetensors")
+# Computed of a whole cache, and stale when that changes.
+OF_THE_WHOLE = re.compile(r"((rendered|EffLite0)-[\w.+-]+|features-\w+-[0-9a-f]{8}-[0-9a-f]{16})\.safetensors")
 TENSORS = ({"frames", "times_s"}, {"values"}, {"rows", "values"})  # of a shard; of what was computed of its frames
 OF_VIDEOS = {"first", "count", "period_s", "text_end"}  # among others
 MOST_HEADER = 2**20  # bytes of a safetensors header of ours
