@@ -62,7 +62,7 @@ It was made by
 
 Losses: lower is better. `written rank`: how near the key frame written of a caption comes to the true one (100 best, 50
 chance); `caption rank`: how well a clip's own caption explains it. All on {held} clips that were not trained on, but
-`training loss` and `written share`. `dicode evaluate` measures more.
+`training loss`, `written share` and half of `written rank`. `dicode evaluate` measures more.
 
 Encoder, first stage and token statistics are those of `{base}`, so what its first stage cannot show is not shown here
 either. The licence of `{base}` applies, and those of the clips.

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dicode.evaluate.clips import MadeClips
+from dicode.generate import DiCoDe
 from dicode.hub import content_hash
 from dicode.lm.sizes import DeepLMConfig
 from dicode.seeds import generator_for
@@ -259,3 +261,10 @@ def test_a_run_says_whether_changes_or_whole_key_frames_vary_less(
     found = [float(number) for number in re.findall(r"(?<= )[\d.]+(?=,| \()", said)]
     assert found == pytest.approx([whole, change], rel=0.1)
     assert said.endswith(f"model.predicts_change False {end}")
+
+
+def test_the_real_side_of_an_evaluation_has_no_clip_that_is_held_to_its_end(tiny_model: Path, cache: Path) -> None:
+    model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
+    made = MadeClips(model, frames)
+    assert [frames.videos[row].count for row in made.rows] == [16, 32, 72, 30]
+    assert [frames.videos[row].count for row in made.training(3)] == [16, 72, 30]

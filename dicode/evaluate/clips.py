@@ -38,14 +38,14 @@ class MadeClips:
     ):
         self.model, self.cache, self.seed, self.options = model, cache, seed, options
         self.bank = RealClips(cache, model.tokenizer.config, folder)
-        self.rows = spread(split_rows(cache, True), most)
+        self.rows = spread(split_rows(cache, True, lasting_s=one_clip_s(model)), most)
         self.videos = [cache.videos[i] for i in self.rows]
         self.captions = [caption_of(video) for video in self.videos]
         self.captioned = [i for i, caption in enumerate(self.captions) if caption]
 
     def training(self, most: int) -> list[int]:
         """The rows of up to so many training videos, spread over all."""
-        return spread(split_rows(self.cache, False), most)
+        return spread(split_rows(self.cache, False, lasting_s=one_clip_s(self.model)), most)
 
     @cached_property
     def extractor(self) -> EfficientNetLite0Features:
@@ -56,7 +56,8 @@ class MadeClips:
     def real(self) -> list[Video]:
         """The first clip of every validation video, up to its tail key frame."""
         if not self.videos:
-            raise ValueError(f"none of the {len(self.cache.videos)} videos is for validation; make another cache")
+            found, clip_s = len(self.cache.videos), one_clip_s(self.model)
+            raise ValueError(f"none of the {found} videos is for validation and lasts {clip_s:g} s; make another cache")
         return [first_clip(self.model.tokenizer.config, self.cache, video) for video in self.videos]
 
     @property
@@ -89,10 +90,16 @@ def caption_of(video: CachedVideo) -> str:
     return video.captions[0] if video.captions else ""
 
 
-def split_rows(cache: FrameCache, held: bool, captioned: bool = False) -> list[int]:
-    """The numbers of the validation videos, or of the others; with a caption, if asked for."""
-    flags = Videos.of(cache.videos).column("flags")
+def split_rows(cache: FrameCache, held: bool, captioned: bool = False, lasting_s: float = 0.0) -> list[int]:
+    """The numbers of the validation videos, or of the others; with a caption, or that last so long, if asked for.
+
+    The real side of a comparison takes none that are shorter than a clip: what they hold to the end would be stillness.
+    """
+    videos = Videos.of(cache.videos)
+    flags = videos.column("flags")
     chosen = (flags & VALIDATION != 0) == held
+    if lasting_s:
+        chosen &= videos.last(lasting_s)
     return np.flatnonzero(chosen & ((flags & CAPTIONED != 0) | (not captioned))).tolist()
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64
 from numpy import ndarray
 
-from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, caption_of, generated_clips, split_rows
+from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, caption_of, generated_clips, one_clip_s, split_rows
 from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
 from dicode.evaluate.metrics import mean_pair_distance
@@ -85,7 +85,7 @@ def caption_distances(
     bank, seed, extractor = made.bank, made.seed, made.extractor
     rows = [made.rows[i] for i in made.captioned]
     captions = [made.captions[i] for i in made.captioned]
-    other = drawn_rows(split_rows(made.cache, False), len(rows), seed)
+    other = drawn_rows(split_rows(made.cache, False, lasting_s=one_clip_s(made.model)), len(rows), seed)
     real, others = (bank.seen(extractor, those) for those in (rows, other))
     sets = {"generated": seen_by_efflite(extractor, held_features), "real training clips": others}
     scores = scores_of_sets(extractor.name, real, sets, seed)

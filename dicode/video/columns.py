@@ -130,11 +130,15 @@ class Videos(Sequence[CachedVideo]):
         """Those with this bit of `flags`, or without it."""
         return self[_numbers((self.column("flags") & flag != 0) == wanted)]
 
-    def lasting(self, seconds: float) -> "Videos":
-        """Those for which `CachedVideo.lasts` holds."""
+    def last(self, seconds: float) -> NDArray[np.bool_]:
+        """Of each whether `CachedVideo.lasts` holds."""
         count, period_s = self.column("count"), self.column("period_s")
         long = (self.column("flags") & LOOPS != 0) | (period_s * (1 + 0.5 / count) >= seconds)
-        return self[_numbers(long & (count > 1))]
+        return long & (count > 1)
+
+    def lasting(self, seconds: float) -> "Videos":
+        """Those for which `CachedVideo.lasts` holds."""
+        return self[_numbers(self.last(seconds))]
 
     def spread(self, count: int) -> "Videos":
         """Up to so many of them, evenly over all, the same ones every time."""
