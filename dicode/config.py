@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -198,13 +199,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def shortened(value: Any) -> str:
     """A value for an error's one line."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    shown = reprlib.Repr()  # which looks at a few items only, for what refers to itself a million times
+    shown.maxstring = shown.maxother = 60
     try:
-        text = f"{value:g}" if isinstance(value, float) else repr(value)
-    except ValueError:  # an integer of thousands of digits
+        return shown.repr(value)[:200]
+    except ValueError:
         return "a number of thousands of digits"
-    except RecursionError:
-        return "a value nested without end"
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def parsed_json(text: str, where: str) -> Any:

@@ -23,6 +23,7 @@ from dicode.files import put_text, state_of
 from dicode.flags import Cache, Finetune
 from dicode.hub import CheckpointError, config_from_dict, config_to_dict, content_hash, model_name, read_config, resolve
 from dicode.lm.sizes import DeepLMConfig
+from dicode.model_folder import check_model_folder
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.train.runs import LanguageRun, LoopConfig, LoRAConfig, OptimConfig, TokenizerRun
@@ -123,6 +124,7 @@ def _records(command: Finetune, base: Path, work: Path) -> list[ClipRecord]:
     """
     if not command.folders:
         raise ValueError("expected at least one folder of clips, got none")
+    check_model_folder(command.output)
     records = merged(record for folder in command.folders for record in read_index(folder))
     if "lm" in command.parts and not any(record.captions for record in records):
         raise ValueError(f"none of {len(records)} clips has a caption to learn from; --parts denoiser needs none")

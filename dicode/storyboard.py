@@ -10,8 +10,13 @@ from typing import Any
 
 import yaml
 
+from dicode.config import shortened
+from dicode.files import TextError, read_text
+
 EXAMPLE = "[4s: a spark] [4s: it grows into a fireball]"
 FILE_EXAMPLE = "- {seconds: 4, prompt: a spark}"
+MOST_SECONDS = 86_400  # a day
+MOST_BYTES = 2**20  # of a file
 TOLERANCE = 1e-6  # in clips: 0.3 s are three clips of 0.1 s, though not in binary
 _NUMBER = r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|inf(?:inity)?|nan)"
 # What is taken for an attempt at a storyboard. "[3 cats] play" and "[loud] a bell" are prompts.
@@ -27,8 +32,8 @@ class Shot:
     seconds: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.seconds) and self.seconds > 0):
-            raise ValueError(f"expected a positive number of seconds, got {self.seconds:g}")
+        if not 0 < self.seconds <= MOST_SECONDS:
+            raise ValueError(f"expected a positive number of seconds, at most {MOST_SECONDS:,}, got {self.seconds:g}")
         if not self.prompt.strip():
             raise ValueError("expected a prompt, got none")
 
@@ -57,14 +62,18 @@ def read_storyboard(path: Path) -> list[Shot]:
     Raises ValueError that names file, shot and key, and OSError where there is no such file.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(read_text(path, MOST_BYTES), _Loader)
+    except TextError:
+        raise
+    except RecursionError as error:
+        raise ValueError(f"{path}: expected YAML such as '{FILE_EXAMPLE}', got lists in lists without end") from error
+    except (yaml.YAMLError, ValueError) as error:  # the latter of dates and numbers that are none
         raise ValueError(f"{path}: expected YAML such as '{FILE_EXAMPLE}' ({error})") from error
     if isinstance(content, dict):
         _check_keys(content, ["shots"], str(path))
         content = content["shots"]
     if not isinstance(content, list) or not content:
-        found = "nothing" if content is None or content == [] else repr(content)
+        found = "nothing" if content is None or content == [] else shortened(content)
         raise ValueError(f"{path}: expected a list of shots such as '{FILE_EXAMPLE}', got {found}")
     return [_shot_of(values, f"{path}: shot {number}") for number, values in enumerate(content, start=1)]
 
@@ -110,16 +119,16 @@ def _first_shot(text: str, where: str) -> tuple[Shot, int]:
 
 def _shot_of(values: Any, where: str) -> Shot:
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a mapping such as '{FILE_EXAMPLE[2:]}', got {values!r}")
+        raise ValueError(f"{where}: expected a mapping such as '{FILE_EXAMPLE[2:]}', got {shortened(values)}")
     _check_keys(values, [field.name for field in fields(Shot)], where)
     seconds, prompt = values["seconds"], values["prompt"]
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise ValueError(f"{where}, seconds: expected a number such as 4 or 2.5, got {seconds!r}")
+        raise ValueError(f"{where}, seconds: expected a number such as 4 or 2.5, got {shortened(seconds)}")
     if not isinstance(prompt, str):
-        raise ValueError(f"{where}, prompt: expected a text, got {prompt!r}; put it in quotes")
+        raise ValueError(f"{where}, prompt: expected a text, got {shortened(prompt)}; put it in quotes")
     try:
         return Shot(prompt.strip(), float(seconds))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -128,7 +137,7 @@ def _check_keys(values: dict[Any, Any], known: list[str], where: str) -> None:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             meant = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"{where}: unknown key {key!r}{meant}; expected {' and '.join(known)}")
+            raise ValueError(f"{where}: unknown key {shortened(key)}{meant}; expected {' and '.join(known)}")
     for key in known:
         if key not in values:
             raise ValueError(f"{where}: no {key!r}; expected for example '{FILE_EXAMPLE}'")
@@ -136,6 +145,12 @@ def _check_keys(values: dict[Any, Any], known: list[str], where: str) -> None:
 
 class _Loader(yaml.SafeLoader):
     """`yaml.safe_load`, but a key given twice, which means that a shot lacks its dash, is an error."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # nine of them can stand for gigabytes
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(problem="a storyboard repeats nothing by name (*)", problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

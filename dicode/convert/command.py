@@ -9,11 +9,13 @@ from dicode.convert.priors import convert_clip, convert_dynamicrafter, convert_v
 from dicode.flags import Clip, Dynamicrafter, Official, Vae
 from dicode.hub import downloaded
 from dicode.lm.text import TextTokenizer
+from dicode.model_folder import check_model_folder
 from dicode.stopwatch import Stopwatch
 
 
 def official(command: Official, watch: Stopwatch) -> int:
     """Tells what became of every tensor."""
+    check_model_folder(command.output)
     with watch.stage("convert"):
         report = convert_official(
             command.output,
@@ -28,6 +30,7 @@ def official(command: Official, watch: Stopwatch) -> int:
 
 def dynamicrafter(command: Dynamicrafter, watch: Stopwatch) -> int:
     """Tells what became of every tensor."""
+    check_model_folder(command.output)
     with watch.stage("convert"):
         dtype = getattr(torch, command.dtype)
         report = convert_dynamicrafter(command.checkpoint, command.output, clip=command.clip, dtype=dtype)
@@ -36,6 +39,7 @@ def dynamicrafter(command: Dynamicrafter, watch: Stopwatch) -> int:
 
 def clip(command: Clip, watch: Stopwatch) -> int:
     """The direction is told by the names in the file."""
+    check_model_folder(command.output, own=())
     with watch.stage("convert"):
         report = convert_clip(command.weights, command.output, getattr(torch, command.dtype))
     return _told(report, command.output, watch)
@@ -43,6 +47,7 @@ def clip(command: Clip, watch: Stopwatch) -> int:
 
 def vae(command: Vae, watch: Stopwatch) -> int:
     """`FirstStage.from_diffusers` reads what it writes."""
+    check_model_folder(command.output, own=())
     with watch.stage("convert"):
         report = convert_vae(command.weights, command.output, getattr(torch, command.dtype))
     return _told(report, command.output, watch)

@@ -8,6 +8,7 @@ import torch
 from dicode.generate import DiCoDe
 from dicode.hub import CheckpointError, load_weights, read_config
 from dicode.lm.deep_lm import DeepTokenLM
+from dicode.model_folder import check_model_folder, model_folder
 from dicode.tokenizer.first_stage import DECODER, FirstStage
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 
@@ -27,6 +28,7 @@ def assemble(
     The tokenizer's own sampling is kept but for `options`, fields of `SamplingConfig`.
     Raises `CheckpointError` where they do not, or where the language model was trained on other tokens.
     """
+    check_model_folder(output)  # before any work
     parts = VideoTokenizer.from_pretrained(tokenizer)
     if (learnt := read_config(lm).get("deep_tokens")) != parts.token_hash():
         raise CheckpointError(f"{lm} learnt the deep tokens {learnt}, {tokenizer} makes {parts.token_hash()}")
@@ -38,7 +40,9 @@ def assemble(
                 raise CheckpointError(f"{first_stage}: {name} differs from {tokenizer}; the deep tokens would change")
         parts.first_stage.load_state_dict(later.state_dict())
     parts.config = replace(parts.config, sampling=parts.config.sampling.changed(**options))
-    DiCoDe(parts, DeepTokenLM.from_pretrained(lm)).save_pretrained(output, dtype)
+    whole = DiCoDe(parts, DeepTokenLM.from_pretrained(lm))
+    with model_folder(output) as folder:
+        whole.save_pretrained(folder, dtype)
     return DiCoDe.from_pretrained(output)
 
 

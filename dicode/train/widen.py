@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dicode.generate import DiCoDe
 from dicode.hub import load_state, read_config, resolve, write_config
 from dicode.lm.deep_lm import SECTION, DeepTokenLM
+from dicode.model_folder import check_model_folder, model_folder
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.clips import first_stage_latents, fit_linear_code
 from dicode.video.shards import FrameCache
@@ -30,6 +31,7 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
     Raises `ValueError` where the tokens would not become wider, or hold more than the latents, and for parts that
     cannot be widened: a tokenizer without linear code, other denoisers than `hourglass`, other heads than `flow`.
     """
+    check_model_folder(output)  # before any work
     folder = resolve(name_or_folder)
     held, sections = VideoTokenizer.from_pretrained(folder), read_config(folder)
     config = held.config
@@ -45,11 +47,13 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
     fit_linear_code(wide, latents, cache.subset(validation=False).frame_rows(), narrower=held)
     grow(wide.denoiser, held.denoiser.state_dict(), OF_DENOISER)
     if lm is None:
-        write_config(output, {"tokenizer": wide.save_pretrained(output)})
+        with model_folder(output) as made:
+            write_config(made, {"tokenizer": wide.save_pretrained(made)})
         return
     wide_lm = DeepTokenLM(replace(lm.config, token_width=token_width), lm.text)
     grow(wide_lm, lm.state_dict(), OF_LANGUAGE_MODEL)
-    DiCoDe(wide, wide_lm).save_pretrained(output)
+    with model_folder(output) as made:
+        DiCoDe(wide, wide_lm).save_pretrained(made)
 
 
 def grow(module: nn.Module, narrower: Mapping[str, Tensor], names: Collection[str]) -> None:
