@@ -210,9 +210,9 @@ def shortened(value: Any) -> str:
 
 
 def parsed_json(text: str, where: str) -> Any:
-    """JSON as it is defined, of a user's file; raises `CheckpointError`.
+    """The JSON of a user's file; raises `CheckpointError` where it is none.
 
-    NaN and infinity, which Python's reader takes, are none; nor is a key that is given twice, of which it drops one.
+    A key that is given twice is an error too, where Python's reader drops one.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -222,11 +222,8 @@ def parsed_json(text: str, where: str) -> Any:
             raise CheckpointError(f"{where}: the key {twice!r} is given twice")
         return held
 
-    def no_number(word: str) -> Any:
-        raise CheckpointError(f"{where}: expected finite numbers, got {word}")
-
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
+        return json.loads(text, object_pairs_hook=unique)
     except CheckpointError:
         raise
     except RecursionError as error:
