@@ -15,7 +15,7 @@ from safetensors.torch import save
 from dicode import __version__
 from dicode.device import pick_device
 from dicode.extras import missing_extra
-from dicode.files import check_parent
+from dicode.files import check_parent, printable
 from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train, TrainAll, Widen
 from dicode.generate import trimmed
 from dicode.hub import (
@@ -33,6 +33,7 @@ from dicode.video.io import read_video
 from dicode.video.shards import FrameCache
 from dicode.video.writer import VideoWriter, check_output
 
+WATCHED = 256  # pixels along a side, at least, of a file that nobody gave a scale
 TOKENS_SUFFIX = ".safetensors"
 
 
@@ -47,7 +48,7 @@ def tokenize(command: Tokenize, watch: Stopwatch) -> int:
     with watch.stage("encode"):
         frames, tokens = _encode(tokenizer, command.input)
     fps = tokenizer.config.fps
-    note = {"source": Path(command.input).name, "frames": len(frames), "fps": fps, **model}
+    note = {"source": printable(Path(command.input).name), "frames": len(frames), "fps": fps, **model}
     partial = output.with_name(f".{output.name}.part")
     try:
         partial.write_bytes(save({"tokens": tokens[0].cpu()}, {name: str(value) for name, value in note.items()}))
@@ -65,7 +66,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
     is_saved = Path(command.input).suffix == TOKENS_SUFFIX
     if is_saved and command.side_by_side:
         raise ValueError(f"--side-by-side: {command.input} holds tokens, not the video to show beside them")
-    check_output(command.output, scale=command.scale)
+    check_output(command.output, scale=command.scale or 1)
     with watch.stage("load"):
         tokenizer, model = _load_tokenizer(command, getattr(torch, command.dtype))
     frames: Video | None = None
@@ -74,7 +75,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
             tokens, num_frames, source = _read_tokens(tokenizer, model, Path(command.input))
         else:
             frames, tokens = _encode(tokenizer, command.input)
-            num_frames, source = len(frames), Path(command.input).name
+            num_frames, source = len(frames), printable(Path(command.input).name)
     config = tokenizer.config
     asked = dataclasses.asdict(command.render)
     sampling = config.sampling.changed(**asked)
@@ -85,7 +86,8 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
         **({} if command.dtype == "float32" else {"dtype": command.dtype}),
     }
     metadata = {"source": source, **options, **model}
-    with written(command.output, config.fps, metadata, command.scale, num_frames, watch) as (writer, bar):
+    scale = command.scale or to_watch(config.size)
+    with written(command.output, config.fps, metadata, scale, num_frames, watch) as (writer, bar):
         for (clip,) in watch.timed("decode", trimmed(stacks, num_frames)):
             shown = clip.numpy()
             if frames is not None and command.side_by_side:
@@ -166,7 +168,12 @@ def widen(command: Widen, watch: Stopwatch) -> int:
 
 def origin(folder: Path, *weights: Path) -> dict[str, str]:
     """What made a file, for its metadata: model, its weights, and version."""
-    return {"model": model_name(folder), "weights": content_hash(*weights), "dicode": __version__}
+    return {"model": printable(model_name(folder)), "weights": content_hash(*weights), "dicode": __version__}
+
+
+def to_watch(size: int) -> int:
+    """How many times to enlarge frames of this side, to be watched: a 64×64 file would show a stamp, or a blur."""
+    return -(-WATCHED // size)
 
 
 @contextmanager
@@ -178,10 +185,11 @@ def written(
     num_frames: int,
     watch: Stopwatch,
     stream: bool = False,
+    lossless: bool = False,
 ) -> Iterator[tuple[VideoWriter, Progress]]:
     """A writer and a progress bar; at the end says where the file lies and what took how long."""
     with (
-        VideoWriter(path, fps, metadata, scale=scale, stream=stream) as writer,
+        VideoWriter(path, fps, metadata, scale=scale, stream=stream, lossless=lossless) as writer,
         Progress("rendering", num_frames, "frame") as bar,
     ):
         yield writer, bar

@@ -176,6 +176,11 @@ def alone_with(held: Path, wait: bool) -> Iterator[bool]:
         os.close(handle)
 
 
+def printable(name: str) -> str:
+    """A file's name as text that can be written: bytes of it that are not UTF-8 become question marks."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk itself."""
     if path.is_dir():

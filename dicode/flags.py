@@ -86,7 +86,8 @@ class Generate:
     seed: Seed = 0  # the same seed, prompt and options give the same file
     sample: Seed = 0  # another number gives another video of the same seed
     storyboard: Path | None = None  # a YAML file in place of the prompt: a list of {seconds: 4, prompt: a spark}
-    prompts: Path | None = None  # a text file in place of the prompt: a video a line, out-000.mp4, out-001.mp4, …
+    # in place of the prompt: a prompt a line, or captions.jsonl, .csv, .json; out-000.mp4 …, or into a folder name/
+    prompts: Path | None = None
     image: Path | None = None  # the first frame
     last_image: Path | None = None  # the frame that the video ends on
     loop: bool = False  # end on the first frame
@@ -97,8 +98,9 @@ class Generate:
     render: Render = RenderFlags()
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
-    output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
-    scale: Scaling = 4  # enlarge every pixel this many times along each side
+    output: Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames; for videos with --prompts
+    scale: Scaling | None = None  # enlarge every pixel so many times along each side; default: to 256 pixels or more
+    lossless: bool = False  # .mp4 and .webm keep every bit, to measure or train on; not every player shows them
     stream: bool = False  # write so that it can be watched from the first clip on; stopping early keeps what is there
     preview: bool = False  # first write out.preview.mp4, of fewer denoising steps
     sheet: Path | None = None  # also write a contact sheet, one row a clip
@@ -132,7 +134,7 @@ class Reconstruct:
     render: Render = RenderFlags()
     model: str = "sprites"  # a model in the box, a checkpoint folder, or owner/name on the Hub
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
-    scale: Scaling = 4  # enlarge every pixel this many times along each side
+    scale: Scaling | None = None  # enlarge every pixel so many times along each side; default: to 256 pixels or more
     device: str = "auto"  # cpu, cuda, mps
     dtype: Dtype = "float32"  # of the weights in memory; bfloat16 takes less time where the processor has it
 

@@ -1,18 +1,22 @@
 """What `dicode generate` does: one video, or one a line of a file; its flags are in `flags.py`."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dicode.commands import asked_sampling, origin, written
+from dicode.commands import asked_sampling, origin, to_watch, written
 from dicode.device import peak_memory_mib, pick_device
-from dicode.files import read_text
+from dicode.files import check_parent, printable
 from dicode.flags import Generate
 from dicode.generate import DiCoDe, Given, Prompt, length_s
 from dicode.hub import resolve
+from dicode.progress import Progress
+from dicode.prompts import Asked, read_prompts, write_captions
 from dicode.sampling import SamplingConfig
 from dicode.seeds import SeedPlan
 from dicode.shapes import KeyFrameTokens, Video
@@ -20,8 +24,11 @@ from dicode.stopwatch import Stopwatch
 from dicode.storyboard import parse_storyboard, read_storyboard
 from dicode.video.io import read_video
 from dicode.video.sheet import check_sheet, save_sheet
-from dicode.video.writer import check_output
+from dicode.video.writer import VideoWriter, check_output
 
+AT_ONCE = 8  # prompts
+LIST = "captions.jsonl"
+OWN = re.compile(r"\d{3,}(\.preview)?\.(mp4|json)|captions\.jsonl")  # files of a folder of videos
 PREVIEW_STEPS = 2  # and no guidance: a twelfth of the work of the model in the box
 
 
@@ -34,15 +41,18 @@ class Job:
     sample: int
     output: str
     sheet: Path | None
+    keys: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the prompt's line
 
 
 def generate(command: Generate, watch: Stopwatch) -> int:
     """Clips are written as they come; the file appears when the last one has, or from the first on (`--stream`)."""
-    jobs = jobs_of(command)
+    jobs, in_folder = jobs_of(command), command.prompts is not None and is_folder(command.output)
+    if in_folder:
+        check_folder(Path(command.output))
     for job in jobs:
         check_sheet(job.sheet)
         for output in (job.output, *([beside(job.output, "preview")] if command.preview else [])):
-            check_output(output, scale=command.scale, stream=command.stream)
+            check_output(output, scale=command.scale or 1, stream=command.stream, lossless=command.lossless)
     with watch.stage("load"):
         folder = resolve(command.model, command.revision)
         device, dtype = str(pick_device(command.device)), getattr(torch, command.dtype)
@@ -50,6 +60,9 @@ def generate(command: Generate, watch: Stopwatch) -> int:
         given = given_of(command, model)
     made_by = origin(folder, *folder.glob("*.safetensors"))
     settings = model.sampling.changed(**asked_sampling(command))
+    alone = command.preview or command.stream or command.timings or command.sheet or given != Given()
+    if in_folder and not alone and all(isinstance(job.prompt, str) for job in jobs):
+        return _render_all(command, jobs, model, settings, made_by, watch)
     for job in jobs:
         key_frames = _key_frames(command, job, model, given, settings, watch)
         if command.preview:
@@ -59,6 +72,8 @@ def generate(command: Generate, watch: Stopwatch) -> int:
             _render(command, preview, model, iter(kept), given, quick, made_by, watch)
             key_frames = iter(kept)
         _render(command, job, model, key_frames, given, settings, made_by, watch)
+        if in_folder:
+            _list(command, jobs[: jobs.index(job) + 1])
     if command.timings and (peak_mib := peak_memory_mib()):
         print(f"peak memory {peak_mib:.0f} MiB")
     return 0
@@ -75,19 +90,38 @@ def jobs_of(command: Generate) -> list[Job]:
         if isinstance(prompt, str):
             prompt = parse_storyboard(prompt) or prompt
         return [Job(prompt, seed, command.sample, command.output, command.sheet)]
-    lines = [line.strip() for line in read_text(command.prompts).splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{command.prompts}: expected a prompt a line, found none")
+    asked, folder = read_prompts(command.prompts), is_folder(command.output)
+
+    def name(output: str, number: int) -> str:
+        return f"{output.rstrip('/')}/{number:03d}.mp4" if folder else beside(output, f"{number:03d}", "-")
+
     return [
         Job(
-            parse_storyboard(line) or line,
+            parse_storyboard(prompt) or prompt,
             seed,
             command.sample + number,
-            beside(command.output, f"{number:03d}", "-"),
+            name(command.output, number),
             command.sheet and Path(beside(str(command.sheet), f"{number:03d}", "-")),
+            keys,
         )
-        for number, line in enumerate(lines)
+        for number, (prompt, keys) in enumerate(asked)
     ]
+
+
+def is_folder(output: str) -> bool:
+    """Whether the name of an output is that of a folder."""
+    return output.endswith("/") or not Path(output).suffix
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder for videos of many prompts. Raises `FileExistsError` for one that holds other files than ours."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: is a file; expected a folder for the videos, or a name ending in .mp4")
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if foreign := [name for name in held if not OWN.fullmatch(name)]:
+        raise FileExistsError(f"{folder}: holds {foreign[0]!r}, no video of an earlier run; name another folder")
+    check_parent(folder)
+    folder.mkdir(exist_ok=True)
 
 
 def given_of(command: Generate, model: DiCoDe) -> Given:
@@ -108,7 +142,7 @@ def given_of(command: Generate, model: DiCoDe) -> Given:
 
 def beside(output: str, word: str, between: str = ".") -> str:
     """The name of another output: out.mp4 → out.preview.mp4, frames/ and frames → frames.preview/."""
-    if output.endswith("/") or not Path(output).suffix:
+    if is_folder(output):
         return f"{output.rstrip('/')}{between}{word}/"
     path = Path(output)
     return str(path.with_name(f"{path.stem}{between}{word}{path.suffix}"))
@@ -156,7 +190,10 @@ def _render(
     metadata = {**_asked(command, job, length), **options, **made_by}
     num_frames = model.num_frames(length)
     rows: list[Video] = []
-    with written(job.output, config.fps, metadata, command.scale, num_frames, watch, command.stream) as (writer, bar):
+    scale = command.scale or to_watch(config.size)
+    with written(
+        job.output, config.fps, metadata, scale, num_frames, watch, command.stream, command.lossless
+    ) as (writer, bar):  # fmt: skip
         before = dict(watch.seconds)
         try:
             for clip in watch.timed("decode", clips):
@@ -178,6 +215,55 @@ def _render(
         print(f"{job.sheet}: contact sheet, a row every {config.clip_s:g} s")
 
 
+def _render_all(
+    command: Generate,
+    jobs: list[Job],
+    model: DiCoDe,
+    settings: SamplingConfig,
+    made_by: dict[str, str],
+    watch: Stopwatch,
+) -> int:
+    """Several prompts at a time, into one folder with a list of its videos."""
+    length, config = length_s([job.prompt for job in jobs], command.seconds), model.tokenizer.config
+    options, scale = dataclasses.asdict(settings), command.scale or to_watch(config.size)
+    with Progress("rendering", len(jobs), "video") as bar:
+        for first in range(0, len(jobs), AT_ONCE):
+            batch = jobs[first : first + AT_ONCE]
+            clips = model.generate_batch(
+                [job.prompt for job in batch],
+                seconds=command.seconds,
+                seed=batch[0].seed,
+                sample_indices=[job.sample for job in batch],
+                **options,
+            )
+            with ExitStack() as stack:
+                writers = [
+                    stack.enter_context(
+                        VideoWriter(
+                            job.output,
+                            config.fps,
+                            {**_asked(command, job, length), **options, **made_by},
+                            scale=scale,
+                            lossless=command.lossless,
+                        )
+                    )
+                    for job in batch
+                ]
+                for clip in clips:
+                    for writer, frames in zip(writers, clip.numpy(), strict=True):
+                        writer.write(frames)
+            _list(command, jobs[: first + len(batch)])
+            bar.update(len(batch))
+    print(f"{command.output}: {len(jobs)} videos of {length:g} s; prompts in {LIST}\n{watch.text()}")
+    return 0
+
+
+def _list(command: Generate, made: list[Job]) -> None:
+    """Write the list of the videos that there are so far."""
+    asked = [Asked(_text(job.prompt), job.keys) for job in made]
+    write_captions(Path(command.output) / LIST, [Path(job.output).name for job in made], asked)
+
+
 def _asked(command: Generate, job: Job, length: float) -> dict[str, Any]:
     """What a file's metadata tells of the command, beside the sampling options."""
     named = {name: getattr(command, name) for name in ("image", "last_image", "continue_from")}
@@ -186,10 +272,11 @@ def _asked(command: Generate, job: Job, length: float) -> dict[str, Any]:
         "seed": command.seed,
         "sample": job.sample,
         "seconds": length,
-        **{name: path.name for name, path in named.items() if path is not None},
+        **{name: printable(path.name) for name, path in named.items() if path is not None},
         **({"loop": True} if command.loop else {}),
         **({} if command.dtype == "float32" else {"dtype": command.dtype}),
         **({} if isinstance(job.seed, int) else dataclasses.asdict(job.seed)),
+        **({"keys": job.keys} if job.keys else {}),
     }
 
 

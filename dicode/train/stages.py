@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dicode.progress import Progress
 from dicode.train.clips import TokenizerTraining
@@ -20,12 +20,17 @@ Run = FirstStageRun | TokenizerRun | LanguageRun | VideoTextRun
 
 
 def stage_of(run: Run) -> Stage:
-    """The stage that a run trains; loads its data."""
+    """The stage that a run trains; loads its data. Raises `ValueError` for a dataclass that is no run."""
     if isinstance(run, FirstStageRun):
         return FirstStageTraining(run)
     if isinstance(run, VideoTextRun):
         return VideoTextTraining(run)
-    return TokenizerTraining(run) if isinstance(run, TokenizerRun) else LanguageTraining(run)
+    if isinstance(run, TokenizerRun):
+        return TokenizerTraining(run)
+    if isinstance(run, LanguageRun):
+        return LanguageTraining(run)
+    kinds = ", ".join(kind.__name__ for kind in get_args(Run))
+    raise ValueError(f"expected a run of one of the kinds {kinds}, got {type(run).__name__}")
 
 
 def run_recipe(
