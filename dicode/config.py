@@ -92,7 +92,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def config_from_dict(kind: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+def config_from_dict(kind: type[T], values: Any, where: str = "config") -> T:
     """Build a frozen dataclass from JSON values.
 
     Raises `CheckpointError` that names a key which is unknown, missing, of another type or out of its range.

@@ -20,6 +20,7 @@ from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import WEIGHTS
+from dicode.train.runs import LoopConfig
 
 if TYPE_CHECKING:
     from dicode.plans import Plan  # needs what training needs
@@ -123,6 +124,8 @@ def _runs(command: Info) -> dict[str, Any]:
     file, _, name = command.model.rpartition(":")
     runs = runs_of(command.model) if command.model.endswith(".py") else {name: load_run(f"{file}:{name}")}
     for name, run in runs.items():
+        if not isinstance(getattr(run, "loop", None), LoopConfig):
+            raise ValueError(f"{file or command.model}:{name}: expected a run to plan, got {type(run).__name__}")
         loop = run.loop
         changes = {"pieces": command.pieces, "strategy": command.strategy}
         if command.checkpoint_activations:

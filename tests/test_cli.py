@@ -36,7 +36,7 @@ FLAGS = {
     "": "--help",
     "generate": "--continue-from --decoder-guidance --decoder-temperature "
     "--device --dtype --eta --first-variance-scale --flow-steps --guidance --guidance-rescale --help --image "
-    "--joins --last-image --loop --model "
+    "--joins --last-image --loop --lossless --model "
     "--motion-scale --output --preview --prompts --reroll-from --reroll-seed --revision --sample --scale "
     "--seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale --window",
     "tokenize": "--device --help --model --output --revision",

@@ -202,7 +202,7 @@ def test_exactly_one_source_of_prompts_is_asked_for(capsys: Any, tmp_path: Path)
         ([], "expected one of PROMPT"),
         ([PROMPT, "--prompts", tmp_path / "empty.txt"], "expected one of PROMPT"),
         (["--prompts", tmp_path / "empty.txt"], "found none"),
-        ([PROMPT, "--reroll-from", -1], "reroll_from"),
+        ([PROMPT, "--reroll-from", -1], "--reroll-from: expected 0 or more, got -1"),
         ([PROMPT, "--reroll-seed", 1], "--reroll-from"),
         (["[2s: ]"], "prompt"),
     ):
