@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -197,14 +198,26 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+class _Short(reprlib.Repr):
+    """Looks at a few items only, of what may refer to itself a million times; keys stay in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 60
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        shown = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in islice(x.items(), self.maxdict)]
+        return "{" + ", ".join(shown + ["..."] * (len(x) > self.maxdict)) + "}"
+
+
 def shortened(value: Any) -> str:
     """A value for an error's one line."""
     if isinstance(value, float):
         return f"{value:g}"
-    shown = reprlib.Repr()  # which looks at a few items only, for what refers to itself a million times
-    shown.maxstring = shown.maxother = 60
     try:
-        return shown.repr(value)[:200]
+        return _Short().repr(value)[:200]
     except ValueError:
         return "a number of thousands of digits"
 

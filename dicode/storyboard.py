@@ -33,7 +33,7 @@ class Shot:
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds <= MOST_SECONDS:
-            raise ValueError(f"expected a positive number of seconds, at most {MOST_SECONDS:,}, got {self.seconds:g}")
+            raise ValueError(f"expected a positive number of seconds, got {self.seconds:g} (at most {MOST_SECONDS:,})")
         if not self.prompt.strip():
             raise ValueError("expected a prompt, got none")
 
@@ -63,8 +63,8 @@ def read_storyboard(path: Path) -> list[Shot]:
     """
     try:
         content = yaml.load(read_text(path, MOST_BYTES), _Loader)
-    except TextError:
-        raise
+    except TextError as error:
+        raise ValueError(f"{path}: expected YAML in utf-8, such as '{FILE_EXAMPLE}' ({error})") from error
     except RecursionError as error:
         raise ValueError(f"{path}: expected YAML such as '{FILE_EXAMPLE}', got lists in lists without end") from error
     except (yaml.YAMLError, ValueError) as error:  # the latter of dates and numbers that are none

@@ -43,15 +43,15 @@ FLAGS = {
     "reconstruct": "--decoder-guidance --decoder-temperature "
     "--device --dtype --eta --guidance-rescale --help --joins --model --motion-scale --output --revision --scale "
     "--seed --side-by-side --steps",
-    "train": "--help --run-folder",
+    "train": "--help --minutes --run-folder",
     "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --model "
     "--output --parts --rank --revision --seed --steps --targets --work-folder",
     "assemble": "--decoder-guidance --decoder-temperature "
     "--dtype --eta --first-stage --first-variance-scale --flow-steps --guidance --guidance-rescale --help --joins "
     "--last --motion-scale --output --steps --temperature --variance-scale --window",
     "widen": "--cache --help --output --token-width",
-    "evaluate": "--cache --dtype --features --help --long-prompts --long-seconds --output --parts --prompts "
-    "--repeats --report --seed --sheets",
+    "evaluate": "--cache --device --dtype --features --help --long-prompts --long-seconds --output --parts "
+    "--prompts --quick --repeats --report --scorer --seed --sheets",
     "benchmark": "--help",
     "benchmark ucf101": "--batch-size --c3d --confirm --device --fvd-clips --help --i3d --model --output --prompts "
     "--revision --samples --seed --shard --size --split --template --work-folder",
@@ -67,9 +67,10 @@ FLAGS = {
     "data encode": "--device --help --mirror --model",
     "data export": "--help --output",
     "data sheet": "--count --help --output --seed --size",
-    "scale": "--dry-run --family --help --output --pieces --samples --seeds --studies --tflops --tokenizer "
-    "--work-folder",
-    "info": "--batch-size --checkpoint-activations --gpu --gpus --help --json --mfu --pieces --revision --strategy",
+    "scale": "--device --dry-run --family --help --output --pieces --samples --seeds --studies --tflops "
+    "--tokenizer --work-folder",
+    "info": "--batch-size --checkpoint-activations --gpu --gpus --help --here --json --mfu --pieces "
+    "--revision --strategy",
 }
 RECIPE = """
 from dataclasses import dataclass, field
