@@ -28,6 +28,7 @@ from dicode.video.shards import FrameCache
 
 MOST_RENDERED = 4096  # clips that a decoder learns from as they are rendered: hours of work for a processor
 VALIDATION_FRAMES = 2048  # of all sources together …
+MEAN_OF, MOVED = 8, 0.2  # frames of a clip's mean; a pixel moves further than this from it, of −1…1
 LEAST_FRAMES = 16  # … but at least so many of each
 
 
@@ -113,6 +114,8 @@ class FirstStageTraining:
         cache = FrameCache.load(run.cache)
         self.frames = cache.frames
         self.rows = cache.subset(validation=False).frame_rows()
+        if run.moving_weight:
+            self.first, self.count = (self.rows.videos.column(name) for name in ("first", "count"))
         validation = cache.subset(validation=True)
         self.validation = validation_rows(validation.columns)
         torch.manual_seed(run.loop.seed)
@@ -146,9 +149,13 @@ class FirstStageTraining:
         return len(self.rows)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        pixels = frames_to_pixels(self.frames[self.rows[indices]])
+        rows = self.rows[indices]
+        pixels = frames_to_pixels(self.frames[rows])
         flipped = torch.rand(len(pixels), generator=generator) < 0.5 * self.run.mirror
         pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+        if self.rendered is None and self.run.moving_weight:
+            weight = self.weights_of(rows, frames_to_pixels(self.frames[rows]))
+            return {"pixels": pixels, "weight": torch.where(flipped[:, None, None, None], weight.flip(-1), weight)}
         if self.rendered is None:
             return {"pixels": pixels}
         rendered = round(self.run.rendered_share * len(indices))
@@ -172,7 +179,8 @@ class FirstStageTraining:
         latents = latents + self.run.latent_noise * latents.detach().std() * noise
         decoded = self.first_stage.raw_decode(latents)
         error = decoded - pixels
-        parts = {"squared": error.square().mean(), "absolute": error.abs().mean()}
+        weight = batch["weight"].to(device) if "weight" in batch else torch.ones((), device=device)
+        parts = {"squared": (weight * error.square()).mean(), "absolute": (weight * error.abs()).mean()}
         loss = parts["squared"] + self.run.l1_weight * parts["absolute"]
         if self.feature_maps:
             made, real = self.feature_maps(decoded), self.feature_maps(pixels)
@@ -183,6 +191,15 @@ class FirstStageTraining:
                 parts |= {"adversarial": adversarial, "discriminator": discriminator}
                 loss = loss + self.run.adversarial_weight * adversarial + discriminator
         return loss, {name: part.detach() for name, part in parts.items()}
+
+    def weights_of(self, rows: Tensor, pixels: Tensor) -> Tensor:
+        """Weights `f 1 h w`, 1 in the mean, of frames at these rows of the cache: more where a clip leaves its mean."""
+        video = np.searchsorted(self.first, rows.numpy(), side="right") - 1
+        places = (np.linspace(0, 1, MEAN_OF) * (self.count[video, None] - 1)).round().astype(np.int64)
+        mean = frames_to_pixels(self.frames[torch.from_numpy(self.first[video, None] + places)]).mean(1)
+        moved = ((pixels - mean).abs().amax(1, keepdim=True) > MOVED).float()
+        weight = 1 + self.run.moving_weight * moved
+        return weight / weight.mean()
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         return 1.0

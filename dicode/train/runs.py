@@ -107,6 +107,7 @@ class FirstStageRun:
     perceptual_weight: Factor = 0.0  # of `perceptual_distance`, which squared error alone leaves blurred
     adversarial_weight: Factor = 0.0  # of a `FeatureDiscriminator`, trained beside it; needs a perceptual_weight
     latent_noise: Factor = 0.05  # of the batch's latent deviation: the decoder will see imperfect latents
+    moving_weight: Factor = 0.0  # more, on pixels away from their clip's mean frame: small objects are not forgotten
     mirror: bool = True  # half of the images mirrored, which costs nothing here
 
 
