@@ -456,11 +456,12 @@ class Official:
 
 @dataclass(frozen=True)
 class Dynamicrafter:
-    """Convert DynamiCrafter-256 into a checkpoint folder from which to train a tokenizer (recipes/paper.py)."""
+    """Convert DynamiCrafter into a checkpoint folder from which to train a tokenizer (recipes/paper.py)."""
 
     checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]  # model.ckpt
     output: Annotated[Path, arg(aliases=("-o",))]  # the folder to write
     clip: Path | None = None  # OpenCLIP ViT-H/14, file or folder, where the checkpoint lacks a tower
+    objective: Literal["epsilon", "v_prediction"] | None = None  # that it predicts; default: as its betas tell
     dtype: Dtype = "float16"  # of the weights on disk
 
 

@@ -120,7 +120,7 @@ def size_tokenizer(config: TokenizerConfig, batch_size: int = 1) -> Sizing:
         config.sampling.steps * (1 if config.sampling.decoder_guidance == 1.0 else 2),
         denoise.flops - told.flops,
     )
-    around = told.flops + first_stage.flops + (encode.flops if config.null_image == "black" else 0)
+    around = told.flops + first_stage.flops + (encode.flops if config.null_tokens == "grey_image" else 0)
     return Sizing(
         parameters={name: count for name, count in parts.items() if count},
         flops={

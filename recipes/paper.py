@@ -1,6 +1,6 @@
 """The published model (arXiv 2412.04446) and its family of language models: 256×256, 8 fps, 16 frames a clip.
 
-    dicode data cache FOLDER… -o cache/videos --size 256 --max-fps 8
+    dicode data cache FOLDER… -o cache/videos --size 256 --max-fps 24
     dicode convert dynamicrafter model.ckpt -o checkpoints/dynamicrafter
     dicode train recipes/paper.py:paper_tokenizer_256
     dicode train recipes/paper.py:gpt2
@@ -12,8 +12,11 @@ memory and days; `dicode info recipes/paper.py:gpt2 --gpus 8 --pieces 16` plans 
     torchrun --nproc-per-node 4 -m dicode train recipes/paper.py:gpt2
 
 None of these runs has been made: steps, batch sizes and learning rates are the usual ones for such sizes, untested;
-hours and results are unknown. A run reads its cache from disk, through memory maps: a frame takes 0.2 MB, its latents
-16 kB, its deep tokens 33 kB.
+hours and results are unknown. The tokenizer predicts v on a schedule of zero terminal SNR, as DynamiCrafter-512 does;
+from DynamiCrafter-256, which predicts epsilon, its run needs `--model.diffusion.objective epsilon` and is refused
+without. Clips are drawn with frame strides of 1 to 6, as far as the cache has the frames: 24 a second are enough for 2
+to 6, and 8 for 6 alone, at a third of the size. A run reads its cache from disk, through memory maps: a frame takes 0.2
+MB, its latents 16 kB, its deep tokens 33 kB.
 """
 
 from dicode.lm.sizes import SIZES, DeepLMConfig
@@ -38,6 +41,7 @@ def paper_tokenizer_256() -> TokenizerRun:
         fits_statistics=False,
         images_per_step=0,
         token_noise=0.0,
+        frame_strides=(1, 6),
         loop=LoopConfig(
             pieces=4,
             evaluate_every=2000,

@@ -4,16 +4,19 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from published import (
     IMAGE_HEADS,
     TEXT_DEPTH,
     TEXT_LENGTH,
     OpenClip,
+    assert_near,
     published_tokenizer,
     reference_config,
     reference_lm_config,
@@ -34,7 +37,10 @@ from dicode.hub import CheckpointError, read_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import MixtureHead
 from dicode.lm.text import TextTokenizer
+from dicode.tokenizer.config import EncoderConfig
+from dicode.tokenizer.encoder import ClipEncoder
 from dicode.tokenizer.first_stage import FirstStage
+from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
 
@@ -83,14 +89,9 @@ def test_converted_tokenizer_gives_the_published_outputs(published: dict[str, Te
     assert tokenizer.token_hash() == json.loads((tmp_path / "out" / "config.json").read_text())["deep_tokens"]
     r, v = vectors_of("resampler"), vectors_of("vae")
     with torch.no_grad():
-        torch.testing.assert_close(tokenizer.resampler(r["features"]), r["tokens"], rtol=1e-5, atol=1e-5)
-        pixels = v["pixels"]
-        torch.testing.assert_close(
-            tokenizer.first_stage.encode(pixels), v["latent_mode"] * 0.18215, rtol=1e-5, atol=1e-5
-        )
-        torch.testing.assert_close(
-            tokenizer.first_stage.decode(v["latent_mode"] * 0.18215), v["decoded"], rtol=1e-5, atol=1e-5
-        )
+        assert_near(tokenizer.resampler(r["features"]), r["tokens"])
+        assert_near(tokenizer.first_stage.encode(v["pixels"]), v["latent_mode"] * 0.18215)
+        assert_near(tokenizer.first_stage.decode(v["latent_mode"] * 0.18215), v["decoded"])
         features = torch.randn(2, 5, 40)
         tokens = tokenizer.normalizer(tokenizer.resampler(features).flatten(1))
         torch.testing.assert_close(tokens, tokenizer.resampler(features).flatten(1), rtol=1e-6, atol=1e-6)
@@ -99,6 +100,7 @@ def test_converted_tokenizer_gives_the_published_outputs(published: dict[str, Te
         value.numel() for value in weights_of("unet").values()
     )
     assert "noise schedule" in report.text() and "text half" in report.text()
+    assert "predicts v on the schedule rescaled to zero terminal SNR (v_prediction)" in report.text()
 
 
 def test_converted_tokenizer_shows_each_shared_frame_once(published: dict[str, Tensor], tmp_path: Path) -> None:
@@ -112,13 +114,29 @@ def test_converted_tokenizer_shows_each_shared_frame_once(published: dict[str, T
     assert tokenizer.config.num_clips(7) == 2 and tokenizer.config.num_clips(8) == 3
 
 
-def test_guidance_steers_away_from_a_black_image(published: dict[str, Tensor], tmp_path: Path) -> None:
+def test_guidance_steers_away_from_a_mid_grey_image(published: dict[str, Tensor], tmp_path: Path) -> None:
     convert_official(tmp_path / "out", saved(published, tmp_path / "t.bin"), config=reference_config())
     tokenizer = VideoTokenizer.from_pretrained(tmp_path / "out")
-    black = tokenizer.encode(torch.zeros(1, 2, 32, 32, 3, dtype=torch.uint8))
-    torch.testing.assert_close(tokenizer.null_tokens(), black[:, 0])
-    plain, guided = (next(tokenizer.decode(black, steps=2, decoder_guidance=g)) for g in (1.0, 7.5))
+    with torch.no_grad():
+        grey = tokenizer.tokens_of(torch.zeros(1, 3, 32, 32))
+    torch.testing.assert_close(tokenizer.null_tokens(), grey)
+    between = [tokenizer.encode(torch.full((1, 2, 32, 32, 3), level, dtype=torch.uint8))[:, 0] for level in (127, 128)]
+    assert max(((level - grey).norm() / grey.norm()).item() for level in between) < 0.05  # no uint8 is 127.5
+    pair = torch.stack([grey, grey], dim=1)
+    plain, guided = (next(tokenizer.decode(pair, steps=2, decoder_guidance=g)) for g in (1.0, 7.5))
     assert (plain.int() - guided.int()).abs().max() <= 1  # away from itself is nowhere
+
+
+def test_image_tower_reads_what_the_public_preprocessing_makes() -> None:
+    """kornia's resize and CLIP's mean and deviation, at the published sizes; the tower here only hands its input on."""
+    values, vectors = values_of("preprocess"), vectors_of("preprocess")
+    config = EncoderConfig("clip", width=8, depth=1, heads=1, size=values["size"], patch=14, channels=3)
+    encoder = ClipEncoder(config)
+    del encoder.tower
+    encoder.tower = lambda pixels: types.SimpleNamespace(last_hidden_state=pixels.flatten(2).mT)  # type: ignore[assignment]
+    read = encoder(vectors["pixels"].float()).mT.unflatten(2, (values["size"], values["size"]))
+    assert_near(read, vectors["image_tower_input"], 1e-6)
+    assert TOKENIZERS["paper_tokenizer_256"].denoiser.frame_stride == values["frame_stride"] == 6
 
 
 def test_null_text_is_what_open_clip_says_of_nothing(published: dict[str, Tensor]) -> None:
@@ -309,8 +327,29 @@ def test_dynamicrafter_starts_a_tokenizer(published: dict[str, Tensor], tmp_path
     assert "given image" in report.text() and "later frames" in report.text()
     assert torch.equal(tokenizer.denoiser.unet.conv_in.weight, published[first].float())
     assert torch.equal(tokenizer.resampler.latents, published[queries].float())
+    assert tokenizer.config.diffusion.objective == "epsilon" and "on the plain schedule" in report.text()
+    assert tokenizer.config.sampling.guidance_rescale == 0.0
     alphas = [t for n, t in tokenizer.denoiser.state_dict().items() if n.endswith("alpha")]
     assert alphas and not any(alphas)
+
+
+def test_dynamicrafter_keeps_what_it_predicts_and_on_which_schedule(
+    published: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The betas are those of the public code: rescaled to zero terminal SNR for 512 and 1024, whose latents shrink."""
+    rescaled = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", rescale_betas_zero_snr=True).betas
+    state = {**published, "betas": rescaled, "scale_arr": torch.linspace(1, 0.7, 1000)}
+    path = saved(state, tmp_path / "512.ckpt")
+    report = convert_dynamicrafter(path, tmp_path / "512", config=reference_config())
+    held = VideoTokenizer.from_pretrained(tmp_path / "512").config
+    assert held.diffusion.objective == "v_prediction" and held.sampling.guidance_rescale == 0.7
+    assert "zero terminal SNR (v_prediction)" in report.text() and "dynamic rescale" in report.text()
+    del state["betas"]
+    path = saved(state, tmp_path / "bare.ckpt")
+    with pytest.raises(CheckpointError, match=r"expected 'betas'.*--objective epsilon for DynamiCrafter-256"):
+        convert_dynamicrafter(path, tmp_path / "no", config=reference_config())
+    convert_dynamicrafter(path, tmp_path / "named", config=reference_config(), objective="epsilon")
+    assert VideoTokenizer.from_pretrained(tmp_path / "named").config.diffusion.objective == "epsilon"
 
 
 def test_compvis_autoencoder_becomes_a_diffusers_folder(published: dict[str, Tensor], tmp_path: Path) -> None:
@@ -319,7 +358,7 @@ def test_compvis_autoencoder_becomes_a_diffusers_folder(published: dict[str, Ten
     v = vectors_of("vae")
     with torch.no_grad():
         decoded = stage.decode(v["latent_mode"] * 0.18215)
-    torch.testing.assert_close(decoded, v["decoded"], rtol=1e-5, atol=1e-5)
+    assert_near(decoded, v["decoded"])
     assert sum(report.used.values()) == sum(value.numel() for value in weights_of("vae").values())
 
 

@@ -79,7 +79,7 @@ UNET = TokenizerConfig(  # the published arrangement: no key-frame head, two key
     size=16,
     clip_frames=4,
     tail_frame=3,
-    null_image="black",
+    null_tokens="grey_image",
     first_stage=FirstStageConfig("kl", (32, 64), 4, (1,), (1,)),
     encoder=EncoderConfig("clip", width=64, depth=2, heads=2, size=56, patch=14, channels=3),
     resampler=ResamplerConfig(64, 2, 2, 32, 16, 64, 17, 48),

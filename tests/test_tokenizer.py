@@ -76,6 +76,7 @@ def known(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> Known:
         torch.ones(b),
         torch.randn(b, 2, c, side, side, generator=g),
         torch.ones(b),
+        torch.arange(1.0, b + 1),
     )
 
 
@@ -134,6 +135,40 @@ def test_batch_size_and_order_change_no_clip() -> None:
             list(tokenizer.decode(tokens[i : i + 1], seed=5, sample_indices=[i], decoder_guidance=2.0)), dim=1
         ).int()
         assert (alone[0] - together[i]).abs().max() <= 1  # float rounding may move a level
+
+
+def test_strides_of_a_batch_give_what_each_gives_alone() -> None:
+    denoiser = dataclasses.replace(DENOISERS["unet3d"], context_frames=0)
+    tokenizer, tokens = tiny_tokenizer(denoiser=denoiser), torch.randn(2, 3, 4, 6)
+    options: dict[str, Any] = {"steps": 1, "decoder_guidance": 2.0}
+    together = [
+        torch.cat(list(tokenizer.decode(tokens, frame_strides=s, **options)), 1).int() for s in ([1, 6], [6, 1])
+    ]
+    for i, strides in enumerate(([1, 6], [6, 1])):
+        for j, stride in enumerate(strides):
+            alone = tokenizer.decode(tokens[[j]], sample_indices=[j], frame_strides=[stride], **options)
+            assert (torch.cat(list(alone), 1)[0].int() - together[i][j]).abs().max() <= 1  # float rounding
+    assert (together[0] - together[1]).abs().float().mean() > 0.5
+    own = torch.cat(list(tokenizer.decode(tokens, **options)), 1).int()  # 6
+    assert (own[0] - together[1][0]).abs().max() <= 1 and (own[1] - together[0][1]).abs().max() <= 1
+    with pytest.raises(ValueError, match=r"frame_strides: expected at least 1, got \[0, 6\]"):
+        tokenizer.decode(tokens, frame_strides=[0, 6])
+    with pytest.raises(ValueError, match="expected 2, one a clip, got 1"):
+        next(tokenizer.decode(tokens, frame_strides=[6]))
+
+
+def test_residual_blocks_of_the_published_network_drop_out_in_training_alone() -> None:
+    network = build_denoiser(DENOISERS["unet3d"], 5, 4, 6, 16, 8)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    rates = {name: m.p for name, m in network.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert {rate for name, rate in rates.items() if ".resnets." in name} == {0.1}
+    noisy, timestep = torch.randn(2, 16, 5, 8, 8), torch.tensor([10.0, 900.0])
+    with torch.no_grad():
+        first, again = (network.eval()(noisy, timestep, known(2)) for _ in range(2))
+        training = network.train()(noisy, timestep, known(2))
+    assert torch.equal(first, again) and not torch.allclose(first, training, rtol=1e-2)
 
 
 def test_seed_and_sample_index_change_the_clip() -> None:
@@ -359,7 +394,14 @@ def test_a_change_denoiser_that_says_nothing_gives_the_best_guess_for_gaussian_c
     b = 400
     denoiser = ChangeDenoiser(Silent(), 4)
     denoiser.deviation.copy_(torch.tensor([0.1, 0.5, 1.0, 2.0]))
-    told = Known(torch.zeros(b, 2, 1, 1), torch.randn(b, 2, 3, 4, 4), torch.ones(b), torch.zeros(b, 1), torch.zeros(b))
+    told = Known(
+        torch.zeros(b, 2, 1, 1),
+        torch.randn(b, 2, 3, 4, 4),
+        torch.ones(b),
+        torch.zeros(b, 1),
+        torch.zeros(b),
+        torch.ones(b),
+    )
     clips = cross_faded(told.key_latents, 4) + denoiser.deviation[:, None, None, None] * torch.randn(b, 4, 3, 4, 4)
     for t in (0.05, 0.5, 0.95):
         noise = torch.randn_like(clips)
@@ -484,21 +526,22 @@ def test_a_folder_of_another_class_is_no_first_stage(tmp_path: Path) -> None:
         FirstStage.from_diffusers(tmp_path)
 
 
-@pytest.mark.parametrize("objective", ["flow", "v_prediction"])
+@pytest.mark.parametrize("objective", ["flow", "v_prediction", "epsilon"])
 def test_a_perfect_denoiser_recovers_the_latents(objective: str) -> None:
     """A denoiser that knows the answer must be led to it by the sampler, whatever the objective."""
     config = DiffusionConfig(objective=objective)  # type: ignore[arg-type]
     clean, noise = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4)
     alphas = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
-    ).alphas_cumprod
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=objective == "v_prediction",
+    ).alphas_cumprod  # fmt: skip
 
     def perfect(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         if objective == "flow":
             return (latents - clean) / (timestep / 1000)[:, None, None, None, None]
         alpha = alphas[timestep.long()][:, None, None, None, None]
         implied_noise = (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-        return alpha.sqrt() * implied_noise - (1 - alpha).sqrt() * clean
+        return implied_noise if objective == "epsilon" else alpha.sqrt() * implied_noise - (1 - alpha).sqrt() * clean
 
     times = []
 
@@ -511,7 +554,7 @@ def test_a_perfect_denoiser_recovers_the_latents(objective: str) -> None:
     if objective == "flow":
         assert times == pytest.approx([1000 - 50 * i for i in range(20)], abs=0.01)  # no step is wasted
     # the published schedule stops at t = 1, where noise of deviation 0.03 is left
-    torch.testing.assert_close(made, clean, atol=0.15 if objective == "v_prediction" else 1e-4, rtol=0)
+    torch.testing.assert_close(made, clean, atol=1e-4 if objective == "flow" else 0.15, rtol=0)
 
 
 def test_guidance_of_one_is_the_conditional_prediction_and_two_moves_away_from_null() -> None:
@@ -531,6 +574,20 @@ def test_flow_target_is_noise_minus_latents_on_the_line_between_them() -> None:
     latents, noise = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 2, 4, 5, 5)
     noisy, timestep, target = noised(DiffusionConfig(), latents, noise, generator_for(0))
     torch.testing.assert_close(noisy, latents + (timestep / 1000)[:, None, None, None, None] * target)
+
+
+def test_epsilon_is_learnt_on_the_plain_schedule_and_v_on_that_of_zero_terminal_snr() -> None:
+    latents, noise = torch.randn(400, 2, 4, 1, 1), torch.randn(400, 2, 4, 1, 1)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    signal = (1 - betas).cumprod(0).sqrt()  # of the public code; rescaled: Lin et al. 2024, algorithm 1
+    rescaled = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    for objective, scale in (("epsilon", signal), ("v_prediction", rescaled)):
+        noisy, timestep, target = noised(DiffusionConfig(objective), latents, noise, generator_for(0))  # type: ignore[arg-type]
+        a = scale[timestep.long()][:, None, None, None, None]
+        b = (1 - a.square()).sqrt()
+        torch.testing.assert_close(noisy.double(), a * latents + b * noise, atol=1e-4, rtol=0)
+        expected = noise.double() if objective == "epsilon" else a * noise - b * latents
+        torch.testing.assert_close(target.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_checkpoint_round_trip_is_exact(tmp_path: Path) -> None:

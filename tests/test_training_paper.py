@@ -44,7 +44,7 @@ def published_config(**changes: Any) -> TokenizerConfig:
     return dataclasses.replace(
         tiny_config(),
         tail_frame=published.tail_frame,
-        null_image=published.null_image,
+        null_tokens=published.null_tokens,
         encoder=EncoderConfig("clip", width=16, depth=1, heads=2, size=14, patch=7, channels=3),
         resampler=ResamplerConfig(
             width=24, depth=1, heads=2, head_width=12, queries=4, feature_width=16, token_width=6
@@ -130,7 +130,7 @@ def test_the_tail_key_frame_is_the_clips_last_and_both_are_read_from_the_frames_
 
 
 @pytest.mark.parametrize("fits_statistics", [False, True])
-def test_dropped_clips_see_the_tokens_of_a_black_image_and_teach_them(root: Path, fits_statistics: bool) -> None:
+def test_dropped_clips_see_the_tokens_of_a_grey_image_and_teach_them(root: Path, fits_statistics: bool) -> None:
     stage = TokenizerTraining(run(root, drop_tokens=1.0, fits_statistics=fits_statistics))
     stage.module.train()
     batch = stage.batch(torch.arange(3), generator_for(0))
@@ -142,9 +142,40 @@ def test_dropped_clips_see_the_tokens_of_a_black_image_and_teach_them(root: Path
     mean = stage.module.normalizer.get_buffer("running_mean")
     assert mean.any().item() is fits_statistics
     stage.module.eval()
-    black = -torch.ones(1, 3, SIZE, SIZE)
-    expected = stage.module.tokens_of(black).expand(6, -1, -1).unflatten(0, (3, 2))
+    grey = torch.zeros(1, 3, SIZE, SIZE)
+    expected = stage.module.tokens_of(grey).expand(6, -1, -1).unflatten(0, (3, 2))
     torch.testing.assert_close(told[0], expected)
+
+
+def test_a_clip_is_read_with_the_stride_drawn_and_the_network_is_given_it(root: Path) -> None:
+    """Stride 6 is 8 frames a second, which the cache has: lower ones would repeat frames and are not drawn."""
+    stage = TokenizerTraining(run(root, frame_strides=(1, 9)))
+    rows = torch.arange(len(stage.cache.frames)).float()[:, None, None, None]
+    stage.latents = torch.stack([rows, rows], dim=1)
+    given = []
+    stage.module.denoiser.register_forward_pre_hook(lambda _, args: given.append(args[2].frame_stride))
+    batch = stage.batch(torch.arange(8), generator_for(2))
+    for clip, stride in zip(batch["clips"].flatten(1).long(), batch["frame_stride"].tolist(), strict=True):
+        video = next(v for v in stage.cache.videos if v.first <= clip[0] < v.first + v.count)
+        times = (clip - video.first) / 8
+        apart = (times[0] + torch.arange(16) * stride / 48 - times + video.period_s / 2) % video.period_s
+        assert (apart - video.period_s / 2).abs().max() < 1 / 8 + 1e-4  # the clip begins between two frames
+    assert len(set(batch["frame_stride"].tolist())) > 1 and batch["frame_stride"].min() >= 6
+    stage.latents = torch.randn(len(rows), 2, *stage.module.first_stage.encode(torch.zeros(1, 3, SIZE, SIZE)).shape[1:])
+    batch = stage.batch(torch.arange(8), generator_for(2))
+    stage.loss(batch, generator_for(1))
+    assert torch.equal(given[0], batch["frame_stride"])
+    assert set(TokenizerTraining(run(root)).batch(torch.arange(4), generator_for(0))["frame_stride"].tolist()) == {6.0}
+    with pytest.raises(ValueError, match=r"frame_strides: expected two numbers from 1 on.*got \(3, 2\)"):
+        TokenizerTraining(run(root, frame_strides=(3, 2)))
+
+
+def test_a_run_is_refused_a_prior_that_predicts_something_else(root: Path) -> None:
+    epsilon = dataclasses.replace(published_config(), diffusion=DiffusionConfig("epsilon"))
+    with pytest.raises(ValueError, match=r"predicts v_prediction, the run trains epsilon.*objective v_prediction"):
+        TokenizerTraining(run(root, model=epsilon))
+    with pytest.raises(ValueError, match="predicts v_prediction, the run trains epsilon"):
+        TokenizerTraining(run(root, model=epsilon, init_denoiser=str(root / "prior")))
 
 
 def test_a_model_with_key_latents_learns_them_from_pixels_too(root: Path) -> None:

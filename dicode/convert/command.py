@@ -33,7 +33,9 @@ def dynamicrafter(command: Dynamicrafter, watch: Stopwatch) -> int:
     check_model_folder(command.output)
     with watch.stage("convert"):
         dtype = getattr(torch, command.dtype)
-        report = convert_dynamicrafter(command.checkpoint, command.output, clip=command.clip, dtype=dtype)
+        report = convert_dynamicrafter(
+            command.checkpoint, command.output, clip=command.clip, objective=command.objective, dtype=dtype
+        )
     return _told(report, command.output, watch)
 
 

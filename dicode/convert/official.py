@@ -54,6 +54,7 @@ class Report:
 
     used: dict[str, int] = field(default_factory=dict)  # part → numbers
     unused: dict[str, list[str]] = field(default_factory=dict)  # reason → names
+    notes: list[str] = field(default_factory=list)
 
     def use(self, part: str, state: Mapping[str, Tensor]) -> None:
         """Note a part that is written."""
@@ -65,11 +66,11 @@ class Report:
             self.unused.setdefault(reason, []).extend(names)
 
     def text(self) -> str:
-        """A line a part and a line a reason."""
+        """A line a part, a reason and a note."""
         lines = [f"  {part:<32}{count:>16,}" for part, count in self.used.items()]
         for reason, names in self.unused.items():
             lines.append(f"  not needed: {len(names)} ({reason}), such as {names[0]}")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
 def convert_official(
@@ -133,6 +134,13 @@ def write_card(folder: Path, sources: list[str], report: Report) -> None:
             f"Converted by dicode {__version__} from {', '.join(sources)}; their licence holds for these weights too."
         )
         card.write_text(f"{head}# {folder.resolve().name}\n\n{made}\n\n```\n{report.text()}\n```\n", encoding="utf-8")
+
+
+SCHEDULES = {
+    "v_prediction": "predicts v on the schedule rescaled to zero terminal SNR",
+    "epsilon": "predicts epsilon on the plain schedule, not rescaled to zero terminal SNR",
+    "flow": "predicts the flow from latents to noise",
+}
 
 
 def tokenizer_sections(config: TokenizerConfig, first_stage: State, parts: State, dtype: torch.dtype) -> dict[str, Any]:
@@ -213,6 +221,7 @@ def joined(
     report.use("image encoder", image)
     report.use("resampler", resampler)
     report.use("denoiser", denoiser)
+    report.notes.append(f"the denoiser {SCHEDULES[config.diffusion.objective]} ({config.diffusion.objective})")
     report.leave("text tower, of which the 77 null tokens are kept", list(text))
     return first_stage, parts
 

@@ -1,7 +1,9 @@
 """What others published to start from: DynamiCrafter, CompVis' autoencoders, OpenCLIP."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -30,11 +32,12 @@ from dicode.convert.official import (
     write_card,
 )
 from dicode.hub import CheckpointError, write_config
-from dicode.tokenizer.config import TokenizerConfig
+from dicode.tokenizer.config import DiffusionConfig, TokenizerConfig
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS
 
+Objective = Literal["epsilon", "v_prediction"]
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 VAE_UNUSED = {r"(loss\..*|model_ema\..*)": "the autoencoder's own training"}
 
@@ -45,9 +48,12 @@ def convert_dynamicrafter(
     *,
     clip: Path | None = None,
     config: TokenizerConfig | None = None,
+    objective: Objective | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Report:
     """DynamiCrafter's checkpoint → a folder from which to train a tokenizer of the published arrangement.
+
+    What its U-Net predicts, and on which schedule, stays as it is: `objective`, or what the file's betas tell.
 
     Its U-Net reads the latents of a given image beside the noisy ones: that half of the first convolution is left out.
     Its resampler has 16 queries for each of 16 frames; ours begins as those of the first frame.
@@ -56,6 +62,12 @@ def convert_dynamicrafter(
     state = without_prefix(read_weights(path), TOKENIZER_PARTS, str(path))
     unet, vae, resampler = (taken(state, part) for part in (UNET, VAE, RESAMPLER))
     image, text = towers(taken(state, IMAGE_TOWER), taken(state, TEXT_TOWER), clip, str(path), report)
+    objective = objective or objective_of(state, path)
+    sampling = config.sampling if objective == "v_prediction" else config.sampling.changed(guidance_rescale=0.0)
+    config = replace(config, diffusion=DiffusionConfig(objective), sampling=sampling)
+    if "scale_arr" in state:
+        report.leave("its latents shrink with the time step (dynamic rescale), ours do not", ["scale_arr"])
+        del state["scale_arr"]
     drop_unused(state, str(path), report)
     first, channels = "input_blocks.0.0.weight", config.first_stage.latent_channels
     if first not in unet or "latents" not in resampler:
@@ -76,6 +88,19 @@ def convert_dynamicrafter(
     write_config(output, tokenizer_sections(config, first_stage, parts, dtype))
     write_card(output, [path.name], report)
     return report
+
+
+def objective_of(state: State, path: Path) -> Objective:
+    """DynamiCrafter-256 predicts epsilon on the plain schedule; 512 and 1024 predict v on one of zero terminal SNR.
+
+    The latter's last beta is 1 (Lin et al. 2024, algorithm 1), the former's 0.012.
+    """
+    if "betas" not in state:
+        raise CheckpointError(
+            f"{path}: expected 'betas', which tell what the U-Net predicts; name --objective epsilon for "
+            "DynamiCrafter-256, v_prediction for 512 and 1024"
+        )
+    return "v_prediction" if float(state["betas"][-1]) > 0.999 else "epsilon"
 
 
 def convert_vae(path: Path, output: Path, dtype: torch.dtype = torch.float32) -> Report:

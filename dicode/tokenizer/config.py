@@ -83,14 +83,17 @@ class DenoiserConfig:
     channels: Widths = (320, 640, 1280, 1280)  # `unet3d`: fine to coarse
     text_width: Width = 1024  # `unet3d`: of the null text's tokens
     text_tokens: Width = 77  # `unet3d`
-    frame_stride: Annotated[int, Range(1, 256)] = 3  # `unet3d`: 24 fps films, every third frame
+    frame_stride: Annotated[int, Range(1, 256)] = 6  # `unet3d`: of clips at the tokenizer's own rate; public demos: 6
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """`flow`: flow matching with logit-normal times. `v_prediction`: the published schedule (DESIGN §1)."""
+    """`flow`: flow matching with logit-normal times. `v_prediction`: the published schedule, of zero terminal SNR.
 
-    objective: Literal["flow", "v_prediction"] = "flow"
+    `epsilon`: the same schedule before it is rescaled to zero terminal SNR; DynamiCrafter-256 was trained so.
+    """
+
+    objective: Literal["flow", "v_prediction", "epsilon"] = "flow"
     shift: UpTo1000 = 1.0  # >1 spends more of training and sampling at high noise (Esser et al. 2024, section 5.3.2)
 
 
@@ -106,7 +109,7 @@ class TokenizerConfig:
     fps: UpTo1000 = 8.0
     clip_frames: Annotated[int, Range(2, 4096)] = 16
     tail_frame: Annotated[int, Range(1, 4096)] = 16  # where a clip's tail key frame lies: `clip_frames`, or one less
-    null_image: Literal["none", "black"] = "none"  # whose tokens guidance steers away from; none: zeros
+    null_tokens: Literal["zeros", "grey_image"] = "zeros"  # guidance steers away from them; published: of mid-grey
     key_head_width: Width = 192
     key_head_depth: Depth = 3
     linear_code: bool = False  # tokens and key latents get a linear part (`LinearCode`), fitted before training

@@ -1,4 +1,4 @@
-"""The diffusion that trains and drives a denoiser: two objectives, samplers from diffusers, guidance."""
+"""The diffusion that trains and drives a denoiser: three objectives, samplers from diffusers, guidance."""
 
 from collections.abc import Callable
 
@@ -14,14 +14,17 @@ from dicode.tokenizer.config import DiffusionConfig
 Predict = Callable[[ClipLatents, Tensor], ClipLatents]
 
 
-def ddim_scheduler() -> DDIMScheduler:
-    """The published schedule; agrees with the public sampler to 1e-5 (DESIGN §2.2)."""
+def ddim_scheduler(config: DiffusionConfig) -> DDIMScheduler:
+    """Published: `v_prediction` on zero terminal SNR, which agrees with the public sampler to 1e-5 (DESIGN §2.2).
+
+    So does DynamiCrafter-512; DynamiCrafter-256 predicts `epsilon` on the schedule as it is before the rescaling.
+    """
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
+        prediction_type=config.objective,
+        rescale_betas_zero_snr=config.objective == "v_prediction",
         timestep_spacing="leading",
         steps_offset=1,
         set_alpha_to_one=False,
@@ -40,9 +43,10 @@ def noised(
         mix = sigma[:, None, None, None, None]
         return (1 - mix) * latents + mix * noise, sigma * 1000, noise - latents
     timesteps = torch.randint(0, 1000, (b,), generator=generator).to(latents.device)
-    scheduler = ddim_scheduler()
+    scheduler = ddim_scheduler(config)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    return noisy, timesteps.float(), scheduler.get_velocity(latents, noise, timesteps)
+    target = noise if config.objective == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    return noisy, timesteps.float(), target
 
 
 def sample(
@@ -75,7 +79,7 @@ def sample(
         scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / sampling.steps, sampling.steps), device=noise.device)
     else:
-        scheduler = ddim_scheduler()
+        scheduler = ddim_scheduler(config)
         scheduler.set_timesteps(sampling.steps, device=noise.device)
     latents = sampling.decoder_temperature * noise
     for timestep in scheduler.timesteps:

@@ -19,6 +19,9 @@ class Known:
     keys_mask: Tensor  # b: 1 where tokens and key latents are given, 0 where dropped
     context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent
     context_mask: Tensor  # b: 1 where the context is given
+    frame_stride: (
+        Tensor  # b: of the source video, frames from one frame of the clip to the next; `unet3d` alone reads it
+    )
 
     def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> Tensor:
         """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""

@@ -34,7 +34,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
     "paper_tokenizer_256": TokenizerConfig(
         size=256,
         tail_frame=15,
-        null_image="black",
+        null_tokens="grey_image",
         first_stage=FirstStageConfig("kl", (128, 256, 512, 512), 4, (2,), (2,)),
         encoder=EncoderConfig("clip", width=1280, depth=32, heads=16, size=224, patch=14, channels=3),
         resampler=ResamplerConfig(),

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet3DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,6 +17,8 @@ from torch.nn import functional
 from dicode.shapes import ClipLatents
 from dicode.tokenizer.config import DenoiserConfig
 from dicode.tokenizer.known import Known, input_channels
+
+DROPOUT = 0.1  # of residual blocks in training, as public; diffusers has it fixed in temporal convolutions alone
 
 
 class UNet3D(nn.Module):
@@ -44,6 +47,8 @@ class UNet3D(nn.Module):
         for name, module in self.unet.named_modules():
             if isinstance(module, Attention) and name.endswith("attn2") and ".attentions." in f".{name}":
                 module.set_processor(DeepTokenAttention(token_width, module.inner_dim))
+            if isinstance(module, ResnetBlock2D):
+                module.dropout.p = DROPOUT
         self.register_buffer("null_text", torch.zeros(1, config.text_tokens, config.text_width))
 
     def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
@@ -57,7 +62,7 @@ class UNet3D(nn.Module):
             sample,
             timestep,
             self.null_text.to(noisy).expand(b, -1, -1),
-            timestep_cond=torch.full((b,), self.config.frame_stride, device=noisy.device),
+            timestep_cond=known.frame_stride.to(noisy.device),
             # diffusers hands this name to every attention without complaint; only `DeepTokenAttention` reads it
             cross_attention_kwargs={"ip_hidden_states": frame_tokens},
             return_dict=False,

@@ -60,6 +60,7 @@ class Draws:
     sampling: SamplingConfig
     seed: int | SeedPlan
     sample_indices: Sequence[int] | None  # of the batch entries; none: 0, 1, …
+    frame_strides: Sequence[int] | None = None  # of the batch entries; none: the tokenizer's own
 
 
 class VideoTokenizer(nn.Module):
@@ -68,7 +69,8 @@ class VideoTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         if config.denoiser.predicts_change and config.diffusion.objective != "flow":
-            raise ValueError("predicts_change: only the objective 'flow' is linear in the clip, found v_prediction")
+            found = config.diffusion.objective
+            raise ValueError(f"predicts_change: only the objective 'flow' is linear in the clip, found {found}")
         if config.linear_code and not (config.encoder.reads_latents and config.denoiser.uses_key_latents):
             raise ValueError("linear_code: projects latents to latents; needs an encoder of them, and uses_key_latents")
         if config.tail_frame not in (config.clip_frames, config.clip_frames - 1):
@@ -199,6 +201,7 @@ class VideoTokenizer(nn.Module):
         clips_at_once: int = 4,
         before: FrameStack | None = None,
         first_clip: int = 0,
+        frame_strides: Sequence[int] | None = None,
         **options: object,
     ) -> Iterator[FrameStack]:
         """A stream of (head, tail) token pairs `b 2 n d` → clips, uint8 `b 16 h w c`, one after the other.
@@ -212,13 +215,18 @@ class VideoTokenizer(nn.Module):
         their joins, for which it holds one clip back: at most `clips_at_once` + 1 pairs are drawn ahead of what was
         given. `independent` leaves every clip as it was rendered. These two ignore `before`.
 
+        `frame_strides` are numbers, one a batch entry, that a denoiser `unet3d` is conditioned on: other ones than the
+        tokenizer's own stand for clips at another rate (see `DenoiserConfig`).
+
         A sample's noise depends on (seed, its sample index, clip number) only; the first clip's number is `first_clip`.
         Raises `ValueError` at the call for options out of range, and for `before` too short or of another size.
         """
-        draws = Draws(self.config.sampling.changed(**options), seed, sample_indices)
+        draws = Draws(self.config.sampling.changed(**options), seed, sample_indices, frame_strides)
         for name, value, least in (("clips_at_once", clips_at_once, 1), ("first_clip", first_clip, 0)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if frame_strides is not None and min(frame_strides) < 1:
+            raise ValueError(f"frame_strides: expected at least 1, got {list(frame_strides)}")
         joins = draws.sampling.joins
         context = None if before is None or joins != "chained" else self.context_of(before)
         numbered = enumerate(pairs, first_clip)
@@ -272,7 +280,8 @@ class VideoTokenizer(nn.Module):
             for i in draws.sample_indices or range(len(pair))
         ]
         noise = torch.stack([normal(shape, seed, "clip", i, clip) for seed, i, clip in places]).to(self.device)
-        known = self.known(torch.cat(pairs).to(self.device), before)
+        strides = None if draws.frame_strides is None else torch.tensor(draws.frame_strides).repeat(len(pairs))
+        known = self.known(torch.cat(pairs).to(self.device), before, strides)
         null = dataclasses.replace(
             known,
             tokens=self.null_tokens().to(known.tokens).expand_as(known.tokens),
@@ -301,13 +310,23 @@ class VideoTokenizer(nn.Module):
         latents = self.first_stage.encode(self._pixels_of(before[:, -frames:]))
         return rearrange(latents, "(b f) c h w -> b f c h w", f=frames)
 
-    def known(self, pair: DeepTokens, before: ContextLatents | None = None) -> Known:
-        """What the denoiser is told about clips with these head and tail tokens `b 2 n d` and these frames before."""
+    def known(
+        self, pair: DeepTokens, before: ContextLatents | None = None, frame_stride: Tensor | None = None
+    ) -> Known:
+        """The denoiser's conditions of clips with these head and tail tokens `b 2 n d` and these frames before.
+
+        `frame_stride` holds a number a clip, by default the tokenizer's own.
+        """
         b = len(pair)
         keys = rearrange(self.key_latents(rearrange(pair, "b two n d -> (b two) n d")), "(b two) ... -> b two ...", b=b)
         frames = self.config.denoiser.context_frames
         context = keys.new_zeros(b, frames, *keys.shape[2:]) if before is None else before
-        return Known(pair, keys, keys.new_ones(b), context, keys.new_full((b,), float(before is not None)))
+        if frame_stride is None:
+            frame_stride = keys.new_full((b,), self.config.denoiser.frame_stride)
+        if len(frame_stride) != b:
+            raise ValueError(f"frame_stride: expected {b}, one a clip, got {len(frame_stride)}")
+        given = keys.new_full((b,), float(before is not None))
+        return Known(pair, keys, keys.new_ones(b), context, given, frame_stride.to(keys))
 
     def frames_of(self, latents: ClipLatents) -> FrameStack:
         """First-stage latents of clips → uint8 frames."""
@@ -326,11 +345,11 @@ class VideoTokenizer(nn.Module):
         return latents if self.linear_code is None else latents + self.linear_code.latents(tokens)
 
     def null_tokens(self) -> Float[Tensor, "1 n d"]:
-        """What the denoiser sees in place of tokens that guidance drops: zeros, or the tokens of a black image."""
+        """In place of tokens that guidance drops: zeros, or the tokens of a mid-grey image, zeros in −1…1."""
         resampler, size = self.config.resampler, self.config.size
-        if self.config.null_image == "none":
+        if self.config.null_tokens == "zeros":
             return torch.zeros(1, resampler.queries, resampler.token_width, device=self.device)
-        return self.tokens_of(self.source_of(torch.full((1, 3, size, size), -1.0, device=self.device)))
+        return self.tokens_of(self.source_of(torch.zeros(1, 3, size, size, device=self.device)))
 
     @property
     def device(self) -> torch.device:

@@ -97,6 +97,11 @@ def check(run: TokenizerRun) -> None:
     """Raise `ValueError` where a run would leave random what it does not train, or train what its model lacks."""
     if run.freeze_key_frames and not run.init:
         raise ValueError("freeze_key_frames: name the trained tokenizer in init; random parts would stay random")
+    if run.frame_strides is not None:
+        least, most = run.frame_strides
+        if run.model.denoiser.kind != "unet3d" or not 1 <= least <= most:
+            found = f"{run.frame_strides} for {run.model.denoiser.kind!r}"
+            raise ValueError(f"frame_strides: expected two numbers from 1 on, for a denoiser 'unet3d', got {found}")
     if run.freeze_key_frames and not run.denoises:
         raise ValueError("freeze_key_frames: nothing is left to train where denoises is False")
     if run.images_per_step % run.loop.pieces:
@@ -173,7 +178,9 @@ class TokenizerTraining:
         """Take another run's weights, all of them; where its denoiser is another network, ours starts afresh."""
         held = config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}: tokenizer")
         parts = TokenizerParts(self.module)
-        if held.denoiser == self.run.model.denoiser:
+        own_stride = replace(held.denoiser, frame_stride=self.run.model.denoiser.frame_stride)
+        if own_stride == self.run.model.denoiser:  # a stride is an input, no other network
+            self._check_objective(held, folder)
             load_weights(parts, folder / WEIGHTS)
             return
         if self.run.lora.rank:
@@ -185,8 +192,19 @@ class TokenizerTraining:
         ours = {n: t for n, t in parts.state_dict().items() if n.startswith("denoiser.")}
         load_state(parts, {**theirs, **ours}, str(folder / WEIGHTS))
 
+    def _check_objective(self, held: TokenizerConfig, folder: Path) -> None:
+        """Raise `ValueError` where a denoiser to begin with predicts another thing than this run trains."""
+        ours, theirs = self.run.model.diffusion.objective, held.diffusion.objective
+        if ours != theirs:
+            raise ValueError(
+                f"{folder}: its denoiser predicts {theirs}, the run trains {ours}; what it knows would be lost: "
+                f"train with --model.diffusion.objective {theirs}, or begin with one that predicts {ours}"
+            )
+
     def _take_denoiser(self, folder: Path) -> None:
         """Begin with the denoiser of a model of other videos. Raises `CheckpointError` where it is another network."""
+        held = config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}: tokenizer")
+        self._check_objective(held, folder)
         theirs = {
             name.removeprefix("denoiser."): tensor
             for name, tensor in read_tensors(folder / WEIGHTS).items()
@@ -201,9 +219,10 @@ class TokenizerTraining:
         starts = torch.rand(len(indices), generator=generator)
         mirrored = (torch.rand(len(indices), generator=generator) < 0.5 * self.run.mirror).long()
         videos = [self.videos[int(i)] for i in indices]
-        rows = torch.stack([self.clip_rows(v, float(start)) for v, start in zip(videos, starts, strict=True)])
-        begun_s = [self.start_s(v, float(start)) for v, start in zip(videos, starts, strict=True)]
-        context_s = self.head / self.run.model.fps
+        strides = [self.stride_of(video, generator) for video in videos]
+        places = list(zip(videos, starts.tolist(), strides, strict=True))
+        rows = torch.stack([self.clip_rows(*place) for place in places])
+        before_s = [self.start_s(*place) - self.head / self.fps_of(place[2]) for place in places]
         images = self.run.images_per_step // self.run.loop.pieces
         keys = self.rows[torch.randint(len(self.rows), (images,), generator=generator)]
         flips = torch.randint(1 + self.run.mirror, (len(keys),), generator=generator)
@@ -215,21 +234,50 @@ class TokenizerTraining:
             "keys": self.sources(keys, flips),  # of the clips, then single frames
             "key_latents": self.latents[keys, flips].float(),
             # False where nothing was recorded before the clip
-            "has_context": torch.tensor([v.loops or s >= context_s for v, s in zip(videos, begun_s, strict=True)]),
+            "has_context": torch.tensor([v.loops or s >= 0 for v, s in zip(videos, before_s, strict=True)]),
+            "frame_stride": torch.tensor(strides, dtype=torch.float32),
         }
 
-    def clip_rows(self, video: CachedVideo, start: float) -> Tensor:
+    def stride_of(self, video: CachedVideo, generator: torch.Generator) -> int:
+        """A frame stride for a clip of this video, drawn from those that the cache has frames for.
+
+        DynamiCrafter's stride counts frames of the source video from one frame of a clip to the next. A cache has
+        times, not source frames: here a stride of s is s/frame_stride steps of the model's own rate, so that its own
+        stride goes with the rate it renders at (with 8 fps and stride 6, strides 1…6 are 48, 24, 16, 12, 9.6 and 8
+        frames a second). Strides that would repeat cached frames, or need a longer video, are not drawn; where none is
+        left, the model's own is taken.
+        """
+        if self.run.frame_strides is None:
+            return self.run.model.denoiser.frame_stride
+        least, most = self.run.frame_strides
+        cached_fps = video.count / video.period_s * 1.05  # a tolerance: rates of files are uneven
+        fitting = [
+            stride
+            for stride in range(least, most + 1)
+            if self.fps_of(stride) <= cached_fps
+            and (video.loops or self.run.model.tail_frame / self.fps_of(stride) <= video.period_s)
+        ] or [self.run.model.denoiser.frame_stride]
+        return fitting[int(torch.randint(len(fitting), (), generator=generator))]
+
+    def fps_of(self, stride: int) -> float:
+        """Frames a second of clips with this stride."""
+        return self.run.model.fps * self.run.model.denoiser.frame_stride / stride
+
+    def clip_rows(self, video: CachedVideo, start: float, stride: int | None = None) -> Tensor:
         """Cache rows of context frames, the 16 frames of a clip, and its tail key frame where it lies after them.
 
         The clip begins at `start`, 0…1 of where it may: anywhere in a loop, elsewhere where it still lasts to its end.
+        `stride` is that of its frames, by default the model's own.
         """
         config = self.run.model
+        fps = config.fps if stride is None else self.fps_of(stride)
         count = max(self.head + config.clip_frames, self.tail + 1)
-        return self.cache.clip_rows(video, self.start_s(video, start) - self.head / config.fps, count, config.fps)
+        return self.cache.clip_rows(video, self.start_s(video, start, stride) - self.head / fps, count, fps)
 
-    def start_s(self, video: CachedVideo, start: float) -> float:
+    def start_s(self, video: CachedVideo, start: float, stride: int | None = None) -> float:
         """The moment that is `start`, 0…1, of where a clip may begin."""
-        return (1 + start) * video.period_s if video.loops else start * max(0.0, video.period_s - self.run.model.clip_s)
+        clip_s = self.run.model.tail_frame / (self.run.model.fps if stride is None else self.fps_of(stride))
+        return (1 + start) * video.period_s if video.loops else start * max(0.0, video.period_s - clip_s)
 
     def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
         """What the encoder reads of cached frames, those where `mirrored` is 1 as their mirror images."""
@@ -252,7 +300,8 @@ class TokenizerTraining:
         if self.module.key_head is not None:
             losses["key_frame_error"] = functional.mse_loss(predicted, key_latents)
         if self.run.denoises:
-            known = self.told(noisy_tokens, predicted.detach(), clips[:, : self.head], batch["has_context"], generator)
+            context, stride = clips[:, : self.head], batch["frame_stride"].to(clips)
+            known = self.told(noisy_tokens, predicted.detach(), context, batch["has_context"], stride, generator)
             losses["denoising_loss"] = self.denoising_loss(self.within(clips), known, generator)
         learnt = losses["denoising_loss"] if self.run.freeze_key_frames else torch.stack(list(losses.values())).sum()
         return learnt, {name: loss.detach() for name, loss in losses.items()}
@@ -270,9 +319,15 @@ class TokenizerTraining:
             self.module.normalizer.eval()
 
     def told(
-        self, tokens: Tensor, key_latents: Tensor, context: Tensor, has_context: Tensor, generator: torch.Generator
+        self,
+        tokens: Tensor,
+        key_latents: Tensor,
+        context: Tensor,
+        has_context: Tensor,
+        frame_stride: Tensor,
+        generator: torch.Generator,
     ) -> Known:
-        """What the denoiser learns from: now and then without key frames, or without what came before the clip."""
+        """The conditions the denoiser is trained with: now and then without key frames, or without context."""
         b = len(context)
         kept = (torch.rand(b, generator=generator) >= self.run.drop_tokens).to(tokens.device)
         seen = ((torch.rand(b, generator=generator) >= self.run.drop_context) & has_context).to(tokens)
@@ -283,6 +338,7 @@ class TokenizerTraining:
             keys_mask=kept.to(tokens),
             context=context,
             context_mask=seen,
+            frame_stride=frame_stride,
         )
 
     def within(self, clips: Tensor) -> Tensor:

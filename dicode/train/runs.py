@@ -133,6 +133,7 @@ class TokenizerRun:
     drop_tokens: Share = 0.1  # share of clips that learn the null condition of guidance
     drop_context: Share = 0.5  # share of clips that see nothing of the clip before
     mirror: bool = False  # half of the clips mirrored: twice the latents to compute and keep
+    frame_strides: tuple[int, int] | None = None  # least and highest, drawn for each clip; none: the model's own
 
 
 @dataclass(frozen=True)
