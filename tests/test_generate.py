@@ -63,6 +63,22 @@ def test_continuing_a_video_reads_the_key_frames_the_encoder_gives(model: DiCoDe
     assert (joined != unseen).any()
 
 
+@pytest.mark.parametrize(
+    ("frames", "places"),
+    [(1, [0]), (8, [7]), (9, [0, 8]), (16, [0, 15]), (17, [0, 16]), (20, [3, 19]), (48, [0, 15, 31, 47])],
+)
+def test_how_a_continued_video_began_is_among_its_key_frames(model: DiCoDe, frames: int, places: list[int]) -> None:
+    """A clip of 16 frames has no key frame but its first: from its last one alone a video would begin anew."""
+    old = np.concatenate([picture(i) for i in range(frames)])
+    given = model.given(continued=old)
+    assert given.key_frames is not None
+    assert torch.equal(given.key_frames, model.tokenizer.encode_frames(old[places]))
+    tokens = key_frames(model, PROMPT, seconds=2.0, given=given)
+    ids = model.text.encode([PROMPT], model.lm.config.text_length)
+    written = next(model.lm.generate(ids, 1, prefix=given.key_frames, variance_scale=0.5))
+    torch.testing.assert_close(tokens[:, 1], written)  # as the key frame that follows all of these
+
+
 def test_a_single_frame_can_be_continued_too(model: DiCoDe) -> None:
     given = model.given(continued=picture(2))
     assert given.before is None and given.key_frames is not None and given.key_frames.shape[1] == 1
