@@ -200,6 +200,8 @@ def _clips(run: TokenizerRun, samples: int) -> dict[str, Tensor]:
         "clips": torch.empty(samples, frames, *latents),
         "keys": torch.empty(keys, *source),
         "key_latents": torch.empty(keys, *latents),
+        "has_context": torch.ones(samples, dtype=torch.bool),
+        "frame_stride": torch.ones(samples),
     }
 
 

@@ -117,7 +117,7 @@ def test_resampler_and_denoiser_learn_and_nothing_else_moves(root: Path) -> None
 
 
 def test_the_tail_key_frame_is_the_clips_last_and_both_are_read_from_the_frames_drawn(root: Path) -> None:
-    stage = TokenizerTraining(run(root))
+    stage = TokenizerTraining(run(root, mirror=True))
     rows = torch.arange(len(stage.cache.frames)).float()[:, None, None, None]
     stage.latents = torch.stack([rows, -rows], dim=1)  # each tells its row, and by its sign whether it is mirrored
     batch = stage.batch(torch.arange(8), generator_for(2))
