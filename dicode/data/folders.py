@@ -160,8 +160,10 @@ def _listed(here: Place, tree: Tree, root: Place, found: DataSet) -> list[ClipRe
         chosen, records = known[0].name, read_list(known[0], root)
     elif prompts is not None and VIDEOS in files:
         chosen, records = f"{prompts.name} + {VIDEOS}", read_pairs(prompts, files[VIDEOS], root)
+    stems = Counter(path.stem for path in files.values())
     for path in files.values():
-        if path.suffix.lower() in SUFFIXES and path.name != chosen and _may_be_a_list(path, files):
+        beside = path.suffix.lower() == ".json" and (stems[path.stem] > 1 or path.stem in files)  # a clip of that name
+        if path.suffix.lower() in SUFFIXES and not beside and path.name not in (chosen, FOLDER_METADATA):
             why = (
                 f"{chosen} is" if records is not None else f"call it {NAMES[0]} or {NAMES[1]}, or name the file itself"
             )
@@ -170,14 +172,6 @@ def _listed(here: Place, tree: Tree, root: Place, found: DataSet) -> list[ClipRe
         found.lists.append(f"{where}{chosen}")
         _count_unlisted(here, tree, root, records, found)
     return records
-
-
-def _may_be_a_list(path: Place, files: dict[str, Place]) -> bool:
-    """Not .json beside a clip of that name, nor what is written with frames."""
-    others = (name for name in files if name != path.name)
-    return path.suffix.lower() != ".json" or (
-        path.name != FOLDER_METADATA and not any(name.startswith(path.stem) for name in others)
-    )
 
 
 def _count_unlisted(here: Place, tree: Tree, root: Place, records: list[ClipRecord], found: DataSet) -> None:
@@ -270,7 +264,8 @@ def _frames_but_for(stills: list[Place], notes: Notes) -> list[str]:
         return []
     if any(path.stem in notes or path.name in notes for path in stills):
         return []
-    return [path.name for path in stills if path not in most]
+    frames = set(most)
+    return [path.name for path in stills if path not in frames]
 
 
 def _is_animated(path: Place) -> bool:
