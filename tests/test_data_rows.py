@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +215,25 @@ def test_shards_are_opened_when_they_are_read(cache: Path, monkeypatch: pytest.M
     frames = FrameCache.load(cache)
     frames.frames[frames.clip_rows(frames.videos[5], 0.0, 4, 8.0)]
     assert sorted(opened) == ["shard-00000.safetensors", "shard-00002.safetensors", "videos.safetensors"]
+
+
+def test_processes_that_want_the_same_share_out_what_is_missing(cache: Path) -> None:
+    note = cache.parent / "calls"
+
+    def mean(part: torch.Tensor) -> torch.Tensor:
+        with note.open("a") as file:
+            file.write(f"{len(part)}\n")
+        time.sleep(0.1)
+        return part.float().mean((1, 2))
+
+    def work(index: int) -> None:
+        frames = FrameCache.load(cache)
+        assert torch.equal(frames.computed("mean-1", mean)[:], frames.frames[:].float().mean((1, 2)))
+
+    processes = [get_context("fork").Process(target=work, args=(i,)) for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert note.read_text().splitlines() == ["40"] * 3  # each of three shards by one of them
