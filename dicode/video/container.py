@@ -344,7 +344,8 @@ def _to_rgb(path: Path, frame: av.VideoFrame, stream: VideoStream) -> Picture:
     """A decoded frame as it is meant to be seen: 8 bit RGB, over white, square pixels, upright."""
     aspect = stream.sample_aspect_ratio
     if int(frame.color_trc or 0) in HDR_TRANSFERS:
-        picture = tone_mapped(frame.to_ndarray(format="rgb48le", interpolation=EXACT_COLOURS), int(frame.color_trc))
+        # not rgb48: swscale of 2025 overflows in it with these flags, in 4:2:0
+        picture = tone_mapped(frame.to_ndarray(format="gbrp16le", interpolation=EXACT_COLOURS), int(frame.color_trc))
     elif any(component.is_alpha for component in frame.format.components) or frame.format.has_palette:
         picture = over_white(frame.to_ndarray(format="rgba", interpolation=EXACT_COLOURS))
     else:
