@@ -20,17 +20,14 @@ Run = FirstStageRun | TokenizerRun | LanguageRun | VideoTextRun
 
 
 def stage_of(run: Run) -> Stage:
-    """The stage that a run trains; loads its data. Raises `ValueError` for a dataclass that is no run."""
+    """The stage that a run trains; loads its data."""
     if isinstance(run, FirstStageRun):
         return FirstStageTraining(run)
     if isinstance(run, VideoTextRun):
         return VideoTextTraining(run)
     if isinstance(run, TokenizerRun):
         return TokenizerTraining(run)
-    if isinstance(run, LanguageRun):
-        return LanguageTraining(run)
-    kinds = ", ".join(kind.__name__ for kind in get_args(Run))
-    raise ValueError(f"expected a run of one of the kinds {kinds}, got {type(run).__name__}")
+    return LanguageTraining(run)
 
 
 def run_recipe(
@@ -40,6 +37,9 @@ def run_recipe(
 
     With `minutes`, its number of steps is what they allow on this machine; see `planned`.
     """
+    if not isinstance(run, Run):
+        kinds = ", ".join(kind.__name__ for kind in get_args(Run))
+        raise ValueError(f"expected a run of one of the kinds {kinds}, got {type(run).__name__}")
     began_s = time.monotonic()
     with StopSignal() as stop, Processes() as processes, claimed(folder, data_of(run), run.loop.tracker, processes):
         with stop.cutting(), Progress(f"preparing {folder.name}"):
