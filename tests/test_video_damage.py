@@ -194,31 +194,32 @@ def test_hdr_comes_out_in_the_colours_it_was_graded_from(transfer):
 
 
 @pytest.mark.parametrize("transfer", [PQ, HLG])
-def test_an_hdr_file_is_read_tone_mapped_and_known_as_one(tmp_path, transfer):
+@pytest.mark.parametrize("pixels", ["yuv420p10le", "yuv422p10le", "yuv444p10le"])
+def test_an_hdr_file_is_read_tone_mapped_and_known_as_one(tmp_path, transfer, pixels):
     colours = np.zeros((32, 32 * len(COLOURS), 3))
     for i, colour in enumerate(COLOURS):
         colours[:, 32 * i : 32 * i + 32] = colour
     signal = hdr_signal(colours, transfer).clip(0, 1)
     luma = signal @ [0.2627, 0.6780, 0.0593]
     blue, red = (signal[..., 2] - luma) / 1.8814, (signal[..., 0] - luma) / 1.4746
-    frame = av.VideoFrame(colours.shape[1], 32, "yuv444p10le")
+    frame = av.VideoFrame(colours.shape[1], 32, pixels)
     for plane, values in zip(frame.planes, (64 + 876 * luma, 512 + 896 * blue, 512 + 896 * red), strict=True):
-        rows = np.zeros((32, plane.line_size // 2), dtype="<u2")
-        rows[:, : colours.shape[1]] = values.round()
+        rows = np.zeros((plane.height, plane.line_size // 2), dtype="<u2")
+        rows[:, : plane.width] = values.round()[:: 32 // plane.height, :: colours.shape[1] // plane.width]
         plane.update(rows.tobytes())
     frame.pts, frame.time_base = 0, Fraction(1, 8)
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=8)
-        stream.height, stream.width, stream.pix_fmt = 32, colours.shape[1], "yuv444p10le"
+        stream.height, stream.width, stream.pix_fmt = 32, colours.shape[1], pixels
         context = stream.codec_context
         context.colorspace = context.color_primaries = frame.colorspace = frame.color_primaries = 9
         context.color_trc = frame.color_trc = transfer
         context.color_range = frame.color_range = 1
         container.mux([*stream.encode(frame), *stream.encode(None)])
     assert probe(tmp_path / "a.mkv").hdr
-    np.testing.assert_allclose(
-        read_video(tmp_path / "a.mkv").frames[0], colours, atol=15
-    )  # 10 bits, and gamma stretches what is dark
+    read = read_video(tmp_path / "a.mkv").frames[0]
+    middle = np.ix_(range(4, 28), [x for x in range(colours.shape[1]) if 4 <= x % 32 < 28])  # chroma blurs edges
+    np.testing.assert_allclose(read[middle], colours[middle], atol=15)  # 10 bits; gamma stretches what is dark
 
 
 def test_a_still_that_is_heic_is_named(tmp_path):

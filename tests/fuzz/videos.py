@@ -8,7 +8,7 @@ import io
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -94,8 +94,10 @@ def run(case: Case, folder: Path) -> str:
     path = folder / name
     path.write_bytes(data)
     if case.change == "clock" and KINDS[case.kind][1]:
-        whole = Source(data, *of_video(data))  # muxers may reorder what runs backwards
-        changed_at = len(data)
+        try:
+            whole, changed_at = Source(data, *of_video(data)), len(data)  # muxers may reorder what runs backwards
+        except (ValueError, av.FFmpegError):  # nothing is left to be decoded
+            case, changed_at = replace(case, change="flip"), 0
     return guarded(lambda: outcome(case, whole, path, len(data), changed_at), processor_s=20)
 
 
