@@ -132,3 +132,16 @@ def test_features_go_with_the_cache_that_they_are_of(tmp_path: Path, counted: Ma
     (tmp_path / "features-mine.safetensors").touch()
     write_cache(tmp_path, count=9)
     assert [path.name for path in tmp_path.glob("features-*")] == ["features-mine.safetensors"]
+
+
+def test_a_cache_that_may_only_be_read_is_evaluated_all_the_same(
+    tmp_path: Path, counted: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    write_cache(tmp_path, count=8)
+    monkeypatch.setattr("dicode.evaluate.bank.put", refused)
+    bank = RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path)
+    with pytest.warns(UserWarning, match=r"features of real clips are not kept there \(.*Permission denied"):
+        assert bank.features(EfficientNetLite0Features(), [0, 6]).mean.shape == (2, 1280)

@@ -1,5 +1,6 @@
 """The real clips of a cache and their features: computed when a part first needs them, kept in the cache folder."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
@@ -90,7 +91,10 @@ class RealClips:
         parts = [make([self.clip(row)]) for row in clips]
         made = self._held[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         if path is not None:
-            put(path, partial(save_file, made))
+            try:
+                put(path, partial(save_file, made))
+            except OSError as error:  # a cache that may only be read, or a full disk
+                warnings.warn(f"{self.folder}: features of real clips are not kept there ({error})", stacklevel=2)
         return made
 
     def _known(self, name: str) -> bool:
