@@ -45,7 +45,7 @@ from dicode.train.parallel import (
 from dicode.train.run_folder import NoLog, RunLog, claimed, note_start
 from dicode.train.runs import LoopConfig
 from dicode.train.signals import Stopped, StopSignal
-from dicode.train.speed import Speed, described, name_of
+from dicode.train.speed import Speed, name_of
 
 
 @runtime_checkable
@@ -172,18 +172,16 @@ def train(
     cannot be read or written.
     """
     data = data_of(stage.run)
-    with stop or StopSignal() as stop, Processes() as processes, claimed(folder, data, config.tracker, processes):
+    with stop or StopSignal() as stop, Processes() as processes, claimed(folder, data, config, processes):
         run, state = Training.of(stage, config, processes), TrainState()
         if newest := newest_checkpoint(folder, processes):
             state = load_checkpoint(newest, run.tensors(), processes)
         if processes.first:
             if newest:
                 print(f"continuing {folder} from step {state.step}", flush=True)
-            dtype = compute_dtype(run.device, config.precision)
-            print(f"{folder}: {described(run.device, dtype)}", flush=True)
             made_on = {
                 "device": describe_device(run.device),
-                "dtype": name_of(dtype),
+                "dtype": name_of(compute_dtype(run.device, config.precision)),
                 "threads": torch.get_num_threads(),
                 "processes": processes.count,
                 "data": data,

@@ -26,11 +26,13 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
+from dicode.device import compute_dtype, pick_device
 from dicode.evaluate.report import describe_commit, versions
 from dicode.files import put_text
 from dicode.progress import EVERY_S, duration
 from dicode.train.parallel import Processes
-from dicode.train.runs import Tracker
+from dicode.train.runs import LoopConfig, Tracker
+from dicode.train.speed import described
 
 ABOUT_SPEED = ("trained_s", "samples_per_s", "data_share", "eta_s", "memory_gib", "mfu")
 
@@ -40,8 +42,8 @@ UNSURE = ("device", "dtype", "threads", "processes")  # what the last digits of 
 
 
 @contextmanager
-def claimed(folder: Path, data: str, tracker: Tracker, processes: Processes) -> Iterator[None]:
-    """In here no other process trains in `folder`; may be entered again further in.
+def claimed(folder: Path, data: str, config: LoopConfig, processes: Processes) -> Iterator[None]:
+    """In here no other process trains in `folder`; says what on. May be entered again further in.
 
     Raises `ValueError` where one does, where the run was begun with other data, or where its tracker is missing.
     """
@@ -51,7 +53,7 @@ def claimed(folder: Path, data: str, tracker: Tracker, processes: Processes) -> 
         return
     if processes.first:
         try:
-            import_tracker(tracker)
+            import_tracker(config.tracker)
             folder.mkdir(parents=True, exist_ok=True)
             lock = _locked(folder / ".lock")
             begun = [session["data"] for session in records(folder / "sessions.jsonl") if "data" in session]
@@ -67,6 +69,9 @@ def claimed(folder: Path, data: str, tracker: Tracker, processes: Processes) -> 
             lock.close()
         raise ValueError(problem)
     HELD.add(place)
+    if processes.first:
+        device = pick_device(config.device)
+        print(f"{folder}: {described(device, compute_dtype(device, config.precision))}", flush=True)
     try:
         yield
     finally:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from dicode.device import compute_dtype, peak_memory_gib
 from dicode.evaluate.report import describe_device
-from dicode.sizing import measured_flops, peak_flops
+from dicode.sizing import Meter, measured_flops, peak_flops
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig
 
@@ -52,9 +51,9 @@ class Speed:
         tensors = [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)]
         kind = tuple(t.item() if t.ndim == 0 and t.dtype == torch.bool else t.shape for t in tensors)
         if not self.config.compile and kind not in self.flops and len(self.flops) < MOST_KINDS:
-            with FlopCounterMode(display=False) as counter:
+            with Meter() as counter:  # torch's own takes operations apart, which rounds otherwise
                 yield
-            self.flops[kind] = counter.get_total_flops()
+            self.flops[kind] = counter.flops
             return
         began_s = time.perf_counter()
         yield

@@ -41,7 +41,7 @@ def run_recipe(
         kinds = ", ".join(kind.__name__ for kind in get_args(Run))
         raise ValueError(f"expected a run of one of the kinds {kinds}, got {type(run).__name__}")
     began_s = time.monotonic()
-    with StopSignal() as stop, Processes() as processes, claimed(folder, data_of(run), run.loop.tracker, processes):
+    with StopSignal() as stop, Processes() as processes, claimed(folder, data_of(run), run.loop, processes):
         with stop.cutting(), Progress(f"preparing {folder.name}"):
             stage = stage_of(run)
         with stop.cutting():
