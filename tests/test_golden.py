@@ -60,6 +60,7 @@ def toy(run: Run, root: Path) -> Run:
         changes |= {"first_stage": str(root / "first_stage/best")}
         changes |= {
             "init_denoiser": None,
+            "frame_strides": None,  # of a denoiser that is not the toy's
             "init": init and str(root / "key_frames/best"),
             "images_per_step": min(8, run.images_per_step),
         }
