@@ -26,11 +26,12 @@ from dicode.hub import (
     resolve,
 )
 from dicode.progress import Progress
-from dicode.shapes import DeepTokens, Video
+from dicode.shapes import DeepTokens
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
 from dicode.video.io import read_video
 from dicode.video.shards import FrameCache
+from dicode.video.timed import Video
 from dicode.video.writer import VideoWriter, check_output
 
 WATCHED = 256  # pixels along a side, at least, of a file that nobody gave a scale
@@ -162,7 +163,7 @@ def widen(command: Widen, watch: Stopwatch) -> int:
         from dicode.train.widen import widen as write_wider
     except ModuleNotFoundError as error:
         raise missing_extra(error, "train") from error
-    write_wider(command.model, command.token_width, FrameCache.load(command.cache), command.output)
+    write_wider(command.model, command.token_width, FrameCache.load(command.cache), command.output, command.device)
     return info(Info(str(command.output)), watch)
 
 

@@ -1,30 +1,27 @@
-"""What `dicode data index`, `cache`, `verify`, `encode`, `export` and `sheet` do; their flags are in `flags.py`."""
+"""What `dicode data index`, `cache`, `verify`, `encode`, `export` and `sheet` do; their flags are in `flags.py`.
+
+`index` and `sheet` need no torch: what does is imported by the commands that compute.
+"""
 
 import json
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 
-import torch
-
-from dicode.data.build import FULL, CacheOptions, build_cache
 from dicode.data.index import check_files, read_data, read_index
 from dicode.data.records import merged, validation_split
 from dicode.data.summary import Clip, table
-from dicode.data.tars import write_tars
-from dicode.device import pick_device
 from dicode.extras import missing_extra
 from dicode.files import check_parent, place, put_text
 from dicode.flags import Cache, Check, Encode, Export, Index, Sheet, Verify
-from dicode.hub import resolve
 from dicode.progress import Progress, tracked
-from dicode.seeds import generator_for
-from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
 from dicode.video.cache_folder import check_own
 from dicode.video.io import DEFAULT_FPS, VideoReadError, read_video
-from dicode.video.shards import FrameCache, fault, read_cache_index
 from dicode.video.sheet import check_sheet, save_sheet
+from dicode.video.timed import Video
 
 MOST_COUNTED = 125  # exit codes from 126 on mean other things to a shell
 
@@ -52,13 +49,18 @@ def index(command: Index, watch: Stopwatch) -> int:
 
 def cache(command: Cache, watch: Stopwatch) -> int:
     """Bad files are listed and left out; a cache with nothing in it is an error."""
+    from dicode.data.build import FULL, CacheOptions, build_cache
+
     options = CacheOptions(**{field.name: getattr(command, field.name) for field in fields(CacheOptions)})
     validation_by = _by(command.validation_by)
     if not command.output.strip():
         raise ValueError(f"-o: expected the name of a folder, got {command.output!r}")
     output = place(command.output)
     check_own(output)
+    if command.encode is not None and not isinstance(output, Path):
+        raise ValueError(f"--encode: expected -o on this machine, got {command.output}; copy the cache, then encode it")
     found = [read_data(folder) for folder in _named(command.folders)]
+    encoder = None if command.encode is None else _encoder(command.encode, command.device, watch)
     records = merged(record for each in found for record in each.records)
     kept = "finished shards are kept; the same command continues"
     try:
@@ -84,11 +86,15 @@ def cache(command: Cache, watch: Stopwatch) -> int:
     )
     clips = [Clip(video.count, video.period_s, video.captions, loops=video.loops) for video in videos]
     print(table(clips, found, len(bad), copies if command.dedupe is not None else None))
+    if encoder is not None:
+        encoder(command.output)
     return min(len(bad), MOST_COUNTED)
 
 
 def verify(command: Verify, watch: Stopwatch) -> int:
     """Every shard is read; exits with the count of those that are not what the index says."""
+    from dicode.video.shards import fault, read_cache_index
+
     folder = place(command.cache)
     shards, videos = read_cache_index(folder, hashes=True)
     faults = [
@@ -105,6 +111,7 @@ def verify(command: Verify, watch: Stopwatch) -> int:
 def check(command: Check, watch: Stopwatch) -> int:
     """Findings, then what follows of them."""
     from dicode.data.check import check_cache
+    from dicode.video.shards import FrameCache
 
     check_parent(command.json)
     findings = check_cache(FrameCache.load(command.cache))
@@ -121,29 +128,45 @@ def check(command: Check, watch: Stopwatch) -> int:
 
 def encode(command: Encode, watch: Stopwatch) -> int:
     """Written where training looks for them; what is there already is kept."""
-    try:
-        from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
-        from dicode.train.clips import first_stage_latents
-        from dicode.train.language import frame_tokens
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "train") from error
-    source = resolve(command.model)
-    with watch.stage("load"):
-        frames = FrameCache.load(command.cache)
-        tokenizer = VideoTokenizer.from_pretrained(source).to(pick_device(command.device))
-    with watch.stage("latents"):
-        latents = first_stage_latents(tokenizer, frames, source / FIRST_STAGE_WEIGHTS, mirror=command.mirror)
-    with watch.stage("tokens"):
-        tokens = frame_tokens(tokenizer, frames, source)
-    sides = "frames and mirror images" if command.mirror else "frames"
-    each = f"{tokens.shape[1]}×{tokens.shape[2]}"
-    print(f"{command.cache}: latents {tuple(latents.shape)} of {sides}, and {each} deep tokens of every key frame")
+    encoder = _encoder(command.model, command.device, watch, command.mirror)
+    encoder(str(command.cache))
     print(watch.text())
     return 0
 
 
+def _encoder(model: str, device: str, watch: Stopwatch, mirror: bool = False) -> Callable[[str], None]:
+    """What computes latents and tokens of a cache; the model is loaded by then."""
+    try:
+        from dicode.device import pick_device
+        from dicode.hub import resolve
+        from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
+        from dicode.train.clips import first_stage_latents
+        from dicode.train.language import frame_tokens
+        from dicode.video.shards import FrameCache
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "train") from error
+    with watch.stage("load"):
+        source = resolve(model)
+        tokenizer = VideoTokenizer.from_pretrained(source).to(pick_device(device))
+
+    def of_cache(folder: str) -> None:
+        frames = FrameCache.load(folder)
+        with watch.stage("latents"):
+            latents = first_stage_latents(tokenizer, frames, source / FIRST_STAGE_WEIGHTS, mirror=mirror)
+        with watch.stage("tokens"):
+            tokens = frame_tokens(tokenizer, frames, source)
+        sides = "frames and mirror images" if mirror else "frames"
+        each = f"{tokens.shape[1]}×{tokens.shape[2]}"
+        print(f"{folder}: latents {tuple(latents.shape)} of {sides}, and {each} deep tokens of every key frame")
+
+    return of_cache
+
+
 def export(command: Export, watch: Stopwatch) -> int:
     """One archive a shard."""
+    from dicode.data.archives import write_tars
+    from dicode.video.shards import FrameCache
+
     cache = FrameCache.load(command.cache)
     archives = write_tars(cache, place(command.output))
     print(f"{command.output}: {len(cache.videos)} clips in {len(archives)} archives")
@@ -154,7 +177,7 @@ def sheet(command: Sheet, watch: Stopwatch) -> int:
     """Bad files are listed and others take their place."""
     check_sheet(command.output)
     records = read_index(command.folder)
-    order = torch.randperm(len(records), generator=generator_for(command.seed, "sheet")).tolist()
+    order = random.Random(command.seed).sample(range(len(records)), len(records))
     clips: list[Video] = []
     labels: list[str] = []
     with Progress("reading", command.count, "clip") as progress:

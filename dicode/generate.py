@@ -14,9 +14,10 @@ from dicode.hub import push_folder, resolve, write_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.sampling import SamplingConfig
 from dicode.seeds import SeedPlan
-from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens, Still, Video
+from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens
 from dicode.storyboard import Shot, key_frames_of
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.video.timed import Still, Video
 
 Prompt = str | Sequence[Shot]  # a storyboard's shots follow one another within one video
 

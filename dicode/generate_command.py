@@ -19,11 +19,12 @@ from dicode.progress import Progress
 from dicode.prompts import Asked, read_prompts, write_captions
 from dicode.sampling import SamplingConfig
 from dicode.seeds import SeedPlan
-from dicode.shapes import KeyFrameTokens, Video
+from dicode.shapes import KeyFrameTokens
 from dicode.stopwatch import Stopwatch
 from dicode.storyboard import parse_storyboard, read_storyboard
 from dicode.video.io import read_video
 from dicode.video.sheet import check_sheet, save_sheet
+from dicode.video.timed import Video
 from dicode.video.writer import VideoWriter, check_output
 
 AT_ONCE = 8  # prompts

@@ -9,15 +9,14 @@
 The name of a value tells its range: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first
 stage, `features` from the image encoder, `tokens` from the resampler (unit variance a dimension).
 
+Arrays that readers of files return are in `dicode.video.timed`, which needs no torch.
+
 The aliases are checked in the tests (jaxtyping's import hook with beartype) and cost nothing otherwise.
 """
 
 from jaxtyping import Bool, Float, Int, UInt8
-from numpy import ndarray
 from torch import Tensor
 
-Video = UInt8[ndarray, "f h w c"]  # one video or clip in memory, as read from or written to a file
-Still = UInt8[ndarray, "1 h w c"]  # a video of one frame
 FrameStack = UInt8[Tensor, "b f h w c"]
 
 KeyFramePixels = Float[Tensor, "b c h w"]  # one key frame a batch entry, −1…1

@@ -15,7 +15,7 @@ import numpy as np
 from dicode.evaluate.metrics import frame_steps
 from dicode.evaluate.report import write_result
 from dicode.generate import DiCoDe
-from dicode.shapes import Video
+from dicode.video.timed import Video
 
 LINES = (1, 101, 301, 601, 901)
 

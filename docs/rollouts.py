@@ -17,8 +17,8 @@ from dicode.evaluate.features import EfficientNetLite0Features
 from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
 from dicode.evaluate.report import write_result
 from dicode.generate import DiCoDe
-from dicode.shapes import Video
 from dicode.video.shards import CachedVideo, FrameCache
+from dicode.video.timed import Video
 
 VIDEOS, FRAMES, LEAST_S = 24, 16, 3.0  # of either split; frames of each that stand for it; how long it must be
 FPS, EVERY_S, TOTAL_S = 8, 2, 10

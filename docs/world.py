@@ -12,9 +12,9 @@ import numpy as np
 
 from dicode.evaluate.generation import draw_prompts
 from dicode.generate import DiCoDe
-from dicode.shapes import Video
 from dicode.video.shards import FrameCache
 from dicode.video.sheet import save_sheet
+from dicode.video.timed import Video
 
 DOCS = Path(__file__).parent
 IMAGES, INSTRUCTIONS, ROLLOUTS = 4, 3, 6

@@ -49,7 +49,7 @@ FLAGS = {
     "assemble": "--decoder-guidance --decoder-temperature "
     "--dtype --eta --first-stage --first-variance-scale --flow-steps --guidance --guidance-rescale --help --joins "
     "--last --motion-scale --output --steps --temperature --variance-scale --window",
-    "widen": "--cache --help --output --token-width",
+    "widen": "--cache --device --help --output --token-width",
     "evaluate": "--cache --device --dtype --features --help --long-prompts --long-seconds --output --parts "
     "--prompts --quick --repeats --report --scorer --seed --sheets",
     "benchmark": "--help",
@@ -61,8 +61,8 @@ FLAGS = {
     "--shard",
     "data": "--help",
     "data index": "--help --validation-by",
-    "data cache": "--dedupe --files-per-shard --help --loops --max-fps --output --ray --scenes --size "
-    "--validation-by --workers",
+    "data cache": "--dedupe --device --encode --files-per-shard --help --loops --max-fps --output --ray --scenes "
+    "--size --validation-by --workers",
     "data verify": "--help",
     "data encode": "--device --help --mirror --model",
     "data export": "--help --output",
@@ -472,6 +472,10 @@ def test_encode_puts_latents_and_tokens_where_training_looks_and_a_new_cache_dro
     assert len(latents) == len(cache.frames) and len(tokens) == 12  # of 2.5 s each clip: at 0 and 2 s
     expected = tokenizer.encode(cache.frames[[0, 16]][None])[0]
     torch.testing.assert_close(tokens[:2].float(), expected, atol=0.1, rtol=0.1)  # bfloat16 and float16
+    again = tmp_path / "again"
+    code, out, err = run(capsys, *making[:3], "-o", again, "--size", 32, "--encode", tiny_model, "--device", "cpu")
+    assert code == 0 and f"{again}: latents (120, 1, 5, 8, 8) of frames" in out, err
+    assert all((again / path.name).read_bytes() == path.read_bytes() for path in made.values())
     assert run(capsys, *making)[0] == 0  # the shard is there, and stays
     assert sorted((tmp_path / "cache").glob("*.*-*.safetensors")) == sorted(made.values())
     assert run(capsys, *making[:-1], 24)[0] == 0

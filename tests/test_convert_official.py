@@ -130,8 +130,8 @@ def test_guidance_steers_away_from_a_mid_grey_image(published: dict[str, Tensor]
 def test_image_tower_reads_what_the_public_preprocessing_makes() -> None:
     """kornia's resize and CLIP's mean and deviation, at the published sizes; the tower here only hands its input on.
 
-    The repository has the lower right quarter of the vectors, where an error of scale is largest; no pixel there depends
-    on one outside. DICODE_REFERENCE may name a folder that has all.
+    The repository has the lower right quarter of the vectors, where an error of scale is largest; no pixel there
+    depends on one outside. DICODE_REFERENCE may name a folder that has all.
     """
     values, vectors = values_of("preprocess"), vectors_of("preprocess")
     config = EncoderConfig("clip", width=8, depth=1, heads=1, size=values["size"], patch=14, channels=3)

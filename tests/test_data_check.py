@@ -10,10 +10,10 @@ import torch
 
 from dicode.cli import main
 from dicode.data.check import Findings, ends_where_it_begins, moving
-from dicode.shapes import Video
 from dicode.train.images import FirstStageTraining, frames_to_pixels
 from dicode.train.runs import FirstStageRun
 from dicode.video.shards import CachedVideo, FrameCache
+from dicode.video.timed import Video
 
 SIZE = 64
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 from dicode.data.index import check_files, read_data, read_index
 from dicode.data.records import ClipRecord, validation_split
-from dicode.video.io import VideoReadError
+from dicode.video.io import VideoReadError, native_frames
 from dicode.video.synthetic import write_dataset
 
 
@@ -319,6 +320,15 @@ def test_checking_goes_on_after_bad_files(tmp_path):
     good, bad = check_files(records)
     assert [record for record, _ in good] == [records[1], records[3]]
     assert good[0][1].size == "32×32" and not good[0][1].hdr
+    kept, _, seconds = native_frames(records[1].path)
+    assert (good[0][1].frames, good[0][1].seconds) == (len(kept), seconds)
+    half_s = seconds / 2
+    spans = [replace(records[1], start_s=half_s), replace(records[1], end_s=half_s), replace(records[1], start_s=1e3)]
+    cut, (late,) = check_files(spans)
+    assert [clip.frames for _, clip in cut] == [
+        len(native_frames(r.path, start_s=r.start_s, end_s=r.end_s)[0]) for r in spans[:2]
+    ]
+    assert "expected frames from 1000 s on" in late.reason
     assert [file.record for file in bad] == [records[0], records[2]]
     assert "empty file" in bad[0].reason
     assert "no such file" in bad[1].reason

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dicode.cli import main
+from dicode.data.archives import write_tars
 from dicode.data.build import CacheOptions, build_cache
 from dicode.data.index import read_index
-from dicode.data.tars import write_tars
 from dicode.files import place
 from dicode.video.io import read_video
 from dicode.video.shards import CachedVideo, FrameCache

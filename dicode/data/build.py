@@ -21,11 +21,11 @@ from dicode.data.spread import spread
 from dicode.files import Place, fetched, put_text, state_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
 from dicode.progress import Progress
-from dicode.shapes import Video
 from dicode.video.cache_folder import INDEX, check_own, shard_files, stale_files, whole_files
 from dicode.video.columns import CachedVideo
 from dicode.video.io import Times, VideoReadError, native_frames
 from dicode.video.shards import Shard, fault, index_text, shard_name, write_shard, write_videos
+from dicode.video.timed import Video
 
 QUARANTINE, COPIES = "quarantine.jsonl", "copies.jsonl"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -11,10 +11,10 @@ from torch import Tensor
 from dicode.hub import resolve
 from dicode.lm.text import TextTokenizer
 from dicode.progress import tracked
-from dicode.shapes import Video
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.video.columns import LOOPS, VALIDATION
 from dicode.video.shards import CachedVideo, FrameCache
+from dicode.video.timed import Video
 
 LOOKED_AT, THROUGH_NETWORKS = 256, 96  # clips
 BUNDLED = ("sprites", "world")

@@ -12,9 +12,9 @@ from dicode.data.records import MEANT, ClipRecord, merged
 from dicode.data.summary import Clip
 from dicode.data.tars import TAR_SUFFIX, tar_records
 from dicode.files import Place, place
-from dicode.video.io import VideoReadError, native_frames, probe
+from dicode.video.io import VideoReadError, check_frames, probe
 
-CHECKED_SIZE = 32  # files are checked at this size: every frame is decoded, and little of it kept
+CHECKED_SIZE = 32  # a picture is bad if it cannot be scaled to this side
 _log = logging.getLogger(__name__)
 
 
@@ -101,9 +101,9 @@ def check_files(records: Iterable[ClipRecord]) -> tuple[list[tuple[ClipRecord, C
         try:
             with record.opened() as path:
                 facts = probe(path)
-                frames, _, seconds = native_frames(path, CHECKED_SIZE, start_s=record.start_s, end_s=record.end_s)
+                count, seconds = check_frames(path, CHECKED_SIZE, record.start_s, record.end_s)
             size = f"{facts.width}×{facts.height}"
-            good.append((record, Clip(len(frames), seconds, record.captions, size, facts.hdr)))
+            good.append((record, Clip(count, seconds, record.captions, size, facts.hdr)))
         except (VideoReadError, OSError) as error:
             bad.append(BadFile(record, str(error)))
     return good, bad

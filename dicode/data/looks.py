@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dicode.extras import missing_extra
-from dicode.shapes import Video
+from dicode.video.timed import Video
 
 LOOKED_AT = (1, 3, 5)  # sixths of a video: its ends are often blank, and the same in many
 THUMBNAIL = 4  # side; colours, which a perceptual hash knows nothing of

@@ -16,10 +16,10 @@ from dicode.evaluate.scores import Seen, seen, seen_by_efflite
 from dicode.files import put
 from dicode.hub import read_tensors
 from dicode.progress import tracked
-from dicode.shapes import Video
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.video.columns import CachedVideo
 from dicode.video.shards import FrameCache
+from dicode.video.timed import Video
 
 CHUNK = 256  # clips a file: an interrupted evaluation loses no more than these
 Measured = dict[str, Tensor]

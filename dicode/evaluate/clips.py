@@ -12,9 +12,10 @@ from dicode.evaluate.bank import RealClips, first_clip
 from dicode.evaluate.features import EfficientNetLite0Features
 from dicode.generate import DiCoDe
 from dicode.progress import tracked
-from dicode.shapes import KeyFrameTokens, Video
+from dicode.shapes import KeyFrameTokens
 from dicode.video.columns import CAPTIONED, VALIDATION, CachedVideo, Videos
 from dicode.video.shards import FrameCache
+from dicode.video.timed import Video
 
 BATCH = 10  # prompts generated together
 MOST_VIDEOS = 10_000  # of a split, among which captions, images and near clips are looked for

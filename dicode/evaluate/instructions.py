@@ -19,9 +19,9 @@ from dicode.evaluate.scores import mean_score, scores_of_sets, seen_by_efflite
 from dicode.generate import DiCoDe, Given
 from dicode.progress import tracked
 from dicode.seeds import generator_for
-from dicode.shapes import Video
 from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.sheet import contact_sheet
+from dicode.video.timed import Video
 
 IMAGES = 60  # of each split
 SHOWN = 6  # images on the contact sheet

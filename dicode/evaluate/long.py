@@ -21,10 +21,10 @@ from dicode.evaluate.speed import memory_score, whole_process
 from dicode.generate import DiCoDe
 from dicode.progress import tracked
 from dicode.sampling import Joins
-from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
 from dicode.video.shards import FrameCache
 from dicode.video.sheet import contact_sheet
+from dicode.video.timed import Video
 
 JOINS: tuple[Joins, ...] = get_args(Joins)
 LONG_S = 60.0

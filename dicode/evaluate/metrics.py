@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float64, Int, UInt8
 from numpy import ndarray
 
 from dicode.seeds import generator_for
-from dicode.shapes import Video
+from dicode.video.timed import Video
 
 Interval = tuple[float, float]
 Similarity = Literal["cosine", "euclidean"]

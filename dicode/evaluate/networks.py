@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dicode.hub import CheckpointError, downloaded
-from dicode.shapes import Video
 from dicode.tokenizer.encoder import CLIP_DEVIATION, CLIP_MEAN
+from dicode.video.timed import Video
 
 CLIP_FILES = ["config.json", "*.safetensors", "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"]
 

@@ -38,9 +38,9 @@ from dicode.flags import Msrvtt, Ucf101, Vbench
 from dicode.generate import DiCoDe
 from dicode.hub import resolve
 from dicode.seeds import generator_for
-from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
 from dicode.video.io import read_video
+from dicode.video.timed import Video
 from dicode.video.writer import VideoWriter
 
 FRAMES = 16  # of a clip, which I3D and C3D see in the literature

@@ -8,8 +8,8 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 
 from dicode.evaluate.metrics import Clips, Interval, bootstrap_interval, motion
-from dicode.shapes import Video
 from dicode.tokenizer.config import TokenizerConfig
+from dicode.video.timed import Video
 
 DYNAMIC_SHARE = 0.25  # of the real clips' median motion: a clip that moves less is called still
 

@@ -19,8 +19,8 @@ from dicode.evaluate.suite import (
     text_scores,
 )
 from dicode.seeds import generator_for
-from dicode.shapes import Video
 from dicode.video.sheet import contact_sheet
+from dicode.video.timed import Video
 
 CASES = {
     "real": "validation clips as they are",

@@ -13,7 +13,7 @@ from dicode.evaluate.metrics import (
     squared_error,
 )
 from dicode.evaluate.scores import Score, mean_score
-from dicode.shapes import Video
+from dicode.video.timed import Video
 
 # Mean PSNR counts a frame at most this much. Rounding to uint8 alone leaves 59 dB, so more says nothing; without a
 # ceiling one frame that is all white in both clips would make the mean infinite.

@@ -14,9 +14,9 @@ from dicode.evaluate.metrics import Interval
 from dicode.evaluate.scores import Score
 from dicode.progress import tracked
 from dicode.recipe_files import RecipeError, load_function, run_own
-from dicode.shapes import Video
 from dicode.video.columns import CachedVideo, Videos
 from dicode.video.sheet import contact_sheet
+from dicode.video.timed import Video
 
 ALL = "all keys"
 MOST_CLIPS = 4  # of a video: longer ones are scored by their beginning

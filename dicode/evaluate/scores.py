@@ -21,7 +21,7 @@ from dicode.evaluate.networks import C3D, I3D, Clip, Inception
 from dicode.evaluate.quality import inception_score
 from dicode.evaluate.video_text import TinyVT
 from dicode.seeds import generator_for
-from dicode.shapes import Video
+from dicode.video.timed import Video
 
 LEAST_CLIPS = 4  # whose halves have a covariance
 LEAST_A_SPLIT = 20  # clips of a half in each split of an Inception Score; of ten an interval is a third too narrow

@@ -32,8 +32,9 @@ from dicode.evaluate.tokens import captions_with_variants, diversity
 from dicode.evaluate.video_text import TinyVT
 from dicode.generate import DiCoDe
 from dicode.seeds import generator_for
-from dicode.shapes import KeyFrameTokens, Video
+from dicode.shapes import KeyFrameTokens
 from dicode.video.sheet import contact_sheet
+from dicode.video.timed import Video
 
 DIVERSE_CAPTIONS, DIVERSE_SAMPLES = 12, 3  # captions with several real variants, and clips generated of each
 PERCEPTUAL = f"perceptual-{EfficientNetLite0Features.name}"  # not LPIPS: another network, without learned weights

@@ -30,10 +30,10 @@ from dicode.flags import Tune
 from dicode.generate import DiCoDe
 from dicode.hub import CHECKPOINTS, resolve
 from dicode.progress import duration, tracked
-from dicode.shapes import Video
 from dicode.stopwatch import Stopwatch
 from dicode.video.columns import CachedVideo
 from dicode.video.shards import FrameCache
+from dicode.video.timed import Video
 
 LEAST_PROMPTS = 8
 Settings = dict[str, float]

@@ -32,8 +32,8 @@ from dicode.hub import (
 )
 from dicode.lm.text import FILE, TextTokenizer
 from dicode.seeds import generator_for
-from dicode.shapes import Video
 from dicode.tokenizer.config import Depths, Widths
+from dicode.video.timed import Video
 
 BOX = CHECKPOINTS / "tinyvt"
 WEIGHTS = "video_text.safetensors"

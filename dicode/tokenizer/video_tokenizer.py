@@ -37,7 +37,6 @@ from dicode.shapes import (
     ImageLatents,
     KeyFramePixels,
     KeyFrameTokens,
-    Video,
 )
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.denoiser import build_denoiser
@@ -48,6 +47,7 @@ from dicode.tokenizer.joins import blended_stream, key_frame_indices
 from dicode.tokenizer.known import Known
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.resampler import Resampler
+from dicode.video.timed import Video
 
 WEIGHTS = "tokenizer.safetensors"
 FIRST_STAGE_WEIGHTS = "first_stage.safetensors"

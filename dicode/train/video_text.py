@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from dicode.evaluate.video_text import FPS, FRAMES, SIZE, TinyVT, TinyVTConfig, accuracy, shuffled
 from dicode.lm.text import TextTokenizer
-from dicode.shapes import Video
 from dicode.train.runs import LoopConfig
 from dicode.video.shards import CachedVideo, FrameCache
+from dicode.video.timed import Video
 
 SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|counterclockwise)\b", re.IGNORECASE)
 MARGIN = 4  # pixels by which a clip is moved, edges repeated

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dicode.device import pick_device
 from dicode.generate import DiCoDe
 from dicode.hub import load_state, read_config, resolve, write_config
 from dicode.lm.deep_lm import SECTION, DeepTokenLM
@@ -20,7 +21,7 @@ OF_DENOISER = ("tokens.weight", "network.tokens.weight")
 OF_LANGUAGE_MODEL = ("embedding.mlp.0.weight", "head.read.weight", "head.write.weight", "head.write.bias")
 
 
-def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, output: Path) -> None:
+def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, output: Path, device: str = "auto") -> None:
     """Write a model whose deep tokens begin with the numbers of another's, and go on with what these leave out.
 
     The further numbers are the linear code of what the narrower ones do not tell of the cache's training frames
@@ -32,6 +33,7 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
     cannot be widened: a tokenizer without linear code, other denoisers than `hourglass`, other heads than `flow`.
     """
     check_model_folder(output)  # before any work
+    computes = pick_device(device)
     folder = resolve(name_or_folder)
     held, sections = VideoTokenizer.from_pretrained(folder), read_config(folder)
     config = held.config
@@ -43,7 +45,8 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
     torch.manual_seed(0)
     wide = VideoTokenizer(replace(config, resampler=replace(config.resampler, token_width=token_width)))
     wide.first_stage.load_state_dict(held.first_stage.state_dict())
-    latents = first_stage_latents(held, cache, folder / FIRST_STAGE_WEIGHTS)
+    latents = first_stage_latents(held.to(computes), cache, folder / FIRST_STAGE_WEIGHTS)
+    held.cpu()
     fit_linear_code(wide, latents, cache.subset(validation=False).frame_rows(), narrower=held)
     grow(wide.denoiser, held.denoiser.state_dict(), OF_DENOISER)
     if lm is None:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dicode.files import PARTIAL, Place
-from dicode.video.columns import VIDEOS
 
-INDEX = "index.json"
+INDEX, VIDEOS = "index.json", "videos.safetensors"
 SHARD = re.compile(r"shard-\d{5,}")
 NAMES = re.compile(
     rf"{INDEX}|quarantine\.jsonl|copies\.jsonl|{re.escape(VIDEOS)}|shard-\d{{5,}}\.(json|safetensors|[\w.+-]+\.safetensors)"

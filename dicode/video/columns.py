@@ -14,7 +14,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-VIDEOS = "videos.safetensors"
 DTYPES = {
     "first": torch.int64,
     "count": torch.int32,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
+from PIL import Image
 
 from dicode.video.timed import Picture, check_pixels
 
@@ -18,27 +18,35 @@ def fitted(path: Path, picture: Picture, size: Size | None, fit: Fit) -> Picture
         return picture
     height, width = (size, size) if isinstance(size, int) else size
     own_height, own_width = picture.shape[:2]
-    ratios = (height / own_height, width / own_width)
     if fit == "crop":
-        scale = max(ratios)
-        check_pixels(path, round(own_width * scale), round(own_height * scale))  # of a strip, a pixel high
-        scaled = resized(picture, max(height, round(own_height * scale)), max(width, round(own_width * scale)))
+        scaled = resized(picture, *covering(path, picture, (height, width)))
         top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
         return scaled[top : top + height, left : left + width]
     if fit != "pad":
         raise ValueError(f"fit: expected 'crop' or 'pad', got {fit!r}")
-    scale = min(ratios)
-    scaled = resized(picture, max(1, round(own_height * scale)), max(1, round(own_width * scale)))
+    scale = min(height / own_height, width / own_width)
+    sides = max(1, round(own_width * scale)), max(1, round(own_height * scale))
+    scaled = np.asarray(Image.fromarray(picture).resize(sides, Image.Resampling.BILINEAR))  # to look at: without torch
     top, left = (height - scaled.shape[0]) // 2, (width - scaled.shape[1]) // 2
     padded = np.full((height, width, 3), 255, dtype=np.uint8)
     padded[top : top + scaled.shape[0], left : left + scaled.shape[1]] = scaled
     return padded
 
 
+def covering(path: Path, picture: Picture, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a picture scaled to cover a size. Raises `VideoReadError` for those of a strip."""
+    (height, width), (own_height, own_width) = size, picture.shape[:2]
+    scale = max(height / own_height, width / own_width)
+    check_pixels(path, round(own_width * scale), round(own_height * scale))
+    return max(height, round(own_height * scale)), max(width, round(own_width * scale))
+
+
 def resized(picture: Picture, height: int, width: int) -> Picture:
     """Bilinear, averaging over the area when shrinking (torch on uint8: unbiased, ten times as fast as float)."""
     if picture.shape[:2] == (height, width):
         return picture
+    import torch  # here: `dicode data index` resizes nothing, and would take three times as long
+
     pixels = torch.from_numpy(np.require(picture, requirements=["C", "W"])).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
     return np.ascontiguousarray(scaled[0].permute(1, 2, 0).numpy())

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from numpy import ndarray
 from upath import UPath
 
 from dicode.files import read_text
-from dicode.shapes import Video
 from dicode.video.container import CONTAINER_SUFFIXES, container_comment, container_frames, stream_facts
-from dicode.video.fit import Fit, Size, fitted
+from dicode.video.fit import Fit, Size, covering, fitted
 from dicode.video.images import IMAGE_SUFFIXES, folder_frames, image_comment, image_format, image_frames
 from dicode.video.timed import (
     DEFAULT_FPS,
@@ -26,6 +25,7 @@ from dicode.video.timed import (
     Picture,
     Shown,
     Timed,
+    Video,
     VideoReadError,
     checked_fps,
     shown,
@@ -40,6 +40,7 @@ __all__ = [
     "VideoFrames",
     "VideoReadError",
     "VideoWriter",
+    "check_frames",
     "frame_indices",
     "native_frames",
     "natural_key",
@@ -163,11 +164,33 @@ def native_frames(
     frame kept. Of a span from `start_s` to `end_s`, these are the frames shown in it, timed from its beginning; the
     period is its length, or what the file has of it.
     """
-    path, until_s = Path(path), math.inf if end_s is None else float(end_s)
+    held = _Held(Path(path), size, fit)
+    gap_s = THINNED_TO / max_fps if math.isfinite(max_fps) else -1.0
+    times_s, period_s = _walked(Path(path), held.add, folder_fps, gap_s, start_s, end_s)
+    return held.frames(), np.array(times_s, dtype=np.float64), period_s
+
+
+def check_frames(path: str | Path, size: int, start_s: float = 0.0, end_s: float | None = None) -> tuple[int, float]:
+    """How many frames `native_frames` would return at this size, and their period; every one is decoded, none kept."""
+    times_s, period_s = _walked(
+        Path(path), lambda frame: covering(Path(path), frame.render(), (size, size)), None, -1.0, start_s, end_s
+    )
+    return len(times_s), period_s
+
+
+def _walked(
+    path: Path,
+    take: Callable[[Shown], object],
+    folder_fps: float | None,
+    gap_s: float,
+    start_s: float,
+    end_s: float | None,
+) -> tuple[list[float], float]:
+    """The times of a span's frames, each of which is taken, and its period; see `native_frames`."""
+    until_s = math.inf if end_s is None else float(end_s)
     if not (math.isfinite(start_s) and 0 <= start_s < until_s):
         raise ValueError(f"expected 0 ≤ start_s < end_s, got start_s {start_s} and end_s {end_s}")
-    held, period_s, file_s = _Held(path, size, fit), 0.0, 0.0
-    gap_s = THINNED_TO / max_fps if math.isfinite(max_fps) else -1.0
+    period_s, file_s = 0.0, 0.0
     times_s: list[float] = []
     for frame in shown(path, _timed_frames(path, 1 / DEFAULT_FPS, folder_fps, False, start_s)):
         file_s = frame.end_s
@@ -177,12 +200,12 @@ def native_frames(
             continue
         time_s = max(0.0, frame.start_s - start_s)
         if not times_s or gap_s < 0 or frame.end_s - start_s - times_s[-1] > gap_s:
-            held.add(frame)
+            take(frame)
             times_s.append(time_s)
         period_s = min(frame.end_s, until_s) - start_s
     if not times_s:
         raise VideoReadError(f"{path}: expected frames from {start_s:g} s on; the file lasts {file_s:.3g} s")
-    return held.frames(), np.array(times_s, dtype=np.float64), period_s
+    return times_s, period_s
 
 
 def probe(path: str | Path, folder_fps: float | None = None) -> Facts:

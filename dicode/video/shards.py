@@ -24,8 +24,8 @@ from torch import Tensor
 from dicode.files import Place, alone_with, fetched, place, put, put_text, sha256_of
 from dicode.hub import CheckpointError, config_from_dict, read_tensors
 from dicode.progress import Progress
-from dicode.video.cache_folder import INDEX, check_own, shard_files, whole_files
-from dicode.video.columns import DTYPES, VALIDATION, VIDEOS, FrameRows, Videos, joined
+from dicode.video.cache_folder import INDEX, VIDEOS, check_own, shard_files, whole_files
+from dicode.video.columns import DTYPES, VALIDATION, FrameRows, Videos, joined
 from dicode.video.columns import CachedVideo as CachedVideo  # which other modules import from here
 
 FORMAT = 2

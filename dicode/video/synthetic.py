@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dicode.shapes import Video
+from dicode.video.timed import Video
 from dicode.video.writer import VideoWriter
 
 COLOURS = {

@@ -8,6 +8,8 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 Picture = UInt8[ndarray, "_h _w _c"]
+Video = UInt8[ndarray, "f h w c"]  # one video or clip in memory, as read from or written to a file
+Still = UInt8[ndarray, "1 h w c"]  # a video of one frame
 
 DEFAULT_FPS = 8.0
 # Bounds: a file of a kilobyte can claim a picture of gigabytes, a frame that stays for a year, or a million frames.

@@ -17,9 +17,8 @@ from numpy import ndarray
 
 from dicode import __version__
 from dicode.files import check_parent, flush
-from dicode.shapes import Video
 from dicode.video.sinks import FORMATS, LOSSLESS_FORMATS, FolderSink, Format, MovieSink, write_bytes
-from dicode.video.timed import checked_fps
+from dicode.video.timed import Video, checked_fps
 
 FOLDER_METADATA = "metadata.json"
 OWN_KEY = "dicode"  # the version, in every .json of ours
