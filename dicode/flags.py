@@ -218,6 +218,7 @@ class Widen:
     token_width: Width  # numbers a token
     output: Annotated[Path, arg(aliases=("-o",))]  # the checkpoint folder to write
     cache: Path = Path("cache/world")  # real clips, from `dicode data cache`
+    device: str = "auto"  # of the latents that it is fitted to: cpu, cuda, mps
 
 
 @dataclass(frozen=True)
@@ -396,6 +397,9 @@ class Cache:
     files_per_shard: Annotated[int, Range(1, 65536)] = 64  # a worker holds the frames of that many files in memory
     workers: Annotated[int, Range(1, 1024)] = 1  # processes
     ray: str | None = None  # spread the work by Ray Data: the address of a cluster, auto, or local for one started here
+    # then compute latents and deep tokens of this model too, as `dicode data encode` does
+    encode: Annotated[str | None, arg(metavar="MODEL")] = None
+    device: str = "auto"  # for --encode: cpu, cuda, mps
 
 
 @dataclass(frozen=True)
