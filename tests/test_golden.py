@@ -58,10 +58,11 @@ def toy(run: Run, root: Path) -> Run:
         linear = run.model.linear_code and not init  # what is continued from here has none
         changes |= {"model": dataclasses.replace(toy_tokenizer(run.model), linear_code=linear)}
         changes |= {"first_stage": str(root / "first_stage/best")}
+        continued = run.model.diffusion.objective == tiny_config().diffusion.objective  # else it would be refused
         changes |= {
             "init_denoiser": None,
             "frame_strides": None,  # of a denoiser that is not the toy's
-            "init": init and str(root / "key_frames/best"),
+            "init": str(root / "key_frames/best") if init and continued else None,
             "images_per_step": min(8, run.images_per_step),
         }
     else:
