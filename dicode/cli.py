@@ -134,7 +134,7 @@ def _ended_by(signals: list[int]) -> Iterator[None]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # others may not set handlers
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
                 before[number] = signal.signal(number, end)
     try:

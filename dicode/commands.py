@@ -18,13 +18,8 @@ from dicode.extras import missing_extra
 from dicode.files import check_parent, printable
 from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train, TrainAll, Widen
 from dicode.generate import trimmed
-from dicode.hub import (
-    config_to_dict,
-    content_hash,
-    model_name,
-    read_tensors,
-    resolve,
-)
+from dicode.hub import config_to_dict, content_hash, model_name, read_tensors, resolve
+from dicode.model_folder import check_model_folder
 from dicode.progress import Progress
 from dicode.shapes import DeepTokens
 from dicode.stopwatch import Stopwatch
@@ -131,6 +126,7 @@ def trainall(command: TrainAll, watch: Stopwatch) -> int:
     except ModuleNotFoundError as error:
         raise missing_extra(error, "train") from error
     check_parent(command.output)
+    check_model_folder(command.output)  # before hours of training
     chain = Chain.of(command.recipe, command.cache, command.runs, command.first_stage)
     try:
         chain.train(command.minutes)

@@ -13,12 +13,12 @@ from dicode.cli import main, parse
 from dicode.flags import Train, TrainAll
 from dicode.generate import DiCoDe
 from dicode.hub import read_config
-from dicode.train.chain import Chain
+from dicode.train.chain import Chain, wired
 from dicode.train.language import LanguageTraining
 from dicode.train.loop import Stage
 from dicode.train.pace import Pace, measured_pace, plan_of
 from dicode.train.parallel import Processes
-from dicode.train.runs import LoopConfig
+from dicode.train.runs import LanguageRun, LoopConfig
 from dicode.train.stages import stage_of
 
 RECIPE = """
@@ -97,6 +97,15 @@ def test_a_first_stage_can_be_taken_from_a_model(root: Path, tmp_path: Path, tin
     assert chain.stages["lm"].tokenizer == str(tmp_path / "toy-key_frames/best")  # type: ignore[union-attr]
     held = read_config(tiny_model)["tokenizer"]["first_stage"]["latent_channels"]
     assert chain.stages["denoiser"].model.first_stage.latent_channels == held  # type: ignore[union-attr]
+
+
+def test_a_stage_is_fed_with_those_before_it_alone(tmp_path: Path) -> None:
+    """A run of another file that has the name of a stage itself, or of a later one, stays what it is."""
+    best = {"key_frames": tmp_path / "mine-key_frames/best"}
+    run = LanguageRun(tokenizer="runs/small-key_frames/best", init="runs/other-lm/best")
+    wired_run = wired(run, best)
+    assert isinstance(wired_run, LanguageRun)
+    assert (wired_run.tokenizer, wired_run.init) == (str(tmp_path / "mine-key_frames/best"), "runs/other-lm/best")
 
 
 def test_measuring_leaves_weights_and_statistics_as_they_were(root: Path, tmp_path: Path) -> None:
@@ -182,11 +191,18 @@ def test_flags_of_one_stage_and_of_all() -> None:
         (["recipes/small.py", "--all", "-o", "{}/m", "--minutes", "-1"], "--minutes: expected a positive number, got"),
         (["recipes/small.py:lm", "--minutes", "nan"], "--minutes: expected a positive number, got"),
         (["recipes/small.py", "--all", "-o", "{}/none/m"], "no such folder to write 'm' in"),
+        (["recipes/small.py", "--all", "-o", "{}/notes"], "notes: holds diary.txt, which this command did not write"),
+        (["{}/half.py", "--all", "-o", "{}/m"], "expected STAGES with a TokenizerRun that denoises, and a LanguageRun"),
+        (["{}/odd.py", "--all", "-o", "{}/m"], "SAMPLING: unknown options ['guidence']"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(
     arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/diary.txt").write_text("mine")
+    for name, more in (("half", "del STAGES['lm']"), ("odd", "SAMPLING = {'guidence': 2}")):
+        (tmp_path / f"{name}.py").write_text(f"{RECIPE}\n{more}\n")
     assert main(["train", *(text.format(tmp_path) for text in arguments)]) == 2
     assert said in capsys.readouterr().err
 

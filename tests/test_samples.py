@@ -209,8 +209,16 @@ def test_best_goes_by_the_metric_asked_for_and_last_is_kept_beside_it(
         optim=OptimConfig(steps=6, batch_size=2, lr=1e-3, warmup_steps=1),
     )  # fmt: skip
     scores = iter([9.0, 3.0, 2.0, 5.0])  # of the look at the names first, then of steps 2, 4 and 6
-    stage.validate = lambda: ({"training_loss": next(scores), "rank": 1.0}, None)  # type: ignore[method-assign]
+    looks = torch.zeros(1)
+    stage.module.register_buffer("looks", looks)
+
+    def validate() -> tuple[dict[str, float], None]:
+        looks.add_(1)  # as statistics that it fits
+        return {"training_loss": next(scores), "rank": 1.0}, None
+
+    stage.validate = validate  # type: ignore[method-assign]
     assert train(stage, loop, tmp_path / "run", {}) == {"training_loss": 2.0, "rank": 1.0, "step": 4.0}
+    assert looks.item() == 3  # the first look has left nothing behind
     best, last = (content_hash(tmp_path / "run" / name / "lm.safetensors") for name in ("best", "last"))
     assert best != last
     stage.validate = lambda: ({"training_loss": 1.0, "rank": 1.0}, None)  # type: ignore[method-assign]

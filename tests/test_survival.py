@@ -235,7 +235,11 @@ def test_one_process_trains_in_a_folder(root: Path, tmp_path: Path) -> None:
             run_recipe(short_run(root), tmp_path, {})
         other.kill()
     assert not (tmp_path / "log.jsonl").exists()
-    run_recipe(short_run(root), tmp_path, {})
+    run = short_run(root)
+    elsewhere = dataclasses.replace(run, loop=dataclasses.replace(run.loop, device="nowhere"))
+    with pytest.raises(ValueError, match="device nowhere: cannot be used here"):
+        run_recipe(elsewhere, tmp_path, {})
+    run_recipe(run, tmp_path, {})
     assert (tmp_path / "best").is_dir()
 
 

@@ -191,6 +191,12 @@ def test_rendered_frames_are_those_that_decode_shows_beside_the_real_ones(traine
     written = [file.stat().st_mtime_ns for file in kept]
     FirstStageTraining(run)
     assert len(kept) == 2 and [file.stat().st_mtime_ns for file in kept] == written
+    tuned = shutil.copytree(str(run.tokenizer), tmp_path / "tuned")
+    config = json.loads((tuned / "config.json").read_text())
+    config["tokenizer"]["sampling"]["steps"] = 1
+    (tuned / "config.json").write_text(json.dumps(config))
+    FirstStageTraining(dataclasses.replace(run, tokenizer=str(tuned)))
+    assert len(list(Path(run.cache).glob("rendered-*.safetensors"))) == 4  # the same weights, sampled otherwise
     with pytest.raises(ValueError, match="rendered_share: expected 0…1, and a tokenizer that renders"):
         FirstStageTraining(dataclasses.replace(run, tokenizer=None))
 

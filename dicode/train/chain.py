@@ -15,16 +15,18 @@ from typing import Any
 import torch
 
 from dicode import __version__
-from dicode.hub import config_from_dict, config_to_dict, content_hash, read_config, resolve
+from dicode.hub import config_from_dict, config_to_dict, read_config, resolve
 from dicode.recipe_files import stages_of
+from dicode.sampling import SamplingConfig
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 from dicode.train.assemble import assemble
 from dicode.train.checkpoint import STATE, checkpoints
+from dicode.train.loop import data_of
 from dicode.train.pace import Pace, measured_pace, read_plan
 from dicode.train.parallel import Processes
+from dicode.train.run_folder import records
 from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
 from dicode.train.stages import Run, run_recipe, stage_of
-from dicode.video.cache_folder import INDEX
 from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.synthetic import draw_clip
 
@@ -50,15 +52,17 @@ class Chain:
         `first_stage` is a model, bundled or a folder, whose first stage is taken as it is.
         """
         stages, shares, sampling = stages_of(file)
+        check_stages(file, stages, sampling)
         held = resolve(first_stage) if first_stage else None
         folders = {name: runs / f"{Path(file).stem}-{name}" for name in stages}
-        best = {name: folder / "best" for name, folder in folders.items()}
+        best: dict[str, Path] = {}  # of the stages before
         chosen: dict[str, Run] = {}
         for name, run in stages.items():
             if held is not None and isinstance(run, FirstStageRun) and not run.freeze_encoder:
                 best[name] = held
                 continue
-            chosen[name] = wired(run if cache is None else replace(run, cache=cache), folders, best)
+            chosen[name] = wired(run if cache is None else replace(run, cache=cache), best)
+            best[name] = folders[name] / "best"
             if held is not None and isinstance(ready := chosen[name], TokenizerRun):
                 chosen[name] = replace(ready, model=replace(ready.model, first_stage=first_stage_of(held)))
         return cls(file, chosen, {name: shares[name] for name in chosen}, sampling, folders, first_stage)
@@ -110,13 +114,28 @@ class Chain:
         return found
 
 
-def wired(run: Run, folders: Mapping[str, Path], best: Mapping[str, Path]) -> Run:
-    """The run with a stage's `best` in place of each field that names it: runs/STAGE/best or runs/FILE-STAGE/best."""
+def check_stages(file: str, stages: Mapping[str, Run], sampling: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where what the stages of a file make is no whole model, or its `SAMPLING` is none."""
+    runs = stages.values()
+    renders = any(isinstance(run, TokenizerRun) and run.denoises for run in runs)
+    if not renders or not any(isinstance(run, LanguageRun) for run in runs):
+        raise ValueError(f"{file}: expected STAGES with a TokenizerRun that denoises, and a LanguageRun")
+    try:
+        SamplingConfig().changed(**sampling)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: SAMPLING: {error}") from error
+
+
+def wired(run: Run, best: Mapping[str, Path]) -> Run:
+    """The run with the `best` of a stage before it in place of each field that names it.
+
+    Names are runs/STAGE/best or runs/FILE-STAGE/best, of whatever file: a recipe that was copied has another name.
+    """
     changes: dict[str, Any] = {}
     for field in fields(run):
         value = getattr(run, field.name)
         named = re.fullmatch(r"runs/(.+)/best", value) if isinstance(value, str) else None
-        stage = named and next((n for n in folders if named[1] == n or named[1].endswith(f"-{n}")), None)
+        stage = named and next((n for n in best if named[1] == n or named[1].endswith(f"-{n}")), None)
         if stage:
             changes[field.name] = str(best[stage])
     return replace(run, **changes)
@@ -134,11 +153,10 @@ def finished(folder: Path, run: Run) -> bool:
         return False
     state = json.loads((kept[-1] / STATE).read_text(encoding="utf-8"))
     asked = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["recipe"]["run"]
-    session = json.loads((folder / "sessions.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     same = asked == json.loads(json.dumps(config_to_dict(run), default=str))
+    same = same and [s.get("data") for s in records(folder / "sessions.jsonl")][-1:] == [data_of(run)]
     steps = run.loop.optim.steps if plan is None else plan.steps
-    data = content_hash(Path(run.cache) / INDEX)
-    return same and session["data"] == data and state["step"] >= steps and state["evaluated"] == state["step"]
+    return same and state["step"] >= steps and state["evaluated"] == state["step"]
 
 
 def spent_minutes(folder: Path) -> float:

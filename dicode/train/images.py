@@ -1,6 +1,7 @@
 """Stage 0: the first stage learns to reconstruct single frames."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.adversarial import FeatureDiscriminator, Judged, adversarial_losses
 from dicode.train.parallel import Processes
 from dicode.train.runs import FirstStageRun
+from dicode.video.cache_folder import INDEX
 from dicode.video.columns import FrameRows, Videos
 from dicode.video.shards import FrameCache
 
@@ -67,7 +69,8 @@ def validation_rows(videos: Videos) -> dict[str, Tensor]:
 def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStageRun) -> Rendered:
     """The first clips of up to 4,096 videos from their own key frames: all frames but the head, which is no work.
 
-    Computed once and kept in the cache's folder, under a name that tells the tokenizer's weights and the videos.
+    Computed once and kept in the cache's folder, under a name that depends on all that decides them: the tokenizer's
+    weights and configuration, sampling included, the cache and the videos.
     """
     config, source = tokenizer.config, Path(str(run.tokenizer))
     chosen = cache.columns.lasting(config.clip_s).spread(MOST_RENDERED)
@@ -86,10 +89,9 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
         return {"latents": torch.cat(parts)}
 
     weights = content_hash(source / WEIGHTS, source / TOKENIZER_WEIGHTS)
-    videos = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:8]
-    name = (
-        f"rendered-{weights}-{config.sampling.decoder_guidance:g}-{config.sampling.motion_scale:g}-{videos}.safetensors"
-    )
+    data = content_hash(Path(run.cache) / INDEX)
+    asked = json.dumps([data, config_to_dict(config)]).encode() + rows.numpy().tobytes()
+    name = f"rendered-{weights}-{hashlib.sha256(asked).hexdigest()[:16]}.safetensors"
     with Processes().one_first():
         latents = kept_tensors(Path(run.cache) / name, computed)["latents"]
     return Rendered(rows[:, 1 : config.clip_frames].flatten(), latents[:, 1:].flatten(0, 1))
@@ -105,6 +107,8 @@ class FirstStageTraining:
             raise ValueError("tokenizer: its tokens stand for the latents of a frozen encoder; set freeze_encoder")
         if not 0 <= run.rendered_share <= 1 or (run.rendered_share and not run.tokenizer):
             raise ValueError(f"rendered_share: expected 0…1, and a tokenizer that renders, got {run.rendered_share}")
+        if run.moving_weight and run.rendered_share:
+            raise ValueError("moving_weight: weighs frames of clips; leave it out where rendered_share is given")
         if run.adversarial_weight and not run.perceptual_weight:
             raise ValueError("adversarial_weight: its discriminator sees feature maps; set a perceptual_weight as well")
         self.run = run
@@ -153,7 +157,7 @@ class FirstStageTraining:
         pixels = frames_to_pixels(self.frames[rows])
         flipped = torch.rand(len(pixels), generator=generator) < 0.5 * self.run.mirror
         pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
-        if self.rendered is None and self.run.moving_weight:
+        if self.run.moving_weight:
             weight = self.weights_of(rows, frames_to_pixels(self.frames[rows]))
             return {"pixels": pixels, "weight": torch.where(flipped[:, None, None, None], weight.flip(-1), weight)}
         if self.rendered is None:

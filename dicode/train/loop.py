@@ -402,10 +402,15 @@ def _best_metric(run: Training, metrics: dict[str, float]) -> tuple[str, float]:
 
 
 def _check_best(run: Training, stop: StopSignal) -> None:
-    """Validate before the first step where `best` is asked for, which only then is known to be there."""
+    """Validate before the first step where `best` is asked for, which only then is known to be there.
+
+    Statistics that validation fits are then as they were, so that a run is the same with `best` and without.
+    """
+    before = {name: local(buffer).clone() for name, buffer in run.buffers.items()}
     run.stage.module.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), whole(run.stage, run.copy), stop.cutting():
         _best_metric(run, run.stage.validate()[0])
+    copy_into(run.buffers, before)
 
 
 def _export(stage: Stage, target: Path, same: Path | None = None) -> None:

@@ -28,22 +28,20 @@ from PIL import Image
 
 from dicode.device import compute_dtype, pick_device
 from dicode.evaluate.report import describe_commit, versions
-from dicode.files import put_text
+from dicode.files import put, put_text
 from dicode.progress import EVERY_S, duration
 from dicode.train.parallel import Processes
 from dicode.train.runs import LoopConfig, Tracker
 from dicode.train.speed import described
 
 ABOUT_SPEED = ("trained_s", "samples_per_s", "data_share", "eta_s", "memory_gib", "mfu")
-
-
 HELD: set[Path] = set()  # run folders that this process trains in
 UNSURE = ("device", "dtype", "threads", "processes")  # what the last digits of a run depend on
 
 
 @contextmanager
 def claimed(folder: Path, data: str, config: LoopConfig, processes: Processes) -> Iterator[None]:
-    """In here no other process trains in `folder`; says what on. May be entered again further in.
+    """In here no other process trains in `folder`; prints what it computes on. May be entered again further in.
 
     Raises `ValueError` where one does, where the run was begun with other data, or where its tracker is missing.
     """
@@ -69,10 +67,10 @@ def claimed(folder: Path, data: str, config: LoopConfig, processes: Processes) -
             lock.close()
         raise ValueError(problem)
     HELD.add(place)
-    if processes.first:
-        device = pick_device(config.device)
-        print(f"{folder}: {described(device, compute_dtype(device, config.precision))}", flush=True)
     try:
+        if processes.first:
+            device = pick_device(config.device)
+            print(f"{folder}: {described(device, compute_dtype(device, config.precision))}", flush=True)
         yield
     finally:
         HELD.discard(place)
@@ -267,7 +265,7 @@ def note_start(
     if not recipe.exists():
         put_text(recipe, text)
         if source:
-            put_text(folder / "recipe.py", source.read_text())
+            put(folder / "recipe.py", lambda copy: copy.write_bytes(source.read_bytes()))
     elif text != recipe.read_text():
         changed = folder / f"recipe-from-step-{step:08d}.json"
         put_text(changed, text)
