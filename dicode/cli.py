@@ -23,6 +23,7 @@ from tyro.extras import SubcommandApp
 
 from dicode import __version__
 from dicode.config import check_ranges
+from dicode.evaluate.flags import Evaluate, Msrvtt, Tune, Ucf101, Vbench
 from dicode.flags import (
     Assemble,
     Cache,
@@ -30,13 +31,11 @@ from dicode.flags import (
     Clip,
     Dynamicrafter,
     Encode,
-    Evaluate,
     Export,
     Finetune,
     Generate,
     Index,
     Info,
-    Msrvtt,
     Official,
     Reconstruct,
     Scale,
@@ -44,10 +43,7 @@ from dicode.flags import (
     Tokenize,
     Train,
     TrainAll,
-    Tune,
-    Ucf101,
     Vae,
-    Vbench,
     Verify,
     Widen,
 )

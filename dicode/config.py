@@ -227,22 +227,21 @@ def parsed_json(text: str, where: str) -> Any:
 
     A key that is given twice is an error too, where Python's reader drops one.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        held = dict(pairs)
-        if len(held) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise CheckpointError(f"{where}: the key {twice!r} is given twice")
-        return held
-
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except CheckpointError:
-        raise
     except RecursionError as error:
         raise CheckpointError(f"{where}: not readable as JSON (nested too deeply)") from error
     except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
         raise CheckpointError(f"{where}: not readable as JSON ({error})") from error
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict (`object_pairs_hook`). Raises `ValueError` for a key that is given twice."""
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return held
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

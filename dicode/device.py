@@ -26,6 +26,25 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device {name}: cannot be used here ({reason}); cpu always can") from error
 
 
+def describe_device(device: str | torch.device = "cpu") -> str:
+    """The device in words, e.g. 'cpu: Intel Xeon, 2 cores, 1 threads' or 'cuda: NVIDIA H100 80GB HBM3'."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        return f"cpu: {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{device.type}: {platform.platform()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # environment variables that oneDNN obeys, for trying others
 NO_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 

@@ -181,6 +181,15 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is text: bytes of it that are not UTF-8 are half characters here."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk itself."""
     if path.is_dir():

@@ -21,6 +21,7 @@ from dicode.config import config_to_dict as config_to_dict
 from dicode.config import nearest as nearest
 from dicode.config import read_config as read_config
 from dicode.config import write_config as write_config
+from dicode.files import put
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DEFAULT_MODEL = "sprites"
@@ -207,12 +208,7 @@ def as_saved(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 def kept_tensors(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a file that `make` fills on first use; an interrupted first use leaves no file."""
     if not path.is_file():
-        partial = path.with_name(f".{path.name}.part")
-        try:
-            save_file(make(), partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        put(path, lambda partial: save_file(make(), partial))
     return read_tensors(path)
 
 

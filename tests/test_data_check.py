@@ -74,7 +74,7 @@ def test_what_moves_is_what_leaves_the_mean_frame() -> None:
 
 
 PLAIN = Findings(
-    clips=500, validation=34, median_s=4.2, longest_s=6.0, clip_s=2.0, shorter=0.0, looping=0.0, seamless=0.1,
+    clips=500, validation=34, median_s=4.2, longest_s=6.0, shorter=0.0, looping=0.0, seamless=0.1,
     captioned=1.0, captions=480, most_repeated=3, text_tokens=12, sided=0.0, changing=0.2,
     psnr_db={"sprites": 25.0, "world": 24.0}, moving_db={"sprites": 21.5, "world": 20.0}, change_variance=1.3,
 )  # fmt: skip

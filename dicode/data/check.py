@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dicode.data.summary import CLIP_S
 from dicode.hub import resolve
 from dicode.lm.text import TextTokenizer
 from dicode.progress import tracked
@@ -19,7 +20,6 @@ from dicode.video.timed import Video
 LOOKED_AT, THROUGH_NETWORKS = 256, 96  # clips
 BUNDLED = ("sprites", "world")
 CHANGED = 0.1  # of the range from black to white: a pixel further from its clip's mean frame changes
-SMALL_SHARE = 0.08  # of the picture: what changes is small
 GOOD_PSNR_DB, GOOD_MOVING_DB = 27.0, 21.0  # of a first stage, all over and where something moves (docs/log.md)
 READ_TOKENS, WRITTEN_KEY_FRAMES = 24, 3  # of the language model of recipes/small.py
 VOCABULARY, MOST_CAPTIONS = 1024, 20_000
@@ -33,7 +33,6 @@ class Findings:
     validation: int
     median_s: float
     longest_s: float
-    clip_s: float  # from one key frame to the next
     shorter: float  # share of clips that end before their second key frame
     looping: float  # share cached as loops …
     seamless: float  # … and of the others, share that end where they begin
@@ -52,7 +51,7 @@ class Findings:
         named = ", ".join(f"{n} {self.psnr_db[n]:.1f} dB ({self.moving_db[n]:.1f} where it moves)" for n in BUNDLED)
         return [
             f"clips: {self.clips}, {self.validation} of them for validation; median {self.median_s:.1f} s, longest "
-            f"{self.longest_s:.1f} s; {self.shorter:.0%} end before the second key frame ({self.clip_s:g} s)",
+            f"{self.longest_s:.1f} s; {self.shorter:.0%} end before the second key frame ({CLIP_S:g} s)",
             f"loops: {self.looping:.0%} cached as loops; of the others {self.seamless:.0%} end where they begin",
             f"captions: {self.captioned:.0%} of clips have one, {self.captions} different, the most frequent "
             f"{self.most_repeated} times; 95 % need at most {self.text_tokens} text tokens; {self.sided:.0%} tell left "
@@ -68,10 +67,8 @@ class Findings:
         if self.seamless > 0.5:
             found.append("most clips end where they begin: cache them with --loops (dicode data cache … --loops)")
         if self.shorter > 0.1 and self.seamless <= 0.5:
-            found.append(
-                f"{self.shorter:.0%} of clips are shorter than {self.clip_s:g} s: they teach pictures, not motion"
-            )
-        useful = 2 if self.median_s < 2 * self.clip_s else int(self.median_s / self.clip_s) + 1
+            found.append(f"{self.shorter:.0%} of clips are shorter than {CLIP_S:g} s: they teach pictures, not motion")
+        useful = 2 if self.median_s < 2 * CLIP_S else int(self.median_s / CLIP_S) + 1
         if not self.looping and useful != WRITTEN_KEY_FRAMES:
             found.append(f"clips of {self.median_s:.1f} s have {useful} key frames: lm --key-frames {useful}")
         if not self.validation:
@@ -109,7 +106,6 @@ def check_cache(cache: FrameCache) -> Findings:
     """Look at up to 256 clips, send a frame of 96 through each bundled first stage; less than a minute."""
     videos = cache.columns
     tokenizers = {name: VideoTokenizer.from_pretrained(resolve(name)) for name in BUNDLED}
-    clip_s = tokenizers[BUNDLED[0]].config.clip_s
     periods_s = videos.column("period_s")
     known = videos.spread(MOST_CAPTIONS)
     captions = [video.captions[0] for video in known if video.captions and video.captions[0]]
@@ -131,8 +127,7 @@ def check_cache(cache: FrameCache) -> Findings:
         validation=len(videos.having(VALIDATION)),
         median_s=float(np.median(periods_s)),
         longest_s=float(periods_s.max()),
-        clip_s=clip_s,
-        shorter=1 - len(videos.lasting(clip_s)) / len(videos),
+        shorter=1 - len(videos.lasting(CLIP_S)) / len(videos),
         looping=len(videos.having(LOOPS)) / len(videos),
         seamless=float(np.mean(seamless)) if seamless else 0.0,
         captioned=len(captions) / len(known),

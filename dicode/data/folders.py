@@ -13,7 +13,7 @@ from dicode.data.lists import NAMES, PROMPTS, SUFFIXES, VIDEOS, read_list, read_
 from dicode.data.notes import NOTES, noted
 from dicode.data.records import ClipRecord, faulty
 from dicode.data.tars import TAR_SUFFIX, tar_records
-from dicode.files import Place
+from dicode.files import Place, is_utf8
 from dicode.video.cache_folder import INDEX, is_own
 from dicode.video.io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoReadError, natural_key
 from dicode.video.writer import FOLDER_METADATA
@@ -107,7 +107,7 @@ def _fill(inside: Directory, here: Place, root: Place, left_out: Counter[str]) -
         name = path.name
         if name.startswith(".") or name in OF_SYSTEMS:
             left_out["hidden files and folders"] += 1
-        elif not name.isascii() and not _is_utf8(name):
+        elif not name.isascii() and not is_utf8(name):
             if is_folder or _is_media(name):
                 inside.strange.append(faulty(path, root, "its name is not UTF-8; rename it"))
         elif is_folder:
@@ -126,14 +126,6 @@ def _entries(folder: Place) -> Iterator[tuple[Place, bool, bool]]:
             yield from ((folder / entry.name, entry.is_dir(), entry.is_file()) for entry in entries)
     else:
         yield from ((path, path.is_dir(), path.is_file()) for path in folder.iterdir())
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_media(name: str) -> bool:

@@ -11,7 +11,7 @@ from dicode.data.lists import SUFFIXES, read_list
 from dicode.data.records import MEANT, ClipRecord, merged
 from dicode.data.summary import Clip
 from dicode.data.tars import TAR_SUFFIX, tar_records
-from dicode.files import Place, place
+from dicode.files import Place, is_utf8, place
 from dicode.video.io import VideoReadError, check_frames, probe
 
 CHECKED_SIZE = 32  # a picture is bad if it cannot be scaled to this side
@@ -39,7 +39,7 @@ def read_data(folder_or_file: str | Place) -> DataSet:
     Raises `VideoReadError` naming file and line where a list cannot be understood, or nothing is there.
     """
     path = place(folder_or_file)
-    if not str(path).isascii() and not _is_utf8(str(path)):
+    if not str(path).isascii() and not is_utf8(str(path)):
         raise VideoReadError(f"{str(path)!a}: the name is not UTF-8; rename it")
     try:
         found = _read(path)
@@ -83,14 +83,6 @@ def left_text(found: DataSet) -> str:
     said = [f"{count} {what}" for what, count in found.left_out.items() if count]
     said += [f"{name}" for name in found.unread]
     return f"; not read: {', '.join(said)}" if said else ""
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_files(records: Iterable[ClipRecord]) -> tuple[list[tuple[ClipRecord, Clip]], list[BadFile]]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from dicode.config import unique
 from dicode.data.records import FILE_KEYS, ClipRecord, record_of
 from dicode.extras import missing_extra
 from dicode.files import Place, TextError, fetched, read_text
@@ -71,17 +72,9 @@ def json_object(text: str, where: str) -> dict[str, Any]:
 def json_value(text: str, where: str) -> Any:
     """A value of JSON, in which no object has a key twice. NaN is a number here, as many programs write it."""
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # RecursionError: of brackets in brackets
         raise VideoReadError(f"{where}: not JSON ({error})") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return values
 
 
 def _text(path: Place) -> str:

@@ -14,9 +14,10 @@ from torch import Tensor
 from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.scores import Seen, seen, seen_by_efflite
 from dicode.files import put
-from dicode.hub import read_tensors
+from dicode.hub import content_hash, read_tensors
 from dicode.progress import tracked
 from dicode.tokenizer.config import TokenizerConfig
+from dicode.video.cache_folder import INDEX
 from dicode.video.columns import CachedVideo
 from dicode.video.shards import FrameCache
 from dicode.video.timed import Video
@@ -36,7 +37,7 @@ class RealClips:
         self.cache, self.config, self.folder = cache, config, folder
         self._held: dict[str, Measured] = {}
         self._hashes: dict[Network, str] = {}
-        self._cache_hash = "" if folder is None else index_hash(folder)
+        self._cache_hash = "" if folder is None else content_hash(folder / INDEX)
 
     def clip(self, row: int) -> Video:
         """The first clip of video `row`."""
@@ -119,14 +120,6 @@ def first_clip(config: TokenizerConfig, cache: FrameCache, video: CachedVideo) -
 def chunks(rows: Sequence[int]) -> list[Sequence[int]]:
     """Rows in the pieces that are kept together."""
     return [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
-
-
-def index_hash(folder: Path) -> str:
-    """SHA-256 of a cache's index, which holds the hashes of its shards."""
-    digest = sha256()
-    for path in sorted(folder.glob("index.*")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def network_hash(network: Network) -> str:

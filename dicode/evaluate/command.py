@@ -14,6 +14,7 @@ from dicode.device import pick_device
 from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, caption_of, split_rows
 from dicode.evaluate.estimate import measured_units, work_of
 from dicode.evaluate.features import Network, load_networks
+from dicode.evaluate.flags import Evaluate
 from dicode.evaluate.html import write_report
 from dicode.evaluate.instructions import IMAGES, evaluate_instructions
 from dicode.evaluate.long import check_length, measure_long
@@ -23,7 +24,6 @@ from dicode.evaluate.scorer import Scorer, clips_of_videos, evaluate_scorer
 from dicode.evaluate.scores import blindness, made_by, marked_blind
 from dicode.evaluate.speed import evaluate_speed
 from dicode.evaluate.suite import DIVERSE_CAPTIONS, DIVERSE_SAMPLES, evaluate_generation, evaluate_reconstruction
-from dicode.flags import Evaluate
 from dicode.generate import DiCoDe
 from dicode.hub import resolve
 from dicode.progress import Progress, duration

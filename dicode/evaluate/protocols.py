@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dicode.commands import origin
 from dicode.device import pick_device
+from dicode.evaluate.flags import Msrvtt, Ucf101, Vbench
 from dicode.evaluate.metrics import bootstrap_interval
 from dicode.evaluate.networks import C3D, I3D, Clip, clip_similarity
 from dicode.evaluate.protocol_data import (
@@ -34,7 +35,6 @@ from dicode.evaluate.protocol_parts import Parts, Shard, shard_of
 from dicode.evaluate.quality import inception_score
 from dicode.evaluate.report import write_result
 from dicode.evaluate.scores import class_score, frechet_score
-from dicode.flags import Msrvtt, Ucf101, Vbench
 from dicode.generate import DiCoDe
 from dicode.hub import resolve
 from dicode.seeds import generator_for

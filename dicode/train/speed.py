@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dicode.device import compute_dtype, peak_memory_gib
-from dicode.evaluate.report import describe_device
+from dicode.device import compute_dtype, describe_device, peak_memory_gib
 from dicode.sizing import Meter, measured_flops, peak_flops
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig

@@ -211,10 +211,10 @@ def random_line(draw: random.Random) -> list[str]:
 
 def flags_of(kind: str) -> dict[str, Any]:
     """The flags of a command and their types, those of its groups included."""
-    from dicode import flags
+    from dicode import cli
 
     found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(getattr(flags, kind)).items():
+    for name, hint in typing.get_type_hints(getattr(cli, kind)).items():
         if dataclasses.is_dataclass(hint):
             found |= typing.get_type_hints(hint)
         elif name not in (
