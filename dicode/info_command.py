@@ -37,8 +37,6 @@ def info(command: Info, watch: Stopwatch) -> int:
     is_recipe = command.model.rpartition(":")[0].endswith(".py") or command.model.endswith(".py")
     batch_size = 1 if command.batch_size is None else command.batch_size
     gpus = command.gpus or ((1,) if is_recipe else (1, 8))
-    if batch_size < 1 or min(gpus) < 1:
-        raise ValueError(f"expected a batch size and GPUs of at least 1, got {batch_size} and {list(gpus)}")
     if command.here and not is_recipe:
         raise ValueError(f"--here: measures the stages of a recipe file, such as recipes/small.py; got {command.model}")
     if command.here:
@@ -77,8 +75,6 @@ def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
 
     if command.gpu not in GPUS:
         raise ValueError(f"gpu: {command.gpu!r} is none of {', '.join(GPUS)}{nearest(command.gpu, list(GPUS))}")
-    if not 0 < command.mfu <= 1:
-        raise ValueError(f"mfu: expected a share of the peak, above 0 and up to 1, got {command.mfu}")
     gpu = GPUS[command.gpu]
     assumed = {"memory_gib": gpu.memory_gib, "peak_flops": gpu.peak_flops, "mfu": command.mfu, "usable_memory": USABLE}
     values: dict[str, Any] = {"assumed": {"gpu": command.gpu, **assumed}}
