@@ -164,11 +164,13 @@ def _encoder(model: str, device: str, watch: Stopwatch, mirror: bool = False) ->
 
 def export(command: Export, watch: Stopwatch) -> int:
     """One archive a shard."""
-    from dicode.data.archives import write_tars
+    from dicode.data.archives import check_export, write_tars
     from dicode.video.shards import FrameCache
 
+    output = place(command.output)
+    check_export(output)
     cache = FrameCache.load(command.cache)
-    archives = write_tars(cache, place(command.output))
+    archives = write_tars(cache, output)
     print(f"{command.output}: {len(cache.videos)} clips in {len(archives)} archives")
     return 0
 

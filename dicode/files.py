@@ -204,6 +204,26 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """An empty folder, which takes the place of `output`, whatever that holds, when the block ends without an error."""
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(PARTIAL, f".{output.name}.", parent))
+    try:
+        yield made
+        made.chmod(0o755)  # mkdtemp makes folders for their owner alone
+        if output.exists():
+            held = Path(tempfile.mkdtemp(PARTIAL, f".{output.name}.old.", parent))
+            output.replace(held / "old")
+            made.replace(output)
+            shutil.rmtree(held)
+        else:
+            made.replace(output)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
 def sha256_of(source: Place) -> str:
     """SHA-256 of a file's content, in hexadecimal digits."""
     with source.open("rb") as file:

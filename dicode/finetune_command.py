@@ -92,8 +92,6 @@ def finetune(command: Finetune, watch: Stopwatch) -> int:
                 print(f"dicode: {part}: {error}; try a lower --lr", file=sys.stderr)
                 return 1
     folders = [work / part / "best" if part in parts else base for part in ("denoiser", "lm")]
-    with watch.stage("assemble"):
-        assemble(folders[0], folders[1], command.output, dtype=getattr(torch, command.dtype))
     line, held = "dicode " + shlex.join(sys.argv[1:]), sum(video.validation for video in videos)
     card = CARD.format(
         name=command.output.name,
@@ -105,7 +103,8 @@ def finetune(command: Finetune, watch: Stopwatch) -> int:
         held=held,
         table="\n".join(_rows(figures)),
     )
-    (command.output / "README.md").write_text(card, encoding="utf-8")
+    with watch.stage("assemble"):
+        assemble(folders[0], folders[1], command.output, dtype=getattr(torch, command.dtype), card=card)
     if command.json is not None:
         values = {**figures, "clips": len(videos), "lora": lm.lora, "seconds": watch.seconds}
         values |= {"processor_s": time.process_time(), "peak_memory_mib": peak_memory_mib()}

@@ -1,41 +1,29 @@
 """Where a model is written: never over files that are not its own."""
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 from dicode.config import CheckpointError, read_config
-from dicode.files import PARTIAL
+from dicode.files import whole_folder
 from dicode.hub import HUB_FILES
 
 
 @contextmanager
-def model_folder(output: Path) -> Iterator[Path]:
+def model_folder(output: Path, own: Sequence[str] = HUB_FILES, *, keep: bool = False) -> Iterator[Path]:
     """An empty folder for a checkpoint, which takes the place of `output` when the block ends: whole, or not at all.
 
-    Raises `CheckpointError` where that holds anything but a checkpoint of ours. A model card that is there stays.
+    Raises `CheckpointError` where that holds anything but a checkpoint of ours (`own`). A model card that is there
+    stays; with `keep` so do all files that the block writes none of.
     """
-    check_model_folder(output)
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(PARTIAL, f".{output.name}.", parent))
-    try:
+    check_model_folder(output, own)
+    with whole_folder(output) as made:
         yield made
-        if (output / "README.md").is_file() and not (made / "README.md").exists():
-            shutil.copy2(output / "README.md", made)
-        made.chmod(0o755)  # mkdtemp makes folders for their owner alone
-        if output.exists():
-            held = Path(tempfile.mkdtemp(PARTIAL, f".{output.name}.old.", parent))
-            output.replace(held / "model")
-            made.replace(output)
-            shutil.rmtree(held)
-        else:
-            made.replace(output)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        for path in output.iterdir() if output.is_dir() else ():
+            if (keep or path.name == "README.md") and not (made / path.name).exists():
+                shutil.copy2(path, made)
 
 
 def check_model_folder(output: Path, own: Sequence[str] = HUB_FILES) -> None:

@@ -18,7 +18,7 @@ from einops import repeat
 from torch import Tensor
 
 from dicode.device import pick_device
-from dicode.evaluate.report import write_result
+from dicode.evaluate.report import read_result, write_result
 from dicode.evaluate.scaling import fit_power_law
 from dicode.extras import missing_extra
 from dicode.files import put_text, read_json
@@ -46,15 +46,18 @@ except ModuleNotFoundError as error:
 RIVALS = 8  # captions of other clips of the same folder that a clip's own is compared with
 RANKED = 192  # training clips for which this is done too
 FIGURES = "figures.json"
+SIZES, ARMS = "language models of several sizes", "one thing changed"  # names of results
 Figures = dict[str, Any]
 Measure = Callable[[LanguageTraining], dict[str, float]]
 
 
 def scale(command: Scale, watch: Stopwatch) -> int:
     """A signal stops it after a checkpoint, with exit code 75, as `dicode train`."""
+    name, title = ("ablations", ARMS) if command.studies else (Path(command.family).stem, SIZES)
+    path = check_result(command.output / f"{name}.json", title)
     runs = family(command)
     if command.studies:
-        return ablate(command, runs)
+        return ablate(command, runs, path)
     sizes = {name: counted(run) for name, run in runs.items()}
     print_sizes(sizes, command.seeds, command.tflops)
     if command.dry_run:
@@ -62,13 +65,12 @@ def scale(command: Scale, watch: Stopwatch) -> int:
     with StopSignal() as stop, Processes() as processes:
         figures = {name: seeds_of(name, run, command, likelihoods, processes, stop) for name, run in runs.items()}
         if processes.first:
-            path = command.output / f"{Path(command.family).stem}.json"
             values = {"sizes": sizes, "means": means(figures), **laws(sizes, figures), "runs": by_seed(figures)}
-            publish(command, path, "language models of several sizes", values)
+            publish(command, path, SIZES, values)
     return 0
 
 
-def ablate(command: Scale, runs: dict[str, LanguageRun]) -> int:
+def ablate(command: Scale, runs: dict[str, LanguageRun], path: Path) -> int:
     """The second smallest of the family, or the only one, with one thing changed at a time."""
     from dicode.ablations import arms, in_latents, joins
 
@@ -87,10 +89,17 @@ def ablate(command: Scale, runs: dict[str, LanguageRun]) -> int:
                     values["joins"] = joins(
                         Path(command.tokenizer), Path(base.cache), device=str(pick_device(command.device))
                     )
-            publish(
-                command, command.output / "ablations.json", "one thing changed", {**values, "runs": by_seed(figures)}
-            )
+            publish(command, path, ARMS, {**values, "runs": by_seed(figures)})
     return 0
+
+
+def check_result(path: Path, name: str) -> Path:
+    """The path, before any work is done. Raises `ValueError` where it is a file that is no such result."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: expected a folder for {path.name}, got a file")
+    if path.exists() and read_result(path)["name"] != name:
+        raise ValueError(f"{path}: expected the result {name!r}, or no file yet; name another folder with -o")
+    return path
 
 
 def publish(command: Scale, path: Path, name: str, values: Figures) -> None:

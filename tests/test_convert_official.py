@@ -270,7 +270,7 @@ def test_language_model_of_another_tokenizer_is_refused(
 
 
 def test_parts_converted_one_after_the_other_make_one_folder(
-    published: dict[str, Tensor], gpt2_folder: Path, tmp_path: Path
+    published: dict[str, Tensor], gpt2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert_official(tmp_path / "out", saved(published, tmp_path / "t.bin"), config=reference_config())
     card = (tmp_path / "out" / "README.md").read_text()
@@ -280,6 +280,17 @@ def test_parts_converted_one_after_the_other_make_one_folder(
     convert_official(tmp_path / "out", lm=path, vocabulary=vocabulary, lm_config=reference_lm_config())
     assert read_config(tmp_path / "out").keys() == {"tokenizer", "lm", "deep_tokens"}
     assert (tmp_path / "out" / "README.md").read_text() == card
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr("dicode.convert.official.write_config", None)
+    with pytest.raises(TypeError):  # after the weights
+        convert_official(tmp_path / "out", lm=path, vocabulary=vocabulary, lm_config=reference_lm_config())
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    monkeypatch.setattr("dicode.convert.priors.write_config", None)
+    with pytest.raises(TypeError):
+        convert_dynamicrafter(
+            saved(published, tmp_path / "d.bin"), tmp_path / "other", config=reference_config(), objective="epsilon"
+        )
+    assert sorted(file.name for file in tmp_path.iterdir() if file.is_dir() and "gpt2" not in file.name) == ["out"]
     VideoTokenizer.from_pretrained(tmp_path / "out")
     DeepTokenLM.from_pretrained(tmp_path / "out")
 

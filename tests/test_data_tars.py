@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import shutil
 import tarfile
 import warnings
 from pathlib import Path
@@ -94,22 +95,35 @@ def test_webdataset_reads_what_is_exported_and_so_do_we(tmp_path: Path, drawn_cl
     assert [path.read_bytes() for path in second] == [path.read_bytes() for path in sorted(out.iterdir())]
 
 
-def test_no_foreign_archive_is_replaced(tmp_path: Path, drawn_clips: Path) -> None:
+def test_an_export_is_whole_and_takes_the_place_of_another_only(
+    tmp_path: Path, drawn_clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build_cache(read_index(drawn_clips)[:1], tmp_path / "cache", CacheOptions(size=16))
     cache = FrameCache.load(tmp_path / "cache")
     (tmp_path / "shard-00000.tar").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"shard-00000.tar: there is another file of this name"):
+    with pytest.raises(ValueError, match=r"is no archive of this command's"):
         write_tars(cache, tmp_path)
     assert (tmp_path / "shard-00000.tar").read_bytes() == b"mine"
-    first = write_tars(cache, tmp_path / "out")[0].read_bytes()
-    assert write_tars(cache, tmp_path / "out")[0].read_bytes() == first
+    out = tmp_path / "out"
+    first = write_tars(cache, out)[0].read_bytes()
+    shutil.copy(out / "shard-00000.tar", out / "shard-00009.tar")  # of a larger cache
+    assert write_tars(cache, out)[0].read_bytes() == first
+    assert [path.name for path in out.iterdir()] == ["shard-00000.tar"]
+    monkeypatch.setattr("dicode.data.archives.VideoWriter", None)
+    with pytest.raises(TypeError):
+        write_tars(cache, out)
+    assert (out / "shard-00000.tar").read_bytes() == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "shard-00000.tar"]
+    (out / "thesis.tex").write_text("x")
+    assert main(["data", "export", str(tmp_path / "cache"), "-o", str(out)]) == 2
+    assert len(list(out.iterdir())) == 2
 
 
 def test_frames_at_uneven_times_are_exported_at_a_rate_that_keeps_them(tmp_path: Path) -> None:
     frames = torch.stack([torch.full((16, 16, 3), value, dtype=torch.uint8) for value in (0, 120, 240)])
     video = CachedVideo("x", "a.gif", (), False, False, 0, 3, 1.0)
     FrameCache((video,), frames, torch.tensor([0.0, 0.2, 0.8], dtype=torch.float64)).save(tmp_path / "cache")
-    (archive,) = write_tars(FrameCache.load(tmp_path / "cache"), tmp_path)
+    (archive,) = write_tars(FrameCache.load(tmp_path / "cache"), tmp_path / "out")
     with tarfile.open(archive) as tar:
         movie, facts = (tar.extractfile(f"00000-00000.{ending}").read() for ending in ("mp4", "json"))  # type: ignore[union-attr]
     (tmp_path / "clip.mp4").write_bytes(movie)

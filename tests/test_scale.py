@@ -184,6 +184,11 @@ def test_a_dry_run_tells_the_published_sizes(tmp_path, monkeypatch, capsys):
         ["distilgpt2", "109,179,408", "70,531,344", "6,400,000"],
     ]
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "paper.json").write_text('{"mine": 1}')
+    argv = ["scale", "none", "--family", "recipes/paper.py", "-o", str(tmp_path), "--work-folder", str(tmp_path / "w")]
+    assert main(argv) == 2
+    assert "expected a result with name" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["paper.json"]
 
 
 def test_the_larger_sizes_go_on_where_the_study_ends():

@@ -18,6 +18,7 @@ from dicode.hub import CheckpointError, config_to_dict, held_by, load_state, mis
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM
 from dicode.lm.text import TextTokenizer
+from dicode.model_folder import model_folder
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.sizes import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import (
@@ -115,25 +116,26 @@ def convert_official(
         sections["lm"] = config_to_dict(lm_config)
     if not writes:
         raise CheckpointError("nothing to convert: name the tokenizer's file, the language model's, or both")
-    for name, state in writes:
-        write_tensors(output / name, state, dtype, EXACT)
-    if lm is not None and vocabulary is not None:
-        vocabulary.save(output)
-    others = read_config(output) if (output / "config.json").is_file() else {}
-    write_config(output, {**others, **sections})
-    write_card(output, [path.name for path in (tokenizer, lm, clip) if path is not None], report)
+    with model_folder(output, keep=True) as folder:
+        for name, state in writes:
+            write_tensors(folder / name, state, dtype, EXACT)
+        if lm is not None and vocabulary is not None:
+            vocabulary.save(folder)
+        others = read_config(output) if (output / "config.json").is_file() else {}
+        write_config(folder, {**others, **sections})
+        write_card(folder, output, [path.name for path in (tokenizer, lm, clip) if path is not None], report)
     return report
 
 
-def write_card(folder: Path, sources: list[str], report: Report) -> None:
-    """Say in README.md where the weights come from and what became of them; a card that is there stays."""
-    card = folder / "README.md"
-    if not card.exists():
+def write_card(folder: Path, output: Path, sources: list[str], report: Report) -> None:
+    """Say in README.md where the weights come from and what became of them; a card that is in `output` stays."""
+    if not (output / "README.md").exists():
         head = "---\nlibrary_name: dicode\npipeline_tag: text-to-video\n---\n\n"
         made = (
             f"Converted by dicode {__version__} from {', '.join(sources)}; their licence holds for these weights too."
         )
-        card.write_text(f"{head}# {folder.resolve().name}\n\n{made}\n\n```\n{report.text()}\n```\n", encoding="utf-8")
+        text = f"{head}# {output.resolve().name}\n\n{made}\n\n```\n{report.text()}\n```\n"
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 SCHEDULES = {

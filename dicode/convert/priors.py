@@ -32,6 +32,7 @@ from dicode.convert.official import (
     write_card,
 )
 from dicode.hub import CheckpointError, write_config
+from dicode.model_folder import model_folder
 from dicode.tokenizer.config import DiffusionConfig, TokenizerConfig
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.sizes import TOKENIZERS
@@ -83,10 +84,11 @@ def convert_dynamicrafter(
     for name in missing_scale:
         unet.setdefault(name, torch.zeros(()))  # a fixed scale of 1 there; tanh(0) + 1 here
     first_stage, parts = joined(unet, vae, resampler, image, text, config, str(path), report)
-    write_tensors(output / FIRST_STAGE_WEIGHTS, first_stage, dtype, EXACT)
-    write_tensors(output / WEIGHTS, parts, dtype, EXACT)
-    write_config(output, tokenizer_sections(config, first_stage, parts, dtype))
-    write_card(output, [path.name], report)
+    with model_folder(output) as folder:
+        write_tensors(folder / FIRST_STAGE_WEIGHTS, first_stage, dtype, EXACT)
+        write_tensors(folder / WEIGHTS, parts, dtype, EXACT)
+        write_config(folder, tokenizer_sections(config, first_stage, parts, dtype))
+        write_card(folder, output, [path.name], report)
     return report
 
 
@@ -118,10 +120,11 @@ def convert_vae(path: Path, output: Path, dtype: torch.dtype = torch.float32) ->
     with torch.device("meta"):
         autoencoder = FirstStage(config).autoencoder
     renamed = fitted(renamed, autoencoder, str(path))
-    write_tensors(output / "diffusion_pytorch_model.safetensors", renamed, dtype)
     settings = {**dict(autoencoder.config), "scaling_factor": LATENT_SCALE}
     text = json.dumps({"_class_name": AutoencoderKL.__name__, **settings}, indent=2, default=str)
-    (output / "config.json").write_text(text + "\n")
+    with model_folder(output, own=()) as folder:
+        write_tensors(folder / "diffusion_pytorch_model.safetensors", renamed, dtype)
+        (folder / "config.json").write_text(text + "\n")
     report.use("autoencoder", renamed)
     return report
 
@@ -131,14 +134,16 @@ def convert_clip(path: Path, output: Path, dtype: torch.dtype = torch.float32) -
     state, report = read_clip(path), Report()
     if is_transformers_clip(read_weights(path)):
         back = open_clip_state(state)
-        write_tensors(output / "open_clip_model.safetensors", back, dtype)
+        with model_folder(output, own=()) as folder:
+            write_tensors(folder / "open_clip_model.safetensors", back, dtype)
         report.use("OpenCLIP model", back)
         return report
     config = clip_config_of(state)
     with torch.device("meta"):
         state = fitted(state, CLIPModel(config), str(path))
-    write_tensors(output / "model.safetensors", state, dtype)
-    config.save_pretrained(output)
+    with model_folder(output, own=()) as folder:
+        write_tensors(folder / "model.safetensors", state, dtype)
+        config.save_pretrained(folder)
     report.use("CLIP model", state)
     return report
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dicode.files import Place, put
+from dicode.files import Place, put, whole_folder
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 from dicode.video.timed import Video
 from dicode.video.writer import VideoWriter
@@ -23,18 +23,32 @@ UNEVEN = 0.25  # of the mean time between frames: a GIF at 8 fps has frames of 0
 def write_tars(cache: FrameCache, output: Place) -> list[Place]:
     """Every shard of a cache as a tar of H.264 videos, their first caption as .txt and all else as .json.
 
-    Equal caches give equal bytes. Raises `ValueError` where that would replace another file.
+    Equal caches give equal bytes. A folder here is written whole or not at all, in place of an earlier export. Raises
+    `ValueError` where it holds other files.
     """
+    check_export(output)
+    if not isinstance(output, Path):
+        return _write_tars(cache, output)
+    with whole_folder(output) as made:
+        return [output / path.name for path in _write_tars(cache, made)]
+
+
+def check_export(output: Place) -> None:
+    """Raise `ValueError` for a folder that holds anything but archives of `write_tars`."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: expected a folder to write, or none yet, got a file")
+    for path in output.iterdir() if output.exists() else ():
+        if path.is_dir() or not (path.suffix == ".tar" and _is_ours(path)):
+            raise ValueError(f"{path}: is no archive of this command's; name an empty or a new folder with -o")
+
+
+def _write_tars(cache: FrameCache, output: Place) -> list[Place]:
     assert isinstance(cache.frames, Rows)
     made: list[Place] = []
-    targets = [output / f"{file.stem}.tar" for file in cache.files]
-    if foreign := [target for target in targets if target.exists() and not _is_ours(target)]:
-        raise ValueError(f"{foreign[0]}: there is another file of this name; name another -o")
     for file, (start, stop) in zip(cache.files, pairwise(cache.frames.starts), strict=True):
         own = [v for v in cache.videos if start <= v.first < stop]
-        target = output / f"{file.stem}.tar"
-        put(target, partial(_write_tar, cache=cache, videos=own, stem=file.stem))
-        made.append(target)
+        made.append(output / f"{file.stem}.tar")
+        put(made[-1], partial(_write_tar, cache=cache, videos=own, stem=file.stem))
     return made
 
 

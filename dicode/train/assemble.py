@@ -19,13 +19,14 @@ def assemble(
     output: Path,
     first_stage: Path | None = None,
     dtype: torch.dtype = torch.float16,
+    card: str | None = None,
     **options: object,
 ) -> DiCoDe:
     """Join a tokenizer run's and a language model run's weights; returns the model as loaded back from `output`.
 
     `first_stage` names a later run of the same first stage, its encoder frozen: only its decoder may differ, for
     latents and deep tokens to stay what they were. float16 keeps three more bits than bfloat16, and weights fit it.
-    The tokenizer's own sampling is kept but for `options`, fields of `SamplingConfig`.
+    The tokenizer's own sampling is kept but for `options`, fields of `SamplingConfig`; `card` is its README.md.
     Raises `CheckpointError` where they do not, or where the language model was trained on other tokens.
     """
     check_model_folder(output)  # before any work
@@ -43,6 +44,8 @@ def assemble(
     whole = DiCoDe(parts, DeepTokenLM.from_pretrained(lm))
     with model_folder(output) as folder:
         whole.save_pretrained(folder, dtype)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
     return DiCoDe.from_pretrained(output)
 
 
