@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,10 @@ from dicode.video.shards import CachedVideo, FrameCache
 try:
     from dicode.evaluate.report import write_result
     from dicode.train.assemble import assemble
-    from dicode.train.loop import NonFiniteLossError, train
+    from dicode.train.loop import NonFiniteLossError, data_of, train
+    from dicode.train.pace import planned
+    from dicode.train.parallel import Processes
+    from dicode.train.run_folder import claimed
     from dicode.train.stages import stage_of
 except ModuleNotFoundError as error:
     raise missing_extra(error, "train") from error
@@ -40,6 +44,7 @@ except ModuleNotFoundError as error:
 Run = TokenizerRun | LanguageRun
 Figures = dict[str, dict[str, float]]  # "before" and "after": validation metrics
 NOTE = "finetune.json"  # of a working folder: what it was begun with
+SHARES = {"denoiser": 0.8, "lm": 0.2}  # of the time, as of equal numbers of steps of the box's parts
 GOAL_SHARE = 0.2  # of steps with a goal, where the model reads goals: enough not to forget them
 CARD = """---
 library_name: dicode
@@ -84,10 +89,12 @@ def finetune(command: Finetune, watch: Stopwatch) -> int:
     with watch.stage("cache"):
         videos = _cached(command, work / "cache", denoiser.model.size, watch)
     figures: dict[str, Figures] = {}
+    shares = {part: SHARES[part] / sum(SHARES[p] for p in parts) for part in parts}
     for part in parts:
+        minutes = None if command.minutes is None else command.minutes * shares[part]
         with watch.stage(part):
             try:
-                figures[part] = _train(runs[part], work / part)
+                figures[part] = _train(runs[part], work / part, minutes)
             except NonFiniteLossError as error:
                 print(f"dicode: {part}: {error}; try a lower --lr", file=sys.stderr)
                 return 1
@@ -192,9 +199,9 @@ def _runs(command: Finetune, base: Path, work: Path) -> tuple[TokenizerRun, Lang
     return denoiser_run, lm_run
 
 
-def _train(run: Run, folder: Path) -> Figures:
+def _train(run: Run, folder: Path, minutes: float | None) -> Figures:
     """Train one part, or continue; returns its validation metrics as the base model and as trained."""
-    stage = stage_of(run)
+    began_s, stage = time.monotonic(), stage_of(run)
     if isinstance(run, LanguageRun):
         stage.best = "-validation_loss"  # its own, the share of captions met, is 0 for long where captions say little
     first = folder / "before.json"
@@ -204,7 +211,10 @@ def _train(run: Run, folder: Path) -> Figures:
         with torch.no_grad():
             before = stage.validate()[0]  # adapters do nothing yet
         first.write_text(json.dumps(before))
-    best = train(stage, run.loop, folder, {"recipe": "dicode finetune", "run": config_to_dict(run)})
+    recipe = {"recipe": "dicode finetune", "run": config_to_dict(run)}
+    with Processes() as processes, claimed(folder, data_of(run), run.loop, processes):
+        loop = planned(stage, run.loop, folder, minutes, began_s, processes)
+        best = train(stage, replace(loop, evaluate_every=loop.optim.steps), folder, recipe)
     return {"before": json.loads(first.read_text()), "after": best}
 
 

@@ -178,6 +178,7 @@ class Finetune:
     revision: str | None = None  # of a model on the Hub: branch, tag or commit
     parts: tuple[Literal["denoiser", "lm"], ...] = ("denoiser", "lm")  # how it moves; what a caption means
     steps: TrainingSteps = 500  # of each part
+    minutes: Minutes | None = None  # for all parts together, in place of steps: as many as this machine does in them
     rank: Annotated[int, Range(1, 4096)] = 16  # of the adapters: higher learns more, and takes more clips
     alpha: Positive = 16.0  # what an adapter adds counts alpha/rank
     dropout: Share = 0.0  # share of an adapter that is left out of a training step

@@ -44,8 +44,8 @@ FLAGS = {
     "--device --dtype --eta --guidance-rescale --help --joins --model --motion-scale --output --revision --scale "
     "--seed --side-by-side --steps",
     "train": "--help --minutes --run-folder",
-    "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --model "
-    "--output --parts --rank --revision --seed --steps --targets --work-folder",
+    "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --minutes "
+    "--model --output --parts --rank --revision --seed --steps --targets --work-folder",
     "assemble": "--decoder-guidance --decoder-temperature "
     "--dtype --eta --first-stage --first-variance-scale --flow-steps --guidance --guidance-rescale --help --joins "
     "--last --motion-scale --output --steps --temperature --variance-scale --window",

@@ -1,13 +1,21 @@
 """A user's scorer: its answers are compared with the keys of caption lines, by key, beside chance."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import norm
 
-from dicode.evaluate.scorer import ALL, Scorer, agrees, scorer_metrics
+from dicode.data.scorer import ALL, Scorer, agrees, scorer_metrics
+from dicode.generate import DiCoDe
+from dicode.lm.sizes import DeepLMConfig
 from dicode.recipe_files import RecipeError
+from dicode.train.assemble import assemble
+from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
+from dicode.train.stages import run_recipe, stage_of
+from dicode.video.shards import CachedVideo, FrameCache
 
 
 def scorer_of(folder: Path, body: str) -> Scorer:
@@ -78,3 +86,37 @@ def test_a_scorer_cannot_change_the_frames_of_others(tmp_path: Path) -> None:
     frames = frames_of(7)
     scorer_of(tmp_path, "frames[:] = 0; return {'a': 1}")(frames)
     assert (frames == 7).all()
+
+
+def test_a_run_takes_its_best_weights_by_a_scorer_of_what_it_renders(tiny_model: Path, tmp_path: Path) -> None:
+    videos = [
+        CachedVideo("a", f"{i}.mp4", (f"clip {i % 3}",), i % 2 == 0, True, 8 * i, 8, 2.0, extra={"count": 32 + i // 4})
+        for i in range(8)
+    ]
+    frames = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8)
+    FrameCache(tuple(videos), frames, torch.arange(8, dtype=torch.float64).repeat(8) / 4).save(tmp_path / "cache")
+    body = f"""
+    import numpy as np; from pathlib import Path
+    np.save(f"{tmp_path}/seen-{{len(list(Path('{tmp_path}').glob('seen-*')))}}.npy", frames)
+    return {{'count': len(frames)}}"""
+    config = DeepLMConfig(
+        body="llama", width=16, depth=1, heads=2, positions=80, vocab_size=300, token_width=6, tokens_per_keyframe=4,
+        max_keyframes=9, text_length=8, components=2,
+    )  # fmt: skip
+    run = LanguageRun(
+        cache=str(tmp_path / "cache"), tokenizer=str(tiny_model), model=config, longer=(), longer_share=(),
+        scorer=scorer_of(tmp_path, body).spec,
+        loop=LoopConfig(best="scorer_all", evaluate_every=2, optim=OptimConfig(steps=2, batch_size=2)),
+    )  # fmt: skip
+    best = run_recipe(run, tmp_path / "lm", {})
+    assert best["scorer_count"] == best["scorer_all"] == 0.5  # two of four validation lines say 32
+    assemble(tiny_model, tmp_path / "lm/best", tmp_path / "model")
+    held = [video.captions[0] for video in videos if video.validation]
+    made = DiCoDe.from_pretrained(tmp_path / "model").generate_batch(held, seconds=4.0)
+    shown = torch.cat(list(made), dim=1)
+    last = [np.load(tmp_path / f"seen-{4 + i}.npy") for i in range(4)]  # those before were seen before the first step
+    assert (shown.numpy().astype(int) - np.stack(last)).std() < shown.float().std() / 4  # weights in float16
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys/recipe.json").write_text('{"recipe": {"run": {"denoises": false}}}')
+    with pytest.raises(ValueError, match="has not learnt to render clips"):
+        stage_of(dataclasses.replace(run, tokenizer=str(tmp_path / "keys/best")))

@@ -24,6 +24,7 @@ from dicode.generate import DiCoDe
 from dicode.hub import load_state, read_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.train import lora
+from dicode.train.checkpoint import checkpoints
 from dicode.train.clips import TokenizerTraining
 from dicode.train.lora import add_adapters, merged
 from dicode.train.runs import LanguageRun, LoRAConfig, TokenizerRun
@@ -241,9 +242,13 @@ def test_one_part_leaves_the_other_as_it_was(capsys, tmp_path: Path, tiny_model:
     code, _, err = finetune(capsys, clips, tmp_path / "mine", "--model", tiny_model, "--steps", 1)
     assert code == 2 and "none of 6 clips has a caption to learn from; --parts denoiser needs none" in err
     assert not (tmp_path / "mine.work").exists()
-    argv = ["--model", tiny_model, "--steps", 1, "--parts", "denoiser", "--work-folder", tmp_path / "work"]
-    code, _, err = finetune(capsys, clips, tmp_path / "mine", *argv)
+    argv = ["--model", tiny_model, "--parts", "denoiser", "--work-folder", tmp_path / "work", "--minutes"]
+    code, _, err = finetune(capsys, clips, tmp_path / "mine", *argv, 0.001)
     assert code == 0, err
+    plan = json.loads((tmp_path / "work/denoiser/plan.json").read_text())
+    assert plan["minutes"] == 0.001 and checkpoints(tmp_path / "work/denoiser")[-1].name == f"step-{plan['steps']:08}"
+    code, _, err = finetune(capsys, clips, tmp_path / "mine", *argv, 0.002)
+    assert code == 2 and "fixed when it began with --minutes 0.001" in err
     assert not (tmp_path / "work/lm").exists()
     made, base = (DiCoDe.from_pretrained(folder) for folder in (tmp_path / "mine", tiny_model))
     theirs = dict(base.lm.named_parameters())

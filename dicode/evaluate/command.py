@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dicode.data.scorer import Scorer
 from dicode.device import pick_device
 from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, caption_of, split_rows
 from dicode.evaluate.estimate import measured_units, work_of
@@ -20,7 +21,7 @@ from dicode.evaluate.instructions import IMAGES, evaluate_instructions
 from dicode.evaluate.long import check_length, measure_long
 from dicode.evaluate.ranking import RANKED_CLIPS, evaluate_ranking
 from dicode.evaluate.report import read_result, write_result
-from dicode.evaluate.scorer import Scorer, clips_of_videos, evaluate_scorer
+from dicode.evaluate.scorer import clips_of_videos, evaluate_scorer
 from dicode.evaluate.scores import blindness, made_by, marked_blind
 from dicode.evaluate.speed import evaluate_speed
 from dicode.evaluate.suite import DIVERSE_CAPTIONS, DIVERSE_SAMPLES, evaluate_generation, evaluate_reconstruction

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float64
 from numpy import ndarray
 
+from dicode.data.scorer import Scorer, agrees, truth_of
 from dicode.device import pick_device
 from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, caption_of, generated_clips, split_rows, spread
 from dicode.evaluate.features import features_of_clips
@@ -23,7 +24,7 @@ from dicode.evaluate.flags import Tune
 from dicode.evaluate.generation import draw_prompts
 from dicode.evaluate.metrics import motion, percentile_rank, similarities
 from dicode.evaluate.report import write_result
-from dicode.evaluate.scorer import Scorer, agrees, clips_of_videos, shown_frames, truth_of
+from dicode.evaluate.scorer import clips_of_videos, shown_frames
 from dicode.evaluate.scores import blindness, cosines, mean_score, seen
 from dicode.evaluate.video_text import TinyVT
 from dicode.files import put_text, read_json

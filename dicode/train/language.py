@@ -10,7 +10,9 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
+from dicode.data.scorer import ALL, Scorer, scorer_metrics, truth_of
 from dicode.device import Precision, autocast, pick_device
+from dicode.files import read_json
 from dicode.hub import content_hash, downloaded, load_weights, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
@@ -26,10 +28,12 @@ from dicode.train.views import View
 from dicode.video.columns import CAPTIONED, Videos, spread_numbers
 from dicode.video.shards import CachedVideo, FrameCache, Rows
 from dicode.video.sheet import contact_sheet
+from dicode.video.timed import Video
 
 RANKED_CLIPS = 48  # validation clips whose captions are matched with each other
 WRITTEN_CLIPS = 64  # captions of either split that the model writes from at every evaluation …
 WRITTEN_AMONG = 2048  # … and clips among which what it writes is looked up
+SCORED_CLIPS = 16  # validation captions whose videos a scorer sees
 MEASURED_CLIPS = 512  # that say whether changes or whole key frames are the easier to predict
 MOST_READ = 200_000  # training videos whose captions the vocabulary is learnt from
 BODY_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
@@ -104,6 +108,7 @@ class LanguageTraining:
             raise ValueError("lora: name in init the trained language model that is to be adapted")
         self.run = run
         folder = Path(run.tokenizer)
+        self.scorer = None if run.scorer is None else self._scorer(run.scorer, folder)
         self.tokenizer = VideoTokenizer.from_pretrained(folder).to(pick_device(run.loop.device))
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
@@ -133,6 +138,18 @@ class LanguageTraining:
             self.module.compile(dynamic=False)
         if Processes().first and (said := self.change_said()):
             print(said, flush=True)
+
+    def _scorer(self, spec: str, folder: Path) -> Scorer:
+        """The scorer. Raises `ValueError` where no clips of this tokenizer's can be shown to it."""
+        note = folder.parent / "recipe.json"
+        if note.is_file() and read_json(note)["recipe"].get("run", {}).get("denoises") is False:
+            raise ValueError(
+                f"scorer: {folder} has not learnt to render clips; name in tokenizer a run that has, of the same "
+                "tokens, such as runs/NAME-denoiser/best"
+            )
+        if self.run.key_frames < 2:
+            raise ValueError("scorer: expected key_frames 2 or more, since there is no clip before a second one")
+        return Scorer(spec)
 
     def captions(self) -> list[tuple[str, ...]]:
         """The captions of up to `MOST_READ` training videos."""
@@ -281,6 +298,7 @@ class LanguageTraining:
         metrics["written_share"], metrics["written_rank_training"] = self.written(trained)
         metrics["written_rank_validation"] = self.written(held)[1]
         metrics["written_rank"] = (metrics["written_rank_training"] + metrics["written_rank_validation"]) / 2
+        metrics |= self.scored()
         return metrics, None if self.tokenizer.key_head is None else self.sheet()
 
     def loss_of(self, videos: Sequence[CachedVideo]) -> float:
@@ -333,6 +351,27 @@ class LanguageTraining:
         share = sum(captions[i] == captions[j] for i, j in zip(nearest, numbers, strict=True)) / len(numbers)
         nearer = (distances < distances.gather(1, own[:, None])).float().sum(1) / max(1, len(captioned) - 1)
         return share, 100 * (1 - nearer).mean().item()
+
+    def scored(self) -> dict[str, float]:
+        """Share of videos written and rendered of up to 16 validation captions of which the run's scorer is right.
+
+        `scorer_KEY` of each key that their lines have too, and `scorer_all` of those together. Nothing without one.
+        """
+        if self.scorer is None:
+            return {}
+        videos = self.validation.columns.having(CAPTIONED).spread(SCORED_CLIPS)
+        made: list[Video] = []
+        self.tokenizer.to(next(self.module.parameters()).device)  # until they are rendered
+        for part in chunks(videos, at_once(SCORED_CLIPS, self.tokenizer.config.size)):
+            ids, _ = self.sample_of(part, key_frames=1)
+            tokens = torch.stack([*self.written_of(ids, self.run.key_frames)], dim=1).to(self.tokenizer.device)
+            indices = list(range(len(made), len(made) + len(part)))
+            decoded = self.tokenizer.decode(tokens.float(), seed=self.run.loop.seed, sample_indices=indices)
+            made += [*torch.cat([frames.cpu() for frames in decoded], dim=1).numpy()]
+        self.tokenizer.cpu()
+        found = scorer_metrics(self.scorer, made, [truth_of(video) for video in videos])
+        together = found.pop(ALL, None) or next(iter(found.values()))
+        return {f"scorer_{key}": own.value for key, own in found.items()} | {"scorer_all": together.value}
 
     def written_of(self, text_ids: Tensor, key_frames: int) -> Iterator[Tensor]:
         """Key frames as the model will be sampled."""

@@ -166,4 +166,5 @@ class LanguageRun:
     swapped_words: Share = 0.5  # … it was never told so (docs/heads.md), and how many of them
     views: Whole = 0  # of every training video (`View`): from them it learns how a picture goes on, not which to draw
     view_share: Share = 0.5  # share of samples that are such views
+    scorer: str | None = None  # FILE.py:FUNCTION, as `dicode evaluate` takes it, on videos of a few validation captions
     own_share: Share = 0.0  # of steps that go on from what the model writes, to mend it (`with_own`); none with a goal
