@@ -15,7 +15,7 @@ from safetensors.torch import save
 from dicode import __version__
 from dicode.device import pick_device
 from dicode.extras import missing_extra
-from dicode.files import check_parent, printable
+from dicode.files import check_parent, printable, put
 from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train, TrainAll, Widen
 from dicode.generate import trimmed
 from dicode.hub import config_to_dict, content_hash, model_name, read_tensors, resolve
@@ -45,12 +45,8 @@ def tokenize(command: Tokenize, watch: Stopwatch) -> int:
         frames, tokens = _encode(tokenizer, command.input)
     fps = tokenizer.config.fps
     note = {"source": printable(Path(command.input).name), "frames": len(frames), "fps": fps, **model}
-    partial = output.with_name(f".{output.name}.part")
-    try:
-        partial.write_bytes(save({"tokens": tokens[0].cpu()}, {name: str(value) for name, value in note.items()}))
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    data = save({"tokens": tokens[0].cpu()}, {name: str(value) for name, value in note.items()})
+    put(output, lambda partial: partial.write_bytes(data))
     k, n, d = tokens.shape[1:]
     print(f"{output}: {k} key frames × {n} tokens × {d} numbers for {len(frames)} frames at {fps:g} fps")
     print(watch.text())

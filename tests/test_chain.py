@@ -108,6 +108,25 @@ def test_a_stage_is_fed_with_those_before_it_alone(tmp_path: Path) -> None:
     assert (wired_run.tokenizer, wired_run.init) == (str(tmp_path / "mine-key_frames/best"), "runs/other-lm/best")
 
 
+def test_a_stage_that_is_finished_on_other_weights_is_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what feeds it was trained anew; what does not feed it may be."""
+    chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path)
+    trained: list[str] = []
+    monkeypatch.setattr("dicode.train.chain.run_recipe", lambda run, folder, *_: trained.append(folder.name))
+    monkeypatch.setattr("dicode.train.chain.finished", lambda folder, run: folder.name != "toy-denoiser")
+    chain.train(None)
+    assert trained == ["toy-denoiser"]
+    monkeypatch.setattr("dicode.train.chain.finished", lambda folder, run: folder.name != "toy-first_stage")
+    with pytest.raises(ValueError, match="toy-key_frames: trained on earlier weights of first_stage; delete it"):
+        chain.train(None)
+    monkeypatch.undo()
+    (tmp_path / "toy-lm/step-00000003").mkdir(parents=True)
+    (tmp_path / "toy-lm/step-00000003/state.json").write_text('{"step": 3, "train')
+    assert not finished_of(chain, "lm")  # damaged: training goes on from the checkpoint before
+
+
 def test_measuring_leaves_weights_and_statistics_as_they_were(root: Path, tmp_path: Path) -> None:
     for name in ("first_stage", "key_frames", "denoiser", "lm"):
         chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path)

@@ -68,16 +68,23 @@ class Chain:
         return cls(file, chosen, {name: shares[name] for name in chosen}, sampling, folders, first_stage)
 
     def train(self, minutes: float | None) -> None:
-        """Train every stage that is not finished; `minutes` are for all of them together."""
+        """Train every stage that is not finished; `minutes` are for all of them together.
+
+        Raises `ValueError` for one that is finished, but on weights of a stage that was then trained anew.
+        """
+        new: dict[str, str] = {}  # the best weights of stages trained now, and their names
         for number, (name, run) in enumerate(self.stages.items(), 1):
             folder = self.folders[name]
             if finished(folder, run):
+                if stale := [new[v] for field in fields(run) if (v := str(getattr(run, field.name))) in new]:
+                    raise ValueError(f"{folder}: trained on earlier weights of {stale[0]}; delete it to train it anew")
                 print(f"{number} of {len(self.stages)}: {folder} is finished", flush=True)
                 continue
             given = None if minutes is None else self.minutes_for(name, minutes)
             print(f"{number} of {len(self.stages)}: {folder}" + (f", {given:.3g} min" if given else ""), flush=True)
             recipe = {"recipe": f"{self.file}:{name}", "run": config_to_dict(run), "dicode": __version__}
             run_recipe(run, folder, recipe, Path(self.file), given)
+            new[str(folder / "best")] = name
 
     def minutes_for(self, name: str, minutes: float) -> float:
         """Its share of what the stages before it have left over, or what it was given when it began."""
@@ -148,10 +155,9 @@ def first_stage_of(folder: Path) -> FirstStageConfig:
 
 def finished(folder: Path, run: Run) -> bool:
     """Whether a run folder holds all steps of this run, on the data that its cache holds now."""
-    kept, plan = checkpoints(folder), read_plan(folder)
-    if not kept or not (folder / "best").is_dir():
+    state, plan = last_state(folder), read_plan(folder)
+    if not state or not (folder / "best").is_dir():
         return False
-    state = json.loads((kept[-1] / STATE).read_text(encoding="utf-8"))
     asked = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["recipe"]["run"]
     same = asked == json.loads(json.dumps(config_to_dict(run), default=str))
     same = same and [s.get("data") for s in records(folder / "sessions.jsonl")][-1:] == [data_of(run)]
@@ -159,11 +165,18 @@ def finished(folder: Path, run: Run) -> bool:
     return same and state["step"] >= steps and state["evaluated"] == state["step"]
 
 
+def last_state(folder: Path) -> dict[str, Any]:
+    """The state of a run's newest checkpoint; nothing without one, or where it is damaged, which training mends."""
+    try:
+        return json.loads((checkpoints(folder)[-1] / STATE).read_text(encoding="utf-8"))
+    except (IndexError, OSError, ValueError):
+        return {}
+
+
 def spent_minutes(folder: Path) -> float:
     """How long a run took so far, from its latents to its last checkpoint."""
-    kept, plan = checkpoints(folder), read_plan(folder)
-    trained_s = json.loads((kept[-1] / STATE).read_text(encoding="utf-8"))["trained_s"] if kept else 0.0
-    return (trained_s + (plan.prepared_s if plan else 0.0)) / 60
+    plan = read_plan(folder)
+    return (last_state(folder).get("trained_s", 0.0) + (plan.prepared_s if plan else 0.0)) / 60
 
 
 def draw_cache(folder: Path, size: int) -> None:
