@@ -210,7 +210,7 @@ def _train(run: Run, folder: Path, minutes: float | None) -> Figures:
         stage.module.to(pick_device(run.loop.device)).eval()
         with torch.no_grad():
             before = stage.validate()[0]  # adapters do nothing yet
-        first.write_text(json.dumps(before))
+        put_text(first, json.dumps(before))
     recipe = {"recipe": "dicode finetune", "run": config_to_dict(run)}
     with Processes() as processes, claimed(folder, data_of(run), run.loop, processes):
         loop = planned(stage, run.loop, folder, minutes, began_s, processes)
