@@ -1,4 +1,4 @@
-"""The model in the box, `sprites`: 64×64, 8 fps, 16 frames a clip, trained on `spells` and `emoji`.
+r"""The model in the box, `sprites`: 64×64, 8 fps, 16 frames a clip, trained on `spells` and `emoji`.
 
     dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
     dicode train recipes/sprites.py:first_stage
@@ -6,7 +6,7 @@
     dicode train recipes/sprites.py:denoiser            # these two need nothing of each other
     dicode train recipes/sprites.py:lm
     dicode train recipes/sprites.py:first_stage_decoder
-    dicode assemble runs/sprites-denoiser/best runs/sprites-lm/best -o sprites \\
+    dicode assemble runs/sprites-denoiser/best runs/sprites-lm/best -o sprites \
         --first-stage runs/sprites-first_stage_decoder/best
 
 The box was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 2.5 --decoder-temperature 0.95

@@ -1,4 +1,4 @@
-"""`world`: what a robot's camera will see, after an instruction and, if given, an image.
+r"""`world`: what a robot's camera will see, after an instruction and, if given, an image.
 
 64×64, 8 fps, 16 frames a clip, trained on `droid`, `rt1` and `bridge`; lab `f147f077` of `droid` is for validation.
 
@@ -9,13 +9,13 @@
     dicode train recipes/world.py:lm
     dicode train recipes/world.py:lm_own
     dicode train recipes/world.py:first_stage_decoder
-    dicode assemble runs/world-denoiser/best runs/world-lm_own/best -o world \\
+    dicode assemble runs/world-denoiser/best runs/world-lm_own/best -o world \
         --first-stage runs/world-first_stage_decoder/best
 
 The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 0.75 --first-variance-scale 0.2
 --decoder-guidance 1.5 --motion-scale 1.3 --window 6` as well.
 Batches are for an accelerator, where `--loop.prefetch` helps. In place of `sprites` and of one another, stages of the
-box began with editions before, which had begun there: its tokens of 48 numbers are those of 32 that the fourth edition
+box began with releases before, which had begun there: its tokens of 48 numbers are those of 32 that the fourth edition
 had, widened (docs/widths.md) and trained on, and `denoiser` and `lm_own` are what the sixth added to the fifth.
 Hours, results, and what was continued on a CPU: docs/log.md.
 """

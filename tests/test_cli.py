@@ -368,8 +368,8 @@ def test_train_hands_the_run_with_its_overrides_to_training(capsys, tmp_path, mo
     monkeypatch.setitem(sys.modules, "dicode.train.stages", types.SimpleNamespace(run_recipe=run_recipe))
     code, out, err = run(capsys, "train", "recipe.py:short", "--inner.lr", "2e-4", "--inner.names", "x", "y")
     assert code == 0, err
-    (run_, folder, recipe, source, _) = seen.pop()
-    assert source == Path("recipe.py")
+    (run_, folder, recipe, source, minutes) = seen.pop()
+    assert source == Path("recipe.py") and minutes is None
     assert (run_.steps, run_.inner.lr, run_.inner.names) == (7, 2e-4, ("x", "y"))
     assert folder == Path("runs/recipe-short")
     assert recipe == {

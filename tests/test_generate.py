@@ -252,7 +252,7 @@ def test_a_preview_of_a_folder_without_a_slash_is_a_folder(capsys: Any, tmp_path
         (["-o", "a.mp4", "--sheet", "no/s.png"], "no such folder"),
         (["-o", "taken.mp4"], "taken.json: would be replaced and was not written by dicode"),
         (["-o", "frames", "--preview"], "frames.preview: holds files that dicode did not write"),
-        (["-o", "a.mp4", "--scale", "100000"], "scale: expected a whole number from 1 to 64"),
+        (["-o", "a.mp4", "--scale", "100000"], "--scale: expected 1 to 64, got 100000"),
     ],
 )
 def test_outputs_are_checked_before_a_model_is_looked_for(

@@ -73,7 +73,8 @@ def documented_commands() -> list[tuple[str, str]]:
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     texts = {"README.md": "\n".join(blocks)}
     texts |= {path.name: path.read_text() for path in sorted((ROOT / "recipes").glob("*.py"))}
-    return [(name, line.strip()) for name, text in texts.items() for line in re.findall(r"^ *dicode .*$", text, re.M)]
+    command = re.compile(r"^ *dicode (?:.*\\\n)*.*$", re.M)
+    return [(name, line.strip().replace("\\\n", " ")) for name, text in texts.items() for line in command.findall(text)]
 
 
 @pytest.mark.parametrize(("document", "line"), documented_commands())

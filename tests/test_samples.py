@@ -137,7 +137,7 @@ def test_the_denoiser_learns_from_clips_that_last_and_from_a_context_that_was_re
     batch = stage.batch(torch.arange(4), generator_for(0))
     assert batch["has_context"].tolist() == [False, True, True, True]
     zeros = torch.zeros(8, 4, 6), torch.zeros(8, 5, 8, 8), torch.zeros(4, 2, 5, 8, 8)
-    kept = stage.told(*zeros, batch["has_context"], generator_for(1))
+    kept = stage.told(*zeros, batch["has_context"], batch["frame_stride"], generator_for(1))
     assert kept.context_mask.tolist() == [0, 1, 1, 1]
     still = stage.latents[torch.tensor([0])][0].float().flatten(1)  # and its mirror image
     assert (batch["key_latents"][8:, None].flatten(2) == still).all(2).any()

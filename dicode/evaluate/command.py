@@ -136,7 +136,7 @@ def foretold(
         long=command.long_prompts * config.num_clips(made.model.num_frames(command.long_seconds)),
     )
     each = {part: own.seconds(units) for part, own in work.items()}
-    told = ", ".join(f"{part} {duration(max(1, seconds))}" for part, seconds in each.items())
+    told = ", ".join(f"{part} {duration(max(1.0, seconds))}" for part, seconds in each.items())
     return f"about {duration(max(1, sum(each.values())))} on this machine, by its first clips: {told}"
 
 
