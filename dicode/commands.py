@@ -15,7 +15,7 @@ from safetensors.torch import save
 from dicode import __version__
 from dicode.device import pick_device
 from dicode.extras import missing_extra
-from dicode.files import check_parent, printable, put
+from dicode.files import check_file, check_parent, printable, put
 from dicode.flags import Assemble, Generate, Info, Reconstruct, Tokenize, Train, TrainAll, Widen
 from dicode.generate import trimmed
 from dicode.hub import config_to_dict, content_hash, model_name, read_tensors, resolve
@@ -39,6 +39,7 @@ def tokenize(command: Tokenize, watch: Stopwatch) -> int:
     if output.suffix != TOKENS_SUFFIX:
         raise ValueError(f"{output}: expected a name ending in {TOKENS_SUFFIX}")
     check_parent(output)
+    check_file(output)
     with watch.stage("load"):
         tokenizer, model = _load_tokenizer(command)
     with watch.stage("encode"):

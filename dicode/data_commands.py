@@ -14,7 +14,7 @@ from dicode.data.index import check_files, read_data, read_index
 from dicode.data.records import merged, validation_split
 from dicode.data.summary import Clip, table
 from dicode.extras import missing_extra
-from dicode.files import check_parent, place, put_text
+from dicode.files import check_file, check_parent, place, put_text
 from dicode.flags import Cache, Check, Encode, Export, Index, Sheet, Verify
 from dicode.progress import Progress, tracked
 from dicode.stopwatch import Stopwatch
@@ -114,6 +114,7 @@ def check(command: Check, watch: Stopwatch) -> int:
     from dicode.video.shards import FrameCache
 
     check_parent(command.json)
+    check_file(command.json)
     findings = check_cache(FrameCache.load(command.cache))
     for line in findings.lines():
         print(line)
@@ -212,6 +213,6 @@ def _by(text: str | None) -> tuple[str, str] | None:
 
 
 def _named(folders: Sequence[str]) -> Sequence[str]:
-    if not folders:
-        raise ValueError("expected at least one folder of clips, got none")
+    if not folders or not all(folder.strip() for folder in folders):  # '' would be the current folder
+        raise ValueError(f"expected at least one folder of clips, got {' '.join(map(repr, folders)) or 'none'}")
     return folders

@@ -21,6 +21,7 @@ Place = Path | UPath  # a `Path` always lies here
 PARTIAL = ".part"  # what unfinished files end in, and their names begin with a dot
 
 
+MOST_NAME = 255 - len("..12345678.part2")  # unfinished files have longer ones
 MOST_TEXT = 2**30  # bytes of a text file: captions of ten million clips
 
 
@@ -38,6 +39,14 @@ def check_parent(path: Path | None) -> None:
         raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name!r} in")
     if path is not None and not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent}: cannot write here")
+    if path is not None and len(os.fsencode(path.name)) > MOST_NAME:
+        raise ValueError(f"expected a name of at most {MOST_NAME} bytes for an output, got {path.name!r}")
+
+
+def check_file(path: Path | None) -> None:
+    """Raise before any work is done where a folder, a pipe or a device has the name of a file that is to be written."""
+    if path is not None and path.exists() and not path.is_file():
+        raise FileExistsError(f"{path}: is a folder, a pipe or a device; expected the name of a file")
 
 
 def place(name: str | Path | UPath) -> Place:
@@ -77,6 +86,7 @@ def fetched(source: Place, span: tuple[int, int] | None = None, name: str = "") 
 def put(target: Place, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file that then appears at `target` whole: never half, whatever stops it."""
     if isinstance(target, Path):
+        check_file(target)  # a device would be replaced, /dev/null too
         target.parent.mkdir(parents=True, exist_ok=True)
         number, name = tempfile.mkstemp(PARTIAL, f".{target.name}.", target.parent)
         os.close(number)

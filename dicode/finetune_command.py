@@ -20,7 +20,7 @@ from dicode.data.records import VALIDATION_EVERY, ClipRecord, merged
 from dicode.data_commands import cache as make_cache
 from dicode.device import peak_memory_mib, pick_device
 from dicode.extras import missing_extra
-from dicode.files import put_text, state_of
+from dicode.files import check_file, put_text, state_of
 from dicode.flags import Cache, Finetune
 from dicode.hub import CheckpointError, config_from_dict, config_to_dict, content_hash, model_name, read_config, resolve
 from dicode.lm.sizes import DeepLMConfig
@@ -81,6 +81,7 @@ def finetune(command: Finetune, watch: Stopwatch) -> int:
     if not parts or min(command.steps, command.rank) < 1:
         found = f"{command.parts}, {command.steps} and {command.rank}"
         raise ValueError(f"expected parts to train, and steps and a rank of 1 or more, got {found}")
+    check_file(command.json)
     base = resolve(command.model, command.revision)
     work = command.work_folder or command.output.with_name(f"{command.output.name}.work")
     denoiser, lm = _runs(command, base, work)
@@ -128,8 +129,8 @@ def _records(command: Finetune, base: Path, work: Path) -> list[ClipRecord]:
     Raises `ValueError` where a part was begun with others, where an output would be overwritten that it did not make,
     or where there are no captions for a language model.
     """
-    if not command.folders:
-        raise ValueError("expected at least one folder of clips, got none")
+    if not command.folders or not all(folder.strip() for folder in command.folders):
+        raise ValueError(f"expected at least one folder of clips, got {' '.join(map(repr, command.folders)) or 'none'}")
     check_model_folder(command.output)
     records = merged(record for folder in command.folders for record in read_index(folder))
     if "lm" in command.parts and not any(record.captions for record in records):

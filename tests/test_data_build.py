@@ -21,7 +21,7 @@ from dicode.data.build import CacheOptions, build_cache
 from dicode.data.index import read_index
 from dicode.data.looks import COLOUR_LEVELS, look_of, repeats, scenes
 from dicode.data.records import ClipRecord
-from dicode.files import place
+from dicode.files import place, put_text
 from dicode.video import shards
 from dicode.video.io import VideoReadError, native_frames
 from dicode.video.shards import FrameCache
@@ -410,6 +410,39 @@ def test_stores_are_read_and_written_as_folders_are(tmp_path: Path, drawn_clips:
     with pytest.raises(ValueError, match="copy the cache to this machine first"):
         FrameCache.load(str(target))
     assert FrameCache.load(f"file://{tmp_path}/cache").videos
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["cache", "CLIPS", "-o", "OUT", "--ray", "127.0.0.1:9"], "--ray 127.0.0.1:9: no cluster answers there"),
+        (
+            ["cache", "CLIPS", "-o", "OUT", "--ray", "nowhere"],
+            "--ray: expected HOST:PORT, auto or local, got 'nowhere'",
+        ),
+        (["cache", "", "-o", "OUT"], "expected at least one folder of clips, got ''"),
+        (["index", " "], "expected at least one folder of clips, got ' '"),
+        (["check", "OUT", "--json", "CLIPS"], "expected the name of a file"),
+        (["sheet", "CLIPS", "-o", "CLIPS/x.png"], "x.png: is a folder, a pipe or a device"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_before_any_work(tmp_path, drawn_clips, capsys, arguments, said):
+    pytest.importorskip("ray.data")
+    clips = tmp_path / "clips"
+    (clips / "x.png").mkdir(parents=True)
+    shutil.copy(next(drawn_clips.rglob("*.mp4")), clips)
+    names = {"CLIPS": str(clips), "OUT": str(tmp_path / "out"), "CLIPS/x.png": str(clips / "x.png")}
+    assert main(["data", *(names.get(word, word) for word in arguments)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_folder_or_device_is_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileExistsError, match=f"{name}: is a folder, a pipe or a device"):
+            put_text(tmp_path / name, "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def test_lists_of_every_kind_tell_the_same(tmp_path, name, text):
         ("captions.csv", "file,caption\na.mp4,red, round fire\n", "line 2: more values than columns .3, 2."),
         ("captions.csv", "file,caption\nb.mp4,x\na.mp4\n", "line 3: fewer values than columns .1, 2."),
         ("captions.csv", 'file,caption\na.mp4,"a red fire\nb.mp4,blue ice\n', "line 2: not CSV .*left open"),
+        ("captions.csv", 'file,caption\na.mp4,"a red fire\nb.mp4,blue ice"\n', "line 2: .*holds a row .*left open"),
         ("captions.csv", 'file,caption\na.mp4,"a red fire\nb.mp4,"blue ice"\n', "line 2: not CSV"),
         ("captions.csv", 'file,caption\na.mp4, "a red fire"\n', "line 2: a space before a double quote"),
         ("captions.csv", 'file,caption\na.mp4, "a red, round fire"\n', "line 2: more values than columns"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dicode.video.io import VideoReadError, frame_indices, native_frames, read_metadata, read_video
+from dicode.video.io import VideoReadError, frame_indices, native_frames, probe, read_metadata, read_video
 
 GREYS = [20 + 30 * i for i in range(8)]  # frame i is told by its grey, which survives any codec within 3 levels
 TIMES_MS = [0, 40, 300, 340, 700, 1500]  # uneven, in whole GIF ticks
@@ -355,6 +355,21 @@ def test_what_is_no_video_is_refused_by_name(tmp_path, kind, said):
     with pytest.raises(VideoReadError, match=said) as caught:
         read_video(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_of_two_pictures_that_move_and_stand_the_moving_one_is_read(tmp_path, suffix):
+    path = tmp_path / f"cover{suffix}"
+    with av.open(str(path), "w") as container:
+        cover, film = (container.add_stream("libx264", rate=8) for _ in range(2))
+        for stream in (cover, film):
+            stream.height, stream.width, stream.pix_fmt = 24, 32, "yuv420p"
+        for stream, frames in ((cover, grey_frames(1)), (film, grey_frames(8))):
+            for picture in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+            container.mux(stream.encode(None))
+    assert which(read_video(path, fps=8.0).frames) == list(range(8))
+    assert probe(path).num_frames == 8
 
 
 @pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv", "cut.webm", "cut.gif"])

@@ -241,6 +241,7 @@ def test_a_failing_disk_leaves_no_part(tmp_path, monkeypatch):
 def test_impossible_requests_are_refused_before_anything_is_generated(tmp_path):
     refused = [
         (ValueError, "ending in .mp4, .webm, .gif.*got '.avi'", {"path": "a.avi"}),
+        (ValueError, "expected a name of at most 239 bytes", {"path": "a" * 240 + ".mp4"}),
         (ValueError, "positive rate from .*, got 0", {"path": "a.mp4", "fps": 0.0}),
         (ValueError, "at most 50 frames", {"path": "a.gif", "fps": 60.0}),
         (ValueError, "until it is whole; write .mp4, .webm or a folder", {"path": "a.gif", "stream": True}),

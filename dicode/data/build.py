@@ -306,7 +306,6 @@ def finish(made: Sequence[Made], output: Place) -> None:
         old.unlink()
     index.unlink(missing_ok=True)
     if not videos:
-        raise VideoReadError(
-            f"none of {sum(len(unit.bad) for unit in made)} files can be read; see {output / QUARANTINE}"
-        )
+        bad = [file for unit in made for file in unit.bad]
+        raise VideoReadError(f"none of {len(bad)} files can be read; see {output / QUARANTINE}; {bad[0].reason}")
     put_text(index, text)

@@ -11,17 +11,15 @@ from pathlib import Path
 from dicode.data.lerobot import is_lerobot, read_lerobot
 from dicode.data.lists import NAMES, PROMPTS, SUFFIXES, VIDEOS, read_list, read_pairs
 from dicode.data.notes import NOTES, noted
-from dicode.data.records import ClipRecord, faulty
+from dicode.data.records import OF_SYSTEMS, STILLS, ClipRecord, faulty
 from dicode.data.tars import TAR_SUFFIX, tar_records
 from dicode.files import Place, is_utf8
 from dicode.video.cache_folder import INDEX, is_own
-from dicode.video.io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoReadError, natural_key
+from dicode.video.io import VIDEO_SUFFIXES, VideoReadError, natural_key
 from dicode.video.writer import FOLDER_METADATA
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
-OF_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # what they leave, beside names that begin with a dot
-STILLS = IMAGE_SUFFIXES - {".gif", ".apng"}
-MOVING = VIDEO_SUFFIXES - STILLS
+MOVING = VIDEO_SUFFIXES - {*STILLS}
 NOTE_FOLDERS = ("labels", "captions")  # beside a folder `videos`
 LEAST_AMONG_OTHERS = 5  # numbered images that are taken for frames although other images lie among them
 LEAST_OF_FRAMES = 0.5  # of the numbers from the first to the last: where more are missing, images are no video's frames

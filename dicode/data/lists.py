@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from dicode.config import unique
-from dicode.data.records import FILE_KEYS, ClipRecord, record_of
+from dicode.data.records import CAPTION_KEYS, FILE_KEYS, ClipRecord, record_of
 from dicode.extras import missing_extra
 from dicode.files import Place, TextError, fetched, read_text
-from dicode.video.io import VideoReadError
+from dicode.video.io import VIDEO_SUFFIXES, VideoReadError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
 # What a folder's list is called, the first that is there; metadata is what Hugging Face's VideoFolder reads.
@@ -138,14 +138,21 @@ def _csv_rows(path: Place, delimiter: str) -> Iterator[Row]:
             )
         if any(value[:1].isspace() and value.lstrip().startswith('"') for value in values):
             raise VideoReadError(f"{where}: a space before a double quote, which so is part of the text; take it out")
+        if row := next((row for value in values for row in value.splitlines()[1:] if _is_row(row, delimiter)), None):
+            raise VideoReadError(f"{where}: a text in quotes that holds a row ({row[:60]!r}); is a quote left open?")
         yield where, dict(zip(columns, values, strict=True))
+
+
+def _is_row(text: str, delimiter: str) -> bool:
+    """Whether a line within a text begins with a video's name, as rows do that an open quote has swallowed."""
+    return any(part.strip(' "').lower().endswith(tuple(VIDEO_SUFFIXES)) for part in text.split(delimiter)[:-1])
 
 
 def _columns(values: list[str], where: str, delimiter: str) -> list[str]:
     columns = [value.strip() for value in values]
     if twice := next((name for name in columns if columns.count(name) > 1), None):
         raise VideoReadError(f"{where}: the column {twice!r} is there twice")
-    if not set(columns) & set(FILE_KEYS):
+    if not set(columns) & {*FILE_KEYS, *CAPTION_KEYS}:
         other = next((mark for mark in ";\t," if mark != delimiter and mark in "".join(values)), "")
         hint = f"; columns are separated by {delimiter!r}, not by {other!r}" if other else ""
         raise VideoReadError(f"{where}: expected columns file and caption, got {columns}{hint}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dicode.files import Place, fetched, place
-from dicode.video.io import VideoReadError
+from dicode.video.io import IMAGE_SUFFIXES, VideoReadError
 
 # The names under which lists have these; the first that a line fills counts.
 FILE_KEYS = ("file", "file_name", "filename", "video", "video_path", "path", "video_file", "file_path", "filepath")
@@ -27,6 +27,8 @@ MEANT = {
     **dict.fromkeys(("split", "val", "is_validation"), "validation"),
 }
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+OF_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # what they leave, beside names that begin with a dot
+STILLS = tuple(sorted(IMAGE_SUFFIXES - {".gif", ".apng"}))
 LIKENESS = 0.85  # of a mistyped key: captoin, end_ms, but not start, caption_en
 VALIDATION_EVERY = 15
 MOST_NESTING = 20  # of further values; what is deeper is null
@@ -112,7 +114,7 @@ def record_of(row: Mapping[str, Any], where: str, base: Place, folder: Place) ->
     """What a line of a list tells; its file is relative to `base`. Raises `VideoReadError` naming `where`."""
     given = [key for key in FILE_KEYS if row.get(key) not in (None, "")]
     if not given or not isinstance(file := row[given[0]], str):
-        found = f"{file!r}" if given else f"the keys {', '.join(map(str, row)) or 'none'}"
+        found = _shown(file) if given else f"the keys {_cut(', '.join(map(str, row))) or 'none'}"
         raise VideoReadError(f"{where}: expected text for 'file' (or one of {', '.join(FILE_KEYS[1:])}), got {found}")
     if not _is_text(file):
         raise VideoReadError(f"{where}: the file's name {file!r} is no text")
@@ -120,6 +122,8 @@ def record_of(row: Mapping[str, Any], where: str, base: Place, folder: Place) ->
         path = place(file) if "://" in file else base / file
         if "\\" in file and isinstance(path, Path) and not path.exists():
             path = base / file.replace("\\", "/")  # written on Windows
+        if not isinstance(path, Path):
+            _ = path.fs  # whose package may be missing
     except (ValueError, OSError, ImportError) as error:
         raise VideoReadError(f"{where}: {file!r} names no file that can be reached ({error})") from error
     return described(row, where, folder, path, given[0])
@@ -207,7 +211,10 @@ def _is_nan(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +13,7 @@ from dicode.extras import missing_extra
 
 A = TypeVar("A")
 B = TypeVar("B")
+ANSWERS_IN_S = 10.0
 LOCAL_STORE_BYTES = 100 * 2**20  # of a Ray of our own: what comes back of a unit is some text
 
 
@@ -79,6 +81,19 @@ def _leave(*_: object) -> None:
     raise SystemExit(1)
 
 
+def _check_answers(address: str) -> None:
+    """Raise `OSError` for HOST:PORT where nobody listens: Ray would try for minutes, and then end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdecimal():
+        raise ValueError(f"--ray: expected HOST:PORT, auto or local, got {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWERS_IN_S).close()
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--ray {address}: no cluster answers there ({error})") from error
+
+
 def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: str) -> Iterator[B]:
     try:
         import ray
@@ -89,6 +104,7 @@ def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: s
     if started and address == "local":
         ray.init("local", num_cpus=workers, object_store_memory=LOCAL_STORE_BYTES, include_dashboard=False)
     elif started:
+        _check_answers(address)
         ray.init(address)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False

@@ -3,12 +3,12 @@
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from typing import IO
 
 from dicode.data.notes import MOST_BYTES, NOTES, of_texts
-from dicode.data.records import ClipRecord, Member, faulty
+from dicode.data.records import OF_SYSTEMS, STILLS, ClipRecord, Member, faulty
 from dicode.files import Place, TextError, decoded
 from dicode.video.io import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -70,7 +70,13 @@ def _members(tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tarfile.TarInfo]
 
 
 def _check_end(file: IO[bytes], offset: int) -> None:
-    """Raise `tarfile.ReadError` where an archive is followed by another: nothing but zeros may come after its end."""
+    """Raise `tarfile.ReadError` where an archive ends without its mark, or is followed by another.
+
+    The mark is two blocks of zeros (POSIX.1-2017, pax, ustar); nothing but zeros may come after it.
+    """
+    file.seek(offset)
+    if len(file.read(2 * tarfile.BLOCKSIZE)) < 2 * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("its end is missing")
     file.seek(offset)
     while block := file.read(MOST_BYTES):
         if block.strip(b"\0"):
@@ -88,15 +94,16 @@ def _samples(names: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[str
     for name in names:
         stem, dot, ending = name.rpartition(".")
         suffix = f".{ending.lower()}"
-        if name.rpartition("/")[2].startswith("."):
+        if any(part in OF_SYSTEMS or part.startswith(".") for part in name.split("/") if part not in (".", "..")):
             left_out["hidden files and folders"] += 1
-        if not dot or name.rpartition("/")[2].startswith("."):
+            continue
+        if not dot:
             continue
         if suffix in NOTES:
             notes.setdefault(stem, {})[suffix] = name
         elif suffix in VIDEO_SUFFIXES:
             videos.setdefault(stem, []).append(name)
-    by_first = _shared(videos, left_out)
+    by_first = _shared(videos, notes.keys(), left_out)
     loose = {stem: found for stem, found in notes.items() if stem not in videos}
     told: dict[str, dict[str, str] | str] = {stem: dict(notes.get(stem, {})) for stem in videos}
     for stem, found in loose.items():
@@ -112,8 +119,14 @@ def _samples(names: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[str
         yield name, told[stem]
 
 
-def _shared(videos: dict[str, list[str]], left_out: Counter[str]) -> dict[str, list[str]]:
-    """Stems by their first part; images of which a video has the key are taken out, and so is a second video."""
+def _shared(videos: dict[str, list[str]], captioned: Set[str], left_out: Counter[str]) -> dict[str, list[str]]:
+    """Stems by their first part; images beside videos and without a text are taken out, and second videos of a key."""
+    moving = [stem for stem, names in videos.items() if not all(name.lower().endswith(STILLS) for name in names)]
+    folders, bases = ({stem.rpartition("/")[part] for stem in moving} for part in (0, 2))
+    for stem in videos.keys() - set(moving) - captioned:
+        folder, _, base = stem.rpartition("/")
+        if folder in folders or base in bases:  # thumbnails and sheets, as in folders
+            left_out["images beside videos"] += len(videos.pop(stem))
     by_first: dict[str, list[str]] = {}
     for stem in videos:
         by_first.setdefault(_first(stem), []).append(stem)

@@ -27,7 +27,7 @@ from dicode.evaluate.report import write_result
 from dicode.evaluate.scorer import clips_of_videos, shown_frames
 from dicode.evaluate.scores import blindness, cosines, mean_score, seen
 from dicode.evaluate.video_text import TinyVT
-from dicode.files import put_text, read_json
+from dicode.files import check_file, put_text, read_json
 from dicode.generate import DiCoDe
 from dicode.hub import CHECKPOINTS, resolve
 from dicode.progress import duration, tracked
@@ -52,6 +52,7 @@ class Trial:
 
 def tune(command: Tune, watch: Stopwatch) -> int:
     """Try guidance × variance scale, then the decoder's guidance, each with the same prompts and noise."""
+    check_file(command.json)
     folder = resolve(command.model)
     target = target_of(folder, command.output)
     scorer = None if command.scorer is None else Scorer(command.scorer)

@@ -69,7 +69,7 @@ class StreamFacts(NamedTuple):
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its moving picture: no cover art; where there are several, the one of most frames."""
+    """The container and its moving picture: no cover art; of several the one of most frames."""
     with _container(path) as container:
         streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
         if not streams:
@@ -77,7 +77,9 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise VideoReadError(
                 f"{path}: expected a video stream, found only {kinds}; a file cut off early looks like this too"
             )
-        stream = streams[0]
+        stream = max(streams, key=lambda stream: stream.frames)  # covers may be streams like any other, of one frame
+        if not stream.frames and (best := container.streams.best("video")):
+            stream = next((stream for stream in streams if stream.index == best.index), stream)
         check_pixels(path, stream.width, stream.height)
         stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         yield container, stream

@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 
-from dicode.files import check_parent
+from dicode.files import check_file, check_parent
 
 AnyVideo = UInt8[ndarray, "_f _h _w c"]  # unlike `Video`: rows of a sheet may differ in length and size
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -49,8 +49,7 @@ def check_sheet(path: Path | None) -> None:
     if path is not None and path.suffix.lower() not in SHEET_SUFFIXES:
         raise ValueError(f"{path}: expected a name ending in {', '.join(SHEET_SUFFIXES)} for a contact sheet")
     check_parent(path)
-    if path is not None and path.exists() and not path.is_file():
-        raise FileExistsError(f"{path}: is a folder, a pipe or a device; expected the name of a file")
+    check_file(path)
 
 
 def save_sheet(

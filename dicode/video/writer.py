@@ -215,6 +215,8 @@ def check_output(
         names = ", ".join(LOSSLESS_FORMATS if lossless else FORMATS)
         kind = " without loss" if lossless and suffix in FORMATS else ""
         raise ValueError(f"{text}: expected a name ending in {names}{kind}, or a folder 'name/'; got {suffix!r}")
+    if not path.name:
+        raise ValueError(f"expected the name of a file or a new folder to write, got {text!r}")
     checked_fps(fps, "fps")
     if form is FORMATS[".gif"] and fps > 50:
         raise ValueError(f"fps: a GIF shows at most 50 frames a second, got {fps:g}; write .mp4 or .webm")
