@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -426,8 +427,11 @@ def test_stores_are_read_and_written_as_folders_are(tmp_path: Path, drawn_clips:
         (["sheet", "CLIPS", "-o", "CLIPS/x.png"], "x.png: is a folder, a pipe or a device"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused_before_any_work(tmp_path, drawn_clips, capsys, arguments, said):
-    pytest.importorskip("ray.data")
+def test_arguments_that_cannot_be_are_refused_before_any_work(
+    tmp_path, monkeypatch, drawn_clips, capsys, arguments, said
+):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    monkeypatch.setitem(sys.modules, "ray.data", SimpleNamespace())
     clips = tmp_path / "clips"
     (clips / "x.png").mkdir(parents=True)
     shutil.copy(next(drawn_clips.rglob("*.mp4")), clips)

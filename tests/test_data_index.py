@@ -14,6 +14,7 @@ from PIL import Image
 
 from dicode.data.index import check_files, read_data, read_index
 from dicode.data.records import ClipRecord, validation_split
+from dicode.prompts import read_prompts
 from dicode.video.io import VideoReadError, native_frames
 from dicode.video.synthetic import write_dataset
 
@@ -94,7 +95,10 @@ def test_lists_of_every_kind_tell_the_same(tmp_path, name, text):
         ("captions.jsonl", "\n", "found no clip"),
         ("captions.jsonl", b'{"file": "a.mp4"}\n{"file": "b.mp4", "caption": "caf\xe9"}', "line 2: not UTF-8"),
         ("captions.jsonl", '{"file": "a.mp4"}'.encode("utf-16-le"), "line 1: holds a NUL character, as UTF-16"),
-        ("captions.csv", "name,text\na,b\n", "expected columns file and caption, got"),
+        ("captions.csv", "name,words\na,b\n", "expected columns file and caption, got"),
+        ("captions.csv", "name,text\na,b\n", "line 2: expected text for 'file' .*got the keys name, text"),
+        ("captions.jsonl", '{"video": {"bytes": "' + "x" * 9999 + '"}}', "expected text for 'file' .{,250}$"),
+        ("captions.jsonl", '{"file": "nosuch://a/b.mp4"}', "line 1: 'nosuch://a/b.mp4' names no file"),
         ("captions.csv", "file;caption\na.mp4;b\n", "separated by ',', not by ';'"),
         ("captions.csv", "file,caption,caption\na.mp4,b,c\n", "line 1: the column 'caption' is there twice"),
         ("captions.csv", b"file,caption\na.mp4,caf\xe9\n", "line 2: not UTF-8"),
@@ -395,3 +399,8 @@ def test_a_hundred_thousand_lines_are_read_once_each(tmp_path, monkeypatch):
 def test_records_are_told_apart_by_paths_as_text(tmp_path):
     records = [ClipRecord(tmp_path / name, (), tmp_path) for name in ("a/../b.mp4", "b.mp4")]
     assert records[0].video == records[1].video
+
+
+def test_a_table_of_prompts_needs_no_files(tmp_path):
+    (tmp_path / "prompts.csv").write_text('prompt,style\n"a spark, red",oil\n')
+    assert read_prompts(tmp_path / "prompts.csv") == [("a spark, red", {"style": "oil"})]
