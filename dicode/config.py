@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 Precision = Literal["auto", "bfloat16", "float32"]
 MOST_INTEGER = 2**63 - 1
 FORMAT = 1
+SECTIONS = ("first_stage", "tokenizer", "lm", "deep_tokens", "video_text")  # of a config.json
 MOST_CONFIG = 2**20  # bytes of config.json
 T = TypeVar("T")
 
@@ -265,4 +266,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: expected format {FORMAT}, got {shortened(found)}; this version of dicode cannot read it"
         )
+    if unknown := [key for key in values if key not in ("format", *SECTIONS)]:
+        raise CheckpointError(f"{path}: unknown section {shortened(unknown[0])}{nearest(unknown[0], list(SECTIONS))}")
     return {key: value for key, value in values.items() if key != "format"}

@@ -343,3 +343,9 @@ def test_a_file_is_enlarged_to_be_watched_unless_a_scale_is_given(tmp_path: Path
 
 def test_a_model_size_and_a_tokenizer_are_plain_values() -> None:
     assert dataclasses.is_dataclass(DeepLMConfig) and dataclasses.is_dataclass(TokenizerConfig)
+
+
+def test_a_section_that_no_part_reads_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"format": 1, "tokenizer": {}, "tokeniser": {}}')
+    with pytest.raises(CheckpointError, match=r"config.json: unknown section .tokeniser. \(did you mean 'tokenizer'"):
+        read_config(tmp_path)

@@ -36,7 +36,7 @@ def test_jsonl_index_keeps_captions_and_all_else(tmp_path, caplog):
     rows = [
         {"file": "videos/a.gif", "caption": " ice  vortex\n", "expanded": "a vortex of ice", "lab": "x1", "take": 3},
         {"file": "videos/b.mp4", "caption": None, "score": float("nan")},
-        {"file": "c.mp4", "caption": ["x", "y", "x"], "start_s": "1.5", "end_s": 2, "validation": "yes"},
+        {"file": "c.mp4", "caption": ["x", "y", "x"], "start_s": "1.5", "end_s": 2, "validation": 1.0},
     ]
     (tmp_path / "captions.jsonl").write_text("﻿" + json.dumps(rows[0]) + "\n\n" + "\n".join(map(json.dumps, rows[1:])))
     with caplog.at_level(logging.WARNING):
@@ -87,6 +87,7 @@ def test_lists_of_every_kind_tell_the_same(tmp_path, name, text):
         ("captions.jsonl", '{"file": "a.mp4", "start_s": NaN}', "seconds from 0 on for 'start_s', got nan"),
         ("captions.jsonl", '{"file": "a.mp4", "start_s": 3, "end_s": 2}', "expected end_s after start_s, got 3 and 2"),
         ("captions.jsonl", '{"file": "a.mp4", "validation": "maybe"}', "expected true or false for 'validation'"),
+        ("captions.jsonl", '{"file": "a.mp4", "validation": 0.5}', "expected true or false for 'validation', got 0.5"),
         ("captions.jsonl", '{"file": "a.mp4", "validation": 2}', "expected true or false for 'validation', got 2"),
         ("captions.jsonl", '{"file": "a\\u0000.mp4"}', "is no text"),
         ("captions.jsonl", '{"file": "a.mp4", "caption": "\\ud800"}', "'caption' holds half a character"),

@@ -26,7 +26,7 @@ MEANT = {
     **dict.fromkeys(("start_frame", "end_frame", "timestamp", "timestamps"), "start_s, end_s"),
     **dict.fromkeys(("split", "val", "is_validation"), "validation"),
 }
-TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+TRUE, FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # 1.0: what pandas makes of 1 beside gaps
 OF_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # what they leave, beside names that begin with a dot
 STILLS = tuple(sorted(IMAGE_SUFFIXES - {".gif", ".apng"}))
 LIKENESS = 0.85  # of a mistyped key: captoin, end_ms, but not start, caption_en
@@ -201,7 +201,7 @@ def _truth(value: Any, where: str) -> bool | None:
     if value is None or value == "":
         return None
     word = str(value).strip().lower()
-    if not isinstance(value, bool | int | str) or word not in (*TRUE, *FALSE):
+    if not isinstance(value, bool | int | float | str) or word not in (*TRUE, *FALSE):
         raise VideoReadError(f"{where}: expected true or false for 'validation', got {_shown(value)}")
     return word in TRUE
 
