@@ -5,6 +5,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _quiet_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line of progress on a machine where something takes seconds: what commands print is compared."""
+    monkeypatch.setattr("dicode.progress.FIRST_AFTER_S", 3600.0)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a whole model with random weights: 32×32 pixels, 4 tokens of 6, up to 16 s."""
