@@ -73,7 +73,9 @@ def json_value(text: str, where: str) -> Any:
     """A value of JSON, in which no object has a key twice. NaN is a number here, as many programs write it."""
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # RecursionError: of brackets in brackets
+    except RecursionError as error:
+        raise VideoReadError(f"{where}: not JSON (brackets within brackets, too many)") from error
+    except ValueError as error:
         raise VideoReadError(f"{where}: not JSON ({error})") from error
 
 
