@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from dicode.config import shortened
 from dicode.files import read_json, read_text
 from dicode.seeds import generator_for
 from dicode.video.io import natural_key
@@ -157,7 +158,9 @@ def vbench_prompts(file: Path) -> list[str]:
         raise ValueError(f"{file}: expected a prompt a line, or the list of VBench_full_info.json; found none")
     for prompt in prompts:
         if "/" in prompt or "\0" in prompt or len(f".{prompt}-000.mp4.00000000.part".encode()) > 255:
-            raise ValueError(f"{file}: VBench finds videos by their prompts; this one can be no file name: {prompt!r}")
+            raise ValueError(
+                f"{file}: VBench finds videos by their prompts; this one can be no file name: {shortened(prompt)}"
+            )
     return prompts
 
 
