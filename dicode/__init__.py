@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dicode.generate import DiCoDe as DiCoDe
     from dicode.lm.deep_lm import DeepTokenLM as DeepTokenLM
+    from dicode.pipeline import DiCoDe as DiCoDe
     from dicode.tokenizer.video_tokenizer import VideoTokenizer as VideoTokenizer
-    from dicode.video.io import VideoReadError as VideoReadError
-    from dicode.video.io import VideoWriter as VideoWriter
-    from dicode.video.io import read_video as read_video
+    from dicode.video.read import VideoReadError as VideoReadError
+    from dicode.video.read import VideoWriter as VideoWriter
+    from dicode.video.read import read_video as read_video
 
 _HOME = {
-    "DiCoDe": "dicode.generate",
+    "DiCoDe": "dicode.pipeline",
     "DeepTokenLM": "dicode.lm.deep_lm",
     "VideoTokenizer": "dicode.tokenizer.video_tokenizer",
-    "VideoReadError": "dicode.video.io",
-    "VideoWriter": "dicode.video.io",
-    "read_video": "dicode.video.io",
+    "VideoReadError": "dicode.video.read",
+    "VideoWriter": "dicode.video.read",
+    "read_video": "dicode.video.read",
 }
 __all__ = ["__version__", *_HOME]
 

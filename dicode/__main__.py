@@ -1,6 +1,6 @@
 """`python -m dicode` is `dicode`."""
 
-from dicode.cli import console
+from dicode.cli.app import console
 
 if __name__ == "__main__":
     console()

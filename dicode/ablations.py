@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dicode.config import config_from_dict, read_config
+from dicode.data.cache import FrameCache
 from dicode.evaluate.tokens import energy_score
-from dicode.generate import DiCoDe
-from dicode.hub import config_from_dict, read_config
-from dicode.lm.sizes import HeadName
+from dicode.lm.presets import HeadName
+from dicode.pipeline import DiCoDe
 from dicode.shapes import DeepTokens
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import WEIGHTS
-from dicode.train.clips import TokenizerTraining
-from dicode.train.images import frames_to_pixels
-from dicode.train.language import LanguageTraining
+from dicode.train.first_stage import frames_to_pixels
+from dicode.train.lm import LanguageTraining
 from dicode.train.runs import LanguageRun, TokenizerRun
-from dicode.video.shards import FrameCache
+from dicode.train.tokenizer import TokenizerTraining
 
 HEADS: tuple[HeadName, ...] = ("gaussian", "regression", "flow")  # beside the base's mixture
 NOISE = (0.0, 0.5, 1.0)

@@ -1,5 +1,7 @@
 """Plain values ⇄ frozen dataclasses, as in `config.json`, with each field's range declared beside it.
 
+A user's own Python files, recipes and scorers, are loaded here as well.
+
 Importing it needs no torch, so that help comes at once.
 """
 
@@ -8,11 +10,15 @@ import difflib
 import json
 import math
 import reprlib
+import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
+from importlib import util
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -269,3 +275,65 @@ def read_config(folder: Path) -> dict[str, Any]:
     if unknown := [key for key in values if key not in ("format", *SECTIONS)]:
         raise CheckpointError(f"{path}: unknown section {shortened(unknown[0])}{nearest(unknown[0], list(SECTIONS))}")
     return {key: value for key, value in values.items() if key != "format"}
+
+
+def missing_extra(error: ModuleNotFoundError, extra: str) -> ImportError:
+    """The same error, naming the extra of this package to install."""
+    if error.name and error.name.split(".")[0] == "dicode":
+        return error
+    return ImportError(f"this needs the package {error.name!r}, not installed: pip install 'dicode[{extra}]'")
+
+
+class RecipeError(ValueError):
+    """What a user's file raised or does not hold: names file, line and the exception."""
+
+
+def load_function(spec: str, kind: str, form: str, extra: str) -> Callable[..., Any]:
+    """The function that `FILE.py:NAME` names; the error of another text says what `form` is expected of a `kind`.
+
+    `extra` is what to install where the file needs a package that is not there.
+    """
+    file, _, name = spec.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise RecipeError(f"{kind}: expected {form}, got {spec!r}")
+    module = load_file(Path(file), kind, extra)
+    values = vars(module).items()
+    own = [n for n, value in values if callable(value) and getattr(value, "__module__", "") == module.__name__]
+    if name not in own:
+        raise RecipeError(f"{file}: no function {name!r}{nearest(name, own)}; it has {', '.join(own)}")
+    return getattr(module, name)
+
+
+def load_file(file: Path, kind: str, extra: str) -> types.ModuleType:
+    """Run a Python file as a module under a name that no library has, so that `tokenizers.py` replaces none."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such {kind} file")
+    name = f"dicode_{kind}_{sha256(str(file.resolve()).encode()).hexdigest()[:8]}_{file.stem}"
+    spec = util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = util.module_from_spec(spec)  # a dataclass in the file looks for its module there
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, extra) from error
+    except SyntaxError as error:
+        raise RecipeError(f"{file}, line {error.lineno}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        raise raised_in(str(file), error) from error
+    return module
+
+
+def run_own(function: Callable[..., Any], spec: str, *arguments: Any) -> Any:
+    """Call a function of a user's file; raises `RecipeError` for whatever it raises, naming its line."""
+    try:
+        return function(*arguments)
+    except (Exception, SystemExit) as error:
+        raise raised_in(spec.rpartition(":")[0], error) from error
+
+
+def raised_in(file: str, error: BaseException) -> RecipeError:
+    """The error of a user's file in one line: where in that file, what stands there, what was raised."""
+    inside = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == Path(file)]
+    where = f", line {inside[-1].lineno} ({inside[-1].line})" if inside else ""
+    return RecipeError(f"{file}{where}: {type(error).__name__}: {error}")

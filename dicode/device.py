@@ -4,6 +4,9 @@ import os
 import platform
 import re
 import sys
+import time
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -101,3 +104,58 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cpu":
         return (peak_memory_mib() or 0.0) / 1024
     return torch.accelerator.max_memory_allocated(device) / 2**30
+
+
+MEASURED_S = 0.05  # of matrix products, where no table tells a device's speed
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU, by a pattern for the name that its driver gives it."""
+
+    named: str
+    memory_gib: int
+    peak_flops: float  # a second: matrix products in bfloat16 summed in float32, dense
+
+
+# From NVIDIA's data sheets (GeForce: the architectures' white papers); where they print rates "with sparsity", half.
+GPUS = {
+    "a100-40gb": Gpu(r"A100.*40GB", 40, 312e12),
+    "a100-80gb": Gpu(r"A100.*80GB", 80, 312e12),
+    "h100-pcie": Gpu(r"H100 PCIe", 80, 756e12),
+    "h100-80gb": Gpu(r"H100 80GB HBM3", 80, 989e12),  # the SXM module
+    "h200": Gpu(r"H200$", 141, 989e12),
+    "b200": Gpu(r"\bB200", 180, 2250e12),
+    "l4": Gpu(r"L4$", 24, 121e12),
+    "l40s": Gpu(r"L40S", 48, 362e12),
+    "a6000": Gpu(r"RTX A6000", 48, 154.8e12),
+    "rtx-3090": Gpu(r"RTX 3090$", 24, 71e12),
+    "rtx-4090": Gpu(r"RTX 4090$", 24, 165.2e12),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Matrix products, FLOPs a second: in bfloat16 of a GPU known by name its data sheet's, of all others measured."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for gpu in GPUS.values():
+            if re.search(gpu.named, name):
+                return gpu.peak_flops
+    return measured_flops(device, dtype)
+
+
+@cache
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of three sizes of matrix products, FLOPs a second; takes a quarter of a second, once."""
+    best = 0.0
+    for size in (512, 2048, 8192):
+        if best and 2 * size**3 / best > 2 * MEASURED_S:
+            break  # CPUs end at 2048, those without bfloat16 units at 512; a large GPU is kept busy by 8192 alone
+        matrix, flops, spent_s = torch.ones(size, size, dtype=dtype, device=device), 0, 0.0
+        (matrix @ matrix)[0, 0].item()  # the first one also loads the library
+        began_s = time.perf_counter()
+        while spent_s < MEASURED_S:
+            (matrix @ matrix)[0, 0].item()
+            flops, spent_s = flops + 2 * size**3, time.perf_counter() - began_s
+        best = max(best, flops / spent_s)
+    return best

@@ -17,26 +17,25 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from dicode.cli.flags import Scale
+from dicode.cli.info import runs_of
+from dicode.config import config_from_dict, config_to_dict, missing_extra
+from dicode.data.cache import CachedVideo, FrameCache, join_caches
 from dicode.device import pick_device
-from dicode.evaluate.report import read_result, write_result
 from dicode.evaluate.scaling import fit_power_law
-from dicode.extras import missing_extra
 from dicode.files import put_text, read_json
-from dicode.flags import Scale
-from dicode.hub import config_from_dict, config_to_dict
-from dicode.info_command import runs_of
 from dicode.lm.deep_lm import DeepTokenLM
+from dicode.provenance import read_result, write_result
 from dicode.seeds import generator_for
-from dicode.sizing import batch_flops, count_parameters
+from dicode.sizing.count import batch_flops, count_parameters
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LanguageRun
-from dicode.video.shards import CachedVideo, FrameCache, join_caches
 
 try:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from dicode.plans import blank_batches, blank_stage
-    from dicode.train.language import LanguageTraining, chunks
+    from dicode.sizing.plan import blank_batches, blank_stage
+    from dicode.train.lm import LanguageTraining, chunks
     from dicode.train.loop import train
     from dicode.train.parallel import Processes
     from dicode.train.signals import StopSignal

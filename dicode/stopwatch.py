@@ -1,10 +1,16 @@
-"""How long each stage of a command takes."""
+"""How long each stage of a command takes, and how far long work is."""
 
+import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
+from tqdm import tqdm
+
+FIRST_AFTER_S = 2.0  # work that takes less is not worth a line
+EVERY_S = 30.0
 T = TypeVar("T")
 
 
@@ -49,3 +55,85 @@ class Stopwatch:
             name = self._running[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
+
+
+class Progress:
+    """`total` units of work, or work that is not counted; a context, whose `update` counts what is done.
+
+    Without a terminal a line says what and how many once two seconds have passed, then one every half minute how many
+    are done and, from the time that those took, how long the rest will take. Of work within other work only the
+    innermost speaks. Both go to stderr.
+    """
+
+    _running: ClassVar[list["Progress"]] = []  # the innermost last
+
+    def __init__(self, what: str, total: int | None = None, unit: str = ""):
+        self.what, self.total, self.unit = what, total, unit
+        self.done = 0
+        self._bar: tqdm | None = None
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Progress":
+        self._running.append(self)
+        self._began_s = time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = tqdm(desc=self.what, total=self.total, unit=self.unit or "it", delay=FIRST_AFTER_S, leave=False)
+        else:
+            self._thread = threading.Thread(target=self._speak, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._running.remove(self)
+        if self._bar is not None:
+            self._bar.close()
+        if self._thread is not None:
+            self._thread.join()
+
+    def update(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def write(self, text: str) -> None:
+        """A line on stdout, above the bar where there is one."""
+        tqdm.write(text)
+
+    def line(self, spent_s: float) -> str:
+        """Where the work stands after so many seconds."""
+        unit = f" {self.unit}{'es' if self.unit.endswith('ch') else 's'}" if self.unit else ""
+        if self.total is None:
+            return f"{self.what}: {duration(spent_s)} so far"
+        if not self.done:
+            return f"{self.what}: {self.total:,}{unit}" + (f", {duration(spent_s)} so far" if spent_s > EVERY_S else "")
+        left_s = spent_s * (self.total - self.done) / self.done
+        return f"{self.what}: {self.done:,} of {self.total:,}{unit}, about {duration(left_s)} to go"
+
+    def _speak(self) -> None:
+        wait_s = FIRST_AFTER_S
+        while not self._ended.wait(wait_s):
+            if self._running[-1:] == [self]:
+                print(self.line(time.monotonic() - self._began_s), file=sys.stderr, flush=True)
+            wait_s = EVERY_S
+
+
+def tracked(items: Iterable[T], what: str, unit: str = "", total: int | None = None) -> Iterator[T]:
+    """The items, with a `Progress` as long as they last; `total` where they cannot be counted."""
+    count = len(items) if total is None and isinstance(items, Sized) else total
+    with Progress(what, count, unit) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
+def duration(seconds: float) -> str:
+    """E.g. '3 d 4 h', '2 h 5 min', '40 s'."""
+    days, rest = divmod(round(seconds), 86_400)
+    hours, rest = divmod(rest, 3600)
+    minutes, left = divmod(rest, 60)
+    units = [(days, "d"), (hours, "h"), (minutes, "min"), (left, "s")]
+    first = next((i for i, (count, _) in enumerate(units) if count), 3)
+    return " ".join(f"{count} {unit}" for count, unit in units[first : first + 2] if count) or "0 s"

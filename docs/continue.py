@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dicode.evaluate.metrics import frame_steps
-from dicode.evaluate.report import write_result
-from dicode.generate import DiCoDe
+from dicode.features.metrics import frame_steps
+from dicode.pipeline import DiCoDe
+from dicode.provenance import write_result
 from dicode.video.timed import Video
 
 LINES = (1, 101, 301, 601, 901)

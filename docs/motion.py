@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
+from dicode.data.cache import FrameCache
 from dicode.evaluate.generation import motion_ratio
-from dicode.evaluate.metrics import frechet_of_sets
 from dicode.evaluate.reconstruction import cross_fade
-from dicode.evaluate.report import write_result
+from dicode.features.extract import EfficientNetLite0Features, features_of_clips
+from dicode.features.metrics import frechet_of_sets
+from dicode.provenance import write_result
 from dicode.tokenizer.diffusion import scale_motion
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.images import frames_to_pixels
-from dicode.video.shards import FrameCache
+from dicode.train.first_stage import frames_to_pixels
 
 SCALES = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 CLIPS = 120

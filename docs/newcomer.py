@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from dicode.device import compute_dtype, pick_device
-from dicode.evaluate.report import write_result
-from dicode.progress import duration
+from dicode.provenance import write_result
+from dicode.stopwatch import duration
 from dicode.train.pace import read_plan
-from dicode.video.io import read_video
+from dicode.video.read import read_video
 from dicode.video.sheet import contact_sheet
 
 PROMPTS, HELD = 12, 4  # training captions, and validation captions after them

@@ -22,14 +22,14 @@ WORKER = """
 import dataclasses, json, sys, time
 from pathlib import Path
 import torch
-from dicode.cli import load_run
-from dicode.hub import write_config
+from dicode.cli.app import load_run
+from dicode.checkpoint import write_config
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.checkpoint import TrainState
 from dicode.train.loop import Training, _batches, _step
 from dicode.train.parallel import Processes
 from dicode.train.stages import stage_of
-from dicode.video.shards import CachedVideo, FrameCache
+from dicode.data.cache import CachedVideo, FrameCache
 from dicode.video.synthetic import draw_clip
 
 root, steps, most_s = Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dicode.evaluate.features import EfficientNetLite0Features
-from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
-from dicode.evaluate.report import write_result
-from dicode.generate import DiCoDe
-from dicode.video.shards import CachedVideo, FrameCache
+from dicode.data.cache import CachedVideo, FrameCache
+from dicode.features.extract import EfficientNetLite0Features
+from dicode.features.metrics import FrechetStatistics, frechet_distance
+from dicode.pipeline import DiCoDe
+from dicode.provenance import write_result
 from dicode.video.timed import Video
 
 VIDEOS, FRAMES, LEAST_S = 24, 16, 3.0  # of either split; frames of each that stand for it; how long it must be

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from dicode import DiCoDe
-from dicode.evaluate.report import write_result
 from dicode.evaluate.scores import repeats_score
+from dicode.provenance import write_result
 
 REPEATS = 5
 

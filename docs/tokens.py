@@ -10,14 +10,14 @@ import sys
 import torch
 from torch import Tensor
 
-from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
-from dicode.evaluate.metrics import frechet_of_sets
-from dicode.evaluate.report import write_result
-from dicode.hub import resolve
+from dicode.checkpoint import resolve
+from dicode.data.cache import FrameCache
+from dicode.features.extract import EfficientNetLite0Features, features_of_clips
+from dicode.features.metrics import frechet_of_sets
+from dicode.provenance import write_result
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
-from dicode.train.clips import first_stage_latents
-from dicode.video.shards import FrameCache
+from dicode.train.tokenizer import first_stage_latents
 
 NOISE = (0.0, 0.1, 0.2, 0.4)  # deviation, where the tokens' is 1
 

@@ -14,13 +14,13 @@ import torch
 from tokens import Linear
 from torch import Tensor
 
-from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
-from dicode.evaluate.report import write_result
+from dicode.data.cache import FrameCache
 from dicode.evaluate.suite import PERCEPTUAL
+from dicode.features.perceptual import FeatureMaps, perceptual_distance
+from dicode.provenance import write_result
 from dicode.shapes import ImageLatents
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.images import frames_to_pixels, psnr_db
-from dicode.video.shards import FrameCache
+from dicode.train.first_stage import frames_to_pixels, psnr_db
 
 WIDTHS = (16, 24, 32, 40, 48, 56, 64)
 FITTED, SHOWN = 10_000, 300  # training frames that codes are fitted to, and other frames of either split to decode

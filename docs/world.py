@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dicode.data.cache import FrameCache
 from dicode.evaluate.generation import draw_prompts
-from dicode.generate import DiCoDe
-from dicode.video.shards import FrameCache
+from dicode.pipeline import DiCoDe
 from dicode.video.sheet import save_sheet
 from dicode.video.timed import Video
 

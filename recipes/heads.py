@@ -20,23 +20,23 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from dicode.evaluate.bank import RealClips, first_clip
-from dicode.evaluate.clips import generated_clips
-from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
+from dicode.data.cache import CachedVideo, FrameCache
 from dicode.evaluate.generation import draw_prompts, text_control
-from dicode.evaluate.metrics import frechet_of_sets
-from dicode.evaluate.report import write_result
+from dicode.evaluate.reference import RealClips, first_clip
+from dicode.evaluate.samples import generated_clips
 from dicode.evaluate.tokens import captions_with_variants, diversity, energy_score
-from dicode.generate import DiCoDe
+from dicode.features.extract import EfficientNetLite0Features, features_of_clips
+from dicode.features.metrics import frechet_of_sets
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.sizes import SIZES, HeadName, Order
-from dicode.sampling import SamplingConfig
-from dicode.sizing import step_flops
+from dicode.lm.presets import SIZES, HeadName, Order
+from dicode.pipeline import DiCoDe
+from dicode.provenance import write_result
+from dicode.sizing.count import step_flops
+from dicode.tokenizer.config import SamplingConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.language import LanguageTraining
+from dicode.train.lm import LanguageTraining
 from dicode.train.loop import train
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
-from dicode.video.shards import CachedVideo, FrameCache
 
 TOKENIZER = "dicode/checkpoints/sprites"
 CACHE = Path("cache/heads")  # the clips of this comparison, taken from the cache named

@@ -19,8 +19,8 @@ to 6, and 8 for 6 alone, at a third of the size. A run reads its cache from disk
 MB, its latents 16 kB, its deep tokens 33 kB.
 """
 
-from dicode.lm.sizes import SIZES, DeepLMConfig
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.lm.presets import SIZES, DeepLMConfig
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, Strategy, TokenizerRun
 
 PRIOR = "checkpoints/dynamicrafter"

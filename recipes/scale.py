@@ -9,7 +9,7 @@ they were 0.06 nats apart after 500. Results: docs/scale.md.
 
 from dataclasses import replace
 
-from dicode.lm.sizes import SIZES
+from dicode.lm.presets import SIZES
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
 
 LR = 3e-3  # of Muon, whose updates are alike at every width; tried on training clips kept out of training

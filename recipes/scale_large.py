@@ -10,7 +10,7 @@ run of it: docs/scale.md.
 from dataclasses import replace
 from pathlib import Path
 
-from dicode.recipe_files import load_run
+from dicode.train.recipe import load_run
 from dicode.train.runs import LanguageRun
 
 BASE = f"{Path(__file__).with_name('scale.py')}:llama_19m"

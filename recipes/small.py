@@ -15,7 +15,7 @@ reads what those before it made: `MODEL` (first stage, encoder, resampler, denoi
 
 from dataclasses import replace
 
-from dicode.lm.sizes import SIZES
+from dicode.lm.presets import SIZES
 from dicode.tokenizer.config import DenoiserConfig, EncoderConfig, FirstStageConfig, TokenizerConfig
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 

@@ -18,8 +18,8 @@ Every run continues where it was stopped when its command is given again. Hours 
 
 from dataclasses import replace
 
-from dicode.lm.sizes import SIZES
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.lm.presets import SIZES
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 
 MODEL = TOKENIZERS["sprites"]

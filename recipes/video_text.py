@@ -12,11 +12,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from dicode.evaluate.report import write_result
-from dicode.evaluate.video_text import BOX, TinyVT, accuracy
+from dicode.data.cache import FrameCache
+from dicode.features.tinyvt import BOX, TinyVT, accuracy
+from dicode.provenance import write_result
 from dicode.train.runs import LoopConfig, OptimConfig
 from dicode.train.video_text import VideoTextRun, first_clips
-from dicode.video.shards import FrameCache
 
 
 def run() -> VideoTextRun:

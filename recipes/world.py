@@ -22,8 +22,8 @@ Hours, results, and what was continued on a CPU: docs/log.md.
 
 from dataclasses import replace
 
-from dicode.lm.sizes import SIZES
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.lm.presets import SIZES
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 
 CACHE = "cache/world"

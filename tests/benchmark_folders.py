@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.video.synthetic import draw_clip
-from dicode.video.writer import VideoWriter
+from dicode.video.write import VideoWriter
 
 COUNTS = {"ApplyEyeMakeup": 4, "YoYo": 3, "HandstandPushups": 2}
 

@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def _quiet_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """No line of progress on a machine where something takes seconds: what commands print is compared."""
-    monkeypatch.setattr("dicode.progress.FIRST_AFTER_S", 3600.0)
+    monkeypatch.setattr("dicode.stopwatch.FIRST_AFTER_S", 3600.0)
 
 
 @pytest.fixture(scope="session")

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from test_tokenizer import tiny_config
 
-from dicode.evaluate.report import write_result
-from dicode.hub import write_config
-from dicode.lm.sizes import DeepLMConfig
+from dicode.config import write_config
+from dicode.data.cache import CachedVideo, FrameCache, write_index, write_shard
+from dicode.data.columns import Videos
+from dicode.lm.presets import DeepLMConfig
+from dicode.provenance import write_result
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import Training
 from dicode.train.parallel import Processes
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import stage_of
-from dicode.video.columns import Videos
-from dicode.video.shards import CachedVideo, FrameCache, write_index, write_shard
 
 COUNTS = (10_000, 1_000_000, 10_000_000)
 A_SHARD = 64

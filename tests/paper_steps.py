@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from dicode.device import peak_memory_gib, pick_device
-from dicode.evaluate.report import write_result
+from dicode.device import GPUS, peak_flops, peak_memory_gib, pick_device
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.plans import Planner, blank_batches
-from dicode.recipe_files import load_run
-from dicode.sizing import GPUS, peak_flops
+from dicode.provenance import write_result
+from dicode.sizing.plan import Planner, blank_batches
 from dicode.train.checkpoint import TrainState
-from dicode.train.language import LanguageTraining
+from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Training, _step, attention_on
 from dicode.train.parallel import Processes
+from dicode.train.recipe import load_run
 from dicode.train.runs import LanguageRun
 
 RECIPES = Path(__file__).parents[1] / "recipes/paper.py"

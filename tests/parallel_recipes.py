@@ -16,9 +16,9 @@ from test_video_text import SMALL
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dicode.cli import load_run
+from dicode.cli.app import load_run
 from dicode.train.checkpoint import TrainState
-from dicode.train.language import LanguageRun
+from dicode.train.lm import LanguageRun
 from dicode.train.loop import Training, _batches, _step
 from dicode.train.muon import Muon
 from dicode.train.parallel import Processes, Strategy, full

@@ -12,9 +12,8 @@ from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from dicode.convert.configs import denoiser_config, first_stage_config, lm_config, resampler_config
-from dicode.lm.sizes import DeepLMConfig
-from dicode.sampling import SamplingConfig
-from dicode.tokenizer.config import DiffusionConfig, EncoderConfig, TokenizerConfig
+from dicode.lm.presets import DeepLMConfig
+from dicode.tokenizer.config import DiffusionConfig, EncoderConfig, SamplingConfig, TokenizerConfig
 
 REFERENCE = Path(os.environ.get("DICODE_REFERENCE", Path(__file__).parent / "reference"))
 TEXT_LENGTH, TEXT_DEPTH, IMAGE_HEADS = 7, 3, 2

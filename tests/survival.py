@@ -27,10 +27,10 @@ from torch.utils import tensorboard  # noqa: F401 - loaded once, before the fork
 
 import dicode.train.checkpoint
 import dicode.train.loop
-from dicode.evaluate.report import write_result
-from dicode.sizing import peak_flops
+from dicode.device import peak_flops
+from dicode.provenance import write_result
 from dicode.train.checkpoint import checkpoints, damage
-from dicode.train.run_folder import ABOUT_SPEED
+from dicode.train.run_log import ABOUT_SPEED
 from dicode.train.runs import LanguageRun
 from dicode.train.stages import run_recipe, stage_of
 
@@ -184,7 +184,7 @@ def signal_in(phase: str, call: int, note: Path) -> None:
 
         setattr(owner, name, wrapped)
 
-    from dicode.train.language import LanguageTraining
+    from dicode.train.lm import LanguageTraining
 
     places: dict[str, tuple[Any, str]] = {
         "building": (LanguageTraining, "_text"),

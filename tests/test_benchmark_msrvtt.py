@@ -12,12 +12,12 @@ from benchmark_folders import write_msrvtt, write_networks
 from safetensors.torch import load_file
 from test_evaluate_networks import clip_folder  # noqa: F401 - a fixture
 
-from dicode.cli import main
-from dicode.evaluate.networks import Clip
-from dicode.evaluate.protocol_data import drawn_captions, msrvtt_videos, shuffled
-from dicode.evaluate.protocol_networks import clip_file
+from dicode.benchmarks.sets import drawn_captions, msrvtt_videos, shuffled
+from dicode.cli.app import main
+from dicode.features.networks import Clip
+from dicode.features.published import clip_file
 from dicode.files import sha256_of
-from dicode.generate import DiCoDe
+from dicode.pipeline import DiCoDe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch.jit
@@ -104,7 +104,7 @@ def test_the_published_pickle_is_read_and_no_other(clip_folder, tmp_path, monkey
         FileNotFoundError, match=r"--clip: expected openai/.* got .*model\.safetensors, where no file is"
     ):
         clip_file(str(folder), [])
-    monkeypatch.setattr("dicode.evaluate.protocol_networks.CLIP_PICKLE_SHA256", sha256_of(pickle))
+    monkeypatch.setattr("dicode.features.published.CLIP_PICKLE_SHA256", sha256_of(pickle))
     found, file = clip_file(str(folder), [])
     assert (found, file.figure("CLIPSIM")) == (folder, "CLIPSIM")
     torch.testing.assert_close(Clip(found).text_features(["a spark"]), Clip(clip_folder).text_features(["a spark"]))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from benchmark_folders import COUNTS, write_networks, write_ucf101
 
-from dicode.cli import main
-from dicode.evaluate.networks import C3D, I3D
-from dicode.evaluate.protocol_data import class_prompts, class_words, share_out, shuffled, ucf101_videos
-from dicode.evaluate.protocols import real_clip
+from dicode.benchmarks.protocols import real_clip
+from dicode.benchmarks.sets import class_prompts, class_words, share_out, shuffled, ucf101_videos
+from dicode.cli.app import main
 from dicode.evaluate.scores import frechet_score, set_score
+from dicode.features.networks import C3D, I3D
 from dicode.files import sha256_of
-from dicode.generate import DiCoDe
+from dicode.pipeline import DiCoDe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch.jit
@@ -167,7 +167,7 @@ def test_only_a_file_known_as_the_published_one_gives_its_name(
     folder, networks, tiny_model, whole, tmp_path, capsys, monkeypatch
 ):
     known = sha256_of(networks[1])
-    monkeypatch.setattr("dicode.evaluate.protocol_networks.I3D_SHA256", sha256_of(networks[0]))
+    monkeypatch.setattr("dicode.features.published.I3D_SHA256", sha256_of(networks[0]))
     (tmp_path / "ucf101.work").symlink_to(whole.with_suffix(".work"))
     assert ucf101(folder, networks, tiny_model, tmp_path / "ucf101.json", "--confirm", known) == 0
     found = values(tmp_path / "ucf101.json")
@@ -249,7 +249,7 @@ def test_an_incomplete_folder_is_refused(folder, tmp_path):
 
 
 def test_a_real_clip_is_sixteen_frames_in_a_row_from_a_place_of_its_own(folder):
-    from dicode.video.io import read_video
+    from dicode.video.read import read_video
 
     files = ucf101_videos(folder)["ApplyEyeMakeup"]
     frames = read_video(files[0], 8.0, 24).frames

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dicode.cli import main
-from dicode.evaluate.protocol_data import vbench_prompts
-from dicode.generate import DiCoDe
-from dicode.video.io import read_video
+from dicode.benchmarks.sets import vbench_prompts
+from dicode.cli.app import main
+from dicode.pipeline import DiCoDe
+from dicode.video.read import read_video
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*lose their end"),  # the tiny model reads 12 text tokens

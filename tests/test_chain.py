@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from test_training import SHARD, write_cache
 
-from dicode.cli import main, parse
-from dicode.flags import Train, TrainAll
-from dicode.generate import DiCoDe
-from dicode.hub import read_config
+from dicode.cli.app import main, parse
+from dicode.cli.flags import Train, TrainAll
+from dicode.config import read_config
+from dicode.pipeline import DiCoDe
 from dicode.train.chain import Chain, wired
-from dicode.train.language import LanguageTraining
+from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Stage
 from dicode.train.pace import Pace, measured_pace, plan_of
 from dicode.train.parallel import Processes

@@ -21,15 +21,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dicode import __version__
-from dicode.cli import main
-from dicode.flags import RenderFlags, WriteFlags
-from dicode.generate import DiCoDe
-from dicode.hub import content_hash
-from dicode.sampling import SamplingConfig
+from dicode.checkpoint import content_hash
+from dicode.cli.app import main
+from dicode.cli.flags import RenderFlags, WriteFlags
+from dicode.data.cache import FrameCache
+from dicode.pipeline import DiCoDe
 from dicode.stopwatch import Stopwatch
+from dicode.tokenizer.config import SamplingConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.video.io import read_metadata, read_video
-from dicode.video.shards import FrameCache
+from dicode.video.read import read_metadata, read_video
 
 PROMPT = "a swirling ice vortex"
 FLAGS = {
@@ -345,7 +345,7 @@ def test_flags_are_the_frozen_ones(capsys, monkeypatch, command):
 
 def test_help_and_version_need_no_library_that_takes_time_to_load():
     program = (
-        "import sys\nfrom dicode.cli import main\n"
+        "import sys\nfrom dicode.cli.app import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         "assert not {'torch', 'numpy', 'diffusers', 'transformers', 'av', 'scipy', 'PIL'} & sys.modules.keys()"
     )

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dicode.cli import main, parse
+from dicode.checkpoint import CHECKPOINTS, SEAL, check_model_folder, check_seal, model_folder, save_weights
+from dicode.cli.app import main, parse
 from dicode.config import (
     CheckpointError,
     Items,
@@ -21,16 +22,15 @@ from dicode.config import (
     config_from_dict,
     config_to_dict,
     parsed_json,
+    read_config,
     shortened,
 )
 from dicode.device import pick_device
-from dicode.generate import DiCoDe
-from dicode.hub import CHECKPOINTS, SEAL, check_seal, read_config, save_weights
-from dicode.lm.sizes import SIZES, DeepLMConfig
-from dicode.model_folder import check_model_folder, model_folder
+from dicode.lm.presets import SIZES, DeepLMConfig
+from dicode.pipeline import DiCoDe
 from dicode.storyboard import read_storyboard
 from dicode.tokenizer.config import TokenizerConfig
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.tokenizer.presets import TOKENIZERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +150,11 @@ def test_what_nobody_foresaw_is_one_line_that_calls_itself_a_bug(capsys: Any, mo
     def broken(*_: Any) -> int:
         raise AttributeError("'NoneType' object\nhas no attribute 'x'")
 
-    monkeypatch.setattr("dicode.info_command.info", broken)
+    monkeypatch.setattr("dicode.cli.info.info", broken)
     assert main(["info"]) == 70
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "this is a bug" in err and "test_config.py, line" in err
-    monkeypatch.setattr("dicode.info_command.info", lambda *_: bytearray(2**60))
+    monkeypatch.setattr("dicode.cli.info.info", lambda *_: bytearray(2**60))
     assert main(["info"]) == 2
     assert "not enough memory" in capsys.readouterr().err
 
@@ -167,7 +167,7 @@ def test_a_device_without_numbers_is_refused() -> None:
 
 def test_what_computes_nothing_loads_no_network(drawn_clips: Path, tmp_path: Path) -> None:
     program = (
-        "import sys\nfrom dicode.cli import main\n"
+        "import sys\nfrom dicode.cli.app import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         "print(*{'torch', 'diffusers', 'transformers', 'av'} & sys.modules.keys(), file=sys.stderr)"
     )
@@ -296,7 +296,7 @@ def test_prompts_of_a_list_keep_their_keys_and_their_folder_is_a_data_set(
     capsys: Any, tmp_path: Path, tiny_model: Path
 ) -> None:
     from dicode.data.index import read_index
-    from dicode.video.io import read_metadata, read_video
+    from dicode.video.read import read_metadata, read_video
 
     rows = [{"file": f"{i}.mp4", "caption": f"a red square {i}", "color": "red", "seed": i} for i in range(9)]
     (tmp_path / "captions.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)))
@@ -333,7 +333,7 @@ def test_prompts_of_a_list_keep_their_keys_and_their_folder_is_a_data_set(
 
 
 def test_a_file_is_enlarged_to_be_watched_unless_a_scale_is_given(tmp_path: Path, tiny_model: Path) -> None:
-    from dicode.video.io import read_metadata, read_video
+    from dicode.video.read import read_metadata, read_video
 
     argv = ["generate", "x", "--model", str(tiny_model), "--seconds", "0.5", "-o", f"{tmp_path}/a.gif"]
     assert main(argv) == 0

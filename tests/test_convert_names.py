@@ -7,14 +7,13 @@ import torch
 from published import assert_near, values_of, vectors_of, weights_of
 from torch import Tensor
 
+from dicode.checkpoint import load_state
 from dicode.convert.configs import denoiser_config, first_stage_config, first_stage_of
 from dicode.convert.names import unet_state, vae_state
-from dicode.hub import load_state
-from dicode.sampling import SamplingConfig
-from dicode.tokenizer.config import DiffusionConfig
+from dicode.tokenizer.conditioning import Known
+from dicode.tokenizer.config import DiffusionConfig, SamplingConfig
 from dicode.tokenizer.diffusion import sample
 from dicode.tokenizer.first_stage import FirstStage
-from dicode.tokenizer.known import Known
 from dicode.tokenizer.unet3d import UNet3D
 
 

@@ -28,19 +28,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel
 
-from dicode.cli import main
+from dicode.cli.app import main
+from dicode.config import CheckpointError, read_config
 from dicode.convert.files import read_weights, write_tensors
 from dicode.convert.names import clip_state
 from dicode.convert.official import convert_official, null_text
 from dicode.convert.priors import convert_clip, convert_dynamicrafter, convert_vae
-from dicode.hub import CheckpointError, read_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import MixtureHead
 from dicode.lm.text import TextTokenizer
 from dicode.tokenizer.config import EncoderConfig
 from dicode.tokenizer.encoder import ClipEncoder
 from dicode.tokenizer.first_stage import FirstStage
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
 

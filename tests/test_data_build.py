@@ -16,24 +16,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from test_cli import spoilt_clips as spoilt_clips  # a fixture
 
-from dicode.cli import main
+from dicode.cli.app import main
 from dicode.data import build
+from dicode.data import cache as shards
 from dicode.data.build import CacheOptions, build_cache
+from dicode.data.cache import FrameCache
+from dicode.data.dedupe import COLOUR_LEVELS, look_of, repeats, scenes
 from dicode.data.index import read_index
-from dicode.data.looks import COLOUR_LEVELS, look_of, repeats, scenes
 from dicode.data.records import ClipRecord
 from dicode.files import place, put_text
-from dicode.video import shards
-from dicode.video.io import VideoReadError, native_frames
-from dicode.video.shards import FrameCache
+from dicode.video.read import VideoReadError, native_frames
 from dicode.video.synthetic import draw_clip
-from dicode.video.writer import VideoWriter
+from dicode.video.write import VideoWriter
 
 OPTIONS = CacheOptions(size=16, files_per_shard=2)
 # A worker that kills itself in the second unit, the first time; then the command as anybody would run it.
 DEADLY = """
 import os, signal, sys
-from dicode.cli import main
+from dicode.cli.app import main
 from dicode.data import build
 
 whole, mark = build.make_shard, sys.argv[1]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dicode.cli import main
+from dicode.cli.app import main
+from dicode.data.cache import CachedVideo, FrameCache
 from dicode.data.check import Findings, ends_where_it_begins, moving
-from dicode.train.images import FirstStageTraining, frames_to_pixels
+from dicode.train.first_stage import FirstStageTraining, frames_to_pixels
 from dicode.train.runs import FirstStageRun
-from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.timed import Video
 
 SIZE = 64

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from dicode.data.index import check_files, read_data, read_index
+from dicode.data.prompts import read_prompts
 from dicode.data.records import ClipRecord, validation_split
-from dicode.prompts import read_prompts
-from dicode.video.io import VideoReadError, native_frames
+from dicode.video.read import VideoReadError, native_frames
 from dicode.video.synthetic import write_dataset
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from test_training import write_cache
 
-from dicode.cli import main
+from dicode.cli.app import main
+from dicode.data import cache as shards
 from dicode.data.build import CacheOptions, build_cache
+from dicode.data.cache import CacheError, FrameCache, Rows, read_cache_index
+from dicode.data.columns import CAPTIONED, VALIDATION, CachedVideo, FrameRows, Videos
 from dicode.data.index import read_index
-from dicode.video import shards
-from dicode.video.columns import CAPTIONED, VALIDATION, CachedVideo, FrameRows, Videos
-from dicode.video.shards import CacheError, FrameCache, Rows, read_cache_index
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_rows_of_frames_are_found_without_a_list_of_them(monkeypatch: pytest.Mon
     drawn = drawn_videos(40)
     chosen = [v for v in drawn if not v.validation]
     whole = torch.cat([torch.arange(v.first, v.first + v.count) for v in chosen])
-    monkeypatch.setattr("dicode.video.columns.BLOCK", 4)
+    monkeypatch.setattr("dicode.data.columns.BLOCK", 4)
     rows = FrameRows(Videos.of(drawn).having(VALIDATION, False))
     assert len(rows) == len(whole) and torch.equal(rows[:], whole) and torch.equal(rows[5:90:7], whole[5:90:7])
     at = torch.randint(len(whole), (3, 50), generator=torch.Generator().manual_seed(0))

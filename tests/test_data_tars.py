@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dicode.cli import main
+from dicode.cli.app import main
 from dicode.data.archives import write_tars
 from dicode.data.build import CacheOptions, build_cache
+from dicode.data.cache import CachedVideo, FrameCache
 from dicode.data.index import read_index
 from dicode.files import place
-from dicode.video.io import read_video
-from dicode.video.shards import CachedVideo, FrameCache
+from dicode.video.read import read_video
 
 webdataset = pytest.importorskip("webdataset")
 

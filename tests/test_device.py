@@ -11,8 +11,8 @@ from test_training import runs, write_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dicode.device
+from dicode.cli.flags import Encode
 from dicode.device import compute_dtype, has_bfloat16
-from dicode.flags import Encode
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig
 from dicode.train.stages import Run, run_recipe
@@ -77,7 +77,7 @@ def test_a_run_computes_in_bfloat16_only_where_the_device_has_it(
 def test_encoding_a_cache_computes_in_bfloat16_only_where_the_device_has_it(
     root: Path, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
-    from dicode.data_commands import encode
+    from dicode.cli.data import encode
 
     monkeypatch.setattr(dicode.device, "has_bfloat16", lambda device: native)
     for kept in (*(root / "cache").glob("*.latents-*"), *(root / "cache").glob("*.tokens-*")):

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from test_tokenizer import tiny_config
 from test_training import write_cache
 
-from dicode.evaluate.bank import RealClips
-from dicode.evaluate.features import EfficientNetLite0Features
-from dicode.evaluate.html import page
+from dicode.data.cache import FrameCache
 from dicode.evaluate.reconstruction import hold_head, psnr_in_motion, psnr_score
+from dicode.evaluate.reference import RealClips
+from dicode.evaluate.report import page
 from dicode.evaluate.scores import Score, Seen, blindness, marked_blind
-from dicode.evaluate.video_text import TinyVT
+from dicode.features.extract import EfficientNetLite0Features
+from dicode.features.tinyvt import TinyVT
 from dicode.scale_command import t_interval
-from dicode.video.shards import FrameCache
 
 Made = list[int]
 
@@ -141,7 +141,7 @@ def test_a_cache_that_may_only_be_read_is_evaluated_all_the_same(
         raise PermissionError(13, "Permission denied")
 
     write_cache(tmp_path, count=8)
-    monkeypatch.setattr("dicode.evaluate.bank.put", refused)
+    monkeypatch.setattr("dicode.evaluate.reference.put", refused)
     bank = RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path)
     with pytest.warns(UserWarning, match=r"features of real clips are not kept there \(.*Permission denied"):
         assert bank.features(EfficientNetLite0Features(), [0, 6]).mean.shape == (2, 1280)

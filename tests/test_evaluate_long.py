@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from dicode.evaluate.features import EfficientNetLite0Features
 from dicode.evaluate.generation import drift, join_score, motion_over_time
 from dicode.evaluate.long import (
     JOINS,
@@ -21,7 +20,8 @@ from dicode.evaluate.long import (
 )
 from dicode.evaluate.scores import Score
 from dicode.evaluate.speed import memory_score
-from dicode.generate import DiCoDe
+from dicode.features.extract import EfficientNetLite0Features
+from dicode.pipeline import DiCoDe
 
 few_clips = pytest.mark.filterwarnings("ignore:Fréchet distance of")
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from scipy.spatial.distance import pdist
 from scipy.stats import rankdata
 
-from dicode.evaluate.metrics import (
+from dicode.features.metrics import (
     FrechetStatistics,
     at_joins,
     bootstrap_interval,

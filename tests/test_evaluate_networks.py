@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
-from dicode.evaluate.features import features_of_clips
-from dicode.evaluate.networks import C3D, I3D, Clip, Inception, clip_similarity
-from dicode.hub import CheckpointError
+from dicode.config import CheckpointError
+from dicode.features.extract import features_of_clips
+from dicode.features.networks import C3D, I3D, Clip, Inception, clip_similarity
 
 
 class StandIn3D(nn.Module):

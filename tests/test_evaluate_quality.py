@@ -7,7 +7,7 @@ from scipy.ndimage import correlate1d
 from scipy.stats import entropy
 
 from dicode.evaluate.quality import dynamic_share, inception_score, ssim, token_rate
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.tokenizer.presets import TOKENIZERS
 
 
 def blur(image: ndarray) -> ndarray:

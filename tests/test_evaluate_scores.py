@@ -8,8 +8,6 @@ import torch
 from scipy.linalg import sqrtm
 from test_evaluate_networks import StandIn3D, StandInC3D, StandInInception, clip_folder, saved  # noqa: F401
 
-from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips, load_networks
-from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
 from dicode.evaluate.scores import (
     Score,
     class_score,
@@ -21,6 +19,8 @@ from dicode.evaluate.scores import (
     set_score,
 )
 from dicode.evaluate.suite import clipsim_name, frame_scores
+from dicode.features.extract import EfficientNetLite0Features, features_of_clips, load_networks
+from dicode.features.perceptual import FeatureMaps, perceptual_distance
 from dicode.video.synthetic import draw_clip
 
 

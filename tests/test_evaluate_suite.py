@@ -13,16 +13,16 @@ from scipy.spatial.distance import pdist
 from test_evaluate_networks import clip_folder  # noqa: F401
 from test_training import write_cache
 
-from dicode.cli import main
+from dicode.cli.app import main
+from dicode.data.cache import FrameCache
 from dicode.evaluate import long, speed
-from dicode.evaluate.bank import first_clip
-from dicode.evaluate.clips import MadeClips, generated_clips
-from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips, load_networks
 from dicode.evaluate.long import JOINS
-from dicode.evaluate.networks import Clip, clip_similarity
+from dicode.evaluate.reference import first_clip
+from dicode.evaluate.samples import MadeClips, generated_clips
 from dicode.evaluate.suite import caption_diversity, evaluate_generation
-from dicode.generate import DiCoDe
-from dicode.video.shards import FrameCache
+from dicode.features.extract import EfficientNetLite0Features, features_of_clips, load_networks
+from dicode.features.networks import Clip, clip_similarity
+from dicode.pipeline import DiCoDe
 
 CASES = ("real", "reconstruction", "generated")
 pytestmark = [

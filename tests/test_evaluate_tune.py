@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 from test_training import write_cache
 
-from dicode.cli import main
+from dicode.checkpoint import resolve
+from dicode.cli.app import main
 from dicode.evaluate.tune import Trial, changes_of, decided, grid_of, write_choice
-from dicode.generate import DiCoDe
-from dicode.hub import resolve
+from dicode.pipeline import DiCoDe
 
 SCORER = "def found(frames):\n    return {'caption': 'x' if frames.std() > 1 else 'y'}\n"
 

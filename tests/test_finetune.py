@@ -18,17 +18,18 @@ from test_lm_deep_lm import PROMPTS, build
 from test_tokenizer import DENOISERS, known, tiny_tokenizer
 from torch import Tensor, nn
 
-from dicode import finetune_command
-from dicode.cli import parse
-from dicode.generate import DiCoDe
-from dicode.hub import load_state, read_config
+from dicode.checkpoint import load_state
+from dicode.cli.app import finetune as finetune_command
+from dicode.cli.app import parse
+from dicode.config import read_config
+from dicode.data.cache import FrameCache
 from dicode.lm.deep_lm import DeepTokenLM
+from dicode.pipeline import DiCoDe
 from dicode.train import lora
 from dicode.train.checkpoint import checkpoints
-from dicode.train.clips import TokenizerTraining
 from dicode.train.lora import add_adapters, merged
 from dicode.train.runs import LanguageRun, LoRAConfig, TokenizerRun
-from dicode.video.shards import FrameCache
+from dicode.train.tokenizer import TokenizerTraining
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0)
 NETWORKS = ["hourglass", "change", "wan", "unet3d", "llama", "gpt2"]
@@ -161,7 +162,7 @@ def finetune(capsys: pytest.CaptureFixture[str], clips: Path, output: Path, *mor
 @pytest.fixture(scope="module")
 def finetuned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, drawn_clips: Path) -> Path:
     """A folder with what the command leaves after 20 steps, `mine`, and its figures."""
-    from dicode.cli import main
+    from dicode.cli.app import main
 
     folder = tmp_path_factory.mktemp("finetuned")
     options = ["--batch-size", "4", "--rank", "8", "--lr", "1e-2", "--steps", "20", "--json", str(folder / "mine.json")]
@@ -205,7 +206,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(capsys, monkeypatch, tm
     """Stopped by a signal within either part, then given again: the same weights, bit for bit."""
     options = ["--model", tiny_model, "--steps", 4, "--dropout", 0.2]
     assert finetune(capsys, drawn_clips, tmp_path / "whole", *options)[0] == 0
-    from dicode.train.language import LanguageTraining
+    from dicode.train.lm import LanguageTraining
 
     for stage in (TokenizerTraining, LanguageTraining):
         with monkeypatch.context() as patch:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dicode.convert.names import clip_state, lm_state, unet_state, vae_state
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.sizes import SIZES
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.lm.presets import SIZES
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
 PAPER = TOKENIZERS["paper_tokenizer_256"]
@@ -216,7 +216,7 @@ def in_own_process(code: str, *arguments: object) -> dict[str, float]:
 
 CONVERT = """
 import json, resource, sys
-from dicode.cli import main
+from dicode.cli.app import main
 flags = zip(("--tokenizer", "--lm", "--vocabulary", "-o"), sys.argv[1:], strict=True)
 assert main(["convert", "official", *(word for flag in flags for word in flag)]) == 0
 print(json.dumps({"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
@@ -224,7 +224,7 @@ print(json.dumps({"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 RUN = """
 import json, resource, sys, time
 import torch
-from dicode.generate import DiCoDe
+from dicode.pipeline import DiCoDe
 started = time.monotonic()
 model = DiCoDe.from_pretrained(sys.argv[1])
 loaded_s = time.monotonic() - started

@@ -58,7 +58,7 @@ def test_a_crash_a_hang_an_exception_and_too_much_memory_are_told_apart(tmp_path
 
 def test_the_fuzz_finds_a_model_that_draws_another_video_and_a_file_that_is_gone(tmp_path, monkeypatch):
     case = checkpoints.Case("own", "bits", "lm.safetensors head.out.weight", seed=0)
-    monkeypatch.setattr("dicode.hub.check_seal", lambda path: None)
+    monkeypatch.setattr("dicode.checkpoint.check_seal", lambda path: None)
     folder = checkpoints.copied(checkpoints.folders()["own"], tmp_path / "model")
     shifted = folder / "lm.safetensors"
     from safetensors.torch import load_file, save_file

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from test_cli import PROMPT, interrupt_after_a_clip, run
 
-from dicode.generate import DiCoDe, Given
+from dicode.pipeline import DiCoDe, Given
 from dicode.seeds import SeedPlan
 from dicode.storyboard import Shot
 from dicode.tokenizer.first_stage import FirstStage
-from dicode.video.io import read_metadata, read_video
+from dicode.video.read import read_metadata, read_video
 
 SIZE = 32
 

@@ -18,9 +18,9 @@ import torch
 from test_tokenizer import tiny_config
 from test_training import runs, write_cache
 
-from dicode.lm.sizes import DeepLMConfig
-from dicode.recipe_files import load_run
+from dicode.lm.presets import DeepLMConfig
 from dicode.tokenizer.config import DenoiserConfig, TokenizerConfig
+from dicode.train.recipe import load_run
 from dicode.train.runs import FirstStageRun, TokenizerRun
 from dicode.train.stages import Run, run_recipe
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.clips import TokenizerTraining
 from dicode.train.runs import FirstStageRun, TokenizerRun
 from dicode.train.stages import run_recipe
+from dicode.train.tokenizer import TokenizerTraining
 
 CHANNELS, SIDE, TOKENS, WIDTH = 3, 8, 4, 6
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dicode.hub import CheckpointError
+from dicode.config import CheckpointError
 from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM, _noised
-from dicode.lm.sizes import SIZES
+from dicode.lm.presets import SIZES
 from dicode.lm.text import TextTokenizer
 
 CAPTIONS = ["a swirling ice vortex", "a fireball", "arcane curse", "water burst"]

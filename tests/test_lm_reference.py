@@ -6,8 +6,8 @@ from published import REFERENCE, reference_lm_config
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dicode.checkpoint import load_state
 from dicode.convert.official import Report, language_state
-from dicode.hub import load_state
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import MixtureHead, mixture_mean, mixture_nll, split_mixture
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dicode.hub import CheckpointError
+from dicode.config import CheckpointError
 from dicode.lm.text import TextTokenizer
 
 CAPTIONS = ["a swirling ice vortex", "a fireball", "arcane curse", "Water burst!"] * 3

@@ -8,17 +8,17 @@ import torch
 from test_device import Products
 from torch import nn
 
-from dicode.cli import load_run
+from dicode.cli.app import load_run
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.clips import TokenizerRun
-from dicode.train.images import FirstStageRun
-from dicode.train.language import LanguageRun
+from dicode.train.first_stage import FirstStageRun
+from dicode.train.lm import LanguageRun
 from dicode.train.lora import LoRAConfig, add_adapters
 from dicode.train.muon import COEFFICIENTS, Muon, orthogonalised
 from dicode.train.optim import OptimConfig, decayed, make_optimizers
 from dicode.train.order import sample_indices
+from dicode.train.tokenizer import TokenizerRun
 
 SHAPES = [(6, 6), (4, 9), (9, 4), (6, 6), (4, 9)]
 RECIPES = Path(__file__).parents[1] / "recipes"

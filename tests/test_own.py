@@ -14,7 +14,7 @@ from test_views import run_of
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.scale_command import counted
 from dicode.seeds import generator_for
-from dicode.train.language import LanguageTraining
+from dicode.train.lm import LanguageTraining
 from dicode.train.own import FLOW_STEPS, with_own
 
 KINDS: list[dict[str, Any]] = [{"head": "flow"}, {"head": "flow", "predicts_change": True}, {"head": "mixture"}]
@@ -122,7 +122,7 @@ def losses(run: Any, count: int = 12) -> Iterator[torch.Tensor]:
 def test_a_share_of_steps_goes_on_from_own_key_frames(tiny_model: Path, tmp_path: Path) -> None:
     run = dataclasses.replace(run_of(tiny_model, tmp_path), own_share=0.5, view_share=0.4)
     calls: list[DeepTokenLM] = []
-    with patch("dicode.train.language.with_own", side_effect=lambda *a: calls.append(a[0]) or with_own(*a)):
+    with patch("dicode.train.lm.with_own", side_effect=lambda *a: calls.append(a[0]) or with_own(*a)):
         first, again = list(losses(run)), list(losses(run))
         assert 0 < len(calls) < 24 and len(calls) % 2 == 0
         assert all(map(torch.equal, first, again))

@@ -12,8 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dicode.cli import parse
-from dicode.hub import CHECKPOINTS
+from dicode.checkpoint import CHECKPOINTS
+from dicode.cli.app import parse
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -88,7 +88,7 @@ def test_documented_commands_exist_with_their_flags(monkeypatch, capsys, documen
 
 @pytest.mark.parametrize("name", ["sprites", "world"])
 def test_the_models_in_the_box_load_and_are_small(name: str) -> None:
-    from dicode.generate import DiCoDe
+    from dicode.pipeline import DiCoDe
 
     model = DiCoDe.from_pretrained(name)
     config = model.tokenizer.config

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
+from dicode.features.perceptual import FeatureMaps, perceptual_distance
 from dicode.train.adversarial import FeatureDiscriminator, Judged, adversarial_losses
-from dicode.train.images import frames_to_pixels
+from dicode.train.first_stage import frames_to_pixels
 from dicode.video.synthetic import draw_clip
 
 

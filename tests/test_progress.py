@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dicode import progress
-from dicode.progress import Progress, duration, tracked
+from dicode.stopwatch import Progress, duration, tracked
 
 
 def test_a_line_says_what_is_left_from_what_was_done() -> None:

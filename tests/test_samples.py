@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dicode.evaluate.clips import MadeClips
-from dicode.generate import DiCoDe
-from dicode.hub import content_hash
-from dicode.lm.sizes import DeepLMConfig
+from dicode.checkpoint import content_hash
+from dicode.data.cache import CachedVideo, FrameCache
+from dicode.data.columns import FrameRows, Videos
+from dicode.evaluate.samples import MadeClips
+from dicode.lm.presets import DeepLMConfig
+from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
-from dicode.train.clips import TokenizerTraining, first_stage_latents, latents_name
-from dicode.train.images import validation_rows
-from dicode.train.language import LanguageTraining, frame_tokens, key_frames_of
+from dicode.train.first_stage import validation_rows
+from dicode.train.lm import LanguageTraining, frame_tokens, key_frames_of
 from dicode.train.loop import train
 from dicode.train.runs import VALIDATION_CLIPS, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
-from dicode.video.columns import FrameRows, Videos
-from dicode.video.shards import CachedVideo, FrameCache
+from dicode.train.tokenizer import TokenizerTraining, first_stage_latents, latents_name
 
 LENGTHS = [1, 8, 16, 32, 72, 30]  # frames at 8 fps: a still, 1 s, a clip of 2 s, 4 s, 9 s, 3.75 s
 LM = DeepLMConfig(
@@ -183,12 +183,12 @@ def test_a_step_and_a_validation_make_as_many_videos_however_many_there_are(
     made: list[int] = []
     real = Videos._made
     monkeypatch.setattr(Videos, "_made", lambda self, number: made.append(number) or real(self, number))
-    monkeypatch.setattr("dicode.train.language.WRITTEN_CLIPS", 4)
-    monkeypatch.setattr("dicode.train.language.RANKED_CLIPS", 4)
+    monkeypatch.setattr("dicode.train.lm.WRITTEN_CLIPS", 4)
+    monkeypatch.setattr("dicode.train.lm.RANKED_CLIPS", 4)
     stage.batch(torch.arange(7), generator_for(0))
     assert len(made) == 7
     made.clear()
-    monkeypatch.setattr("dicode.train.language.WRITTEN_AMONG", 100)
+    monkeypatch.setattr("dicode.train.lm.WRITTEN_AMONG", 100)
     with torch.no_grad():
         metrics = stage.loss_of(stage.validation.columns.spread(64)), stage.written(stage.cache.columns)
     assert len(made) <= 2 * 64 + 64 + 2 * 100 and np.isfinite(metrics[0])

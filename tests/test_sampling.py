@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dicode.generate import DiCoDe
-from dicode.hub import config_from_dict, config_to_dict, read_config
-from dicode.sampling import SamplingConfig
+from dicode.config import config_from_dict, config_to_dict, read_config
+from dicode.pipeline import DiCoDe
+from dicode.tokenizer.config import SamplingConfig
 from dicode.train.assemble import assemble
 
 

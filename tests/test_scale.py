@@ -11,18 +11,18 @@ import torch
 from test_training import runs as training_runs
 from test_training import write_cache
 
-from dicode.cli import main
+from dicode.cli.app import main
+from dicode.cli.info import runs_of
+from dicode.data.cache import FrameCache, join_caches
 from dicode.evaluate.scaling import fit_power_law
-from dicode.info_command import runs_of
-from dicode.lm.sizes import SIZES
-from dicode.train.language import LanguageTraining
+from dicode.lm.presets import SIZES
+from dicode.train.lm import LanguageTraining
 from dicode.train.runs import LanguageRun
 from dicode.train.stages import run_recipe
-from dicode.video.shards import FrameCache, join_caches
 
 PARAMETERS = np.array([3e5, 1e6, 3e6, 1e7, 3e7])
 RECIPES = """
-from dicode.lm.sizes import DeepLMConfig
+from dicode.lm.presets import DeepLMConfig
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
 
 def small() -> LanguageRun:

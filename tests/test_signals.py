@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dicode.cli import main
-from dicode.data.spread import spread
+from dicode.cli.app import main
+from dicode.data.parallel_map import spread
 
 COMMANDS = {
     "generate": ["generate", "a red square moves right", "--model", "MODEL", "-o", "OUT/a.mp4", "--seconds", "4"],

@@ -19,37 +19,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dicode.cli import main
-from dicode.hub import write_config
+from dicode.cli.app import main
+from dicode.config import write_config
+from dicode.device import GPUS, Gpu, peak_flops
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.sizes import SIZES, DeepLMConfig
-from dicode.plans import Planner, blank_batches, blank_stage, state_bytes
-from dicode.recipe_files import load_run
-from dicode.sampling import SamplingConfig
+from dicode.lm.presets import SIZES, DeepLMConfig
 from dicode.seeds import generator_for
-from dicode.sizing import (
-    GPUS,
-    Gpu,
-    TrainingBytes,
-    count_parameters,
-    peak_flops,
-    piece_cost,
-    size_lm,
-    size_tokenizer,
-    step_flops,
-)
+from dicode.sizing.count import TrainingBytes, count_parameters, piece_cost, size_lm, size_tokenizer, step_flops
+from dicode.sizing.plan import Planner, blank_batches, blank_stage, state_bytes
 from dicode.tokenizer.config import (
     DenoiserConfig,
     DiffusionConfig,
     EncoderConfig,
     FirstStageConfig,
     ResamplerConfig,
+    SamplingConfig,
     TokenizerConfig,
 )
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import Stage
 from dicode.train.optim import make_optimizers
+from dicode.train.recipe import load_run
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import stage_of
 
@@ -415,7 +406,7 @@ def test_a_plan_finds_the_fewest_pieces_that_fit(runs, monkeypatch) -> None:
     assert two < three
 
     def plan(most: int) -> Any:
-        monkeypatch.setattr("dicode.plans.USABLE", (state + most) / 2**30)
+        monkeypatch.setattr("dicode.sizing.plan.USABLE", (state + most) / 2**30)
         return planner.plan(1, Gpu("", 1, 1e12), 0.5)
 
     roomy, tight = plan(three), plan(two)
@@ -462,8 +453,8 @@ def test_info_of_a_recipe_plans_all_its_runs_as_flags_change_them(capsys, tmp_pa
     recipe = tmp_path / "small.py"
     recipe.write_text(
         "from dataclasses import replace\n"
-        "from dicode.lm.sizes import SIZES\n"
-        "from dicode.train.language import LanguageRun\n\n\n"
+        "from dicode.lm.presets import SIZES\n"
+        "from dicode.train.lm import LanguageRun\n\n\n"
         "def tiny() -> LanguageRun:\n"
         "    return LanguageRun(model=replace(SIZES['sprites'], width=64, depth=1), longer=(), longer_share=())\n\n\n"
         "def small() -> LanguageRun:\n"

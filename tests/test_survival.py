@@ -19,11 +19,11 @@ from test_training import SHARD, runs
 from torch import Tensor
 
 import dicode.train.loop
-from dicode.hub import CheckpointError
+from dicode.config import CheckpointError
 from dicode.stopwatch import Stopwatch
 from dicode.train.checkpoint import checkpoints
 from dicode.train.loop import NonFiniteLossError, train
-from dicode.train.run_folder import RunLog, duration, records
+from dicode.train.run_log import RunLog, duration, records
 from dicode.train.runs import LoopConfig
 from dicode.train.speed import Speed
 from dicode.train.stages import Run, run_recipe, stage_of

@@ -12,24 +12,25 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from published import values_of, vectors_of, weights_of
 from safetensors.torch import load_file
 
+from dicode.config import CheckpointError, read_config, write_config
 from dicode.convert.configs import resampler_config
-from dicode.hub import CheckpointError, read_config, write_config
-from dicode.sampling import Joins, SamplingConfig
 from dicode.seeds import SeedPlan, generator_for
+from dicode.tokenizer.boundaries import BLEND_FRAMES, blended
+from dicode.tokenizer.conditioning import Known, cross_faded
 from dicode.tokenizer.config import (
     DenoiserConfig,
     DiffusionConfig,
     EncoderConfig,
     FirstStageConfig,
+    Joins,
     ResamplerConfig,
+    SamplingConfig,
     TokenizerConfig,
 )
 from dicode.tokenizer.denoiser import ChangeDenoiser, build_denoiser
 from dicode.tokenizer.diffusion import noised, sample, scale_motion
 from dicode.tokenizer.encoder import ClipEncoder, KeyFrameHead
 from dicode.tokenizer.first_stage import FirstStage
-from dicode.tokenizer.joins import BLEND_FRAMES, blended
-from dicode.tokenizer.known import Known, cross_faded
 from dicode.tokenizer.resampler import Resampler
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 

@@ -15,24 +15,24 @@ from safetensors.torch import load_file
 from test_tokenizer import tiny_config
 from torch import nn
 
-from dicode.generate import DiCoDe
-from dicode.hub import CheckpointError, read_config
+from dicode.config import CheckpointError, read_config
+from dicode.data.cache import CachedVideo, FrameCache
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.sizes import DeepLMConfig
+from dicode.lm.presets import DeepLMConfig
+from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import FirstStageConfig
 from dicode.tokenizer.denoiser import ChangeDenoiser
 from dicode.tokenizer.first_stage import DECODER
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.train.assemble import assemble, last_of
-from dicode.train.images import FirstStageTraining
-from dicode.train.language import LanguageTraining
+from dicode.train.first_stage import FirstStageTraining
+from dicode.train.lm import LanguageTraining
 from dicode.train.loop import NonFiniteLossError, sample_indices, train
 from dicode.train.muon import Muon
 from dicode.train.optim import make_optimizers
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import run_recipe, stage_of
-from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.synthetic import draw_clip
 
 SIZE = 32
@@ -233,7 +233,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_continues(trained: Pat
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         "from dicode.tokenizer.first_stage import FirstStageConfig\n"
-        "from dicode.train.images import FirstStageRun\n"
+        "from dicode.train.first_stage import FirstStageRun\n"
         "from dicode.train.loop import LoopConfig\n"
         "from dicode.train.optim import OptimConfig\n"
         "def tiny():\n"

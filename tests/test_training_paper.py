@@ -15,21 +15,21 @@ from test_training import SIZE, assert_same_checkpoint, loop, train_in_parts, wr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dicode.hub import CheckpointError, write_config
+from dicode.config import CheckpointError, write_config
 from dicode.lm.backbone import Backbone
 from dicode.lm.deep_lm import DeepTokenLM, body_differences
-from dicode.lm.sizes import SIZES, DeepLMConfig
+from dicode.lm.presets import SIZES, DeepLMConfig
 from dicode.lm.text import IMAGE_ENTRIES, TextTokenizer
-from dicode.recipe_files import load_run
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import DiffusionConfig, EncoderConfig, ResamplerConfig, TokenizerConfig
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
-from dicode.train.clips import TokenizerTraining
-from dicode.train.images import frames_to_pixels
-from dicode.train.language import LanguageTraining
+from dicode.train.first_stage import frames_to_pixels
+from dicode.train.lm import LanguageTraining
+from dicode.train.recipe import load_run
 from dicode.train.runs import LanguageRun, TokenizerRun
 from dicode.train.stages import run_recipe
+from dicode.train.tokenizer import TokenizerTraining
 
 RECIPES = Path(__file__).parents[1] / "recipes/paper.py"
 LANGUAGE_RECIPES = {  # what a recipe's body has with its name's vocabulary, in millions

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from test_video_io import animated_image, grey_frames, steady, which, write_video
 
-from dicode.video import io as io_module
+from dicode.video import read as io_module
 from dicode.video import timed
-from dicode.video.io import VideoReadError, native_frames, probe, read_video
+from dicode.video.read import VideoReadError, native_frames, probe, read_video
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.gif"])

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from dicode.data.index import read_index
-from dicode.tokenizer.joins import key_frame_indices
-from dicode.video.io import read_video
+from dicode.tokenizer.boundaries import key_frame_indices
+from dicode.video.read import read_video
 from dicode.video.sheet import contact_sheet, save_sheet
 from dicode.video.synthetic import draw_clip, write_dataset
 

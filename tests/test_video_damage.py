@@ -10,7 +10,7 @@ from PIL import Image
 from test_video_io import animated_image, grey_frames, steady, which
 
 from dicode.video.hdr import HLG, PQ, tone_mapped
-from dicode.video.io import VIDEO_SUFFIXES, VideoReadError, native_frames, probe, read_metadata, read_video
+from dicode.video.read import VIDEO_SUFFIXES, VideoReadError, native_frames, probe, read_metadata, read_video
 from tests.fuzz import is_fault, videos
 
 MOVIES = [kind for kind, (_, codec, _) in videos.KINDS.items() if codec]

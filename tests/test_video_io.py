@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dicode.video.io import VideoReadError, frame_indices, native_frames, probe, read_metadata, read_video
+from dicode.video.read import VideoReadError, frame_indices, native_frames, probe, read_metadata, read_video
 
 GREYS = [20 + 30 * i for i in range(8)]  # frame i is told by its grey, which survives any codec within 3 levels
 TIMES_MS = [0, 40, 300, 340, 700, 1500]  # uneven, in whole GIF ticks

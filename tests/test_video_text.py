@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from dicode.evaluate.features import load_networks
+from dicode.config import CheckpointError
+from dicode.data.cache import CachedVideo, FrameCache
 from dicode.evaluate.scores import alignment_scores, scores_of_sets, seen
-from dicode.evaluate.video_text import BOX, WEIGHTS, TinyVT, TinyVTConfig, accuracy, found, shuffled
-from dicode.hub import CheckpointError
+from dicode.features.extract import load_networks
+from dicode.features.tinyvt import BOX, WEIGHTS, TinyVT, TinyVTConfig, accuracy, found, shuffled
 from dicode.lm.text import TextTokenizer
 from dicode.seeds import generator_for
 from dicode.train.runs import LoopConfig, OptimConfig
 from dicode.train.stages import run_recipe
 from dicode.train.video_text import VideoTextRun, VideoTextTraining
-from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.synthetic import draw_clip
 
 SMALL = TinyVTConfig(

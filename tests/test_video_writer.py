@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from dicode import __version__
-from dicode.video import writer as writer_module
-from dicode.video.io import read_metadata, read_video
+from dicode.video import write as writer_module
+from dicode.video.read import read_metadata, read_video
 from dicode.video.synthetic import draw_clip
-from dicode.video.writer import VideoWriter
+from dicode.video.write import VideoWriter
 
 NAMES = ["out.mp4", "out.webm", "out.gif", "frames/", "frames"]
 STREAMED = ["out.mp4", "out.webm", "frames/"]
@@ -331,7 +331,7 @@ def test_memory_does_not_grow_with_the_length_of_the_video(tmp_path, stream):
     program = """
 import resource, sys
 import numpy as np
-from dicode.video.writer import VideoWriter
+from dicode.video.write import VideoWriter
 with VideoWriter(sys.argv[1], stream=sys.argv[2] == "True") as writer:
     for clip in range(24):
         writer.write(np.full((16, 256, 256, 3), clip, dtype=np.uint8))  # 3 MiB
@@ -349,7 +349,7 @@ def test_bytes_do_not_depend_on_what_lay_in_memory(tmp_path):
     script = (
         "import sys\n"
         "from dicode.video.synthetic import draw_clip\n"
-        "from dicode.video.writer import VideoWriter\n"
+        "from dicode.video.write import VideoWriter\n"
         "for suffix in ('.mp4', '.webm', '.gif', '_live.mp4', '_live.webm'):\n"
         "    with VideoWriter(sys.argv[1] + suffix, scale=2, stream='live' in suffix) as writer:\n"
         "        for seed in (1, 2): writer.write(draw_clip(seed=seed, num_frames=16, size=32)[0])\n"
@@ -472,7 +472,7 @@ def test_what_was_streamed_outlives_a_killed_process(tmp_path, name):
     script = """
 import os, signal, sys
 from dicode.video.synthetic import draw_clip
-from dicode.video.writer import VideoWriter
+from dicode.video.write import VideoWriter
 writer = VideoWriter(sys.argv[1], stream=True)
 for seed in range(3):
     writer.write(draw_clip(seed, 5, 32)[0])

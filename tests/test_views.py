@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_training import loop, write_cache
 
-from dicode.lm.sizes import DeepLMConfig
+from dicode.lm.presets import DeepLMConfig
 from dicode.seeds import generator_for
-from dicode.train.language import LanguageTraining
+from dicode.train.augment import SMALLEST_CROP, View
+from dicode.train.lm import LanguageTraining
 from dicode.train.runs import LanguageRun
-from dicode.train.views import SMALLEST_CROP, View
 
 PLAIN = View(mirrored=False, crop=1.0, across=0.0, down=0.0, gains=(1.0, 1.0, 1.0), gamma=1.0)
 

@@ -11,19 +11,19 @@ from test_tokenizer import known, tiny_config
 from test_training import FLOW, LM, loop
 from torch import Tensor, nn
 
-from dicode.cli import main
-from dicode.generate import DiCoDe
+from dicode.cli.app import main
+from dicode.data.cache import FrameCache
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.flow_head import FlowHead
+from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.assemble import assemble
-from dicode.train.images import frames_to_pixels
+from dicode.train.first_stage import frames_to_pixels
 from dicode.train.runs import LanguageRun
 from dicode.train.stages import run_recipe
 from dicode.train.widen import widen
-from dicode.video.shards import FrameCache
 
 MORE = WIDTH + 3
 

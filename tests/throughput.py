@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dicode.evaluate.report import write_result
-from dicode.recipe_files import load_run
+from dicode.provenance import write_result
 from dicode.train.loop import Training, _loss
 from dicode.train.parallel import Processes
+from dicode.train.recipe import load_run
 from dicode.train.stages import stage_of
 
 RECIPES = Path(__file__).parents[1] / "recipes/sprites.py"

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dicode.hub import CheckpointError
-from dicode.lm.sizes import SIZES, DeepLMConfig
+from dicode.config import CheckpointError
+from dicode.lm.presets import SIZES, DeepLMConfig
 from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, ResamplerConfig
 
 CLIP_HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H/14: 16 heads in either tower

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dicode.hub import CheckpointError, read_tensors
+from dicode.checkpoint import read_tensors
+from dicode.config import CheckpointError
 
 State = dict[str, Tensor]
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}  # of safetensors

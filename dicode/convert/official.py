@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dicode import __version__
+from dicode.checkpoint import held_by, load_state, misfits, model_folder
+from dicode.config import CheckpointError, config_to_dict, read_config, write_config
 from dicode.convert.configs import CLIP_HEAD_WIDTH, lm_size_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import clip_state, lm_state, unet_state, vae_state
-from dicode.hub import CheckpointError, config_to_dict, held_by, load_state, misfits, read_config, write_config
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM
 from dicode.lm.text import TextTokenizer
-from dicode.model_folder import model_folder
 from dicode.tokenizer.config import TokenizerConfig
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import (
     FIRST_STAGE_WEIGHTS,
     WEIGHTS,

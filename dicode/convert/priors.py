@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPConfig, CLIPModel
 
+from dicode.checkpoint import model_folder
+from dicode.config import CheckpointError, write_config
 from dicode.convert.configs import CLIP_HEAD_WIDTH, first_stage_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import open_clip_state, vae_state
@@ -31,11 +33,9 @@ from dicode.convert.official import (
     towers,
     write_card,
 )
-from dicode.hub import CheckpointError, write_config
-from dicode.model_folder import model_folder
 from dicode.tokenizer.config import DiffusionConfig, TokenizerConfig
 from dicode.tokenizer.first_stage import FirstStage
-from dicode.tokenizer.sizes import TOKENIZERS
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS
 
 Objective = Literal["epsilon", "v_prediction"]

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from dicode.data.cache import CachedVideo, FrameCache, Rows
 from dicode.files import Place, put, whole_folder
-from dicode.video.shards import CachedVideo, FrameCache, Rows
 from dicode.video.timed import Video
-from dicode.video.writer import VideoWriter
+from dicode.video.write import VideoWriter
 
 UNEVEN = 0.25  # of the mean time between frames: a GIF at 8 fps has frames of 0.12 and 0.13 s
 

@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from dicode.data.looks import look_of, repeats, scenes
+from dicode.checkpoint import read_tensors
+from dicode.config import CheckpointError, config_from_dict
+from dicode.data.cache import Shard, fault, index_text, shard_name, write_shard, write_videos
+from dicode.data.cache_folder import INDEX, check_own, shard_files, stale_files, whole_files
+from dicode.data.columns import CachedVideo
+from dicode.data.dedupe import look_of, repeats, scenes
+from dicode.data.parallel_map import spread
 from dicode.data.records import ClipRecord, validation_split
-from dicode.data.spread import spread
 from dicode.files import Place, fetched, put_text, state_of
-from dicode.hub import CheckpointError, config_from_dict, read_tensors
-from dicode.progress import Progress
-from dicode.video.cache_folder import INDEX, check_own, shard_files, stale_files, whole_files
-from dicode.video.columns import CachedVideo
-from dicode.video.io import Times, VideoReadError, native_frames
-from dicode.video.shards import Shard, fault, index_text, shard_name, write_shard, write_videos
+from dicode.stopwatch import Progress
+from dicode.video.read import Times, VideoReadError, native_frames
 from dicode.video.timed import Video
 
 QUARANTINE, COPIES = "quarantine.jsonl", "copies.jsonl"

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dicode.checkpoint import resolve
+from dicode.data.cache import CachedVideo, FrameCache
+from dicode.data.columns import LOOPS, VALIDATION
 from dicode.data.summary import CLIP_S
-from dicode.hub import resolve
 from dicode.lm.text import TextTokenizer
-from dicode.progress import tracked
+from dicode.stopwatch import tracked
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.video.columns import LOOPS, VALIDATION
-from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.timed import Video
 
 LOOKED_AT, THROUGH_NETWORKS = 256, 96  # clips

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from dicode.data.cache_folder import INDEX, is_own
 from dicode.data.lerobot import is_lerobot, read_lerobot
 from dicode.data.lists import NAMES, PROMPTS, SUFFIXES, VIDEOS, read_list, read_pairs
 from dicode.data.notes import NOTES, noted
 from dicode.data.records import OF_SYSTEMS, STILLS, ClipRecord, faulty
 from dicode.data.tars import TAR_SUFFIX, tar_records
 from dicode.files import Place, is_utf8
-from dicode.video.cache_folder import INDEX, is_own
-from dicode.video.io import VIDEO_SUFFIXES, VideoReadError, natural_key
-from dicode.video.writer import FOLDER_METADATA
+from dicode.video.read import VIDEO_SUFFIXES, VideoReadError, natural_key
+from dicode.video.write import FOLDER_METADATA
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
 MOVING = VIDEO_SUFFIXES - {*STILLS}

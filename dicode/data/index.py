@@ -12,7 +12,7 @@ from dicode.data.records import MEANT, ClipRecord, merged
 from dicode.data.summary import Clip
 from dicode.data.tars import TAR_SUFFIX, tar_records
 from dicode.files import Place, is_utf8, place
-from dicode.video.io import VideoReadError, check_frames, probe
+from dicode.video.read import VideoReadError, check_frames, probe
 
 CHECKED_SIZE = 32  # a picture is bad if it cannot be scaled to this side
 _log = logging.getLogger(__name__)

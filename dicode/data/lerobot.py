@@ -7,7 +7,7 @@ from typing import Any
 from dicode.data.lists import json_object, read_parquet, rows, whole_number
 from dicode.data.records import ClipRecord
 from dicode.files import Place, TextError, read_text
-from dicode.video.io import VideoReadError
+from dicode.video.read import VideoReadError
 
 INFO = "meta/info.json"
 

@@ -7,11 +7,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from dicode.config import unique
+from dicode.config import missing_extra, unique
 from dicode.data.records import CAPTION_KEYS, FILE_KEYS, ClipRecord, record_of
-from dicode.extras import missing_extra
 from dicode.files import Place, TextError, fetched, read_text
-from dicode.video.io import VIDEO_SUFFIXES, VideoReadError
+from dicode.video.read import VIDEO_SUFFIXES, VideoReadError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
 # What a folder's list is called, the first that is there; metadata is what Hugging Face's VideoFolder reads.

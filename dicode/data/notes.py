@@ -7,7 +7,7 @@ from dataclasses import replace
 from dicode.data.lists import json_value
 from dicode.data.records import ClipRecord, described, faulty
 from dicode.files import Place, TextError, read_text
-from dicode.video.io import VideoReadError
+from dicode.video.read import VideoReadError
 
 NOTES = (".json", ".txt")
 MOST_BYTES = 2**24  # of a note

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dicode.files import Place, fetched, place
-from dicode.video.io import IMAGE_SUFFIXES, VideoReadError
+from dicode.video.read import IMAGE_SUFFIXES, VideoReadError
 
 # The names under which lists have these; the first that a line fills counts.
 FILE_KEYS = ("file", "file_name", "filename", "video", "video_path", "path", "video_file", "file_path", "filepath")

@@ -10,7 +10,7 @@ from typing import IO
 from dicode.data.notes import MOST_BYTES, NOTES, of_texts
 from dicode.data.records import OF_SYSTEMS, STILLS, ClipRecord, Member, faulty
 from dicode.files import Place, TextError, decoded
-from dicode.video.io import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from dicode.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 TAR_SUFFIX = ".tar"
 

@@ -6,11 +6,11 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from dicode.evaluate.bank import first_clip
-from dicode.evaluate.clips import MadeClips, generated_clips
-from dicode.evaluate.features import Network
+from dicode.evaluate.reference import first_clip
+from dicode.evaluate.samples import MadeClips, generated_clips
 from dicode.evaluate.scores import seen
-from dicode.sampling import Joins
+from dicode.features.extract import Network
+from dicode.tokenizer.config import Joins
 
 TIMED = 2  # clips made at once to time them
 

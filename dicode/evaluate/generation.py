@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from dicode.evaluate.metrics import (
+from dicode.evaluate.scores import frechet_score
+from dicode.features.metrics import (
     Clips,
     Interval,
     at_joins,
@@ -20,7 +21,6 @@ from dicode.evaluate.metrics import (
     retrieval,
     similarities,
 )
-from dicode.evaluate.scores import frechet_score
 from dicode.seeds import generator_for
 
 Captions = Sequence[str | Sequence[str]]  # one entry a clip: its caption, or all captions that are true of it

@@ -9,17 +9,17 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from dicode.evaluate.bank import first_clip
-from dicode.evaluate.clips import BATCH, MOST_VIDEOS, one_clip_s, split_rows, spread
-from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
+from dicode.data.cache import CachedVideo, FrameCache
 from dicode.evaluate.generation import motion_ratio
-from dicode.evaluate.metrics import Clips
 from dicode.evaluate.reconstruction import hold_head
+from dicode.evaluate.reference import first_clip
+from dicode.evaluate.samples import BATCH, MOST_VIDEOS, one_clip_s, split_rows, spread
 from dicode.evaluate.scores import mean_score, scores_of_sets, seen_by_efflite
-from dicode.generate import DiCoDe, Given
-from dicode.progress import tracked
+from dicode.features.extract import EfficientNetLite0Features, features_of_clips
+from dicode.features.metrics import Clips
+from dicode.pipeline import DiCoDe, Given
 from dicode.seeds import generator_for
-from dicode.video.shards import CachedVideo, FrameCache
+from dicode.stopwatch import tracked
 from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 

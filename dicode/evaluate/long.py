@@ -12,17 +12,16 @@ from jaxtyping import Float64, UInt8
 from numpy import ndarray
 from PIL import Image
 
-from dicode.evaluate.clips import MOST_VIDEOS, caption_of, split_rows, spread
-from dicode.evaluate.features import EfficientNetLite0Features, features_of_clips
+from dicode.data.cache import FrameCache
 from dicode.evaluate.generation import draw_prompts, drift, join_score, motion_over_time
-from dicode.evaluate.metrics import at_joins
+from dicode.evaluate.samples import MOST_VIDEOS, caption_of, split_rows, spread
 from dicode.evaluate.scores import Score, repeats_score
 from dicode.evaluate.speed import memory_score, whole_process
-from dicode.generate import DiCoDe
-from dicode.progress import tracked
-from dicode.sampling import Joins
-from dicode.stopwatch import Stopwatch
-from dicode.video.shards import FrameCache
+from dicode.features.extract import EfficientNetLite0Features, features_of_clips
+from dicode.features.metrics import at_joins
+from dicode.pipeline import DiCoDe
+from dicode.stopwatch import Stopwatch, tracked
+from dicode.tokenizer.config import Joins
 from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float64
 from numpy import ndarray
 
-from dicode.evaluate.metrics import Clips, Interval, bootstrap_interval, motion
+from dicode.features.metrics import Clips, Interval, bootstrap_interval, motion
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.video.timed import Video
 

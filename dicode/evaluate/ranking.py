@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dicode.evaluate.clips import MadeClips, spread
-from dicode.evaluate.features import EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.generation import percentile_of_true_clip
-from dicode.evaluate.metrics import Interval, psnr
 from dicode.evaluate.reconstruction import PSNR_CEILING_DB
+from dicode.evaluate.samples import MadeClips, spread
 from dicode.evaluate.scores import Score, mean_score, scores_of_sets, seen, seen_by_efflite
 from dicode.evaluate.suite import (
     PERCEPTUAL,
     frame_scores,
     text_scores,
 )
+from dicode.features.extract import EfficientNetLite0Features, Network, features_of_clips
+from dicode.features.metrics import Interval, psnr
 from dicode.seeds import generator_for
 from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video

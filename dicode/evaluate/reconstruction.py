@@ -6,13 +6,13 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 from numpy import ndarray
 
-from dicode.evaluate.metrics import (
+from dicode.evaluate.scores import Score, mean_score
+from dicode.features.metrics import (
     Clips,
     Interval,
     bootstrap_interval,
     squared_error,
 )
-from dicode.evaluate.scores import Score, mean_score
 from dicode.video.timed import Video
 
 # Mean PSNR counts a frame at most this much. Rounding to uint8 alone leaves 59 dB, so more says nothing; without a

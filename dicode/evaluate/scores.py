@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 
-from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
-from dicode.evaluate.metrics import (
+from dicode.evaluate.quality import inception_score
+from dicode.features.extract import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
+from dicode.features.metrics import (
     Interval,
     bootstrap_interval,
     frechet_of_sets,
     percentile_rank,
 )
-from dicode.evaluate.networks import C3D, I3D, Clip, Inception
-from dicode.evaluate.quality import inception_score
-from dicode.evaluate.video_text import TinyVT
+from dicode.features.networks import C3D, I3D, Clip, Inception
+from dicode.features.tinyvt import TinyVT
 from dicode.seeds import generator_for
 from dicode.video.timed import Video
 

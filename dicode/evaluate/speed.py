@@ -15,7 +15,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from dicode.evaluate.scores import Score, repeats_score
-from dicode.generate import DiCoDe
+from dicode.pipeline import DiCoDe
 
 
 class WholeProcess(NamedTuple):

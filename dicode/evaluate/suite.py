@@ -10,14 +10,10 @@ import torch
 from jaxtyping import Float64
 from numpy import ndarray
 
-from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, caption_of, generated_clips, one_clip_s, split_rows
-from dicode.evaluate.features import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
-from dicode.evaluate.metrics import mean_pair_distance
-from dicode.evaluate.networks import Clip
-from dicode.evaluate.perceptual import FeatureMaps, perceptual_distance
 from dicode.evaluate.quality import dynamic_share, ssim, token_rate
 from dicode.evaluate.reconstruction import cross_fade, hold_head, psnr_in_motion, psnr_score
+from dicode.evaluate.samples import MOST_VIDEOS, MadeClips, caption_of, generated_clips, one_clip_s, split_rows
 from dicode.evaluate.scores import (
     Score,
     Seen,
@@ -29,8 +25,12 @@ from dicode.evaluate.scores import (
     seen_by_efflite,
 )
 from dicode.evaluate.tokens import captions_with_variants, diversity
-from dicode.evaluate.video_text import TinyVT
-from dicode.generate import DiCoDe
+from dicode.features.extract import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
+from dicode.features.metrics import mean_pair_distance
+from dicode.features.networks import Clip
+from dicode.features.perceptual import FeatureMaps, perceptual_distance
+from dicode.features.tinyvt import TinyVT
+from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.shapes import KeyFrameTokens
 from dicode.video.sheet import contact_sheet

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from dicode.evaluate.generation import Captions, plain_caption
-from dicode.evaluate.metrics import Interval, bootstrap_interval, mean_pair_distance
+from dicode.features.metrics import Interval, bootstrap_interval, mean_pair_distance
 
 
 @dataclass(frozen=True)

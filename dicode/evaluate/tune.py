@@ -16,24 +16,23 @@ import torch
 from jaxtyping import Float64
 from numpy import ndarray
 
-from dicode.data.scorer import Scorer, agrees, truth_of
+from dicode.checkpoint import CHECKPOINTS, resolve
+from dicode.cli.evaluate_flags import Tune
+from dicode.data.cache import FrameCache
+from dicode.data.columns import CachedVideo
 from dicode.device import pick_device
-from dicode.evaluate.clips import MOST_VIDEOS, MadeClips, caption_of, generated_clips, split_rows, spread
-from dicode.evaluate.features import features_of_clips
-from dicode.evaluate.flags import Tune
 from dicode.evaluate.generation import draw_prompts
-from dicode.evaluate.metrics import motion, percentile_rank, similarities
-from dicode.evaluate.report import write_result
-from dicode.evaluate.scorer import clips_of_videos, shown_frames
+from dicode.evaluate.own_scorer import clips_of_videos, shown_frames
+from dicode.evaluate.samples import MOST_VIDEOS, MadeClips, caption_of, generated_clips, split_rows, spread
 from dicode.evaluate.scores import blindness, cosines, mean_score, seen
-from dicode.evaluate.video_text import TinyVT
+from dicode.features.extract import features_of_clips
+from dicode.features.metrics import motion, percentile_rank, similarities
+from dicode.features.scorer import Scorer, agrees, truth_of
+from dicode.features.tinyvt import TinyVT
 from dicode.files import check_file, put_text, read_json
-from dicode.generate import DiCoDe
-from dicode.hub import CHECKPOINTS, resolve
-from dicode.progress import duration, tracked
-from dicode.stopwatch import Stopwatch
-from dicode.video.columns import CachedVideo
-from dicode.video.shards import FrameCache
+from dicode.pipeline import DiCoDe
+from dicode.provenance import write_result
+from dicode.stopwatch import Stopwatch, duration, tracked
 from dicode.video.timed import Video
 
 LEAST_PROMPTS = 8

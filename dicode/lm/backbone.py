@@ -7,7 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
-from dicode.lm.sizes import DeepLMConfig
+from dicode.lm.presets import DeepLMConfig
 from dicode.shapes import Hidden, TextIds
 
 

@@ -11,25 +11,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from dicode.hub import (
-    CheckpointError,
+from dicode.checkpoint import (
     cast_parameters,
     check_weights,
-    config_from_dict,
-    config_to_dict,
     load_state,
     load_weights,
-    read_config,
     resolve,
     save_weights,
     without_initialisation,
-    write_config,
 )
+from dicode.config import CheckpointError, config_from_dict, config_to_dict, read_config, write_config
 from dicode.lm.backbone import Backbone, Reading, body_differences
 from dicode.lm.flow_head import FlowHead
 from dicode.lm.heads import Head, MixtureHead, RegressionHead, TokenSampling
+from dicode.lm.presets import DeepLMConfig
 from dicode.lm.sequence import BeginHidden, DeepTokenEmbedding, KeyFrameHidden, appended, arrange, predicting, sees
-from dicode.lm.sizes import DeepLMConfig
 from dicode.lm.text import FILE, TextTokenizer
 from dicode.seeds import SeedPlan, generator_for, seed_of_clip
 from dicode.shapes import DeepTokens, KeyFrameMask, KeyFrameTokens, TextIds

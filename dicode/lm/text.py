@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dicode.hub import CheckpointError
+from dicode.config import CheckpointError
 from dicode.shapes import TextIds
 
 FILE = "tokenizer.json"

@@ -16,9 +16,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dicode.shapes import ClipLatents
+from dicode.tokenizer.conditioning import Known, cross_faded, input_channels
 from dicode.tokenizer.config import DenoiserConfig
 from dicode.tokenizer.encoder import grid_positions, transformer
-from dicode.tokenizer.known import Known, cross_faded, input_channels
 from dicode.tokenizer.unet3d import UNet3D
 
 

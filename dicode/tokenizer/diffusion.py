@@ -7,9 +7,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dicode.sampling import SamplingConfig
 from dicode.shapes import ClipLatents
-from dicode.tokenizer.config import DiffusionConfig
+from dicode.tokenizer.config import DiffusionConfig, SamplingConfig
 
 Predict = Callable[[ClipLatents, Tensor], ClipLatents]
 

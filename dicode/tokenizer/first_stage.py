@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from dicode.hub import CheckpointError, load_state
+from dicode.checkpoint import load_state
+from dicode.config import CheckpointError
 from dicode.shapes import ImageLatents, KeyFramePixels
 from dicode.tokenizer.config import FirstStageConfig
 

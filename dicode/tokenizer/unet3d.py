@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.shapes import ClipLatents
+from dicode.tokenizer.conditioning import Known, input_channels
 from dicode.tokenizer.config import DenoiserConfig
-from dicode.tokenizer.known import Known, input_channels
 
 DROPOUT = 0.1  # of residual blocks in training, as public; diffusers has it fixed in temporal convolutions alone
 

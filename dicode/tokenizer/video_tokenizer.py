@@ -14,20 +14,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dicode.hub import (
-    CheckpointError,
+from dicode.checkpoint import (
     as_saved,
     cast_parameters,
     check_weights,
-    config_from_dict,
-    config_to_dict,
     load_weights,
-    read_config,
     resolve,
     save_weights,
     without_initialisation,
 )
-from dicode.sampling import SamplingConfig
+from dicode.config import CheckpointError, config_from_dict, config_to_dict, read_config
 from dicode.seeds import SeedPlan, generator_for, normal, seed_of_clip
 from dicode.shapes import (
     ClipLatents,
@@ -38,13 +34,13 @@ from dicode.shapes import (
     KeyFramePixels,
     KeyFrameTokens,
 )
-from dicode.tokenizer.config import TokenizerConfig
+from dicode.tokenizer.boundaries import blended_stream, key_frame_indices
+from dicode.tokenizer.conditioning import Known
+from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import build_denoiser
 from dicode.tokenizer.diffusion import sample, scale_motion
 from dicode.tokenizer.encoder import KeyFrameHead, build_encoder
 from dicode.tokenizer.first_stage import DECODER, FirstStage
-from dicode.tokenizer.joins import blended_stream, key_frame_indices
-from dicode.tokenizer.known import Known
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.resampler import Resampler
 from dicode.video.timed import Video

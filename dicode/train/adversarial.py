@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from dicode.evaluate.features import STAGE_WIDTHS
-from dicode.evaluate.metrics import FrechetStatistics, frechet_distance
-from dicode.evaluate.perceptual import mean, perceptual_distance
+from dicode.features.extract import STAGE_WIDTHS
+from dicode.features.metrics import FrechetStatistics, frechet_distance
+from dicode.features.perceptual import mean, perceptual_distance
 
 SLOPE = 0.2  # of the leaky rectifier
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from dicode.generate import DiCoDe
-from dicode.hub import CheckpointError, load_weights, read_config
+from dicode.checkpoint import check_model_folder, load_weights, model_folder
+from dicode.config import CheckpointError, read_config
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.model_folder import check_model_folder, model_folder
+from dicode.pipeline import DiCoDe
 from dicode.tokenizer.first_stage import DECODER, FirstStage
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 
 from dicode import __version__
-from dicode.hub import config_from_dict, config_to_dict, read_config, resolve
-from dicode.recipe_files import stages_of
-from dicode.sampling import SamplingConfig
-from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
+from dicode.checkpoint import resolve
+from dicode.config import config_from_dict, config_to_dict, read_config
+from dicode.data.cache import CachedVideo, FrameCache
+from dicode.tokenizer.config import FirstStageConfig, SamplingConfig, TokenizerConfig
 from dicode.train.assemble import assemble
 from dicode.train.checkpoint import STATE, checkpoints
 from dicode.train.loop import data_of
 from dicode.train.pace import Pace, measured_pace, read_plan
 from dicode.train.parallel import Processes
-from dicode.train.run_folder import records
+from dicode.train.recipe import stages_of
+from dicode.train.run_log import records
 from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
 from dicode.train.stages import Run, run_recipe, stage_of
-from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.synthetic import draw_clip
 
 LEAST_SHARE = 0.5  # of the time planned for a stage, where those before it took longer than planned

@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dicode.checkpoint import is_finite
+from dicode.config import CheckpointError
 from dicode.files import flush, sha256_of
-from dicode.hub import CheckpointError, is_finite
 from dicode.train.parallel import Processes, local
 
 KEPT = 2

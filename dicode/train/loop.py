@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from dicode.checkpoint import content_hash, is_finite
+from dicode.config import config_to_dict
 from dicode.device import autocast, compute_dtype, describe_device, pick_device
 from dicode.files import flush
-from dicode.hub import config_to_dict, content_hash, is_finite
-from dicode.progress import Progress
 from dicode.seeds import generator_for
-from dicode.stopwatch import Stopwatch
+from dicode.stopwatch import Progress, Stopwatch
 from dicode.train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from dicode.train.optim import make_optimizers
 from dicode.train.order import sample_indices
@@ -41,7 +41,7 @@ from dicode.train.parallel import (
     recompute_activations,
     whole,
 )
-from dicode.train.run_folder import NoLog, RunLog, claimed, note_start
+from dicode.train.run_log import NoLog, RunLog, claimed, note_start
 from dicode.train.runs import LoopConfig
 from dicode.train.signals import Stopped, StopSignal
 from dicode.train.speed import Speed, name_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from dicode.hub import nearest
+from dicode.config import nearest
 from dicode.seeds import generator_for
 from dicode.train.runs import LoRAConfig
 

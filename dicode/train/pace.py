@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from dicode.files import put_text
-from dicode.progress import Progress, duration
+from dicode.stopwatch import Progress, duration
 from dicode.train.checkpoint import TrainState
 from dicode.train.loop import Stage, Training, _batches, _step, attention_on
 from dicode.train.parallel import Processes

@@ -17,7 +17,7 @@ from dicode.config import (
     TrainingSteps,
     Whole,
 )
-from dicode.lm.sizes import SIZES, DeepLMConfig
+from dicode.lm.presets import SIZES, DeepLMConfig
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 
 Strategy = Literal["ddp", "fsdp"]

@@ -1,16 +1,18 @@
 """How fast a run goes: what the log tells beside losses."""
 
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter, tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from dicode.device import compute_dtype, describe_device, peak_memory_gib
-from dicode.sizing import Meter, measured_flops, peak_flops
+from dicode.device import compute_dtype, describe_device, measured_flops, peak_flops, peak_memory_gib
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig
 
@@ -91,3 +93,50 @@ class Speed:
         self.computed, self.computing_s = 0, 0.0
         self.step, self.seconds = step, dict(self.watch.seconds)
         return values
+
+
+FLOAT32, BFLOAT16 = 4, 2  # bytes a number
+
+
+class Meter(TorchDispatchMode):
+    """Counts the FLOPs of what runs inside it, and the bytes of the tensors made there until their last use is gone.
+
+    `float_bytes` counts every floating-point number as if it had this many. The formulas for FLOPs are those of
+    torch's `FlopCounterMode`; following storages is the idea of its `MemTracker`, which is no public interface.
+    """
+
+    def __init__(self, float_bytes: int = FLOAT32) -> None:
+        super().__init__()
+        self.float_bytes = float_bytes
+        self.held: dict[int, int] = {}  # bytes of each storage
+        self.flops = self.bytes = self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+            held = getattr(args[0], "constant", args[0])  # what a fake tensor was made from, or None
+            # transformers asks whether all positions follow one another, the loss whether all key frames are real
+            if held is None or held.is_meta:
+                return True
+            with _disable_current_modes():
+                return bool(held)
+        kwargs = kwargs or {}
+        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._hold(tensor)
+        return result
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.held:
+            self.held[key] = size * self.float_bytes // FLOAT32 if tensor.is_floating_point() else size
+            self.bytes += self.held[key]
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
+            weakref.finalize(storage, self._release, key).atexit = False
+
+    def _release(self, key: int) -> None:
+        self.bytes -= self.held.pop(key)

@@ -4,16 +4,16 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from dicode.progress import Progress
-from dicode.train.clips import TokenizerTraining
-from dicode.train.images import FirstStageTraining
-from dicode.train.language import LanguageTraining
+from dicode.stopwatch import Progress
+from dicode.train.first_stage import FirstStageTraining
+from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Stage, data_of, train
 from dicode.train.pace import planned
 from dicode.train.parallel import Processes
-from dicode.train.run_folder import claimed
+from dicode.train.run_log import claimed
 from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
 from dicode.train.signals import StopSignal
+from dicode.train.tokenizer import TokenizerTraining
 from dicode.train.video_text import VideoTextRun, VideoTextTraining
 
 Run = FirstStageRun | TokenizerRun | LanguageRun | VideoTextRun

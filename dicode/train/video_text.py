@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dicode.evaluate.video_text import FPS, FRAMES, SIZE, TinyVT, TinyVTConfig, accuracy, shuffled
+from dicode.data.cache import CachedVideo, FrameCache
+from dicode.features.tinyvt import FPS, FRAMES, SIZE, TinyVT, TinyVTConfig, accuracy, shuffled
 from dicode.lm.text import TextTokenizer
 from dicode.train.runs import LoopConfig
-from dicode.video.shards import CachedVideo, FrameCache
 from dicode.video.timed import Video
 
 SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|counterclockwise)\b", re.IGNORECASE)

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dicode.checkpoint import check_model_folder, load_state, model_folder, resolve
+from dicode.config import read_config, write_config
+from dicode.data.cache import FrameCache
 from dicode.device import pick_device
-from dicode.generate import DiCoDe
-from dicode.hub import load_state, read_config, resolve, write_config
 from dicode.lm.deep_lm import SECTION, DeepTokenLM
-from dicode.model_folder import check_model_folder, model_folder
+from dicode.pipeline import DiCoDe
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
-from dicode.train.clips import first_stage_latents, fit_linear_code
-from dicode.video.shards import FrameCache
+from dicode.train.tokenizer import first_stage_latents, fit_linear_code
 
 # What reads or writes the numbers of one deep token, and nothing else of its shape.
 OF_DENOISER = ("tokens.weight", "network.tokens.weight")

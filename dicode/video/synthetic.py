@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dicode.video.timed import Video
-from dicode.video.writer import VideoWriter
+from dicode.video.write import VideoWriter
 
 COLOURS = {
     "red": (220, 40, 40),

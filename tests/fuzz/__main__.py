@@ -16,7 +16,7 @@ sys.path[:0] = [str(TESTS)]  # where the modules' own helpers lie, as under pyte
 
 def main() -> int:
     """Run what is asked for, print and write how it went; exits with 1 where there was a fault."""
-    from dicode.evaluate.report import write_result
+    from dicode.provenance import write_result
     from tests.fuzz import is_fault
 
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from dicode.data.index import read_data
 from dicode.data.records import ClipRecord, validation_split
 from dicode.files import TextError
-from dicode.video.io import VideoReadError
+from dicode.video.read import VideoReadError
 from tests.fuzz import guarded
 
 COUNT = 6  # clips of a list

@@ -50,7 +50,7 @@ class Case:
 @cache
 def folders() -> dict[str, Path]:
     """The undamaged models; the one of the box is only read."""
-    from dicode.hub import CHECKPOINTS
+    from dicode.checkpoint import CHECKPOINTS
 
     root = Path(mkdtemp(prefix="dicode-fuzz-models-"))
     return {**{kind: write_tiny(root / kind, kind) for kind in KINDS}, BOX: CHECKPOINTS / BOX}
@@ -66,7 +66,7 @@ def drawn(folder: Path) -> bytes:
     """A second of video, two key frames, as bytes."""
     import torch
 
-    from dicode.generate import DiCoDe
+    from dicode.pipeline import DiCoDe
 
     torch.set_num_threads(1)
     model = DiCoDe.from_pretrained(folder)
@@ -109,7 +109,7 @@ def run(case: Case, folder: Path) -> str:
 
 def outcome(case: Case, damaged: Path, expected: bytes) -> str:
     """What becomes of the damaged model, in this process."""
-    from dicode.hub import CheckpointError
+    from dicode.config import CheckpointError
 
     try:
         found = drawn(damaged)

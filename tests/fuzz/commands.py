@@ -211,7 +211,7 @@ def random_line(draw: random.Random) -> list[str]:
 
 def flags_of(kind: str) -> dict[str, Any]:
     """The flags of a command and their types, those of its groups included."""
-    from dicode import cli
+    from dicode.cli.app import app as cli
 
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(getattr(cli, kind)).items():
@@ -264,7 +264,7 @@ def ran(case: Case, root: Path, said: Path) -> str:
     """What becomes of the command line, in this process."""
     import torch
 
-    from dicode.cli import main
+    from dicode.cli.app import main
 
     torch.set_num_threads(1)
     os.chdir(root)

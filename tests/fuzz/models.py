@@ -12,12 +12,11 @@ def write_tiny(folder: Path, kind: str = "own", **changes: Any) -> Path:
     import torch
     from test_tokenizer import DENOISERS, tiny_config, tiny_tokenizer
 
-    from dicode.generate import DiCoDe
     from dicode.lm.deep_lm import DeepTokenLM
-    from dicode.lm.sizes import DeepLMConfig
+    from dicode.lm.presets import DeepLMConfig
     from dicode.lm.text import TextTokenizer
-    from dicode.sampling import SamplingConfig
-    from dicode.tokenizer.config import EncoderConfig, FirstStageConfig
+    from dicode.pipeline import DiCoDe
+    from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, SamplingConfig
 
     if kind == "published":
         grid = tiny_config().resampler

@@ -14,8 +14,8 @@ SHARES = (50, 60, 70, 80)
 
 def main() -> None:
     """Count, and write which."""
-    from dicode.evaluate.report import write_result
-    from dicode.video.io import VideoReadError, native_frames
+    from dicode.provenance import write_result
+    from dicode.video.read import VideoReadError, native_frames
 
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.truncated", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True)

@@ -103,7 +103,7 @@ def run(case: Case, folder: Path) -> str:
 
 def outcome(case: Case, whole: Source, path: Path, size: int, changed_at: int) -> str:
     """How reading the file came out."""
-    from dicode.video.io import VideoReadError, native_frames, probe, read_video
+    from dicode.video.read import VideoReadError, native_frames, probe, read_video
 
     safe = sum(end <= changed_at for end in whole.ends)
     cut = case.change == "truncate" and size < len(whole.data)

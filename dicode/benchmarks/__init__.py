@@ -1,0 +1,1 @@
+"""Published protocols: UCF-101, MSR-VTT, VBench."""

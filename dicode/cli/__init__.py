@@ -1,0 +1,1 @@
+"""The command line: flags, and what each command does with the library."""

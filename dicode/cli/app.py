@@ -1,0 +1,207 @@
+"""The command line: its commands, their flags, and what becomes of errors.
+
+A command is a dataclass of `flags`. The work is done by a function of the same name elsewhere (`COMMANDS`), imported
+when the command runs, so that `dicode --help` needs no torch.
+"""
+
+import os
+import re
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, arg
+from tyro.extras import SubcommandApp
+
+from dicode import __version__
+from dicode.cli.evaluate_flags import Evaluate, Msrvtt, Tune, Ucf101, Vbench
+from dicode.cli.flags import (
+    Assemble,
+    Cache,
+    Check,
+    Clip,
+    Dynamicrafter,
+    Encode,
+    Export,
+    Finetune,
+    Generate,
+    Index,
+    Info,
+    Official,
+    Reconstruct,
+    Scale,
+    Sheet,
+    Tokenize,
+    Train,
+    TrainAll,
+    Vae,
+    Verify,
+    Widen,
+)
+from dicode.config import check_ranges, raised_in
+from dicode.stopwatch import Stopwatch
+from dicode.train.recipe import load_run
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+USAGE_ERROR = 2  # as tyro and argparse
+BUG = 70  # EX_SOFTWARE
+GROUPS = re.compile(r"^(run|write|render)\.")  # of flags, whose names leave them out
+RECIPE = re.compile(r"\.py(:|$)")
+
+COMMANDS = {
+    "dicode.cli.generate": (Generate,),
+    "dicode.cli.train": (Tokenize, Reconstruct, Train, TrainAll, Assemble, Widen),
+    "dicode.cli.finetune": (Finetune,),
+    "dicode.cli.info": (Info,),
+    "dicode.scale_command": (Scale,),
+    "dicode.cli.data": (Index, Cache, Check, Verify, Encode, Export, Sheet),
+    "dicode.cli.evaluate": (Evaluate,),
+    "dicode.evaluate.tune": (Tune,),
+    "dicode.benchmarks.protocols": (Ucf101, Msrvtt, Vbench),
+    "dicode.cli.convert": (Official, Dynamicrafter, Clip, Vae),
+}
+
+
+def console() -> None:
+    """The `dicode` command."""
+    for stream in (sys.stdout, sys.stderr):  # a name that is not UTF-8, or a terminal that is none, stops nothing
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. What users can cause ends in one line, unless DICODE_DEBUG is set."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print(f"dicode {__version__}")
+        return 0
+    signals: list[int] = []
+    try:
+        with _ended_by(signals), warnings.catch_warnings():
+            warnings.showwarning = _warn_once()
+            command, watch = parse(argv or ["--help"]), Stopwatch()
+            module = next(module for module, kinds in COMMANDS.items() if isinstance(command, kinds))
+            with watch.stage("load"):
+                work = getattr(import_module(module), type(command).__name__.lower())
+            return work(command, watch)
+    except KeyboardInterrupt as interrupt:
+        print(f"dicode: interrupted; {str(interrupt) or 'no unfinished file is left'}", file=sys.stderr)
+        return 128 + signals[0] if signals else INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `dicode info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        return 0
+    except Exception as error:
+        if os.environ.get("DICODE_DEBUG"):
+            raise
+        code, text = _explained(error)
+        print(f"dicode: {' '.join(text.split())}", file=sys.stderr)
+        return code
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """The exit code of an error, and what to say of it: what users can cause names file and flag by itself."""
+    if isinstance(error, ValueError | OSError | ImportError):
+        return USAGE_ERROR, str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory", str(error)):
+        return USAGE_ERROR, f"not enough memory; ask for less at a time, or take a smaller model ({error})"
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f"{Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno}" if trace else "?"
+    return BUG, f"{type(error).__name__}: {error} ({where}); this is a bug: DICODE_DEBUG=1 shows where it comes from"
+
+
+@contextmanager
+def _ended_by(signals: list[int]) -> Iterator[None]:
+    """In here SIGTERM and SIGHUP act as Ctrl-C does, so that unfinished files are removed; their number is noted."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would stop the clearing up
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _warn_once() -> Callable[..., None]:
+    """What prints a warning in one line, and each text but once."""
+    said: set[str] = set()
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            print(f"dicode: warning: {message}", file=sys.stderr)
+
+    return warn
+
+
+def parse(argv: list[str]) -> Any:
+    """The command of these arguments, one of the dataclasses of `flags`, every number in its range."""
+    command = _parsed(argv)
+    check_ranges(command, lambda path: "--" + GROUPS.sub("", path).replace("_", "-"))
+    return command
+
+
+def _parsed(argv: list[str]) -> Any:
+    recipes = [word for word in argv[1:] if RECIPE.search(word)] if argv[0] == "train" else []
+    if recipes:
+        flags = argv[1:]
+        flags.remove(recipes[0])
+        return _parse_train(recipes[0], flags)
+    app, benchmark, data, convert = (SubcommandApp() for _ in range(4))
+    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Widen, Evaluate, Tune, Scale, Info):
+        app.command(name=command.__name__.lower())(command)
+    for protocol in (Ucf101, Msrvtt, Vbench):
+        benchmark.command(name=protocol.__name__.lower())(protocol)
+    for part in (Index, Cache, Check, Verify, Encode, Export, Sheet):
+        data.command(name=part.__name__.lower())(part)
+    for source in (Official, Dynamicrafter, Clip, Vae):
+        convert.command(name=source.__name__.lower())(source)
+    app.command(benchmark, name="benchmark", help="Measure a model as the literature does: UCF-101, MSR-VTT, VBench.")
+    app.command(data, name="data", help="Check, cache, encode, export or look at folders of clips.")
+    app.command(convert, name="convert", help="Turn weights that others published into ours.")
+    description = "Text to video with a language model. `dicode --version` tells the version."
+    command = app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
+    if isinstance(command, Train):
+        load_run(command.recipe)  # which raises, or it would have been found
+    return command
+
+
+def _parse_train(recipe: str, flags: list[str]) -> Train | TrainAll:
+    """A recipe's run with the fields that flags change, e.g. `--loop.optim.lr 1e-4`; with `--all`, a file's runs."""
+    if "--all" in flags:
+        rest = [recipe, *(flag for flag in flags if flag != "--all")]
+        return tyro.cli(TrainAll, prog="dicode train --all", args=rest, config=(FlagCreatePairsOff,))
+    if recipe.endswith(".py"):
+        raise ValueError(f"recipe: expected FILE.py:RUN, or FILE.py and --all for every stage in order, got {recipe!r}")
+    default = load_run(recipe)
+    kind = type(default)
+
+    def train(
+        run_folder: Path | None = None,
+        minutes: float | None = None,
+        run: Annotated[AvoidSubcommands[kind], arg(name="")] = default,  # type: ignore[valid-type]
+    ) -> Train:
+        return Train(recipe, run_folder, minutes, run)
+
+    try:
+        return tyro.cli(train, prog=f"dicode train {recipe}", description=kind.__doc__, args=flags)
+    except Exception as error:  # of a dataclass in the recipe
+        raise raised_in(recipe.rpartition(":")[0], error) from error

@@ -1,0 +1,360 @@
+"""The training cache: frames of a data set with their times, so that any clip at any rate is a lookup.
+
+cache/shard-00000.safetensors          frames u8 `f h w c`, times_s f64 `f`; read through memory maps
+cache/shard-00000.NAME.safetensors     what was computed of its frames: `values`, first axis `f`; or of `rows` of them
+cache/index.json                       shards and the file of videos, each with size and SHA-256
+cache/videos.safetensors               the videos; see `dicode.data.columns`
+"""
+
+import dataclasses
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, cast, overload
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dicode.checkpoint import read_tensors
+from dicode.config import CheckpointError, config_from_dict
+from dicode.data.cache_folder import INDEX, VIDEOS, check_own, shard_files, whole_files
+from dicode.data.columns import DTYPES, VALIDATION, FrameRows, Videos, joined
+from dicode.data.columns import CachedVideo as CachedVideo  # which other modules import from here
+from dicode.files import Place, alone_with, fetched, place, put, put_text, sha256_of
+from dicode.stopwatch import Progress
+
+FORMAT = 2
+MOST_OPEN = 1024  # shards mapped at a time: Linux allows a process 65,530 maps, 10 million clips are 156,250 shards
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a cache: what it should hold."""
+
+    file: str
+    frames: int
+    bytes: int
+    sha256: str
+
+
+class CacheError(ValueError):
+    """A cache that cannot be read: says which file, what was expected and what was found."""
+
+
+class OpenedWhenRead(Sequence[Tensor]):
+    """One tensor of each of many safetensors files; the last ones read stay mapped.
+
+    `read` is shared by the tensors of the same files.
+    """
+
+    def __init__(self, files: Sequence[Path], name: str, read: Callable[[Path], dict[str, Tensor]]) -> None:
+        self.files, self.name, self.read = files, name, read
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, at: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, at: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(at, slice):
+            return OpenedWhenRead(self.files[at], self.name, self.read)
+        return self.read(self.files[at])[self.name]
+
+
+def last_read() -> Callable[[Path], dict[str, Tensor]]:
+    """`read_tensors` that keeps the last files mapped."""
+    return lru_cache(MOST_OPEN)(read_tensors)
+
+
+class Rows:
+    """Tensors of equal width beneath each other, indexed by row as if they were one; none is copied whole."""
+
+    def __init__(
+        self, parts: Sequence[Any], sizes: Sequence[int] | None = None, held: Sequence[Any] | None = None
+    ) -> None:
+        """`parts` are tensors; `sizes` their numbers of rows, where they are not to be opened for it.
+
+        `held` are tensors too: which rows of each part there are, in order, where some are left out.
+        """
+        self.parts, self.held = parts, held
+        self.starts = [0, *accumulate(sizes or [len(part) for part in parts])]
+        self.shape = torch.Size([self.starts[-1], *parts[0].shape[1:]])
+        self._bounds = torch.tensor(self.starts[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, at: Any) -> Tensor:
+        """As `torch.cat(parts)[at]`, for a slice within one part, or integers, lists or tensors counted from 0."""
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            if self.held is not None:
+                return self[torch.arange(start, stop, step)]
+            i = min(bisect_right(self.starts, start), len(self.parts)) - 1
+            if stop <= self.starts[i + 1]:
+                return self.parts[i][start - self.starts[i] : stop - self.starts[i] : step]
+            at = torch.arange(start, stop, step)
+        given = torch.broadcast_tensors(*map(torch.as_tensor, at if isinstance(at, tuple) else (at,)))
+        rows, *others = (index.flatten().contiguous() for index in given)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"expected rows from 0 to {len(self) - 1}, got {rows.min()} to {rows.max()}")
+        values = torch.empty(len(rows), *self.shape[1 + len(others) :], dtype=self.parts[0].dtype)
+        part_of = torch.bucketize(rows, self._bounds, right=True)
+        for i in part_of.unique().tolist():
+            own = part_of == i
+            values[own] = self.parts[i][(self._within(i, rows[own]), *(index[own] for index in others))]
+        return values.reshape(*given[0].shape, *values.shape[1:])
+
+    def _within(self, part: int, rows: Tensor) -> Tensor:
+        """Where rows lie in the part that they belong to."""
+        local = rows - self.starts[part]
+        if self.held is None:
+            return local
+        held = self.held[part]
+        found = torch.searchsorted(held, local).clamp(max=max(0, len(held) - 1))
+        if len(held) == 0 or not torch.equal(held[found], local):
+            raise IndexError(f"rows {rows.tolist()[:8]}: some were left out, as no key frames")
+        return found
+
+
+@dataclass(frozen=True)
+class FrameCache:
+    """All videos of a data set, their frames in memory or in shards."""
+
+    videos: Sequence[CachedVideo]  # `Videos`, made of what is given
+    frames: Tensor | Rows  # uint8 f h w c
+    times_s: Tensor | Rows  # float64 f, from the start of each video
+    files: tuple[Path, ...] = ()  # of the shards
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "videos", Videos.of(self.videos))
+
+    @property
+    def columns(self) -> Videos:
+        """The videos, as what they are."""
+        return cast(Videos, self.videos)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "FrameCache":
+        """Open a cache; its frames stay on disk. Raises `CacheError` where a shard is missing or has another size."""
+        where = place(folder)
+        if not isinstance(where, Path):
+            raise CacheError(f"{where}: shards are read through memory maps; copy the cache to this machine first")
+        shards, videos = read_cache_index(where)
+        if wrong := [said for shard in shards if (said := fault(where, shard, hashes=False))]:
+            raise CacheError(f"{wrong[0]}; make the cache again with the same `dicode data cache`, or copy it again")
+        files, sizes = tuple(where / shard.file for shard in shards), [shard.frames for shard in shards]
+        read = last_read()
+        frames, times_s = (Rows(OpenedWhenRead(files, name, read), sizes) for name in ("frames", "times_s"))
+        return cls(videos, frames, times_s, files)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the videos of a cache in memory as one shard.
+
+        A cache that lay there before goes, with what was computed of it: an interrupted write leaves none. Raises
+        `ValueError` for a folder with other files.
+        """
+        folder = Path(folder)
+        check_own(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX).unlink(missing_ok=True)
+        for old in (*shard_files(folder), *whole_files(folder)):
+            old.unlink()
+        shard = write_shard(folder, shard_name(0), self.frames[:], self.times_s[:])
+        write_index(folder, [shard], self.columns)
+
+    def computed(self, name: str, make: Callable[[Tensor], Tensor]) -> Rows:
+        """What `make` gives for all frames, kept beside each shard under `name`; interrupted, it goes on by shards."""
+        if not isinstance(self.frames, Rows) or not self.files:
+            return Rows([make(self.frames[:])])
+        parts, sizes = self.frames.parts, np.diff(self.frames.starts).tolist()
+        made = [file.with_suffix(f".{name}.safetensors") for file in self.files]
+        self._fill(name, made, sizes, lambda number: {"values": make(parts[number])})
+        return Rows(OpenedWhenRead(made, "values", last_read()), sizes)
+
+    def computed_of(self, name: str, chosen: Callable[[range], Tensor], make: Callable[[Tensor], Tensor]) -> Rows:
+        """What `make` gives for some rows, kept as `computed` does; `chosen` says which, in order, of a shard's."""
+        starts = self.frames.starts if isinstance(self.frames, Rows) and self.files else [0, len(self.frames)]
+        own = [range(start, stop) for start, stop in pairwise(starts)]
+
+        def tensors(number: int) -> dict[str, Tensor]:
+            rows = chosen(own[number])
+            return {"rows": rows - own[number].start, "values": make(rows)}
+
+        sizes = list(map(len, own))
+        if not self.files:
+            values = tensors(0)
+            return Rows([values["values"]], sizes, [values["rows"]])
+        made, read = [file.with_suffix(f".{name}.safetensors") for file in self.files], last_read()
+        self._fill(name, made, sizes, tensors)
+        return Rows(OpenedWhenRead(made, "values", read), sizes, OpenedWhenRead(made, "rows", read))
+
+    def _fill(
+        self, name: str, made: Sequence[Path], sizes: Sequence[int], tensors: Callable[[int], dict[str, Tensor]]
+    ) -> None:
+        """Write the files that are missing, each by one process of however many do the same at this time."""
+        missing = [number for number, path in enumerate(made) if not path.is_file()]
+        with Progress(f"computing {name.split('-')[0]}", sum(sizes[n] for n in missing), "frame") as progress:
+            for wait in (False, True):  # what other processes have begun comes last, and is done by then or left undone
+                for number in missing:
+                    with alone_with(self.files[number], wait) as alone:
+                        if alone and not made[number].is_file():
+                            values = tensors(number)
+                            put(made[number], partial(save_file, values))
+                            progress.update(sizes[number])
+
+    def kept(self, name: str, rows: Tensor) -> Tensor | None:
+        """What `computed` left under a name of these rows, all of one shard; None where it left nothing there."""
+        if not isinstance(self.frames, Rows) or not self.files or len(rows) == 0:
+            return None
+        number = bisect_right(self.frames.starts, int(rows[0])) - 1
+        path = self.files[number].with_suffix(f".{name}.safetensors")
+        return read_tensors(path)["values"][rows - self.frames.starts[number]] if path.is_file() else None
+
+    def of_rows(self, rows: range) -> Videos:
+        """The videos that begin within these rows: of one shard."""
+        bounds = np.searchsorted(self.columns.column("first"), [rows.start, rows.stop])
+        return self.columns[bounds[0] : bounds[1]]
+
+    def subset(self, validation: bool) -> "FrameCache":
+        """The videos of one split; the frames are shared, not copied. Raises `ValueError` where it has none."""
+        chosen = self.columns.having(VALIDATION, validation)
+        if not chosen:
+            raise ValueError(f"none of {len(self.videos)} videos is for {'validation' if validation else 'training'}")
+        return dataclasses.replace(self, videos=chosen)
+
+    def frame_rows(self) -> FrameRows:
+        """Row numbers of all frames of the videos in this (sub)set; `[:]` makes them all."""
+        return FrameRows(self.columns)
+
+    def clip_rows(self, video: CachedVideo, start_s: float, num_frames: int, fps: float) -> Tensor:
+        """Row of the frame shown at `start_s + i / fps`; a looping video wraps, another holds its last frame."""
+        times = self.times_s[video.first : video.first + video.count].numpy()
+        moments = start_s + np.arange(num_frames) / fps
+        if video.loops:
+            moments = moments % video.period_s
+        shown = np.searchsorted(times, moments + 1e-6, side="right") - 1
+        return torch.from_numpy(video.first + shown.clip(0, video.count - 1))
+
+
+def join_caches(folders: Sequence[str | Path], output: Path) -> None:
+    """Make of several caches one that is an index alone: shards, and what is computed of them, stay where they are.
+
+    Raises `ValueError` where `output` holds other files than a cache's.
+    """
+    check_own(output)
+    parts = [(Path(folder).resolve(), *read_cache_index(Path(folder))) for folder in folders]
+    shards = [
+        dataclasses.replace(shard, file=str(folder / shard.file))
+        for folder, own_shards, _ in parts
+        for shard in own_shards
+    ]
+    frames = [sum(shard.frames for shard in own_shards) for _, own_shards, _ in parts]
+    write_index(output, shards, joined([videos for _, _, videos in parts], frames))
+
+
+def shard_name(number: int) -> str:
+    """What the names of a shard's files begin with."""
+    return f"shard-{number:05}"
+
+
+def write_shard(folder: Place, name: str, frames: Tensor, times_s: Tensor) -> Shard:
+    """Write one shard, whole or not at all; equal tensors give equal bytes."""
+    path = folder / f"{name}.safetensors"
+    facts: list[tuple[int, str]] = []
+
+    def write(partial: Path) -> None:
+        save_file({"frames": frames.contiguous(), "times_s": times_s.contiguous()}, partial)
+        facts.append((partial.stat().st_size, sha256_of(partial)))
+
+    put(path, write)
+    return Shard(path.name, len(frames), *facts[0])
+
+
+def fault(folder: Place, shard: "Shard | VideosFile", hashes: bool) -> str:
+    """What is wrong with a file, by its size and, if asked for, its SHA-256; '' for nothing."""
+    path = folder / shard.file
+    if not path.is_file():
+        return f"{path}: missing"
+    if (found := path.stat().st_size) != shard.bytes:
+        return f"{path}: expected {shard.bytes} bytes, got {found}"
+    if hashes and (digest := sha256_of(path)) != shard.sha256:
+        return f"{path}: expected SHA-256 {shard.sha256}, got {digest}"
+    return ""
+
+
+@dataclass(frozen=True)
+class VideosFile:
+    """The file of a cache's videos: what it should hold."""
+
+    file: str
+    videos: int
+    validation: int
+    bytes: int
+    sha256: str
+
+
+def write_videos(folder: Place, videos: Iterable[CachedVideo]) -> tuple[VideosFile, Sequence[str]]:
+    """Write the videos of a cache, and remove an index of others; gives the file's facts and the videos' sources.
+
+    Equal videos give equal bytes.
+    """
+    columns = Videos.of(videos)
+    facts: list[VideosFile] = []
+
+    def write(partial: Path) -> None:
+        save_file(columns.tensors(), partial)
+        validation = int((columns.column("flags") & VALIDATION != 0).sum())
+        facts.append(VideosFile(VIDEOS, len(columns), validation, partial.stat().st_size, sha256_of(partial)))
+        index = folder / INDEX
+        if index.is_file() and facts[0].sha256 not in index.read_text(encoding="utf-8"):
+            index.unlink()
+
+    put(folder / VIDEOS, write)
+    return facts[0], columns.sources
+
+
+def write_index(folder: Place, shards: Sequence[Shard], videos: Iterable[CachedVideo]) -> None:
+    """Make shards a cache of these videos."""
+    put_text(folder / INDEX, index_text(shards, *write_videos(folder, videos)))
+
+
+def index_text(shards: Sequence[Shard], videos: VideosFile, sources: Sequence[str]) -> str:
+    """The content of index.json: the same for equal shards and videos."""
+    values = {"format": FORMAT, "videos": dataclasses.asdict(videos), "sources": list(sources)}
+    values["shards"] = [dataclasses.asdict(shard) for shard in shards]
+    return json.dumps(values, indent=0, ensure_ascii=False) + "\n"
+
+
+def read_cache_index(folder: Place, hashes: bool = False) -> tuple[tuple[Shard, ...], Videos]:
+    """The shards and videos of a cache; `hashes` compares the file of videos with its SHA-256.
+
+    Raises `FileNotFoundError`, or `CacheError` for another kind of index.json and for another file of videos.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no frame cache there; make it with `dicode data cache`")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        if found != FORMAT:
+            raise CacheError(f"{path}: expected format {FORMAT}, got {found!r}; make the cache again")
+        held = config_from_dict(VideosFile, values["videos"], INDEX)
+        shards = tuple(Shard(**entry) for entry in values["shards"])
+        if wrong := fault(folder, held, hashes):
+            raise CacheError(f"{wrong}; make the cache again with the same `dicode data cache`, or copy it again")
+        with fetched(folder / held.file) as local:
+            columns = {name: tensor.numpy() for name, tensor in read_tensors(local).items()}
+        if not columns.keys() == {*DTYPES, "text"} or {len(columns[name]) for name in DTYPES} != {held.videos}:
+            raise CacheError(f"{folder / held.file}: not the videos of {path}; make the cache again")
+        return shards, Videos(columns, values["sources"])
+    except (json.JSONDecodeError, KeyError, TypeError, CheckpointError) as error:
+        raise CacheError(f"{path}: not an index of a cache ({error}); make the cache again") from error

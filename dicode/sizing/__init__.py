@@ -1,0 +1,1 @@
+"""What a model takes before it is trained: parameters, FLOPs, memory, days."""

@@ -1,0 +1,47 @@
+"""Tokenizers that have a name."""
+
+from dataclasses import replace
+
+from dicode.tokenizer.config import (
+    DenoiserConfig,
+    DiffusionConfig,
+    EncoderConfig,
+    FirstStageConfig,
+    ResamplerConfig,
+    SamplingConfig,
+    TokenizerConfig,
+)
+
+TOKENIZERS: dict[str, TokenizerConfig] = {
+    "sprites": TokenizerConfig(
+        linear_code=True,
+        encoder=replace(TokenizerConfig().encoder, depth=1),
+        resampler=replace(TokenizerConfig().resampler, depth=1),
+        denoiser=DenoiserConfig(predicts_change=True),
+    ),
+    # rooms need wider tokens (docs/widths.md); networks add nothing to the linear code that shows (docs/tokens.md)
+    "world": TokenizerConfig(
+        key_head_width=48,
+        key_head_depth=1,
+        linear_code=True,
+        encoder=replace(TokenizerConfig().encoder, width=48, depth=1, heads=3),
+        resampler=replace(
+            TokenizerConfig().resampler, width=48, depth=1, head_width=16, feature_width=48, token_width=48
+        ),
+        denoiser=DenoiserConfig(predicts_change=True),
+    ),
+    # Published (arXiv 2412.04446): OpenCLIP ViT-H/14, DynamiCrafter-256's U-Net without image concatenation, SD's VAE
+    "paper_tokenizer_256": TokenizerConfig(
+        size=256,
+        tail_frame=15,
+        null_tokens="grey_image",
+        first_stage=FirstStageConfig("kl", (128, 256, 512, 512), 4, (2,), (2,)),
+        encoder=EncoderConfig("clip", width=1280, depth=32, heads=16, size=224, patch=14, channels=3),
+        resampler=ResamplerConfig(),
+        denoiser=DenoiserConfig("unet3d", context_frames=0, uses_key_latents=False, depth=2, heads=5),
+        diffusion=DiffusionConfig(objective="v_prediction"),
+        sampling=SamplingConfig(
+            variance_scale=0.01, steps=50, decoder_guidance=7.5, guidance_rescale=0.7, eta=1.0, joins="independent"
+        ),
+    ),
+}

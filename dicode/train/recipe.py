@@ -1,0 +1,36 @@
+"""Recipes: functions of a Python file that return a training run, by `FILE.py:FUNCTION`."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from dicode.config import RecipeError, load_file, load_function, run_own
+
+
+def load_run(recipe: str) -> Any:
+    """Call RUN of `FILE.py:RUN`; raises `ValueError` where it is no function that returns a dataclass."""
+    run = run_own(load_function(recipe, "recipe", "FILE.py:RUN, as in recipes/sprites.py:lm", "train"), recipe)
+    if not dataclasses.is_dataclass(run):
+        raise RecipeError(f"{recipe}: expected it to return a run (a dataclass), got {type(run).__name__}")
+    return run
+
+
+def stages_of(file: str) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
+    """Runs of a recipe file in the order of its `STAGES`, their shares of the time, and its `SAMPLING` if it has one.
+
+    Raises `RecipeError` where the file does not say how to train it whole.
+    """
+    module = load_file(Path(file), "recipe", "train")
+    shares, sampling = getattr(module, "STAGES", None), getattr(module, "SAMPLING", {})
+    if not isinstance(shares, dict) or not shares or not all(_is_share(share) for share in shares.values()):
+        raise RecipeError(
+            f"{file}: expected STAGES, a dict of its runs in order with their shares of the time, such as "
+            f"{{'first_stage': 0.3, 'lm': 0.7}}, got {shares!r}; or name one run, as in {file}:lm"
+        )
+    runs = {name: load_run(f"{file}:{name}") for name in shares}
+    return runs, {name: float(share) for name, share in shares.items()}, dict(sampling)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0

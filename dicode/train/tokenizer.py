@@ -1,0 +1,403 @@
+"""Stage 1: encoder, resampler, key-frame head and denoiser learn on cached first-stage latents.
+
+A step holds clips (for the denoiser) and single frames (for the key-frame regression, at a sixteenth of the cost). An
+encoder that reads pixels gets them from the cached frames.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dicode.checkpoint import content_hash, load_state, load_weights, read_tensors
+from dicode.config import config_from_dict, read_config, write_config
+from dicode.data.cache import CachedVideo, FrameCache, Rows
+from dicode.data.columns import FrameRows
+from dicode.device import Precision, autocast, pick_device
+from dicode.seeds import generator_for
+from dicode.tokenizer.conditioning import Known
+from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
+from dicode.tokenizer.denoiser import ChangeDenoiser
+from dicode.tokenizer.diffusion import noised
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
+from dicode.train.first_stage import frames_to_pixels, pixels_to_frames, psnr_db
+from dicode.train.lora import add_adapters, merged
+from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
+
+MOST_FITTED = 20_000  # frames that a linear code is fitted to
+FITTED_FRAMES = 4096  # that the statistics of tokens are fitted to
+
+
+def first_stage_latents(
+    tokenizer: VideoTokenizer, cache: FrameCache, weights: Path, precision: Precision = "auto", mirror: bool = False
+) -> Rows:
+    """Latents of all cached frames, float16 `f 1 z y x`, or of them and their mirror images, `f 2 z y x`.
+
+    Computed once and kept beside the shards, under a name that tells the first stage's `weights` file.
+    """
+    sides = 2 if mirror else 1
+
+    def latents(frames: Tensor) -> Tensor:
+        parts = []
+        device = tokenizer.device
+        with torch.no_grad(), autocast(device, precision):
+            for piece in frames.split(at_once(128, frames.shape[1])):
+                pixels = frames_to_pixels(piece).to(device)
+                parts.append(tokenizer.first_stage.encode(torch.cat([pixels, pixels.flip(-1)][:sides])).half().cpu())
+        return torch.cat([rearrange(part, "(side f) c h w -> f side c h w", side=sides) for part in parts])
+
+    return cache.computed(latents_name(weights, mirror), latents)
+
+
+def latents_name(weights: Path, mirror: bool) -> str:
+    """What latents are kept under: a first stage's, with those of mirror images or without."""
+    return f"latents-{content_hash(weights)}" + ("-mirrored" if mirror else "")
+
+
+def at_once(count: int, size: int) -> int:
+    """How many images of `size`×`size` to handle at a time: `count`, fewer of those above 64×64."""
+    return max(1, min(count, count * 64**2 // size**2))
+
+
+@torch.no_grad()
+def fit_linear_code(
+    tokenizer: VideoTokenizer, latents: Rows, rows: FrameRows, narrower: VideoTokenizer | None = None
+) -> None:
+    """Fit a tokenizer's linear code to `MOST_FITTED` of these rows of latents, or extend that of narrower tokens to it.
+
+    What the networks add to it begins at zero. Raises `ValueError` as `LinearCode.fit` and `LinearCode.extend`.
+    """
+    assert tokenizer.linear_code is not None and tokenizer.key_head is not None
+    fitted = latents[rows.spread(MOST_FITTED), 0].float()
+    if narrower is None:
+        mean, variance = tokenizer.linear_code.fit(fitted)
+    else:
+        assert narrower.linear_code is not None
+        mean, variance = tokenizer.linear_code.extend(narrower.linear_code, narrower.normalizer, fitted)
+    assert tokenizer.normalizer.running_mean is not None and tokenizer.normalizer.running_var is not None
+    tokenizer.normalizer.running_mean.copy_(mean)
+    tokenizer.normalizer.running_var.copy_(variance)
+    for layer in (tokenizer.resampler.norm_out, tokenizer.key_head.out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def check(run: TokenizerRun) -> None:
+    """Raise `ValueError` where a run would leave random what it does not train, or train what its model lacks."""
+    if run.freeze_key_frames and not run.init:
+        raise ValueError("freeze_key_frames: name the trained tokenizer in init; random parts would stay random")
+    if run.frame_strides is not None:
+        least, most = run.frame_strides
+        if run.model.denoiser.kind != "unet3d" or not 1 <= least <= most:
+            found = f"{run.frame_strides} for {run.model.denoiser.kind!r}"
+            raise ValueError(f"frame_strides: expected two numbers from 1 on, for a denoiser 'unet3d', got {found}")
+    if run.freeze_key_frames and not run.denoises:
+        raise ValueError("freeze_key_frames: nothing is left to train where denoises is False")
+    if run.images_per_step % run.loop.pieces:
+        raise ValueError(f"images_per_step: expected a multiple of {run.loop.pieces} pieces, got {run.images_per_step}")
+    if run.loop.compile:
+        raise ValueError("loop.compile: compiled denoisers give NaN (docs/log.md); it is for language models alone")
+    if run.lora.rank and not run.freeze_key_frames:
+        raise ValueError("lora: adapts the denoiser alone; set freeze_key_frames and name the trained model in init")
+    if run.model.encoder.kind == "clip" and not run.init:
+        raise ValueError("encoder 'clip' stays as it is: name in init a checkpoint that has it (see dicode convert)")
+    if not run.model.denoiser.uses_key_latents and (run.images_per_step or not run.denoises):
+        found = f"{run.images_per_step} and {run.denoises}"
+        raise ValueError(f"uses_key_latents is False: expected images_per_step 0 and denoises True, got {found}")
+
+
+class TokenizerTraining:
+    """The `Stage` of a `TokenizerRun`."""
+
+    def __init__(self, run: TokenizerRun):
+        check(run)
+        self.run = run
+        self.head = run.model.denoiser.context_frames  # where among the rows of `clip_rows` the clip begins …
+        self.tail = self.head + run.model.tail_frame  # … and its tail key frame lies
+        self.best = "-denoising_loss" if run.denoises else "-key_frame_error"
+        torch.manual_seed(run.loop.seed)
+        self.module = VideoTokenizer(run.model)
+        weights = Path(run.first_stage) / FIRST_STAGE_WEIGHTS
+        section = read_config(Path(run.first_stage))
+        section = section["first_stage"] if "first_stage" in section else section["tokenizer"]["first_stage"]
+        held = config_from_dict(FirstStageConfig, section)
+        if held != run.model.first_stage:
+            raise ValueError(f"{run.first_stage} holds {held}, the recipe names {run.model.first_stage}")
+        load_weights(self.module.first_stage, weights)
+        if run.init:
+            self._start_from(Path(run.init))
+        if run.init_denoiser:
+            self._take_denoiser(Path(run.init_denoiser))
+        if run.freeze_key_frames:
+            frozen = (self.module.encoder, self.module.resampler, self.module.key_head, self.module.linear_code)
+            for part in frozen:
+                if part is not None:
+                    part.requires_grad_(False)
+        if not run.denoises:
+            self.module.denoiser.requires_grad_(False)
+        if run.lora.rank:
+            add_adapters(self.module.denoiser, run.lora, run.loop.seed)
+        self.module.to(pick_device(run.loop.device))
+        cache = FrameCache.load(run.cache)
+        self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
+        self.rows = self.cache.frame_rows()
+        self.videos, judged = self.cache.columns, self.validation.columns
+        if run.denoises:  # what is shorter would teach that nothing moves: it gives key frames alone
+            self.videos, judged = (videos.lasting(run.model.clip_s) for videos in (self.videos, judged))
+            for split, videos in (("training", self.videos), ("validation", judged)):
+                if not videos:
+                    raise ValueError(
+                        f"{run.cache}: none of its {split} videos lasts {run.model.clip_s:g} s, as a clip does"
+                    )
+        self.judged = judged.spread(VALIDATION_CLIPS)
+        self.latents = first_stage_latents(self.module, cache, weights, run.loop.precision, run.mirror)
+        if self.module.linear_code is not None and not run.init:
+            fit_linear_code(self.module, self.latents, self.rows)
+        # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
+        if isinstance(self.module.denoiser, ChangeDenoiser) and not run.lora.rank:
+            self._measure_change(self.module.denoiser)
+
+    def _measure_change(self, denoiser: ChangeDenoiser) -> None:
+        """Tell the denoiser how far frames lie from a cross-fade of their key frames, from up to 512 training clips."""
+        rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(512)])
+        clips = self.latents[rows[:, self.head :], 0].float()
+        denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
+
+    def _start_from(self, folder: Path) -> None:
+        """Take another run's weights, all of them; where its denoiser is another network, ours starts afresh."""
+        held = config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}: tokenizer")
+        parts = TokenizerParts(self.module)
+        own_stride = replace(held.denoiser, frame_stride=self.run.model.denoiser.frame_stride)
+        if own_stride == self.run.model.denoiser:  # a stride is an input, no other network
+            self._check_objective(held, folder)
+            load_weights(parts, folder / WEIGHTS)
+            return
+        if self.run.lora.rank:
+            raise ValueError(f"lora: {folder} holds {held.denoiser}, the recipe names {self.run.model.denoiser}")
+        print(
+            f"{folder} holds another denoiser ({held.denoiser.kind}): this one starts with random weights", flush=True
+        )
+        theirs = {n: t for n, t in read_tensors(folder / WEIGHTS).items() if not n.startswith("denoiser.")}
+        ours = {n: t for n, t in parts.state_dict().items() if n.startswith("denoiser.")}
+        load_state(parts, {**theirs, **ours}, str(folder / WEIGHTS))
+
+    def _check_objective(self, held: TokenizerConfig, folder: Path) -> None:
+        """Raise `ValueError` where a denoiser to begin with predicts another thing than this run trains."""
+        ours, theirs = self.run.model.diffusion.objective, held.diffusion.objective
+        if ours != theirs:
+            raise ValueError(
+                f"{folder}: its denoiser predicts {theirs}, the run trains {ours}; what it knows would be lost: "
+                f"train with --model.diffusion.objective {theirs}, or begin with one that predicts {ours}"
+            )
+
+    def _take_denoiser(self, folder: Path) -> None:
+        """Begin with the denoiser of a model of other videos. Raises `CheckpointError` where it is another network."""
+        held = config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}: tokenizer")
+        self._check_objective(held, folder)
+        theirs = {
+            name.removeprefix("denoiser."): tensor
+            for name, tensor in read_tensors(folder / WEIGHTS).items()
+            if name.startswith("denoiser.")
+        }
+        load_state(self.module.denoiser, theirs, str(folder / WEIGHTS))
+
+    def num_samples(self) -> int:
+        return len(self.videos)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        starts = torch.rand(len(indices), generator=generator)
+        mirrored = (torch.rand(len(indices), generator=generator) < 0.5 * self.run.mirror).long()
+        videos = [self.videos[int(i)] for i in indices]
+        strides = [self.stride_of(video, generator) for video in videos]
+        places = list(zip(videos, starts.tolist(), strides, strict=True))
+        rows = torch.stack([self.clip_rows(*place) for place in places])
+        before_s = [self.start_s(*place) - self.head / self.fps_of(place[2]) for place in places]
+        images = self.run.images_per_step // self.run.loop.pieces
+        keys = self.rows[torch.randint(len(self.rows), (images,), generator=generator)]
+        flips = torch.randint(1 + self.run.mirror, (len(keys),), generator=generator)
+        if self.run.denoises:
+            keys = torch.cat([rows[:, self.head], rows[:, self.tail], keys])
+            flips = torch.cat([mirrored, mirrored, flips])
+        return {
+            "clips": self.latents[rows, mirrored[:, None]].float(),
+            "keys": self.sources(keys, flips),  # of the clips, then single frames
+            "key_latents": self.latents[keys, flips].float(),
+            # False where nothing was recorded before the clip
+            "has_context": torch.tensor([v.loops or s >= 0 for v, s in zip(videos, before_s, strict=True)]),
+            "frame_stride": torch.tensor(strides, dtype=torch.float32),
+        }
+
+    def stride_of(self, video: CachedVideo, generator: torch.Generator) -> int:
+        """A frame stride for a clip of this video, drawn from those that the cache has frames for.
+
+        DynamiCrafter's stride counts frames of the source video from one frame of a clip to the next. A cache has
+        times, not source frames: here a stride of s is s/frame_stride steps of the model's own rate, so that its own
+        stride goes with the rate it renders at (with 8 fps and stride 6, strides 1…6 are 48, 24, 16, 12, 9.6 and 8
+        frames a second). Strides that would repeat cached frames, or need a longer video, are not drawn; where none is
+        left, the model's own is taken.
+        """
+        if self.run.frame_strides is None:
+            return self.run.model.denoiser.frame_stride
+        least, most = self.run.frame_strides
+        cached_fps = video.count / video.period_s * 1.05  # a tolerance: rates of files are uneven
+        fitting = [
+            stride
+            for stride in range(least, most + 1)
+            if self.fps_of(stride) <= cached_fps
+            and (video.loops or self.run.model.tail_frame / self.fps_of(stride) <= video.period_s)
+        ] or [self.run.model.denoiser.frame_stride]
+        return fitting[int(torch.randint(len(fitting), (), generator=generator))]
+
+    def fps_of(self, stride: int) -> float:
+        """Frames a second of clips with this stride."""
+        return self.run.model.fps * self.run.model.denoiser.frame_stride / stride
+
+    def clip_rows(self, video: CachedVideo, start: float, stride: int | None = None) -> Tensor:
+        """Cache rows of context frames, the 16 frames of a clip, and its tail key frame where it lies after them.
+
+        The clip begins at `start`, 0…1 of where it may: anywhere in a loop, elsewhere where it still lasts to its end.
+        `stride` is that of its frames, by default the model's own.
+        """
+        config = self.run.model
+        fps = config.fps if stride is None else self.fps_of(stride)
+        count = max(self.head + config.clip_frames, self.tail + 1)
+        return self.cache.clip_rows(video, self.start_s(video, start, stride) - self.head / fps, count, fps)
+
+    def start_s(self, video: CachedVideo, start: float, stride: int | None = None) -> float:
+        """The moment that is `start`, 0…1, of where a clip may begin."""
+        clip_s = self.run.model.tail_frame / (self.run.model.fps if stride is None else self.fps_of(stride))
+        return (1 + start) * video.period_s if video.loops else start * max(0.0, video.period_s - clip_s)
+
+    def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
+        """What the encoder reads of cached frames, those where `mirrored` is 1 as their mirror images."""
+        if self.run.model.encoder.reads_latents:
+            return self.latents[rows, mirrored].float()
+        pixels = frames_to_pixels(self.cache.frames[rows])
+        return torch.where(mirrored[:, None, None, None] == 1, pixels.flip(-1), pixels)
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        self._hold_still()
+        clips, keys, key_latents = (batch[name].to(self.module.device) for name in ("clips", "keys", "key_latents"))
+        tokens = self.module.tokens_of(keys)
+        level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
+        noise = (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
+        if self.module.linear_code is not None:  # nothing holds these tokens at unit variance: no gain from larger ones
+            noise = noise * tokens.square().mean(0).sqrt()
+        noisy_tokens = tokens + noise
+        predicted = self.module.key_latents(noisy_tokens)
+        losses = {}
+        if self.module.key_head is not None:
+            losses["key_frame_error"] = functional.mse_loss(predicted, key_latents)
+        if self.run.denoises:
+            context, stride = clips[:, : self.head], batch["frame_stride"].to(clips)
+            known = self.told(noisy_tokens, predicted.detach(), context, batch["has_context"], stride, generator)
+            losses["denoising_loss"] = self.denoising_loss(self.within(clips), known, generator)
+        learnt = losses["denoising_loss"] if self.run.freeze_key_frames else torch.stack(list(losses.values())).sum()
+        return learnt, {name: loss.detach() for name, loss in losses.items()}
+
+    def weight(self, batch: dict[str, Tensor]) -> float:
+        return 1.0
+
+    def _hold_still(self) -> None:
+        """Take what does not learn out of training mode, into which the loop puts everything."""
+        self.module.first_stage.eval()
+        if not self.run.model.encoder.reads_latents:
+            self.module.encoder.eval()
+        # the linear code is exact only for the statistics it was fitted with: those of a batch are noise to it
+        if self.run.freeze_key_frames or not self.run.fits_statistics or self.module.linear_code is not None:
+            self.module.normalizer.eval()
+
+    def told(
+        self,
+        tokens: Tensor,
+        key_latents: Tensor,
+        context: Tensor,
+        has_context: Tensor,
+        frame_stride: Tensor,
+        generator: torch.Generator,
+    ) -> Known:
+        """The conditions the denoiser is trained with: now and then without key frames, or without context."""
+        b = len(context)
+        kept = (torch.rand(b, generator=generator) >= self.run.drop_tokens).to(tokens.device)
+        seen = ((torch.rand(b, generator=generator) >= self.run.drop_context) & has_context).to(tokens)
+        self.module.normalizer.eval()  # a single image has no statistics
+        return Known(
+            tokens=torch.where(kept[:, None, None, None], pairs(tokens[: 2 * b]), self.module.null_tokens()),
+            key_latents=pairs(key_latents[: 2 * b]) * kept[:, None, None, None, None],
+            keys_mask=kept.to(tokens),
+            context=context,
+            context_mask=seen,
+            frame_stride=frame_stride,
+        )
+
+    def within(self, clips: Tensor) -> Tensor:
+        """The clips themselves, without the frames before and after them."""
+        return clips[:, self.head : self.head + self.run.model.clip_frames]
+
+    def denoising_loss(self, clips: Tensor, known: Known, generator: torch.Generator) -> Tensor:
+        """Mean squared error of the denoiser's prediction at random times; hidden context is zeroed by its mask."""
+        known = replace(known, context=known.context * known.context_mask[:, None, None, None, None])
+        noise = torch.randn(clips.shape, generator=generator).to(clips)
+        noisy, timestep, target = noised(self.run.model.diffusion, clips, noise, generator)
+        return functional.mse_loss(self.module.denoiser(noisy, timestep, known), target)
+
+    def validate(self) -> tuple[dict[str, float], Image.Image]:
+        """Key-frame error and PSNR, denoising loss with fixed noise; a sheet of real, key-head and rendered frames."""
+        module, device, size = self.module, self.module.device, self.run.model.size
+        if self.run.fits_statistics and not self.run.freeze_key_frames:
+            frames = self.rows.spread(FITTED_FRAMES).split(at_once(64, size))
+            module.fit_statistics([self.sources(part, torch.zeros_like(part)).to(device) for part in frames])
+        generator = generator_for(0, "validation")
+        rows = torch.stack([self.clip_rows(v, 0.0) for v in self.judged])
+        looped = torch.tensor([v.loops for v in self.judged]).to(device)
+        errors, psnrs, losses = [], [], []
+        for part, loops in zip(rows.split(at_once(32, size)), looped.split(at_once(32, size)), strict=True):
+            clips = self.latents[part, 0].float().to(device)
+            head, tokens = clips[:, self.head], self.key_tokens(part)
+            if module.key_head is not None:
+                predicted = module.key_latents(tokens)[: len(part)]
+                errors.append(functional.mse_loss(predicted, head))
+                psnrs.append(psnr_db(module.first_stage.decode(predicted), module.first_stage.decode(head)))
+            if self.run.denoises:
+                known = module.known(pairs(tokens), clips[:, : self.head])
+                known = replace(known, context_mask=known.context_mask * loops)  # nothing is before the others' start
+                losses.append(self.denoising_loss(self.within(clips), known, generator))
+        metrics = {"key_frame_error": errors, "key_frame_psnr_db": psnrs, "denoising_loss": losses}
+        shown = rows[:: max(1, len(rows) // 8)][:8]
+        return {name: mean(values) for name, values in metrics.items() if values}, self.sheet(shown)
+
+    def key_tokens(self, rows: Tensor) -> Tensor:
+        """Tokens of the head key frames of clips, then of their tails."""
+        keys = torch.cat([rows[:, self.head], rows[:, self.tail]])
+        return self.module.tokens_of(self.sources(keys, torch.zeros_like(keys)).to(self.module.device))
+
+    def sheet(self, rows: Tensor) -> Image.Image:
+        """Strips of each clip: the frames through the first stage, through tokens and key-frame head, and rendered."""
+        module = self.module
+        clips = self.within(self.latents[rows, 0].float().to(module.device))
+        pair = pairs(self.key_tokens(rows))
+        columns = [module.frames_of(clips[:, ::3])]
+        if module.key_head is not None:
+            columns.append(pixels_to_frames(module.first_stage.decode(module.key_latents(pair[:, 0])))[:, None])
+        if self.run.denoises:
+            columns.append(next(module.decode(pair, seed=0))[:, ::3])
+        strips = [rearrange(column.cpu(), "b f h w c -> (b h) (f w) c") for column in columns]
+        return Image.fromarray(torch.cat(strips, dim=1).numpy())
+
+    def export(self, folder: Path) -> None:
+        with merged(self.module):
+            write_config(folder, {"tokenizer": self.module.save_pretrained(folder)})
+
+
+def pairs(heads_then_tails: Tensor) -> Tensor:
+    """`(2 b) …` → `b 2 …`, as `Known` has them."""
+    return rearrange(heads_then_tails, "(two b) ... -> b two ...", two=2)
+
+
+def mean(values: list[Tensor]) -> float:
+    """Mean of all numbers of some tensors."""
+    return torch.cat([value.flatten() for value in values]).mean().item()

@@ -1,0 +1,546 @@
+"""Checkpoints: the Hub (a small server in this process plays it), strict and lean loading, dtypes."""
+
+import dataclasses
+import json
+import re
+import shutil
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_lm_deep_lm import build
+from test_tokenizer import DENOISERS, tiny_config, tiny_tokenizer
+from torch import Tensor, nn
+
+from dicode import checkpoint as hub
+from dicode.checkpoint import load_state, load_weights, resolve, save_weights
+from dicode.cli.app import main
+from dicode.config import CheckpointError, read_config, write_config
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.pipeline import DiCoDe
+from dicode.tokenizer.config import EncoderConfig, FirstStageConfig
+from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
+from dicode.video.read import read_metadata
+
+REPOSITORY = "someone/tiny"
+CHECKPOINT = ["config.json", "first_stage.safetensors", "lm.safetensors", "tokenizer.json", "tokenizer.safetensors"]
+
+
+class FakeHub:
+    """As much of the Hub as a download needs: folders under a repository's name and revision."""
+
+    def __init__(self) -> None:
+        self.folders: dict[tuple[str, str], Path] = {}
+        self.gated: set[str] = set()
+        self.asked: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                status, headers, body = hub.answer(unquote(urlsplit(self.path).path))
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def stop(self) -> None:
+        if self.thread.is_alive():
+            self.server.shutdown()
+            self.thread.join()
+            self.server.server_close()
+
+    def commit(self, repository: str, revision: str) -> str:
+        return sha1(f"{repository} {revision}".encode()).hexdigest()
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        self.asked.append(path)
+        match = re.fullmatch(r"/api/models/(?P<id>[^/]+/[^/]+)/(?P<what>revision|tree)/(?P<revision>.+)", path)
+        match = match or re.fullmatch(r"/(?P<id>[^/]+/[^/]+)/(?P<what>resolve)/(?P<revision>[^/]+)/(?P<file>.+)", path)
+        if match is None:  # the library asks for more than it needs
+            return 404, {}, b""
+        repository, what, revision = match["id"], match["what"], match["revision"]
+        if repository in self.gated:
+            return 403, {"X-Error-Code": "GatedRepo"}, b""
+        held = {name: folder for (owner, name), folder in self.folders.items() if owner == repository}
+        if not held:
+            return 401, {"X-Error-Code": "RepoNotFound"}, b""
+        commits = {name: self.commit(repository, name) for name in held}
+        folder = held.get(revision) or next((held[n] for n, commit in commits.items() if commit == revision), None)
+        if folder is None:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        commit = commits.get(revision, revision)
+        if what == "revision":
+            return 200, {}, json.dumps({"id": repository, "sha": commit, "siblings": []}).encode()
+        if what == "tree":
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            entries = [
+                {
+                    "type": "file",
+                    "path": file.relative_to(folder).as_posix(),
+                    "size": file.stat().st_size,
+                    "oid": sha1(file.read_bytes()).hexdigest(),
+                }
+                for file in files
+            ]
+            return 200, {}, json.dumps(entries).encode()
+        body = (folder / match["file"]).read_bytes()
+        return 200, {"X-Repo-Commit": commit, "ETag": f'"{sha1(body).hexdigest()}"'}, body
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub with one repository, the tiny model with code and pickles beside it; the cache is empty."""
+    constants = huggingface_hub.constants
+    fake = FakeHub()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.utils.close_session()
+    yield fake
+    huggingface_hub.utils.close_session()
+    fake.stop()
+
+
+@pytest.fixture
+def published(tmp_path: Path, fake_hub: FakeHub, tiny_model: Path) -> Path:
+    """The folder that the fake Hub serves as the main branch of `REPOSITORY`."""
+    folder = tmp_path / "published"
+    shutil.copytree(tiny_model, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    for name in ("modeling.py", "pytorch_model.bin", "old/lm.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"import this")
+    fake_hub.folders[REPOSITORY, "main"] = folder
+    return folder
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that a module holds: parameters, buffers in checkpoints or not, plain attributes."""
+    found = {}
+    for prefix, part in module.named_modules():
+        for values in (part._parameters, part._buffers, part.__dict__):
+            found |= {f"{prefix}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+    return found
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype, name
+        assert torch.equal(value, theirs[name]), name
+
+
+# the Hub
+
+
+def test_a_hub_id_gives_the_model_and_its_card_and_downloads_no_code(fake_hub, published, tiny_model):
+    folder = resolve(REPOSITORY)
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) == sorted(
+        [*CHECKPOINT, "README.md"]
+    )
+    assert not [path for path in fake_hub.asked if path.endswith((".py", ".bin", "old/lm.safetensors"))]
+    model, expected = DiCoDe.from_pretrained(REPOSITORY), DiCoDe.from_pretrained(tiny_model)
+    assert_same(model.tokenizer, expected.tokenizer)
+    assert_same(model.lm, expected.lm)
+    assert_same(VideoTokenizer.from_pretrained(REPOSITORY), expected.tokenizer)
+    assert_same(DeepTokenLM.from_pretrained(REPOSITORY), expected.lm)
+
+
+def test_a_revision_gives_its_own_weights(fake_hub, published, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(published, other)
+    weights = load_file(other / "lm.safetensors")
+    save_file({**weights, "embedding.place": weights["embedding.place"] + 1}, other / "lm.safetensors")
+    fake_hub.folders[REPOSITORY, "v1"] = other
+    main_, v1 = (DiCoDe.from_pretrained(REPOSITORY, revision=name).lm.embedding.place for name in (None, "v1"))
+    torch.testing.assert_close(v1, main_ + 1)
+    commit = fake_hub.commit(REPOSITORY, "v1")
+    assert torch.equal(DeepTokenLM.from_pretrained(REPOSITORY, revision=commit).embedding.place, v1)
+
+
+@pytest.mark.parametrize("offline", ["told to be", "server down"])
+def test_what_was_downloaded_once_loads_offline(fake_hub, published, monkeypatch, offline):
+    before = DiCoDe.from_pretrained(REPOSITORY)
+    fake_hub.stop()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline == "told to be")
+    assert_same(DiCoDe.from_pretrained(REPOSITORY).lm, before.lm)
+    for name, revision in ((REPOSITORY, "v1"), ("someone/else", None)):
+        with pytest.raises(CheckpointError, match=r"not in the cache .*connect once, or unset HF_HUB_OFFLINE"):
+            resolve(name, revision)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("someone/else", None, r"no 'someone/else': neither a folder here nor a repository at http.*/else"),
+        (REPOSITORY, "v9", r"'someone/tiny' at revision 'v9': no such branch, tag or commit"),
+        ("someone/gated", None, r"'someone/gated' is gated: ask for access at http.*/someone/gated, then run `hf auth"),
+        ("someone/empty", None, r"'someone/empty': no config.json .* this is no dicode checkpoint"),
+        ("some--one/tiny", None, r"'some--one/tiny': download failed.*HFValidationError"),
+        ("./nowhere", None, r"no checkpoint at './nowhere': expected a folder"),
+        ("sprites", "v1", r"revision 'v1': .*sprites is a folder, which has none"),
+        ("published", "v1", r"revision 'v1': published is a folder, which has none"),
+        ("published/old", None, r"no checkpoint at 'published/old': expected a folder with config.json, one of"),
+        (Path(REPOSITORY), None, r"no checkpoint at 'someone.tiny': expected a folder"),
+    ],
+)
+def test_what_cannot_be_found_is_one_clear_error(fake_hub, published, tmp_path, monkeypatch, name, revision, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "README.md").write_text("nothing here")
+    fake_hub.folders["someone/empty", "main"] = tmp_path / "empty"
+    fake_hub.gated.add("someone/gated")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        DiCoDe.from_pretrained(name, revision=revision)
+    if name == Path(REPOSITORY) or not str(name).startswith("some"):
+        assert fake_hub.asked == []
+
+
+def test_a_truncated_upload_is_refused_when_it_loads(fake_hub, published):
+    weights = published / "tokenizer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"tokenizer.safetensors: not a readable safetensors file"):
+        DiCoDe.from_pretrained(REPOSITORY)
+
+
+def test_commands_take_a_hub_id_and_a_revision_and_note_the_commit(fake_hub, published, tmp_path, capsys):
+    fake_hub.folders[REPOSITORY, "v1"] = published
+    model = ["--model", REPOSITORY, "--revision", "v1"]
+    argv = ["generate", "a red square", "--seconds", "0.5", "--scale", "1", "-o", f"{tmp_path}/a/", *model]
+    assert main(argv) == 0, capsys.readouterr().err
+    assert read_metadata(tmp_path / "a")["model"] == f"{REPOSITORY}@{fake_hub.commit(REPOSITORY, 'v1')}"
+    tokens = str(tmp_path / "tokens.safetensors")
+    assert main(["tokenize", f"{tmp_path}/a", "-o", tokens, *model]) == 0, capsys.readouterr().err
+    assert main(["reconstruct", tokens, "-o", f"{tmp_path}/b/", *model]) == 0, capsys.readouterr().err
+    assert main(["info", REPOSITORY, "--revision", "v1"]) == 0
+    assert "licence: mit" in capsys.readouterr().out
+    assert main(["info", REPOSITORY, "--revision", "v9"]) == 2
+    assert "no such branch, tag or commit" in capsys.readouterr().err
+
+
+# pushing
+
+
+@pytest.fixture
+def pushed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What reaches the Hub's API; a test may say what is there already."""
+    seen: dict[str, Any] = {"files": {}, "has_card": False, "is_private": None}
+
+    def create_repo(self: Any, repo_id: str, **options: Any) -> huggingface_hub.RepoUrl:
+        seen["create"] = {"token": self.token, **options}
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'me/{repo_id}'}")
+
+    def upload_folder(self: Any, *, folder_path: Path, **options: Any) -> None:
+        seen["upload"] = options
+        seen["files"] = {path.relative_to(folder_path).as_posix(): path.read_bytes() for path in folder_path.iterdir()}
+
+    api = huggingface_hub.HfApi
+    monkeypatch.setattr(api, "create_repo", create_repo)
+    monkeypatch.setattr(api, "upload_folder", upload_folder)
+    monkeypatch.setattr(api, "create_branch", lambda self, repo_id, **options: seen.update(branch=(repo_id, options)))
+    monkeypatch.setattr(api, "file_exists", lambda *_, **__: seen["has_card"])
+    info = huggingface_hub.ModelInfo
+    monkeypatch.setattr(api, "model_info", lambda self, repo_id: info(id=repo_id, private=seen["is_private"]))
+    return seen
+
+
+def test_push_sends_the_checkpoint_and_a_card_and_nothing_else(pushed, tiny_model, tmp_path):
+    model = DiCoDe.from_pretrained(tiny_model)
+    url = model.push_to_hub("tiny", private=True, token="hf_secret", commit_message="Second try")
+    assert url == "https://huggingface.co/me/tiny"
+    assert pushed["create"] == {"token": "hf_secret", "private": True, "exist_ok": True}
+    assert pushed["upload"] == {"repo_id": "me/tiny", "revision": None, "commit_message": "Second try"}
+    assert sorted(pushed["files"]) == sorted([*CHECKPOINT, "README.md"])
+    card = pushed["files"].pop("README.md").decode()
+    assert card.startswith("---\nlibrary_name: dicode\npipeline_tag: text-to-video\n---\n")
+    assert "--model me/tiny" in card
+    model.save_pretrained(tmp_path)
+    assert pushed["files"] == {name: (tmp_path / name).read_bytes() for name in CHECKPOINT}
+
+
+def test_push_keeps_the_card_that_is_there_unless_given_one(pushed, tiny_model):
+    model = DiCoDe.from_pretrained(tiny_model)
+    pushed["has_card"] = True
+    model.push_to_hub(REPOSITORY, revision="v2", dtype=torch.float16)
+    assert sorted(pushed["files"]) == sorted(CHECKPOINT)
+    assert pushed["branch"] == (REPOSITORY, {"branch": "v2", "exist_ok": True})
+    assert pushed["upload"]["revision"] == "v2"
+    model.push_to_hub(REPOSITORY, card="# Mine")
+    assert pushed["files"]["README.md"] == b"# Mine"
+
+
+def test_push_refuses_to_put_a_private_model_into_a_public_repository(pushed, tiny_model):
+    pushed["is_private"] = False
+    with pytest.raises(ValueError, match=r"someone/tiny exists and is public: make it private at https"):
+        DiCoDe.from_pretrained(tiny_model).push_to_hub(REPOSITORY, private=True)
+    assert pushed["files"] == {}
+
+
+# strict and lean loading
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(3, 2)
+
+
+def test_every_problem_of_a_file_is_reported_and_the_module_left_as_it_was(tmp_path):
+    module, path = linear(), tmp_path / "weights.safetensors"
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    save_file({"weight": torch.ones(3, 2), "bais": torch.tensor([1.0, torch.inf])}, path)
+    with pytest.raises(CheckpointError) as error:
+        load_weights(module, path)
+    lines = [line.strip() for line in str(error.value).splitlines()]
+    assert lines == [
+        f"{path} does not fit the model of its config.json:",
+        "missing bias (2,)",
+        "unexpected bais (did you mean 'bias'?)",
+        "weight: expected shape (2, 3), got (3, 2)",
+        "bais: holds NaN or infinity in torch.float32",
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_values_beyond_the_asked_dtype_are_refused():
+    state = {"weight": torch.full((2, 3), 1e5), "bias": torch.zeros(2)}
+    load_state(linear(), state, "here")
+    with pytest.raises(CheckpointError, match=r"weight: holds NaN or infinity in torch.float16"):
+        load_state(linear().half(), state, "here")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "no such file; the checkpoint folder is incomplete"),
+        (lambda path: path.write_bytes(b""), "not a readable safetensors file"),
+        (lambda path: path.write_bytes(b"\xff" * 100), "not a readable safetensors file"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "not a readable safetensors file"),
+        (lambda path: torch.save(linear().state_dict(), path), "not a readable safetensors file"),
+    ],
+    ids=["missing", "empty", "garbage", "longer", "pickle"],
+)
+def test_what_is_no_whole_safetensors_file_is_refused(tmp_path, damage, message):
+    path = tmp_path / "weights.safetensors"
+    save_weights(linear(), path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=f"weights.safetensors: {message}"):
+        load_weights(linear(), path)
+
+
+def test_loading_holds_one_tensor_of_the_file_at_a_time(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    module, again = (nn.Sequential(*(linear() for _ in range(4))) for _ in range(2))
+    save_weights(module, path)
+    given: list[weakref.ref[Tensor]] = []
+
+    @contextmanager
+    def watched(*arguments: Any, **options: Any) -> Iterator[SimpleNamespace]:
+        def get_tensor(name: str) -> Tensor:
+            assert not any(held() is not None for held in given)
+            value = file.get_tensor(name)
+            given.append(weakref.ref(value))
+            return value
+
+        with safe_open(*arguments, **options) as file:
+            yield SimpleNamespace(keys=file.keys, get_slice=file.get_slice, get_tensor=get_tensor)
+
+    monkeypatch.setattr(hub, "safe_open", watched)
+    load_weights(again, path)
+    assert_same(again, module)
+    assert len(given) == 8
+
+
+TOKENIZERS = {
+    **{name: {"denoiser": denoiser} for name, denoiser in DENOISERS.items()},
+    "change": {"denoiser": dataclasses.replace(DENOISERS["hourglass"], predicts_change=True)},
+    "clip and kl": {
+        "first_stage": FirstStageConfig(
+            kind="kl", channels=(8, 8, 8), latent_channels=5, encoder_blocks=(1,), decoder_blocks=(1,)
+        ),
+        "encoder": EncoderConfig(kind="clip", width=24, depth=1, heads=2, size=28, patch=14),
+        "resampler": dataclasses.replace(tiny_config().resampler, grid_queries=False),
+    },
+}
+
+
+def save_tokenizer(folder: Path, **changes: Any) -> None:
+    write_config(folder, {"tokenizer": tiny_tokenizer(**changes).save_pretrained(folder)})
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where initialisation would be skipped, NaN is written, so that what is not loaded afterwards shows."""
+
+    def poison(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) in hub.INITIALISERS:
+            with torch.no_grad():
+                return (kwargs["tensor"] if "tensor" in kwargs else args[0]).fill_(torch.nan)
+        return func(*args, **kwargs)
+
+    monkeypatch.setattr(hub._SkipInitialisation, "__torch_function__", poison)
+
+
+def loaded_with_initialisation(kind: Any, source: Any) -> nn.Module:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("tokenizer.video_tokenizer", "lm.deep_lm"):
+            patch.setattr(f"dicode.{module}.without_initialisation", nullcontext)
+        return kind.from_pretrained(source)
+
+
+@pytest.mark.parametrize("kind", [VideoTokenizer, DeepTokenLM])
+def test_the_model_in_the_box_is_bit_equal_without_initialisation(poisoned, kind):
+    assert_same(kind.from_pretrained(), loaded_with_initialisation(kind, None))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_are_bit_equal_without_initialisation(poisoned, tmp_path, name):
+    save_tokenizer(tmp_path, **TOKENIZERS[name])
+    assert_same(VideoTokenizer.from_pretrained(tmp_path), loaded_with_initialisation(VideoTokenizer, tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{}, {"body": "gpt2"}, {"rope_factor": 8.0}, {"head": "regression"}], ids=str)
+def test_language_models_are_bit_equal_without_initialisation(poisoned, tmp_path, changes):
+    build(**changes).save_pretrained(tmp_path)
+    assert_same(DeepTokenLM.from_pretrained(tmp_path), loaded_with_initialisation(DeepTokenLM, tmp_path))
+
+
+def test_initialisation_is_skipped_inside_and_only_there():
+    with hub.without_initialisation():
+        before = torch.get_rng_state()
+        nn.Linear(30, 20)
+        nn.Conv2d(3, 4, 3)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert nn.Parameter(torch.ones(2)).tolist() == [1.0, 1.0]
+    torch.manual_seed(3)
+    one = nn.Linear(30, 20)
+    torch.manual_seed(3)
+    assert torch.equal(one.weight, nn.Linear(30, 20).weight)
+
+
+def test_the_two_files_of_a_tokenizer_hold_all_of_it():
+    tokenizer = tiny_tokenizer()
+    first_stage = {f"first_stage.{name}" for name in tokenizer.first_stage.state_dict()}
+    assert first_stage | TokenizerParts(tokenizer).state_dict().keys() == tokenizer.state_dict().keys()
+
+
+# dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_dtype_is_that_of_parameters_and_buffers_stay_float32(tiny_model, dtype):
+    model = DiCoDe.from_pretrained(tiny_model, dtype=dtype)
+    for part in (model.tokenizer, model.lm):
+        assert {value.dtype for value in part.parameters()} == {dtype}
+        assert {value.dtype for value in part.buffers() if value.is_floating_point()} == {torch.float32}
+    whole = DiCoDe.from_pretrained(tiny_model)
+    expected = whole.tokenizer.resampler.latents.to(dtype)
+    assert torch.equal(model.tokenizer.resampler.latents, expected)
+    clips = list(model.generate("a red square", seconds=3.0))
+    assert [clip.shape for clip in clips] == [(16, 32, 32, 3), (8, 32, 32, 3)]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_tokenizer_works_in_bfloat16_as_in_float32(tmp_path, name):
+    save_tokenizer(tmp_path, **TOKENIZERS[name])
+    whole, halved = (VideoTokenizer.from_pretrained(tmp_path, dtype=dtype) for dtype in (None, torch.bfloat16))
+    frames = torch.randint(0, 256, (1, 17, 32, 32, 3), generator=torch.manual_seed(1)).byte()
+    tokens = whole.encode(frames)
+    close(halved.encode(frames), tokens, 0.05)
+    one, other = (next(part.decode(tokens, decoder_guidance=1.5)).float() for part in (whole, halved))
+    close(other, one, 0.15)
+
+
+@pytest.mark.parametrize("changes", [{}, {"body": "gpt2"}, {"head": "regression"}], ids=str)
+def test_every_language_model_works_in_bfloat16_as_in_float32(tmp_path, changes):
+    build(**changes).save_pretrained(tmp_path)
+    whole, halved = (DeepTokenLM.from_pretrained(tmp_path, dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert whole.text is not None
+    ids = whole.text.encode(["a red square"], whole.config.text_length)
+    one, other = (next(part.generate(ids, 1, variance_scale=0.0)) for part in (whole, halved))
+    assert other.dtype == torch.float32
+    close(other, one, 0.1)
+
+
+def close(found: Tensor, expected: Tensor, share: float) -> None:
+    """The error is less than this share of the values' deviation, in the mean of squares."""
+    assert (found - expected).square().mean().sqrt() < share * expected.std()
+
+
+def test_a_dtype_that_is_no_floating_point_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"dtype: expected a floating-point one, got torch.int8"):
+        VideoTokenizer.from_pretrained(tiny_model, dtype=torch.int8)
+
+
+def test_int8_keeps_matrices_within_half_a_step_a_row_and_the_rest_as_float16(tmp_path, tiny_model):
+    model = DiCoDe.from_pretrained(tiny_model)
+    model.save_pretrained(tmp_path / "small", torch.int8)
+    model.save_pretrained(tmp_path / "half", torch.float16)
+    again = DiCoDe.from_pretrained(tmp_path / "small")
+    for ours, theirs in ((model.tokenizer, again.tokenizer), (model.lm, again.lm)):
+        for name, value in ours.state_dict().items():
+            found = theirs.state_dict()[name]
+            assert found.dtype == value.dtype, name
+            if value.is_floating_point() and value.ndim > 1:
+                step = value.abs().amax(tuple(range(1, value.ndim)), keepdim=True) / 127
+                assert ((found - value).abs() <= 0.501 * step).all(), name
+            else:
+                torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-6)
+    assert read_config(tmp_path / "small")["deep_tokens"] == again.tokenizer.token_hash()
+    assert again.tokenizer.token_hash() != model.tokenizer.token_hash()
+    small, half = (sum(f.stat().st_size for f in (tmp_path / n).glob("*.safetensors")) for n in ("small", "half"))
+    assert small < 0.9 * half  # of so small a model names and scales are the most
+    frames = torch.randint(0, 256, (1, 17, 32, 32, 3), generator=torch.manual_seed(1)).byte()
+    tokens = model.tokenizer.encode(frames)
+    close(again.tokenizer.encode(frames), tokens, 0.05)
+    one, other = (next(part.tokenizer.decode(tokens)).float() for part in (model, again))
+    close(other, one, 0.15)
+
+
+def test_a_quantized_row_of_zeros_stays_zero(tmp_path):
+    module = linear()
+    module.weight.data[0] = 0
+    save_weights(module, tmp_path / "w.safetensors", torch.int8)
+    load_weights(again := linear(), tmp_path / "w.safetensors")
+    assert (again.weight[0] == 0).all()
+
+
+def test_quantized_tensors_and_their_scales_belong_together(tmp_path):
+    save_weights(linear(), tmp_path / "w.safetensors", torch.int8)
+    whole = load_file(tmp_path / "w.safetensors")
+    assert set(whole) == {"weight", "weight.int8_scales", "bias"}
+    for name, changed in (
+        ("weight.int8_scales", {k: v for k, v in whole.items() if k != "weight.int8_scales"}),
+        ("unexpected bias2.int8_scales", {**whole, "bias2.int8_scales": torch.ones(1)}),
+    ):
+        save_file(changed, tmp_path / "other.safetensors")
+        with pytest.raises(CheckpointError, match=name):
+            load_weights(linear(), tmp_path / "other.safetensors")
