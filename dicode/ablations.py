@@ -59,7 +59,9 @@ def linear_tokenizer(base: LanguageRun, tokens: int, width: int, folder: Path) -
     model = config_from_dict(TokenizerConfig, read_config(Path(base.tokenizer))["tokenizer"])
     model = replace(model, linear_code=True, resampler=replace(model.resampler, queries=tokens, token_width=width))
     if not (made / WEIGHTS).exists():
-        run = TokenizerRun(cache=base.cache, first_stage=base.tokenizer, model=model, denoises=False, loop=base.loop)
+        run = TokenizerRun(
+            cache=base.cache, first_stage=base.tokenizer, model=model, train_denoiser=False, loop=base.loop
+        )
         stage = TokenizerTraining(run)
         stage.module.eval()
         stage.export(made)

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 Precision = Literal["auto", "bfloat16", "float32"]
 MOST_INTEGER = 2**63 - 1
-FORMAT = 1
+FORMAT = 2
 SECTIONS = ("first_stage", "tokenizer", "lm", "deep_tokens", "video_text")  # of a config.json
 MOST_CONFIG = 2**20  # bytes of config.json
 T = TypeVar("T")
@@ -270,7 +270,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     found = values.get("format") if isinstance(values, dict) else None
     if not isinstance(values, dict) or isinstance(found, bool) or found != FORMAT:
         raise CheckpointError(
-            f"{path}: expected format {FORMAT}, got {shortened(found)}; this version of dicode cannot read it"
+            f"{path}: expected format {FORMAT}, got {shortened(found)}; this version of dicode cannot read it: "
+            "dicode before 0.2 wrote format 1"
         )
     if unknown := [key for key in values if key not in ("format", *SECTIONS)]:
         raise CheckpointError(f"{path}: unknown section {shortened(unknown[0])}{nearest(unknown[0], list(SECTIONS))}")

@@ -213,7 +213,7 @@ class DiCoDe:
                 first_variance_scale=sampling.first_variance_scale,
                 temperature=sampling.temperature,
                 flow_steps=sampling.flow_steps,
-                window=sampling.window,
+                context_key_frames=sampling.context_key_frames,
             )
 
         def shots() -> Iterator[KeyFrameTokens]:

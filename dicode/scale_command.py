@@ -122,8 +122,8 @@ def family(command: Scale) -> dict[str, LanguageRun]:
             loop, batch_size = run.loop, run.loop.optim.batch_size
             if command.samples is not None:
                 loop = replace(loop, optim=replace(loop.optim, steps=max(1, command.samples // batch_size)))
-            if command.pieces is not None:
-                loop = replace(loop, pieces=command.pieces)
+            if command.micro_batches is not None:
+                loop = replace(loop, micro_batches=command.micro_batches)
             if command.device != "auto":
                 loop = replace(loop, device=command.device)
             runs[name] = replace(run, cache=str(cache), tokenizer=command.tokenizer, loop=loop)
@@ -149,8 +149,8 @@ def counted(run: LanguageRun) -> Figures:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     stage = blank_stage(run, fake)
     with fake:
-        batches = blank_batches(run, run.loop.optim.batch_size // run.loop.pieces)
-    flops = run.loop.pieces * sum(share * batch_flops(stage, batch, fake) for share, batch in batches)
+        batches = blank_batches(run, run.loop.optim.batch_size // run.loop.micro_batches)
+    flops = run.loop.micro_batches * sum(share * batch_flops(stage, batch, fake) for share, batch in batches)
     module = cast(DeepTokenLM, stage.module)
     every, text = count_parameters(module), count_parameters(module.backbone.body.get_input_embeddings())
     steps = run.loop.optim.steps

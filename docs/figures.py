@@ -250,7 +250,9 @@ def plans() -> str:
         "trained + frozen": lambda plan: (
             f"{plan['trained'] / 1e6:,.0f} M" + f" + {plan['frozen'] / 1e6:,.0f} M" * (plan["frozen"] > 0)
         ),
-        "batch, in pieces of": lambda plan: f"{plan['batch_size']}, {plan['batch_size'] // plan['pieces']}",
+        "batch, in micro-batches of": lambda plan: (
+            f"{plan['batch_size']}, {plan['batch_size'] // plan['micro_batches']}"
+        ),
         "strategy": lambda plan: plan["strategy"].upper(),
         "weights": lambda plan: gib(plan["bytes_held"]["weights"]),
         "gradients": lambda plan: gib(plan["bytes_held"]["gradients"]),

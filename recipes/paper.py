@@ -6,8 +6,8 @@
     dicode train recipes/paper.py:gpt2
     dicode assemble runs/paper-paper_tokenizer_256/best runs/paper-gpt2/best -o paper
 
-Each is meant for four GPUs of 80 GB, and says the pieces of a batch and the strategy that fit there (docs/plans.md has
-memory and days; `dicode info recipes/paper.py:gpt2 --gpus 8 --pieces 16` plans another machine):
+Each is meant for four GPUs of 80 GB, and says the micro-batches and the strategy that fit there (docs/plans.md has
+memory and days; `dicode info recipes/paper.py:gpt2 --gpus 8 --micro-batches 16` plans another machine):
 
     torchrun --nproc-per-node 4 -m dicode train recipes/paper.py:gpt2
 
@@ -30,7 +30,7 @@ def paper_tokenizer_256() -> TokenizerRun:
     """Resampler and U-Net, 1.49 B parameters, from a video prior; CLIP ViT-H/14 and Stable Diffusion's VAE stay.
 
     `--init` and `--first-stage` also take the published tokenizer (`dicode convert official`). As published, tokens are
-    not normalised; `--fits-statistics` would normalise them from the first step on, and so change them for a U-Net and
+    not normalised; `--normalize-tokens` would normalise them from the first step on, and so change them for a U-Net and
     a language model that know the published ones.
     """
     return TokenizerRun(
@@ -38,12 +38,12 @@ def paper_tokenizer_256() -> TokenizerRun:
         first_stage=PRIOR,
         init=PRIOR,
         model=TOKENIZERS["paper_tokenizer_256"],
-        fits_statistics=False,
+        normalize_tokens=False,
         images_per_step=0,
         token_noise=0.0,
         frame_strides=(1, 6),
         loop=LoopConfig(
-            pieces=4,
+            micro_batches=4,
             evaluate_every=2000,
             checkpoint_every=1000,
             optim=OptimConfig(steps=100_000, batch_size=8, lr=1e-5, warmup_steps=1000, ema_decay=0.9999),
@@ -90,10 +90,10 @@ def llama_1b() -> LanguageRun:
 
 def llama_3b() -> LanguageRun:
     """3.21 B and 123 M parameters; `--body meta-llama/Llama-3.2-3B`. FSDP: no GPU of 80 GB holds its state."""
-    return _language_model(SIZES["llama-3b"], lr=1.6e-4, pieces=8, strategy="fsdp")
+    return _language_model(SIZES["llama-3b"], lr=1.6e-4, micro_batches=8, strategy="fsdp")
 
 
-def _language_model(model: DeepLMConfig, lr: float, pieces: int = 4, strategy: Strategy = "ddp") -> LanguageRun:
+def _language_model(model: DeepLMConfig, lr: float, micro_batches: int = 4, strategy: Strategy = "ddp") -> LanguageRun:
     """From scratch; learning rates are those of GPT-3's family (arXiv 2005.14165, table 2.1) at the nearest size."""
     return LanguageRun(
         cache="cache/videos",
@@ -102,7 +102,7 @@ def _language_model(model: DeepLMConfig, lr: float, pieces: int = 4, strategy: S
         long_captions=0.0,
         word_dropout=0.0,
         loop=LoopConfig(
-            pieces=pieces,
+            micro_batches=micro_batches,
             strategy=strategy,
             evaluate_every=2000,
             checkpoint_every=1000,

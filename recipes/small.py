@@ -29,7 +29,7 @@ MODEL = TokenizerConfig(
     first_stage=FirstStageConfig(channels=(3 * SIZE,) * 4, encoder_blocks=(0, 1, 2, 2), decoder_blocks=(2, 2, 1, 0)),
     encoder=EncoderConfig(width=48, depth=1, heads=3),
     resampler=replace(TokenizerConfig().resampler, width=48, depth=1, head_width=16, feature_width=48),
-    denoiser=DenoiserConfig(predicts_change=True, width=12 * SIZE, heads=3, fine_width=4 * SIZE, fine_blocks=2),
+    denoiser=DenoiserConfig(predict_residual=True, width=12 * SIZE, heads=3, fine_width=4 * SIZE, fine_blocks=2),
 )
 
 # In order, with the share of the time that each is worth.
@@ -52,7 +52,7 @@ def key_frames() -> TokenizerRun:
     return TokenizerRun(
         first_stage="runs/small-first_stage/best",
         model=MODEL,
-        denoises=False,
+        train_denoiser=False,
         images_per_step=64,
         loop=_loop(OptimConfig(steps=100, batch_size=1, lr=2e-4, decay_fraction=0.7, ema_decay=0.98)),
     )
@@ -88,13 +88,13 @@ def lm() -> LanguageRun:
             head="flow",
             order="keyframe",
             flow_width=8 * SIZE,
-            reads_goal=True,
+            end_frame_conditioning=True,
         ),
         key_frames=3,
         longer=(),
         longer_share=(),
         from_start=0.8,
-        goal_share=0.1,
+        end_frame_prob=0.1,
         long_captions=0.3,
         word_dropout=0.25,
         word_swaps=0.1,

@@ -10,7 +10,7 @@ r"""The model in the box, `sprites`: 64×64, 8 fps, 16 frames a clip, trained on
         --first-stage runs/sprites-first_stage_decoder/best
 
 The box was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 2.5 --decoder-temperature 0.95
---motion-scale 1.3 --window 8` as well.
+--motion-scale 1.3 --context-key-frames 8` as well.
 To train it further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
 
 Every run continues where it was stopped when its command is given again. Hours and results of each: docs/log.md.
@@ -28,7 +28,7 @@ MODEL = TOKENIZERS["sprites"]
 STAGES = {"first_stage": 0.9, "key_frames": 0.5, "denoiser": 4.3, "lm": 3.6, "first_stage_decoder": 0.7}
 SAMPLING = {
     "guidance": 1.5, "variance_scale": 1.0, "decoder_guidance": 2.5, "decoder_temperature": 0.95, "motion_scale": 1.3,
-    "window": 8,
+    "context_key_frames": 8,
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def key_frames() -> TokenizerRun:
     """
     return TokenizerRun(
         model=MODEL,
-        denoises=False,
+        train_denoiser=False,
         mirror=True,
         images_per_step=96,
         loop=LoopConfig(
@@ -136,10 +136,10 @@ def lm() -> LanguageRun:
             head="flow",
             order="keyframe",
             flow_width=128,
-            reads_goal=True,
+            end_frame_conditioning=True,
         ),
         from_start=0.8,
-        goal_share=0.15,
+        end_frame_prob=0.15,
         longer=(9,),
         longer_share=(0.05,),
         long_captions=0.3,

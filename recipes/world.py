@@ -13,7 +13,7 @@ r"""`world`: what a robot's camera will see, after an instruction and, if given,
         --first-stage runs/world-first_stage_decoder/best
 
 The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 0.75 --first-variance-scale 0.2
---decoder-guidance 1.5 --motion-scale 1.3 --window 6` as well.
+--decoder-guidance 1.5 --motion-scale 1.3 --context-key-frames 6` as well.
 Batches are for an accelerator, where `--loop.prefetch` helps. In place of `sprites` and of one another, stages of the
 box began with releases before, which had begun there: its tokens of 48 numbers are those of 32 that the fourth edition
 had, widened (docs/widths.md) and trained on, and `denoiser` and `lm_own` are what the sixth added to the fifth.
@@ -36,7 +36,7 @@ STAGES = {
 }  # fmt: skip
 SAMPLING = {
     "guidance": 2.5, "variance_scale": 0.75, "first_variance_scale": 0.2, "decoder_guidance": 1.5, "motion_scale": 1.3,
-    "window": 6,
+    "context_key_frames": 6,
 }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def key_frames() -> TokenizerRun:
         cache=CACHE,
         first_stage="runs/world-first_stage/best",
         model=MODEL,
-        denoises=False,
+        train_denoiser=False,
         mirror=True,
         images_per_step=96,
         loop=LoopConfig(
@@ -146,12 +146,12 @@ def lm() -> LanguageRun:
             head="flow",
             order="keyframe",
             flow_width=128,
-            reads_goal=True,
-            predicts_change=True,
-            change_from_first=0.5,
+            end_frame_conditioning=True,
+            predict_residual=True,
+            residual_anchor=0.5,
         ),
         from_start=0.5,
-        goal_share=0.1,
+        end_frame_prob=0.1,
         longer=(6,),
         longer_share=(0.1,),
         long_captions=0.0,
@@ -189,7 +189,7 @@ def lm_own() -> LanguageRun:
         init="runs/world-lm/best",
         views=10,
         view_share=0.4,
-        own_share=0.3,
+        self_rollout_prob=0.3,
         from_start=0.65,
         loop=replace(
             first.loop,

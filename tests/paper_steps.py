@@ -53,7 +53,7 @@ class RandomTokens(LanguageTraining):
 def piece_of(run: LanguageRun) -> LanguageRun:
     """A run of one piece of the shortest samples."""
     loop = dataclasses.replace(
-        run.loop, pieces=1, strategy="ddp", optim=dataclasses.replace(run.loop.optim, batch_size=SAMPLES)
+        run.loop, micro_batches=1, strategy="ddp", optim=dataclasses.replace(run.loop.optim, batch_size=SAMPLES)
     )
     return dataclasses.replace(run, longer=(), longer_share=(), loop=loop)
 

@@ -50,12 +50,16 @@ def recipe(name: str, root: Path, strategy: Strategy = "ddp") -> Run:
     else:
         run = toy(load_run(f"{RECIPES / name.partition(':')[0]}.py:{name.partition(':')[2]}"), root)
     if isinstance(run, LanguageRun):
-        shares = {"goal_share": 0.5 * run.model.reads_goal, "own_share": 0.5 * (run.own_share > 0)}
+        shares = {
+            "end_frame_prob": 0.5 * run.model.end_frame_conditioning,
+            "self_rollout_prob": 0.5 * (run.self_rollout_prob > 0),
+        }
         run = dataclasses.replace(run, **shares)  # type: ignore[arg-type]
     optim = dataclasses.replace(run.loop.optim, batch_size=4 * PIECES)
     precision = "bfloat16" if strategy == "fsdp" else "float32"
     return dataclasses.replace(
-        run, loop=dataclasses.replace(run.loop, optim=optim, pieces=PIECES, strategy=strategy, precision=precision)
+        run,
+        loop=dataclasses.replace(run.loop, optim=optim, micro_batches=PIECES, strategy=strategy, precision=precision),
     )
 
 

@@ -29,12 +29,12 @@ STEPS = 20
 
 
 def parallel_run(root: Path, name: str, strategy: Strategy) -> Run:
-    """One of the toy runs, its batch of 8 in four pieces."""
+    """One of the toy runs, its batch of 8 in four micro-batches."""
     run = {**runs(root), **variants(root)}[name]
     optim = dataclasses.replace(loop(STEPS).optim, optimizer=run.loop.optim.optimizer, batch_size=8)
     again = name == "lm"  # one with activations computed twice, and batches made ahead
     changed = dataclasses.replace(
-        loop(STEPS), optim=optim, pieces=4, strategy=strategy, checkpoint_every=10, evaluate_every=10,
+        loop(STEPS), optim=optim, micro_batches=4, strategy=strategy, checkpoint_every=10, evaluate_every=10,
         checkpoint_activations=again, prefetch=again, tracker="none",
     )  # fmt: skip
     if name == "key_frames":

@@ -236,6 +236,6 @@ def test_the_bundled_recipes_with_stages_agree_over_them() -> None:
             assert model in (tokenizer, tokenizer.first_stage) or (
                 model.token_width == tokenizer.resampler.token_width
                 and model.tokens_per_keyframe == tokenizer.resampler.queries
-                and model.most_keyframes(model.reads_goal) >= 3
+                and model.most_keyframes(model.end_frame_conditioning) >= 3
             )
         assert all(run.cache == "cache/mine" for run in chain.stages.values())

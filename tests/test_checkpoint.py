@@ -380,7 +380,7 @@ def test_loading_holds_one_tensor_of_the_file_at_a_time(tmp_path, monkeypatch):
 
 TOKENIZERS = {
     **{name: {"denoiser": denoiser} for name, denoiser in DENOISERS.items()},
-    "change": {"denoiser": dataclasses.replace(DENOISERS["hourglass"], predicts_change=True)},
+    "change": {"denoiser": dataclasses.replace(DENOISERS["hourglass"], predict_residual=True)},
     "clip and kl": {
         "first_stage": FirstStageConfig(
             kind="kl", channels=(8, 8, 8), latent_channels=5, encoder_blocks=(1,), decoder_blocks=(1,)

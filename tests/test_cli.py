@@ -34,11 +34,11 @@ from dicode.video.read import read_metadata, read_video
 PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
-    "generate": "--continue-from --decoder-guidance --decoder-temperature "
+    "generate": "--context-key-frames --continue-from --decoder-guidance --decoder-temperature "
     "--device --dtype --eta --first-variance-scale --flow-steps --guidance --guidance-rescale --help --image "
     "--joins --last-image --loop --lossless --model "
     "--motion-scale --output --preview --prompts --reroll-from --reroll-seed --revision --sample --scale "
-    "--seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale --window",
+    "--seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale",
     "tokenize": "--device --help --model --output --revision",
     "reconstruct": "--decoder-guidance --decoder-temperature "
     "--device --dtype --eta --guidance-rescale --help --joins --model --motion-scale --output --revision --scale "
@@ -46,9 +46,9 @@ FLAGS = {
     "train": "--help --minutes --run-folder",
     "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --minutes "
     "--model --output --parts --rank --revision --seed --steps --targets --work-folder",
-    "assemble": "--decoder-guidance --decoder-temperature "
+    "assemble": "--context-key-frames --decoder-guidance --decoder-temperature "
     "--dtype --eta --first-stage --first-variance-scale --flow-steps --guidance --guidance-rescale --help --joins "
-    "--last --motion-scale --output --steps --temperature --variance-scale --window",
+    "--last --motion-scale --output --steps --temperature --variance-scale",
     "widen": "--cache --device --help --output --token-width",
     "evaluate": "--cache --device --dtype --features --help --long-prompts --long-seconds --output --parts "
     "--prompts --quick --repeats --report --scorer --seed --sheets",
@@ -67,9 +67,9 @@ FLAGS = {
     "data encode": "--device --help --mirror --model",
     "data export": "--help --output",
     "data sheet": "--count --help --output --seed --size",
-    "scale": "--device --dry-run --family --help --output --pieces --samples --seeds --studies --tflops "
+    "scale": "--device --dry-run --family --help --micro-batches --output --samples --seeds --studies --tflops "
     "--tokenizer --work-folder",
-    "info": "--batch-size --checkpoint-activations --gpu --gpus --help --here --json --mfu --pieces "
+    "info": "--batch-size --checkpoint-activations --gpu --gpus --help --here --json --mfu --micro-batches "
     "--revision --strategy",
 }
 RECIPE = """
@@ -146,7 +146,7 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
         "first_variance_scale": None,
         "temperature": 1.0,
         "flow_steps": 8,
-        "window": 0,
+        "context_key_frames": 0,
         "decoder_guidance": 1.0,
         "decoder_temperature": 1.0,
         "guidance_rescale": 0.0,

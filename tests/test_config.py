@@ -118,7 +118,7 @@ def test_a_value_in_an_error_is_short_however_large_it_is() -> None:
         ("generate x --guidance nan", "--guidance: expected 0 to 1,000, got nan"),
         ("generate x --seed -1", "--seed: expected 0 or more, got -1"),
         ("finetune a -o b --batch-size 0", "--batch-size: expected 1 to 1,048,576, got 0"),
-        ("info --pieces 0", "--pieces: expected 1 or more, got 0"),
+        ("info --micro-batches 0", "--micro-batches: expected 1 or more, got 0"),
         ("info --gpus 1 0", "--gpus: expected 1 or more, got 0"),
         ("data cache a -o b --size 100000", "--size: expected 1 to 8,192, got 100000"),
         ("data cache a -o b --dedupe -1", "--dedupe: expected 0 to 64, got -1"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from dicode.checkpoint import load_state
 from dicode.convert.configs import denoiser_config, first_stage_config, first_stage_of
 from dicode.convert.names import unet_state, vae_state
-from dicode.tokenizer.conditioning import Known
+from dicode.tokenizer.conditioning import ClipConditioning
 from dicode.tokenizer.config import DiffusionConfig, SamplingConfig
 from dicode.tokenizer.diffusion import sample
 from dicode.tokenizer.first_stage import FirstStage
@@ -33,9 +33,9 @@ def published_unet(null_text: Tensor) -> UNet3D:
     return network
 
 
-def told(head: Tensor, tail: Tensor, stride: Tensor) -> Known:
+def told(head: Tensor, tail: Tensor, stride: Tensor) -> ClipConditioning:
     b, nothing = len(head), torch.zeros(len(head), 0)
-    return Known(torch.stack([head, tail], dim=1), nothing, torch.ones(b), nothing, torch.zeros(b), stride)
+    return ClipConditioning(torch.stack([head, tail], dim=1), nothing, torch.ones(b), nothing, torch.zeros(b), stride)
 
 
 def test_unet_prediction_is_the_published_one(unet_vectors: dict[str, Tensor]) -> None:

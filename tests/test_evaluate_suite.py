@@ -18,7 +18,7 @@ from dicode.data.cache import FrameCache
 from dicode.evaluate import long, speed
 from dicode.evaluate.long import JOINS
 from dicode.evaluate.reference import first_clip
-from dicode.evaluate.samples import MadeClips, generated_clips
+from dicode.evaluate.samples import Samples, generated_clips
 from dicode.evaluate.suite import caption_diversity, evaluate_generation
 from dicode.features.extract import EfficientNetLite0Features, features_of_clips, load_networks
 from dicode.features.networks import Clip, clip_similarity
@@ -171,13 +171,13 @@ def test_evaluate_says_at_once_that_a_model_holds_no_minute(
 
 def test_generation_figures_repeat_with_the_seed(tiny_model: Path, cache: Path) -> None:
     model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
-    first = evaluate_generation(MadeClips(model, frames, 1), count=3)[0]  # features are not kept
-    assert evaluate_generation(MadeClips(model, frames, 1, cache), count=3)[0] == first
+    first = evaluate_generation(Samples(model, frames, 1), count=3)[0]  # features are not kept
+    assert evaluate_generation(Samples(model, frames, 1, cache), count=3)[0] == first
 
 
 def test_parts_share_clips_that_are_samples_of_the_seed(tiny_model: Path, cache: Path) -> None:
     model = DiCoDe.from_pretrained(tiny_model)
-    made = MadeClips(model, FrameCache.load(cache), seed=3)
+    made = Samples(model, FrameCache.load(cache), seed=3)
     assert [clip.shape for clip in made.real] == [(17, 32, 32, 3)] * 2
     clips, tokens = made.reconstructed
     assert made.reconstructed[0] is clips and made.generated is made.generated  # made once
@@ -198,7 +198,7 @@ def test_networks_asked_for_measure_beside_efflite(
 ) -> None:
     model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
     networks = load_networks(["EffLite0", f"CLIP={clip_folder}"])
-    clips = MadeClips(model, frames, folder=cache)
+    clips = Samples(model, frames, folder=cache)
     made = evaluate_generation(clips, count=2, networks=networks)[0]
     alone = evaluate_generation(clips, count=2)[0]
     clipsim = f"CLIPSIM-{clip_folder.name}"

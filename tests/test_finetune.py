@@ -41,7 +41,7 @@ def network(kind: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     if kind in ("llama", "gpt2"):
         tokens = torch.randn(3, 2, 5, 7, generator=generator)
         return build(body=kind), lambda module: module(PROMPTS, tokens).hidden
-    config = DENOISERS.get(kind) or dataclasses.replace(DENOISERS["hourglass"], predicts_change=True)
+    config = DENOISERS.get(kind) or dataclasses.replace(DENOISERS["hourglass"], predict_residual=True)
     denoiser = tiny_tokenizer(denoiser=config).denoiser
     noisy = torch.randn(2, 16, 5, 8, 8, generator=generator)
     return denoiser, lambda module: module(noisy, torch.tensor([300.0, 700.0]), known(2))

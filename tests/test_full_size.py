@@ -238,7 +238,7 @@ tokenizer = model.tokenizer
 noisy = torch.randn(1, 16, 4, 32, 32)
 started = time.monotonic()
 with torch.no_grad():
-    said = tokenizer.denoiser(noisy, torch.tensor([981.0]), tokenizer.known(pair))
+    said = tokenizer.denoiser(noisy, torch.tensor([981.0]), tokenizer.conditioning(pair))
 step_s = time.monotonic() - started
 assert said.shape == noisy.shape and said.isfinite().all()
 counts = {name: getattr(tokenizer, name) for name in ("denoiser", "encoder", "resampler", "first_stage")}

@@ -145,7 +145,7 @@ def test_storyboards_say_their_own_length(model: DiCoDe) -> None:
 
 
 def test_a_window_goes_on_beyond_the_models_positions(model: DiCoDe) -> None:
-    frames = video(model, seconds=40.0, window=4, steps=1)
+    frames = video(model, seconds=40.0, context_key_frames=4, steps=1)
     assert len(frames) == 320
     with pytest.raises(ValueError, match="name a window"):
         model.generate(PROMPT, seconds=40.0)
@@ -185,7 +185,10 @@ def test_commands_take_images_videos_and_storyboards(capsys: Any, tmp_path: Path
         "story": (["--storyboard", tmp_path / "story.yaml"], {"prompt": "[2s: a spark] [2s: a fireball]"}),
         "inline": (["[2s: a spark] [4s: a fireball]"], {"seconds": 6.0}),
         "reroll": ([PROMPT, "--reroll-from", 1, "--reroll-seed", 7], {"reroll_from": 1, "reroll_seed": 7}),
-        "long": ([PROMPT, "--seconds", 20, "--window", 3, "--steps", 1], {"window": 3, "seconds": 20.0}),
+        "long": (
+            [PROMPT, "--seconds", 20, "--context-key-frames", 3, "--steps", 1],
+            {"context_key_frames": 3, "seconds": 20.0},
+        ),
     }
     for more, expected in cases.values():
         code, _, err = run(capsys, *base, *more)
@@ -193,7 +196,16 @@ def test_commands_take_images_videos_and_storyboards(capsys: Any, tmp_path: Path
         metadata = read_metadata(tmp_path / "out.mp4")
         assert metadata.items() >= expected.items()
         assert len(read_video(tmp_path / "out.mp4", fps=None).frames) == metadata["seconds"] * 8
-    end = ["--last-image", tmp_path / "a.png", "--continue-from", tmp_path / "out.mp4", "--window", 3, "--seconds", 2]
+    end = [
+        "--last-image",
+        tmp_path / "a.png",
+        "--continue-from",
+        tmp_path / "out.mp4",
+        "--context-key-frames",
+        3,
+        "--seconds",
+        2,
+    ]
     code, _, err = run(capsys, *base[:-1], tmp_path / "more.mp4", PROMPT, *end)
     assert code == 0, err
     assert read_metadata(tmp_path / "more.mp4").items() >= {"continue_from": "out.mp4", "last_image": "a.png"}.items()

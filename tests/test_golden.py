@@ -43,7 +43,7 @@ EVERY = [f"{file}:{name}" for file, names in NAMES.items() for name in names]
 def toy(run: Run, root: Path) -> Run:
     """A recipe on drawn clips, in a model of a few thousand parameters."""
     optim = dataclasses.replace(
-        run.loop.optim, steps=STEPS, batch_size=max(4, 2 * run.loop.pieces), warmup_steps=2, ema_decay=0.9
+        run.loop.optim, steps=STEPS, batch_size=max(4, 2 * run.loop.micro_batches), warmup_steps=2, ema_decay=0.9
     )
     small = dataclasses.replace(
         run.loop, optim=optim, precision="float32", device="cpu", strategy="ddp", tracker="none", log_every=1,
@@ -76,7 +76,7 @@ def toy_tokenizer(model: TokenizerConfig) -> TokenizerConfig:
     tiny = tiny_config()
     denoiser: DenoiserConfig = tiny.denoiser
     if model.denoiser.kind == denoiser.kind:
-        denoiser = dataclasses.replace(denoiser, predicts_change=model.denoiser.predicts_change)
+        denoiser = dataclasses.replace(denoiser, predict_residual=model.denoiser.predict_residual)
     return dataclasses.replace(tiny, denoiser=denoiser, diffusion=model.diffusion)
 
 

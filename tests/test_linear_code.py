@@ -112,7 +112,7 @@ def key_frames(root: Path) -> TokenizerRun:
         model=tiny_config(linear_code=True),
         loop=loop(4),
         images_per_step=16,
-        denoises=False,
+        train_denoiser=False,
     )
 
 

@@ -19,7 +19,7 @@ BODIES = ["llama", "gpt2"]
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_cached_generation_equals_uncached(head: str, order: str, guidance: float) -> None:
-    model = build(head=head, order=order, reads_goal=True)
+    model = build(head=head, order=order, end_frame_conditioning=True)
     options: dict[str, Any] = {"guidance": guidance, "variance_scale": 0.5, "goal": torch.randn(3, 5, 7)}
     cached = written(model, num_keyframes=4, **options)
     torch.testing.assert_close(
@@ -33,7 +33,7 @@ def test_cached_generation_equals_uncached(head: str, order: str, guidance: floa
 @pytest.mark.parametrize("goal", [False, True])
 @pytest.mark.parametrize("change", [False, True])
 def test_what_regression_writes_has_no_loss(order: str, body: str, goal: bool, change: bool) -> None:
-    model = build(head="regression", order=order, body=body, reads_goal=True, predicts_change=change)
+    model = build(head="regression", order=order, body=body, end_frame_conditioning=True, predict_residual=change)
     tokens = written(model, num_keyframes=4, goal=torch.randn(3, 5, 7) if goal else None)
     with torch.no_grad():
         output = model(PROMPTS, tokens, goal=goal)
@@ -54,7 +54,7 @@ def test_key_frame_order_sees_all_of_a_key_frame_and_nothing_later(body: str) ->
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_goal_changes_what_comes_between_and_is_reached_exactly(order: str) -> None:
-    model, goal = build(order=order, reads_goal=True), torch.randn(3, 5, 7)
+    model, goal = build(order=order, end_frame_conditioning=True), torch.randn(3, 5, 7)
     plain, led = written(model, num_keyframes=5), written(model, num_keyframes=5, goal=goal)
     assert torch.equal(led[:, 4], goal)
     assert torch.equal(led[:, 0], plain[:, 0])  # written before the goal is read
@@ -65,7 +65,7 @@ def test_a_goal_changes_what_comes_between_and_is_reached_exactly(order: str) ->
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_loop_ends_on_the_key_frame_it_began_with(order: str) -> None:
-    model = build(order=order, reads_goal=True)
+    model = build(order=order, end_frame_conditioning=True)
     loop = written(model, num_keyframes=4, goal="first")
     assert torch.equal(loop[:, 3], loop[:, 0])
     as_goal = written(model, num_keyframes=3, prefix=loop[:, :1], goal=loop[:, 0])
@@ -82,9 +82,9 @@ def test_a_loop_of_one_clip_needs_no_goal_to_be_read() -> None:
 
 def test_a_goal_that_cannot_be_read_raises_before_anything_is_written() -> None:
     goal = torch.zeros(3, 5, 7)
-    with pytest.raises(ValueError, match="reads_goal"):
+    with pytest.raises(ValueError, match="end_frame_conditioning"):
         build().generate(PROMPTS, 4, goal=goal)
-    model = build(reads_goal=True)
+    model = build(end_frame_conditioning=True)
     with pytest.raises(ValueError, match="goal_keyframe"):
         model.generate(PROMPTS, 4, goal=goal, goal_keyframe=2)
     with pytest.raises(ValueError, match="goal: expected shape"):
@@ -92,30 +92,36 @@ def test_a_goal_that_cannot_be_read_raises_before_anything_is_written() -> None:
     with pytest.raises(ValueError, match="3 key frames or more"):
         model(PROMPTS, torch.zeros(3, 2, 5, 7), goal=True)
     with pytest.raises(ValueError, match="this model holds 7"):
-        build(reads_goal=True, positions=12 + 6 * 8).generate(PROMPTS, 8, goal=goal)
+        build(end_frame_conditioning=True, positions=12 + 6 * 8).generate(PROMPTS, 8, goal=goal)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("window", [2, 3, 4])
+@pytest.mark.parametrize("context_key_frames", [2, 3, 4])
 @pytest.mark.parametrize("change", [False, True])
-def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, window: int, change: bool) -> None:
-    model = build(order=order, head="regression", predicts_change=change)
-    tokens = written(model, num_keyframes=13, window=window)  # the model holds 8
-    jump = window // 2
-    for keyframe in range(window, 13):
-        kept = window - jump + (keyframe - window) % jump  # a jump drops the earlier half
+def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, context_key_frames: int, change: bool) -> None:
+    model = build(order=order, head="regression", predict_residual=change)
+    tokens = written(model, num_keyframes=13, context_key_frames=context_key_frames)  # the model holds 8
+    jump = context_key_frames // 2
+    for keyframe in range(context_key_frames, 13):
+        kept = context_key_frames - jump + (keyframe - context_key_frames) % jump  # a jump drops the earlier half
         alone = written(model, num_keyframes=1, prefix=tokens[:, keyframe - kept : keyframe])
         torch.testing.assert_close(alone[:, 0], tokens[:, keyframe], rtol=1e-5, atol=1e-5)
     plain = written(model, num_keyframes=8)
-    torch.testing.assert_close(tokens[:, :window], plain[:, :window])
-    assert (tokens[:, window:8] - plain[:, window:]).abs().max() > 1e-4
+    torch.testing.assert_close(tokens[:, :context_key_frames], plain[:, :context_key_frames])
+    assert (tokens[:, context_key_frames:8] - plain[:, context_key_frames:]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("change", [False, True])
 def test_a_prefix_and_a_window_continue_what_one_call_writes(order: str, change: bool) -> None:
-    model = build(order=order, reads_goal=True, predicts_change=change)
-    options: dict[str, Any] = {"window": 4, "goal": "first", "goal_keyframe": 11, "guidance": 2.0, "seed": 3}
+    model = build(order=order, end_frame_conditioning=True, predict_residual=change)
+    options: dict[str, Any] = {
+        "context_key_frames": 4,
+        "goal": "first",
+        "goal_keyframe": 11,
+        "guidance": 2.0,
+        "seed": 3,
+    }
     whole = written(model, num_keyframes=12, **options)
     for start in (1, 4, 7, 10):
         rest = written(model, num_keyframes=12 - start, prefix=whole[:, :start], **options)
@@ -123,9 +129,9 @@ def test_a_prefix_and_a_window_continue_what_one_call_writes(order: str, change:
 
 
 def test_a_window_the_model_cannot_hold_raises() -> None:
-    for window in (1, 9):
-        with pytest.raises(ValueError, match="window: expected 2 to 8"):
-            build().generate(PROMPTS, 4, window=window)
+    for context_key_frames in (1, 9):
+        with pytest.raises(ValueError, match="context_key_frames: expected 2 to 8"):
+            build().generate(PROMPTS, 4, context_key_frames=context_key_frames)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -142,7 +148,7 @@ def test_re_rolling_keeps_the_clips_before(order: str) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_model_of_changes_keeps_an_image_where_it_predicts_none(order: str) -> None:
-    model, image = build(order=order, head="regression", predicts_change=True), torch.randn(3, 1, 5, 7)
+    model, image = build(order=order, head="regression", predict_residual=True), torch.randn(3, 1, 5, 7)
     for value in model.head.parameters():
         torch.nn.init.zeros_(value)
     tokens = written(model, num_keyframes=4, prefix=image, guidance=2.0)
@@ -154,12 +160,12 @@ def test_a_model_of_changes_keeps_an_image_where_it_predicts_none(order: str) ->
 @pytest.mark.parametrize("goal", [False, True])
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_changes_may_be_counted_from_the_first_key_frame_too(order: str, goal: bool, share: float) -> None:
-    kind: dict[str, Any] = {"order": order, "head": "regression", "predicts_change": True, "change_from_first": share}
-    model = build(**kind, reads_goal=True)
+    kind: dict[str, Any] = {"order": order, "head": "regression", "predict_residual": True, "residual_anchor": share}
+    model = build(**kind, end_frame_conditioning=True)
     tokens = written(model, num_keyframes=4, goal=torch.randn(3, 5, 7) if goal else None)
     with torch.no_grad():
         assert model(PROMPTS, tokens, goal=goal).loss < 1e-8  # what is written is what is asked for in training
-    long = written(model, num_keyframes=9, window=4)
+    long = written(model, num_keyframes=9, context_key_frames=4)
     alone = written(model, num_keyframes=1, prefix=long[:, 6:8])  # a window is as a video that begins there
     torch.testing.assert_close(alone[:, 0], long[:, 8], rtol=1e-5, atol=1e-5)
 
@@ -167,7 +173,7 @@ def test_changes_may_be_counted_from_the_first_key_frame_too(order: str, goal: b
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("share", "added"), [(0.0, [1, 2, 3, 4]), (0.5, [1, 1.5, 1.75, 1.875]), (1.0, [1, 1, 1, 1])])
 def test_what_is_added_fades_by_the_share_of_the_first_key_frame(order: str, share: float, added: list[float]) -> None:
-    model = build(order=order, head="regression", predicts_change=True, change_from_first=share)
+    model = build(order=order, head="regression", predict_residual=True, residual_anchor=share)
     image = torch.randn(3, 1, 5, 7)
     for name, value in model.head.named_parameters():
         torch.nn.init.constant_(value, 1.0 if name.endswith("bias") else 0.0)
@@ -178,7 +184,7 @@ def test_what_is_added_fades_by_the_share_of_the_first_key_frame(order: str, sha
 @pytest.mark.parametrize("head", HEADS)
 def test_a_model_of_changes_learns_what_the_others_learn_of_the_first_key_frame(head: str) -> None:
     tokens = torch.randn(3, 4, 5, 7)
-    plain, change = (build(head=head, predicts_change=value) for value in (False, True))
+    plain, change = (build(head=head, predict_residual=value) for value in (False, True))
     losses = [model(PROMPTS, tokens).keyframe_loss for model in (plain, change)]
     assert torch.equal(losses[0][:, 0], losses[1][:, 0])
     assert (losses[0][:, 1:] - losses[1][:, 1:]).abs().min() > 1e-4
@@ -225,7 +231,7 @@ def test_masked_key_frames_change_no_loss_and_autocast_keeps_it_in_float32(head:
 def test_four_captions_are_memorised_and_written_back(head: str, order: str, change: bool) -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, width=64, heads=4, token_variance=0.03, head=head, order=order)
-    config = dataclasses.replace(config, reads_goal=True, flow_width=96, predicts_change=change)
+    config = dataclasses.replace(config, end_frame_conditioning=True, flow_width=96, predict_residual=change)
     model = DeepTokenLM(config, TEXT)
     ids, tokens = TEXT.encode(CAPTIONS, 12), torch.randn(4, 3, 5, 7)
     fit(model, ids, tokens, steps=400, goal_every=4)

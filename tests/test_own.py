@@ -17,7 +17,7 @@ from dicode.seeds import generator_for
 from dicode.train.lm import LanguageTraining
 from dicode.train.own import FLOW_STEPS, with_own
 
-KINDS: list[dict[str, Any]] = [{"head": "flow"}, {"head": "flow", "predicts_change": True}, {"head": "mixture"}]
+KINDS: list[dict[str, Any]] = [{"head": "flow"}, {"head": "flow", "predict_residual": True}, {"head": "mixture"}]
 ALL = torch.ones(3, 4, dtype=torch.bool)
 
 
@@ -26,7 +26,7 @@ def truth() -> torch.Tensor:
 
 
 def model_of(**changes: Any) -> DeepTokenLM:
-    return build(**{"head": "flow", "predicts_change": True, "order": "keyframe", **changes})
+    return build(**{"head": "flow", "predict_residual": True, "order": "keyframe", **changes})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,7 +60,7 @@ def test_no_more_is_drawn_than_real_key_frames_go_on_from() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_changes_are_counted_from_what_was_read(share: float) -> None:
-    model = model_of(head="regression", change_from_first=share)
+    model = model_of(head="regression", residual_anchor=share)
     tokens, read = truth(), truth() + torch.randn(3, 4, 5, 7, generator=generator_for(1))
     targets: list[torch.Tensor] = []
 
@@ -79,7 +79,7 @@ def test_changes_are_counted_from_what_was_read(share: float) -> None:
 @pytest.mark.parametrize("change", [False, True])
 @pytest.mark.parametrize("goal", [False, True])
 def test_what_is_read_is_read_as_it_is(change: bool, goal: bool) -> None:
-    model, tokens = model_of(predicts_change=change, input_noise=0.6, reads_goal=True), truth()
+    model, tokens = model_of(predict_residual=change, input_noise=0.6, end_frame_conditioning=True), truth()
     wrong = torch.cat([tokens[:, :1], tokens[:, 1:] + 1.0], dim=1)
 
     def losses(read: torch.Tensor | None) -> torch.Tensor:
@@ -120,28 +120,32 @@ def losses(run: Any, count: int = 12) -> Iterator[torch.Tensor]:
 
 
 def test_a_share_of_steps_goes_on_from_own_key_frames(tiny_model: Path, tmp_path: Path) -> None:
-    run = dataclasses.replace(run_of(tiny_model, tmp_path), own_share=0.5, view_share=0.4)
+    run = dataclasses.replace(run_of(tiny_model, tmp_path), self_rollout_prob=0.5, view_share=0.4)
     calls: list[DeepTokenLM] = []
     with patch("dicode.train.lm.with_own", side_effect=lambda *a: calls.append(a[0]) or with_own(*a)):
         first, again = list(losses(run)), list(losses(run))
         assert 0 < len(calls) < 24 and len(calls) % 2 == 0
         assert all(map(torch.equal, first, again))
         calls.clear()
-        for off in ({"own_share": 0.0}, {"own_share": 1.0, "goal_share": 1.0}):
+        for off in ({"self_rollout_prob": 0.0}, {"self_rollout_prob": 1.0, "end_frame_prob": 1.0}):
             list(losses(dataclasses.replace(run, **off), 4))
         assert not calls  # where a goal is told, what lies between is not drawn
 
 
 def test_what_cannot_go_on_from_its_own_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    run = dataclasses.replace(run_of(tiny_model, tmp_path), own_share=0.5)
+    run = dataclasses.replace(run_of(tiny_model, tmp_path), self_rollout_prob=0.5)
     token = dataclasses.replace(run.model, order="token")
     shared = dataclasses.replace(run.loop, strategy="fsdp")
-    for changes, named in (({"model": token}, "keyframe"), ({"loop": shared}, "ddp"), ({"own_share": 1.5}, "0 to 1")):
-        with pytest.raises(ValueError, match=rf"own_share: .*{named}"):
+    for changes, named in (
+        ({"model": token}, "keyframe"),
+        ({"loop": shared}, "ddp"),
+        ({"self_rollout_prob": 1.5}, "0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"self_rollout_prob: .*{named}"):
             LanguageTraining(dataclasses.replace(run, **changes))
 
 
 def test_such_a_run_can_be_planned(tiny_model: Path, tmp_path: Path) -> None:
-    run = dataclasses.replace(run_of(tiny_model, tmp_path), own_share=0.5, longer=(), longer_share=())
-    plain = dataclasses.replace(run, own_share=0.0)
+    run = dataclasses.replace(run_of(tiny_model, tmp_path), self_rollout_prob=0.5, longer=(), longer_share=())
+    plain = dataclasses.replace(run, self_rollout_prob=0.0)
     assert counted(run) == counted(plain)

@@ -163,13 +163,13 @@ def test_recomputed_activations_give_the_same_gradients(root: Path) -> None:
         assert p.grad is not None and torch.equal(p.grad, other.grad), name
 
 
-@pytest.mark.parametrize(("pieces", "batch_size"), [(3, 8), (3, 9)])
-def test_a_batch_that_cannot_be_shared_out_is_an_error(root: Path, pieces: int, batch_size: int) -> None:
+@pytest.mark.parametrize(("micro_batches", "batch_size"), [(3, 8), (3, 9)])
+def test_a_batch_that_cannot_be_shared_out_is_an_error(root: Path, micro_batches: int, batch_size: int) -> None:
     stage = stage_of(runs(root)["first_stage"])
     config = dataclasses.replace(
-        loop(2), pieces=pieces, optim=dataclasses.replace(loop(2).optim, batch_size=batch_size)
+        loop(2), micro_batches=micro_batches, optim=dataclasses.replace(loop(2).optim, batch_size=batch_size)
     )
     processes = Processes()
     processes.count = 2
-    with pytest.raises(ValueError, match=f"batch_size {batch_size}.*2 processes.*pieces 3"):
+    with pytest.raises(ValueError, match=f"batch_size {batch_size}.*2 processes.*micro_batches 3"):
         Training.of(stage, config, processes)

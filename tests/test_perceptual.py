@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from dicode.features.perceptual import FeatureMaps, perceptual_distance
-from dicode.train.adversarial import FeatureDiscriminator, Judged, adversarial_losses
+from dicode.train.adversarial import FeatureDiscriminator, ReconstructionStats, adversarial_losses
 from dicode.train.first_stage import frames_to_pixels
 from dicode.video.synthetic import draw_clip
 
@@ -50,7 +50,7 @@ def test_sets_are_judged_by_distance_and_by_distribution() -> None:
     feature_maps = FeatureMaps()
     found = {}
     for name, made in (("same", sharp), ("turned", sharp.roll(1, 0)), ("blurred", blurred)):
-        judged = Judged()
+        judged = ReconstructionStats()
         for part in (slice(0, 3), slice(3, None)):  # batch by batch
             judged.add(feature_maps(made[part]), feature_maps(sharp[part]))
         found[name] = judged.figures()

@@ -1,4 +1,4 @@
-"""A step's gradient is the mean over all its terms, into however many pieces its batch was cut."""
+"""A step's gradient is the mean over all its terms, into however many micro-batches its batch was cut."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -45,22 +45,22 @@ class Masked:
     def export(self, folder: Any) -> None: ...
 
 
-def gradient(pieces: int) -> tuple[float, list[Tensor]]:
+def gradient(micro_batches: int) -> tuple[float, list[Tensor]]:
     stage = Masked()
     optim = OptimConfig(batch_size=8, lr=0.0, clip_norm=1e9)
-    run = Training.of(stage, LoopConfig(precision="float32", pieces=pieces, optim=optim), Processes())
+    run = Training.of(stage, LoopConfig(precision="float32", micro_batches=micro_batches, optim=optim), Processes())
     found = _step(run, TrainState(), next(_batches(run, 0)))
     assert found is not None
     return found["loss"], [p.grad.clone() for p in stage.module.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("pieces", [2, 4, 8])
-def test_the_split_into_pieces_changes_neither_loss_nor_gradient(pieces: int) -> None:
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_the_split_into_pieces_changes_neither_loss_nor_gradient(micro_batches: int) -> None:
     loss, gradients = gradient(1)
     stage = Masked()
     whole, _ = stage.loss(stage.batch(torch.arange(8), torch.Generator()), torch.Generator())
     assert loss == pytest.approx(whole.item(), rel=1e-5)
-    other_loss, others = gradient(pieces)
+    other_loss, others = gradient(micro_batches)
     assert other_loss == pytest.approx(loss, rel=1e-5)
     for one, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dicode.checkpoint import content_hash
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.data.columns import FrameRows, Videos
-from dicode.evaluate.samples import MadeClips
+from dicode.evaluate.samples import Samples
 from dicode.lm.presets import DeepLMConfig
 from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
@@ -26,7 +26,7 @@ from dicode.train.tokenizer import TokenizerTraining, first_stage_latents, laten
 LENGTHS = [1, 8, 16, 32, 72, 30]  # frames at 8 fps: a still, 1 s, a clip of 2 s, 4 s, 9 s, 3.75 s
 LM = DeepLMConfig(
     body="llama", width=16, depth=1, heads=2, positions=80, vocab_size=300, token_width=6, tokens_per_keyframe=4,
-    max_keyframes=9, text_length=8, components=2, reads_goal=True,
+    max_keyframes=9, text_length=8, components=2, end_frame_conditioning=True,
 )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_samples_of_videos_that_do_not_loop_begin_where_all_of_a_longer_sample_f
 
 
 def test_a_goal_is_one_that_all_samples_reach(tiny_model: Path, cache: Path) -> None:
-    stage = language(tiny_model, cache, goal_share=1.0, key_frames=5)
+    stage = language(tiny_model, cache, end_frame_prob=1.0, key_frames=5)
     batch = stage.batch(torch.tensor([3, 4]), generator_for(0))
     assert batch["goal"] and batch["mask"].shape == (2, 3) and batch["mask"].all()
     assert stage.weight(batch) == 4  # the goal itself has no loss
@@ -268,11 +268,11 @@ def test_a_run_says_whether_changes_or_whole_key_frames_vary_less(
     said = stage.change_said()
     found = [float(number) for number in re.findall(r"(?<= )[\d.]+(?=,| \()", said)]
     assert found == pytest.approx([whole, change], rel=0.1)
-    assert said.endswith(f"model.predicts_change False {end}")
+    assert said.endswith(f"model.predict_residual False {end}")
 
 
 def test_the_real_side_of_an_evaluation_has_no_clip_that_is_held_to_its_end(tiny_model: Path, cache: Path) -> None:
     model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
-    made = MadeClips(model, frames)
+    made = Samples(model, frames)
     assert [frames.videos[row].count for row in made.rows] == [16, 32, 72, 30]
     assert [frames.videos[row].count for row in made.training(3)] == [16, 72, 30]

@@ -146,7 +146,7 @@ def test_a_finished_run_is_not_trained_again(studied, monkeypatch, capsys):
     assert "small-0 was run with other values of loop" in capsys.readouterr().err
     kept = studied / "runs/small-0/figures.json"
     older = json.loads(kept.read_text())
-    del older["run"]["views"], older["run"]["model"]["predicts_change"]  # of a version that did not have them
+    del older["run"]["views"], older["run"]["model"]["predict_residual"]  # of a version that did not have them
     kept.write_text(json.dumps(older))
     assert main(study(studied)) == 0 and len(trained) == 1
 

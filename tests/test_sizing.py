@@ -118,7 +118,7 @@ def denoising_loss(model: VideoTokenizer) -> Tensor:
     dtype = model.resampler.latents.dtype
     clips = torch.randn(BATCH, config.clip_frames, config.first_stage.latent_channels, *[config.latent_size] * 2)
     tokens = model.tokens_of(torch.randn(2 * BATCH, encoder.channels, encoder.size, encoder.size, dtype=dtype))
-    known = model.known(tokens.unflatten(0, (BATCH, 2)).to(dtype))
+    known = model.conditioning(tokens.unflatten(0, (BATCH, 2)).to(dtype))
     return functional.mse_loss(model.denoiser(clips.to(dtype), torch.full((BATCH,), 500.0), known), clips)
 
 
@@ -286,10 +286,10 @@ def test_every_head_and_order_is_sized(head: str, order: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
-    """A run of either kind whose data are there: a batch of 6 in 2 pieces, 3 key frames."""
+    """A run of either kind whose data are there: a batch of 6 in 2 micro-batches, 3 key frames."""
     cache = tmp_path_factory.mktemp("cache")
     write_cache(cache, count=8)
-    loop = LoopConfig(pieces=2, optim=OptimConfig(batch_size=6, optimizer="muon"))
+    loop = LoopConfig(micro_batches=2, optim=OptimConfig(batch_size=6, optimizer="muon"))
     lm = dataclasses.replace(
         LLAMA, width=32, depth=3, heads=2, vocab_size=300, token_width=6, tokens_per_keyframe=4, text_length=12,
         dropout=0.0,
@@ -410,11 +410,11 @@ def test_a_plan_finds_the_fewest_pieces_that_fit(runs, monkeypatch) -> None:
         return planner.plan(1, Gpu("", 1, 1e12), 0.5)
 
     roomy, tight = plan(three), plan(two)
-    assert (roomy.fits, roomy.fewest_pieces) == (True, 2)
-    assert (tight.fits, tight.fewest_pieces) == (False, 3)
+    assert (roomy.fits, roomy.fewest_micro_batches) == (True, 2)
+    assert (tight.fits, tight.fewest_micro_batches) == (False, 3)
     assert roomy.step_s == pytest.approx(roomy.step_flops / 0.5e12, rel=0.05)
     assert roomy.days * 86_400 == pytest.approx(runs["lm"].loop.optim.steps * roomy.step_s)
-    with pytest.raises(ValueError, match="a multiple of 4 GPUs; got 2 pieces"):
+    with pytest.raises(ValueError, match="a multiple of 4 GPUs; got 2 micro-batches"):
         planner.plan(4, GPUS["l4"], 0.5)
 
 
@@ -460,7 +460,7 @@ def test_info_of_a_recipe_plans_all_its_runs_as_flags_change_them(capsys, tmp_pa
         "def small() -> LanguageRun:\n"
         "    return replace(tiny(), model=replace(SIZES['sprites'], width=64, depth=2))\n"
     )
-    flags = ["--gpus", "2", "--gpu", "l4", "--pieces", "8", "--strategy", "fsdp", "--batch-size", "16"]
+    flags = ["--gpus", "2", "--gpu", "l4", "--micro-batches", "8", "--strategy", "fsdp", "--batch-size", "16"]
     assert main(["info", str(recipe), *flags, "--json", f"{tmp_path}/plans.json"]) == 0
     out = capsys.readouterr().out
     assert "tiny: 10,000 steps with a batch of 16" in out and "2 × l4" in out
@@ -468,9 +468,9 @@ def test_info_of_a_recipe_plans_all_its_runs_as_flags_change_them(capsys, tmp_pa
     kept = json.loads((tmp_path / "plans.json").read_text())["values"]
     assert kept.keys() == {"assumed", "tiny", "small"}
     plan = kept["small"]["2 GPUs"]
-    assert (plan["pieces"], plan["strategy"], plan["batch_size"], plan["fits"]) == (8, "fsdp", 16, True)
+    assert (plan["micro_batches"], plan["strategy"], plan["batch_size"], plan["fits"]) == (8, "fsdp", 16, True)
     assert main(["info", f"{recipe}:tiny", "--gpus", "2"]) == 2
-    assert "pieces a multiple of 2 GPUs; got 1 pieces" in capsys.readouterr().err
+    assert "micro-batches a multiple of 2 GPUs; got 1 micro-batches" in capsys.readouterr().err
     assert main(["info", f"{recipe}:tiny", "--gpu", "a100-80"]) == 2
     assert "did you mean 'a100-80gb'" in capsys.readouterr().err
 
@@ -497,6 +497,12 @@ def test_the_published_plans_are_of_the_paper_recipes_and_fit() -> None:
     assert len(plans) == 8
     for name, plan in ((name, plans[name]["4 GPUs"]) for name in plans):
         loop = load_run(f"{root}/recipes/paper.py:{name}").loop
-        asked = (loop.pieces, loop.strategy, loop.checkpoint_activations, loop.optim.batch_size, loop.optim.steps)
-        assert asked == (plan["pieces"], plan["strategy"], plan["recomputes"], plan["batch_size"], plan["steps"])
+        asked = (
+            loop.micro_batches,
+            loop.strategy,
+            loop.checkpoint_activations,
+            loop.optim.batch_size,
+            loop.optim.steps,
+        )
+        assert asked == (plan["micro_batches"], plan["strategy"], plan["recomputes"], plan["batch_size"], plan["steps"])
         assert plan["fits"], name

@@ -16,7 +16,7 @@ from dicode.config import CheckpointError, read_config, write_config
 from dicode.convert.configs import resampler_config
 from dicode.seeds import SeedPlan, generator_for
 from dicode.tokenizer.boundaries import BLEND_FRAMES, blended
-from dicode.tokenizer.conditioning import Known, cross_faded
+from dicode.tokenizer.conditioning import ClipConditioning, cross_faded
 from dicode.tokenizer.config import (
     DenoiserConfig,
     DiffusionConfig,
@@ -27,7 +27,7 @@ from dicode.tokenizer.config import (
     SamplingConfig,
     TokenizerConfig,
 )
-from dicode.tokenizer.denoiser import ChangeDenoiser, build_denoiser
+from dicode.tokenizer.denoiser import ResidualDenoiser, build_denoiser
 from dicode.tokenizer.diffusion import noised, sample, scale_motion
 from dicode.tokenizer.encoder import ClipEncoder, KeyFrameHead
 from dicode.tokenizer.first_stage import FirstStage
@@ -69,9 +69,9 @@ def tiny_tokenizer(**changes: object) -> VideoTokenizer:
     return tokenizer
 
 
-def known(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> Known:
+def conditioning(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> ClipConditioning:
     g = torch.Generator().manual_seed(1)
-    return Known(
+    return ClipConditioning(
         torch.randn(b, 2, n, d, generator=g),
         torch.randn(b, 2, c, side, side, generator=g),
         torch.ones(b),
@@ -393,9 +393,9 @@ def test_a_change_denoiser_that_says_nothing_gives_the_best_guess_for_gaussian_c
     """What is left of the target is then `deviation`/√variance of what the network has to say, at every time."""
     torch.manual_seed(0)
     b = 400
-    denoiser = ChangeDenoiser(Silent(), 4)
+    denoiser = ResidualDenoiser(Silent(), 4)
     denoiser.deviation.copy_(torch.tensor([0.1, 0.5, 1.0, 2.0]))
-    told = Known(
+    told = ClipConditioning(
         torch.zeros(b, 2, 1, 1),
         torch.randn(b, 2, 3, 4, 4),
         torch.ones(b),
@@ -413,7 +413,7 @@ def test_a_change_denoiser_that_says_nothing_gives_the_best_guess_for_gaussian_c
 
 
 def test_a_change_denoiser_takes_the_whole_clip_for_change_where_keys_are_dropped() -> None:
-    denoiser = ChangeDenoiser(Silent(), 4)
+    denoiser = ResidualDenoiser(Silent(), 4)
     denoiser.deviation.fill_(0.1)
     told = known(2)
     dropped = dataclasses.replace(told, key_latents=told.key_latents * 0, keys_mask=torch.zeros(2))
@@ -423,7 +423,7 @@ def test_a_change_denoiser_takes_the_whole_clip_for_change_where_keys_are_droppe
 
 
 def test_deviations_of_the_change_are_measured_a_frame() -> None:
-    denoiser = ChangeDenoiser(Silent(), 4)
+    denoiser = ResidualDenoiser(Silent(), 4)
     keys = torch.randn(50, 2, 5, 8, 8)
     clips = cross_faded(keys, 4)
     clips[:, 2] += 3 * torch.randn_like(clips[:, 2])
@@ -432,15 +432,15 @@ def test_deviations_of_the_change_are_measured_a_frame() -> None:
 
 
 def test_change_needs_an_objective_that_is_linear_in_the_clip() -> None:
-    denoiser = dataclasses.replace(DENOISERS["hourglass"], predicts_change=True)
-    with pytest.raises(ValueError, match="predicts_change"):
+    denoiser = dataclasses.replace(DENOISERS["hourglass"], predict_residual=True)
+    with pytest.raises(ValueError, match="predict_residual"):
         VideoTokenizer(tiny_config(denoiser=denoiser, diffusion=DiffusionConfig(objective="v_prediction")))
 
 
 class Silent(torch.nn.Module):
     """A network that predicts nothing."""
 
-    def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, known: Known) -> torch.Tensor:
+    def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, known: ClipConditioning) -> torch.Tensor:
         return torch.zeros_like(noisy)
 
 

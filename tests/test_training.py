@@ -22,7 +22,7 @@ from dicode.lm.presets import DeepLMConfig
 from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import FirstStageConfig
-from dicode.tokenizer.denoiser import ChangeDenoiser
+from dicode.tokenizer.denoiser import ResidualDenoiser
 from dicode.tokenizer.first_stage import DECODER
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.train.assemble import assemble, last_of
@@ -77,13 +77,17 @@ def runs(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
     config = tiny_config()
     cache, first_stage = str(root / "cache"), str(root / "first_stage/best")
     key_frames = TokenizerRun(
-        cache=cache, first_stage=first_stage, model=config, loop=loop(4), images_per_step=8, denoises=False
+        cache=cache, first_stage=first_stage, model=config, loop=loop(4), images_per_step=8, train_denoiser=False
     )
     return {
         "first_stage": FirstStageRun(cache=cache, model=config.first_stage, loop=loop(4)),
         "key_frames": key_frames,
         "denoiser": dataclasses.replace(
-            key_frames, init=str(root / "key_frames/best"), freeze_key_frames=True, denoises=True, images_per_step=0
+            key_frames,
+            init=str(root / "key_frames/best"),
+            freeze_key_frames=True,
+            train_denoiser=True,
+            images_per_step=0,
         ),
         "lm": LanguageRun(
             cache=cache,
@@ -103,7 +107,7 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
     assert isinstance(first_stage, FirstStageRun) and isinstance(denoiser, TokenizerRun) and isinstance(lm, LanguageRun)
     kl = FirstStageConfig("kl", (8, 8, 8), latent_channels=5, encoder_blocks=(1,), decoder_blocks=(1,))
     frozen = dataclasses.replace(first_stage, init=str(root / "first_stage/best"), freeze_encoder=True)
-    change = dataclasses.replace(denoiser.model.denoiser, predicts_change=True)
+    change = dataclasses.replace(denoiser.model.denoiser, predict_residual=True)
     return {
         "kl": dataclasses.replace(first_stage, model=kl),
         "perceptual": dataclasses.replace(frozen, perceptual_weight=0.2, tokenizer=str(root / "key_frames/best")),
@@ -112,7 +116,7 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
         ),
         "adversarial": dataclasses.replace(frozen, perceptual_weight=0.2, adversarial_weight=0.1),
         "muon": dataclasses.replace(lm, loop=dataclasses.replace(lm.loop, optim=muon)),
-        "own": dataclasses.replace(lm, model=FLOW, own_share=1.0, longer=(), longer_share=()),
+        "own": dataclasses.replace(lm, model=FLOW, self_rollout_prob=1.0, longer=(), longer_share=()),
         "change": dataclasses.replace(denoiser, model=dataclasses.replace(denoiser.model, denoiser=change)),
     }
 
@@ -123,7 +127,7 @@ LM = DeepLMConfig(
 )  # fmt: skip
 
 
-FLOW = dataclasses.replace(LM, head="flow", order="keyframe", predicts_change=True, flow_width=16)
+FLOW = dataclasses.replace(LM, head="flow", order="keyframe", predict_residual=True, flow_width=16)
 
 
 def train_in_parts(run: FirstStageRun | TokenizerRun | LanguageRun, folder: Path) -> None:
@@ -407,11 +411,11 @@ def test_a_recipe_changed_on_the_way_is_kept_beside_the_first(trained: Path, tmp
 def test_a_denoiser_of_changes_measures_their_deviation_before_it_trains(trained: Path, tmp_path: Path) -> None:
     run = runs(trained)["denoiser"]
     assert isinstance(run, TokenizerRun)
-    denoiser = dataclasses.replace(run.model.denoiser, predicts_change=True)
+    denoiser = dataclasses.replace(run.model.denoiser, predict_residual=True)
     fresh = dataclasses.replace(run, init=None, freeze_key_frames=False, images_per_step=6)
     run_recipe(dataclasses.replace(fresh, model=dataclasses.replace(run.model, denoiser=denoiser)), tmp_path, {})
     tokenizer = VideoTokenizer.from_pretrained(tmp_path / "best")
-    assert isinstance(tokenizer.denoiser, ChangeDenoiser)
+    assert isinstance(tokenizer.denoiser, ResidualDenoiser)
     assert tokenizer.denoiser.deviation[0] == pytest.approx(0.2)  # the head itself
     assert tokenizer.denoiser.deviation[1:].min() > 0.2
 

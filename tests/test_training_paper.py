@@ -79,7 +79,7 @@ def run(root: Path, **changes: Any) -> TokenizerRun:
         loop=dataclasses.replace(loop(4), optim=dataclasses.replace(loop(4).optim, batch_size=2)),
         images_per_step=0,
         token_noise=0.0,
-        fits_statistics=False,
+        normalize_tokens=False,
     )
     return dataclasses.replace(made, **changes)
 
@@ -129,9 +129,9 @@ def test_the_tail_key_frame_is_the_clips_last_and_both_are_read_from_the_frames_
         assert torch.equal(pixels, frame if row > 0 else frame.flip(-1))
 
 
-@pytest.mark.parametrize("fits_statistics", [False, True])
-def test_dropped_clips_see_the_tokens_of_a_grey_image_and_teach_them(root: Path, fits_statistics: bool) -> None:
-    stage = TokenizerTraining(run(root, drop_tokens=1.0, fits_statistics=fits_statistics))
+@pytest.mark.parametrize("normalize_tokens", [False, True])
+def test_dropped_clips_see_the_tokens_of_a_grey_image_and_teach_them(root: Path, normalize_tokens: bool) -> None:
+    stage = TokenizerTraining(run(root, drop_tokens=1.0, normalize_tokens=normalize_tokens))
     stage.module.train()
     batch = stage.batch(torch.arange(3), generator_for(0))
     told = []
@@ -140,7 +140,7 @@ def test_dropped_clips_see_the_tokens_of_a_grey_image_and_teach_them(root: Path,
     assert stage.module.resampler.proj_in.weight.grad is not None
     assert stage.module.resampler.proj_in.weight.grad.any()
     mean = stage.module.normalizer.get_buffer("running_mean")
-    assert mean.any().item() is fits_statistics
+    assert mean.any().item() is normalize_tokens
     stage.module.eval()
     grey = torch.zeros(1, 3, SIZE, SIZE)
     expected = stage.module.tokens_of(grey).expand(6, -1, -1).unflatten(0, (3, 2))
@@ -195,7 +195,7 @@ def test_what_would_stay_random_or_has_no_head_is_an_error(root: Path) -> None:
     with pytest.raises(ValueError, match=r"images_per_step 0.*got 4 and True"):
         TokenizerTraining(run(root, images_per_step=4))
     with pytest.raises(ValueError, match="denoises True, got 0 and False"):
-        TokenizerTraining(run(root, denoises=False))
+        TokenizerTraining(run(root, train_denoiser=False))
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ def run_of(tiny_model: Path, root: Path) -> LanguageRun:
     write_cache(root / "cache")
     model = DeepLMConfig(
         body="llama", width=24, depth=1, heads=2, positions=62, vocab_size=300, token_width=6, max_keyframes=9,
-        text_length=12, tokens_per_keyframe=4, head="flow", order="keyframe", reads_goal=True, predicts_change=True,
-        flow_width=16,
+        text_length=12, tokens_per_keyframe=4, head="flow", order="keyframe", end_frame_conditioning=True,
+        predict_residual=True, flow_width=16,
     )  # fmt: skip
     return LanguageRun(
         cache=str(root / "cache"), tokenizer=str(tiny_model), model=model, loop=loop(4), key_frames=3, longer=(),
@@ -103,7 +103,7 @@ def test_tokens_of_a_view_are_those_of_its_frames(tiny_model: Path, tmp_path: Pa
 
 
 def test_views_train_with_goals_and_their_first_key_frame_has_no_gradient(tiny_model: Path, tmp_path: Path) -> None:
-    stage = LanguageTraining(dataclasses.replace(run_of(tiny_model, tmp_path), goal_share=1.0, view_share=1.0))
+    stage = LanguageTraining(dataclasses.replace(run_of(tiny_model, tmp_path), end_frame_prob=1.0, view_share=1.0))
     batch = stage.batch(torch.arange(4), generator_for(0))
     assert batch["goal"] and not batch["mask"][:, 0].any()
     stage.module.eval()

@@ -67,11 +67,11 @@ def language(root: Path, tokenizer: str, **changes: object) -> LanguageRun:
 def narrow(prepared: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A model of tokens of 6 numbers, its denoiser and language model trained for four steps each."""
     root = tmp_path_factory.mktemp("widen")
-    denoiser = dataclasses.replace(tiny_config().denoiser, predicts_change=request.param)
+    denoiser = dataclasses.replace(tiny_config().denoiser, predict_residual=request.param)
     keys = dataclasses.replace(key_frames(prepared), model=tiny_config(linear_code=True, denoiser=denoiser))
     run_recipe(keys, root / "keys", {})
     whole = dataclasses.replace(
-        keys, init=str(root / "keys/best"), freeze_key_frames=True, denoises=True, images_per_step=0
+        keys, init=str(root / "keys/best"), freeze_key_frames=True, train_denoiser=True, images_per_step=0
     )
     run_recipe(whole, root / "denoiser", {})
     run_recipe(dataclasses.replace(language(root, "keys"), cache=keys.cache), root / "lm", {})
@@ -136,7 +136,7 @@ def test_training_goes_on_from_what_was_written(prepared: Path, narrow: Path, wi
     written = str(narrow / "wide")
     frozen = dataclasses.replace(
         key_frames(prepared), model=wide.tokenizer.config, init=written, first_stage=written, freeze_key_frames=True,
-        denoises=True, images_per_step=0,
+        train_denoiser=True, images_per_step=0,
     )  # fmt: skip
     run_recipe(frozen, tmp_path / "denoiser", {})
     assert VideoTokenizer.from_pretrained(tmp_path / "denoiser/best").token_hash() == wide.tokenizer.token_hash()

@@ -20,7 +20,7 @@ from dicode.evaluate.long import check_length, measure_long
 from dicode.evaluate.own_scorer import clips_of_videos, evaluate_scorer
 from dicode.evaluate.ranking import RANKED_CLIPS, evaluate_ranking
 from dicode.evaluate.report import write_report
-from dicode.evaluate.samples import MOST_VIDEOS, MadeClips, caption_of, split_rows
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, split_rows
 from dicode.evaluate.scores import blindness, made_by, marked_blind
 from dicode.evaluate.speed import evaluate_speed
 from dicode.evaluate.suite import DIVERSE_CAPTIONS, DIVERSE_SAMPLES, evaluate_generation, evaluate_reconstruction
@@ -66,7 +66,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> int:
         networks = load_networks(command.features, device)
     if "long" in parts:
         check_length(model, command.long_seconds)  # before the other parts take their hours
-    made = MadeClips(model, cache, command.seed, Path(command.cache), limits.validation)
+    made = Samples(model, cache, command.seed, Path(command.cache), limits.validation)
     print(foretold(made, networks, parts, command, limits, watch))
     command.output.mkdir(parents=True, exist_ok=True)
     name = f"{Path(command.model).name}{'-quick' * command.quick}"
@@ -108,7 +108,7 @@ def parts_of(command: Evaluate) -> tuple[str, ...]:
 
 
 def foretold(
-    made: MadeClips,
+    made: Samples,
     networks: Mapping[str, Network],
     parts: tuple[str, ...],
     command: Evaluate,
@@ -139,7 +139,7 @@ def foretold(
     return f"about {duration(max(1, sum(each.values())))} on this machine, by its first clips: {told}"
 
 
-def blind_networks(made: MadeClips, networks: Mapping[str, Network]) -> dict[str, str]:
+def blind_networks(made: Samples, networks: Mapping[str, Network]) -> dict[str, str]:
     """Networks that rank the captions of this cache's real clips no better than chance, and what is to be said of it.
 
     Of validation clips, and of training clips where these are few. Also printed.
@@ -154,7 +154,7 @@ def blind_networks(made: MadeClips, networks: Mapping[str, Network]) -> dict[str
 
 
 def work_by_part(
-    command: Evaluate, made: MadeClips, networks: Mapping[str, Network], scorer: Scorer | None, limits: Limits
+    command: Evaluate, made: Samples, networks: Mapping[str, Network], scorer: Scorer | None, limits: Limits
 ) -> dict[str, Callable[[], tuple[dict[str, Any], Image.Image | None]]]:
     """What each part does."""
     model, cache, seed, folder = made.model, made.cache, command.seed, resolve(command.model)

@@ -193,8 +193,8 @@ def _runs(command: Finetune, base: Path, work: Path) -> tuple[TokenizerRun, Lang
     )  # fmt: skip
     lm_run = LanguageRun(
         cache, tokenizer=model, init=model, model=lm, lora=lora, loop=loop, longer=(), longer_share=(),
-        key_frames=min(command.key_frames, lm.most_keyframes(lm.reads_goal)),
-        goal_share=GOAL_SHARE if lm.reads_goal else 0.0,
+        key_frames=min(command.key_frames, lm.most_keyframes(lm.end_frame_conditioning)),
+        end_frame_prob=GOAL_SHARE if lm.end_frame_conditioning else 0.0,
     )  # fmt: skip
     return denoiser_run, lm_run
 

@@ -54,7 +54,9 @@ class WriteFlags:
     first_variance_scale: Factor | None = None  # of the first key frame; lower follows the prompt more reliably
     temperature: Factor | None = None  # of the choice between mixture components; 0 takes the likeliest
     flow_steps: Steps | None = None  # of a flow head
-    window: Whole | None = None  # key frames of the language model's sequence, for any length; 0: all that it holds
+    context_key_frames: Whole | None = (
+        None  # key frames of the language model's sequence, for any length; 0: all that it holds
+    )
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ class Scale:
     tokenizer: str = "dicode/checkpoints/sprites"  # whose deep tokens
     seeds: Annotated[int, Range(1, 1000)] = 3  # runs a size
     samples: Count | None = None  # training samples a run; default: as many as the recipes say
-    pieces: Count | None = None  # to cut a batch into, a multiple of the processes; default: as the recipes say
+    micro_batches: Count | None = None  # to cut a batch into, a multiple of the processes; default: as the recipes say
     # in place of the sizes one thing changed at a time, of the family's second: results in ablations.json
     studies: tuple[Literal["tokens", "width", "head", "noise", "joins"], ...] = ()
     work_folder: Path = Path("runs/scale")  # of the runs
@@ -378,6 +380,6 @@ class Info:
     gpu: str = "a100-80gb"  # this and the following for recipes: which GPUs
     mfu: Annotated[float, Range(0, 1, above=True)] = 0.4  # the share of their peak that is assumed to be reached
     strategy: Literal["ddp", "fsdp"] | None = None  # each GPU with all weights, or with its share
-    pieces: Count | None = None  # to cut a batch into
+    micro_batches: Count | None = None  # to cut a batch into
     checkpoint_activations: bool = False  # computes blocks twice instead of keeping what they computed
     json: Annotated[Path | None, arg(metavar="FILE")] = None  # keep the figures in a result file

@@ -124,7 +124,7 @@ def _runs(command: Info) -> dict[str, Any]:
         if not isinstance(getattr(run, "loop", None), LoopConfig):
             raise ValueError(f"{file or command.model}:{name}: expected a run to plan, got {type(run).__name__}")
         loop = run.loop
-        changes = {"pieces": command.pieces, "strategy": command.strategy}
+        changes = {"micro_batches": command.micro_batches, "strategy": command.strategy}
         if command.checkpoint_activations:
             changes["checkpoint_activations"] = True
         loop = dataclasses.replace(loop, **{key: value for key, value in changes.items() if value is not None})
@@ -235,10 +235,10 @@ def _print_plans(plans: Mapping[str, "Plan"]) -> None:
     _print_bytes("on each GPU", {row: {column: memory[column].get(row, 0) for column in plans} for row in rows})
     tell = {
         "strategy": lambda plan: plan.strategy,
-        "pieces of a batch": lambda plan: f"{plan.pieces}",
+        "micro-batches of a batch": lambda plan: f"{plan.micro_batches}",
         "activations": lambda plan: "recomputed" if plan.recomputes else "kept",
         "fits": lambda plan: "yes" if plan.fits else "no",
-        "fewest pieces that fit": lambda plan: f"{plan.fewest_pieces or 'none do'}",
+        "fewest micro-batches that fit": lambda plan: f"{plan.fewest_micro_batches or 'none do'}",
         "TFLOP": lambda plan: f"{plan.step_flops / 1e12:,.1f}",
         "TFLOP with what is computed twice": lambda plan: f"{plan.computed_flops / 1e12:,.1f}",
         "seconds": lambda plan: f"{plan.step_s:,.3f}",

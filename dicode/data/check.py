@@ -96,9 +96,9 @@ class Findings:
                 f"({GOOD_MOVING_DB:g}): train a first stage of your own, as recipes/small.py does"
             )
         if self.change_variance < 0.7:
-            found.append("key frames change little: lm --model.predicts-change is worth trying")
+            found.append("key frames change little: lm --model.predict-residual is worth trying")
         else:
-            found.append("key frames change much: leave lm --model.predicts-change off")
+            found.append("key frames change much: leave lm --model.predict-residual off")
         return found
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 import torch
 
 from dicode.evaluate.reference import first_clip
-from dicode.evaluate.samples import MadeClips, generated_clips
+from dicode.evaluate.samples import Samples, generated_clips
 from dicode.evaluate.scores import seen
 from dicode.features.extract import Network
 from dicode.tokenizer.config import Joins
@@ -64,7 +64,7 @@ def work_of(
     return made
 
 
-def measured_units(made: MadeClips, networks: Mapping[str, Network], start_s: float) -> Work:
+def measured_units(made: Samples, networks: Mapping[str, Network], start_s: float) -> Work:
     """Make a clip or two of the first videos, and measure them; a process of its own takes `start_s` to begin."""
     model, prompts = made.model, ([caption for caption in made.captions if caption] or ["a clip"])[:TIMED]
     rows = (made.rows or made.training(TIMED))[:TIMED]

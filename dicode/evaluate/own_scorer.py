@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dicode.data.columns import CachedVideo, Videos
-from dicode.evaluate.samples import BATCH, MadeClips, caption_of, split_rows, spread
+from dicode.evaluate.samples import BATCH, Samples, caption_of, split_rows, spread
 from dicode.evaluate.scores import Score
 from dicode.features.scorer import Scorer, scorer_metrics, truth_of
 from dicode.stopwatch import tracked
@@ -18,7 +18,7 @@ from dicode.video.timed import Video
 MOST_CLIPS = 4  # of a video: longer ones are scored by their beginning
 
 
-def evaluate_scorer(made: MadeClips, scorer: Scorer, count: int = 100) -> tuple[dict[str, Any], Image.Image]:
+def evaluate_scorer(made: Samples, scorer: Scorer, count: int = 100) -> tuple[dict[str, Any], Image.Image]:
     """Accuracy for real videos, which no model can be expected to exceed, their reconstructions, and generated ones.
 
     Of up to `count` videos of each split that have a caption. `…, shuffled` is chance: the same answers compared with
@@ -46,20 +46,20 @@ def evaluate_scorer(made: MadeClips, scorer: Scorer, count: int = 100) -> tuple[
     return {**figures, "n": total}, contact_sheet(rows, labels)
 
 
-def clips_of_videos(made: MadeClips) -> int:
+def clips_of_videos(made: Samples) -> int:
     """Clips that hold the median video of a cache, at most `MOST_CLIPS` and what the language model holds."""
     length_s = float(np.median(Videos.of(made.cache.videos).column("period_s")))
     most = min(MOST_CLIPS, made.model.lm.config.keyframe_limit - 1)
     return max(1, min(most, round(length_s / made.model.tokenizer.config.clip_s)))
 
 
-def shown_frames(made: MadeClips, clips: int) -> int:
+def shown_frames(made: Samples, clips: int) -> int:
     """Frames of so many clips in a row."""
     config = made.model.tokenizer.config
     return clips * config.tail_frame + config.repeated_frames
 
 
-def videos_of(made: MadeClips, videos: Sequence[CachedVideo], clips: int) -> dict[str, list[Video]]:
+def videos_of(made: Samples, videos: Sequence[CachedVideo], clips: int) -> dict[str, list[Video]]:
     """The beginnings of videos, of so many clips: real, through tokens and back, generated of their captions."""
     model, cache, config = made.model, made.cache, made.model.tokenizer.config
     shown, cases = shown_frames(made, clips), ("real", "reconstruction", "generated")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dicode.evaluate.generation import percentile_of_true_clip
 from dicode.evaluate.reconstruction import PSNR_CEILING_DB
-from dicode.evaluate.samples import MadeClips, spread
+from dicode.evaluate.samples import Samples, spread
 from dicode.evaluate.scores import Score, mean_score, scores_of_sets, seen, seen_by_efflite
 from dicode.evaluate.suite import (
     PERCEPTUAL,
@@ -51,7 +51,7 @@ RANKED_CLIPS = 48
 
 
 def evaluate_ranking(
-    made: MadeClips, networks: Mapping[str, Network] | None = None, count: int = RANKED_CLIPS
+    made: Samples, networks: Mapping[str, Network] | None = None, count: int = RANKED_CLIPS
 ) -> tuple[dict[str, Any], Image.Image]:
     """Every metric of the five cases, on the first `count` validation clips spread over the split.
 

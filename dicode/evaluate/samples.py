@@ -21,7 +21,7 @@ BATCH = 10  # prompts generated together
 MOST_VIDEOS = 10_000  # of a split, among which captions, images and near clips are looked for
 
 
-class MadeClips:
+class Samples:
     """Validation clips and what a model makes of them, for all parts of an evaluation: each once, when asked for.
 
     `options` are of `DiCoDe.generate`; sample i of the seeds is that of validation video i. `folder` is the cache's,

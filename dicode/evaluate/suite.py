@@ -13,7 +13,7 @@ from numpy import ndarray
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
 from dicode.evaluate.quality import dynamic_share, ssim, token_rate
 from dicode.evaluate.reconstruction import cross_fade, hold_head, psnr_in_motion, psnr_score
-from dicode.evaluate.samples import MOST_VIDEOS, MadeClips, caption_of, generated_clips, one_clip_s, split_rows
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, generated_clips, one_clip_s, split_rows
 from dicode.evaluate.scores import (
     Score,
     Seen,
@@ -41,7 +41,7 @@ PERCEPTUAL = f"perceptual-{EfficientNetLite0Features.name}"  # not LPIPS: anothe
 
 
 def evaluate_generation(
-    made: MadeClips,
+    made: Samples,
     count: int = 100,
     networks: Mapping[str, Network] | None = None,
     bank: int = MOST_VIDEOS,
@@ -80,7 +80,7 @@ def evaluate_generation(
 
 
 def caption_distances(
-    made: MadeClips, held_clips: Sequence[Video], held_features: ClipFeatures, networks: Mapping[str, Network]
+    made: Samples, held_clips: Sequence[Video], held_features: ClipFeatures, networks: Mapping[str, Network]
 ) -> dict[str, dict[str, Score]]:
     """Scores of the validation captions' clips as a set, and of as many real training clips, against the real ones."""
     bank, seed, extractor = made.bank, made.seed, made.extractor
@@ -120,9 +120,7 @@ def caption_diversity(
     return asdict(diversity(list(made), [features[variants[caption]] for caption in drawn], seed=seed))
 
 
-def evaluate_reconstruction(
-    made: MadeClips, networks: Mapping[str, Network] | None = None
-) -> tuple[dict[str, Any], Any]:
+def evaluate_reconstruction(made: Samples, networks: Mapping[str, Network] | None = None) -> tuple[dict[str, Any], Any]:
     """Validation clips through tokens and back, beside two baselines: of the real key frames, and of their tokens.
 
     `networks` measure beside EffLite0, by what they were asked for with.
@@ -158,7 +156,7 @@ def evaluate_reconstruction(
     return figures, contact_sheet(rows[:20], labels[:20])
 
 
-def reconstructions(made: MadeClips) -> dict[str, list[Video]]:
+def reconstructions(made: Samples) -> dict[str, list[Video]]:
     """Validation clips through their tokens, and five baselines."""
     model, config = made.model, made.model.tokenizer.config
     rendered, tokens = made.reconstructed

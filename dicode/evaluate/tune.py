@@ -23,7 +23,7 @@ from dicode.data.columns import CachedVideo
 from dicode.device import pick_device
 from dicode.evaluate.generation import draw_prompts
 from dicode.evaluate.own_scorer import clips_of_videos, shown_frames
-from dicode.evaluate.samples import MOST_VIDEOS, MadeClips, caption_of, generated_clips, split_rows, spread
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, generated_clips, split_rows, spread
 from dicode.evaluate.scores import blindness, cosines, mean_score, seen
 from dicode.features.extract import features_of_clips
 from dicode.features.metrics import motion, percentile_rank, similarities
@@ -58,7 +58,7 @@ def tune(command: Tune, watch: Stopwatch) -> int:
     with watch.stage("load"):
         device = pick_device(command.device)
         model = DiCoDe.from_pretrained(folder, device=str(device), dtype=getattr(torch, command.dtype))
-        made = MadeClips(model, FrameCache.load(command.cache), command.seed, Path(command.cache))
+        made = Samples(model, FrameCache.load(command.cache), command.seed, Path(command.cache))
     rows = training_rows(made, command.prompts)
     measured_by, judge, clips = judged_by(made, rows, scorer)
     print(f"{measured_by}; {len(rows)} training captions, {len(rows)} clips a setting")
@@ -106,7 +106,7 @@ def target_of(folder: Path, output: Path | None) -> Path:
     return output
 
 
-def training_rows(made: MadeClips, count: int) -> list[int]:
+def training_rows(made: Samples, count: int) -> list[int]:
     """A training video of each of `count` different captions, drawn by the seed."""
     rows = spread(split_rows(made.cache, False, captioned=True), MOST_VIDEOS)
     by_caption = {caption: row for row in reversed(rows) if (caption := caption_of(made.cache.videos[row]))}
@@ -117,7 +117,7 @@ def training_rows(made: MadeClips, count: int) -> list[int]:
     return [by_caption[p] for p in draw_prompts(by_caption, min(count, len(by_caption)), made.seed)]
 
 
-def judged_by(made: MadeClips, rows: Sequence[int], scorer: Scorer | None) -> tuple[str, Judge, int]:
+def judged_by(made: Samples, rows: Sequence[int], scorer: Scorer | None) -> tuple[str, Judge, int]:
     """What the score is, how clips are scored, and of how many clips a video is.
 
     Without a scorer TinyVT scores, where it ranks these captions' real clips above chance, or else EffLite0.
@@ -159,7 +159,7 @@ def scored_by(scorer: Scorer, videos: Sequence[CachedVideo]) -> Judge:
     return share
 
 
-def real_videos(made: MadeClips, rows: Sequence[int], clips: int) -> list[Video]:
+def real_videos(made: Samples, rows: Sequence[int], clips: int) -> list[Video]:
     """The real beginnings of videos, as long as what is generated."""
     cache, count, fps = made.cache, shown_frames(made, clips), made.model.tokenizer.config.fps
     return [cache.frames[cache.clip_rows(cache.videos[row], 0.0, count, fps)].numpy() for row in rows]

@@ -54,15 +54,19 @@ class DeepTokenLM(nn.Module):
                 f"{config.positions} positions and {config.max_keyframes} key frames hold no key frame of "
                 f"{config.tokens_per_keyframe} tokens after {config.text_length} text tokens"
             )
-        for name in ("input_noise", "change_from_first"):
+        for name in ("input_noise", "residual_anchor"):
             if not 0 <= getattr(config, name) <= 1:
                 raise ValueError(f"{name}: expected a share, 0 to 1, got {getattr(config, name)}")
-        if config.change_from_first and not config.predicts_change:
-            raise ValueError("change_from_first: says what a change is counted from; set predicts_change as well")
+        if config.residual_anchor and not config.predict_residual:
+            raise ValueError("residual_anchor: says what a change is counted from; set predict_residual as well")
         self.config, self.text = config, text
         self.backbone = Backbone(config)
         self.embedding = DeepTokenEmbedding(
-            config.token_width, config.width, config.max_keyframes, config.tokens_per_keyframe, config.reads_goal
+            config.token_width,
+            config.width,
+            config.max_keyframes,
+            config.tokens_per_keyframe,
+            config.end_frame_conditioning,
         )
         self.head: nn.Module = _build_head(config)
         self._initialise()
@@ -121,9 +125,9 @@ class DeepTokenLM(nn.Module):
         hidden = self._hidden(text_ids, blocks)
         if goal:  # of these two blocks one predicts the goal (token order), or what the other does better (keyframe)
             hidden = torch.cat([hidden[:, :1], hidden[:, 2:]], dim=1)
-        groups = rearrange(hidden, "b k (g p) width -> b k g p width", p=self.together)
-        written = _changes(tokens, start, config.change_from_first) if config.predicts_change else tokens
-        targets = rearrange(written, "b k (g p) d -> b k g p d", p=self.together)
+        groups = rearrange(hidden, "b k (g p) width -> b k g p width", p=self.tokens_per_step)
+        written = _changes(tokens, start, config.residual_anchor) if config.predict_residual else tokens
+        targets = rearrange(written, "b k (g p) d -> b k g p d", p=self.tokens_per_step)
         keyframe_loss = self._head.loss(groups, targets, generator).mean(-1)
         if keyframe_mask is None:
             return DeepLMOutput(keyframe_loss.mean(), keyframe_loss, hidden)
@@ -141,7 +145,7 @@ class DeepTokenLM(nn.Module):
         return rearrange(hidden[:, length:], "b (k n) width -> b k n width", n=n)
 
     @property
-    def together(self) -> int:
+    def tokens_per_step(self) -> int:
         """Tokens that are predicted at once."""
         return self.config.tokens_per_keyframe if self.config.order == "keyframe" else 1
 
@@ -160,7 +164,7 @@ class DeepTokenLM(nn.Module):
         first_variance_scale: float | None = None,
         temperature: float = 1.0,
         flow_steps: int = 8,
-        window: int = 0,
+        context_key_frames: int = 0,
         null_ids: TextIds | None = None,
         use_cache: bool = True,
     ) -> Iterator[KeyFrameTokens]:
@@ -173,8 +177,8 @@ class DeepTokenLM(nn.Module):
         key frame 0 (default: as for all), to draw surely what is asked for and yet leave to chance what happens.
 
         `goal` is what the video comes to: key frame `goal_keyframe` (default: the last one asked for) is yielded as
-        given, and those before it lead there (needs `reads_goal`); "first" comes back to key frame 0, for a loop.
-        `window` is how many key frames the sequence holds at most, with the one that is written: beyond it the text and
+        given, and those before it lead there (needs `end_frame_conditioning`); "first": back to key frame 0, a loop.
+        `context_key_frames`: how many key frames the sequence holds at most, with the one written: beyond it text and
         the later half are read anew as if the video began there, for any length; 0 keeps all. `use_cache=False` reads
         the whole sequence again for every token.
 
@@ -196,11 +200,11 @@ class DeepTokenLM(nn.Module):
             if aim.keyframe < max(1, last):
                 raise ValueError(f"goal_keyframe: expected {max(1, last)} or later, got {aim.keyframe}")
         leads = aim is not None and aim.keyframe > 1  # else nothing is written between the first key frame and it
-        if window and not 2 <= window <= self.config.most_keyframes(leads):
+        if context_key_frames and not 2 <= context_key_frames <= self.config.most_keyframes(leads):
             raise ValueError(
-                f"window: expected 2 to {self.config.most_keyframes(leads)} key frames, or 0, got {window}"
+                f"context_key_frames: expected 2 to {self.config.most_keyframes(leads)}, or 0, got {context_key_frames}"
             )
-        self._check(prompt_ids, prefix, min(last + 1, window) if window else last + 1, leads)
+        self._check(prompt_ids, prefix, min(last + 1, context_key_frames) if context_key_frames else last + 1, leads)
         indices = range(len(prompt_ids)) if sample_indices is None else sample_indices
         if len(indices) != len(prompt_ids):
             raise ValueError(f"sample_indices: expected {len(prompt_ids)}, one a prompt, got {len(indices)}")
@@ -219,7 +223,7 @@ class DeepTokenLM(nn.Module):
             indices,
             sampling,
             replace(sampling, variance_scale=first_scale),
-            window,
+            context_key_frames,
             use_cache,
         )
 
@@ -234,7 +238,7 @@ class DeepTokenLM(nn.Module):
         indices: Sequence[int],
         sampling: TokenSampling,
         first_sampling: TokenSampling,
-        window: int,
+        context_key_frames: int,
         use_cache: bool,
     ) -> Iterator[KeyFrameTokens]:
         # `written` are the key frames that the transformer reads, the first of them being number `first`
@@ -243,7 +247,7 @@ class DeepTokenLM(nn.Module):
         if goal and goal.tokens is None and written:
             goal = _Goal(written[0], goal.keyframe)
         for keyframe in keyframes:
-            start = _window_start(keyframe, window)
+            start = _window_start(keyframe, context_key_frames)
             if reading is None or start > first:
                 written, first = written[start - first :], start
                 reading = self._begin_reading(text_ids, use_cache)
@@ -297,16 +301,16 @@ class DeepTokenLM(nn.Module):
     ) -> KeyFrameTokens:
         """Draw the tokens `b n d` of the key frame after `written`, together or one after the other, and read them."""
         b, tokens = len(generators), torch.empty(0)
-        adds = bool(written) and self.config.predicts_change
+        adds = bool(written) and self.config.predict_residual
         if self.config.order == "token":
             reading.add(self._begin(reading.batch))
-        for place in range(0, self.config.tokens_per_keyframe, self.together):
-            hidden = reading.last(self.together)
+        for place in range(0, self.config.tokens_per_keyframe, self.tokens_per_step):
+            hidden = reading.last(self.tokens_per_step)
             null_hidden = None if reading.batch == b else hidden[b:]
             drawn = self._head.sample(hidden[:b], generators, sampling, null_hidden)
             if adds:
-                last, first = (written[i][:, place : place + self.together].to(drawn) for i in (-1, 0))
-                drawn = torch.lerp(last, first, self.config.change_from_first) + drawn
+                last, first = (written[i][:, place : place + self.tokens_per_step].to(drawn) for i in (-1, 0))
+                drawn = torch.lerp(last, first, self.config.residual_anchor) + drawn
             block = drawn[:, None].repeat(reading.batch // b, 1, 1, 1)
             reading.add(self.embedding(block, len(written), place)[:, 0])
             tokens = drawn if place == 0 else torch.cat([tokens, drawn], dim=1)
@@ -327,8 +331,10 @@ class DeepTokenLM(nn.Module):
         expected = (len(text_ids), config.tokens_per_keyframe, config.token_width)
         if tokens is not None and (found := (len(tokens), *tokens.shape[2:])) != expected:
             raise ValueError(f"deep tokens: expected (b, n, d) = {expected}, got {found}")
-        if goal and not config.reads_goal:
-            raise ValueError("goal: this model was trained without one (`reads_goal`), and cannot end where it is told")
+        if goal and not config.end_frame_conditioning:
+            raise ValueError(
+                "goal: this model was trained without one (`end_frame_conditioning`), and cannot end where it is told"
+            )
         if num_keyframes > config.most_keyframes(goal):
             raise ValueError(
                 f"{num_keyframes} key frames asked for, this model holds {config.most_keyframes(goal)} "
@@ -419,12 +425,12 @@ def _build_head(config: DeepLMConfig) -> nn.Module:
     return MixtureHead(width, d, config.components if config.head == "mixture" else 1, config.token_variance)
 
 
-def _window_start(keyframe: int, window: int) -> int:
+def _window_start(keyframe: int, context_key_frames: int) -> int:
     """The first key frame that is read when this one is written. Only these two decide, so prefixes change nothing."""
-    if window == 0 or keyframe < window:
+    if context_key_frames == 0 or keyframe < context_key_frames:
         return 0
-    jump = max(1, window // 2)
-    return -(-(keyframe + 1 - window) // jump) * jump
+    jump = max(1, context_key_frames // 2)
+    return -(-(keyframe + 1 - context_key_frames) // jump) * jump
 
 
 def _changes(tokens: DeepTokens, read: DeepTokens, first_share: float) -> DeepTokens:

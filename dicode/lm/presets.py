@@ -33,9 +33,9 @@ class DeepLMConfig:
     begin_id: Entry = 1  # the begin-of-image token, an entry of the text vocabulary
     head: HeadName = "mixture"
     order: Order = "token"  # what is predicted at once (see sequence.py); published: a token
-    predicts_change: bool = False  # key frames after the first are what they add to the one before, which so stays
-    change_from_first: Share = 0.0  # … or to a mean with this share of the first one that is read: errors fade
-    reads_goal: bool = False  # whether a later key frame may be given: loops, a last image
+    predict_residual: bool = False  # key frames after the first are what they add to the one before, which so stays
+    residual_anchor: Share = 0.0  # … or to a mean with this share of the first one that is read: errors fade
+    end_frame_conditioning: bool = False  # whether a later key frame may be given: loops, a last image
     components: Width = 16  # mixture only; a Gaussian is a mixture of one
     flow_width: Width = 256  # flow only: of the network that turns noise into tokens …
     flow_depth: Depth = 3  # … and its blocks

@@ -26,13 +26,18 @@ class DeepTokenEmbedding(nn.Module):
     """Deep tokens as the transformer reads them: an MLP, plus learned embeddings of key frame and place in it."""
 
     def __init__(
-        self, token_width: int, width: int, max_keyframes: int, tokens_per_keyframe: int, reads_goal: bool = False
+        self,
+        token_width: int,
+        width: int,
+        max_keyframes: int,
+        tokens_per_keyframe: int,
+        end_frame_conditioning: bool = False,
     ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(token_width, width), nn.GELU(), nn.Linear(width, width))
         self.keyframe = nn.Parameter(torch.empty(max_keyframes, width))
         self.place = nn.Parameter(torch.empty(tokens_per_keyframe, width))
-        self.goal = nn.Parameter(torch.empty(width)) if reads_goal else None
+        self.goal = nn.Parameter(torch.empty(width)) if end_frame_conditioning else None
 
     def forward(self, tokens: DeepTokens, first_keyframe: int = 0, first_place: int = 0) -> KeyFrameHidden:
         """Embed tokens that begin at the given key frame and place; a single token is `b 1 1 d`."""
@@ -43,7 +48,7 @@ class DeepTokenEmbedding(nn.Module):
 
     def of_goal(self, tokens: KeyFrameTokens, keyframe: int) -> KeyFrameHidden:
         """Embed the tokens of a key frame that lies ahead, one block; beyond the last embedding it is just far away."""
-        assert self.goal is not None, "the model was built without reads_goal"
+        assert self.goal is not None, "the model was built without end_frame_conditioning"
         return self(tokens.unsqueeze(1), min(keyframe, len(self.keyframe) - 1)) + self.goal
 
     def start(self, begin: BeginHidden) -> KeyFrameHidden:

@@ -76,8 +76,8 @@ def size_tokenizer(config: TokenizerConfig, batch_size: int = 1) -> Sizing:
         pair = torch.empty(1, 2, config.resampler.queries, config.resampler.token_width)
         clip = _clips(config, 1)
         encode = cost(lambda: used.tokens_of(used.source_of(key_frame)))
-        told = cost(lambda: used.known(pair))
-        denoise = cost(lambda: used.denoiser(clip, torch.empty(1), used.known(pair)))
+        told = cost(lambda: used.conditioning(pair))
+        denoise = cost(lambda: used.denoiser(clip, torch.empty(1), used.conditioning(pair)))
         first_stage = cost(lambda: used.frames_of(clip))
         model = VideoTokenizer(config).train()
         flops, training = training_cost(model, lambda: _denoising_loss(model, batch_size))
@@ -113,7 +113,7 @@ def size_lm(config: DeepLMConfig, batch_size: int = 1) -> Sizing:
         used = DeepTokenLM(config).eval().requires_grad_(False)
         texts = _texts(config, 1)
         read = cost(lambda: used(*texts))
-        ahead = used.together  # positions that are read to write as many tokens
+        ahead = used.tokens_per_step  # positions that are read to write as many tokens
         prompt = cost(lambda: _next_tokens(used, used.backbone.new_cache(), config.text_length + ahead))
         with Meter() as meter, FusedAttention():
             past = used.backbone.new_cache()
@@ -171,7 +171,7 @@ def step_flops(stage: Stage) -> int:
     Nothing is computed, and nothing changes. To be called before processes share out the weights, and before blocks
     are made to recompute. Which kind a batch is has to be drawn before anything that depends on its samples.
     """
-    loop, samples = stage.run.loop, torch.arange(stage.run.loop.optim.batch_size // stage.run.loop.pieces)
+    loop, samples = stage.run.loop, torch.arange(stage.run.loop.optim.batch_size // stage.run.loop.micro_batches)
 
     def drawn(draw: int, indices: Tensor) -> Any:
         return stage.batch(indices % stage.num_samples(), generator_for(loop.seed, "batch", draw, 0))
@@ -181,7 +181,7 @@ def step_flops(stage: Stage) -> int:
     flops = {kind: batch_flops(stage, drawn(kinds.index(kind), samples)) for kind in set(kinds)}
     for buffer, value in zip(stage.module.buffers(), before, strict=True):  # a count of batches is computed after all
         buffer.copy_(value)
-    return round(loop.pieces * sum(flops[kind] for kind in kinds) / DRAWS)
+    return round(loop.micro_batches * sum(flops[kind] for kind in kinds) / DRAWS)
 
 
 def batch_flops(stage: Stage, batch: Any, fake: FakeTensorMode | None = None) -> int:
@@ -266,7 +266,7 @@ def _denoising_loss(model: VideoTokenizer, batch_size: int) -> Tensor:
     """As stage 1 has it, without the single frames that the key-frame head learns from beside the clips."""
     clips, encoder = _clips(model.config, batch_size), model.config.encoder
     tokens = model.tokens_of(torch.empty(2 * batch_size, encoder.channels, encoder.size, encoder.size))
-    known = model.known(rearrange(tokens, "(b two) n d -> b two n d", two=2))
+    known = model.conditioning(rearrange(tokens, "(b two) n d -> b two n d", two=2))
     return functional.mse_loss(model.denoiser(clips, torch.empty(batch_size), known), torch.empty_like(clips))
 
 
@@ -276,6 +276,6 @@ def _texts(config: DeepLMConfig, batch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _next_tokens(model: DeepTokenLM, past: Any, positions: int) -> Tensor:
-    hidden = model.backbone(torch.empty(1, positions, model.config.width), past)[:, -model.together :]
+    hidden = model.backbone(torch.empty(1, positions, model.config.width), past)[:, -model.tokens_per_step :]
     mean = cast(Head, model.head).mean(hidden)
     return model.embedding(mean[:, None], model.config.keyframe_limit - 1)

@@ -1,4 +1,4 @@
-"""What a training run takes on given GPUs, before there is any data: memory, pieces of a batch, FLOPs, days.
+"""What a training run takes on given GPUs, before there is any data: memory, micro-batches of a batch, FLOPs, days.
 
 Counted, on fake tensors: the run's own module, loss, backward pass, optimizer and (where asked for) recomputation.
 Reckoned from the module's parameters: what DDP and FSDP2 hold beside. Assumed: the share of a GPU's peak that is
@@ -30,7 +30,7 @@ DAY_S = 86_400
 
 @dataclass(frozen=True)
 class Plan:
-    """One run on some GPUs, its batch cut into as many pieces as the recipe says."""
+    """One run on some GPUs, its batch cut into as many micro-batches as the recipe says."""
 
     gpus: int
     strategy: Strategy
@@ -38,13 +38,13 @@ class Plan:
     frozen: int
     steps: int
     batch_size: int  # samples a step, of all GPUs together
-    pieces: int
+    micro_batches: int
     recomputes: bool  # blocks' activations in the backward pass
     bytes_held: dict[str, int]  # on each GPU while it trains …
     validation_bytes: int  # … and while it validates, before what that computes
     activations: dict[str, int]  # of the longest piece, the most at one time: with blocks' own kept, and recomputed
     fits: bool
-    fewest_pieces: int | None  # with which it would; None: not even one sample a piece does
+    fewest_micro_batches: int | None  # with which it would; None: not even one sample a piece does
     step_flops: int
     computed_flops: int  # with what is computed twice
     step_s: float
@@ -84,26 +84,28 @@ class Planner:
     def plan(self, gpus: int, gpu: Gpu, mfu: float) -> Plan:
         """The run on this many GPUs. Raises `ValueError` where its batch cannot be shared out among them."""
         loop, module, size = self.loop, self.stages[False].module, self.loop.optim.batch_size
-        if loop.pieces % gpus or size % loop.pieces:
+        if loop.micro_batches % gpus or size % loop.micro_batches:
             raise ValueError(
-                f"batch_size {size}: expected a multiple of pieces, and pieces a multiple of {gpus} GPUs; got "
-                f"{loop.pieces} pieces"
+                f"batch_size {size}: expected a multiple of micro_batches, and those of {gpus} GPUs; got "
+                f"{loop.micro_batches} micro-batches"
             )
 
-        def fits(pieces: int) -> bool:
-            return sum(state.values()) + self.cost(size // pieces, loop.checkpoint_activations).peak_bytes <= room
+        def fits(micro_batches: int) -> bool:
+            return (
+                sum(state.values()) + self.cost(size // micro_batches, loop.checkpoint_activations).peak_bytes <= room
+            )
 
         room, state = USABLE * gpu.memory_gib * 2**30, state_bytes(module, loop, gpus)
-        samples = size // loop.pieces
+        samples = size // loop.micro_batches
         kept, recomputed = self.cost(samples, False), self.cost(samples, True)
         used = recomputed if loop.checkpoint_activations else kept
         with self.fake:
             batches = blank_batches(self.run, samples)
-        flops = loop.pieces * sum(share * batch_flops(self.stages[False], b, self.fake) for share, b in batches)
+        flops = loop.micro_batches * sum(share * batch_flops(self.stages[False], b, self.fake) for share, b in batches)
         computed = flops * used.flops / kept.flops
         step_s = computed / (gpus * gpu.peak_flops * mfu)
         validation = validation_bytes(module, loop, gpus)
-        could = [pieces for pieces in range(gpus, size + 1, gpus) if size % pieces == 0]
+        could = [micro_batches for micro_batches in range(gpus, size + 1, gpus) if size % micro_batches == 0]
         return Plan(
             gpus=gpus,
             strategy=loop.strategy,
@@ -111,13 +113,15 @@ class Planner:
             frozen=sum(p.numel() for p in module.parameters() if not p.requires_grad),
             steps=loop.optim.steps,
             batch_size=size,
-            pieces=loop.pieces,
+            micro_batches=loop.micro_batches,
             recomputes=loop.checkpoint_activations,
             bytes_held={**state, "activations": used.peak_bytes},
             validation_bytes=validation,
             activations={"kept": kept.peak_bytes, "recomputed": recomputed.peak_bytes},
             fits=max(sum(state.values()) + used.peak_bytes, validation) <= room,
-            fewest_pieces=next((pieces for pieces in could if fits(pieces)), None) if validation <= room else None,
+            fewest_micro_batches=next((micro_batches for micro_batches in could if fits(micro_batches)), None)
+            if validation <= room
+            else None,
             step_flops=round(flops),
             computed_flops=round(computed),
             step_s=step_s,
@@ -163,7 +167,7 @@ def blank_stage(run: TokenizerRun | LanguageRun, fake: FakeTensorMode) -> Stage:
     """A stage as far as its loss needs it: no data, and weights that are fake CPU tensors."""
     stage: Any
     with torch.device("meta"):
-        if isinstance(run, TokenizerRun) and not run.freeze_key_frames and run.denoises:
+        if isinstance(run, TokenizerRun) and not run.freeze_key_frames and run.train_denoiser:
             stage = object.__new__(TokenizerTraining)
             stage.module, stage.head = VideoTokenizer(run.model), run.model.denoiser.context_frames
         elif isinstance(run, LanguageRun) and not run.lora.rank:
@@ -197,7 +201,7 @@ def _clips(run: TokenizerRun, samples: int) -> dict[str, Tensor]:
     )
     latents = model.first_stage.latent_channels, model.latent_size, model.latent_size
     source = latents if model.encoder.reads_latents else (3, model.size, model.size)
-    keys = 2 * samples + run.images_per_step // run.loop.pieces
+    keys = 2 * samples + run.images_per_step // run.loop.micro_batches
     return {
         "clips": torch.empty(samples, frames, *latents),
         "keys": torch.empty(keys, *source),
@@ -214,5 +218,7 @@ def _texts(run: LanguageRun, samples: int, key_frames: int) -> dict[str, Tensor]
         "tokens": torch.empty(samples, key_frames, model.tokens_per_keyframe, model.token_width),
         "mask": torch.ones(samples, key_frames, dtype=torch.bool),
         "goal": torch.tensor(False),
-        "own": torch.tensor(False),  # draws of `own_share` are not counted: a tenth of such a step (docs/log.md)
+        "own": torch.tensor(
+            False
+        ),  # draws of `self_rollout_prob` are not counted: a tenth of such a step (docs/log.md)
     }

@@ -11,7 +11,7 @@ from dicode.tokenizer.config import DenoiserConfig
 
 
 @dataclass(frozen=True)
-class Known:
+class ClipConditioning:
     """What the decoder is told about a clip."""
 
     tokens: Tensor  # b 2 n d: of the head and of the tail key frame; null tokens where dropped for guidance

@@ -86,7 +86,7 @@ class DenoiserConfig:
     kind: Literal["hourglass", "wan", "unet3d"] = "hourglass"
     context_frames: Annotated[int, Range(0, 256)] = 2
     uses_key_latents: bool = True
-    predicts_change: bool = False  # work on what differs from a cross-fade of the key latents (`ChangeDenoiser`)
+    predict_residual: bool = False  # work on what differs from a cross-fade of the key latents (`ResidualDenoiser`)
     depth: Depth = 2  # transformer blocks; `unet3d`: residual layers a level
     heads: Width = 4  # of attention; `unet3d`: at its finest level
     width: Width = 224  # `hourglass`, `wan`: of the transformer
@@ -124,7 +124,9 @@ class SamplingConfig:
     first_variance_scale: Factor | None = None  # the same of a video's first key frame; None: as of the others
     temperature: Factor = 1.0  # of the choice between the mixture's components; 0 takes the likeliest
     flow_steps: Steps = 8  # of the flow head a token or key frame
-    window: Whole = 0  # key frames of the language model's sequence, for any length; 0: all, as many as it holds
+    context_key_frames: Whole = (
+        0  # key frames of the language model's sequence, for any length; 0: all, as many as it holds
+    )
     steps: Steps = 12  # of the denoiser a clip
     decoder_guidance: Guidance = 1.0  # of the denoiser against null tokens
     decoder_temperature: Factor = 1.0  # of its noise: below 1 clips hold together better and move less

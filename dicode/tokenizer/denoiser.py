@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dicode.shapes import ClipLatents
-from dicode.tokenizer.conditioning import Known, cross_faded, input_channels
+from dicode.tokenizer.conditioning import ClipConditioning, cross_faded, input_channels
 from dicode.tokenizer.config import DenoiserConfig
 from dicode.tokenizer.encoder import grid_positions, transformer
 from dicode.tokenizer.unet3d import UNet3D
@@ -26,9 +26,9 @@ def build_denoiser(
     config: DenoiserConfig, latent_channels: int, num_tokens: int, token_width: int, frames: int, size: int
 ) -> nn.Module:
     """The denoiser of a configuration, with random weights, for clips of `frames` latents of `size`×`size`."""
-    if config.predicts_change:
-        plain = replace(config, predicts_change=False)
-        return ChangeDenoiser(build_denoiser(plain, latent_channels, num_tokens, token_width, frames, size), frames)
+    if config.predict_residual:
+        plain = replace(config, predict_residual=False)
+        return ResidualDenoiser(build_denoiser(plain, latent_channels, num_tokens, token_width, frames, size), frames)
     if config.kind == "hourglass":
         return Hourglass(config, latent_channels, num_tokens, token_width, frames, size)
     if config.kind == "wan":
@@ -36,7 +36,7 @@ def build_denoiser(
     return UNet3D(config, latent_channels, token_width)
 
 
-class ChangeDenoiser(nn.Module):
+class ResidualDenoiser(nn.Module):
     """Any denoiser, made to predict what a clip adds to the cross-fade of its key frames. Flow matching only.
 
     Flow matching is linear in the clip: take (1 − t)·fade from what is seen and −fade from what is said, and both speak
@@ -54,7 +54,7 @@ class ChangeDenoiser(nn.Module):
         self.network = network
         self.register_buffer("deviation", torch.ones(frames))
 
-    def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
+    def forward(self, noisy: ClipLatents, timestep: Tensor, known: ClipConditioning) -> ClipLatents:
         """As `Hourglass.forward`."""
         fade = cross_faded(known.key_latents, noisy.shape[1]).to(noisy)
         given = known.keys_mask[:, None].to(noisy)
@@ -109,7 +109,7 @@ class Hourglass(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.get_parameter("bias"))
 
-    def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
+    def forward(self, noisy: ClipLatents, timestep: Tensor, known: ClipConditioning) -> ClipLatents:
         """Noisy latents `b f c h w`, timestep `b` in 0…1000 → prediction `b f c h w`, float32."""
         f = noisy.shape[1]
         h, w = (side // 2 for side in noisy.shape[-2:])
@@ -178,7 +178,7 @@ class Wan(nn.Module):
             num_layers=config.depth,
         )
 
-    def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
+    def forward(self, noisy: ClipLatents, timestep: Tensor, known: ClipConditioning) -> ClipLatents:
         """As `Hourglass.forward`."""
         noisy = noisy.to(self.token_places.dtype)
         x = rearrange(known.channels(noisy, self.config), "b f c h w -> b c f h w")

@@ -17,7 +17,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         linear_code=True,
         encoder=replace(TokenizerConfig().encoder, depth=1),
         resampler=replace(TokenizerConfig().resampler, depth=1),
-        denoiser=DenoiserConfig(predicts_change=True),
+        denoiser=DenoiserConfig(predict_residual=True),
     ),
     # rooms need wider tokens (docs/widths.md); networks add nothing to the linear code that shows (docs/tokens.md)
     "world": TokenizerConfig(
@@ -28,7 +28,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         resampler=replace(
             TokenizerConfig().resampler, width=48, depth=1, head_width=16, feature_width=48, token_width=48
         ),
-        denoiser=DenoiserConfig(predicts_change=True),
+        denoiser=DenoiserConfig(predict_residual=True),
     ),
     # Published (arXiv 2412.04446): OpenCLIP ViT-H/14, DynamiCrafter-256's U-Net without image concatenation, SD's VAE
     "paper_tokenizer_256": TokenizerConfig(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.shapes import ClipLatents
-from dicode.tokenizer.conditioning import Known, input_channels
+from dicode.tokenizer.conditioning import ClipConditioning, input_channels
 from dicode.tokenizer.config import DenoiserConfig
 
 DROPOUT = 0.1  # of residual blocks in training, as public; diffusers has it fixed in temporal convolutions alone
@@ -51,7 +51,7 @@ class UNet3D(nn.Module):
                 module.dropout.p = DROPOUT
         self.register_buffer("null_text", torch.zeros(1, config.text_tokens, config.text_width))
 
-    def forward(self, noisy: ClipLatents, timestep: Tensor, known: Known) -> ClipLatents:
+    def forward(self, noisy: ClipLatents, timestep: Tensor, known: ClipConditioning) -> ClipLatents:
         """Noisy latents `b f c h w`, timestep `b` in 0…999 → prediction `b f c h w`, float32."""
         b, f = noisy.shape[:2]
         noisy = noisy.to(self.unet.dtype)

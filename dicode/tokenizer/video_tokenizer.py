@@ -35,7 +35,7 @@ from dicode.shapes import (
     KeyFrameTokens,
 )
 from dicode.tokenizer.boundaries import blended_stream, key_frame_indices
-from dicode.tokenizer.conditioning import Known
+from dicode.tokenizer.conditioning import ClipConditioning
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import build_denoiser
 from dicode.tokenizer.diffusion import sample, scale_motion
@@ -64,15 +64,15 @@ class VideoTokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        if config.denoiser.predicts_change and config.diffusion.objective != "flow":
+        if config.denoiser.predict_residual and config.diffusion.objective != "flow":
             found = config.diffusion.objective
-            raise ValueError(f"predicts_change: only the objective 'flow' is linear in the clip, found {found}")
+            raise ValueError(f"predict_residual: only the objective 'flow' is linear in the clip, found {found}")
         if config.linear_code and not (config.encoder.reads_latents and config.denoiser.uses_key_latents):
             raise ValueError("linear_code: projects latents to latents; needs an encoder of them, and uses_key_latents")
         if config.tail_frame not in (config.clip_frames, config.clip_frames - 1):
             raise ValueError(f"tail_frame: expected the clip's last frame or the one after it, got {config.tail_frame}")
-        if config.denoiser.predicts_change and (config.repeated_frames or not config.denoiser.uses_key_latents):
-            raise ValueError("predicts_change: needs key latents, and the tail key frame after the clip")
+        if config.denoiser.predict_residual and (config.repeated_frames or not config.denoiser.uses_key_latents):
+            raise ValueError("predict_residual: needs key latents, and the tail key frame after the clip")
         self.config = config
         n, d = config.resampler.queries, config.resampler.token_width
         channels = config.first_stage.latent_channels
@@ -231,7 +231,7 @@ class VideoTokenizer(nn.Module):
         clips = self._at_once(numbered, clips_at_once if joins == "parallel" else 1, draws)
         if joins == "parallel":
             # what predicts the change from a key frame has a clip's first frame right, the key frame itself
-            moves_later = not self.config.denoiser.predicts_change
+            moves_later = not self.config.denoiser.predict_residual
             clips = blended_stream(clips, shares_frame=self.config.repeated_frames > 0, moves_later=moves_later)
         return self._shown(clips)
 
@@ -277,7 +277,7 @@ class VideoTokenizer(nn.Module):
         ]
         noise = torch.stack([normal(shape, seed, "clip", i, clip) for seed, i, clip in places]).to(self.device)
         strides = None if draws.frame_strides is None else torch.tensor(draws.frame_strides).repeat(len(pairs))
-        known = self.known(torch.cat(pairs).to(self.device), before, strides)
+        known = self.conditioning(torch.cat(pairs).to(self.device), before, strides)
         null = dataclasses.replace(
             known,
             tokens=self.null_tokens().to(known.tokens).expand_as(known.tokens),
@@ -306,9 +306,9 @@ class VideoTokenizer(nn.Module):
         latents = self.first_stage.encode(self._pixels_of(before[:, -frames:]))
         return rearrange(latents, "(b f) c h w -> b f c h w", f=frames)
 
-    def known(
+    def conditioning(
         self, pair: DeepTokens, before: ContextLatents | None = None, frame_stride: Tensor | None = None
-    ) -> Known:
+    ) -> ClipConditioning:
         """The denoiser's conditions of clips with these head and tail tokens `b 2 n d` and these frames before.
 
         `frame_stride` holds a number a clip, by default the tokenizer's own.
@@ -322,7 +322,7 @@ class VideoTokenizer(nn.Module):
         if len(frame_stride) != b:
             raise ValueError(f"frame_stride: expected {b}, one a clip, got {len(frame_stride)}")
         given = keys.new_full((b,), float(before is not None))
-        return Known(pair, keys, keys.new_ones(b), context, given, frame_stride.to(keys))
+        return ClipConditioning(pair, keys, keys.new_ones(b), context, given, frame_stride.to(keys))
 
     def frames_of(self, latents: ClipLatents) -> FrameStack:
         """First-stage latents of clips → uint8 frames."""

@@ -15,7 +15,7 @@ from dicode.features.perceptual import mean, perceptual_distance
 SLOPE = 0.2  # of the leaky rectifier
 
 
-class Judged:
+class ReconstructionStats:
     """How images of a validation compare with the real ones, batch by batch."""
 
     def __init__(self) -> None:

@@ -98,7 +98,7 @@ class Chain:
 
     def assemble(self, output: Path, dtype: str) -> None:
         """Join what the stages trained into one checkpoint folder."""
-        tokenizers = [n for n, run in self.stages.items() if isinstance(run, TokenizerRun) and run.denoises]
+        tokenizers = [n for n, run in self.stages.items() if isinstance(run, TokenizerRun) and run.train_denoiser]
         decoders = [n for n, run in self.stages.items() if isinstance(run, FirstStageRun) and run.freeze_encoder]
         lms = [n for n, run in self.stages.items() if isinstance(run, LanguageRun)]
         decoder = self.folders[decoders[-1]] / "best" if decoders else None
@@ -124,7 +124,7 @@ class Chain:
 def check_stages(file: str, stages: Mapping[str, Run], sampling: Mapping[str, Any]) -> None:
     """Raise `ValueError` where what the stages of a file make is no whole model, or its `SAMPLING` is none."""
     runs = stages.values()
-    renders = any(isinstance(run, TokenizerRun) and run.denoises for run in runs)
+    renders = any(isinstance(run, TokenizerRun) and run.train_denoiser for run in runs)
     if not renders or not any(isinstance(run, LanguageRun) for run in runs):
         raise ValueError(f"{file}: expected STAGES with a TokenizerRun that denoises, and a LanguageRun")
     try:

@@ -25,7 +25,7 @@ from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
 from dicode.tokenizer.video_tokenizer import WEIGHTS as TOKENIZER_WEIGHTS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.adversarial import FeatureDiscriminator, Judged, adversarial_losses
+from dicode.train.adversarial import FeatureDiscriminator, ReconstructionStats, adversarial_losses
 from dicode.train.parallel import Processes
 from dicode.train.runs import FirstStageRun
 
@@ -226,7 +226,7 @@ class FirstStageTraining:
         if not self.run.freeze_encoder:
             first_stage.fit_statistics(torch.cat([first_stage.raw_latents(part) for part in sample.split(64)]))
         metrics: dict[str, float] = {}
-        strips, judged = [], Judged()
+        strips, judged = [], ReconstructionStats()
         for source, rows in self.validation.items():
             pixels = frames_to_pixels(self.frames[rows])
             decoded = torch.cat(
@@ -246,7 +246,7 @@ class FirstStageTraining:
             rows, latents = self.rendered_validation
             some = slice(None, None, max(1, len(rows) // 480))
             rendered = [first_stage.decode(part.float().to(device)).cpu() for part in latents[some].split(64)]
-            of_rendered = Judged()
+            of_rendered = ReconstructionStats()
             for both in (judged, of_rendered):
                 self.judge(both, torch.cat(rendered), frames_to_pixels(self.frames[rows[some]]))
             if of_rendered.distances:
@@ -256,7 +256,7 @@ class FirstStageTraining:
         sheet = torch.cat([rearrange(pixels_to_frames(s), "b h w c -> h (b w) c") for s in strips])
         return metrics, Image.fromarray(sheet.numpy())
 
-    def judge(self, judged: Judged, made: Tensor, real: Tensor) -> None:
+    def judge(self, judged: ReconstructionStats, made: Tensor, real: Tensor) -> None:
         """Add images to a comparison, where this run has feature maps to compare them by."""
         if self.feature_maps is None:
             return

@@ -99,12 +99,16 @@ class LanguageTraining:
         named = [name for name in ("init", "body", "vocabulary") if getattr(run, name)]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)}: each brings a vocabulary of its own; name one of them")
-        if not 0 <= run.own_share <= 1:
-            raise ValueError(f"own_share: expected a share of steps, 0 to 1, got {run.own_share}")
-        if run.own_share and run.model.order == "token":
-            raise ValueError("own_share: needs model.order 'keyframe'; in 'token' a key frame is read as it is learnt")
-        if run.own_share and run.loop.strategy == "fsdp":
-            raise ValueError("own_share: needs loop.strategy 'ddp'; under FSDP all processes must draw as often")
+        if not 0 <= run.self_rollout_prob <= 1:
+            raise ValueError(f"self_rollout_prob: expected a share of steps, 0 to 1, got {run.self_rollout_prob}")
+        if run.self_rollout_prob and run.model.order == "token":
+            raise ValueError(
+                "self_rollout_prob: needs model.order 'keyframe'; in 'token' a key frame is read as it is learnt"
+            )
+        if run.self_rollout_prob and run.loop.strategy == "fsdp":
+            raise ValueError(
+                "self_rollout_prob: needs loop.strategy 'ddp'; under FSDP all processes must draw as often"
+            )
         if run.lora.rank and not run.init:
             raise ValueError("lora: name in init the trained language model that is to be adapted")
         self.run = run
@@ -143,7 +147,7 @@ class LanguageTraining:
     def _scorer(self, spec: str, folder: Path) -> Scorer:
         """The scorer. Raises `ValueError` where no clips of this tokenizer's can be shown to it."""
         note = folder.parent / "recipe.json"
-        if note.is_file() and read_json(note)["recipe"].get("run", {}).get("denoises") is False:
+        if note.is_file() and read_json(note)["recipe"].get("run", {}).get("train_denoiser") is False:
             raise ValueError(
                 f"scorer: {folder} has not learnt to render clips; name in tokenizer a run that has, of the same "
                 "tokens, such as runs/NAME-denoiser/best"
@@ -157,7 +161,7 @@ class LanguageTraining:
         return [video.captions for video in self.cache.columns.having(CAPTIONED).spread(MOST_READ)]
 
     def change_said(self) -> str:
-        """A line that says whether `model.predicts_change` fits these videos; nothing where key frames stand alone."""
+        """A line that says whether `model.predict_residual` fits these videos; nothing where key frames stand alone."""
         clip_s = self.tokenizer.config.clip_s
         videos = self.cache.columns.lasting(clip_s).spread(MEASURED_CLIPS)
         if len(videos) < 2 or max((self.run.key_frames, *self.run.longer)) < 2:
@@ -165,10 +169,10 @@ class LanguageTraining:
         tokens = self.tokens[torch.stack([self.key_frame_rows(video, 2) for video in videos])].float()
         change = (tokens[:, 1] - tokens[:, 0]).square().mean().item()
         whole = (tokens[:, 1] - tokens[:, 1].mean(0)).square().mean().item()
-        held, fits = self.run.model.predicts_change, change < whole
+        held, fits = self.run.model.predict_residual, change < whole
         return (
             f"variance of key frames {whole:.3g}, of changes from one to the next {change:.3g} ({len(videos)} clips): "
-            f"model.predicts_change {held} {'fits' if held == fits else 'may not fit, try ' + str(fits)}"
+            f"model.predict_residual {held} {'fits' if held == fits else 'may not fit, try ' + str(fits)}"
         )
 
     def _text(self, body: Path | None) -> TextTokenizer:
@@ -208,7 +212,7 @@ class LanguageTraining:
             texts.append(text)
         mask = torch.stack(masks)
         everywhere = 1 + int(mask[:, 1:].all(0).long().cumprod(0).sum())  # key frames that all samples have
-        goal = self.run.goal_share > 0 and everywhere > 2 and chance() < self.run.goal_share
+        goal = self.run.end_frame_prob > 0 and everywhere > 2 and chance() < self.run.end_frame_prob
         length = everywhere if goal else 1 + int(mask[:, 1:].any(0).sum())
         return {
             "text_ids": self.encode(texts),
@@ -217,7 +221,7 @@ class LanguageTraining:
                 :, :length
             ],  # False, no loss: past the end of a video that does not loop, and the first one of a view
             "goal": torch.tensor(goal),
-            "own": torch.tensor(not goal and self.run.own_share > 0 and chance() < self.run.own_share),
+            "own": torch.tensor(not goal and self.run.self_rollout_prob > 0 and chance() < self.run.self_rollout_prob),
         }
 
     def later_start_s(self, video: CachedVideo, key_frames: int, drawn: float) -> float:

@@ -72,7 +72,7 @@ class Stage(Protocol):
         ...
 
     def weight(self, batch: Any) -> float:
-        """What this loss counts for beside those of a step's other pieces: of how many terms it is the mean."""
+        """What this loss counts for beside those of a step's other micro_batches: of how many terms it is the mean."""
         ...
 
     def validate(self) -> tuple[dict[str, float], Image.Image | None]:
@@ -105,10 +105,10 @@ class Training:
     @classmethod
     def of(cls, stage: Stage, config: LoopConfig, processes: Processes) -> "Training":
         """A run before its first step. Raises `ValueError` where the batch cannot be shared out as asked."""
-        if config.pieces % processes.count or config.optim.batch_size % config.pieces:
+        if config.micro_batches % processes.count or config.optim.batch_size % config.micro_batches:
             raise ValueError(
-                f"batch_size {config.optim.batch_size}: expected a multiple of pieces, and pieces a multiple of the "
-                f"{processes.count} processes; got pieces {config.pieces}"
+                f"batch_size {config.optim.batch_size}: expected a multiple of micro_batches, and those of the "
+                f"{processes.count} processes; got micro_batches {config.micro_batches}"
             )
         shares = config.strategy == "fsdp" and processes.count > 1
         copy = deepcopy(stage.module).cpu() if shares else None
@@ -129,11 +129,11 @@ class Training:
 
     @property
     def own_pieces(self) -> range:
-        """Numbers of the pieces of a step's batch that this process computes."""
-        return range(self.processes.rank, self.config.pieces, self.processes.count)
+        """Numbers of the micro-batches of a step's batch that this process computes."""
+        return range(self.processes.rank, self.config.micro_batches, self.processes.count)
 
     def samples(self, step: int) -> Tensor:
-        """Sample numbers of one step, of all its pieces."""
+        """Sample numbers of one step, of all its micro-batches."""
         return sample_indices(self.stage.num_samples(), self.config.optim.batch_size, self.config.seed, step)
 
     def generator(self, purpose: str, step: int, piece: int) -> torch.Generator:
@@ -249,10 +249,10 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, s
 
 
 def _batches(run: Training, step: int) -> Iterator[dict[int, Any]]:
-    """The batches of this process's pieces, step after step; with `prefetch` made one step ahead, in a thread."""
+    """This process's micro-batches, step after step; with `prefetch` made one step ahead, in a thread."""
 
     def made(step: int) -> dict[int, Any]:
-        indices = run.samples(step).tensor_split(run.config.pieces)
+        indices = run.samples(step).tensor_split(run.config.micro_batches)
         return {p: run.stage.batch(indices[p], run.generator("batch", step, p)) for p in run.own_pieces}
 
     if not run.config.prefetch:

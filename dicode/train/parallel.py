@@ -1,6 +1,6 @@
 """The processes of one training run: `torchrun --nproc-per-node 4 -m dicode train …`, or just this one.
 
-A step's batch is cut into pieces, each with random numbers of its own; process r of n takes the pieces r, r + n, …,
+A step's batch is cut into micro-batches, each with random numbers of its own; process r of n takes r, r + n, …,
 and gradients are averaged over all. So batch and losses are the same whatever the number of processes.
 """
 

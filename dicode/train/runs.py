@@ -63,7 +63,9 @@ class LoopConfig:
     device: str = "auto"
     precision: Precision = "auto"  # bfloat16 where the device has it
     compile: bool = False  # torch.compile: a minute once, then 1.4× the speed on CPUs; language model (docs/log.md)
-    pieces: Count = 1  # in which a step's batch is computed, shared out among processes; changes the random numbers
+    micro_batches: Count = (
+        1  # in which a step's batch is computed, shared out among processes; changes the random numbers
+    )
     strategy: Strategy = "ddp"  # of several processes: each with all weights, or each with its share
     checkpoint_activations: bool = False  # compute blocks a second time in the backward pass instead of keeping them
     prefetch: bool = False  # make the next step's batch in a thread meanwhile: for accelerators
@@ -126,9 +128,9 @@ class TokenizerRun:
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # of the denoiser
-    fits_statistics: bool = True  # False, as published: the normalizer stays as `init` has it, or without effect
+    normalize_tokens: bool = True  # False, as published: the normalizer stays as `init` has it, or without effect
     images_per_step: Whole = 64  # single frames beside the clips, for the key-frame regression
-    denoises: bool = True  # False: images only
+    train_denoiser: bool = True  # False: images only
     token_noise: Factor = 0.2  # highest deviation of noise on the tokens the decoder sees (DESIGN §2.4)
     drop_tokens: Share = 0.1  # share of clips that learn the null condition of guidance
     drop_context: Share = 0.5  # share of clips that see nothing of the clip before
@@ -155,7 +157,9 @@ class LanguageRun:
     key_frames: Count = 3  # of most samples: 4 s
     longer: tuple[Count, ...] = (9, 31)  # key frames of the steps that teach long videos, up to a minute …
     longer_share: tuple[Share, ...] = (0.08, 0.02)  # … and the share of steps of each
-    goal_share: Share = 0.0  # of steps that tell the last key frame beforehand (needs `model.reads_goal`)
+    end_frame_prob: Share = (
+        0.0  # of steps that tell the last key frame beforehand (needs `model.end_frame_conditioning`)
+    )
     from_start: Share = 0.75  # share of samples that begin where the video does; the others anywhere in a loop, or a …
     # … whole number of clips later where a video that does not loop is longer than the sample
     long_captions: Share = 0.4  # share of samples with the expanded caption, where there is one
@@ -167,4 +171,6 @@ class LanguageRun:
     views: Whole = 0  # of every training video (`View`): from them it learns how a picture goes on, not which to draw
     view_share: Share = 0.5  # share of samples that are such views
     scorer: str | None = None  # FILE.py:FUNCTION, as `dicode evaluate` takes it, on videos of a few validation captions
-    own_share: Share = 0.0  # of steps that go on from what the model writes, to mend it (`with_own`); none with a goal
+    self_rollout_prob: Share = (
+        0.0  # of steps that go on from what the model writes, to mend it (`with_own`); none with a goal
+    )

@@ -19,9 +19,9 @@ from dicode.data.cache import CachedVideo, FrameCache, Rows
 from dicode.data.columns import FrameRows
 from dicode.device import Precision, autocast, pick_device
 from dicode.seeds import generator_for
-from dicode.tokenizer.conditioning import Known
+from dicode.tokenizer.conditioning import ClipConditioning
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
-from dicode.tokenizer.denoiser import ChangeDenoiser
+from dicode.tokenizer.denoiser import ResidualDenoiser
 from dicode.tokenizer.diffusion import noised
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
 from dicode.train.first_stage import frames_to_pixels, pixels_to_frames, psnr_db
@@ -95,18 +95,20 @@ def check(run: TokenizerRun) -> None:
         if run.model.denoiser.kind != "unet3d" or not 1 <= least <= most:
             found = f"{run.frame_strides} for {run.model.denoiser.kind!r}"
             raise ValueError(f"frame_strides: expected two numbers from 1 on, for a denoiser 'unet3d', got {found}")
-    if run.freeze_key_frames and not run.denoises:
-        raise ValueError("freeze_key_frames: nothing is left to train where denoises is False")
-    if run.images_per_step % run.loop.pieces:
-        raise ValueError(f"images_per_step: expected a multiple of {run.loop.pieces} pieces, got {run.images_per_step}")
+    if run.freeze_key_frames and not run.train_denoiser:
+        raise ValueError("freeze_key_frames: nothing is left to train where train_denoiser is False")
+    if run.images_per_step % run.loop.micro_batches:
+        raise ValueError(
+            f"images_per_step: expected a multiple of {run.loop.micro_batches} micro-batches, got {run.images_per_step}"
+        )
     if run.loop.compile:
         raise ValueError("loop.compile: compiled denoisers give NaN (docs/log.md); it is for language models alone")
     if run.lora.rank and not run.freeze_key_frames:
         raise ValueError("lora: adapts the denoiser alone; set freeze_key_frames and name the trained model in init")
     if run.model.encoder.kind == "clip" and not run.init:
         raise ValueError("encoder 'clip' stays as it is: name in init a checkpoint that has it (see dicode convert)")
-    if not run.model.denoiser.uses_key_latents and (run.images_per_step or not run.denoises):
-        found = f"{run.images_per_step} and {run.denoises}"
+    if not run.model.denoiser.uses_key_latents and (run.images_per_step or not run.train_denoiser):
+        found = f"{run.images_per_step} and {run.train_denoiser}"
         raise ValueError(f"uses_key_latents is False: expected images_per_step 0 and denoises True, got {found}")
 
 
@@ -118,7 +120,7 @@ class TokenizerTraining:
         self.run = run
         self.head = run.model.denoiser.context_frames  # where among the rows of `clip_rows` the clip begins …
         self.tail = self.head + run.model.tail_frame  # … and its tail key frame lies
-        self.best = "-denoising_loss" if run.denoises else "-key_frame_error"
+        self.best = "-denoising_loss" if run.train_denoiser else "-key_frame_error"
         torch.manual_seed(run.loop.seed)
         self.module = VideoTokenizer(run.model)
         weights = Path(run.first_stage) / FIRST_STAGE_WEIGHTS
@@ -137,7 +139,7 @@ class TokenizerTraining:
             for part in frozen:
                 if part is not None:
                     part.requires_grad_(False)
-        if not run.denoises:
+        if not run.train_denoiser:
             self.module.denoiser.requires_grad_(False)
         if run.lora.rank:
             add_adapters(self.module.denoiser, run.lora, run.loop.seed)
@@ -146,7 +148,7 @@ class TokenizerTraining:
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
         self.rows = self.cache.frame_rows()
         self.videos, judged = self.cache.columns, self.validation.columns
-        if run.denoises:  # what is shorter would teach that nothing moves: it gives key frames alone
+        if run.train_denoiser:  # what is shorter would teach that nothing moves: it gives key frames alone
             self.videos, judged = (videos.lasting(run.model.clip_s) for videos in (self.videos, judged))
             for split, videos in (("training", self.videos), ("validation", judged)):
                 if not videos:
@@ -158,10 +160,10 @@ class TokenizerTraining:
         if self.module.linear_code is not None and not run.init:
             fit_linear_code(self.module, self.latents, self.rows)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
-        if isinstance(self.module.denoiser, ChangeDenoiser) and not run.lora.rank:
+        if isinstance(self.module.denoiser, ResidualDenoiser) and not run.lora.rank:
             self._measure_change(self.module.denoiser)
 
-    def _measure_change(self, denoiser: ChangeDenoiser) -> None:
+    def _measure_change(self, denoiser: ResidualDenoiser) -> None:
         """Tell the denoiser how far frames lie from a cross-fade of their key frames, from up to 512 training clips."""
         rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(512)])
         clips = self.latents[rows[:, self.head :], 0].float()
@@ -216,10 +218,10 @@ class TokenizerTraining:
         places = list(zip(videos, starts.tolist(), strides, strict=True))
         rows = torch.stack([self.clip_rows(*place) for place in places])
         before_s = [self.start_s(*place) - self.head / self.fps_of(place[2]) for place in places]
-        images = self.run.images_per_step // self.run.loop.pieces
+        images = self.run.images_per_step // self.run.loop.micro_batches
         keys = self.rows[torch.randint(len(self.rows), (images,), generator=generator)]
         flips = torch.randint(1 + self.run.mirror, (len(keys),), generator=generator)
-        if self.run.denoises:
+        if self.run.train_denoiser:
             keys = torch.cat([rows[:, self.head], rows[:, self.tail], keys])
             flips = torch.cat([mirrored, mirrored, flips])
         return {
@@ -292,7 +294,7 @@ class TokenizerTraining:
         losses = {}
         if self.module.key_head is not None:
             losses["key_frame_error"] = functional.mse_loss(predicted, key_latents)
-        if self.run.denoises:
+        if self.run.train_denoiser:
             context, stride = clips[:, : self.head], batch["frame_stride"].to(clips)
             known = self.told(noisy_tokens, predicted.detach(), context, batch["has_context"], stride, generator)
             losses["denoising_loss"] = self.denoising_loss(self.within(clips), known, generator)
@@ -308,7 +310,7 @@ class TokenizerTraining:
         if not self.run.model.encoder.reads_latents:
             self.module.encoder.eval()
         # the linear code is exact only for the statistics it was fitted with: those of a batch are noise to it
-        if self.run.freeze_key_frames or not self.run.fits_statistics or self.module.linear_code is not None:
+        if self.run.freeze_key_frames or not self.run.normalize_tokens or self.module.linear_code is not None:
             self.module.normalizer.eval()
 
     def told(
@@ -319,13 +321,13 @@ class TokenizerTraining:
         has_context: Tensor,
         frame_stride: Tensor,
         generator: torch.Generator,
-    ) -> Known:
+    ) -> ClipConditioning:
         """The conditions the denoiser is trained with: now and then without key frames, or without context."""
         b = len(context)
         kept = (torch.rand(b, generator=generator) >= self.run.drop_tokens).to(tokens.device)
         seen = ((torch.rand(b, generator=generator) >= self.run.drop_context) & has_context).to(tokens)
         self.module.normalizer.eval()  # a single image has no statistics
-        return Known(
+        return ClipConditioning(
             tokens=torch.where(kept[:, None, None, None], pairs(tokens[: 2 * b]), self.module.null_tokens()),
             key_latents=pairs(key_latents[: 2 * b]) * kept[:, None, None, None, None],
             keys_mask=kept.to(tokens),
@@ -338,7 +340,7 @@ class TokenizerTraining:
         """The clips themselves, without the frames before and after them."""
         return clips[:, self.head : self.head + self.run.model.clip_frames]
 
-    def denoising_loss(self, clips: Tensor, known: Known, generator: torch.Generator) -> Tensor:
+    def denoising_loss(self, clips: Tensor, known: ClipConditioning, generator: torch.Generator) -> Tensor:
         """Mean squared error of the denoiser's prediction at random times; hidden context is zeroed by its mask."""
         known = replace(known, context=known.context * known.context_mask[:, None, None, None, None])
         noise = torch.randn(clips.shape, generator=generator).to(clips)
@@ -348,7 +350,7 @@ class TokenizerTraining:
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         """Key-frame error and PSNR, denoising loss with fixed noise; a sheet of real, key-head and rendered frames."""
         module, device, size = self.module, self.module.device, self.run.model.size
-        if self.run.fits_statistics and not self.run.freeze_key_frames:
+        if self.run.normalize_tokens and not self.run.freeze_key_frames:
             frames = self.rows.spread(FITTED_FRAMES).split(at_once(64, size))
             module.fit_statistics([self.sources(part, torch.zeros_like(part)).to(device) for part in frames])
         generator = generator_for(0, "validation")
@@ -362,8 +364,8 @@ class TokenizerTraining:
                 predicted = module.key_latents(tokens)[: len(part)]
                 errors.append(functional.mse_loss(predicted, head))
                 psnrs.append(psnr_db(module.first_stage.decode(predicted), module.first_stage.decode(head)))
-            if self.run.denoises:
-                known = module.known(pairs(tokens), clips[:, : self.head])
+            if self.run.train_denoiser:
+                known = module.conditioning(pairs(tokens), clips[:, : self.head])
                 known = replace(known, context_mask=known.context_mask * loops)  # nothing is before the others' start
                 losses.append(self.denoising_loss(self.within(clips), known, generator))
         metrics = {"key_frame_error": errors, "key_frame_psnr_db": psnrs, "denoising_loss": losses}
@@ -383,7 +385,7 @@ class TokenizerTraining:
         columns = [module.frames_of(clips[:, ::3])]
         if module.key_head is not None:
             columns.append(pixels_to_frames(module.first_stage.decode(module.key_latents(pair[:, 0])))[:, None])
-        if self.run.denoises:
+        if self.run.train_denoiser:
             columns.append(next(module.decode(pair, seed=0))[:, ::3])
         strips = [rearrange(column.cpu(), "b f h w c -> (b h) (f w) c") for column in columns]
         return Image.fromarray(torch.cat(strips, dim=1).numpy())
@@ -394,7 +396,7 @@ class TokenizerTraining:
 
 
 def pairs(heads_then_tails: Tensor) -> Tensor:
-    """`(2 b) …` → `b 2 …`, as `Known` has them."""
+    """`(2 b) …` → `b 2 …`, as `ClipConditioning` has them."""
     return rearrange(heads_then_tails, "(two b) ... -> b two ...", two=2)
 
 

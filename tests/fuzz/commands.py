@@ -37,7 +37,7 @@ generate x -o notes.md | generate x -o clips --model model | generate x -o . --m
 generate x -o /dev/full/a.mp4 --model model | generate x -o image.png --model model
 finetune clips -o model --batch-size 0 | finetune clips -o clips --steps 1 | finetune clips -o new --steps 1000000000 --lr nan
 finetune fifo -o new | finetune -o new | finetune clips -o notes.md | finetune clips -o "" --steps 1
-info --pieces 0 | info recipe.py | info nothing.py | info notes.md | info broken.py | info raises.py | info model --gpus 0
+info --micro-batches 0 | info recipe.py | info nothing.py | info notes.md | info broken.py | info raises.py | info model --gpus 0
 info recipe.py:gone | info recipe.py:odd | info model --mfu nan | info model --json no/where.json | info plain.py
 train --run-folder X recipe.py:odd | train recipe.py | train broken.py:lm | train raises.py:lm | train deeprecipe.py:lm
 train tokenizers.py:lm | train recipe.py:odd --steps nan | train recipe.py:odd --steps x | train recipe.py:strict --share 7
@@ -47,7 +47,7 @@ data cache clips -o new --dedupe -1 | data cache clips -o new --workers 0 | data
 data cache clips -o notes.md | data index fifo | data index bigfield | data index . | data sheet clips -o x.txt | data index
 data verify clips | data verify notes.md | data encode clips | data export clips -o new | data sheet clips -o clips
 assemble model model -o clips | assemble model model -o . | assemble model model -o model --dtype int8 | assemble clips model -o new
-assemble model model -o notes.md | assemble model model -o new --window -1 | assemble model model -o "" | widen model --token-width 0 -o new
+assemble model model -o notes.md | assemble model model -o new --context-key-frames -1 | assemble model model -o "" | widen model --token-width 0 -o new
 convert vae binary.bin -o new | convert clip model -o model | convert official -o new | convert official --lm fifo -o new
 convert dynamicrafter pickled.bin -o new | convert vae fifo -o new | convert official --tokenizer notes.md -o clips
 evaluate model --cache clips | evaluate model --cache nowhere --repeats 0 | evaluate model --cache clips --features I3D=binary.bin

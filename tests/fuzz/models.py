@@ -42,7 +42,7 @@ def write_tiny(folder: Path, kind: str = "own", **changes: Any) -> Path:
         components=2,
         flow_width=16,
         flow_depth=1,
-        reads_goal=True,
+        end_frame_conditioning=True,
     )
     torch.manual_seed(1)
     lm = DeepTokenLM(config, TextTokenizer.train(CAPTIONS, 300))
