@@ -414,7 +414,7 @@ def test_a_plan_finds_the_fewest_pieces_that_fit(runs, monkeypatch) -> None:
     assert (tight.fits, tight.fewest_micro_batches) == (False, 3)
     assert roomy.step_s == pytest.approx(roomy.step_flops / 0.5e12, rel=0.05)
     assert roomy.days * 86_400 == pytest.approx(runs["lm"].loop.optim.steps * roomy.step_s)
-    with pytest.raises(ValueError, match="a multiple of 4 GPUs; got 2 micro-batches"):
+    with pytest.raises(ValueError, match="those of 4 GPUs; got 2 micro-batches"):
         planner.plan(4, GPUS["l4"], 0.5)
 
 
@@ -470,7 +470,7 @@ def test_info_of_a_recipe_plans_all_its_runs_as_flags_change_them(capsys, tmp_pa
     plan = kept["small"]["2 GPUs"]
     assert (plan["micro_batches"], plan["strategy"], plan["batch_size"], plan["fits"]) == (8, "fsdp", 16, True)
     assert main(["info", f"{recipe}:tiny", "--gpus", "2"]) == 2
-    assert "micro-batches a multiple of 2 GPUs; got 1 micro-batches" in capsys.readouterr().err
+    assert "those of 2 GPUs; got 1 micro-batches" in capsys.readouterr().err
     assert main(["info", f"{recipe}:tiny", "--gpu", "a100-80"]) == 2
     assert "did you mean 'a100-80gb'" in capsys.readouterr().err
 
