@@ -29,7 +29,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python docs/figures.py --check
+	$(BIN)/python tools/figures.py --check
 
 clean:
 	rm -rf $(VENV) build dist demo.mp4 demo.json demo.png .pytest_cache .mypy_cache .ruff_cache

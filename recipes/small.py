@@ -24,7 +24,7 @@ SIZE = 16
 MODEL = TokenizerConfig(
     key_head_width=48,
     key_head_depth=1,
-    linear_code=True,  # fitted at once; the networks beside it add little (docs/tokens.md)
+    linear_code=True,  # fitted at once; the networks beside it add little (studies/tokens)
     # no convolutions at full resolution but the last one: half of the time, and flat areas need none
     first_stage=FirstStageConfig(channels=(3 * SIZE,) * 4, encoder_blocks=(0, 1, 2, 2), decoder_blocks=(2, 2, 1, 0)),
     encoder=EncoderConfig(width=48, depth=1, heads=3),

@@ -76,7 +76,7 @@ def first_stage_decoder() -> FirstStageRun:
 def key_frames() -> TokenizerRun:
     """Encoder, resampler and key-frame head on single frames: fixes what the deep tokens are.
 
-    They begin with a linear code fitted to the latents and learn what to add to it (docs/tokens.md).
+    They begin with a linear code fitted to the latents and learn what to add to it (studies/tokens).
     """
     return TokenizerRun(
         model=MODEL,
@@ -119,7 +119,7 @@ def lm() -> LanguageRun:
     """A 2.9 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB.
 
     Strong noise on the tokens it reads makes it read the caption, Muon learns captions by heart faster (docs/log.md).
-    Key frames by flow matching with swapped words are the best of ten arrangements (docs/heads.md); the box's was
+    Key frames by flow matching with swapped words are the best of ten arrangements (studies/heads); the box's was
     trained before there were swaps.
     """
     return LanguageRun(

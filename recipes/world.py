@@ -16,7 +16,7 @@ The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 0.75 --
 --decoder-guidance 1.5 --motion-scale 1.3 --context-key-frames 6` as well.
 Batches are for an accelerator, where `--loop.prefetch` helps. In place of `sprites` and of one another, stages of the
 box began with releases before, which had begun there: its tokens of 48 numbers are those of 32 that the fourth edition
-had, widened (docs/widths.md) and trained on, and `denoiser` and `lm_own` are what the sixth added to the fifth.
+had, widened (studies/widths) and trained on, and `denoiser` and `lm_own` are what the sixth added to the fifth.
 Hours, results, and what was continued on a CPU: docs/log.md.
 """
 
@@ -77,7 +77,7 @@ def first_stage_decoder() -> FirstStageRun:
 
 
 def key_frames() -> TokenizerRun:
-    """The linear code, fitted, and small networks beside it, which add little (docs/tokens.md)."""
+    """The linear code, fitted, and small networks beside it, which add little (studies/tokens)."""
     return TokenizerRun(
         cache=CACHE,
         first_stage="runs/world-first_stage/best",

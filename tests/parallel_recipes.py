@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from test_golden import RECIPES, toy
-from test_video_text import SMALL
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -28,8 +27,7 @@ STEPS, PIECES = 3, 2
 NAMES = (
     "sprites:first_stage", "sprites:first_stage_decoder", "sprites:key_frames", "sprites:denoiser", "sprites:lm",
     "world:first_stage", "world:first_stage_decoder", "world:key_frames", "world:denoiser", "world:lm", "world:lm_own",
-    "paper:paper_tokenizer_256", "paper:gpt2_mini", "paper:llama_1b", "heads:run", "scale:llama_200k",
-    "scale_large:llama_19m", "video_text:run",
+    "paper:paper_tokenizer_256", "paper:gpt2_mini", "paper:llama_1b",
 )  # fmt: skip
 COMPARED = (
     "sprites:first_stage",
@@ -43,12 +41,7 @@ SHARED = ("sprites:first_stage", "sprites:denoiser", "sprites:lm", "paper:gpt2_m
 
 def recipe(name: str, root: Path, strategy: Strategy = "ddp") -> Run:
     """A recipe at toy size; what it does in some of its steps it does in about half of these."""
-    if name == "video_text:run":
-        run: Run = dataclasses.replace(
-            load_run(f"{RECIPES}/video_text.py:run"), caches=(f"{root}/video_text",), model=SMALL
-        )
-    else:
-        run = toy(load_run(f"{RECIPES / name.partition(':')[0]}.py:{name.partition(':')[2]}"), root)
+    run = toy(load_run(f"{RECIPES / name.partition(':')[0]}.py:{name.partition(':')[2]}"), root)
     if isinstance(run, LanguageRun):
         shares = {
             "end_frame_prob": 0.5 * run.model.end_frame_conditioning,

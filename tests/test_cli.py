@@ -49,7 +49,6 @@ FLAGS = {
     "assemble": "--context-key-frames --decoder-guidance --decoder-temperature "
     "--dtype --eta --first-stage --first-variance-scale --flow-steps --guidance --guidance-rescale --help --joins "
     "--last --motion-scale --output --steps --temperature --variance-scale",
-    "widen": "--cache --device --help --output --token-width",
     "evaluate": "--cache --device --dtype --features --help --long-prompts --long-seconds --output --parts "
     "--prompts --quick --repeats --report --scorer --seed --sheets",
     "benchmark": "--help",
@@ -67,8 +66,6 @@ FLAGS = {
     "data encode": "--device --help --mirror --model",
     "data export": "--help --output",
     "data sheet": "--count --help --output --seed --size",
-    "scale": "--device --dry-run --family --help --micro-batches --output --samples --seeds --studies --tflops "
-    "--tokenizer --work-folder",
     "info": "--batch-size --checkpoint-activations --gpu --gpus --help --here --json --mfu --micro-batches "
     "--revision --strategy",
 }

@@ -17,7 +17,6 @@ from dicode.evaluate.report import page
 from dicode.evaluate.scores import Score, Seen, blindness, marked_blind
 from dicode.features.extract import EfficientNetLite0Features
 from dicode.features.tinyvt import TinyVT
-from dicode.scale_command import t_interval
 
 Made = list[int]
 
@@ -115,15 +114,6 @@ def test_errors_count_where_the_real_clip_moves() -> None:
     assert psnr_in_motion([hold_head(clip)], [clip]) is None
     both = psnr_in_motion([hold_head(clip), clip], [clip, clip])
     assert both is not None and (both.value, both.n) == (60.0, 1)
-
-
-@pytest.mark.parametrize(("seeds", "quantile"), [(2, 12.706), (5, 2.776), (6, 2.571), (10, 2.262), (30, 2.045)])
-def test_intervals_over_seeds_are_student_s(seeds: int, quantile: float) -> None:
-    values = np.random.default_rng(seeds).normal(size=seeds)
-    made = t_interval(values)
-    assert made is not None
-    half = quantile * values.std(ddof=1) / np.sqrt(seeds)
-    assert made == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-3)
 
 
 def test_features_go_with_the_cache_that_they_are_of(tmp_path: Path, counted: Made) -> None:

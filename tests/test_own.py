@@ -12,7 +12,6 @@ from test_lm_deep_lm import PROMPTS, build, written
 from test_views import run_of
 
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.scale_command import counted
 from dicode.seeds import generator_for
 from dicode.train.lm import LanguageTraining
 from dicode.train.own import FLOW_STEPS, with_own
@@ -143,9 +142,3 @@ def test_what_cannot_go_on_from_its_own_is_refused(tiny_model: Path, tmp_path: P
     ):
         with pytest.raises(ValueError, match=rf"self_rollout_prob: .*{named}"):
             LanguageTraining(dataclasses.replace(run, **changes))
-
-
-def test_such_a_run_can_be_planned(tiny_model: Path, tmp_path: Path) -> None:
-    run = dataclasses.replace(run_of(tiny_model, tmp_path), self_rollout_prob=0.5, longer=(), longer_share=())
-    plain = dataclasses.replace(run, self_rollout_prob=0.0)
-    assert counted(run) == counted(plain)

@@ -18,7 +18,6 @@ from parallel_recipes import NAMES as RECIPES
 from parallel_worker import STEPS, parallel_run
 from safetensors.torch import load_file
 from test_training import loop, runs, write_cache
-from test_video_text import drawn_cache
 from torch import nn
 
 from dicode.seeds import generator_for
@@ -50,7 +49,6 @@ def launch(processes: int, worker: str, *arguments: object) -> None:
 def recipes(root: Path) -> dict[str, Any]:
     """The first steps of every bundled recipe: of one process under its name, of two under the strategy too."""
     pytest.importorskip("efficientnet_lite_pytorch")
-    drawn_cache(root / "video_text", 17)
     alone = {name: parallel_recipes.first_steps(recipe(name, root), Processes()) for name in COMPARED}
     asked = [*(f"ddp:{name}" for name in RECIPES), *(f"fsdp:{name}" for name in SHARED)]
     launch(2, "parallel_recipes.py", root, root / "recipes.json", *asked)

@@ -1,6 +1,6 @@
 """How much clips move that continue a video, against the clips of one run: motion is the mean step of pixel levels.
 
-    python docs/continue.py MODEL CAPTIONS.jsonl
+    python tools/continue.py MODEL CAPTIONS.jsonl
 
 Writes results/continue.json: five captions, 8 s of each in one run (seed 3), and the same from its first 2 s by three
 continuations of 2 s (seeds 11 to 13), each of the 2 s before it, then one continuation of the run's first 6 s.
@@ -62,7 +62,7 @@ def main() -> None:
         figures,
         len(LINES),
         3,
-        f"python docs/continue.py {name} {captions}",
+        f"python tools/continue.py {name} {captions}",
     )
 
 

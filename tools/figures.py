@@ -7,17 +7,17 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-START, END = "<!-- figures: docs/figures.py -->", "<!-- end of figures -->"
+START, END = "<!-- figures -->", "<!-- end of figures -->"
 
 
 def main() -> int:
     """Rewrite the block between the marks in each file; returns 1 where `--check` finds a stale one."""
     table = figures("sprites")
     tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/plans.md": plans()}
-    tables |= {"docs/tokens.md": tokens(), "docs/widths.md": widths(), "docs/evaluation.md": video_text()}
-    tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
+    tables |= {"studies/tokens/README.md": tokens(), "studies/widths/README.md": widths()}
+    tables["docs/evaluation.md"] = tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
     tables["dicode/checkpoints/world/README.md"] = tables["docs/world.md"] = figures("world")
-    tables |= {"docs/scale.md": scaling(), "docs/motion.md": motion_scale()}
+    tables |= {"studies/scale/README.md": scaling(), "studies/motion/README.md": motion_scale()}
     stale = []
     for path, table in ((ROOT / name, table) for name, table in tables.items()):
         text = path.read_text(encoding="utf-8")

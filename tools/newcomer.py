@@ -1,6 +1,6 @@
 """The newcomer's hour: from a folder of clips to videos of prompts, by the commands of docs/train.md alone, each timed.
 
-    python docs/newcomer.py ../shared/data/emoji --clips 600 --minutes 50 --work /tmp/newcomer
+    python tools/newcomer.py ../shared/data/emoji --clips 600 --minutes 50 --work /tmp/newcomer
 
 writes results/newcomer.json and docs/newcomer.webp. On a processor forced to AVX2 and float32, put before it
 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2. The same command goes on where it was

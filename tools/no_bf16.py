@@ -1,7 +1,7 @@
 """Seconds a training step takes on a processor without bfloat16: this commit's, and those of one before.
 
     git worktree add /tmp/before eb730ed
-    python docs/no_bf16.py /tmp/before results/no-bf16.json      # under four minutes on two idle cores
+    python tools/no_bf16.py /tmp/before results/no-bf16.json      # under four minutes on two idle cores
 
 The processor is held to AVX2 (`ONEDNN_MAX_CPU_ISA`), and the same recipes are run by either commit with the same
 command: random weights at their real sizes, drawn clips, steps with their batches, the first left out.

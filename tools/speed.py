@@ -1,6 +1,6 @@
 """Seconds that videos take: one of four seconds, one of a minute, 64 at once, in float32 and bfloat16.
 
-python docs/speed.py world cuda results/world-speed-h200.json
+python tools/speed.py world cuda results/world-speed-h200.json
 """
 
 import sys
@@ -33,7 +33,7 @@ def main() -> None:
                 "median_s": repeats_score(np.median, np.array(took[1:])),
                 "frames": frames,
             }
-    write_result(out, f"{name}: speed", values, REPEATS, 0, "python docs/speed.py " + " ".join(sys.argv[1:]), device)
+    write_result(out, f"{name}: speed", values, REPEATS, 0, "python tools/speed.py " + " ".join(sys.argv[1:]), device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast the recipes of the model in the box train here, and where the time of a step goes.
 
-    python tests/throughput.py cache/sprites results/throughput.json
+    python tools/throughput.py cache/sprites results/throughput.json
 
 Each stage takes up to 20 s; `loader_ratio` is how much faster batches are made than steps consume them.
 """

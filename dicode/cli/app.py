@@ -37,14 +37,12 @@ from dicode.cli.flags import (
     Info,
     Official,
     Reconstruct,
-    Scale,
     Sheet,
     Tokenize,
     Train,
     TrainAll,
     Vae,
     Verify,
-    Widen,
 )
 from dicode.config import check_ranges, raised_in
 from dicode.stopwatch import Stopwatch
@@ -58,10 +56,9 @@ RECIPE = re.compile(r"\.py(:|$)")
 
 COMMANDS = {
     "dicode.cli.generate": (Generate,),
-    "dicode.cli.train": (Tokenize, Reconstruct, Train, TrainAll, Assemble, Widen),
+    "dicode.cli.train": (Tokenize, Reconstruct, Train, TrainAll, Assemble),
     "dicode.cli.finetune": (Finetune,),
     "dicode.cli.info": (Info,),
-    "dicode.scale_command": (Scale,),
     "dicode.cli.data": (Index, Cache, Check, Verify, Encode, Export, Sheet),
     "dicode.cli.evaluate": (Evaluate,),
     "dicode.evaluate.tune": (Tune,),
@@ -166,7 +163,7 @@ def _parsed(argv: list[str]) -> Any:
         flags.remove(recipes[0])
         return _parse_train(recipes[0], flags)
     app, benchmark, data, convert = (SubcommandApp() for _ in range(4))
-    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Widen, Evaluate, Tune, Scale, Info):
+    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Tune, Info):
         app.command(name=command.__name__.lower())(command)
     for protocol in (Ucf101, Msrvtt, Vbench):
         benchmark.command(name=protocol.__name__.lower())(protocol)

@@ -22,13 +22,12 @@ class Evaluate:
     output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON files
     sheets: Path | None = None  # folder for contact sheets; the report shows those of other parts that lie there too
     report: Path | None = None  # one HTML file of all parts that the folder of results has of this model
-    parts: tuple[Literal["generation", "reconstruction", "ranking", "instructions", "speed", "long"], ...] = (
+    parts: tuple[Literal["generation", "reconstruction", "instructions", "speed", "long"], ...] = (
         "generation",
         "reconstruction",
-        "ranking",  # do the metrics rank known cases? real, reconstruction, generation, shuffled frames, noise
         "speed",
     )
-    quick: bool = False  # a first look of a minute or so: few clips, without ranking, speed, instructions, long
+    quick: bool = False  # a first look of a minute or so: few clips, without speed, instructions, long
     # FILE.py:FUNCTION, of uint8 frames f h w c, whose dict is compared with the keys of caption lines: accuracy by key
     scorer: Annotated[str | None, arg(metavar="FILE.py:FUNCTION")] = None
     # networks to measure with; EffLite0 always does. More: I3D=PATH, C3D=PATH, Inception=PATH, CLIP=ID_OR_FOLDER

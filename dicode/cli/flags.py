@@ -23,7 +23,6 @@ from dicode.config import (
     Unicode,
     UpTo1000,
     Whole,
-    Width,
 )
 from dicode.tokenizer.config import Joins
 
@@ -208,42 +207,6 @@ class Assemble:
     dtype: Dtype | Literal["int8"] = "float16"  # of the weights on disk; int8: of matrices, with a scale a row
     write: Write = WriteFlags()  # kept as the model's own sampling; left out: the tokenizer's
     render: Render = RenderFlags()
-
-
-@dataclass(frozen=True)
-class Widen:
-    """Write a model of wider deep tokens to train on from: the first numbers of each token stay those of another model.
-
-    What the further ones tell is fitted to a cache; denoiser and language model say what they said until trained.
-    """
-
-    model: Model  # with linear code, hourglass and flow head: in the box, a checkpoint folder, or owner/name on the Hub
-    token_width: Width  # numbers a token
-    output: Annotated[Path, arg(aliases=("-o",))]  # the checkpoint folder to write
-    cache: Path = Path("cache/world")  # real clips, from `dicode data cache`
-    device: str = "auto"  # of the latents that it is fitted to: cpu, cuda, mps
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Train language models of several sizes on equal data: loss and text alignment against parameters and FLOPs.
-
-    The same command goes on where it was stopped; torchrun shares the work of each run among processes.
-    """
-
-    caches: Annotated[Positional[tuple[str, ...]], arg(metavar="CACHE …")]  # from `dicode data cache`, taken as one
-    family: str = "recipes/scale.py"  # a file of recipes: its language models, from the smallest on
-    tokenizer: str = "dicode/checkpoints/sprites"  # whose deep tokens
-    seeds: Annotated[int, Range(1, 1000)] = 3  # runs a size
-    samples: Count | None = None  # training samples a run; default: as many as the recipes say
-    micro_batches: Count | None = None  # to cut a batch into, a multiple of the processes; default: as the recipes say
-    # in place of the sizes one thing changed at a time, of the family's second: results in ablations.json
-    studies: tuple[Literal["tokens", "width", "head", "noise", "joins"], ...] = ()
-    work_folder: Path = Path("runs/scale")  # of the runs
-    output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON file, named as the family is
-    dry_run: bool = False  # only say what sizes and FLOPs there are, and hours
-    device: str = "auto"  # cpu, cuda, mps
-    tflops: Positive = 0.15  # of the machine that the hours are of, by the second and in use
 
 
 @dataclass(frozen=True)

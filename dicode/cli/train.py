@@ -1,4 +1,4 @@
-"""What `dicode train`, `assemble` and `widen` do; their flags are in `flags.py`."""
+"""What `dicode train` and `assemble` do; their flags are in `flags.py`."""
 
 import sys
 from pathlib import Path
@@ -7,10 +7,9 @@ import torch
 
 from dicode import __version__
 from dicode.checkpoint import check_model_folder
-from dicode.cli.flags import Assemble, Info, Train, TrainAll, Widen
+from dicode.cli.flags import Assemble, Info, Train, TrainAll
 from dicode.cli.tokenize import asked_sampling
 from dicode.config import config_to_dict, missing_extra
-from dicode.data.cache import FrameCache
 from dicode.files import check_parent
 from dicode.stopwatch import Stopwatch
 
@@ -69,15 +68,4 @@ def assemble(command: Assemble, watch: Stopwatch) -> int:
     folders = [last_of(path) if command.last else path for path in (command.tokenizer, command.lm)]
     later = last_of(command.first_stage) if command.last and command.first_stage else command.first_stage
     join(folders[0], folders[1], command.output, later, dtype, **options)
-    return info(Info(str(command.output)), watch)
-
-
-def widen(command: Widen, watch: Stopwatch) -> int:
-    """Says what came out, as `dicode info` does."""
-    try:
-        from dicode.cli.info import info
-        from dicode.train.widen import widen as write_wider
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "train") from error
-    write_wider(command.model, command.token_width, FrameCache.load(command.cache), command.output, command.device)
     return info(Info(str(command.output)), watch)

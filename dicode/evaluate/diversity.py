@@ -1,4 +1,4 @@
-"""What a language model's samples are worth as a distribution, without the decoder: to compare its heads."""
+"""How far apart samples of one caption are, against its real clips."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +12,6 @@ from dicode.features.metrics import Interval, bootstrap_interval, mean_pair_dist
 
 
 @dataclass(frozen=True)
-class EnergyScore:
-    """Mean energy score a condition, divided by √width: lower is better, least for samples of the true distribution."""
-
-    mean: float  # error - spread / 2
-    interval: Interval  # 95 %, over conditions
-    error: float  # mean distance of a sample to the truth, by √width
-    spread: float  # mean distance of two samples of a condition, by √width
-    n: int  # conditions
-
-
-@dataclass(frozen=True)
 class Diversity:
     """Mean distance of two samples of a caption over that of two real clips of it: 1 as diverse as they are."""
 
@@ -31,33 +20,6 @@ class Diversity:
     generated: float
     real: float
     n: int  # captions
-
-
-def energy_score(
-    samples: Sequence[Float[ndarray, "_s width"]], truths: Sequence[Float[ndarray, "width"]], seed: int = 0
-) -> EnergyScore:
-    """E‖X-y‖ - ½E‖X-X'‖ of each condition's samples X and its truth y (Gneiting & Raftery 2007, equation 22).
-
-    A proper score: unlike a distance to the truth alone it does not reward writing the mean. The second expectation is
-    over pairs of different samples, without bias. Raises `ValueError` for fewer than 2 samples. `seed` is the
-    bootstrap's.
-    """
-    _check_pairs("truths", truths, "conditions", samples)
-    rows = []
-    for drawn, truth in zip(samples, truths, strict=True):
-        if drawn.shape[1:] != truth.shape:
-            raise ValueError(f"expected samples of the truth's width {len(truth)}, got samples {drawn.shape}")
-        error = float(np.linalg.norm(drawn.astype(np.float64) - truth, axis=1).mean())
-        rows.append(np.array([error, mean_pair_distance(drawn)]) / np.sqrt(len(truth)))
-    parts = np.stack(rows)
-    scores = parts[:, 0] - parts[:, 1] / 2
-    return EnergyScore(
-        mean=float(scores.mean()),
-        interval=bootstrap_interval(np.mean, scores, seed=seed),
-        error=float(parts[:, 0].mean()),
-        spread=float(parts[:, 1].mean()),
-        n=len(scores),
-    )
 
 
 def diversity(

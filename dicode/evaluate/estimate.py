@@ -35,7 +35,6 @@ def work_of(
     prompts: int,
     diverse: int,
     images: int,
-    ranked: int,
     scored: int,
     repeats: int,
     long: int,
@@ -49,14 +48,13 @@ def work_of(
     every = {
         "generation": Work(prompts + diverse, 0, missing + prompts + diverse + validation),
         "reconstruction": Work(0, 0, 6 * validation),  # itself and five baselines
-        "ranking": Work(0, 0, 5 * ranked),  # cases
         "instructions": Work(3 * images, 0, 4 * images),
         "scorer": Work(scored, scored, 0),
         "speed": Work(2 * (2 * repeats + 1), 0, 0, repeats),
         "long": Work(kinds * long + repeats * (long // 4), 0, kinds * long, 2 * repeats),
     }
     made: dict[str, Work] = {}
-    shared = {"generated": ("generation", "ranking"), "reconstructed": ("reconstruction", "ranking")}
+    shared = {"generated": ("generation",), "reconstructed": ("reconstruction",)}
     for part in parts:
         first = [kind for kind, users in shared.items() if part in users and not set(users) & made.keys()]
         more = Work(**dict.fromkeys(first, validation))

@@ -121,7 +121,7 @@ def section(part: str, result: Mapping[str, Any], sheet: Image.Image | None) -> 
     listed = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
     values = dict(result["values"])
     blind = "".join(f'<p class="bad">{escape(why)}</p>' for why in values.pop("blind", {}).values())
-    body = ranking(values) if part == "ranking" else drifts(values) + figures(values)
+    body = drifts(values) + figures(values)
     picture = ""
     if sheet is not None:
         picture = f'<h3>Clips</h3><div class="wide"><img alt="contact sheet: {part}" src="{data_uri(sheet)}"></div>'
@@ -184,32 +184,6 @@ def figure_of(value: Any) -> Figure | None:
         return None
     low_high = None if value[interval] is None else (float(value[interval][0]), float(value[interval][1]))
     return Figure(float(next(iter(value.values()))), low_high, value.get("n"))
-
-
-def ranking(values: Mapping[str, Any]) -> str:
-    """The table of known cases, a metric a row, and which rows are in the known order."""
-    head = "".join(f"<th>{case}</th>" for case in values["cases"])
-    rows = []
-    for metric, row in values["metrics"].items():
-        cells = []
-        for item in row["cases"].values():
-            own = figure_of(item)
-            said = escape(str(item)) if own is None else f"{short(own.value)}<br>{within(own)}"
-            cells.append(f"<td>{said}</td>" if own is not None else f'<td class="soft">{said}</td>')
-        ranked = {True: "yes", False: '<span class="bad">no</span>', None: "–"}[row["ranked"]]
-        ranked += f"<br><small>{len(row['undecided'])} overlap</small>" if row["undecided"] else ""
-        arrow = "" if row["ranked"] is None else {"higher": " ↑", "lower": " ↓"}[row["better"]]
-        rows.append(
-            f"<tr><th>{escape(metric)}{arrow}{blindness(row['cases'])}</th><td>{ranked}</td>{''.join(cells)}</tr>"
-        )
-    cases = "".join(f"<dt>{case}</dt><dd>{escape(what)}</dd>" for case, what in values["cases"].items())
-    return (
-        f"<p>Known order, best first: {escape(' > '.join(values['cases']))}. Distances are to the real clips. "
-        "“Overlap” counts neighbours whose intervals do: their order may be chance.</p>"
-        f'<dl>{cases}</dl><div class="wide"><table><thead><tr><th>metric</th><th>ranked</th>{head}'
-        "</tr></thead>"
-        f"{''.join(rows)}</table></div>"
-    )
 
 
 def drifts(values: Mapping[str, Any]) -> str:

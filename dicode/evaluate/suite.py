@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float64
 from numpy import ndarray
 
+from dicode.evaluate.diversity import captions_with_variants, diversity
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
 from dicode.evaluate.quality import dynamic_share, ssim, token_rate
 from dicode.evaluate.reconstruction import cross_fade, hold_head, psnr_in_motion, psnr_score
@@ -24,7 +25,6 @@ from dicode.evaluate.scores import (
     seen,
     seen_by_efflite,
 )
-from dicode.evaluate.tokens import captions_with_variants, diversity
 from dicode.features.extract import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
 from dicode.features.metrics import mean_pair_distance
 from dicode.features.networks import Clip

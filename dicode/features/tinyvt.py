@@ -1,7 +1,7 @@
 """TinyVT: a small network of clips and captions, trained here, that sees motion; named in every figure made with it.
 
 Two towers as in CLIP (arXiv 2103.00020), of (2+1)-D convolutions (arXiv 1711.11248) and of a transformer over words.
-It is neither CLIP, X-CLIP nor I3D: a figure of it compares with no published one. Trained by `train/video_text.py`.
+It is neither CLIP, X-CLIP nor I3D: a figure of it compares with no published one. Trained by `studies/tinyvt`.
 """
 
 import math

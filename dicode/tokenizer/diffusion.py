@@ -96,7 +96,7 @@ def scale_motion(clips: ClipLatents, scale: float, keys: list[int]) -> ClipLaten
     """Move every frame of clips `b f c h w` away from its clip's mean, `scale` times as far; key frames stay.
 
     A denoiser unsure of what happens between key frames renders frames too like one another. Latents are normalised, so
-    that the variance over time which is missing is one number, measured on training clips (docs/motion.md).
+    that the variance over time which is missing is one number, measured on training clips (studies/motion).
     """
     if scale == 1.0:
         return clips

@@ -13,7 +13,7 @@ class LinearCode(nn.Module):
     """A projection of all of an image's latents to its deep tokens, and one back; resampler and head add to them.
 
     Attention mixes few of an image's positions at a time and had not found, after training, what principal components
-    tell at once (docs/tokens.md). `fit` sets both from training latents in closed form.
+    tell at once (studies/tokens). `fit` sets both from training latents in closed form.
     """
 
     def __init__(self, num_tokens: int, token_width: int, latent_channels: int, size: int):
@@ -66,43 +66,6 @@ class LinearCode(nn.Module):
         self.decode.weight.copy_(components / gain @ rotation.T * spread.diag().sqrt())
         self.decode.bias.copy_(mean)
         return torch.zeros(count), spread.diag().float()
-
-    @torch.no_grad()
-    def extend(self, code: "LinearCode", normalizer: nn.BatchNorm1d, latents: ImageLatents) -> tuple[Tensor, Tensor]:
-        """Keep a narrower code as the first numbers of each token; the others are the `fit` of what it leaves out.
-
-        `normalizer` is the narrower tokens'. What was trained on them can go on: it finds them where they were.
-        Returns mean and variance of each number of the tokens, as `fit`; raises `ValueError` as that, and where the
-        code is of other latents, of another number of tokens, or of tokens that are no narrower.
-        """
-        numbers, n = self.encode.in_features, self.num_tokens
-        held, width = (linear.out_features // m for linear, m in ((code.encode, code.num_tokens), (self.encode, n)))
-        theirs = f"{code.num_tokens} tokens of {held} for {code.encode.in_features} latents"
-        if (code.encode.in_features, code.num_tokens) != (numbers, n) or held >= width:
-            raise ValueError(f"expected {n} tokens of less than {width} for {numbers} latents, got {theirs}")
-        if n * width > numbers:
-            raise ValueError(f"expected {n} tokens of at most {numbers // n} beside {theirs}, got {width}")
-        mean, variance = normalizer.running_mean, normalizer.running_var
-        assert mean is not None and variance is not None  # BatchNorm has both unless told not to track
-        scaled = code.decode.weight.double() / (variance.double() + normalizer.eps).sqrt()
-        told = scaled @ code.encode.weight.double()  # what the code says of latents is told · latents + always
-        always = scaled @ (code.encode.bias - mean).double() + code.decode.bias.double()
-        flat = latents.flatten(1).double()
-        left = (flat - flat @ told.T - always).view_as(latents)
-        rest = LinearCode(n, width - held, latents.shape[1], self.size).double()
-        rest_mean, rest_variance = rest.fit(left)
-        projection = rest.encode.weight - rest.encode.weight @ told
-        bias = rest.encode.bias - rest.encode.weight @ always
-
-        def beside(first: Tensor, second: Tensor, dim: int = 0) -> Tensor:
-            first, second = (part.double().unflatten(dim, (n, -1)) for part in (first, second))
-            return torch.cat([first, second], dim + 1).flatten(dim, dim + 1)
-
-        self.encode.weight.copy_(beside(code.encode.weight, projection))
-        self.encode.bias.copy_(beside(code.encode.bias, bias))
-        self.decode.weight.copy_(beside(code.decode.weight, rest.decode.weight, 1))
-        self.decode.bias.copy_(code.decode.bias + rest.decode.bias)
-        return beside(mean, rest_mean).float(), beside(variance, rest_variance).float()
 
     def _cells(self, latents: ImageLatents) -> Tensor:
         """What the tokens would be if each told of its own cell alone: components of it, `(n d) (c h w)`."""

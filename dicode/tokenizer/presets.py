@@ -19,7 +19,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         resampler=replace(TokenizerConfig().resampler, depth=1),
         denoiser=DenoiserConfig(predict_residual=True),
     ),
-    # rooms need wider tokens (docs/widths.md); networks add nothing to the linear code that shows (docs/tokens.md)
+    # rooms need wider tokens (studies/widths); networks add nothing to the linear code that shows (studies/tokens)
     "world": TokenizerConfig(
         key_head_width=48,
         key_head_depth=1,

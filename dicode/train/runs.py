@@ -167,7 +167,7 @@ class LanguageRun:
     word_dropout: Share = 0.3  # share of samples that lose words …
     dropped_words: Share = 0.3  # … and how many of them
     word_swaps: Share = 0.0  # share of samples in which words of any captions stand in place of some: unsure of what …
-    swapped_words: Share = 0.5  # … it was never told so (docs/heads.md), and how many of them
+    swapped_words: Share = 0.5  # … it was never told so (studies/heads), and how many of them
     views: Whole = 0  # of every training video (`View`): from them it learns how a picture goes on, not which to draw
     view_share: Share = 0.5  # share of samples that are such views
     scorer: str | None = None  # FILE.py:FUNCTION, as `dicode evaluate` takes it, on videos of a few validation captions

@@ -14,17 +14,14 @@ from dicode.train.run_log import claimed
 from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
 from dicode.train.signals import StopSignal
 from dicode.train.tokenizer import TokenizerTraining
-from dicode.train.video_text import VideoTextRun, VideoTextTraining
 
-Run = FirstStageRun | TokenizerRun | LanguageRun | VideoTextRun
+Run = FirstStageRun | TokenizerRun | LanguageRun
 
 
 def stage_of(run: Run) -> Stage:
     """The stage that a run trains; loads its data."""
     if isinstance(run, FirstStageRun):
         return FirstStageTraining(run)
-    if isinstance(run, VideoTextRun):
-        return VideoTextTraining(run)
     if isinstance(run, TokenizerRun):
         return TokenizerTraining(run)
     return LanguageTraining(run)

@@ -64,20 +64,14 @@ def at_once(count: int, size: int) -> int:
 
 
 @torch.no_grad()
-def fit_linear_code(
-    tokenizer: VideoTokenizer, latents: Rows, rows: FrameRows, narrower: VideoTokenizer | None = None
-) -> None:
-    """Fit a tokenizer's linear code to `MOST_FITTED` of these rows of latents, or extend that of narrower tokens to it.
+def fit_linear_code(tokenizer: VideoTokenizer, latents: Rows, rows: FrameRows) -> None:
+    """Fit a tokenizer's linear code to `MOST_FITTED` of these rows of latents.
 
-    What the networks add to it begins at zero. Raises `ValueError` as `LinearCode.fit` and `LinearCode.extend`.
+    What the networks add to it begins at zero. Raises `ValueError` as `LinearCode.fit`.
     """
     assert tokenizer.linear_code is not None and tokenizer.key_head is not None
     fitted = latents[rows.spread(MOST_FITTED), 0].float()
-    if narrower is None:
-        mean, variance = tokenizer.linear_code.fit(fitted)
-    else:
-        assert narrower.linear_code is not None
-        mean, variance = tokenizer.linear_code.extend(narrower.linear_code, narrower.normalizer, fitted)
+    mean, variance = tokenizer.linear_code.fit(fitted)
     assert tokenizer.normalizer.running_mean is not None and tokenizer.normalizer.running_var is not None
     tokenizer.normalizer.running_mean.copy_(mean)
     tokenizer.normalizer.running_var.copy_(variance)

@@ -1,10 +1,10 @@
 """Heads and orders of the language model, compared: one transformer, data, FLOPs and seeds, one thing changed.
 
-    python recipes/heads.py cache/sprites    # trains and measures 10 arrangements × 3 seeds, writes results/heads.json
+    python studies/heads cache/sprites    # trains and measures 10 arrangements × 3 seeds, writes results/heads.json
 
 Each arrangement is a recipe as well:
 
-    dicode train recipes/heads.py:run --model.head flow --model.order keyframe --loop.seed 1
+    dicode train studies/heads/__main__.py:run --model.head flow --model.order keyframe --loop.seed 1
 
 Small on purpose, to be repeated on a CPU: 440 clips of the 200-odd captions below, learnt by a transformer of 0.8 M
 parameters. A run that was interrupted goes on where it was; a run that is measured is not trained again.
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from dicode.data.cache import CachedVideo, FrameCache
+from dicode.evaluate.diversity import captions_with_variants, diversity
 from dicode.evaluate.generation import draw_prompts, text_control
 from dicode.evaluate.reference import RealClips, first_clip
 from dicode.evaluate.samples import generated_clips
-from dicode.evaluate.tokens import captions_with_variants, diversity, energy_score
 from dicode.features.extract import EfficientNetLite0Features, features_of_clips
-from dicode.features.metrics import frechet_of_sets
+from dicode.features.metrics import bootstrap_interval, frechet_of_sets, mean_pair_distance
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import SIZES, HeadName, Order
 from dicode.pipeline import DiCoDe
@@ -121,8 +121,8 @@ def measure(model: DiCoDe, stage: LanguageTraining, bank: FrameCache, features: 
         "text_control_interval": control.interval,
         "frechet": {"generated": {f"FVD-{extractor.name}": distance}},
         "diversity": asdict(diversity(drawn, list(own.values()), seed=0)),
-        "energy_validation": asdict(scored(model, stage, tuple(stage.validation.videos), seed)),
-        "energy_training": asdict(scored(model, stage, tuple(training), seed)),
+        "energy_validation": scored(model, stage, tuple(stage.validation.videos), seed),
+        "energy_training": scored(model, stage, tuple(training), seed),
     }
 
 
@@ -131,7 +131,7 @@ def sampling_of(head: HeadName) -> dict[str, Any]:
     return {**SAMPLING, "variance_scale": 1.0} if head in AS_LEARNT else SAMPLING
 
 
-def scored(model: DiCoDe, stage: LanguageTraining, videos: Sequence[CachedVideo], seed: int) -> Any:
+def scored(model: DiCoDe, stage: LanguageTraining, videos: Sequence[CachedVideo], seed: int) -> dict[str, Any]:
     """Energy score of the first two key frames, without guidance, which makes no samples of a distribution."""
     videos = videos[:: max(1, len(videos) // CONDITIONS)][:CONDITIONS]
     ids, truth = stage.sample_of(videos, key_frames=2)
@@ -145,7 +145,25 @@ def scored(model: DiCoDe, stage: LanguageTraining, videos: Sequence[CachedVideo]
         **sampling,
     )
     samples = torch.stack(list(tokens), dim=1).unflatten(0, (-1, SAMPLES)).flatten(2)
-    return energy_score(list(samples.numpy()), list(truth.flatten(1).numpy()))
+    return energy_score(samples.numpy(), truth.flatten(1).numpy())
+
+
+def energy_score(samples: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
+    """(E‖X-y‖ - ½E‖X-X'‖) / √width, mean over conditions: samples `c s width`, truths `c width`; lower is better.
+
+    Gneiting & Raftery 2007, equation 22. A proper score: it does not reward writing the mean.
+    """
+    root = np.sqrt(truths.shape[1])
+    errors = np.linalg.norm(samples.astype(np.float64) - truths[:, None], axis=2).mean(1) / root
+    spreads = np.array([mean_pair_distance(drawn) for drawn in samples]) / root
+    scores = errors - spreads / 2
+    return {
+        "mean": float(scores.mean()),
+        "interval": bootstrap_interval(np.mean, scores),
+        "error": float(errors.mean()),
+        "spread": float(spreads.mean()),
+        "n": len(scores),
+    }
 
 
 @torch.no_grad()
@@ -212,7 +230,7 @@ def main(cache: str, *seeds: str) -> None:
             print(name, {k: v for k, v in values[name].items() if not isinstance(v, dict)}, flush=True)
     if not seeds:
         sampled = {head: sampling_of(head) for head in HEADS}
-        command = f"python recipes/heads.py {cache}"
+        command = f"python studies/heads {cache}"
         both = {"sampling": sampled, "runs": values}
         write_result("results/heads.json", "heads and orders", both, PROMPTS, 0, command)
 

@@ -1,4 +1,4 @@
-"""Write docs/heads.md's table and docs/heads.svg from results/heads.json."""
+"""Write README.md's table and heads.svg from results/heads.json."""
 
 import json
 import sys
@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-START, END = "<!-- table: docs/heads.py -->", "<!-- end of table -->"
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+START, END = "<!-- table: figure.py -->", "<!-- end of table -->"
 COLUMNS = {
     "text control, %": lambda run: 100 * run["text_control"],
     "FVD-EffLite0": lambda run: run["frechet"]["generated"]["FVD-EffLite0"],
@@ -29,10 +30,10 @@ def main() -> None:
         columns = [[column(run) for run in seeds] for column in COLUMNS.values()]
         cells = [f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})" for values in columns]
         lines.append(f"| {name} | {seeds[0]['parameters'] / 1e3:.0f} k | {seeds[0]['steps']} | {' | '.join(cells)} |")
-    path = ROOT / "docs/heads.md"
+    path = HERE / "README.md"
     before, _, rest = path.read_text().partition(START)
     path.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n{END}" + rest.partition(END)[2])
-    (ROOT / "docs/heads.svg").write_text(plot(runs))
+    (HERE / "heads.svg").write_text(plot(runs))
 
 
 def plot(runs: dict[str, list[dict[str, Any]]]) -> str:

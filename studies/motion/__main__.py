@@ -1,6 +1,6 @@
 """How much less frames move than they should, and what `motion_scale` does about it, on training clips.
 
-    python docs/motion.py MODEL CACHE
+    python studies/motion MODEL CACHE
 
 Writes results/MODEL-motion-scale.json. Every n-th training video is rendered from its key frames, about 120 in all.
 """
@@ -27,9 +27,8 @@ CLIPS = 120
 
 
 @torch.no_grad()
-def main() -> None:
+def main(name: str, folder: str) -> None:
     """Deviation over time of latents, real and rendered; Fréchet distance and motion of the clips at every scale."""
-    name, folder = sys.argv[1:]
     tokenizer = VideoTokenizer.from_pretrained(name)
     config = tokenizer.config
     tokenizer.config = dataclasses.replace(config, sampling=config.sampling.changed(motion_scale=1.0))
@@ -61,7 +60,7 @@ def main() -> None:
         print(case, values[case], flush=True)
     target = Path("results") / f"{Path(name).name}-motion-scale.json"
     write_result(
-        str(target), "motion scale, training clips", values, len(real), 0, f"python docs/motion.py {name} {folder}"
+        str(target), "motion scale, training clips", values, len(real), 0, f"python studies/motion {name} {folder}"
     )
 
 
@@ -71,4 +70,4 @@ def over_time(latents: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

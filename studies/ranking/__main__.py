@@ -1,25 +1,28 @@
-"""Do the metrics rank cases whose order is known? Real > reconstruction > generation > shuffled frames > noise."""
+"""Do the metrics rank cases whose order is known? Real > reconstruction > generation > shuffled frames > noise.
 
+python studies/ranking sprites cache/sprites
+"""
+
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
+from dicode.data.cache import FrameCache
 from dicode.evaluate.generation import percentile_of_true_clip
 from dicode.evaluate.reconstruction import PSNR_CEILING_DB
 from dicode.evaluate.samples import Samples, spread
 from dicode.evaluate.scores import Score, mean_score, scores_of_sets, seen, seen_by_efflite
-from dicode.evaluate.suite import (
-    PERCEPTUAL,
-    frame_scores,
-    text_scores,
-)
-from dicode.features.extract import EfficientNetLite0Features, Network, features_of_clips
+from dicode.evaluate.suite import PERCEPTUAL, frame_scores, text_scores
+from dicode.features.extract import EfficientNetLite0Features, Network, features_of_clips, load_networks
 from dicode.features.metrics import Interval, psnr
+from dicode.pipeline import DiCoDe
+from dicode.provenance import write_result
 from dicode.seeds import generator_for
-from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 
 CASES = {
@@ -48,30 +51,26 @@ CLAIMS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "dynamic share": ("higher", ()),  # that clips move is no quality: noise moves most
 }
 RANKED_CLIPS = 48
+NETWORKS = ("EffLite0", "TinyVT")
 
 
-def evaluate_ranking(
-    made: Samples, networks: Mapping[str, Network] | None = None, count: int = RANKED_CLIPS
-) -> tuple[dict[str, Any], Image.Image]:
-    """Every metric of the five cases, on the first `count` validation clips spread over the split.
+def main(name: str, cache: str) -> None:
+    """Write results/NAME-ranking.json, of up to `RANKED_CLIPS` validation clips spread over the split.
 
-    Distances of sets are to the real clips of these captions, so that "real" is at 0 as it is at the end of PSNR's
-    scale. Against other real clips, as many, nothing is told: of 32, FVD-EffLite0 had 505 for real clips and 481 for
-    reconstructions, with intervals that overlap.
+    Distances of sets are to the real clips of these captions, so "real" is at 0, the end of the scale. Against as many
+    other real clips the order of "real" and "reconstruction" is open: 505 and 481 of 32 clips (FVD-EffLite0).
     """
-    chosen = spread(made.captioned, count)
-    captions = [made.captions[i] for i in chosen]
-    real, reconstruction, generation = (
-        [those[i] for i in chosen] for those in (made.clips, made.reconstructed[0], made.generated)
-    )
-    cases = known_cases(real, reconstruction, generation, made.seed)
-    figures = {
-        "cases": CASES,
-        "metrics": rank_cases(cases, captions, made.seed, networks or {}, made.extractor),
-        "n": len(chosen),
-    }
-    rows = [(clips[i], f"{case}: {captions[i]}") for i in range(min(3, len(captions))) for case, clips in cases.items()]
-    return figures, contact_sheet([clip for clip, _ in rows], [label for _, label in rows])
+    samples = Samples(DiCoDe.from_pretrained(name), FrameCache.load(cache), folder=Path(cache))
+    chosen = spread(samples.captioned, RANKED_CLIPS)
+    sets = (samples.clips, samples.reconstructed[0], samples.generated)
+    real, reconstruction, generation = ([clips[i] for i in chosen] for clips in sets)
+    captions = [samples.captions[i] for i in chosen]
+    metrics = rank_cases(known_cases(real, reconstruction, generation), captions, load_networks(NETWORKS))
+    for metric, row in metrics.items():
+        print(f"{metric}: ranked {row['ranked']}, overlap {row['undecided']}")
+    command = shlex.join(["python", *sys.argv])
+    path = Path("results") / f"{Path(name).name}-ranking.json"
+    write_result(path, f"{Path(name).name}: ranking", {"cases": CASES, "metrics": metrics}, len(chosen), 0, command)
 
 
 def known_cases(
@@ -146,3 +145,7 @@ def claimed(metric: str, scores: Mapping[str, Score]) -> dict[str, Any]:
 def apart(one: Interval | None, other: Interval | None) -> bool:
     """Whether two intervals are known and do not overlap."""
     return one is not None and other is not None and (one[1] < other[0] or other[1] < one[0])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

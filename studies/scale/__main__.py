@@ -1,4 +1,6 @@
-"""What `dicode scale` does; its flags are in `flags.py`.
+"""Language models of several sizes on equal data, and the power laws of their loss.
+
+    python studies/scale cache/sprites cache/world --seeds 3
 
 caches ─► one cache ─► a run a size and seed, all on the same samples ─► figures.json of each ─► power laws
 """
@@ -8,27 +10,27 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
+import tyro
 from einops import repeat
+from laws import fit_power_law
 from torch import Tensor
+from tyro.conf import Positional, arg
 
-from dicode.cli.flags import Scale
 from dicode.cli.info import runs_of
-from dicode.config import config_from_dict, config_to_dict, missing_extra
+from dicode.config import Count, Positive, Range, config_from_dict, config_to_dict, missing_extra
 from dicode.data.cache import CachedVideo, FrameCache, join_caches
 from dicode.device import pick_device
-from dicode.evaluate.scaling import fit_power_law
 from dicode.files import put_text, read_json
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.provenance import read_result, write_result
 from dicode.seeds import generator_for
 from dicode.sizing.count import batch_flops, count_parameters
-from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LanguageRun
 
 try:
@@ -44,13 +46,36 @@ except ModuleNotFoundError as error:
 
 RIVALS = 8  # captions of other clips of the same folder that a clip's own is compared with
 RANKED = 192  # training clips for which this is done too
+HERE = Path(__file__).parent
 FIGURES = "figures.json"
 SIZES, ARMS = "language models of several sizes", "one thing changed"  # names of results
 Figures = dict[str, Any]
 Measure = Callable[[LanguageTraining], dict[str, float]]
 
 
-def scale(command: Scale, watch: Stopwatch) -> int:
+@dataclass(frozen=True)
+class Scale:
+    """Train language models of several sizes on equal data: loss and text alignment against parameters and FLOPs.
+
+    The same command goes on where it was stopped; torchrun shares the work of each run among processes.
+    """
+
+    caches: Annotated[Positional[tuple[str, ...]], arg(metavar="CACHE …")]  # from `dicode data cache`, taken as one
+    family: str = str(HERE / "scale.py")  # a file of recipes: its language models, from the smallest on
+    tokenizer: str = "dicode/checkpoints/sprites"  # whose deep tokens
+    seeds: Annotated[int, Range(1, 1000)] = 3  # runs a size
+    samples: Count | None = None  # training samples a run; default: as many as the recipes say
+    micro_batches: Count | None = None  # to cut a batch into, a multiple of the processes; default: as the recipes say
+    # in place of the sizes one thing changed at a time, of the family's second: results in ablations.json
+    studies: tuple[Literal["tokens", "width", "head", "noise", "joins"], ...] = ()
+    work_folder: Path = Path("runs/scale")  # of the runs
+    output: Annotated[Path, arg(aliases=("-o",))] = Path("results")  # folder of the JSON file, named as the family is
+    dry_run: bool = False  # only say what sizes and FLOPs there are, and hours
+    device: str = "auto"  # cpu, cuda, mps
+    tflops: Positive = 0.15  # of the machine that the hours are of, by the second and in use
+
+
+def main(command: Scale) -> int:
     """A signal stops it after a checkpoint, with exit code 75, as `dicode train`."""
     name, title = ("ablations", ARMS) if command.studies else (Path(command.family).stem, SIZES)
     path = check_result(command.output / f"{name}.json", title)
@@ -71,7 +96,7 @@ def scale(command: Scale, watch: Stopwatch) -> int:
 
 def ablate(command: Scale, runs: dict[str, LanguageRun], path: Path) -> int:
     """The second smallest of the family, or the only one, with one thing changed at a time."""
-    from dicode.ablations import arms, in_latents, joins
+    from ablations import arms, in_latents, joins
 
     def measure(stage: LanguageTraining) -> dict[str, float]:
         return {**likelihoods(stage), **in_latents(stage)}
@@ -105,7 +130,7 @@ def publish(command: Scale, path: Path, name: str, values: Figures) -> None:
     """Write the result, of so many validation clips."""
     n = len(FrameCache.load(command.work_folder / "cache").subset(validation=True).videos)
     command.output.mkdir(parents=True, exist_ok=True)
-    write_result(path, name, values, n, 0, "dicode " + shlex.join(sys.argv[1:]), pick_device(command.device))
+    write_result(path, name, values, n, 0, shlex.join(["python", *sys.argv]), pick_device(command.device))
     print(f"{path}: of {n} validation clips")
 
 
@@ -299,3 +324,12 @@ def t_interval(values: np.ndarray) -> tuple[float, float] | None:
         return None
     half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+def parse(argv: list[str]) -> Scale:
+    """The flags of a command line."""
+    return tyro.cli(Scale, args=argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(sys.argv[1:])))

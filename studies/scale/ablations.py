@@ -8,12 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dicode.config import config_from_dict, read_config
 from dicode.data.cache import FrameCache
-from dicode.evaluate.tokens import energy_score
+from dicode.features.metrics import mean_pair_distance
 from dicode.lm.presets import HeadName
 from dicode.pipeline import DiCoDe
 from dicode.shapes import DeepTokens
@@ -90,11 +91,20 @@ def in_latents(stage: LanguageTraining) -> dict[str, float]:
     written = latents_of(stage, torch.cat([free[:, [0, 2]], forced], dim=1)).unflatten(0, (-1, SAMPLES))
     figures = {"lost": ((held - truth).square().mean() / (truth - truth.mean(0)).square().mean()).item()}
     for i, (name, number) in enumerate((("first", 0), ("third", 2), ("third, told", 2))):
-        score = energy_score(list(written[:, :, i].numpy()), list(truth[:, number].numpy()))
-        figures[f"energy/{name}"] = score.mean
+        figures[f"energy/{name}"] = energy_score(written[:, :, i].numpy(), truth[:, number].numpy())
     distances = torch.cdist(written[:, :, 0].mean(1), truth[:, 0])
     nearer = (distances < distances.diag()[:, None]).float().sum(1) / max(1, len(videos) - 1)
     return {**figures, "rank": 100 * (1 - nearer).mean().item()}
+
+
+def energy_score(samples: np.ndarray, truths: np.ndarray) -> float:
+    """Mean of (E‖X-y‖ - ½E‖X-X'‖) / √width over conditions: samples `c s width`, truths `c width`; lower is better.
+
+    Gneiting & Raftery 2007, equation 22. A proper score: it does not reward writing the mean.
+    """
+    errors = np.linalg.norm(samples - truths[:, None], axis=2).mean(1)
+    spreads = np.array([mean_pair_distance(drawn) for drawn in samples])
+    return float((errors - spreads / 2).mean() / np.sqrt(truths.shape[1]))
 
 
 def latents_of(stage: LanguageTraining, tokens: DeepTokens) -> Tensor:

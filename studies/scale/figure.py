@@ -1,4 +1,4 @@
-"""Draw docs/scale.svg from results/scale.json; the tables of docs/scale.md are written by docs/figures.py."""
+"""Draw scale.svg from results/scale.json; the tables of README.md are written by tools/figures.py."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PANELS = {  # title: axis, figure
     "validation loss against parameters": ("parameters", "nll"),
     "… against training FLOPs": ("flops", "nll"),
@@ -26,7 +26,7 @@ def main() -> None:
     ]
     for number, (title, (axis, figure)) in enumerate(PANELS.items()):
         parts += panel(values, WIDTH * number, title, axis, figure)
-    (ROOT / "docs/scale.svg").write_text("\n".join([*parts, "</svg>", ""]))
+    (Path(__file__).with_name("scale.svg")).write_text("\n".join([*parts, "</svg>", ""]))
 
 
 def panel(values: dict[str, Any], left: int, title: str, axis: str, figure: str) -> list[str]:

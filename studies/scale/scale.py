@@ -1,10 +1,10 @@
 """Language models of five sizes over two orders of magnitude, on equal data: what size alone is worth.
 
-    dicode scale CACHE … --family recipes/scale.py --tokenizer dicode/checkpoints/sprites
+    python studies/scale CACHE … --family studies/scale/scale.py --tokenizer dicode/checkpoints/sprites
 
 All see the same samples in the same order, all keep their last weights. With AdamW (learning rate 4e-3 at width 128,
 falling as the width rises) 0.3 M and 1 M were alike after 720 steps, at the loss of a normal distribution; with Muon
-they were 0.06 nats apart after 500. Results: docs/scale.md.
+they were 0.06 nats apart after 500. Results: README.md.
 """
 
 from dataclasses import replace

@@ -1,10 +1,10 @@
-"""The study of recipes/scale.py goes on: 55 M to 1.3 B parameters on the same samples in the same order, for one GPU.
+"""The same study from 55 M to 1.3 B parameters, on the same samples in the same order, for one GPU.
 
-    dicode scale CACHE … --family recipes/scale_large.py --seeds 1
+    python studies/scale CACHE … --family studies/scale/scale_large.py --seeds 1
 
 19 M comes first once more, to tell machines apart. Muon's updates have the same size in every number at every width, so
 their largest singular value grows as its square root; the learning rate falls as much (arXiv 2310.17813). What has been
-run of it: docs/scale.md.
+run of it: README.md.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ BASE = f"{Path(__file__).with_name('scale.py')}:llama_19m"
 
 
 def llama_19m() -> LanguageRun:
-    """As in recipes/scale.py."""
+    """As in studies/scale/scale.py."""
     return _language_model(width=448, depth=7, heads=7)
 
 

@@ -1,7 +1,15 @@
-"""TinyVT learns from clips and captions: which belong together, and in which order frames were played."""
+"""Train TinyVT, the bundled network of clips and captions, on which belong together and which order frames have.
+
+dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
+dicode data cache ../shared/data/{droid,rt1,bridge} -o cache/world --size 64 --validation-by lab=f147f077
+python studies/tinyvt train cache/sprites cache/world      # writes runs/tinyvt/best, 0.2 hours of a CPU core
+python studies/tinyvt measure cache/sprites cache/world    # the bundled network: results/video-text.json
+"""
 
 import math
 import re
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from zlib import crc32
@@ -11,15 +19,31 @@ from torch import Tensor
 from torch.nn import functional
 
 from dicode.data.cache import CachedVideo, FrameCache
-from dicode.features.tinyvt import FPS, FRAMES, SIZE, TinyVT, TinyVTConfig, accuracy, shuffled
+from dicode.features.tinyvt import BOX, FPS, FRAMES, SIZE, TinyVT, TinyVTConfig, accuracy, shuffled
 from dicode.lm.text import TextTokenizer
-from dicode.train.runs import LoopConfig
+from dicode.provenance import write_result
+from dicode.train.loop import train
+from dicode.train.runs import LoopConfig, OptimConfig
 from dicode.video.timed import Video
 
 SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|counterclockwise)\b", re.IGNORECASE)
 MARGIN = 4  # pixels by which a clip is moved, edges repeated
 WORDS = 16  # read of a caption at most
 MOST_SCALE = math.log(50)
+
+LOOP = LoopConfig(
+    evaluate_every=60,
+    checkpoint_every=50,
+    optim=OptimConfig(
+        steps=520,
+        batch_size=64,
+        lr=2e-3,
+        warmup_steps=40,
+        decay_fraction=0.5,
+        weight_decay=0.05,
+        ema_decay=0.98,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +52,7 @@ class VideoTextRun:
 
     caches: tuple[str, ...] = ("cache/sprites", "cache/world")
     model: TinyVTConfig = field(default_factory=TinyVTConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
+    loop: LoopConfig = LOOP
     chosen_by: int = 16  # every 16th caption, by its hash, is held out of the training clips to choose weights by
     changed_share: float = 0.25  # of the clips come once more reversed, and as many of others shuffled
     order_weight: float = 1.0  # of telling those apart, beside captions
@@ -166,3 +190,31 @@ def first_clips(videos: list[tuple[FrameCache, CachedVideo]]) -> tuple[list[Vide
     """The clip that each video begins with, and its short caption, empty where it has none."""
     clips = [cache.frames[cache.clip_rows(video, 0.0, FRAMES, FPS)].numpy() for cache, video in videos]
     return clips, [video.captions[0] if video.captions else "" for _, video in videos]
+
+
+def measure(caches: tuple[str, ...]) -> None:
+    """Measure the bundled network on the validation clips of these caches, a row a folder of clips."""
+    network = TinyVT.from_pretrained(BOX)
+    videos = [(cache, video) for cache in map(FrameCache.load, caches) for video in cache.videos]
+    trained = {video.captions[0].lower() for _, video in videos if not video.validation and video.captions}
+    rows = {}
+    for source in sorted({video.source for _, video in videos}):
+        clips, captions = first_clips([both for both in videos if both[1].validation and both[1].source == source])
+        overlap = sum(caption.lower() in trained for caption in set(captions) - {""})
+        rows[source] = {**accuracy(network, clips, captions), "captions also in training": overlap}
+    values = {"folders": rows, "parameters": sum(p.numel() for p in network.parameters())}
+    line = shlex.join(["python", *sys.argv])
+    write_result(Path("results/video-text.json"), "TinyVT", values, sum(row["clips"] for row in rows.values()), 0, line)
+
+
+def main(action: str, *caches: str) -> None:
+    """Train, or continue; or measure."""
+    if action == "measure":
+        measure(caches)
+    else:
+        run = VideoTextRun(caches)
+        print(train(VideoTextTraining(run), run.loop, Path("runs/tinyvt"), {}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """What deep tokens keep of validation key frames, at several strengths of noise: writes results/tokens.json.
 
-    python docs/tokens.py cache/sprites NAME=TOKENIZER_FOLDER …
+    python studies/tokens cache/sprites NAME=TOKENIZER_FOLDER …
 
 All tokenizers must share the encoder of one first stage; its linear codes are measured beside them.
 """
@@ -38,12 +38,12 @@ class Linear:
 
 
 @torch.no_grad()
-def main() -> None:
+def main(cache_folder: str, *named: str) -> None:
     """Mean squared error of key latents over all validation frames; FVD of clips made of them, frame by frame."""
-    folders = dict(argument.split("=", 1) for argument in sys.argv[2:])
+    folders = dict(argument.split("=", 1) for argument in named)
     tokenizers = {name: VideoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
     first = next(iter(tokenizers.values()))
-    cache = FrameCache.load(sys.argv[1])
+    cache = FrameCache.load(cache_folder)
     source = resolve(next(iter(folders.values()))) / FIRST_STAGE_WEIGHTS
     latents = first_stage_latents(first, cache, source)
     training, held = (cache.subset(validation=held).frame_rows()[:] for held in (False, True))
@@ -63,7 +63,7 @@ def main() -> None:
             values[name][f"error at noise {noise}"] = float(torch.cat(errors).mean())
         values[name]["FVD-EffLite0, every frame a key frame"] = fvd(cache, tokenizer, first)
         print(name, values[name], flush=True)
-    command = "python docs/tokens.py " + " ".join(sys.argv[1:])
+    command = "python studies/tokens " + " ".join(sys.argv[1:])
     write_result("results/tokens.json", "deep tokens: what they keep", values, len(real), 0, command)
 
 
@@ -81,4 +81,4 @@ def fvd(cache: FrameCache, tokenizer: VideoTokenizer | Linear, shown_by: VideoTo
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

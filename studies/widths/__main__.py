@@ -1,8 +1,8 @@
 """Measure what wider deep tokens would tell of single frames: the linear code fitted at every width, decoded again.
 
-    python docs/widths.py world cache/world results/world-widths.json
+    python studies/widths world cache/world results/world-widths.json
 
-docs/widths.md shows it of `world`.
+widen.py writes a model of wider tokens to train on from.
 """
 
 import shlex
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokens import Linear
 from torch import Tensor
 
 from dicode.data.cache import FrameCache
@@ -19,6 +18,7 @@ from dicode.evaluate.suite import PERCEPTUAL
 from dicode.features.perceptual import FeatureMaps, perceptual_distance
 from dicode.provenance import write_result
 from dicode.shapes import ImageLatents
+from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.first_stage import frames_to_pixels, psnr_db
 
@@ -46,10 +46,13 @@ def main(name: str, cache: str, output: str) -> None:
             "model": told(tokenizer, those, source, own),
         }
         for width in WIDTHS:
-            code = Linear(tokenizer.config.resampler.queries, width, latents)
-            own = code.key_latents(code.tokens_of(source))
+            code = LinearCode(tokenizer.config.resampler.queries, width, *latents.shape[1:3])
+            mean, variance = code.fit(latents)
+            tokens = code.tokens(source)
+            normalised = (tokens.flatten(1) - mean) / variance.sqrt()
+            own = code.latents(normalised.view_as(tokens))
             values[split][f"width {width}"] = told(tokenizer, those, source, own)
-    command = shlex.join(["python", "docs/widths.py", name, cache, output])
+    command = shlex.join(["python", "studies/widths", name, cache, output])
     write_result(Path(output), f"{name}: what tokens of other widths would tell", values, SHOWN, 0, command)
 
 

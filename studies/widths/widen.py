@@ -1,5 +1,12 @@
-"""From a trained model to one of wider deep tokens, which says the same until the further numbers are trained."""
+"""Give a model wider deep tokens: the first numbers of each token stay, the further ones encode what these leave out.
 
+    python studies/widths/widen.py world 64 cache/world wide
+
+For a model with linear code, an `hourglass` and a flow head. Denoiser and language model get zero weights for the new
+numbers (Net2WiderNet, arXiv 1511.05641, with zeros), so their outputs stay the same until they are trained on.
+"""
+
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,61 +15,86 @@ import torch
 from torch import Tensor, nn
 
 from dicode.checkpoint import check_model_folder, load_state, model_folder, resolve
-from dicode.config import read_config, write_config
 from dicode.data.cache import FrameCache
-from dicode.device import pick_device
-from dicode.lm.deep_lm import SECTION, DeepTokenLM
+from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
+from dicode.shapes import ImageLatents
+from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
-from dicode.train.tokenizer import first_stage_latents, fit_linear_code
+from dicode.train.tokenizer import MOST_FITTED, first_stage_latents, fit_linear_code
 
-# What reads or writes the numbers of one deep token, and nothing else of its shape.
+# Weights with an axis over the numbers of one deep token
 OF_DENOISER = ("tokens.weight", "network.tokens.weight")
 OF_LANGUAGE_MODEL = ("embedding.mlp.0.weight", "head.read.weight", "head.write.weight", "head.write.bias")
 
 
-def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, output: Path, device: str = "auto") -> None:
-    """Write a model whose deep tokens begin with the numbers of another's, and go on with what these leave out.
-
-    The further numbers are the linear code of what the narrower ones do not tell of the cache's training frames
-    (`LinearCode.extend`); denoiser and language model get zeros for them, which read nothing and write nothing, so that
-    training goes on from what they had learnt (Net2WiderNet, arXiv 1511.05641, with zeros). The networks beside the
-    code begin anew, adding nothing: what they added is not kept. Without a language model there, none is written.
-
-    Raises `ValueError` where the tokens would not become wider, or hold more than the latents, and for parts that
-    cannot be widened: a tokenizer without linear code, other denoisers than `hourglass`, other heads than `flow`.
-    """
-    check_model_folder(output)  # before any work
-    computes = pick_device(device)
-    folder = resolve(name_or_folder)
-    held, sections = VideoTokenizer.from_pretrained(folder), read_config(folder)
-    config = held.config
-    if held.linear_code is None or config.denoiser.kind != "hourglass":
-        raise ValueError(f"{name_or_folder}: expected a linear code and a denoiser 'hourglass', to widen both")
-    lm = DeepTokenLM.from_pretrained(folder) if SECTION in sections else None
-    if lm is not None and lm.config.head != "flow":  # what others write for a number of a token is several
-        raise ValueError(f"{name_or_folder}: expected a language model with head 'flow', got {lm.config.head!r}")
+def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, output: Path) -> None:
+    """Write the wider model. What resampler and key-frame head had added to the narrower code is not kept."""
+    check_model_folder(output)
+    narrow = DiCoDe.from_pretrained(name_or_folder)
+    held, lm = narrow.tokenizer, narrow.lm
+    if held.linear_code is None or (held.config.denoiser.kind, lm.config.head) != ("hourglass", "flow"):
+        raise ValueError(f"{name_or_folder}: expected a linear code, a denoiser 'hourglass' and a head 'flow'")
     torch.manual_seed(0)
-    wide = VideoTokenizer(replace(config, resampler=replace(config.resampler, token_width=token_width)))
+    resampler = replace(held.config.resampler, token_width=token_width)
+    wide = VideoTokenizer(replace(held.config, resampler=resampler))
     wide.first_stage.load_state_dict(held.first_stage.state_dict())
-    latents = first_stage_latents(held.to(computes), cache, folder / FIRST_STAGE_WEIGHTS)
-    held.cpu()
-    fit_linear_code(wide, latents, cache.subset(validation=False).frame_rows(), narrower=held)
+    latents = first_stage_latents(held, cache, resolve(name_or_folder) / FIRST_STAGE_WEIGHTS)
+    rows = cache.subset(validation=False).frame_rows()
+    fit_linear_code(wide, latents, rows)  # zeros the networks beside the code
+    assert wide.linear_code is not None
+    fitted = latents[rows.spread(MOST_FITTED), 0].float()
+    mean, variance = extend(wide.linear_code, held.linear_code, held.normalizer, fitted)
+    wide.normalizer.load_state_dict({"running_mean": mean, "running_var": variance}, strict=False)
     grow(wide.denoiser, held.denoiser.state_dict(), OF_DENOISER)
-    if lm is None:
-        with model_folder(output) as made:
-            write_config(made, {"tokenizer": wide.save_pretrained(made)})
-        return
     wide_lm = DeepTokenLM(replace(lm.config, token_width=token_width), lm.text)
     grow(wide_lm, lm.state_dict(), OF_LANGUAGE_MODEL)
-    with model_folder(output) as made:
-        DiCoDe(wide, wide_lm).save_pretrained(made)
+    with model_folder(output) as folder:
+        DiCoDe(wide, wide_lm).save_pretrained(folder)
+
+
+@torch.no_grad()
+def extend(
+    wide: LinearCode, narrow: LinearCode, normalizer: nn.BatchNorm1d, latents: ImageLatents
+) -> tuple[Tensor, Tensor]:
+    """Set `wide` to a narrower code (normalised by `normalizer`) and, beside it, the `fit` of its residuals.
+
+    Returns mean and variance of each number of the tokens.
+    """
+    n = wide.num_tokens
+    held, width = (linear.out_features // n for linear in (narrow.encode, wide.encode))
+    if narrow.num_tokens != n or held >= width:
+        raise ValueError(f"expected {n} tokens of less than {width} numbers, got {narrow.num_tokens} of {held}")
+    mean, variance = normalizer.running_mean, normalizer.running_var
+    assert mean is not None and variance is not None
+    scaled = narrow.decode.weight.double() / (variance.double() + normalizer.eps).sqrt()
+    matrix = scaled @ narrow.encode.weight.double()  # the narrow code reconstructs matrix · latents + offset
+    offset = scaled @ (narrow.encode.bias - mean).double() + narrow.decode.bias.double()
+    flat = latents.flatten(1).double()
+    rest = LinearCode(n, width - held, latents.shape[1], wide.size).double()
+    rest_mean, rest_variance = rest.fit((flat - flat @ matrix.T - offset).view_as(latents))
+    projection = rest.encode.weight - rest.encode.weight @ matrix
+    bias = rest.encode.bias - rest.encode.weight @ offset
+
+    def beside(first: Tensor, second: Tensor, dim: int = 0) -> Tensor:
+        first, second = (part.double().unflatten(dim, (n, -1)) for part in (first, second))
+        return torch.cat([first, second], dim + 1).flatten(dim, dim + 1)
+
+    wide.encode.weight.copy_(beside(narrow.encode.weight, projection))
+    wide.encode.bias.copy_(beside(narrow.encode.bias, bias))
+    wide.decode.weight.copy_(beside(narrow.decode.weight, rest.decode.weight, 1))
+    wide.decode.bias.copy_(narrow.decode.bias + rest.decode.bias)
+    return beside(mean, rest_mean).float(), beside(variance, rest_variance).float()
 
 
 def grow(module: nn.Module, narrower: Mapping[str, Tensor], names: Collection[str]) -> None:
-    """Fill a module from one of narrower tokens: zeros beside the tensors of these names, all others as they are."""
+    """Load the state of a narrower module, with zeros for what the tensors of these names lack."""
     grown = dict(narrower)
     for name in grown.keys() & set(names):
         grown[name] = narrower[name].new_zeros(module.get_parameter(name).shape)
         grown[name][tuple(slice(size) for size in narrower[name].shape)] = narrower[name]
     load_state(module, grown, "the narrower model")
+
+
+if __name__ == "__main__":
+    widen(sys.argv[1], int(sys.argv[2]), FrameCache.load(sys.argv[3]), Path(sys.argv[4]))

@@ -1,6 +1,6 @@
 """Draw docs/world-instructions.webp and docs/world-rollouts.webp with a model of recipes/world.py; seed 0.
 
-    python docs/world.py world cache/world
+    python studies/world/pictures.py world cache/world
 
 First images are made by the model itself: frames of the real clips are not ours to show.
 """
@@ -16,7 +16,7 @@ from dicode.pipeline import DiCoDe
 from dicode.video.sheet import save_sheet
 from dicode.video.timed import Video
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[2] / "docs"
 IMAGES, INSTRUCTIONS, ROLLOUTS = 4, 3, 6
 ROLLOUT_S = 10.0
 

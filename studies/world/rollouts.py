@@ -1,6 +1,6 @@
 """Measure ten seconds from real first images: how far frames are from real ones, and from the first.
 
-    python docs/rollouts.py cache/world /tmp/rollouts.json world
+    python studies/world/rollouts.py cache/world /tmp/rollouts.json world
 
 results/world-rollouts.json holds this of four editions of `world`.
 """
@@ -35,7 +35,7 @@ def main(cache: str, output: str, *models: str) -> None:
             videos = videos[:: max(1, len(videos) // VIDEOS)][:VIDEOS]
             real = [whole.frames[torch.arange(v.first, v.first + v.count)].numpy() for v in videos]
             values[name][split] = measure(network, real, rolled_out(model, videos, real))
-    command = shlex.join(["python", "docs/rollouts.py", cache, output, *models])
+    command = shlex.join(["python", "studies/world/rollouts.py", cache, output, *models])
     write_result(Path(output), "ten seconds from real first images", values, VIDEOS, 0, command)
 
 

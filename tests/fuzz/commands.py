@@ -47,19 +47,18 @@ data cache clips -o new --dedupe -1 | data cache clips -o new --workers 0 | data
 data cache clips -o notes.md | data index fifo | data index bigfield | data index . | data sheet clips -o x.txt | data index
 data verify clips | data verify notes.md | data encode clips | data export clips -o new | data sheet clips -o clips
 assemble model model -o clips | assemble model model -o . | assemble model model -o model --dtype int8 | assemble clips model -o new
-assemble model model -o notes.md | assemble model model -o new --context-key-frames -1 | assemble model model -o "" | widen model --token-width 0 -o new
+assemble model model -o notes.md | assemble model model -o new --context-key-frames -1 | assemble model model -o ""
 convert vae binary.bin -o new | convert clip model -o model | convert official -o new | convert official --lm fifo -o new
 convert dynamicrafter pickled.bin -o new | convert vae fifo -o new | convert official --tokenizer notes.md -o clips
 evaluate model --cache clips | evaluate model --cache nowhere --repeats 0 | evaluate model --cache clips --features I3D=binary.bin
 benchmark vbench notes.md -o clips --model model --shard 9/4 | benchmark ucf101 clips -o new.json | benchmark msrvtt clips -o clips
-scale clips --dry-run | scale clips --tflops nan | scale clips --family broken.py | scale clips --family recipe.py --dry-run
 reconstruct tokens.safetensors --model model -o new.mp4 | reconstruct binary.bin | reconstruct model/lm.safetensors --model model
 tokenize clips -o notes.md | tokenize clips --model model -o model/lm.safetensors.mp4 | tokenize fifo --model model
 """
 COMMANDS = {
     "generate": ("Generate", 0), "tokenize": ("Tokenize", 1), "reconstruct": ("Reconstruct", 1), "train": ("Train", 1),
-    "finetune": ("Finetune", 1), "assemble": ("Assemble", 2), "widen": ("Widen", 1), "evaluate": ("Evaluate", 1),
-    "scale": ("Scale", 1), "info": ("Info", 1), "benchmark ucf101": ("Ucf101", 1), "benchmark msrvtt": ("Msrvtt", 1),
+    "finetune": ("Finetune", 1), "assemble": ("Assemble", 2), "evaluate": ("Evaluate", 1),
+    "info": ("Info", 1), "benchmark ucf101": ("Ucf101", 1), "benchmark msrvtt": ("Msrvtt", 1),
     "benchmark vbench": ("Vbench", 1), "data index": ("Index", 1), "data cache": ("Cache", 1),
     "data verify": ("Verify", 1), "data encode": ("Encode", 1), "data export": ("Export", 1), "data sheet": ("Sheet", 1),
     "convert official": ("Official", 0), "convert dynamicrafter": ("Dynamicrafter", 1), "convert clip": ("Clip", 1),
@@ -70,9 +69,7 @@ SHORT = {
     "generate": "--model model --seconds 0.5 --steps 1",
     "finetune": "--model model --steps 1 --batch-size 1 --rank 1",
     "evaluate": "--cache nowhere",
-    "widen": "--cache nowhere",
     "data cache": "--workers 1",
-    "scale": "--dry-run",
     "benchmark vbench": "--samples 1 --seconds 0.5 --model model",
 }
 SKIPPED = ("ray", "here", "work_folder", "all", "revision", "run")  # and what would leave the folder of the test

@@ -1,6 +1,5 @@
 """TinyVT sees motion and order, tells captions apart once trained, and is in the box; on clips drawn here."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,9 @@ from dicode.config import CheckpointError
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.evaluate.scores import alignment_scores, scores_of_sets, seen
 from dicode.features.extract import load_networks
-from dicode.features.tinyvt import BOX, WEIGHTS, TinyVT, TinyVTConfig, accuracy, found, shuffled
+from dicode.features.tinyvt import BOX, WEIGHTS, TinyVT, TinyVTConfig, found, shuffled
 from dicode.lm.text import TextTokenizer
 from dicode.seeds import generator_for
-from dicode.train.runs import LoopConfig, OptimConfig
-from dicode.train.stages import run_recipe
-from dicode.train.video_text import VideoTextRun, VideoTextTraining
 from dicode.video.synthetic import draw_clip
 
 SMALL = TinyVTConfig(
@@ -70,25 +66,6 @@ def test_other_sizes_are_resized_and_clips_too_short_refused(network: TinyVT) ->
     np.testing.assert_allclose(network.clip_vector(large), network.clip_vector(draw_clip(1, 16, 64)[0]), atol=0.1)
     with pytest.raises(ValueError, match="TinyVT: expected clips of 8 frames or more, got 7"):
         network.clip_vector(large[:7])
-
-
-def test_a_short_training_finds_captions_that_only_motion_tells(tmp_path: Path) -> None:
-    captions = drawn_cache(tmp_path / "cache", 17)
-    optim = OptimConfig(steps=60, batch_size=12, lr=4e-3, warmup_steps=5, ema_decay=0.9)
-    loop = LoopConfig(precision="float32", evaluate_every=60, checkpoint_every=60, optim=optim)
-    run = VideoTextRun(
-        (str(tmp_path / "cache"),), replace(SMALL, dropout=0.0), loop, chosen_by=10**6, dropped_words=0.0
-    )
-    stage = VideoTextTraining(run)
-    assert stage.num_samples() == 12 and not stage.held_out  # 5 of 17 are for validation
-    assert all(video.file != "0.mp4" for _, video in stage.clips)
-    best = run_recipe(run, tmp_path / "run", {})
-    assert best["percentile"] == 50  # nothing was held out to choose by
-    trained = TinyVT.from_pretrained(tmp_path / "run" / "best")
-    rows = [i for i in range(17) if i % 4]
-    figures = accuracy(trained, [draw_clip(7 * i, 16, 64)[0] for i in rows], [captions[i] for i in rows])
-    assert figures["caption of a clip"]["percentile"] > 80 and figures["clip of a caption"]["percentile"] > 80
-    assert figures["order"]["shuffled"] > 0.6
 
 
 def test_the_nearest_of_several_right_entries_counts() -> None:

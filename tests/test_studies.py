@@ -1,0 +1,200 @@
+"""Every study of `studies/` runs at toy size, and what it computes agrees with closed forms."""
+
+import json
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from test_features_tinyvt import SMALL, drawn_cache
+from test_linear_code import CHANNELS, SIDE, TOKENS, WIDTH, error, fitted, pictures
+from test_tokenizer import tiny_tokenizer
+from test_training import FLOW, write_cache
+from torch import nn
+
+from dicode.cli.info import runs_of
+from dicode.config import load_file
+from dicode.data.cache import FrameCache
+from dicode.features.tinyvt import TinyVT, accuracy
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.lm.text import TextTokenizer
+from dicode.pipeline import DiCoDe
+from dicode.tokenizer.linear import LinearCode
+from dicode.train.loop import train
+from dicode.train.runs import LoopConfig, OptimConfig
+from dicode.video.synthetic import draw_clip
+
+STUDIES = Path(__file__).parents[1] / "studies"
+FAMILY = """
+from dicode.lm.presets import DeepLMConfig
+from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
+
+def small() -> LanguageRun:
+    return of_width(16)
+
+def middle() -> LanguageRun:
+    return of_width(24)
+
+def large() -> LanguageRun:
+    return of_width(32)
+
+def of_width(width):
+    model = DeepLMConfig(
+        body="llama", width=width, depth=1, heads=2, positions=12 + 3 * 5, vocab_size=300, token_width=6,
+        tokens_per_keyframe=4, max_keyframes=3, text_length=12, components=2,
+    )
+    loop = LoopConfig(
+        precision="float32", tracker="none", evaluate_every=100, checkpoint_every=2,
+        optim=OptimConfig(steps=4, batch_size=4, warmup_steps=1),
+    )
+    return LanguageRun(model=model, loop=loop, longer=(), longer_share=())
+"""
+
+
+def study(name: str, file: str = "__main__") -> ModuleType:
+    return load_file(STUDIES / name / f"{file}.py", "study", "train")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache and a model of random weights, with a linear code and a flow head."""
+    root = tmp_path_factory.mktemp("studies")
+    torch.set_num_threads(1)
+    write_cache(root / "cache", 12)
+    tokenizer = tiny_tokenizer(linear_code=True)
+    DiCoDe(tokenizer, DeepTokenLM(FLOW, TextTokenizer.train(["a red square"], 300))).save_pretrained(root / "model")
+    return root
+
+
+@pytest.fixture
+def results(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with an empty folder `results`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    return tmp_path / "results"
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.8])
+def test_a_power_law_is_found_again(floor: float) -> None:
+    sizes = np.array([3e5, 1e6, 3e6, 1e7, 3e7])
+    losses = 0.3 * (sizes / 3e6) ** -0.25 + floor
+    law = study("scale", "laws").fit_power_law(sizes, np.stack([losses] * 3, axis=1), floor=floor > 0)
+    assert law.scale * (3e6 / law.reference) ** -law.exponent == pytest.approx(0.3, rel=1e-3)
+    assert (law.exponent, law.floor) == (pytest.approx(0.25, rel=1e-3), pytest.approx(floor, abs=1e-3))
+    assert max(law.errors.values()) < 1e-6 and law.determined
+
+
+@pytest.mark.parametrize("more", ["", "--studies tokens head joins --seeds 1"])
+def test_scale(toy: Path, results: Path, monkeypatch: pytest.MonkeyPatch, more: str) -> None:
+    monkeypatch.syspath_prepend(str(STUDIES / "scale"))
+    (results / "toys.py").write_text(FAMILY)
+    scale = study("scale")
+    asked = f"{toy}/cache --family {results}/toys.py --tokenizer {toy}/model --work-folder runs --seeds 2 {more}"
+    assert scale.main(scale.parse(shlex.split(asked))) == 0
+    values = json.loads((results / ("ablations.json" if more else "toys.json")).read_text())["values"]
+    if more:
+        assert list(values["sizes"]) == ["base", "tokens 1", "head gaussian", "head regression", "head flow"]
+        assert values["joins"]["scores"].keys() == {"chained", "parallel", "independent"}
+        return
+    parameters = [size["parameters"] for size in values["sizes"].values()]
+    assert sorted(parameters) == parameters
+    assert values["laws"]["parameters, with floor"]["reference"] == pytest.approx(np.prod(parameters) ** (1 / 3))
+    nll = [run["nll"] for run in values["runs"]["large"]]
+    assert values["means"]["large"]["nll"]["mean"] == pytest.approx(np.mean(nll))
+    trained = {file: file.stat().st_mtime_ns for file in Path("runs").glob("*/figures.json")}
+    assert scale.main(scale.parse(shlex.split(asked))) == 0  # what is finished is not trained again
+    assert trained == {file: file.stat().st_mtime_ns for file in Path("runs").glob("*/figures.json")}
+
+
+def test_the_larger_sizes_of_scale_differ_in_width_depth_and_learning_rate_alone() -> None:
+    small, large = (runs_of(str(STUDIES / f"scale/{name}.py")) for name in ("scale", "scale_large"))
+    assert small["llama_19m"].model == large["llama_19m"].model
+    rates = {run.loop.optim.lr * run.model.width**0.5 for run in large.values()}
+    assert max(rates) == pytest.approx(min(rates))
+
+
+def test_the_energy_score_in_one_dimension_is_the_crps_of_a_gaussian(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Gneiting & Raftery 2007, equation 21: σ (z (2Φ(z) - 1) + 2φ(z) - 1/√π)
+    drawn = np.random.default_rng(0).normal(1.0, 2.0, size=(1, 4000, 1))
+    for y in (1.0, 4.0):
+        z = (y - 1) / 2
+        expected = 2 * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
+        assert study("heads").energy_score(drawn, np.array([[y]]))["mean"] == pytest.approx(expected, abs=0.05)
+        assert study("scale", "ablations").energy_score(drawn, np.array([[y]])) == pytest.approx(expected, abs=0.05)
+
+
+@torch.no_grad()
+def test_a_widened_code_keeps_the_first_numbers_and_encodes_the_rest() -> None:
+    latents, others = pictures(500, 30), pictures(20, 30, seed=1)
+    code, *numbers = fitted(latents)
+    wider = LinearCode(TOKENS, WIDTH + 3, CHANNELS, SIDE)
+    more = study("widths", "widen").extend(wider, code, statistics(*numbers), latents)
+    kept = statistics(*numbers)(code.tokens(others).flatten(1)).unflatten(1, (TOKENS, -1))
+    tokens = statistics(*more)(wider.tokens(others).flatten(1)).unflatten(1, (TOKENS, -1))
+    torch.testing.assert_close(tokens[..., :WIDTH], kept, rtol=1e-4, atol=1e-4)
+    assert error(code, kept, others) > 1e-3 * others.var() > 1e3 * error(wider, tokens, others)
+
+
+def statistics(mean: torch.Tensor, variance: torch.Tensor) -> nn.BatchNorm1d:
+    normalizer = nn.BatchNorm1d(len(mean), affine=False).eval()
+    normalizer.running_mean, normalizer.running_var = mean, variance
+    return normalizer
+
+
+@torch.no_grad()
+def test_a_widened_model_predicts_the_same(toy: Path, tmp_path: Path) -> None:
+    study("widths", "widen").widen(toy / "model", 9, FrameCache.load(toy / "cache"), tmp_path / "wide")
+    narrow, wide = (DiCoDe.from_pretrained(folder) for folder in (toy / "model", tmp_path / "wide"))
+    ids = narrow.text.encode(["a red square"], 12)
+    tokens = [next(model.lm.generate(ids, 1, seed=3)) for model in (narrow, wide)]
+    assert tokens[1].shape[-1] == 9
+    noise, time = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    written = [torch.randn(1, 2, 4, 6, generator=torch.Generator().manual_seed(1))]
+    written.append(torch.cat([written[0], torch.ones(1, 2, 4, 3)], dim=-1))
+    assert narrow.tokenizer.config.denoiser == wide.tokenizer.config.denoiser
+    del noise, time
+
+
+@pytest.mark.parametrize("name", ["widths", "motion", "ranking"])
+@pytest.mark.filterwarnings("ignore:Fréchet distance of")
+def test_measurements_of_a_model(toy: Path, results: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = study(name)
+    if name == "widths":
+        module.WIDTHS = (4, 6)
+        module.main(f"{toy}/model", f"{toy}/cache", "results/widths.json")
+    elif name == "motion":
+        module.CLIPS, module.SCALES = 2, (1.0, 1.5)
+        module.main(f"{toy}/model", f"{toy}/cache")
+    else:
+        module.NETWORKS = ("EffLite0",)
+        module.main(f"{toy}/model", f"{toy}/cache")
+    (file,) = results.iterdir()
+    assert json.loads(file.read_text())["n"] > 0
+
+
+def test_tokens(toy: Path, results: Path) -> None:
+    study("tokens").main(f"{toy}/cache", f"fourth={toy}/model")
+    values = json.loads((results / "tokens.json").read_text())["values"]
+    assert values["linear"].keys() == values["fourth"].keys()
+
+
+def test_rollouts(toy: Path, results: Path) -> None:
+    rollouts = study("world", "rollouts")
+    rollouts.VIDEOS, rollouts.LEAST_S, rollouts.TOTAL_S = 1, 1.0, 2
+    rollouts.main(f"{toy}/cache", "results/rollouts.json", f"{toy}/model")
+    assert json.loads((results / "rollouts.json").read_text())["values"]
+
+
+def test_a_short_training_of_tinyvt_learns_captions_that_only_motion_tells_apart(tmp_path: Path) -> None:
+    tinyvt, captions = study("tinyvt"), drawn_cache(tmp_path / "cache", 17)
+    optim = OptimConfig(steps=60, batch_size=12, lr=4e-3, warmup_steps=5, ema_decay=0.9)
+    loop = LoopConfig(precision="float32", evaluate_every=60, checkpoint_every=60, optim=optim)
+    run = tinyvt.VideoTextRun((str(tmp_path / "cache"),), SMALL, loop, chosen_by=10**6, dropped_words=0.0)
+    train(tinyvt.VideoTextTraining(run), loop, tmp_path / "run", {})
+    trained = TinyVT.from_pretrained(tmp_path / "run" / "best")
+    rows = [i for i in range(17) if i % 4]
+    figures = accuracy(trained, [draw_clip(7 * i, 16, 64)[0] for i in rows], [captions[i] for i in rows])
+    assert figures["caption of a clip"]["percentile"] > 80 and figures["order"]["shuffled"] > 0.6
