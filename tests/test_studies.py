@@ -1,5 +1,6 @@
 """Every study of `studies/` runs at toy size, and what it computes agrees with closed forms."""
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -8,10 +9,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import tyro
 from scipy.stats import norm
 from test_features_tinyvt import SMALL, drawn_cache
 from test_linear_code import CHANNELS, SIDE, TOKENS, WIDTH, error, fitted, pictures
-from test_tokenizer import tiny_tokenizer
+from test_tokenizer import conditioning, tiny_tokenizer
 from test_training import FLOW, write_cache
 from torch import nn
 
@@ -93,7 +95,7 @@ def test_scale(toy: Path, results: Path, monkeypatch: pytest.MonkeyPatch, more: 
     (results / "toys.py").write_text(FAMILY)
     scale = study("scale")
     asked = f"{toy}/cache --family {results}/toys.py --tokenizer {toy}/model --work-folder runs --seeds 2 {more}"
-    assert scale.main(scale.parse(shlex.split(asked))) == 0
+    scale.main(tyro.cli(scale.Scale, args=shlex.split(asked)))
     values = json.loads((results / ("ablations.json" if more else "toys.json")).read_text())["values"]
     if more:
         assert list(values["sizes"]) == ["base", "tokens 1", "head gaussian", "head regression", "head flow"]
@@ -105,7 +107,7 @@ def test_scale(toy: Path, results: Path, monkeypatch: pytest.MonkeyPatch, more: 
     nll = [run["nll"] for run in values["runs"]["large"]]
     assert values["means"]["large"]["nll"]["mean"] == pytest.approx(np.mean(nll))
     trained = {file: file.stat().st_mtime_ns for file in Path("runs").glob("*/figures.json")}
-    assert scale.main(scale.parse(shlex.split(asked))) == 0  # what is finished is not trained again
+    scale.main(tyro.cli(scale.Scale, args=shlex.split(asked)))  # what is finished is not trained again
     assert trained == {file: file.stat().st_mtime_ns for file in Path("runs").glob("*/figures.json")}
 
 
@@ -151,11 +153,11 @@ def test_a_widened_model_predicts_the_same(toy: Path, tmp_path: Path) -> None:
     ids = narrow.text.encode(["a red square"], 12)
     tokens = [next(model.lm.generate(ids, 1, seed=3)) for model in (narrow, wide)]
     assert tokens[1].shape[-1] == 9
-    noise, time = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
-    written = [torch.randn(1, 2, 4, 6, generator=torch.Generator().manual_seed(1))]
-    written.append(torch.cat([written[0], torch.ones(1, 2, 4, 3)], dim=-1))
-    assert narrow.tokenizer.config.denoiser == wide.tokenizer.config.denoiser
-    del noise, time
+    noisy, time, clips = torch.randn(2, 16, 5, 8, 8), torch.tensor([100, 900]), conditioning(2)
+    further = torch.randn(2, 2, 4, 3)  # numbers that the denoiser has not learnt to read
+    wider = dataclasses.replace(clips, tokens=torch.cat([clips.tokens, further], dim=-1))
+    expected = narrow.tokenizer.denoiser(noisy, time, clips)
+    torch.testing.assert_close(wide.tokenizer.denoiser(noisy, time, wider), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["widths", "motion", "ranking"])

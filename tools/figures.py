@@ -17,7 +17,11 @@ def main() -> int:
     tables |= {"studies/tokens/README.md": tokens(), "studies/widths/README.md": widths()}
     tables["docs/evaluation.md"] = tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
     tables["dicode/checkpoints/world/README.md"] = tables["docs/world.md"] = figures("world")
-    tables |= {"studies/scale/README.md": scaling(), "studies/motion/README.md": motion_scale()}
+    tables |= {
+        "studies/scale/README.md": scaling(),
+        "studies/motion/README.md": motion_scale(),
+        "studies/ranking/README.md": ranking(),
+    }
     stale = []
     for path, table in ((ROOT / name, table) for name, table in tables.items()):
         text = path.read_text(encoding="utf-8")
@@ -134,6 +138,18 @@ def motion_scale() -> str:
     columns = list(next(iter(cases.values())))
     rows = [[name, *(f"{case[column]:.3g}" for column in columns)] for name, case in cases.items()]
     return as_table([["training clips", *columns], *rows])
+
+
+def ranking() -> str:
+    """Whether each metric ranks the cases that it claims to rank, as a Markdown table."""
+    rows = [["model", "metric", "real", "reconstruction", "generation", "shuffled", "noise", "ranked", "overlap"]]
+    for model in ("sprites", "world"):
+        for metric, row in values_of(f"{model}-ranking")["metrics"].items():
+            if row["ranked"] is not None:
+                cells = [f"{score['value']:.3g}" if isinstance(score, dict) else "–" for score in row["cases"].values()]
+                ranked = "yes" if row["ranked"] else "no"
+                rows.append([f"`{model}`", metric, *cells, ranked, "; ".join(row["undecided"]) or "–"])
+    return as_table(rows)
 
 
 def video_text() -> str:

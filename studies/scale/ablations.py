@@ -1,7 +1,7 @@
-"""One thing changed at a time: tokens a key frame, their width, head, noise on what is read, joins of clips.
+"""One change at a time: tokens a key frame, their width, head, noise on the inputs, joins of clips.
 
-Losses over different tokens, or of different heads, tell nothing of each other. All arms are measured where they can be
-compared: in the first stage's latents, which every tokenizer's key-frame head gives back.
+Losses over different tokens, or of different heads, cannot be compared. All runs are measured in the first stage's
+latents, which every tokenizer decodes to.
 """
 
 from dataclasses import asdict, replace
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dicode.config import config_from_dict, read_config
 from dicode.data.cache import FrameCache
+from dicode.evaluate.generation import draw_prompts, join_score
+from dicode.evaluate.long import JOINS, long_video
 from dicode.features.metrics import mean_pair_distance
 from dicode.lm.presets import HeadName
 from dicode.pipeline import DiCoDe
@@ -27,12 +29,12 @@ from dicode.train.tokenizer import TokenizerTraining
 
 HEADS: tuple[HeadName, ...] = ("gaussian", "regression", "flow")  # beside the base's mixture
 NOISE = (0.0, 0.5, 1.0)
-CONDITIONS, SAMPLES = 64, 4  # validation captions, and what is written of each
+CONDITIONS, SAMPLES = 64, 4  # validation captions, and samples of each
 JOIN_PROMPTS, JOIN_S = 6, 8.0
 
 
-def arms(base: LanguageRun, studies: tuple[str, ...], folder: Path) -> dict[str, LanguageRun]:
-    """The run and those in which one thing is another, by what it is; their tokenizers are fitted in `folder`."""
+def ablated_runs(base: LanguageRun, studies: tuple[str, ...], folder: Path) -> dict[str, LanguageRun]:
+    """The base and its variants; their tokenizers are linear codes fitted in `folder`."""
     model, n, d = base.model, base.model.tokens_per_keyframe, base.model.token_width
     codes = {"base": (n, d)}
     if "tokens" in studies:
@@ -52,44 +54,40 @@ def arms(base: LanguageRun, studies: tuple[str, ...], folder: Path) -> dict[str,
 
 
 def linear_tokenizer(base: LanguageRun, tokens: int, width: int, folder: Path) -> Path:
-    """A tokenizer that is the linear code of so many tokens of this width, fitted to the training frames' latents.
-
-    Its tokens come from the latents that are kept already.
-    """
-    made = folder / f"{tokens}x{width}"
-    model = config_from_dict(TokenizerConfig, read_config(Path(base.tokenizer))["tokenizer"])
-    model = replace(model, linear_code=True, resampler=replace(model.resampler, queries=tokens, token_width=width))
-    if not (made / WEIGHTS).exists():
+    """The linear code of so many tokens of this width, fitted to the training frames' latents, as a tokenizer."""
+    path = folder / f"{tokens}x{width}"
+    if not (path / WEIGHTS).exists():
+        model = config_from_dict(TokenizerConfig, read_config(Path(base.tokenizer))["tokenizer"])
+        model = replace(model, linear_code=True, resampler=replace(model.resampler, queries=tokens, token_width=width))
         run = TokenizerRun(
             cache=base.cache, first_stage=base.tokenizer, model=model, train_denoiser=False, loop=base.loop
         )
         stage = TokenizerTraining(run)
         stage.module.eval()
-        stage.export(made)
-    return made
+        stage.export(path)
+    return path
 
 
 @torch.no_grad()
 def in_latents(stage: LanguageTraining) -> dict[str, float]:
-    """What is comparable between tokens, heads and noise, on validation captions and their real latents.
+    """Figures of validation captions and their real latents.
 
-    `lost`: share of the real key frames' variance that their own tokens do not give back. `energy/…`: energy score of
-    `SAMPLES` written key frames, as learnt and without guidance (lower is better): of the first, of the third, and of
-    the third told the true two before it. `rank`: percentile rank (100 best, 50 chance) of the true first key frame
-    among all by its distance to the mean of those written.
+    `lost`: share of the real key frames' variance that their own tokens lose. `energy/…`: energy score of `SAMPLES`
+    key frames, without guidance: of the first, of the third, and of the third given the true two before it ("told").
+    `rank`: percentile rank (100 best, 50 chance) of the true first key frame by its distance to the samples' mean.
     """
-    told = [v for v in stage.validation.videos if v.captions and stage.is_real(v, 3).all()]
-    videos = tuple(told[:: max(1, len(told) // CONDITIONS)][:CONDITIONS])
+    lasting = [v for v in stage.validation.videos if v.captions and stage.is_real(v, 3).all()]
+    videos = tuple(lasting[:: max(1, len(lasting) // CONDITIONS)][:CONDITIONS])
     ids, tokens = stage.sample_of(videos, key_frames=3)
     frames = stage.cache.frames[torch.stack([stage.key_frame_rows(v, 3) for v in videos]).flatten()]
     truth = stage.tokenizer.first_stage.encode(frames_to_pixels(frames)).float().unflatten(0, (-1, 3)).flatten(2)
-    held = latents_of(stage, tokens)
+    decoded = latents_of(stage, tokens)
     module, many = stage.module, ids.repeat_interleave(SAMPLES, 0)
     free = torch.stack(list(module.generate(many, 3)), dim=1)
     before = tokens[:, :2].repeat_interleave(SAMPLES, 0)
     forced = torch.stack(list(module.generate(many, 1, prefix=before)), dim=1)
     written = latents_of(stage, torch.cat([free[:, [0, 2]], forced], dim=1)).unflatten(0, (-1, SAMPLES))
-    figures = {"lost": ((held - truth).square().mean() / (truth - truth.mean(0)).square().mean()).item()}
+    figures = {"lost": ((decoded - truth).square().mean() / (truth - truth.mean(0)).square().mean()).item()}
     for i, (name, number) in enumerate((("first", 0), ("third", 2), ("third, told", 2))):
         figures[f"energy/{name}"] = energy_score(written[:, :, i].numpy(), truth[:, number].numpy())
     distances = torch.cdist(written[:, :, 0].mean(1), truth[:, 0])
@@ -100,7 +98,7 @@ def in_latents(stage: LanguageTraining) -> dict[str, float]:
 def energy_score(samples: np.ndarray, truths: np.ndarray) -> float:
     """Mean of (E‖X-y‖ - ½E‖X-X'‖) / √width over conditions: samples `c s width`, truths `c width`; lower is better.
 
-    Gneiting & Raftery 2007, equation 22. A proper score: it does not reward writing the mean.
+    Gneiting & Raftery 2007, equation 22. A proper score: it does not reward the mean.
     """
     errors = np.linalg.norm(samples - truths[:, None], axis=2).mean(1)
     spreads = np.array([mean_pair_distance(drawn) for drawn in samples])
@@ -108,19 +106,16 @@ def energy_score(samples: np.ndarray, truths: np.ndarray) -> float:
 
 
 def latents_of(stage: LanguageTraining, tokens: DeepTokens) -> Tensor:
-    """Key latents `b k numbers` as the key-frame head gives them, on the CPU."""
+    """Key latents `b k numbers`, on the CPU."""
     return stage.tokenizer.key_latents(tokens.cpu().flatten(0, 1)).float().unflatten(0, tokens.shape[:2]).flatten(2)
 
 
-def joins(folder: Path, cache: Path, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-    """Step at joins over step inside clips, with and without context, of a whole model's videos of a few captions."""
-    from dicode.evaluate.generation import draw_prompts, join_score
-    from dicode.evaluate.long import JOINS, long_video
-
-    model, told = DiCoDe.from_pretrained(folder, device=device), FrameCache.load(cache).subset(validation=False).videos
-    prompts = draw_prompts({v.captions[0] for v in told if v.captions}, JOIN_PROMPTS, seed)
+def joins(folder: Path, cache: Path) -> dict[str, Any]:
+    """Step at joins over step inside clips of a whole model's videos of a few captions, by the kind of joins."""
+    model, videos = DiCoDe.from_pretrained(folder), FrameCache.load(cache).subset(validation=False).videos
+    prompts = draw_prompts({v.captions[0] for v in videos if v.captions}, JOIN_PROMPTS, 0)
     config, scores = model.tokenizer.config, {}
     for kind in JOINS:
-        videos = [long_video(model, prompt, JOIN_S, seed, i, kind) for i, prompt in enumerate(prompts)]
-        scores[kind] = asdict(join_score(videos, config.clip_frames, config.repeated_frames, seed=seed))
+        made = [long_video(model, prompt, JOIN_S, 0, i, kind) for i, prompt in enumerate(prompts)]
+        scores[kind] = asdict(join_score(made, config.clip_frames, config.repeated_frames, seed=0))
     return {"seconds": JOIN_S, "prompts": prompts, "scores": scores}

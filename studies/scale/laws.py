@@ -1,70 +1,68 @@
-"""Power laws of a loss against size or work, with their errors."""
+"""Power laws of a loss against size or compute, with their errors."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
-from numpy import ndarray
+from scipy import optimize, stats
 
-EXPONENTS = np.geomspace(0.005, 5, 600)  # tried where a floor makes the law non-linear
-REFINEMENTS = 3  # times that the range around the best of them is tried as finely
+LOWEST, HIGHEST = 0.005, 5.0  # exponents
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = scale · (x / reference)^-exponent + floor, and how far off it is."""
+    """y = scale · (x / reference)^-exponent + floor."""
 
-    scale: float  # what size is still worth at `reference`, the geometric mean of x
+    scale: float
     exponent: float
     floor: float  # 0 where the law has none
-    reference: float
+    reference: float  # geometric mean of x
     residual: float  # root mean square of measured means less the law
-    errors: dict[str, float] | None  # standard errors of scale, exponent and floor, by seeds; None with one seed
-    determined: bool  # whether scale and exponent are beyond their errors, the exponent none of the ends of those tried
+    errors: dict[str, float] | None  # standard errors of scale, exponent and floor; None with one seed
+    determined: bool  # whether scale and exponent exceed their errors, and the exponent is inside its bounds
 
 
-def fit_power_law(
-    x: Float[ndarray, "sizes"], y: Float[ndarray, "sizes seeds"], floor: bool = True, resamples: int = 500
-) -> PowerLaw:
-    """The law nearest, by least squares, to each size's mean over seeds; without a `floor` nearest in logarithms.
+def fit_power_law(x: np.ndarray, y: np.ndarray, floor: bool = True, resamples: int = 500) -> PowerLaw:
+    """Least squares on the means over seeds of `y` (sizes × seeds); without a floor in logarithms.
 
-    Column i of `y` is of one seed, with which all sizes saw the same samples. Errors are those of a bootstrap over
-    these columns, spread by √(n/(n-1)) as few seeds' own resampling falls short of it. They cover training, not the
-    choice of clips. Raises `ValueError` for fewer sizes than the law has numbers, and where a law without floor meets a
-    y of 0 or less.
+    Errors are of a bootstrap over seeds, the same for all sizes since they share the samples, widened by √(n/(n-1)).
     """
-    if len(x) < 2 + floor or y.shape[:1] != x.shape:
-        raise ValueError(f"expected {2 + floor} sizes or more, and as many rows of y, got {x.shape} and {y.shape}")
-    if not floor and (y <= 0).any():
-        raise ValueError("a power law without a floor is of positive values only")
     reference, means, seeds = float(np.exp(np.log(x).mean())), y.mean(1), y.shape[1]
-    best = _fitted(x / reference, means, floor)
-    scale, exponent, bottom = best
+    scale, exponent, bottom = fitted(x / reference, means, floor)
     residual = float(np.sqrt(np.mean((scale * (x / reference) ** -exponent + bottom - means) ** 2)))
     errors = None
     if seeds > 1:
-        random = np.random.default_rng(0)
-        drawn = y[:, random.integers(seeds, size=(resamples, seeds))].mean(2).T
+        drawn = y[:, np.random.default_rng(0).integers(seeds, size=(resamples, seeds))].mean(2).T
         drawn = means + np.sqrt(seeds / (seeds - 1)) * (drawn - means)
-        spread = np.std([_fitted(x / reference, row, floor) for row in drawn], axis=0)
+        spread = np.std([fitted(x / reference, row, floor) for row in drawn], axis=0)
         errors = dict(zip(("scale", "exponent", "floor"), spread.tolist(), strict=True))
-    inside = not floor or EXPONENTS[0] * 1.01 < exponent < EXPONENTS[-1] * 0.99
+    inside = not floor or LOWEST * 1.01 < exponent < HIGHEST * 0.99
     determined = bool(inside and (errors is None or (errors["exponent"] < exponent and errors["scale"] < scale)))
     return PowerLaw(scale, exponent, bottom, reference, residual, errors, determined)
 
 
-def _fitted(x: ndarray, y: ndarray, floor: bool) -> tuple[float, float, float]:
-    """Scale, exponent and floor. For a given exponent the other two are a straight line's."""
+def fitted(x: np.ndarray, y: np.ndarray, floor: bool) -> tuple[float, float, float]:
+    """Scale, exponent and floor."""
     if not floor:
-        slope, at_one = np.polyfit(np.log(x), np.log(np.maximum(y, 1e-12)), 1)
+        slope, at_one = np.polyfit(np.log(x), np.log(y), 1)
         return float(np.exp(at_one)), -float(slope), 0.0
-    tried = EXPONENTS
-    for _ in range(REFINEMENTS):
-        powers = x ** -tried[:, None]
-        centred = powers - powers.mean(1, keepdims=True)
-        slopes = centred @ (y - y.mean()) / (centred**2).sum(1)
-        bottoms = y.mean() - slopes * powers.mean(1)
-        at = int(np.argmin(((slopes[:, None] * powers + bottoms[:, None] - y) ** 2).sum(1)))
-        best = float(slopes[at]), float(tried[at]), float(bottoms[at])
-        tried = np.geomspace(tried[max(0, at - 1)], tried[min(len(tried) - 1, at + 1)], len(EXPONENTS))
-    return best
+
+    def line(exponent: float) -> tuple[float, np.ndarray]:
+        """For a given exponent the other two are those of a straight line."""
+        powers = x**-exponent
+        (scale, bottom), squares, *_ = np.polyfit(powers, y, 1, full=True)
+        return float(squares.sum()), np.array([scale, exponent, bottom])
+
+    grid = np.geomspace(LOWEST, HIGHEST, 60)  # there may be several minima
+    best = int(np.argmin([line(exponent)[0] for exponent in grid]))
+    around = float(grid[max(0, best - 1)]), float(grid[min(59, best + 1)])
+    found = optimize.minimize_scalar(lambda e: line(e)[0], bounds=around, method="bounded", options={"xatol": 1e-7})
+    scale, exponent, bottom = line(float(found.x))[1].tolist()
+    return scale, exponent, bottom
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """95 % of the mean over seeds, by Student's distribution; None for one seed."""
+    if len(values) < 2:
+        return None
+    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+    return float(low), float(high)

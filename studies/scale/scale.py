@@ -1,10 +1,9 @@
-"""Language models of five sizes over two orders of magnitude, on equal data: what size alone is worth.
+"""Language models of five sizes over two orders of magnitude, on equal data; the last weights of each are measured.
 
-    python studies/scale CACHE … --family studies/scale/scale.py --tokenizer dicode/checkpoints/sprites
+    python studies/scale CACHE …
 
-All see the same samples in the same order, all keep their last weights. With AdamW (learning rate 4e-3 at width 128,
-falling as the width rises) 0.3 M and 1 M were alike after 720 steps, at the loss of a normal distribution; with Muon
-they were 0.06 nats apart after 500. Results: README.md.
+With AdamW (learning rate 4e-3 at width 128, falling as the width rises) 0.3 M and 1 M had the same loss after 720
+steps, that of a normal distribution; with Muon they were 0.06 nats apart after 500.
 """
 
 from dataclasses import replace
@@ -12,7 +11,7 @@ from dataclasses import replace
 from dicode.lm.presets import SIZES
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
 
-LR = 3e-3  # of Muon, whose updates are alike at every width; tried on training clips kept out of training
+LR = 3e-3  # of Muon, whose updates have one size at every width; tried on training clips kept out of training
 SAMPLES, BATCH_SIZE = 5_120, 16
 
 
@@ -43,40 +42,18 @@ def llama_19m() -> LanguageRun:
 
 def _language_model(width: int, depth: int, heads: int) -> LanguageRun:
     """The published arrangement, a mixture over one token after the other, with half of its components."""
+    model = replace(
+        SIZES["sprites"], width=width, depth=depth, heads=heads, vocab_size=1024, text_length=16,
+        positions=16 + 17 * 8, max_keyframes=8, components=8, input_noise=0.3,
+    )  # fmt: skip
+    optim = OptimConfig(
+        steps=SAMPLES // BATCH_SIZE, batch_size=BATCH_SIZE, optimizer="muon", lr=LR, warmup_steps=30,
+        decay_fraction=0.5, weight_decay=0.05, ema_decay=0.99,
+    )  # fmt: skip
+    loop = LoopConfig(
+        tracker="none", log_every=60, evaluate_every=1_000_000, checkpoint_every=160, optim=optim
+    )  # evaluated once, at the end
     return LanguageRun(
-        tokenizer="dicode/checkpoints/sprites",
-        model=replace(
-            SIZES["sprites"],
-            width=width,
-            depth=depth,
-            heads=heads,
-            vocab_size=1024,
-            text_length=16,
-            positions=16 + 17 * 8,
-            max_keyframes=8,
-            components=8,
-            input_noise=0.3,
-        ),
-        longer=(),
-        longer_share=(),
-        from_start=0.5,
-        long_captions=0.0,
-        null_captions=0.1,
-        word_dropout=0.3,
-        loop=LoopConfig(
-            tracker="none",
-            log_every=60,
-            evaluate_every=1_000_000,  # once, at the end
-            checkpoint_every=160,
-            optim=OptimConfig(
-                steps=SAMPLES // BATCH_SIZE,
-                batch_size=BATCH_SIZE,
-                optimizer="muon",
-                lr=LR,
-                warmup_steps=30,
-                decay_fraction=0.5,
-                weight_decay=0.05,
-                ema_decay=0.99,
-            ),
-        ),
-    )
+        tokenizer="dicode/checkpoints/sprites", model=model, longer=(), longer_share=(), from_start=0.5,
+        long_captions=0.0, null_captions=0.1, word_dropout=0.3, loop=loop,
+    )  # fmt: skip
