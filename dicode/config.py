@@ -25,9 +25,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 Precision = Literal["auto", "bfloat16", "float32"]
 MOST_INTEGER = 2**63 - 1
-FORMAT = 2
-SECTIONS = ("first_stage", "tokenizer", "lm", "deep_tokens", "video_text")  # of a config.json
-MOST_CONFIG = 2**20  # bytes of config.json
 T = TypeVar("T")
 
 
@@ -229,53 +226,13 @@ def shortened(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-def parsed_json(text: str, where: str) -> Any:
-    """The JSON of a user's file; raises `CheckpointError` where it is none.
-
-    A key that is given twice is an error too, where Python's reader drops one.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError as error:
-        raise CheckpointError(f"{where}: not readable as JSON (nested too deeply)") from error
-    except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
-        raise CheckpointError(f"{where}: not readable as JSON ({error})") from error
-
-
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict (`object_pairs_hook`). Raises `ValueError` for a key that is given twice."""
-    held = dict(pairs)
-    if len(held) < len(pairs):
+    """A JSON object as a dict (`object_pairs_hook`). Raises `ValueError` for a duplicate key."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return held
-
-
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json` of a checkpoint folder, with the format number that `read_config` checks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json` of a checkpoint folder and check its format number."""
-    from dicode.files import TextError, read_text  # brings fsspec, which help need not wait for
-
-    path = folder / "config.json"
-    try:
-        text = read_text(path, MOST_CONFIG)
-    except (OSError, TextError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    values = parsed_json(text, str(path))
-    found = values.get("format") if isinstance(values, dict) else None
-    if not isinstance(values, dict) or isinstance(found, bool) or found != FORMAT:
-        raise CheckpointError(
-            f"{path}: expected format {FORMAT}, got {shortened(found)}; this version of dicode cannot read it: "
-            "dicode before 0.2 wrote format 1"
-        )
-    if unknown := [key for key in values if key not in ("format", *SECTIONS)]:
-        raise CheckpointError(f"{path}: unknown section {shortened(unknown[0])}{nearest(unknown[0], list(SECTIONS))}")
-    return {key: value for key, value in values.items() if key != "format"}
+    return values
 
 
 def missing_extra(error: ModuleNotFoundError, extra: str) -> ImportError:

@@ -17,6 +17,8 @@ from typing import Any
 from safetensors import SafetensorError
 from upath import UPath
 
+from dicode.config import unique
+
 Place = Path | UPath  # a `Path` always lies here
 PARTIAL = ".part"  # what unfinished files end in, and their names begin with a dot
 
@@ -149,18 +151,14 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def read_json(source: Place, most_bytes: int = MOST_TEXT) -> Any:
-    """What a JSON file holds, read as `read_text` does. Raises `TextError` where it is none, or nested too deeply."""
-    return json_of(read_text(source, most_bytes), str(source))
-
-
-def json_of(text: str, name: str) -> Any:
-    """The value of a JSON text; `name` is for the error."""
+    """The value of a JSON file, read as by `read_text`. Raises `TextError` where it is none, or nested too deeply."""
+    text = read_text(source, most_bytes)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except RecursionError as error:
-        raise TextError(f"{name}: nested too deeply to be read as JSON") from error
-    except ValueError as error:
-        raise TextError(f"{name}: not JSON ({error})") from error
+        raise TextError(f"{source}: nested too deeply to be read as JSON") from error
+    except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
+        raise TextError(f"{source}: not JSON ({error})") from error
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dicode.checkpoint import push_folder, resolve
-from dicode.config import write_config
+from dicode.checkpoint import push_folder, resolve, write_config
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import SeedPlan
 from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens

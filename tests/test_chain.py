@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from test_training import SHARD, write_cache
 
+from dicode.checkpoint import read_config
 from dicode.cli.app import main, parse
 from dicode.cli.flags import Train, TrainAll
-from dicode.config import read_config
 from dicode.pipeline import DiCoDe
 from dicode.train.chain import Chain, wired
 from dicode.train.lm import LanguageTraining

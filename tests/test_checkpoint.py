@@ -25,9 +25,9 @@ from test_tokenizer import DENOISERS, tiny_config, tiny_tokenizer
 from torch import Tensor, nn
 
 from dicode import checkpoint as hub
-from dicode.checkpoint import load_state, load_weights, resolve, save_weights
+from dicode.checkpoint import load_state, load_weights, read_config, resolve, save_weights, write_config
 from dicode.cli.app import main
-from dicode.config import CheckpointError, read_config, write_config
+from dicode.config import CheckpointError
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
 from dicode.tokenizer.config import EncoderConfig, FirstStageConfig
@@ -406,13 +406,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 return (kwargs["tensor"] if "tensor" in kwargs else args[0]).fill_(torch.nan)
         return func(*args, **kwargs)
 
-    monkeypatch.setattr(hub._SkipInitialisation, "__torch_function__", poison)
+    monkeypatch.setattr(hub.without_initialisation, "__torch_function__", poison)
 
 
 def loaded_with_initialisation(kind: Any, source: Any) -> nn.Module:
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("tokenizer.video_tokenizer", "lm.deep_lm"):
-            patch.setattr(f"dicode.{module}.without_initialisation", nullcontext)
+        patch.setattr("dicode.checkpoint.without_initialisation", nullcontext)
         return kind.from_pretrained(source)
 
 

@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel
 
+from dicode.checkpoint import read_config
 from dicode.cli.app import main
-from dicode.config import CheckpointError, read_config
+from dicode.config import CheckpointError
 from dicode.convert.files import read_weights, write_tensors
 from dicode.convert.names import clip_state
 from dicode.convert.official import convert_official, null_text

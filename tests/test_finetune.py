@@ -18,10 +18,9 @@ from test_lm_deep_lm import PROMPTS, build
 from test_tokenizer import DENOISERS, known, tiny_tokenizer
 from torch import Tensor, nn
 
-from dicode.checkpoint import load_state
+from dicode.checkpoint import load_state, read_config
 from dicode.cli.app import finetune as finetune_command
 from dicode.cli.app import parse
-from dicode.config import read_config
 from dicode.data.cache import FrameCache
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dicode.config import config_from_dict, config_to_dict, read_config
+from dicode.checkpoint import read_config
+from dicode.config import config_from_dict, config_to_dict
 from dicode.pipeline import DiCoDe
 from dicode.tokenizer.config import SamplingConfig
 from dicode.train.assemble import assemble

@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from dicode.checkpoint import write_config
 from dicode.cli.app import main
-from dicode.config import write_config
 from dicode.device import GPUS, Gpu, peak_flops
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import SIZES, DeepLMConfig

@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from published import values_of, vectors_of, weights_of
 from safetensors.torch import load_file
 
-from dicode.config import CheckpointError, read_config, write_config
+from dicode.checkpoint import read_config, write_config
+from dicode.config import CheckpointError
 from dicode.convert.configs import resampler_config
 from dicode.seeds import SeedPlan, generator_for
 from dicode.tokenizer.boundaries import BLEND_FRAMES, blended

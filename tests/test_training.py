@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from test_tokenizer import tiny_config
 from torch import nn
 
-from dicode.config import CheckpointError, read_config
+from dicode.checkpoint import read_config
+from dicode.config import CheckpointError
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import DeepLMConfig

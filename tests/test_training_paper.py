@@ -15,7 +15,8 @@ from test_training import SIZE, assert_same_checkpoint, loop, train_in_parts, wr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dicode.config import CheckpointError, write_config
+from dicode.checkpoint import write_config
+from dicode.config import CheckpointError
 from dicode.lm.backbone import Backbone
 from dicode.lm.deep_lm import DeepTokenLM, body_differences
 from dicode.lm.presets import SIZES, DeepLMConfig

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from test_tokenizer import tiny_config
 
-from dicode.config import write_config
+from dicode.checkpoint import write_config
 from dicode.data.cache import CachedVideo, FrameCache, write_index, write_shard
 from dicode.data.columns import Videos
 from dicode.lm.presets import DeepLMConfig

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from dicode import __version__
-from dicode.checkpoint import check_model_folder, content_hash, model_name, resolve
+from dicode.checkpoint import check_model_folder, content_hash, model_name, read_config, resolve
 from dicode.cli.data import cache as make_cache
 from dicode.cli.flags import Cache, Finetune
-from dicode.config import CheckpointError, config_from_dict, config_to_dict, missing_extra, read_config
+from dicode.config import CheckpointError, config_from_dict, config_to_dict, missing_extra
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.data.index import read_index
 from dicode.data.records import VALIDATION_EVERY, ClipRecord, merged

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dicode.checkpoint import resolve
+from dicode.checkpoint import read_config, resolve
 from dicode.cli.flags import Info
-from dicode.config import CheckpointError, config_from_dict, nearest, read_config
+from dicode.config import CheckpointError, config_from_dict, nearest
 from dicode.device import GPUS
 from dicode.files import read_text
 from dicode.lm.presets import SIZES, DeepLMConfig

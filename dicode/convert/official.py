@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dicode import __version__
-from dicode.checkpoint import held_by, load_state, misfits, model_folder
-from dicode.config import CheckpointError, config_to_dict, read_config, write_config
+from dicode.checkpoint import headers_of, load_state, mismatches, model_folder, read_config, write_config
+from dicode.config import CheckpointError, config_to_dict
 from dicode.convert.configs import CLIP_HEAD_WIDTH, lm_size_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import clip_state, lm_state, unet_state, vae_state
@@ -329,6 +329,6 @@ def fitted(state: Mapping[str, Tensor], module: nn.Module, source: str) -> State
 
     Raises `CheckpointError` where names or shapes are not those of the module.
     """
-    if problems := misfits(module, held_by(state)):
+    if problems := mismatches(module, headers_of(state)):
         raise CheckpointError(f"{source}: {len(problems)} tensors do not fit:\n  " + "\n  ".join(problems[:20]))
     return {name: state[name] for name in module.state_dict()}

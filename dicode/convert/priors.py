@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPConfig, CLIPModel
 
-from dicode.checkpoint import model_folder
-from dicode.config import CheckpointError, write_config
+from dicode.checkpoint import model_folder, write_config
+from dicode.config import CheckpointError
 from dicode.convert.configs import CLIP_HEAD_WIDTH, first_stage_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import open_clip_state, vae_state

@@ -18,17 +18,8 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dicode.checkpoint import CHECKPOINTS, check_weights, load_weights, save_weights
-from dicode.config import (
-    CheckpointError,
-    Depth,
-    Share,
-    Width,
-    config_from_dict,
-    config_to_dict,
-    read_config,
-    write_config,
-)
+from dicode.checkpoint import CHECKPOINTS, load_model, read_section, save_weights, write_config
+from dicode.config import Depth, Share, Width, config_to_dict
 from dicode.lm.text import FILE, TextTokenizer
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import Depths, Widths
@@ -136,15 +127,9 @@ class TinyVT(nn.Module):
     def from_pretrained(cls, folder: str | Path = BOX) -> "TinyVT":
         """The network of a folder, by default the one in the box. Raises `CheckpointError`, as every load here."""
         folder = Path(folder)
-        held = read_config(folder)
-        if "video_text" not in held:
-            raise CheckpointError(f"{folder}: expected a video_text part in config.json, got {sorted(held)}")
-        where = f"{folder}/config.json: video_text"
-        config, text = config_from_dict(TinyVTConfig, held["video_text"], where), TextTokenizer.load(folder)
-        check_weights(lambda: {folder / WEIGHTS: cls(config, text)}, where)
-        network = cls(config, text)
-        load_weights(network, folder / WEIGHTS)
-        return network.eval().requires_grad_(False)
+        config, text = read_section(folder, "video_text", TinyVTConfig), TextTokenizer.load(folder)
+        network = load_model(folder, lambda: cls(config, text), lambda network: {WEIGHTS: network})
+        return network.requires_grad_(False)
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write config.json, the weights and tokenizer.json."""

@@ -11,16 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from dicode.checkpoint import (
-    cast_parameters,
-    check_weights,
-    load_state,
-    load_weights,
-    resolve,
-    save_weights,
-    without_initialisation,
-)
-from dicode.config import CheckpointError, config_from_dict, config_to_dict, read_config, write_config
+from dicode.checkpoint import load_model, load_state, read_config, read_section, resolve, save_weights, write_config
+from dicode.config import CheckpointError, config_to_dict
 from dicode.lm.backbone import Backbone, Reading, body_differences
 from dicode.lm.flow_head import FlowHead
 from dicode.lm.heads import Head, MixtureHead, RegressionHead, TokenSampling
@@ -370,24 +362,6 @@ class DeepTokenLM(nn.Module):
         save_weights(self, folder / WEIGHTS, dtype, beside=folder / FILE)
         return config_to_dict(self.config)
 
-    @classmethod
-    def load_part(cls, folder: Path, section: dict[str, Any], dtype: torch.dtype | None = None) -> "DeepTokenLM":
-        """Build the model of a section of `config.json`, fill it, strictly, from the folder; ready for use (eval)."""
-        where = f"{folder}/config.json: {SECTION}"
-        config = config_from_dict(DeepLMConfig, section, where)
-        text = TextTokenizer.load(folder)
-        if (text.pad_id, text.begin_id) != (config.pad_id, config.begin_id) or text.vocab_size > config.vocab_size:
-            raise CheckpointError(
-                f"{folder}: text tokenizer (vocabulary {text.vocab_size}, pad {text.pad_id}, begin {text.begin_id}) "
-                f"is not the model's ({config.vocab_size}, {config.pad_id}, {config.begin_id})"
-            )
-        check_weights(lambda: {folder / WEIGHTS: cls(config, text)}, where)
-        with without_initialisation():
-            model = cls(config, text)
-        cast_parameters(model, dtype)
-        load_weights(model, folder / WEIGHTS)
-        return model.eval()
-
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write this part of a checkpoint folder, leaving other parts of its `config.json` as they are."""
         folder = Path(folder)
@@ -403,10 +377,13 @@ class DeepTokenLM(nn.Module):
     ) -> "DeepTokenLM":
         """The language model of what `DiCoDe.from_pretrained` takes, with parameters of `dtype` (default: float32)."""
         folder = resolve(name_or_folder, revision)
-        config = read_config(folder)
-        if SECTION not in config:
-            raise CheckpointError(f"{folder}/config.json: no section {SECTION!r}; it has {sorted(config)}")
-        return cls.load_part(folder, config[SECTION], dtype)
+        config, text = read_section(folder, SECTION, DeepLMConfig), TextTokenizer.load(folder)
+        if (text.pad_id, text.begin_id) != (config.pad_id, config.begin_id) or text.vocab_size > config.vocab_size:
+            raise CheckpointError(
+                f"{folder}: text tokenizer (vocabulary {text.vocab_size}, pad {text.pad_id}, begin {text.begin_id}) "
+                f"is not the model's ({config.vocab_size}, {config.pad_id}, {config.begin_id})"
+            )
+        return load_model(folder, lambda: cls(config, text), lambda model: {WEIGHTS: model}, dtype)
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dicode.checkpoint import (
-    as_saved,
-    cast_parameters,
-    check_weights,
-    load_weights,
-    resolve,
-    save_weights,
-    without_initialisation,
-)
-from dicode.config import CheckpointError, config_from_dict, config_to_dict, read_config
+from dicode.checkpoint import as_saved, load_model, read_section, resolve, save_weights
+from dicode.config import config_to_dict
 from dicode.seeds import SeedPlan, generator_for, normal, seed_of_clip
 from dicode.shapes import (
     ClipLatents,
@@ -101,23 +93,13 @@ class VideoTokenizer(nn.Module):
         Frames, tokens, latents and statistics are float32 whatever the parameters are.
         """
         folder = resolve(name_or_folder, revision)
-        sections = read_config(folder)
-        if "tokenizer" not in sections:
-            raise CheckpointError(f"{folder}/config.json: no section 'tokenizer'; it has {sorted(sections)}")
-        where = f"{folder}/config.json: tokenizer"
-        config = config_from_dict(TokenizerConfig, sections["tokenizer"], where)
-
-        def files() -> dict[Path, nn.Module]:
-            tokenizer = cls(config)
-            return {folder / FIRST_STAGE_WEIGHTS: tokenizer.first_stage, folder / WEIGHTS: TokenizerParts(tokenizer)}
-
-        check_weights(files, where)
-        with without_initialisation():
-            tokenizer = cls(config)
-        cast_parameters(tokenizer, dtype)
-        load_weights(tokenizer.first_stage, folder / FIRST_STAGE_WEIGHTS)
-        load_weights(TokenizerParts(tokenizer), folder / WEIGHTS)
-        return tokenizer.eval()
+        config = read_section(folder, "tokenizer", TokenizerConfig)
+        return load_model(
+            folder,
+            lambda: cls(config),
+            lambda tokenizer: {FIRST_STAGE_WEIGHTS: tokenizer.first_stage, WEIGHTS: TokenizerParts(tokenizer)},
+            dtype,
+        )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Write the weights into a checkpoint folder; returns what belongs under "tokenizer" in its `config.json`."""

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dicode.checkpoint import check_model_folder, load_weights, model_folder
-from dicode.config import CheckpointError, read_config
+from dicode.checkpoint import check_model_folder, load_weights, model_folder, read_config
+from dicode.config import CheckpointError
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
 from dicode.tokenizer.first_stage import DECODER, FirstStage

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from dicode import __version__
-from dicode.checkpoint import resolve
-from dicode.config import config_from_dict, config_to_dict, read_config
+from dicode.checkpoint import read_config, resolve
+from dicode.config import config_from_dict, config_to_dict
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.tokenizer.config import FirstStageConfig, SamplingConfig, TokenizerConfig
 from dicode.train.assemble import assemble

@@ -12,8 +12,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from dicode.checkpoint import content_hash, kept_tensors, load_weights, save_weights
-from dicode.config import config_to_dict, write_config
+from dicode.checkpoint import content_hash, kept_tensors, load_weights, save_weights, write_config
+from dicode.config import config_to_dict
 from dicode.data.cache import FrameCache
 from dicode.data.cache_folder import INDEX
 from dicode.data.columns import FrameRows, Videos

@@ -10,8 +10,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from dicode.checkpoint import content_hash, downloaded, load_weights
-from dicode.config import read_config, write_config
+from dicode.checkpoint import content_hash, downloaded, load_weights, read_config, write_config
 from dicode.data.cache import CachedVideo, FrameCache, Rows
 from dicode.data.columns import CAPTIONED, Videos, spread_numbers
 from dicode.device import Precision, autocast, pick_device

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dicode.checkpoint import content_hash, load_state, load_weights, read_tensors
-from dicode.config import config_from_dict, read_config, write_config
+from dicode.checkpoint import content_hash, load_state, load_weights, read_config, read_tensors, write_config
+from dicode.config import config_from_dict
 from dicode.data.cache import CachedVideo, FrameCache, Rows
 from dicode.data.columns import FrameRows
 from dicode.device import Precision, autocast, pick_device

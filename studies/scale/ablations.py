@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dicode.config import config_from_dict, read_config
+from dicode.checkpoint import read_config
+from dicode.config import config_from_dict
 from dicode.data.cache import FrameCache
 from dicode.evaluate.generation import draw_prompts, join_score
 from dicode.evaluate.long import JOINS, long_video
