@@ -207,12 +207,7 @@ class DiCoDe:
                 goal_keyframe=None if given.goal is None else start + sum(counts) - 1,
                 seed=seed,
                 sample_indices=sample_indices,
-                guidance=sampling.guidance,
-                variance_scale=sampling.variance_scale,
-                first_variance_scale=sampling.first_variance_scale,
-                temperature=sampling.temperature,
-                flow_steps=sampling.flow_steps,
-                context_key_frames=sampling.context_key_frames,
+                sampling=sampling,
             )
 
         def shots() -> Iterator[KeyFrameTokens]:
@@ -243,9 +238,9 @@ class DiCoDe:
             consecutive(key_frames),
             seed=seed,
             sample_indices=sample_indices,
+            sampling=self.sampling.changed(**options),
             before=given.before,
             first_clip=0 if given.key_frames is None else given.key_frames.shape[1] - 1,
-            **options,
         )
         return trimmed(clips, self.num_frames(seconds))
 
@@ -257,7 +252,7 @@ class DiCoDe:
     def reconstruct(self, frames: Video, *, seed: int = 0, **options: object) -> Iterator[Video]:
         """Clips of a video after its way through deep tokens; as many frames as went in, less a lone last one."""
         tokens = self.tokenizer.encode(torch.from_numpy(np.ascontiguousarray(frames))[None])
-        clips = self.tokenizer.decode(tokens, seed=seed, **options)
+        clips = self.tokenizer.decode(tokens, seed=seed, sampling=self.sampling.changed(**options))
         return (clip[0].numpy() for clip in trimmed(clips, len(frames)))
 
 

@@ -13,7 +13,7 @@ memory and days; `dicode info recipes/paper.py:gpt2 --gpus 8 --micro-batches 16`
 
 None of these runs has been made: steps, batch sizes and learning rates are the usual ones for such sizes, untested;
 hours and results are unknown. The tokenizer predicts v on a schedule of zero terminal SNR, as DynamiCrafter-512 does;
-from DynamiCrafter-256, which predicts epsilon, its run needs `--model.diffusion.objective epsilon` and is refused
+from DynamiCrafter-256, which predicts epsilon, its run needs `--model.objective epsilon` and is refused
 without. Clips are drawn with frame strides of 1 to 6, as far as the cache has the frames: 24 a second are enough for 2
 to 6, and 8 for 6 alone, at a third of the size. A run reads its cache from disk, through memory maps: a frame takes 0.2
 MB, its latents 16 kB, its deep tokens 33 kB.

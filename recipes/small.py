@@ -15,7 +15,7 @@ reads what those before it made: `MODEL` (first stage, encoder, resampler, denoi
 
 from dataclasses import replace
 
-from dicode.lm.presets import SIZES
+from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
 from dicode.tokenizer.config import DenoiserConfig, EncoderConfig, FirstStageConfig, TokenizerConfig
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 
@@ -76,18 +76,14 @@ def lm() -> LanguageRun:
         tokenizer="runs/small-key_frames/best",
         model=replace(
             SIZES["sprites"],
+            body=BodyConfig("llama", width=8 * SIZE, depth=5, heads=2, feed_forward=16 * SIZE),
+            head=HeadConfig("flow", width=8 * SIZE),
             token_width=MODEL.resampler.token_width,
-            width=8 * SIZE,
-            depth=5,
-            heads=2,
-            feed_forward=16 * SIZE,
             vocab_size=1024,
             text_length=24,
             positions=24 + 16 * 33,
             input_noise=1.0,
-            head="flow",
             order="keyframe",
-            flow_width=8 * SIZE,
             end_frame_conditioning=True,
         ),
         key_frames=3,

@@ -18,7 +18,7 @@ Every run continues where it was stopped when its command is given again. Hours 
 
 from dataclasses import replace
 
-from dicode.lm.presets import SIZES
+from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 
@@ -126,16 +126,12 @@ def lm() -> LanguageRun:
         tokenizer="runs/sprites-key_frames/best",
         model=replace(
             SIZES["sprites"],
-            width=192,
-            depth=6,
-            heads=3,
-            feed_forward=384,
+            body=BodyConfig("llama", width=192, depth=6, heads=3, feed_forward=384),
+            head=HeadConfig("flow", width=128),
             vocab_size=1536,
             text_length=64,
             input_noise=1.0,
-            head="flow",
             order="keyframe",
-            flow_width=128,
             end_frame_conditioning=True,
         ),
         from_start=0.8,

@@ -22,7 +22,7 @@ Hours, results, and what was continued on a CPU: docs/log.md.
 
 from dataclasses import replace
 
-from dicode.lm.presets import SIZES
+from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 
@@ -133,19 +133,14 @@ def lm() -> LanguageRun:
         tokenizer="runs/world-key_frames/best",
         model=replace(
             SIZES["sprites"],
+            body=BodyConfig("llama", width=192, depth=4, heads=3, feed_forward=384, dropout=0.1),
+            head=HeadConfig("flow", width=128),
             token_width=MODEL.resampler.token_width,
-            width=192,
-            depth=4,
-            heads=3,
-            feed_forward=384,
             vocab_size=1024,
             text_length=32,
             positions=32 + 16 * 33,
             input_noise=0.6,
-            dropout=0.1,
-            head="flow",
             order="keyframe",
-            flow_width=128,
             end_frame_conditioning=True,
             predict_residual=True,
             residual_anchor=0.5,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dicode.convert.configs import denoiser_config, first_stage_config, lm_config, resampler_config
 from dicode.lm.presets import DeepLMConfig
-from dicode.tokenizer.config import DiffusionConfig, EncoderConfig, SamplingConfig, TokenizerConfig
+from dicode.tokenizer.config import EncoderConfig, SamplingConfig, TokenizerConfig
 
 REFERENCE = Path(os.environ.get("DICODE_REFERENCE", Path(__file__).parent / "reference"))
 TEXT_LENGTH, TEXT_DEPTH, IMAGE_HEADS = 7, 3, 2
@@ -52,7 +52,7 @@ def reference_config(text_tokens: int = TEXT_LENGTH) -> TokenizerConfig:
         encoder=EncoderConfig("clip", resampler.feature_width, 2, IMAGE_HEADS, size=28, patch=14, channels=3),
         resampler=resampler,
         denoiser=denoiser_config(values_of("unet"), text_tokens),
-        diffusion=DiffusionConfig("v_prediction"),
+        objective="v_prediction",
         sampling=SamplingConfig(
             steps=4,
             decoder_guidance=ddim["guidance_scale"],

@@ -124,7 +124,10 @@ def test_a_value_in_an_error_is_short_however_large_it_is() -> None:
         ("data cache a -o b --workers 0", "--workers: expected 1 to 1,024, got 0"),
         ("assemble a b -o c --motion-scale nan", "--motion-scale: expected 0 to 1,000, got nan"),
         ("train recipes/sprites.py:lm --loop.optim.lr nan", "--loop.optim.lr: expected a positive number, got nan"),
-        ("train --run-folder x recipes/sprites.py:lm --model.width 0", "--model.width: expected 1 to 65,536, got 0"),
+        (
+            "train --run-folder x recipes/sprites.py:lm --model.body.width 0",
+            "--model.body.width: expected 1 to 65,536, got 0",
+        ),
     ],
 )
 def test_a_flag_out_of_range_is_named_before_any_work(capsys: Any, argv: str, message: str) -> None:
@@ -225,7 +228,7 @@ def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path: Path, tiny_
     for file in tiny_model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
-    config["lm"] |= {"width": 65536, "feed_forward": 65536, "depth": 100}
+    config["lm"]["body"] |= {"width": 65536, "feed_forward": 65536, "depth": 100}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"lm.safetensors does not fit .*"):  # 3,000 GiB, were they allocated
         DiCoDe.from_pretrained(tmp_path)

@@ -4,14 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from published import assert_near, values_of, vectors_of, weights_of
+from published import assert_near, reference_config, values_of, vectors_of, weights_of
 from torch import Tensor
 
 from dicode.checkpoint import load_state
 from dicode.convert.configs import denoiser_config, first_stage_config, first_stage_of
 from dicode.convert.names import unet_state, vae_state
 from dicode.tokenizer.conditioning import ClipConditioning
-from dicode.tokenizer.config import DiffusionConfig, SamplingConfig
+from dicode.tokenizer.config import SamplingConfig
 from dicode.tokenizer.diffusion import sample
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.unet3d import UNet3D
@@ -25,7 +25,9 @@ def unet_vectors() -> dict[str, Tensor]:
 def published_unet(null_text: Tensor) -> UNet3D:
     values = values_of("unet")
     config = denoiser_config(values, null_text.shape[1])
-    network = UNet3D(config, values["in_channels"], values["context_dim"]).eval()
+    tokenizer = reference_config(null_text.shape[1])
+    assert tokenizer.denoiser == config
+    network = UNet3D(tokenizer).eval()
     weights = weights_of("unet")
     state = unet_state(weights, len(config.channels), config.depth)
     assert len(state) == len(weights)
@@ -45,9 +47,9 @@ def test_unet_prediction_is_the_published_one(unet_vectors: dict[str, Tensor]) -
     assert len(v["frame_stride"].unique()) > 1
     for part in (slice(None), *(slice(i, i + 1) for i in range(len(v["latents"])))):
         noisy = v["latents"][part].transpose(1, 2)  # public: b c f h w
-        known = told(v["head_tokens"][part], v["tail_tokens"][part], v["frame_stride"][part].float())
+        conditioning = told(v["head_tokens"][part], v["tail_tokens"][part], v["frame_stride"][part].float())
         with torch.no_grad():
-            prediction = network(noisy, v["timesteps"][part], known).transpose(1, 2)
+            prediction = network(noisy, v["timesteps"][part], conditioning).transpose(1, 2)
         assert_near(prediction, v["prediction"][part])
 
 
@@ -63,12 +65,12 @@ def test_guided_sampling_is_the_published_one(unet_vectors: dict[str, Tensor], s
     )
     for i, stride in enumerate(values["frame_stride"]):
         network, strides = published_unet(v["null_text"]), torch.tensor([float(stride)])
-        known = told(v["head_tokens"][i : i + 1], v["tail_tokens"][i : i + 1], strides)
+        conditioning = told(v["head_tokens"][i : i + 1], v["tail_tokens"][i : i + 1], strides)
         null = told(d["uncond_tokens"], d["uncond_tokens"], strides)
         noise = d["noise"][i : i + 1].transpose(1, 2)
         with torch.no_grad():
-            predict, predict_null = partial(network, known=known), partial(network, known=null)
-            made = sample(DiffusionConfig("v_prediction"), sampling, predict, predict_null, noise).transpose(1, 2)
+            predict, predict_null = partial(network, conditioning=conditioning), partial(network, conditioning=null)
+            made = sample("v_prediction", sampling, predict, predict_null, noise).transpose(1, 2)
         expected = d[f"latents_{steps}_steps"][i : i + 1]
         assert ((made - expected).norm() / expected.norm()).item() < 1e-4
 

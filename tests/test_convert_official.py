@@ -38,7 +38,7 @@ from dicode.convert.priors import convert_clip, convert_dynamicrafter, convert_v
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import MixtureHead
 from dicode.lm.text import TextTokenizer
-from dicode.tokenizer.config import EncoderConfig
+from dicode.tokenizer.config import EncoderConfig, SamplingConfig
 from dicode.tokenizer.encoder import ClipEncoder
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.presets import TOKENIZERS
@@ -110,7 +110,7 @@ def test_converted_tokenizer_shows_each_shared_frame_once(published: dict[str, T
     frames = torch.randint(256, (1, 7, 32, 32, 3), dtype=torch.uint8)
     tokens = tokenizer.encode(frames)
     assert tokens.shape == (1, 3, 4, 32)  # frames 0, 3 and 6
-    clips = list(tokenizer.decode(tokens, steps=1))
+    clips = list(tokenizer.decode(tokens, sampling=tokenizer.config.sampling.changed(steps=1)))
     assert [clip.shape[1] for clip in clips] == [4, 3]
     assert tokenizer.config.num_clips(7) == 2 and tokenizer.config.num_clips(8) == 3
 
@@ -124,7 +124,10 @@ def test_guidance_steers_away_from_a_mid_grey_image(published: dict[str, Tensor]
     between = [tokenizer.encode(torch.full((1, 2, 32, 32, 3), level, dtype=torch.uint8))[:, 0] for level in (127, 128)]
     assert max(((level - grey).norm() / grey.norm()).item() for level in between) < 0.05  # no uint8 is 127.5
     pair = torch.stack([grey, grey], dim=1)
-    plain, guided = (next(tokenizer.decode(pair, steps=2, decoder_guidance=g)) for g in (1.0, 7.5))
+    own = tokenizer.config.sampling
+    plain, guided = (
+        next(tokenizer.decode(pair, sampling=own.changed(steps=2, decoder_guidance=g))) for g in (1.0, 7.5)
+    )
     assert (plain.int() - guided.int()).abs().max() <= 1  # away from itself is nowhere
 
 
@@ -244,7 +247,8 @@ def test_converted_language_model_gives_the_published_outputs(
         output = model(v["text_ids"], v["deep_tokens"])
         assert isinstance(model.head, MixtureHead)
         torch.testing.assert_close(model.head.mlp(output.hidden), v["head_output"], rtol=1e-5, atol=1e-5)
-    key_frames = list(model.generate(v["text_ids"], v["generated_cfg2"].shape[1], guidance=2.0, variance_scale=0.0))
+    sampling = SamplingConfig(guidance=2.0, variance_scale=0.0)
+    key_frames = list(model.generate(v["text_ids"], v["generated_cfg2"].shape[1], sampling=sampling))
     torch.testing.assert_close(torch.stack(key_frames, dim=1), v["generated_cfg2"], rtol=1e-5, atol=1e-5)
 
 
@@ -303,7 +307,7 @@ def test_prompt_that_says_nothing_or_key_frames_that_do_not_fit_are_errors(gpt2_
     convert_official(tmp_path / "out", lm=path, vocabulary=vocabulary, lm_config=reference_lm_config())
     model = DeepTokenLM.from_pretrained(tmp_path / "out")
     ids = vocabulary.encode(["a dog", "no cat"], model.config.text_length)
-    first, second = next(model.generate(ids, 1, variance_scale=0.0))
+    first, second = next(model.generate(ids, 1, sampling=SamplingConfig(variance_scale=0.0)))
     assert not torch.allclose(first, second, atol=1e-3)
     with pytest.raises(ValueError, match="ask for fewer"):
         model.generate(ids, model.config.keyframe_limit + 1)
@@ -346,7 +350,7 @@ def test_dynamicrafter_starts_a_tokenizer(published: dict[str, Tensor], tmp_path
     assert "given image" in report.text() and "later frames" in report.text()
     assert torch.equal(tokenizer.denoiser.unet.conv_in.weight, published[first].float())
     assert torch.equal(tokenizer.resampler.latents, published[queries].float())
-    assert tokenizer.config.diffusion.objective == "epsilon" and "on the plain schedule" in report.text()
+    assert tokenizer.config.objective == "epsilon" and "on the plain schedule" in report.text()
     assert tokenizer.config.sampling.guidance_rescale == 0.0
     alphas = [t for n, t in tokenizer.denoiser.state_dict().items() if n.endswith("alpha")]
     assert alphas and not any(alphas)
@@ -361,14 +365,14 @@ def test_dynamicrafter_keeps_what_it_predicts_and_on_which_schedule(
     path = saved(state, tmp_path / "512.ckpt")
     report = convert_dynamicrafter(path, tmp_path / "512", config=reference_config())
     held = VideoTokenizer.from_pretrained(tmp_path / "512").config
-    assert held.diffusion.objective == "v_prediction" and held.sampling.guidance_rescale == 0.7
+    assert held.objective == "v_prediction" and held.sampling.guidance_rescale == 0.7
     assert "zero terminal SNR (v_prediction)" in report.text() and "dynamic rescale" in report.text()
     del state["betas"]
     path = saved(state, tmp_path / "bare.ckpt")
     with pytest.raises(CheckpointError, match=r"expected 'betas'.*--objective epsilon for DynamiCrafter-256"):
         convert_dynamicrafter(path, tmp_path / "no", config=reference_config())
     convert_dynamicrafter(path, tmp_path / "named", config=reference_config(), objective="epsilon")
-    assert VideoTokenizer.from_pretrained(tmp_path / "named").config.diffusion.objective == "epsilon"
+    assert VideoTokenizer.from_pretrained(tmp_path / "named").config.objective == "epsilon"
 
 
 def test_compvis_autoencoder_becomes_a_diffusers_folder(published: dict[str, Tensor], tmp_path: Path) -> None:

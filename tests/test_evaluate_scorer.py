@@ -11,7 +11,7 @@ from scipy.stats import norm
 from dicode.config import RecipeError
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.features.scorer import ALL, Scorer, agrees, scorer_metrics
-from dicode.lm.presets import DeepLMConfig
+from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.pipeline import DiCoDe
 from dicode.train.assemble import assemble
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
@@ -100,9 +100,15 @@ def test_a_run_takes_its_best_weights_by_a_scorer_of_what_it_renders(tiny_model:
     np.save(f"{tmp_path}/seen-{{len(list(Path('{tmp_path}').glob('seen-*')))}}.npy", frames)
     return {{'count': len(frames)}}"""
     config = DeepLMConfig(
-        body="llama", width=16, depth=1, heads=2, positions=80, vocab_size=300, token_width=6, tokens_per_keyframe=4,
-        max_keyframes=9, text_length=8, components=2,
-    )  # fmt: skip
+        BodyConfig("llama", width=16, depth=1, heads=2),
+        head=HeadConfig(components=2),
+        positions=80,
+        vocab_size=300,
+        token_width=6,
+        tokens_per_keyframe=4,
+        max_keyframes=9,
+        text_length=8,
+    )
     run = LanguageRun(
         cache=str(tmp_path / "cache"), tokenizer=str(tiny_model), model=config, longer=(), longer_share=(),
         scorer=scorer_of(tmp_path, body).spec,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from test_cli import run
 from test_lm_deep_lm import PROMPTS, build
-from test_tokenizer import DENOISERS, known, tiny_tokenizer
+from test_tokenizer import DENOISERS, conditioning, tiny_tokenizer
 from torch import Tensor, nn
 
 from dicode.checkpoint import load_state, read_config
@@ -31,7 +31,7 @@ from dicode.train.runs import LanguageRun, LoRAConfig, TokenizerRun
 from dicode.train.tokenizer import TokenizerTraining
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0)
-NETWORKS = ["hourglass", "change", "wan", "unet3d", "llama", "gpt2"]
+NETWORKS = ["hourglass", "change", "unet3d", "llama", "gpt2"]
 
 
 def network(kind: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
@@ -43,7 +43,7 @@ def network(kind: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     config = DENOISERS.get(kind) or dataclasses.replace(DENOISERS["hourglass"], predict_residual=True)
     denoiser = tiny_tokenizer(denoiser=config).denoiser
     noisy = torch.randn(2, 16, 5, 8, 8, generator=generator)
-    return denoiser, lambda module: module(noisy, torch.tensor([300.0, 700.0]), known(2))
+    return denoiser, lambda module: module(noisy, torch.tensor([300.0, 700.0]), conditioning(2))
 
 
 def stir(module: nn.Module) -> None:

@@ -230,7 +230,7 @@ model = DiCoDe.from_pretrained(sys.argv[1])
 loaded_s = time.monotonic() - started
 ids = model.text.encode(["a dog"], 80)
 started = time.monotonic()
-first = next(model.lm.generate(ids, 1, variance_scale=0.01))
+first = next(model.lm.generate(ids, 1, sampling=model.sampling))
 key_frame_s = time.monotonic() - started
 assert first.shape == (1, 16, 1024) and first.isfinite().all()
 pair = torch.stack([first, first], dim=1)

@@ -14,6 +14,7 @@ from test_cli import PROMPT, interrupt_after_a_clip, run
 from dicode.pipeline import DiCoDe, Given
 from dicode.seeds import SeedPlan
 from dicode.storyboard import Shot
+from dicode.tokenizer.config import SamplingConfig
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.video.read import read_metadata, read_video
 
@@ -54,7 +55,11 @@ def test_continuing_a_video_reads_the_key_frames_the_encoder_gives(model: DiCoDe
     assert given.key_frames is not None and torch.equal(given.key_frames, encoded)
     tokens = key_frames(model, PROMPT, seconds=4.0, given=given)
     assert torch.equal(tokens[:, 0], encoded[:, -1]) and tokens.shape[1] == 3
-    by_hand = list(model.lm.generate(model.text.encode([PROMPT], 12), 2, prefix=encoded, variance_scale=0.5))
+    by_hand = list(
+        model.lm.generate(
+            model.text.encode([PROMPT], 12), 2, prefix=encoded, sampling=SamplingConfig(variance_scale=0.5)
+        )
+    )
     torch.testing.assert_close(tokens[:, 1:], torch.stack(by_hand, dim=1))
     context = model.tokenizer.config.denoiser.context_frames
     assert given.before is not None and np.array_equal(given.before[0].numpy(), old[36 - context : 36])
@@ -75,7 +80,7 @@ def test_how_a_continued_video_began_is_among_its_key_frames(model: DiCoDe, fram
     assert torch.equal(given.key_frames, model.tokenizer.encode_frames(old[places]))
     tokens = key_frames(model, PROMPT, seconds=2.0, given=given)
     ids = model.text.encode([PROMPT], model.lm.config.text_length)
-    written = next(model.lm.generate(ids, 1, prefix=given.key_frames, variance_scale=0.5))
+    written = next(model.lm.generate(ids, 1, prefix=given.key_frames, sampling=SamplingConfig(variance_scale=0.5)))
     torch.testing.assert_close(tokens[:, 1], written)  # as the key frame that follows all of these
 
 
@@ -118,7 +123,11 @@ def test_a_storyboard_changes_the_prompt_after_the_key_frame_that_ends_a_shot(mo
     assert tokens.shape[1] == 4
     torch.testing.assert_close(tokens[:, :3], plain[:, :3])
     assert (tokens[:, 3] - plain[:, 3]).abs().max() > 1e-3
-    other = list(model.lm.generate(model.text.encode(["a fireball"], 12), 1, prefix=tokens[:, :3], variance_scale=0.5))
+    other = list(
+        model.lm.generate(
+            model.text.encode(["a fireball"], 12), 1, prefix=tokens[:, :3], sampling=SamplingConfig(variance_scale=0.5)
+        )
+    )
     torch.testing.assert_close(tokens[:, 3], other[0])
     assert len(video(model, shots)) == 48
     of_one = key_frames(model, [Shot(PROMPT, 2.0), Shot(PROMPT, 4.0)])
@@ -147,7 +156,7 @@ def test_storyboards_say_their_own_length(model: DiCoDe) -> None:
 def test_a_window_goes_on_beyond_the_models_positions(model: DiCoDe) -> None:
     frames = video(model, seconds=40.0, context_key_frames=4, steps=1)
     assert len(frames) == 320
-    with pytest.raises(ValueError, match="name a window"):
+    with pytest.raises(ValueError, match="set context_key_frames"):
         model.generate(PROMPT, seconds=40.0)
 
 

@@ -64,7 +64,7 @@ def toy(run: Run, root: Path) -> Run:
         linear = run.model.linear_code and not init  # what is continued from here has none
         changes |= {"model": dataclasses.replace(toy_tokenizer(run.model), linear_code=linear)}
         changes |= {"first_stage": str(root / "first_stage/best")}
-        continued = run.model.diffusion.objective == tiny_config().diffusion.objective  # else it would be refused
+        continued = run.model.objective == tiny_config().objective  # else it would be refused
         changes |= {
             "init_denoiser": None,
             "frame_strides": None,  # of a denoiser that is not the toy's
@@ -83,16 +83,23 @@ def toy_tokenizer(model: TokenizerConfig) -> TokenizerConfig:
     denoiser: DenoiserConfig = tiny.denoiser
     if model.denoiser.kind == denoiser.kind:
         denoiser = dataclasses.replace(denoiser, predict_residual=model.denoiser.predict_residual)
-    return dataclasses.replace(tiny, denoiser=denoiser, diffusion=model.diffusion)
+    return dataclasses.replace(tiny, denoiser=denoiser, objective=model.objective)
 
 
 def toy_lm(model: DeepLMConfig) -> DeepLMConfig:
     """The same body, head and order, 32 wide."""
-    few = 1 if model.key_value_heads else None
+    few = 1 if model.body.key_value_heads else None
     return dataclasses.replace(
-        model, width=32, depth=2, heads=2, key_value_heads=few, feed_forward=48, vocab_size=300, text_length=12,
-        positions=48, max_keyframes=6, token_width=6, tokens_per_keyframe=4, components=3, flow_width=16,
-    )  # fmt: skip
+        model,
+        body=dataclasses.replace(model.body, width=32, depth=2, heads=2, key_value_heads=few, feed_forward=48),
+        head=dataclasses.replace(model.head, components=3, width=16),
+        vocab_size=300,
+        text_length=12,
+        positions=48,
+        max_keyframes=6,
+        token_width=6,
+        tokens_per_keyframe=4,
+    )
 
 
 def curves(root: Path) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,39 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dicode.checkpoint import FORMAT
 from dicode.config import CheckpointError
 from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM, _noised
-from dicode.lm.presets import SIZES
+from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
 from dicode.lm.text import TextTokenizer
+from dicode.tokenizer.config import SamplingConfig
 
 CAPTIONS = ["a swirling ice vortex", "a fireball", "arcane curse", "water burst"]
 TEXT = TextTokenizer.train(CAPTIONS, 300)
 CONFIG = DeepLMConfig(
-    body="llama",
-    width=24,
-    depth=2,
-    heads=3,
+    BodyConfig("llama", width=24, depth=2, heads=3),
+    head=HeadConfig(components=4),
     positions=12 + 6 * 9,
     vocab_size=300,
     token_width=7,
     max_keyframes=8,
     text_length=12,
     tokens_per_keyframe=5,
-    components=4,
 )
 PROMPTS = TEXT.encode(CAPTIONS[:3], 12)
-KINDS = [{"body": "llama"}, {"body": "gpt2"}, {"body": "llama", "head": "regression"}, {"components": 1}]
+KINDS = [
+    {"body": "llama"},
+    {"body": "gpt2"},
+    {"body": "llama", "head": "regression"},
+    {"head": HeadConfig(components=1)},
+]
 
 
 def build(**changes: Any) -> DeepTokenLM:
-    """A small model with weights large enough for every input to matter."""
+    """A small model with weights large enough for every input to matter; parts may be named by their kind alone."""
+    for part in ("body", "head"):
+        if isinstance(changes.get(part), str):
+            changes[part] = dataclasses.replace(getattr(CONFIG, part), kind=changes[part])
     torch.manual_seed(0)
     model = DeepTokenLM(dataclasses.replace(CONFIG, **changes), TEXT).eval()
     with torch.no_grad():
@@ -45,7 +53,13 @@ def build(**changes: Any) -> DeepTokenLM:
 
 
 def written(model: DeepTokenLM, prompts: Tensor = PROMPTS, num_keyframes: int = 3, **options: Any) -> Tensor:
-    return torch.stack(list(model.generate(prompts, num_keyframes, **options)), dim=1)
+    return torch.stack(list(generated(model, prompts, num_keyframes, **options)), dim=1)
+
+
+def generated(model: DeepTokenLM, prompts: Tensor, num_keyframes: int, **options: Any) -> Iterator[Tensor]:
+    """`generate`, with fields of `SamplingConfig` among its options."""
+    fields = {name: options.pop(name) for name in SamplingConfig.__dataclass_fields__ if name in options}
+    return model.generate(prompts, num_keyframes, sampling=SamplingConfig(**fields), **options)
 
 
 @pytest.mark.parametrize("changes", KINDS)
@@ -131,15 +145,12 @@ def test_wrong_arguments_raise_before_anything_is_written() -> None:
     model = build()
     wrong: dict[str, dict[str, Any]] = {
         "at least 1": {"num_keyframes": 0},
-        "variance_scale": {"num_keyframes": 1, "variance_scale": -1.0},
-        "variance_scale: expected": {"num_keyframes": 1, "first_variance_scale": -1.0},
-        "temperature": {"num_keyframes": 1, "temperature": -0.5},
         "one a prompt": {"num_keyframes": 1, "sample_indices": [0]},
         "deep tokens: expected": {"num_keyframes": 1, "prefix": torch.zeros(3, 1, 4, 7)},
     }
     for message, options in wrong.items():
         with pytest.raises(ValueError, match=message):
-            model.generate(PROMPTS, **options)
+            generated(model, PROMPTS, **options)
     with pytest.raises(ValueError, match="text ids: expected 12"):
         model.generate(PROMPTS[:, :5], 1)
     with pytest.raises(ValueError, match="eval"):
@@ -217,8 +228,8 @@ def fit(model: DeepTokenLM, ids: Tensor, tokens: Tensor, steps: int, goal_every:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * min(1, step / 20) * (1 - step / steps)
-        told = goal_every is not None and step % goal_every == 0
-        loss = model(ids, tokens, None, generator, goal=told).loss
+        goal = goal_every is not None and step % goal_every == 0
+        loss = model(ids, tokens, None, generator, goal=goal).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -229,7 +240,12 @@ def fit(model: DeepTokenLM, ids: Tensor, tokens: Tensor, steps: int, goal_every:
 
 def test_four_captions_are_memorised_and_written_back() -> None:
     torch.manual_seed(0)
-    config = dataclasses.replace(CONFIG, width=64, heads=4, input_noise=0.3, token_variance=0.03)
+    config = dataclasses.replace(
+        CONFIG,
+        body=dataclasses.replace(CONFIG.body, width=64, heads=4),
+        head=dataclasses.replace(CONFIG.head, token_variance=0.03),
+        input_noise=0.3,
+    )
     model = DeepTokenLM(config, TEXT)
     ids, tokens = TEXT.encode(CAPTIONS, 12), torch.randn(4, 2, 5, 7)
     loss = fit(model, ids, tokens, steps=300)
@@ -242,8 +258,8 @@ def test_four_captions_are_memorised_and_written_back() -> None:
 
 
 def test_saved_model_loads_as_the_same(tmp_path: Path) -> None:
-    model = build(feed_forward=40, key_value_heads=1, input_noise=0.25)
-    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "tokenizer": {"left": "alone"}}))
+    model = build(body=dataclasses.replace(CONFIG.body, feed_forward=40, key_value_heads=1), input_noise=0.25)
+    (tmp_path / "config.json").write_text(json.dumps({"format": FORMAT, "tokenizer": {"left": "alone"}}))
     model.save_pretrained(tmp_path)
     again = DeepTokenLM.from_pretrained(tmp_path)
     assert again.config == model.config and not again.training and again.text is not None
@@ -287,7 +303,7 @@ def test_damaged_checkpoints_name_what_is_wrong(tmp_path: Path) -> None:
         ({**config["lm"], "begin_id": 7}, "text tokenizer"),
         (None, "no section 'lm'"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps({"format": 1} | ({"lm": section} if section else {})))
+        (tmp_path / "config.json").write_text(json.dumps({"format": FORMAT} | ({"lm": section} if section else {})))
         refused(message)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lm_deep_lm import CAPTIONS, CONFIG, PROMPTS, TEXT, build, fit, written
+from test_lm_deep_lm import CAPTIONS, CONFIG, PROMPTS, TEXT, build, fit, generated, written
 
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import SeedPlan
@@ -131,7 +131,7 @@ def test_a_prefix_and_a_window_continue_what_one_call_writes(order: str, change:
 def test_a_window_the_model_cannot_hold_raises() -> None:
     for context_key_frames in (1, 9):
         with pytest.raises(ValueError, match="context_key_frames: expected 2 to 8"):
-            build().generate(PROMPTS, 4, context_key_frames=context_key_frames)
+            generated(build(), PROMPTS, 4, context_key_frames=context_key_frames)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -147,7 +147,7 @@ def test_re_rolling_keeps_the_clips_before(order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_model_of_changes_keeps_an_image_where_it_predicts_none(order: str) -> None:
+def test_a_model_of_residuals_keeps_an_image_where_it_predicts_zero(order: str) -> None:
     model, image = build(order=order, head="regression", predict_residual=True), torch.randn(3, 1, 5, 7)
     for value in model.head.parameters():
         torch.nn.init.zeros_(value)
@@ -159,7 +159,7 @@ def test_a_model_of_changes_keeps_an_image_where_it_predicts_none(order: str) ->
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("goal", [False, True])
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_changes_may_be_counted_from_the_first_key_frame_too(order: str, goal: bool, share: float) -> None:
+def test_residuals_may_be_anchored_to_the_first_key_frame(order: str, goal: bool, share: float) -> None:
     kind: dict[str, Any] = {"order": order, "head": "regression", "predict_residual": True, "residual_anchor": share}
     model = build(**kind, end_frame_conditioning=True)
     tokens = written(model, num_keyframes=4, goal=torch.randn(3, 5, 7) if goal else None)
@@ -182,7 +182,7 @@ def test_what_is_added_fades_by_the_share_of_the_first_key_frame(order: str, sha
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_model_of_changes_learns_what_the_others_learn_of_the_first_key_frame(head: str) -> None:
+def test_a_model_of_residuals_has_the_same_loss_of_the_first_key_frame(head: str) -> None:
     tokens = torch.randn(3, 4, 5, 7)
     plain, change = (build(head=head, predict_residual=value) for value in (False, True))
     losses = [model(PROMPTS, tokens).keyframe_loss for model in (plain, change)]
@@ -230,8 +230,14 @@ def test_masked_key_frames_change_no_loss_and_autocast_keeps_it_in_float32(head:
 )
 def test_four_captions_are_memorised_and_written_back(head: str, order: str, change: bool) -> None:
     torch.manual_seed(0)
-    config = dataclasses.replace(CONFIG, width=64, heads=4, token_variance=0.03, head=head, order=order)
-    config = dataclasses.replace(config, end_frame_conditioning=True, flow_width=96, predict_residual=change)
+    config = dataclasses.replace(
+        CONFIG,
+        body=dataclasses.replace(CONFIG.body, width=64, heads=4),
+        head=dataclasses.replace(CONFIG.head, kind=head, token_variance=0.03, width=96),
+        order=order,
+        end_frame_conditioning=True,
+        predict_residual=change,
+    )
     model = DeepTokenLM(config, TEXT)
     ids, tokens = TEXT.encode(CAPTIONS, 12), torch.randn(4, 3, 5, 7)
     fit(model, ids, tokens, steps=400, goal_every=4)

@@ -10,6 +10,7 @@ from dicode.checkpoint import load_state
 from dicode.convert.official import Report, language_state
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import MixtureHead, mixture_mean, mixture_nll, split_mixture
+from dicode.tokenizer.config import SamplingConfig
 
 
 def assert_agrees(actual: Tensor, expected: Tensor) -> None:
@@ -50,5 +51,6 @@ def test_generated_tokens_are_the_published_ones(
     model: DeepTokenLM, vectors: dict[str, Tensor], guidance: float, name: str
 ) -> None:
     expected = vectors[name]
-    keyframes = model.generate(vectors["text_ids"], expected.shape[1], guidance=guidance, variance_scale=0.0)
+    sampling = SamplingConfig(guidance=guidance, variance_scale=0.0)
+    keyframes = model.generate(vectors["text_ids"], expected.shape[1], sampling=sampling)
     assert_agrees(torch.stack(list(keyframes), dim=1), expected)

@@ -13,9 +13,10 @@ from dicode.checkpoint import content_hash
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.data.columns import FrameRows, Videos
 from dicode.evaluate.samples import Samples
-from dicode.lm.presets import DeepLMConfig
+from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
+from dicode.tokenizer.config import SamplingConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.first_stage import validation_rows
 from dicode.train.lm import LanguageTraining, frame_tokens, key_frames_of
@@ -25,9 +26,16 @@ from dicode.train.tokenizer import TokenizerTraining, first_stage_latents, laten
 
 LENGTHS = [1, 8, 16, 32, 72, 30]  # frames at 8 fps: a still, 1 s, a clip of 2 s, 4 s, 9 s, 3.75 s
 LM = DeepLMConfig(
-    body="llama", width=16, depth=1, heads=2, positions=80, vocab_size=300, token_width=6, tokens_per_keyframe=4,
-    max_keyframes=9, text_length=8, components=2, end_frame_conditioning=True,
-)  # fmt: skip
+    BodyConfig("llama", width=16, depth=1, heads=2),
+    head=HeadConfig(components=2),
+    positions=80,
+    vocab_size=300,
+    token_width=6,
+    tokens_per_keyframe=4,
+    max_keyframes=9,
+    text_length=8,
+    end_frame_conditioning=True,
+)
 
 
 def plain_cache(folder: Path, lengths: list[int], loops: bool = False, captions: tuple[str, ...] = ("a {}",)) -> Path:
@@ -236,7 +244,7 @@ def test_written_key_frames_are_drawn_as_the_model_is_sampled(
     stage.module.eval()
     ids, _ = stage.sample_of(stage.cache.videos[:2])
     asked = {"guidance": 2.5, "variance_scale": 0.7, "flow_steps": 3}
-    expected = list(stage.module.generate(ids, 2, **asked))  # type: ignore[arg-type]
+    expected = list(stage.module.generate(ids, 2, sampling=SamplingConfig(**asked)))  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(stage.written_of(ids, 2), expected, strict=True))
     seen: list[dict[str, object]] = []
     real = stage.module.generate

@@ -23,13 +23,12 @@ from dicode.checkpoint import write_config
 from dicode.cli.app import main
 from dicode.device import GPUS, Gpu, peak_flops
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.presets import SIZES, DeepLMConfig
+from dicode.lm.presets import SIZES, BodyConfig, DeepLMConfig, HeadConfig
 from dicode.seeds import generator_for
 from dicode.sizing.count import TrainingBytes, count_parameters, piece_cost, size_lm, size_tokenizer, step_flops
 from dicode.sizing.plan import Planner, blank_batches, blank_stage, state_bytes
 from dicode.tokenizer.config import (
     DenoiserConfig,
-    DiffusionConfig,
     EncoderConfig,
     FirstStageConfig,
     ResamplerConfig,
@@ -54,18 +53,16 @@ NAMESAKES = {
 }
 BATCH = 2
 GPT2 = DeepLMConfig(
-    body="gpt2",
-    width=256,
-    depth=4,
-    heads=4,
+    BodyConfig("gpt2", width=256, depth=4, heads=4, dropout=0.1),
+    head=HeadConfig(components=8),
     positions=256,
     vocab_size=1000,
     token_width=48,
     max_keyframes=7,
-    components=8,
-    dropout=0.1,
 )
-LLAMA = dataclasses.replace(GPT2, body="llama", key_value_heads=2, feed_forward=640)
+LLAMA = dataclasses.replace(
+    GPT2, body=dataclasses.replace(GPT2.body, kind="llama", key_value_heads=2, feed_forward=640)
+)
 UNET = TokenizerConfig(  # the published arrangement: no key-frame head, two key frames of each clip's own
     size=16,
     clip_frames=4,
@@ -77,7 +74,7 @@ UNET = TokenizerConfig(  # the published arrangement: no key-frame head, two key
     denoiser=DenoiserConfig(
         "unet3d", context_frames=0, uses_key_latents=False, depth=1, heads=2, channels=(64, 96), text_width=32
     ),
-    diffusion=DiffusionConfig("v_prediction"),
+    objective="v_prediction",
     sampling=SamplingConfig(steps=2, decoder_guidance=3.0),
 )
 
@@ -118,8 +115,8 @@ def denoising_loss(model: VideoTokenizer) -> Tensor:
     dtype = model.resampler.latents.dtype
     clips = torch.randn(BATCH, config.clip_frames, config.first_stage.latent_channels, *[config.latent_size] * 2)
     tokens = model.tokens_of(torch.randn(2 * BATCH, encoder.channels, encoder.size, encoder.size, dtype=dtype))
-    known = model.conditioning(tokens.unflatten(0, (BATCH, 2)).to(dtype))
-    return functional.mse_loss(model.denoiser(clips.to(dtype), torch.full((BATCH,), 500.0), known), clips)
+    conditioning = model.conditioning(tokens.unflatten(0, (BATCH, 2)).to(dtype))
+    return functional.mse_loss(model.denoiser(clips.to(dtype), torch.full((BATCH,), 500.0), conditioning), clips)
 
 
 def train_twice(model: torch.nn.Module, loss: Callable[[], Tensor]) -> None:
@@ -176,7 +173,7 @@ def test_flops_of_a_language_model_are_those_of_the_closed_form():
     assert sizing.flops["sequence trained on"] == 3 * read - no_gradient_to_tokens
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=lambda config: config.body)
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=lambda config: config.body.kind)
 def test_flops_of_a_language_model_are_those_of_real_tensors(config):
     model, sizing = DeepTokenLM(config), lm_sizing(config, BATCH)
     real = real_flops(lambda: model(*texts(config)).loss.backward())
@@ -195,7 +192,7 @@ def test_flops_of_a_tokenizer_are_those_of_real_tensors(config):
     assert decoded == real_flops(lambda: list(model.decode(tokens)))
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=lambda config: config.body)
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=lambda config: config.body.kind)
 def test_memory_to_train_a_language_model_is_what_is_allocated(config):
     def work() -> None:
         model = DeepTokenLM(config)
@@ -206,7 +203,9 @@ def test_memory_to_train_a_language_model_is_what_is_allocated(config):
 
 @pytest.mark.parametrize("text_length", [16, 500], ids=["long video", "long prompt"])
 def test_memory_to_generate_is_what_is_allocated(text_length):
-    config = dataclasses.replace(GPT2, text_length=text_length, max_keyframes=9, depth=2, positions=1024)
+    config = dataclasses.replace(
+        GPT2, body=dataclasses.replace(GPT2.body, depth=2), text_length=text_length, max_keyframes=9, positions=1024
+    )
     model = DeepTokenLM(config).eval()
     ids = texts(config, 1)[0]
     held = lm_sizing(config, BATCH).inference_bytes
@@ -236,7 +235,7 @@ def test_memory_to_train_in_bfloat16_is_what_is_allocated():
 def test_memory_to_decode_is_what_is_allocated(config):
     model = VideoTokenizer(config).eval()
     tokens = torch.randn(1, 2, config.resampler.queries, config.resampler.token_width)
-    most = most_allocated(lambda: list(model.decode(tokens, steps=2)))
+    most = most_allocated(lambda: list(model.decode(tokens, sampling=model.config.sampling.changed(steps=2))))
     assert most == pytest.approx(tokenizer_sizing(config, BATCH).inference_bytes["activations"], rel=0.1)
 
 
@@ -277,7 +276,12 @@ def test_info_names_the_nearest_preset_and_refuses_no_gpus(capsys):
 @pytest.mark.parametrize("order", ["token", "keyframe"])
 @pytest.mark.parametrize("head", ["gaussian", "regression", "flow"])
 def test_every_head_and_order_is_sized(head: str, order: str) -> None:
-    config = dataclasses.replace(SIZES["sprites"], head=head, order=order, depth=2, width=64, heads=2, flow_width=48)
+    config = dataclasses.replace(
+        SIZES["sprites"],
+        body=dataclasses.replace(SIZES["sprites"].body, depth=2, width=64, heads=2),
+        head=dataclasses.replace(SIZES["sprites"].head, kind=head, width=48),
+        order=order,
+    )
     sized = size_lm(config)
     assert sum(sized.parameters.values()) == sum(p.numel() for p in DeepTokenLM(config).parameters())
     written = [flops for name, flops in sized.flops.items() if name.endswith("written")]
@@ -291,8 +295,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str
     write_cache(cache, count=8)
     loop = LoopConfig(micro_batches=2, optim=OptimConfig(batch_size=6, optimizer="muon"))
     lm = dataclasses.replace(
-        LLAMA, width=32, depth=3, heads=2, vocab_size=300, token_width=6, tokens_per_keyframe=4, text_length=12,
-        dropout=0.0,
+        LLAMA, body=dataclasses.replace(LLAMA.body, width=32, depth=3, heads=2, dropout=0.0), vocab_size=300,
+        token_width=6, tokens_per_keyframe=4, text_length=12,
     )  # fmt: skip
     return {
         "tokenizer": TokenizerRun(
@@ -419,7 +423,9 @@ def test_a_plan_finds_the_fewest_pieces_that_fit(runs, monkeypatch) -> None:
 
 
 def test_recomputing_blocks_keeps_less_and_computes_more(runs) -> None:
-    planner = Planner(dataclasses.replace(runs["lm"], model=dataclasses.replace(runs["lm"].model, depth=8)))
+    model = runs["lm"].model
+    deeper = dataclasses.replace(model, body=dataclasses.replace(model.body, depth=8))
+    planner = Planner(dataclasses.replace(runs["lm"], model=deeper))
     kept, recomputed = (planner.cost(3, recomputes) for recomputes in (False, True))
     assert recomputed.kept_bytes < kept.kept_bytes and recomputed.peak_bytes < kept.peak_bytes
     assert recomputed.flops > kept.flops
@@ -456,9 +462,9 @@ def test_info_of_a_recipe_plans_all_its_runs_as_flags_change_them(capsys, tmp_pa
         "from dicode.lm.presets import SIZES\n"
         "from dicode.train.lm import LanguageRun\n\n\n"
         "def tiny() -> LanguageRun:\n"
-        "    return LanguageRun(model=replace(SIZES['sprites'], width=64, depth=1), longer=(), longer_share=())\n\n\n"
+        "    return LanguageRun(model=of_depth(1), longer=(), longer_share=())\n\n\n"
         "def small() -> LanguageRun:\n"
-        "    return replace(tiny(), model=replace(SIZES['sprites'], width=64, depth=2))\n"
+        "    return replace(tiny(), model=of_depth(2))\n"
     )
     flags = ["--gpus", "2", "--gpu", "l4", "--micro-batches", "8", "--strategy", "fsdp", "--batch-size", "16"]
     assert main(["info", str(recipe), *flags, "--json", f"{tmp_path}/plans.json"]) == 0

@@ -31,7 +31,7 @@ from dicode.video.synthetic import draw_clip
 
 STUDIES = Path(__file__).parents[1] / "studies"
 FAMILY = """
-from dicode.lm.presets import DeepLMConfig
+from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
 
 def small() -> LanguageRun:
@@ -45,8 +45,8 @@ def large() -> LanguageRun:
 
 def of_width(width):
     model = DeepLMConfig(
-        body="llama", width=width, depth=1, heads=2, positions=12 + 3 * 5, vocab_size=300, token_width=6,
-        tokens_per_keyframe=4, max_keyframes=3, text_length=12, components=2,
+        BodyConfig("llama", width=width, depth=1, heads=2), head=HeadConfig(components=2), positions=12 + 3 * 5,
+        vocab_size=300, token_width=6, tokens_per_keyframe=4, max_keyframes=3, text_length=12,
     )
     loop = LoopConfig(
         precision="float32", tracker="none", evaluate_every=100, checkpoint_every=2,
@@ -114,7 +114,7 @@ def test_scale(toy: Path, results: Path, monkeypatch: pytest.MonkeyPatch, more: 
 def test_the_larger_sizes_of_scale_differ_in_width_depth_and_learning_rate_alone() -> None:
     small, large = (runs_of(str(STUDIES / f"scale/{name}.py")) for name in ("scale", "scale_large"))
     assert small["llama_19m"].model == large["llama_19m"].model
-    rates = {run.loop.optim.lr * run.model.width**0.5 for run in large.values()}
+    rates = {run.loop.optim.lr * run.model.body.width**0.5 for run in large.values()}
     assert max(rates) == pytest.approx(min(rates))
 
 

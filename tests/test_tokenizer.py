@@ -20,10 +20,10 @@ from dicode.tokenizer.boundaries import BLEND_FRAMES, blended
 from dicode.tokenizer.conditioning import ClipConditioning, cross_faded
 from dicode.tokenizer.config import (
     DenoiserConfig,
-    DiffusionConfig,
     EncoderConfig,
     FirstStageConfig,
     Joins,
+    Objective,
     ResamplerConfig,
     SamplingConfig,
     TokenizerConfig,
@@ -37,7 +37,6 @@ from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
 DENOISERS = {
     "hourglass": DenoiserConfig(width=32, fine_width=16, fine_blocks=1, depth=1, heads=2),
-    "wan": DenoiserConfig(kind="wan", width=32, depth=1, heads=2),
     "unet3d": DenoiserConfig(kind="unet3d", channels=(32, 64), depth=1, heads=2, text_width=12, text_tokens=3),
 }
 
@@ -68,6 +67,12 @@ def tiny_tokenizer(**changes: object) -> VideoTokenizer:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
     return tokenizer
+
+
+def decoded(tokenizer: VideoTokenizer, tokens: torch.Tensor, **options: Any) -> Iterator[torch.Tensor]:
+    """`decode`, with fields of `SamplingConfig` among its options."""
+    fields = {name: options.pop(name) for name in SamplingConfig.__dataclass_fields__ if name in options}
+    return tokenizer.decode(tokens, sampling=tokenizer.config.sampling.changed(**fields), **options)
 
 
 def conditioning(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> ClipConditioning:
@@ -111,7 +116,7 @@ def test_frames_of_another_size_are_refused() -> None:
 
 
 def test_decode_gives_a_clip_a_pair_of_key_frames() -> None:
-    clips = list(tiny_tokenizer().decode(torch.randn(2, 4, 4, 6)))
+    clips = list(decoded(tiny_tokenizer(), torch.randn(2, 4, 4, 6)))
     assert [clip.shape for clip in clips] == [(2, 16, 32, 32, 3)] * 3
     assert clips[0].dtype == torch.uint8
 
@@ -131,36 +136,16 @@ def test_decoding_is_lazy() -> None:
 def test_batch_size_and_order_change_no_clip() -> None:
     tokenizer = tiny_tokenizer()
     tokens = torch.randn(3, 3, 4, 6)
-    together = torch.cat(list(tokenizer.decode(tokens, seed=5, decoder_guidance=2.0)), dim=1).int()
+    together = torch.cat(list(decoded(tokenizer, tokens, seed=5, decoder_guidance=2.0)), dim=1).int()
     for i in (2, 0, 1):
         alone = torch.cat(
-            list(tokenizer.decode(tokens[i : i + 1], seed=5, sample_indices=[i], decoder_guidance=2.0)), dim=1
+            list(decoded(tokenizer, tokens[i : i + 1], seed=5, sample_indices=[i], decoder_guidance=2.0)), dim=1
         ).int()
         assert (alone[0] - together[i]).abs().max() <= 1  # float rounding may move a level
 
 
-def test_strides_of_a_batch_give_what_each_gives_alone() -> None:
-    denoiser = dataclasses.replace(DENOISERS["unet3d"], context_frames=0)
-    tokenizer, tokens = tiny_tokenizer(denoiser=denoiser), torch.randn(2, 3, 4, 6)
-    options: dict[str, Any] = {"steps": 1, "decoder_guidance": 2.0}
-    together = [
-        torch.cat(list(tokenizer.decode(tokens, frame_strides=s, **options)), 1).int() for s in ([1, 6], [6, 1])
-    ]
-    for i, strides in enumerate(([1, 6], [6, 1])):
-        for j, stride in enumerate(strides):
-            alone = tokenizer.decode(tokens[[j]], sample_indices=[j], frame_strides=[stride], **options)
-            assert (torch.cat(list(alone), 1)[0].int() - together[i][j]).abs().max() <= 1  # float rounding
-    assert (together[0] - together[1]).abs().float().mean() > 0.5
-    own = torch.cat(list(tokenizer.decode(tokens, **options)), 1).int()  # 6
-    assert (own[0] - together[1][0]).abs().max() <= 1 and (own[1] - together[0][1]).abs().max() <= 1
-    with pytest.raises(ValueError, match=r"frame_strides: expected at least 1, got \[0, 6\]"):
-        tokenizer.decode(tokens, frame_strides=[0, 6])
-    with pytest.raises(ValueError, match="expected 2, one a clip, got 1"):
-        next(tokenizer.decode(tokens, frame_strides=[6]))
-
-
 def test_residual_blocks_of_the_published_network_drop_out_in_training_alone() -> None:
-    network = build_denoiser(DENOISERS["unet3d"], 5, 4, 6, 16, 8)
+    network = build_denoiser(tiny_config(denoiser=DENOISERS["unet3d"]))
     for parameter in network.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -168,8 +153,8 @@ def test_residual_blocks_of_the_published_network_drop_out_in_training_alone() -
     assert {rate for name, rate in rates.items() if ".resnets." in name} == {0.1}
     noisy, timestep = torch.randn(2, 16, 5, 8, 8), torch.tensor([10.0, 900.0])
     with torch.no_grad():
-        first, again = (network.eval()(noisy, timestep, known(2)) for _ in range(2))
-        training = network.train()(noisy, timestep, known(2))
+        first, again = (network.eval()(noisy, timestep, conditioning(2)) for _ in range(2))
+        training = network.train()(noisy, timestep, conditioning(2))
     assert torch.equal(first, again) and not torch.allclose(first, training, rtol=1e-2)
 
 
@@ -177,7 +162,7 @@ def test_seed_and_sample_index_change_the_clip() -> None:
     tokenizer = tiny_tokenizer()
     tokens = torch.randn(1, 2, 4, 6)
     plain, other_seed, other_sample = (
-        next(tokenizer.decode(tokens, seed=s, sample_indices=[i])).float() for s, i in ((0, 0), (1, 0), (0, 1))
+        next(decoded(tokenizer, tokens, seed=s, sample_indices=[i])).float() for s, i in ((0, 0), (1, 0), (0, 1))
     )
     assert (plain - other_seed).abs().mean() > 1
     assert (plain - other_sample).abs().mean() > 1
@@ -194,14 +179,14 @@ def test_impossible_options_are_refused_before_anything_is_made() -> None:
     }
     for message, options in wrong.items():
         with pytest.raises(ValueError, match=message):
-            tokenizer.decode(tokens, **options)
+            decoded(tokenizer, tokens, **options)
 
 
 def test_temperature_scales_the_noise_that_a_clip_starts_from() -> None:
     tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 2, 4, 6)
 
     def made(temperature: float, seed: int) -> torch.Tensor:
-        return next(tokenizer.decode(tokens, seed=seed, decoder_temperature=temperature)).float()
+        return next(decoded(tokenizer, tokens, seed=seed, decoder_temperature=temperature)).float()
 
     differences = [(made(t, 1) - made(t, 2)).abs().mean() for t in (1.0, 0.5, 0.0)]
     assert differences[0] > differences[1] > differences[2] == 0
@@ -236,7 +221,7 @@ def test_chained_clips_see_the_clip_before_and_independent_ones_do_not() -> None
     tokens, others = torch.randn(1, 3, 4, 6), torch.randn(1, 3, 4, 6)
     others[:, 1:] = tokens[:, 1:]  # the second clip's own key frames are the same
     for joins, differs in (("chained", True), ("independent", False)):
-        second = [list(tokenizer.decode(t, joins=joins))[1].float() for t in (tokens, others)]  # type: ignore[arg-type]
+        second = [list(decoded(tokenizer, t, joins=joins))[1].float() for t in (tokens, others)]  # type: ignore[arg-type]
         assert bool((second[0] - second[1]).abs().max() > 0) is differs
 
 
@@ -244,7 +229,7 @@ def latents_of(tokenizer: VideoTokenizer, tokens: torch.Tensor, **options: Any) 
     """What `decode` hands to the first stage, clip by clip."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "frames_of", lambda latents: latents)
-        return list(tokenizer.decode(tokens, **options))
+        return list(decoded(tokenizer, tokens, **options))
 
 
 def clips_equal(made: list[torch.Tensor], expected: list[torch.Tensor]) -> list[bool]:
@@ -275,8 +260,8 @@ def test_pairs_drawn_ahead_of_what_was_given_are_bounded(joins: Joins, clips_at_
             most = max(most, drawn - given)
             yield torch.randn(1, 2, 4, 6)
 
-    given = 0
-    for _ in tiny_tokenizer().decode_pairs(pairs(), steps=1, joins=joins, clips_at_once=clips_at_once):
+    given, sampling = 0, SamplingConfig(steps=1, joins=joins)
+    for _ in tiny_tokenizer().decode_pairs(pairs(), sampling=sampling, clips_at_once=clips_at_once):
         given += 1
     assert (given, most) == (8, ahead)
 
@@ -310,20 +295,20 @@ def test_a_join_as_uneven_as_its_clips_stays_as_it_is() -> None:
 
 def test_independent_clips_with_their_numbers_equal_those_of_the_whole() -> None:
     tokenizer, tokens = tiny_tokenizer(), torch.randn(2, 7, 4, 6)
-    whole = list(tokenizer.decode(tokens, joins="independent"))
+    whole = list(decoded(tokenizer, tokens, joins="independent"))
     assert (
-        clips_equal(list(tokenizer.decode(tokens[:, 3:], joins="independent", first_clip=3)), whole[3:]) == [True] * 3
+        clips_equal(list(decoded(tokenizer, tokens[:, 3:], joins="independent", first_clip=3)), whole[3:]) == [True] * 3
     )
-    assert clips_equal(list(tokenizer.decode(tokens[:, 3:], joins="independent")), whole[3:]) == [False] * 3
+    assert clips_equal(list(decoded(tokenizer, tokens[:, 3:], joins="independent")), whole[3:]) == [False] * 3
 
 
 def test_a_rerolled_video_is_the_old_one_up_to_its_clip_and_another_after() -> None:
     tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 5, 4, 6)
     for joins in ("chained", "independent"):
-        old, new = (list(tokenizer.decode(tokens, seed=s, joins=joins)) for s in (1, SeedPlan(1, 2, 9)))
+        old, new = (list(decoded(tokenizer, tokens, seed=s, joins=joins)) for s in (1, SeedPlan(1, 2, 9)))
         assert clips_equal(new, old) == [True, True, False, False]
-    all_of_it = list(tokenizer.decode(tokens, seed=SeedPlan(1, 0, 9)))
-    assert clips_equal(all_of_it, list(tokenizer.decode(tokens, seed=9))) == [True] * 4
+    all_of_it = list(decoded(tokenizer, tokens, seed=SeedPlan(1, 0, 9)))
+    assert clips_equal(all_of_it, list(decoded(tokenizer, tokens, seed=9))) == [True] * 4
 
 
 def test_a_plan_that_rerolls_nothing_is_refused() -> None:
@@ -355,7 +340,7 @@ def test_frames_before_change_the_first_clip_where_clips_are_chained_alone() -> 
     tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 2, 4, 6)
     before = torch.randint(0, 256, (1, 2, 32, 32, 3), dtype=torch.uint8)
     for joins, same in (("chained", False), ("parallel", True), ("independent", True)):
-        made = [list(tokenizer.decode(tokens, joins=joins, before=b)) for b in (None, before)]  # type: ignore[arg-type]
+        made = [list(decoded(tokenizer, tokens, joins=joins, before=b)) for b in (None, before)]  # type: ignore[arg-type]
         assert clips_equal(made[0], made[1]) == [same]
 
 
@@ -364,39 +349,39 @@ def test_frames_before_that_do_not_fit_are_refused() -> None:
     wrong = {"at least 2 frames": (2, 1, 32), "expected frames of": (2, 2, 64), "a batch of 2": (1, 2, 32)}
     for message, (b, f, side) in wrong.items():
         with pytest.raises(ValueError, match=message):
-            next(tokenizer.decode(tokens, before=torch.zeros(b, f, side, side, 3, dtype=torch.uint8)))
+            next(decoded(tokenizer, tokens, before=torch.zeros(b, f, side, side, 3, dtype=torch.uint8)))
 
 
 @pytest.mark.parametrize("kind", DENOISERS)
 def test_every_denoiser_listens_to_noise_time_tokens_and_context(kind: str) -> None:
     torch.manual_seed(0)
-    denoiser = build_denoiser(DENOISERS[kind], 5, 4, 6, 16, 8).eval()
+    denoiser = build_denoiser(tiny_config(denoiser=DENOISERS[kind])).eval()
     for parameter in denoiser.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
-    noisy, time, told = torch.randn(2, 16, 5, 8, 8), torch.tensor([300.0, 700.0]), known(2)
-    plain = denoiser(noisy, time, told)
+    noisy, time, given = torch.randn(2, 16, 5, 8, 8), torch.tensor([300.0, 700.0]), conditioning(2)
+    plain = denoiser(noisy, time, given)
     assert plain.shape == noisy.shape
     assert plain.dtype == torch.float32
     changed = {
-        "noise": (noisy + 0.5, time, told),
-        "time": (noisy, time + 100, told),
-        "tokens": (noisy, time, dataclasses.replace(told, tokens=told.tokens.flip(1))),
-        "key latents": (noisy, time, dataclasses.replace(told, key_latents=told.key_latents.flip(1))),
-        "context": (noisy, time, dataclasses.replace(told, context=told.context + 1)),
-        "context mask": (noisy, time, dataclasses.replace(told, context_mask=torch.zeros(2))),
+        "noise": (noisy + 0.5, time, given),
+        "time": (noisy, time + 100, given),
+        "tokens": (noisy, time, dataclasses.replace(given, tokens=given.tokens.flip(1))),
+        "key latents": (noisy, time, dataclasses.replace(given, key_latents=given.key_latents.flip(1))),
+        "context": (noisy, time, dataclasses.replace(given, context=given.context + 1)),
+        "context mask": (noisy, time, dataclasses.replace(given, context_mask=torch.zeros(2))),
     }
     for name, arguments in changed.items():
         assert (denoiser(*arguments) - plain).abs().max() > 1e-4, name
 
 
-def test_a_change_denoiser_that_says_nothing_gives_the_best_guess_for_gaussian_changes() -> None:
-    """What is left of the target is then `deviation`/√variance of what the network has to say, at every time."""
+def test_a_residual_denoiser_that_predicts_zero_gives_the_best_guess_for_gaussian_residuals() -> None:
+    """What is left of the target is then `deviation`/√variance of the network's own target, at every time."""
     torch.manual_seed(0)
     b = 400
     denoiser = ResidualDenoiser(Silent(), 4)
     denoiser.deviation.copy_(torch.tensor([0.1, 0.5, 1.0, 2.0]))
-    told = ClipConditioning(
+    given = ClipConditioning(
         torch.zeros(b, 2, 1, 1),
         torch.randn(b, 2, 3, 4, 4),
         torch.ones(b),
@@ -404,26 +389,26 @@ def test_a_change_denoiser_that_says_nothing_gives_the_best_guess_for_gaussian_c
         torch.zeros(b),
         torch.ones(b),
     )
-    clips = cross_faded(told.key_latents, 4) + denoiser.deviation[:, None, None, None] * torch.randn(b, 4, 3, 4, 4)
+    clips = cross_faded(given.key_latents, 4) + denoiser.deviation[:, None, None, None] * torch.randn(b, 4, 3, 4, 4)
     for t in (0.05, 0.5, 0.95):
         noise = torch.randn_like(clips)
-        predicted = denoiser((1 - t) * clips + t * noise, torch.full((b,), 1000 * t), told)
+        predicted = denoiser((1 - t) * clips + t * noise, torch.full((b,), 1000 * t), given)
         left = (noise - clips - predicted).square().mean((0, 2, 3, 4)).sqrt()
         expected = denoiser.deviation / (((1 - t) * denoiser.deviation) ** 2 + t**2).sqrt()
         torch.testing.assert_close(left, expected, rtol=0.05, atol=0)
 
 
-def test_a_change_denoiser_takes_the_whole_clip_for_change_where_keys_are_dropped() -> None:
+def test_the_residual_is_the_whole_clip_where_keys_are_dropped() -> None:
     denoiser = ResidualDenoiser(Silent(), 4)
     denoiser.deviation.fill_(0.1)
-    told = known(2)
-    dropped = dataclasses.replace(told, key_latents=told.key_latents * 0, keys_mask=torch.zeros(2))
+    given = conditioning(2)
+    dropped = dataclasses.replace(given, key_latents=given.key_latents * 0, keys_mask=torch.zeros(2))
     noisy, time = torch.randn(2, 4, 5, 8, 8), torch.full((2,), 1000.0)
     torch.testing.assert_close(denoiser(noisy, time, dropped), noisy)  # at t = 1, noise is the best guess
     torch.testing.assert_close(denoiser(noisy, time * 0, dropped), -noisy)  # at t = 0, minus the clip
 
 
-def test_deviations_of_the_change_are_measured_a_frame() -> None:
+def test_deviations_of_the_residual_are_measured_a_frame() -> None:
     denoiser = ResidualDenoiser(Silent(), 4)
     keys = torch.randn(50, 2, 5, 8, 8)
     clips = cross_faded(keys, 4)
@@ -432,16 +417,16 @@ def test_deviations_of_the_change_are_measured_a_frame() -> None:
     torch.testing.assert_close(denoiser.deviation, torch.tensor([0.2, 0.2, 3.0, 0.2]), rtol=0.02, atol=0)
 
 
-def test_change_needs_an_objective_that_is_linear_in_the_clip() -> None:
+def test_residuals_need_an_objective_that_is_linear_in_the_clip() -> None:
     denoiser = dataclasses.replace(DENOISERS["hourglass"], predict_residual=True)
     with pytest.raises(ValueError, match="predict_residual"):
-        VideoTokenizer(tiny_config(denoiser=denoiser, diffusion=DiffusionConfig(objective="v_prediction")))
+        VideoTokenizer(tiny_config(denoiser=denoiser, objective="v_prediction"))
 
 
 class Silent(torch.nn.Module):
     """A network that predicts nothing."""
 
-    def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, known: ClipConditioning) -> torch.Tensor:
+    def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, conditioning: ClipConditioning) -> torch.Tensor:
         return torch.zeros_like(noisy)
 
 
@@ -449,20 +434,20 @@ def test_unet_shows_head_tokens_to_the_first_half_of_a_clip_only() -> None:
     """Without temporal layers a frame's output depends on its own half's tokens alone."""
     torch.manual_seed(0)
     config = dataclasses.replace(DENOISERS["unet3d"], context_frames=0, uses_key_latents=False)
-    denoiser = build_denoiser(config, 5, 4, 6, 16, 8).eval()
+    denoiser = build_denoiser(tiny_config(denoiser=config)).eval()
     for name, parameter in denoiser.named_parameters():
         if "temp_" in name or "transformer_in.proj_out" in name:
             torch.nn.init.zeros_(parameter)
-    noisy, time, told = torch.randn(1, 16, 5, 8, 8), torch.tensor([500.0]), known(1)
-    tokens = told.tokens.clone()
+    noisy, time, given = torch.randn(1, 16, 5, 8, 8), torch.tensor([500.0]), conditioning(1)
+    tokens = given.tokens.clone()
     tokens[:, 1] += 1
-    difference = denoiser(noisy, time, dataclasses.replace(told, tokens=tokens)) - denoiser(noisy, time, told)
+    difference = denoiser(noisy, time, dataclasses.replace(given, tokens=tokens)) - denoiser(noisy, time, given)
     assert difference[:, :8].abs().max() < 1e-6
     assert difference[:, 8:].abs().max() > 1e-4
 
 
 def test_key_frame_head_maps_tokens_to_latents() -> None:
-    head = KeyFrameHead(num_tokens=4, token_width=6, latent_channels=5, size=8, width=24, depth=1, heads=2)
+    head = KeyFrameHead(tiny_config())
     assert head(torch.randn(3, 4, 6)).shape == (3, 5, 8, 8)
 
 
@@ -529,9 +514,8 @@ def test_a_folder_of_another_class_is_no_first_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", ["flow", "v_prediction", "epsilon"])
-def test_a_perfect_denoiser_recovers_the_latents(objective: str) -> None:
+def test_a_perfect_denoiser_recovers_the_latents(objective: Objective) -> None:
     """A denoiser that knows the answer must be led to it by the sampler, whatever the objective."""
-    config = DiffusionConfig(objective=objective)  # type: ignore[arg-type]
     clean, noise = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4)
     alphas = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -551,7 +535,7 @@ def test_a_perfect_denoiser_recovers_the_latents(objective: str) -> None:
         times.append(timestep[0].item())
         return perfect(latents, timestep)
 
-    made = sample(config, SamplingConfig(steps=20), watched, watched, noise)
+    made = sample(objective, SamplingConfig(steps=20), watched, watched, noise)
     assert len(times) == 20
     if objective == "flow":
         assert times == pytest.approx([1000 - 50 * i for i in range(20)], abs=0.01)  # no step is wasted
@@ -565,7 +549,7 @@ def test_guidance_of_one_is_the_conditional_prediction_and_two_moves_away_from_n
 
     def made(guidance: float) -> float:
         sampling = SamplingConfig(steps=4, decoder_guidance=guidance)
-        return sample(DiffusionConfig(), sampling, ones, zeros, noise).item()
+        return sample("flow", sampling, ones, zeros, noise).item()
 
     values = {guidance: made(guidance) for guidance in (0.0, 1.0, 2.0)}
     assert values[0.0] == pytest.approx(0)
@@ -574,7 +558,7 @@ def test_guidance_of_one_is_the_conditional_prediction_and_two_moves_away_from_n
 
 def test_flow_target_is_noise_minus_latents_on_the_line_between_them() -> None:
     latents, noise = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 2, 4, 5, 5)
-    noisy, timestep, target = noised(DiffusionConfig(), latents, noise, generator_for(0))
+    noisy, timestep, target = noised("flow", latents, noise, generator_for(0))
     torch.testing.assert_close(noisy, latents + (timestep / 1000)[:, None, None, None, None] * target)
 
 
@@ -584,7 +568,7 @@ def test_epsilon_is_learnt_on_the_plain_schedule_and_v_on_that_of_zero_terminal_
     signal = (1 - betas).cumprod(0).sqrt()  # of the public code; rescaled: Lin et al. 2024, algorithm 1
     rescaled = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
     for objective, scale in (("epsilon", signal), ("v_prediction", rescaled)):
-        noisy, timestep, target = noised(DiffusionConfig(objective), latents, noise, generator_for(0))  # type: ignore[arg-type]
+        noisy, timestep, target = noised(objective, latents, noise, generator_for(0))  # type: ignore[arg-type]
         a = scale[timestep.long()][:, None, None, None, None]
         b = (1 - a.square()).sqrt()
         torch.testing.assert_close(noisy.double(), a * latents + b * noise, atol=1e-4, rtol=0)

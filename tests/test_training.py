@@ -19,7 +19,7 @@ from dicode.checkpoint import read_config
 from dicode.config import CheckpointError
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.presets import DeepLMConfig
+from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import FirstStageConfig
@@ -123,12 +123,21 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
 
 
 LM = DeepLMConfig(
-    body="llama", width=32, depth=1, heads=2, positions=48, vocab_size=300, token_width=6, tokens_per_keyframe=4,
-    max_keyframes=6, text_length=12, components=3, input_noise=0.1,
-)  # fmt: skip
+    BodyConfig("llama", width=32, depth=1, heads=2),
+    head=HeadConfig(components=3),
+    positions=48,
+    vocab_size=300,
+    token_width=6,
+    tokens_per_keyframe=4,
+    max_keyframes=6,
+    text_length=12,
+    input_noise=0.1,
+)
 
 
-FLOW = dataclasses.replace(LM, head="flow", order="keyframe", predict_residual=True, flow_width=16)
+FLOW = dataclasses.replace(
+    LM, head=dataclasses.replace(LM.head, kind="flow", width=16), order="keyframe", predict_residual=True
+)
 
 
 def train_in_parts(run: FirstStageRun | TokenizerRun | LanguageRun, folder: Path) -> None:
@@ -187,7 +196,8 @@ def test_rendered_frames_are_those_that_decode_shows_beside_the_real_ones(traine
     rows = torch.stack([cache.clip_rows(video, 0.0, 17, 8.0) for video in cache.videos])
     assert torch.equal(stage.rendered.rows, rows[:, 1:16].flatten())
     tokens = stage.tokenizer.encode(cache.frames[rows[:3]])
-    shown = next(stage.tokenizer.decode(tokens, seed=0, decoder_guidance=1.5, motion_scale=1.3))
+    sampling = stage.tokenizer.config.sampling.changed(decoder_guidance=1.5, motion_scale=1.3)
+    shown = next(stage.tokenizer.decode(tokens, seed=0, sampling=sampling))
     latents = stage.rendered.latents.float().unflatten(0, (-1, 15))[:3]
     assert (stage.tokenizer.frames_of(latents).int() - shown[:, 1:].int()).abs().max() <= 1  # kept as float16
     batch = stage.batch(torch.arange(4), generator_for(0))

@@ -17,12 +17,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dicode.checkpoint import write_config
 from dicode.config import CheckpointError
-from dicode.lm.backbone import Backbone
-from dicode.lm.deep_lm import DeepTokenLM, body_differences
-from dicode.lm.presets import SIZES, DeepLMConfig
+from dicode.lm.backbone import Backbone, body_differences
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.lm.presets import SIZES, BodyConfig, DeepLMConfig, HeadConfig
 from dicode.lm.text import IMAGE_ENTRIES, TextTokenizer
 from dicode.seeds import generator_for
-from dicode.tokenizer.config import DiffusionConfig, EncoderConfig, ResamplerConfig, TokenizerConfig
+from dicode.tokenizer.config import EncoderConfig, ResamplerConfig, TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.train.first_stage import frames_to_pixels
@@ -51,7 +51,7 @@ def published_config(**changes: Any) -> TokenizerConfig:
             width=24, depth=1, heads=2, head_width=12, queries=4, feature_width=16, token_width=6
         ),
         denoiser=dataclasses.replace(DENOISERS["unet3d"], channels=(16, 32), context_frames=0, uses_key_latents=False),
-        diffusion=published.diffusion,
+        objective=published.objective,
         sampling=dataclasses.replace(published.sampling, steps=2),
         **changes,
     )  # fmt: skip
@@ -172,7 +172,7 @@ def test_a_clip_is_read_with_the_stride_drawn_and_the_network_is_given_it(root: 
 
 
 def test_a_run_is_refused_a_prior_that_predicts_something_else(root: Path) -> None:
-    epsilon = dataclasses.replace(published_config(), diffusion=DiffusionConfig("epsilon"))
+    epsilon = dataclasses.replace(published_config(), objective="epsilon")
     with pytest.raises(ValueError, match=r"predicts v_prediction, the run trains epsilon.*objective v_prediction"):
         TokenizerTraining(run(root, model=epsilon))
     with pytest.raises(ValueError, match="predicts v_prediction, the run trains epsilon"):
@@ -299,14 +299,30 @@ def save_body(kind: str, folder: Path, entries: int) -> GPT2LMHeadModel | LlamaF
 
 def body_config(kind: str, entries: int, **changes: Any) -> DeepLMConfig:
     config = DeepLMConfig(
-        body="gpt2", width=24, depth=2, heads=3, positions=64, vocab_size=entries + 66, token_width=6, max_keyframes=6,
-        text_length=12, tokens_per_keyframe=4, components=2,
-    )  # fmt: skip
+        BodyConfig("gpt2", width=24, depth=2, heads=3),
+        head=HeadConfig(components=2),
+        positions=64,
+        vocab_size=entries + 66,
+        token_width=6,
+        max_keyframes=6,
+        text_length=12,
+        tokens_per_keyframe=4,
+    )
     if kind == "llama":
         config = dataclasses.replace(
-            config, body="llama", heads=4, key_value_heads=2, feed_forward=40, rope_base=500_000.0, rope_factor=32.0
+            config,
+            body=dataclasses.replace(
+                config.body,
+                kind="llama",
+                heads=4,
+                key_value_heads=2,
+                feed_forward=40,
+                rope_base=500000.0,
+                rope_factor=32.0,
+            ),
         )
-    return dataclasses.replace(config, **changes)
+    body = {name: changes.pop(name) for name in list(changes) if name in BodyConfig.__dataclass_fields__}
+    return dataclasses.replace(config, body=dataclasses.replace(config.body, **body), **changes)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -314,7 +330,7 @@ def body_config(kind: str, entries: int, **changes: Any) -> DeepLMConfig:
 def test_a_body_of_transformers_says_what_it_said_and_new_entries_are_the_mean(kind: str, tmp_path: Path) -> None:
     theirs = save_body(kind, tmp_path, entries=50).base_model
     model = DeepTokenLM(body_config(kind, 50)).eval()
-    model.load_body(tmp_path)
+    model.backbone.load_pretrained(tmp_path)
     ids = torch.randint(50, (2, 12))
     with torch.no_grad():
         hidden = model.backbone(model.backbone.embed_text(ids))
@@ -333,7 +349,7 @@ def test_a_body_of_transformers_says_what_it_said_and_new_entries_are_the_mean(k
         ("gpt2", {"feed_forward": 50}, "n_inner: expected 50, got 96"),
         ("gpt2", {"positions": 100}, "n_positions: expected 100, got 64"),
         ("gpt2", {"vocab_size": 40}, "vocab_size: expected at most 40, got 50"),
-        ("gpt2", {"body": "llama"}, "model_type: expected llama, got gpt2"),
+        ("gpt2", {"kind": "llama"}, "model_type: expected llama, got gpt2"),
         ("llama", {"rope_base": 10_000.0}, r"rope_parameters: expected .*10000.0.*got .*500000.0"),
         ("llama", {"key_value_heads": 4}, "num_key_value_heads: expected 4, got 2"),
         ("llama", {"feed_forward": None}, "intermediate_size: expected 72, got 40"),
@@ -344,7 +360,7 @@ def test_another_body_is_an_error_that_names_what_differs(
 ) -> None:
     save_body(kind, tmp_path, entries=50)
     with pytest.raises(CheckpointError, match=said):
-        DeepTokenLM(body_config(kind, 50, **changes)).load_body(tmp_path)
+        DeepTokenLM(body_config(kind, 50, **changes)).backbone.load_pretrained(tmp_path)
 
 
 def test_a_body_without_one_of_its_tensors_or_files_is_an_error(tmp_path: Path) -> None:
@@ -354,10 +370,10 @@ def test_a_body_without_one_of_its_tensors_or_files_is_an_error(tmp_path: Path) 
     state.pop("transformer.h.1.mlp.c_fc.bias")
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.c_fc\.bias"):
-        model.load_body(tmp_path)
+        model.backbone.load_pretrained(tmp_path)
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        model.load_body(tmp_path)
+        model.backbone.load_pretrained(tmp_path)
 
 
 def test_llamas_vocabulary_gets_the_image_entries_and_no_begin_of_text(tmp_path: Path) -> None:
@@ -450,7 +466,7 @@ def test_a_run_from_scratch_takes_a_vocabulary_that_fits_and_only_one(trained: P
 def test_the_tokenizer_recipe_is_the_published_one() -> None:
     run = load_run(f"{RECIPES}:paper_tokenizer_256")
     assert run.model == TOKENIZERS["paper_tokenizer_256"]
-    assert run.model.diffusion == DiffusionConfig("v_prediction")
+    assert run.model.objective == "v_prediction"
     sampling = run.model.sampling
     assert (sampling.steps, sampling.eta, sampling.guidance_rescale, sampling.decoder_guidance) == (50, 1.0, 0.7, 7.5)
     with torch.device("meta"):
@@ -465,7 +481,7 @@ def test_language_recipes_have_the_sizes_of_their_names(name: str) -> None:
     with torch.device("meta"):
         model = DeepTokenLM(run.model)
     entries = run.model.vocab_size - 66
-    own = parameters_m(model.backbone) - 66 * run.model.width / 1e6
+    own = parameters_m(model.backbone) - 66 * run.model.body.width / 1e6
     assert own == pytest.approx(LANGUAGE_RECIPES[name], rel=1e-3)
     assert entries in (50_257, 128_256) and run.model.keyframe_limit >= max(run.longer)
     assert run.model == SIZES[name.replace("_", "-")]

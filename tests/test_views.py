@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_training import loop, write_cache
 
-from dicode.lm.presets import DeepLMConfig
+from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.seeds import generator_for
 from dicode.train.augment import SMALLEST_CROP, View
 from dicode.train.lm import LanguageTraining
@@ -23,10 +23,18 @@ def frames() -> torch.Tensor:
 def run_of(tiny_model: Path, root: Path) -> LanguageRun:
     write_cache(root / "cache")
     model = DeepLMConfig(
-        body="llama", width=24, depth=1, heads=2, positions=62, vocab_size=300, token_width=6, max_keyframes=9,
-        text_length=12, tokens_per_keyframe=4, head="flow", order="keyframe", end_frame_conditioning=True,
-        predict_residual=True, flow_width=16,
-    )  # fmt: skip
+        BodyConfig("llama", width=24, depth=1, heads=2),
+        head=HeadConfig("flow", width=16),
+        positions=62,
+        vocab_size=300,
+        token_width=6,
+        max_keyframes=9,
+        text_length=12,
+        tokens_per_keyframe=4,
+        order="keyframe",
+        end_frame_conditioning=True,
+        predict_residual=True,
+    )
     return LanguageRun(
         cache=str(root / "cache"), tokenizer=str(tiny_model), model=model, loop=loop(4), key_frames=3, longer=(),
         longer_share=(), null_captions=0.0, word_dropout=0.0, long_captions=0.0, views=2, view_share=0.5,

@@ -23,7 +23,7 @@ from test_tokenizer import tiny_config
 from dicode.checkpoint import write_config
 from dicode.data.cache import CachedVideo, FrameCache, write_index, write_shard
 from dicode.data.columns import Videos
-from dicode.lm.presets import DeepLMConfig
+from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.provenance import write_result
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import Training
@@ -62,9 +62,15 @@ def runs(root: Path) -> dict[str, LanguageRun | TokenizerRun]:
     """A language model and a denoiser of a few thousand parameters."""
     loop = LoopConfig(precision="float32", optim=OptimConfig(batch_size=32))
     model = DeepLMConfig(
-        body="llama", width=32, depth=1, heads=2, positions=48, vocab_size=300, token_width=6, tokens_per_keyframe=4,
-        max_keyframes=6, text_length=12, components=2,
-    )  # fmt: skip
+        BodyConfig("llama", width=32, depth=1, heads=2),
+        head=HeadConfig(components=2),
+        positions=48,
+        vocab_size=300,
+        token_width=6,
+        tokens_per_keyframe=4,
+        max_keyframes=6,
+        text_length=12,
+    )
     cache, tokenizer = str(root / "cache"), str(root / "tokenizer")
     return {
         "language": LanguageRun(cache=cache, tokenizer=tokenizer, model=model, longer=(), longer_share=(), loop=loop),

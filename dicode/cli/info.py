@@ -207,7 +207,8 @@ def _summary(config: TokenizerConfig | DeepLMConfig) -> str:
         clips = f"clips of {config.clip_frames} frames, a key frame every {config.clip_s:g} s"
         return f"{config.size}×{config.size} pixels, {config.fps:g} fps, {clips}"
     tokens = f"{config.keyframe_limit} key frames of {config.tokens_per_keyframe} tokens × {config.token_width} numbers"
-    return f"{config.body}: {config.depth} layers × {config.width}, reads {config.text_length} text tokens, {tokens}"
+    body = config.body
+    return f"{body.kind}: {body.depth} layers × {body.width}, {config.text_length} text tokens, {tokens}"
 
 
 def _print_sizing(sizing: Sizing, training: dict[str, dict[str, int]], batch_size: int) -> None:

@@ -69,7 +69,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
     config = tokenizer.config
     asked = dataclasses.asdict(command.render)
     sampling = config.sampling.changed(**asked)
-    stacks = tokenizer.decode(tokens, seed=command.seed, **asked)
+    stacks = tokenizer.decode(tokens, seed=command.seed, sampling=sampling)
     options = {
         "seed": command.seed,
         **{name: getattr(sampling, name) for name in asked},

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dicode.config import CheckpointError
-from dicode.lm.presets import SIZES, DeepLMConfig
+from dicode.lm.presets import SIZES, BodyConfig, DeepLMConfig, HeadConfig
 from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, ResamplerConfig
 
 CLIP_HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H/14: 16 heads in either tower
@@ -80,10 +80,10 @@ def lm_config(values: Mapping[str, Any]) -> DeepLMConfig:
     """The public language model, from its GPT-2 configuration and its own arguments."""
     gpt2 = values["gpt2"]
     return DeepLMConfig(
-        body="gpt2",
-        width=gpt2["n_embd"],
-        depth=gpt2["n_layer"],
-        heads=gpt2["n_head"],
+        BodyConfig(
+            "gpt2", width=gpt2["n_embd"], depth=gpt2["n_layer"], heads=gpt2["n_head"], dropout=gpt2["resid_pdrop"]
+        ),
+        head=HeadConfig(components=values["num_kernels"]),
         positions=gpt2["n_positions"],
         vocab_size=gpt2["vocab_size"],
         token_width=values["token_dim"],
@@ -92,8 +92,6 @@ def lm_config(values: Mapping[str, Any]) -> DeepLMConfig:
         tokens_per_keyframe=values["tokens_per_frame"],
         pad_id=values["pad_id"],
         begin_id=values["boi_id"],
-        components=values["num_kernels"],
-        dropout=gpt2["resid_pdrop"],
     )
 
 
@@ -101,9 +99,9 @@ def lm_size_of(state: Mapping[str, Tensor]) -> DeepLMConfig:
     """The named size that a public language model has, told from its state under our names."""
     width = state["backbone.body.wte.weight"].shape[1]
     depth = 1 + max(int(name.split(".")[3]) for name in state if name.startswith("backbone.body.h."))
-    sizes = {name: size for name, size in SIZES.items() if size.body == "gpt2"}
+    sizes = {name: size for name, size in SIZES.items() if size.body.kind == "gpt2"}
     for size in sizes.values():
-        if (size.width, size.depth) == (width, depth):
+        if (size.body.width, size.body.depth) == (width, depth):
             return size
-    known = ", ".join(f"{name} {size.width}×{size.depth}" for name, size in sizes.items())
+    known = ", ".join(f"{name} {size.body.width}×{size.body.depth}" for name, size in sizes.items())
     raise CheckpointError(f"no known language model has width {width} and depth {depth}; known: {known}")

@@ -223,7 +223,7 @@ def joined(
     report.use("image encoder", image)
     report.use("resampler", resampler)
     report.use("denoiser", denoiser)
-    report.notes.append(f"the denoiser {SCHEDULES[config.diffusion.objective]} ({config.diffusion.objective})")
+    report.notes.append(f"the denoiser {SCHEDULES[config.objective]} ({config.objective})")
     report.leave("text tower, of which the 77 null tokens are kept", list(text))
     return first_stage, parts
 

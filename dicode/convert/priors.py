@@ -33,7 +33,7 @@ from dicode.convert.official import (
     towers,
     write_card,
 )
-from dicode.tokenizer.config import DiffusionConfig, TokenizerConfig
+from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS
@@ -65,7 +65,7 @@ def convert_dynamicrafter(
     image, text = towers(taken(state, IMAGE_TOWER), taken(state, TEXT_TOWER), clip, str(path), report)
     objective = objective or objective_of(state, path)
     sampling = config.sampling if objective == "v_prediction" else config.sampling.changed(guidance_rescale=0.0)
-    config = replace(config, diffusion=DiffusionConfig(objective), sampling=sampling)
+    config = replace(config, objective=objective, sampling=sampling)
     if "scale_arr" in state:
         report.leave("its latents shrink with the time step (dynamic rescale), ours do not", ["scale_arr"])
         del state["scale_arr"]

@@ -1,12 +1,15 @@
 """The transformer between embeddings and hidden states: GPT-2 or Llama of `transformers`, built from configuration."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+from transformers import AutoConfig, DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
+from dicode.checkpoint import load_state
+from dicode.config import CheckpointError
 from dicode.lm.presets import DeepLMConfig
 from dicode.shapes import Hidden, TextIds
 
@@ -16,7 +19,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config: DeepLMConfig) -> None:
         super().__init__()
-        self.body: GPT2Model | LlamaModel = GPT2Model(_gpt2(config)) if config.body == "gpt2" else _llama_model(config)
+        self.positions = config.positions
+        self.body = GPT2Model(_gpt2(config)) if config.body.kind == "gpt2" else LlamaModel(_llama(config))
 
     def embed_text(self, text_ids: TextIds) -> Hidden:
         """Look text ids up; the begin-of-image token is one of them."""
@@ -32,10 +36,9 @@ class Backbone(nn.Module):
         cache: DynamicCache | None = None,
         mask: Bool[Tensor, "s all"] | None = None,
     ) -> Hidden:
-        """Hidden states after the last norm. With a cache, `embeddings` continue what the cache has seen, and fill it.
+        """Hidden states after the last norm. With a cache, `embeddings` continue the cached sequence, and join it.
 
-        `mask` tells which position (row) sees which, cached ones included; left out, each sees all before it.
-
+        `mask` is True where a position (row) attends to another, cached ones included; the default is causal.
         Padding is attended to like any token: so does the published model, and the null prompt is all padding.
         """
         self._choose_attention(embeddings.device.type == "cpu" and torch.is_grad_enabled())
@@ -55,79 +58,102 @@ class Backbone(nn.Module):
         if self.body.config._attn_implementation != wanted:
             self.body.set_attn_implementation(wanted)
 
+    def load_pretrained(self, folder: Path) -> None:
+        """Load the weights of a GPT-2 or Llama that `transformers` saved; text entries it lacks get its entries' mean.
 
-class Reading:
-    """One sequence as it grows: the transformer reads what was added with a key/value cache, or all of it every time.
+        Raises `CheckpointError` that names every size in which it differs, and where tensors are missing or unknown.
+        """
+        what = {"local_files_only": True}
+        try:
+            theirs = AutoConfig.from_pretrained(folder, **what)
+            if problems := body_differences(self.body.config, theirs, self.positions):
+                raise CheckpointError(f"{folder} holds another network: {'; '.join(problems)}")
+            loaded, report = type(self.body).from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **what
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise error if isinstance(error, CheckpointError) else CheckpointError(f"{folder}: {error}") from error
+        unused = report["unexpected_keys"] - {"lm_head.weight"}  # predicts words, where ours predicts deep tokens
+        if problems := sorted(report["missing_keys"] | unused):
+            raise CheckpointError(f"{folder}: tensors missing or unknown: {', '.join(problems[:8])}")
+        entries = loaded.get_input_embeddings().weight.detach().float()
+        further = entries.mean(0).expand(self.body.config.vocab_size - len(entries), -1)
+        loaded.get_input_embeddings().weight = nn.Parameter(torch.cat([entries, further]))
+        load_state(self.body, loaded.state_dict(), str(folder))
 
-    `blockwise`: what was added at once sees all of itself (after the text, with which a reading begins).
+
+class CachedSequence:
+    """A sequence as it grows: appended positions pass the transformer once, with a key/value cache or without.
+
+    `blockwise`: what is appended at once attends to all of itself (after the text, with which a sequence begins).
     """
 
     def __init__(self, backbone: Backbone, text: Hidden, use_cache: bool, blockwise: bool) -> None:
         self.backbone, self.batch, self.blockwise = backbone, len(text), blockwise
         self.cache = backbone.new_cache() if use_cache else None
-        self.unread = text
+        self.waiting = text  # positions that are not in the cache yet
         self.blocks = torch.arange(text.shape[1])  # the block of every position, the number of its last one
 
-    def add(self, embeddings: Hidden) -> None:
-        """Append embeddings, to be read when something is asked for."""
-        self.unread = torch.cat([self.unread, embeddings.to(self.unread.dtype)], dim=1)
+    def append(self, embeddings: Hidden) -> None:
+        """Append embeddings, computed when `last` is called."""
+        self.waiting = torch.cat([self.waiting, embeddings.to(self.waiting.dtype)], dim=1)
         number = torch.full((embeddings.shape[1],), len(self.blocks) + embeddings.shape[1] - 1)
         self.blocks = torch.cat([self.blocks, number])
 
     def last(self, count: int) -> Hidden:
-        """Hidden states of the last `count` positions, none of which may have been asked for before."""
+        """Hidden states of the last `count` positions; call it once for each position."""
         mask = None
         if self.blockwise:
-            mask = (self.blocks[-self.unread.shape[1] :, None] >= self.blocks).to(self.unread.device)
-        hidden = self.backbone(self.unread, self.cache, mask)
+            mask = (self.blocks[-self.waiting.shape[1] :, None] >= self.blocks).to(self.waiting.device)
+        hidden = self.backbone(self.waiting, self.cache, mask)
         if self.cache is not None:
-            self.unread = self.unread[:, :0]
+            self.waiting = self.waiting[:, :0]
         return hidden[:, -count:]
 
 
 def _gpt2(config: DeepLMConfig) -> GPT2Config:
+    body = config.body
     return GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.positions,
-        n_embd=config.width,
-        n_layer=config.depth,
-        n_head=config.heads,
-        n_inner=config.feed_forward or 4 * config.width,
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
+        n_embd=body.width,
+        n_layer=body.depth,
+        n_head=body.heads,
+        n_inner=body.feed_forward or 4 * body.width,
+        resid_pdrop=body.dropout,
+        embd_pdrop=body.dropout,
+        attn_pdrop=body.dropout,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own "gelu_new" in one fused operation
         bos_token_id=None,
         eos_token_id=None,
     )
 
 
-def _llama_model(config: DeepLMConfig) -> LlamaModel:
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_base}
-    if config.rope_factor > 1.0:  # the constants of every Llama 3.1 and 3.2 configuration
+def _llama(config: DeepLMConfig) -> LlamaConfig:
+    body = config.body
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": body.rope_base}
+    if body.rope_factor > 1.0:  # the constants of every Llama 3.1 and 3.2 configuration
         rope |= {
             "rope_type": "llama3",
-            "factor": config.rope_factor,
+            "factor": body.rope_factor,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            max_position_embeddings=131_072 if config.rope_factor > 1.0 else config.positions,
-            hidden_size=config.width,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.key_value_heads or config.heads,
-            intermediate_size=config.feed_forward or 3 * config.width,
-            rms_norm_eps=1e-5,
-            rope_parameters=rope,
-            attention_dropout=config.dropout,
-            pad_token_id=None,  # a padding index would pin its embedding to zero; the null prompt is to be learned
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        max_position_embeddings=131_072 if body.rope_factor > 1.0 else config.positions,
+        hidden_size=body.width,
+        num_hidden_layers=body.depth,
+        num_attention_heads=body.heads,
+        num_key_value_heads=body.key_value_heads or body.heads,
+        intermediate_size=body.feed_forward or 3 * body.width,
+        rms_norm_eps=1e-5,
+        rope_parameters=rope,
+        attention_dropout=body.dropout,
+        pad_token_id=None,  # a padding index would pin its embedding to zero; the null prompt is to be learned
+        bos_token_id=None,
+        eos_token_id=None,
     )
 
 

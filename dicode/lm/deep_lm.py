@@ -1,4 +1,4 @@
-"""The language model over deep tokens: reads a prompt, writes key frames one after the other (arXiv 2412.04446)."""
+"""The language model over deep tokens: from a prompt to key frames, one after the other (arXiv 2412.04446)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,31 +9,47 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig
 
-from dicode.checkpoint import load_model, load_state, read_config, read_section, resolve, save_weights, write_config
-from dicode.config import CheckpointError, config_to_dict
-from dicode.lm.backbone import Backbone, Reading, body_differences
-from dicode.lm.flow_head import FlowHead
-from dicode.lm.heads import Head, MixtureHead, RegressionHead, TokenSampling
+from dicode.checkpoint import load_model, read_config, read_section, resolve, save_weights, write_config
+from dicode.config import CheckpointError, check_ranges, config_to_dict
+from dicode.lm.backbone import Backbone, CachedSequence
+from dicode.lm.heads import HEADS, Head
 from dicode.lm.presets import DeepLMConfig
-from dicode.lm.sequence import BeginHidden, DeepTokenEmbedding, KeyFrameHidden, appended, arrange, predicting, sees
+from dicode.lm.sequence import (
+    BeginHidden,
+    DeepTokenEmbedding,
+    KeyFrameHidden,
+    appended,
+    arrange,
+    attention_mask,
+    predicting,
+)
 from dicode.lm.text import FILE, TextTokenizer
 from dicode.seeds import SeedPlan, generator_for, seed_of_clip
 from dicode.shapes import DeepTokens, KeyFrameMask, KeyFrameTokens, TextIds
+from dicode.tokenizer.config import SamplingConfig
 
 __all__ = ["DeepLMConfig", "DeepLMOutput", "DeepTokenLM"]
 WEIGHTS = "lm.safetensors"
 SECTION = "lm"  # of config.json
+DEFAULT_SAMPLING = SamplingConfig()
 
 
 @dataclass(frozen=True)
 class DeepLMOutput:
-    """A training step's loss and the values it was made of."""
+    """A training step's loss and the values it is computed from."""
 
     loss: Float[Tensor, ""]  # mean over the tokens of real key frames, float32
     keyframe_loss: Float[Tensor, "b k"]  # mean over a key frame's tokens; 0 where the mask is False
-    hidden: KeyFrameHidden  # what the head saw for each deep token
+    hidden: KeyFrameHidden  # the head's input for each deep token
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A key frame given beforehand that generation ends on."""
+
+    tokens: KeyFrameTokens | None  # None: those of key frame 0, which is still to be generated
+    keyframe: int
 
 
 class DeepTokenLM(nn.Module):
@@ -41,31 +57,23 @@ class DeepTokenLM(nn.Module):
 
     def __init__(self, config: DeepLMConfig, text: TextTokenizer | None = None) -> None:
         super().__init__()
+        check_ranges(config)
         if config.keyframe_limit < 1:
             raise ValueError(
                 f"{config.positions} positions and {config.max_keyframes} key frames hold no key frame of "
                 f"{config.tokens_per_keyframe} tokens after {config.text_length} text tokens"
             )
-        for name in ("input_noise", "residual_anchor"):
-            if not 0 <= getattr(config, name) <= 1:
-                raise ValueError(f"{name}: expected a share, 0 to 1, got {getattr(config, name)}")
         if config.residual_anchor and not config.predict_residual:
-            raise ValueError("residual_anchor: says what a change is counted from; set predict_residual as well")
+            raise ValueError("residual_anchor: sets what a residual is added to; set predict_residual as well")
         self.config, self.text = config, text
         self.backbone = Backbone(config)
-        self.embedding = DeepTokenEmbedding(
-            config.token_width,
-            config.width,
-            config.max_keyframes,
-            config.tokens_per_keyframe,
-            config.end_frame_conditioning,
-        )
-        self.head: nn.Module = _build_head(config)
+        self.embedding = DeepTokenEmbedding(config)
+        self.head: nn.Module = HEADS[config.head.kind](config)
         self._initialise()
 
     def _initialise(self) -> None:
         """Normal of deviation 0.02 and zero biases, as published; the body initialises itself the same way."""
-        head = [] if isinstance(self.head, FlowHead) else self.head.modules()  # a flow's is in place already
+        head = [] if getattr(self.head, "initialises_itself", False) else self.head.modules()
         for module in (*self.embedding.modules(), *head):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -81,46 +89,35 @@ class DeepTokenLM(nn.Module):
         keyframe_mask: KeyFrameMask | None = None,
         generator: torch.Generator | None = None,
         goal: bool = False,
-        read: DeepTokens | None = None,
     ) -> DeepLMOutput:
         """The loss of every deep token given the text and all deep tokens before it.
 
         `keyframe_mask` is True where a key frame is real; padding comes after the last real one, where causality
-        keeps it from every prediction. The first one may be False too, where it is only to be read. With `goal` the
-        last key frame is known from the second on, and has no loss of its own. In training mode the tokens read (not
-        the targets) are mixed with Gaussian noise (CAM, arXiv 2411.18447), whose share is drawn for each sample from
-        0 … `input_noise` with a density that rises linearly: what it reads is seldom exact, as in use, and where little
-        of it is left the caption must say the rest.
-        `generator` draws it (default: torch's own).
+        keeps it from every prediction. The first entry may be False too: that key frame is an input without a loss.
+        With `goal` the last key frame is an input from the second one on, and has no loss of its own.
 
-        `read` is what the model goes on from where that is not the truth: key frames with errors, of the shape of
-        `tokens`, are read as they are, without noise, and changes counted from them, so that a change mends what is
-        wrong with the one before.
-
-        Raises `ValueError` for a goal that the model cannot read, or that is not there or not ahead, and for `read` of
-        another shape.
+        In training mode the input tokens (not the targets) are mixed with Gaussian noise (CAM, arXiv 2411.18447), whose
+        share is drawn for each sample from 0 … `input_noise` with a density that rises linearly. `generator` draws it
+        (default: torch's own). Raises `ValueError` for a goal that does not fit the model or the mask.
         """
         config, k = self.config, tokens.shape[1]
         self._check(text_ids, tokens, k, goal)
         if goal and (k < 3 or (keyframe_mask is not None and not keyframe_mask[:, 1:].all())):
             raise ValueError(f"goal: expected 3 key frames or more, all of them real, got {k}")
-        start = tokens if read is None else read
-        if start.shape != tokens.shape:
-            raise ValueError(f"read: expected {tuple(tokens.shape)}, as tokens, got {tuple(start.shape)}")
-        seen = _noised(tokens, config.input_noise, generator) if self.training and read is None else start
-        blocks = self.embedding(seen)
+        inputs = _noised(tokens, config.input_noise, generator) if self.training else tokens
+        blocks = self.embedding(inputs)
         if goal:
-            known = self.embedding.of_goal(seen[:, -1], k - 1)
-            blocks = torch.cat([blocks[:, :1], known, blocks[:, 1:-1]], dim=1)
-            tokens, start = tokens[:, :-1], start[:, :-1]
+            last = self.embedding.of_goal(inputs[:, -1], k - 1)
+            blocks = torch.cat([blocks[:, :1], last, blocks[:, 1:-1]], dim=1)
+            tokens = tokens[:, :-1]
             keyframe_mask = None if keyframe_mask is None else keyframe_mask[:, :-1]
         hidden = self._hidden(text_ids, blocks)
         if goal:  # of these two blocks one predicts the goal (token order), or what the other does better (keyframe)
             hidden = torch.cat([hidden[:, :1], hidden[:, 2:]], dim=1)
         groups = rearrange(hidden, "b k (g p) width -> b k g p width", p=self.tokens_per_step)
-        written = _changes(tokens, start, config.residual_anchor) if config.predict_residual else tokens
-        targets = rearrange(written, "b k (g p) d -> b k g p d", p=self.tokens_per_step)
-        keyframe_loss = self._head.loss(groups, targets, generator).mean(-1)
+        targets = _residuals(tokens, config.residual_anchor) if config.predict_residual else tokens
+        targets = rearrange(targets, "b k (g p) d -> b k g p d", p=self.tokens_per_step)
+        keyframe_loss = cast(Head, self.head).loss(groups, targets, generator).mean(-1)
         if keyframe_mask is None:
             return DeepLMOutput(keyframe_loss.mean(), keyframe_loss, hidden)
         keyframe_loss = torch.where(keyframe_mask, keyframe_loss, 0.0)
@@ -133,7 +130,7 @@ class DeepTokenLM(nn.Module):
         if self.config.order == "token":
             return predicting(self.backbone(arrange(text, begin, blocks)), length, n)
         sequence = appended(text, torch.cat([self.embedding.start(begin), blocks[:, :-1]], dim=1))
-        hidden = self.backbone(sequence, mask=sees(length, blocks.shape[1], n, sequence.device))
+        hidden = self.backbone(sequence, mask=attention_mask(length, blocks.shape[1], n, sequence.device))
         return rearrange(hidden[:, length:], "b (k n) width -> b k n width", n=n)
 
     @property
@@ -151,73 +148,53 @@ class DeepTokenLM(nn.Module):
         goal_keyframe: int | None = None,
         seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
-        guidance: float = 1.0,
-        variance_scale: float = 1.0,
-        first_variance_scale: float | None = None,
-        temperature: float = 1.0,
-        flow_steps: int = 8,
-        context_key_frames: int = 0,
-        null_ids: TextIds | None = None,
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
         use_cache: bool = True,
     ) -> Iterator[KeyFrameTokens]:
-        """Write `num_keyframes` new key frames after the prompt and `prefix`, one at a time and only when asked for.
+        """Yield `num_keyframes` new key frames after the prompt and `prefix`, each generated only when asked for.
 
-        The prefix is read, not yielded. To change the prompt on the way, call again with everything so far as the
-        prefix. A sample depends on (seed, its entry of `sample_indices`, key frame index) only; the default indices
-        are 0, 1, …. `guidance` 1 is the plain conditional; other values run the null prompt (default: all padding)
-        beside it. `variance_scale`, `temperature` and `flow_steps`: see `TokenSampling`. `first_variance_scale` is for
-        key frame 0 (default: as for all), to draw surely what is asked for and yet leave to chance what happens.
+        To change the prompt on the way, call again with everything so far as the prefix. A sample depends on (seed, its
+        entry of `sample_indices`, key frame index) only; the default indices are 0, 1, ….
 
-        `goal` is what the video comes to: key frame `goal_keyframe` (default: the last one asked for) is yielded as
-        given, and those before it lead there (needs `end_frame_conditioning`); "first": back to key frame 0, a loop.
-        `context_key_frames`: how many key frames the sequence holds at most, with the one written: beyond it text and
-        the later half are read anew as if the video began there, for any length; 0 keeps all. `use_cache=False` reads
-        the whole sequence again for every token.
+        `goal` is the key frame that the video ends on: key frame `goal_keyframe` (default: the last one asked for) is
+        yielded as given, and those before it lead there (needs `end_frame_conditioning`); "first" ends on key frame 0,
+        a loop. `sampling.context_key_frames` limits the sequence, the key frame being generated included: beyond it
+        text and the later half are computed anew as if the video began there, for any length. `use_cache=False`
+        computes the whole sequence again for every token.
 
         Raises at the call, before anything is generated: `ValueError` when the key frames do not fit (see
         `DeepLMConfig.keyframe_limit`), when shapes do not match, or in training mode.
         """
-        start = 0 if prefix is None else prefix.shape[1]
         if self.training:
             raise ValueError("generate() in training mode would drop out activations: call .eval() first")
         if num_keyframes < 1:
             raise ValueError(f"num_keyframes: expected at least 1, got {num_keyframes}")
-        last = start + num_keyframes - 1
-        aim = None
-        if goal is not None:
-            aim = _Goal(None if isinstance(goal, str) else goal, last if goal_keyframe is None else goal_keyframe)
-            expected = (len(prompt_ids), self.config.tokens_per_keyframe, self.config.token_width)
-            if aim.tokens is not None and tuple(aim.tokens.shape) != expected:
-                raise ValueError(f"goal: expected shape (b, n, d) = {expected}, got {tuple(aim.tokens.shape)}")
-            if aim.keyframe < max(1, last):
-                raise ValueError(f"goal_keyframe: expected {max(1, last)} or later, got {aim.keyframe}")
-        leads = aim is not None and aim.keyframe > 1  # else nothing is written between the first key frame and it
-        if context_key_frames and not 2 <= context_key_frames <= self.config.most_keyframes(leads):
+        start = 0 if prefix is None else prefix.shape[1]
+        last, window = start + num_keyframes - 1, sampling.context_key_frames
+        target = None if goal is None else self._goal(goal, last, goal_keyframe, len(prompt_ids))
+        beside = target is not None and target.keyframe > 1  # else nothing lies between the first key frame and it
+        if window and not 2 <= window <= self.config.most_keyframes(beside):
             raise ValueError(
-                f"context_key_frames: expected 2 to {self.config.most_keyframes(leads)}, or 0, got {context_key_frames}"
+                f"context_key_frames: expected 2 to {self.config.most_keyframes(beside)}, or 0, got {window}"
             )
-        self._check(prompt_ids, prefix, min(last + 1, context_key_frames) if context_key_frames else last + 1, leads)
+        self._check(prompt_ids, prefix, min(last + 1, window) if window else last + 1, beside)
         indices = range(len(prompt_ids)) if sample_indices is None else sample_indices
         if len(indices) != len(prompt_ids):
             raise ValueError(f"sample_indices: expected {len(prompt_ids)}, one a prompt, got {len(indices)}")
-        if null_ids is None:
-            null_ids = torch.full_like(prompt_ids, self.config.pad_id)
-        if null_ids.shape != prompt_ids.shape:
-            raise ValueError(f"null_ids: expected shape {tuple(prompt_ids.shape)}, got {tuple(null_ids.shape)}")
-        sampling = TokenSampling(guidance, variance_scale, temperature, flow_steps)
-        first_scale = variance_scale if first_variance_scale is None else first_variance_scale
-        return self._generate(
-            prompt_ids if guidance == 1.0 else torch.cat([prompt_ids, null_ids]),
-            range(start, start + num_keyframes),
-            [] if prefix is None else list(prefix.unbind(1)),
-            aim,
-            seed,
-            indices,
-            sampling,
-            replace(sampling, variance_scale=first_scale),
-            context_key_frames,
-            use_cache,
-        )
+        if sampling.guidance != 1.0:
+            prompt_ids = torch.cat([prompt_ids, torch.full_like(prompt_ids, self.config.pad_id)])
+        written = [] if prefix is None else list(prefix.unbind(1))
+        keyframes = range(start, start + num_keyframes)
+        return self._generate(prompt_ids, keyframes, written, target, seed, indices, sampling, use_cache)
+
+    def _goal(self, goal: KeyFrameTokens | Literal["first"], last: int, keyframe: int | None, batch: int) -> Goal:
+        found = Goal(None if isinstance(goal, str) else goal, last if keyframe is None else keyframe)
+        expected = (batch, self.config.tokens_per_keyframe, self.config.token_width)
+        if found.tokens is not None and tuple(found.tokens.shape) != expected:
+            raise ValueError(f"goal: expected shape (b, n, d) = {expected}, got {tuple(found.tokens.shape)}")
+        if found.keyframe < max(1, last):
+            raise ValueError(f"goal_keyframe: expected {max(1, last)} or later, got {found.keyframe}")
+        return found
 
     @torch.no_grad()
     def _generate(
@@ -225,92 +202,86 @@ class DeepTokenLM(nn.Module):
         text_ids: TextIds,
         keyframes: range,
         written: list[Tensor],
-        goal: "_Goal | None",
+        goal: Goal | None,
         seed: int | SeedPlan,
         indices: Sequence[int],
-        sampling: TokenSampling,
-        first_sampling: TokenSampling,
-        context_key_frames: int,
+        sampling: SamplingConfig,
         use_cache: bool,
     ) -> Iterator[KeyFrameTokens]:
-        # `written` are the key frames that the transformer reads, the first of them being number `first`
-        reading: Reading | None = None
-        first = 0
+        # `written` are the key frames of the transformer's sequence, the first of them being number `first`
+        sequence: CachedSequence | None = None
+        first, scale = 0, sampling.first_variance_scale
+        first_sampling = sampling if scale is None else replace(sampling, variance_scale=scale)
         if goal and goal.tokens is None and written:
-            goal = _Goal(written[0], goal.keyframe)
+            goal = replace(goal, tokens=written[0])
         for keyframe in keyframes:
-            start = _window_start(keyframe, context_key_frames)
-            if reading is None or start > first:
+            start = _window_start(keyframe, sampling.context_key_frames)
+            if sequence is None or start > first:
                 written, first = written[start - first :], start
-                reading = self._begin_reading(text_ids, use_cache)
+                sequence = self._begin_sequence(text_ids, use_cache)
                 for number, tokens in enumerate(written):
-                    self._read(reading, tokens, number)
-                    if number == 0 and goal and goal.keyframe > first + 1:
-                        self._read_goal(reading, goal, first)
+                    self._append(sequence, self.embedding(self._repeated(tokens[:, None], sequence), number))
+                    if number == 0:
+                        self._append_goal(sequence, goal, first)
             if goal and keyframe == goal.keyframe:
-                assert goal.tokens is not None, "key frame 0 is written before the goal is reached"
+                assert goal.tokens is not None, "key frame 0 comes before the goal"
                 yield goal.tokens.to(self.embedding.keyframe.device)
                 return
             clip_seed = seed_of_clip(seed, max(0, keyframe - 1))  # a clip needs its tail; the first one its head too
             generators = [generator_for(clip_seed, "deep tokens", index, keyframe) for index in indices]
-            tokens = self._write(reading, written, generators, sampling if keyframe else first_sampling)
-            if goal and keyframe == first:
-                goal = goal if goal.tokens is not None else _Goal(tokens, goal.keyframe)
-                if goal.keyframe > first + 1:
-                    self._read_goal(reading, goal, first)
+            tokens = self._next_keyframe(sequence, written, generators, sampling if keyframe else first_sampling)
+            if goal and keyframe == 0:
+                goal = goal if goal.tokens is not None else replace(goal, tokens=tokens)
+                self._append_goal(sequence, goal, first)
             written.append(tokens)
             yield tokens
 
-    def _begin_reading(self, text_ids: TextIds, use_cache: bool) -> Reading:
+    def _begin_sequence(self, text_ids: TextIds, use_cache: bool) -> CachedSequence:
         blockwise = self.config.order == "keyframe"
-        reading = Reading(self.backbone, self.backbone.embed_text(text_ids), use_cache, blockwise)
+        sequence = CachedSequence(self.backbone, self.backbone.embed_text(text_ids), use_cache, blockwise)
         if blockwise:
-            reading.add(self.embedding.start(self._begin(len(text_ids)))[:, 0])
-        return reading
+            sequence.append(self.embedding.start(self._begin(len(text_ids)))[:, 0])
+        return sequence
 
-    def _read(self, reading: Reading, tokens: KeyFrameTokens, number: int) -> None:
-        """Let the transformer read a key frame's tokens `b n d`, its `number` counted from the first that is read."""
-        repeats = reading.batch // len(tokens)  # 2 where the null prompt runs beside
-        self._read_block(reading, self.embedding(tokens[:, None].repeat(repeats, 1, 1, 1), number))
-
-    def _read_goal(self, reading: Reading, goal: "_Goal", first: int) -> None:
+    def _append_goal(self, sequence: CachedSequence, goal: Goal | None, first: int) -> None:
+        """Append the goal's block, unless it is the very next key frame."""
+        if goal is None or goal.keyframe <= first + 1:
+            return
         assert goal.tokens is not None
-        tokens = goal.tokens.to(self.embedding.keyframe.device)
-        repeats = reading.batch // len(tokens)
-        self._read_block(reading, self.embedding.of_goal(tokens.repeat(repeats, 1, 1), goal.keyframe - first))
+        tokens = self._repeated(goal.tokens.to(self.embedding.keyframe.device), sequence)
+        self._append(sequence, self.embedding.of_goal(tokens, goal.keyframe - first))
 
-    def _read_block(self, reading: Reading, block: KeyFrameHidden) -> None:
+    def _append(self, sequence: CachedSequence, block: KeyFrameHidden) -> None:
         if self.config.order == "token":
-            reading.add(self._begin(reading.batch))
-        reading.add(block[:, 0])
+            sequence.append(self._begin(sequence.batch))
+        sequence.append(block[:, 0])
 
-    def _write(
+    def _repeated(self, tokens: Tensor, sequence: CachedSequence) -> Tensor:
+        """Twice the batch where the null prompt runs beside."""
+        return tokens.repeat(sequence.batch // len(tokens), *[1] * (tokens.ndim - 1))
+
+    def _next_keyframe(
         self,
-        reading: Reading,
+        sequence: CachedSequence,
         written: Sequence[Tensor],
         generators: Sequence[torch.Generator],
-        sampling: TokenSampling,
+        sampling: SamplingConfig,
     ) -> KeyFrameTokens:
-        """Draw the tokens `b n d` of the key frame after `written`, together or one after the other, and read them."""
-        b, tokens = len(generators), torch.empty(0)
-        adds = bool(written) and self.config.predict_residual
+        """Draw the tokens `b n d` of the key frame after `written`, together or one by one, and append them."""
+        b, drawn = len(generators), []
         if self.config.order == "token":
-            reading.add(self._begin(reading.batch))
+            sequence.append(self._begin(sequence.batch))
         for place in range(0, self.config.tokens_per_keyframe, self.tokens_per_step):
-            hidden = reading.last(self.tokens_per_step)
-            null_hidden = None if reading.batch == b else hidden[b:]
-            drawn = self._head.sample(hidden[:b], generators, sampling, null_hidden)
-            if adds:
-                last, first = (written[i][:, place : place + self.tokens_per_step].to(drawn) for i in (-1, 0))
-                drawn = torch.lerp(last, first, self.config.residual_anchor) + drawn
-            block = drawn[:, None].repeat(reading.batch // b, 1, 1, 1)
-            reading.add(self.embedding(block, len(written), place)[:, 0])
-            tokens = drawn if place == 0 else torch.cat([tokens, drawn], dim=1)
-        return tokens
-
-    @property
-    def _head(self) -> Head:
-        return cast(Head, self.head)
+            hidden = sequence.last(self.tokens_per_step)
+            null_hidden = None if sequence.batch == b else hidden[b:]
+            tokens = cast(Head, self.head).sample(hidden[:b], generators, sampling, null_hidden)
+            if written and self.config.predict_residual:
+                last, first = (written[i][:, place : place + self.tokens_per_step].to(tokens) for i in (-1, 0))
+                tokens = torch.lerp(last, first, self.config.residual_anchor) + tokens
+            block = self.embedding(self._repeated(tokens[:, None], sequence), len(written), place)
+            sequence.append(block[:, 0])
+            drawn.append(tokens)
+        return torch.cat(drawn, dim=1)
 
     def _begin(self, batch: int) -> BeginHidden:
         device = self.embedding.keyframe.device
@@ -324,35 +295,13 @@ class DeepTokenLM(nn.Module):
         if tokens is not None and (found := (len(tokens), *tokens.shape[2:])) != expected:
             raise ValueError(f"deep tokens: expected (b, n, d) = {expected}, got {found}")
         if goal and not config.end_frame_conditioning:
-            raise ValueError(
-                "goal: this model was trained without one (`end_frame_conditioning`), and cannot end where it is told"
-            )
+            raise ValueError("goal: expected a model trained with `end_frame_conditioning`; leave the end frame out")
         if num_keyframes > config.most_keyframes(goal):
             raise ValueError(
                 f"{num_keyframes} key frames asked for, this model holds {config.most_keyframes(goal)} "
-                f"(max_keyframes {config.max_keyframes}, positions {config.positions}): ask for fewer, or name a window"
+                f"(max_keyframes {config.max_keyframes}, positions {config.positions}): ask for fewer, or set "
+                "context_key_frames"
             )
-
-    def load_body(self, folder: Path) -> None:
-        """Take the weights of a GPT-2 or Llama that `transformers` saved; text entries it lacks get its entries' mean.
-
-        Raises `CheckpointError` that names every size in which it differs, and where tensors are missing or not ours.
-        """
-        body, what = self.backbone.body, {"local_files_only": True}
-        try:
-            theirs = AutoConfig.from_pretrained(folder, **what)
-            if problems := body_differences(body.config, theirs, self.config.positions):
-                raise CheckpointError(f"{folder} holds another network: {'; '.join(problems)}")
-            held, report = type(body).from_pretrained(folder, use_safetensors=True, output_loading_info=True, **what)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise error if isinstance(error, CheckpointError) else CheckpointError(f"{folder}: {error}") from error
-        unused = report["unexpected_keys"] - {"lm_head.weight"}  # writes words, where ours writes deep tokens
-        if problems := sorted(report["missing_keys"] | unused):
-            raise CheckpointError(f"{folder}: tensors missing or unknown: {', '.join(problems[:8])}")
-        entries = held.get_input_embeddings().weight.detach().float()
-        further = entries.mean(0).expand(self.config.vocab_size - len(entries), -1)
-        held.get_input_embeddings().weight = nn.Parameter(torch.cat([entries, further]))
-        load_state(body, held.state_dict(), str(folder))
 
     def save_part(self, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Write weights and text tokenizer into a checkpoint folder; returns this part's section of `config.json`."""
@@ -375,7 +324,7 @@ class DeepTokenLM(nn.Module):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "DeepTokenLM":
-        """The language model of what `DiCoDe.from_pretrained` takes, with parameters of `dtype` (default: float32)."""
+        """Load the language model of what `DiCoDe.from_pretrained` takes: strict, in eval mode, as `dtype`."""
         folder = resolve(name_or_folder, revision)
         config, text = read_section(folder, SECTION, DeepLMConfig), TextTokenizer.load(folder)
         if (text.pad_id, text.begin_id) != (config.pad_id, config.begin_id) or text.vocab_size > config.vocab_size:
@@ -386,33 +335,17 @@ class DeepTokenLM(nn.Module):
         return load_model(folder, lambda: cls(config, text), lambda model: {WEIGHTS: model}, dtype)
 
 
-@dataclass(frozen=True)
-class _Goal:
-    tokens: KeyFrameTokens | None  # None: those of key frame 0, not yet written
-    keyframe: int
-
-
-def _build_head(config: DeepLMConfig) -> nn.Module:
-    width, d = config.width, config.token_width
-    if config.head == "regression":
-        return RegressionHead(width, d)
-    if config.head == "flow":
-        places = config.tokens_per_keyframe if config.order == "keyframe" else 1
-        return FlowHead(width, d, places, config.flow_width, config.flow_depth)
-    return MixtureHead(width, d, config.components if config.head == "mixture" else 1, config.token_variance)
-
-
 def _window_start(keyframe: int, context_key_frames: int) -> int:
-    """The first key frame that is read when this one is written. Only these two decide, so prefixes change nothing."""
+    """The first key frame of the sequence that this one is generated from. Only these two decide: prefixes do not."""
     if context_key_frames == 0 or keyframe < context_key_frames:
         return 0
     jump = max(1, context_key_frames // 2)
     return -(-(keyframe + 1 - context_key_frames) // jump) * jump
 
 
-def _changes(tokens: DeepTokens, read: DeepTokens, first_share: float) -> DeepTokens:
-    """What each key frame adds to a mean of the last and, by `first_share`, the first one read; the first is whole."""
-    return torch.cat([tokens[:, :1], tokens[:, 1:] - torch.lerp(read[:, :-1], read[:, :1], first_share)], dim=1)
+def _residuals(tokens: DeepTokens, anchor: float) -> DeepTokens:
+    """Each key frame less a mean of the last and, by `anchor`, the first one; the first is whole."""
+    return torch.cat([tokens[:, :1], tokens[:, 1:] - torch.lerp(tokens[:, :-1], tokens[:, :1], anchor)], dim=1)
 
 
 def _noised(tokens: DeepTokens, strength: float, generator: torch.Generator | None) -> DeepTokens:

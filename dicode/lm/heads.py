@@ -1,20 +1,23 @@
-"""From hidden states to deep tokens: their loss in training, a draw from their distribution in use.
+"""From hidden states to deep tokens: their loss in training, a draw from their distribution in generation.
 
 A head predicts `p` tokens together, one hidden state each: the next token (p = 1) or all tokens of a key frame. It owns
 guidance, because how a conditional and an unconditional prediction combine depends on what is predicted: distributions
-by their means here, a flow by its velocities (flow_head.py).
+combine by their means, flows by their velocities. `HEADS` at the end of this file names every head.
 """
 
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from dicode.lm.presets import DeepLMConfig
+from dicode.tokenizer.config import SamplingConfig
 
 GroupHidden = Float[Tensor, "*group p width"]  # p tokens predicted together …
 GroupTokens = Float[Tensor, "*group p d"]
@@ -25,33 +28,21 @@ Components = Float[Tensor, "*group p m d"]
 LogWeights = Float[Tensor, "*group m"]
 
 SMALLEST_VARIANCE = 1e-5  # published; keeps the likelihood finite where a component collapses onto a token
-
-
-@dataclass(frozen=True)
-class TokenSampling:
-    """How tokens are drawn from what a head predicts. A head passes over what its kind of prediction does not have."""
-
-    guidance: float = 1.0  # against the null prompt: 1 is the plain conditional
-    variance_scale: float = 1.0  # of a distribution's variance, or of a flow's first noise; 0 leaves no chance
-    temperature: float = 1.0  # of the choice between a mixture's components, down to 0, the likeliest
-    flow_steps: int = 8  # Euler steps of a flow
-
-    def __post_init__(self) -> None:
-        for name in ("variance_scale", "temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.flow_steps < 1:
-            raise ValueError(f"flow_steps: expected at least 1, got {self.flow_steps}")
+DRAWS = 4  # times and noises of a flow for every group at a training step, as in MAR: they share the transformer's pass
 
 
 @runtime_checkable
 class Head(Protocol):
-    """What the language model asks of a head; any module with these three fits."""
+    """Any module with these three methods that is built from a `DeepLMConfig`.
+
+    `DeepTokenLM` gives its linear layers N(0, 0.02²) weights and zero biases, unless it has an attribute
+    `initialises_itself`.
+    """
 
     def loss(self, hidden: GroupHidden, target: GroupTokens, generator: torch.Generator | None = None) -> GroupLoss:
         """The float32 loss of each group, comparable between token widths and group sizes.
 
-        `generator` is of a loss that draws (a flow's times and noise; default: torch's own).
+        `generator` is for a loss that draws (a flow's times and noise; default: torch's own).
         """
 
     def mean(self, hidden: GroupHidden) -> GroupTokens:
@@ -61,39 +52,39 @@ class Head(Protocol):
         self,
         hidden: StepHidden,
         generators: Sequence[torch.Generator],
-        sampling: TokenSampling,
+        sampling: SamplingConfig,
         null_hidden: StepHidden | None = None,
     ) -> StepTokens:
         """The tokens of one group a sample, float32, drawn from that sample's own CPU generator.
 
-        `null_hidden` is of the null prompt, from which guidance leads away.
+        `null_hidden` belongs to the null prompt, from which guidance leads away.
         """
 
 
 class MixtureHead(nn.Module):
-    """A Gaussian mixture with diagonal covariance over the tokens of a group; one component makes it a Gaussian.
+    """A Gaussian mixture with diagonal covariance over the tokens of a group.
 
-    A component is one of the whole group: its logit is the mean of those that each token's hidden state gives.
-    The last layer gives 2·m·d + m numbers: means, variances before softplus, and component logits, in this order and
+    A component covers the whole group: its logit is the mean over the hidden states of the group's tokens.
+    The last layer predicts 2·m·d + m numbers: means, variances before softplus, and component logits, in this order and
     component by component. It runs in float32, whatever the rest of the model runs in.
 
-    `token_variance` is added to every variance: what is below it counts as noise of the tokens. Without it (0, as
-    published) variances collapse, their gradients drown those of the component logits, and draws take wrong
-    components: in a memorising test, squared error 0.14–1.3 at 0, 0.02–0.7 at 0.01, 0.0004–0.07 at 0.03.
+    `token_variance` is added to every variance. Without it (0, as published) variances collapse, their gradients drown
+    those of the component logits, and draws take wrong components: in a memorising test, squared error 0.14–1.3 at 0,
+    0.02–0.7 at 0.01, 0.0004–0.07 at 0.03.
     """
 
-    def __init__(self, width: int, token_width: int, components: int = 16, token_variance: float = 0.0) -> None:
+    def __init__(self, config: DeepLMConfig) -> None:
         super().__init__()
-        self.token_width, self.components, self.token_variance = token_width, components, token_variance
-        self.mlp = _mlp(width, 2 * components * token_width + components)
+        self.components = 1 if config.head.kind == "gaussian" else config.head.components
+        self.token_variance = config.head.token_variance
+        self.mlp = _mlp(config.body.width, 2 * self.components * config.token_width + self.components)
 
     def distribution(self, hidden: GroupHidden) -> tuple[Components, Components, LogWeights]:
-        """Means, variances and log-weights of the components."""
         means, variances, logits = split_mixture(_in_float32(self.mlp, hidden), self.components)
         return means, variances + self.token_variance, logits.mean(-2).log_softmax(-1)
 
     def loss(self, hidden: GroupHidden, target: GroupTokens, generator: torch.Generator | None = None) -> GroupLoss:
-        """Negative log-likelihood in nats, divided by the count of numbers it is of."""
+        """Negative log-likelihood in nats, divided by p·d."""
         p, d = target.shape[-2:]
         return mixture_nll(*self.distribution(hidden), target.float()) / (p * d)
 
@@ -106,14 +97,13 @@ class MixtureHead(nn.Module):
         self,
         hidden: StepHidden,
         generators: Sequence[torch.Generator],
-        sampling: TokenSampling,
+        sampling: SamplingConfig,
         null_hidden: StepHidden | None = None,
     ) -> StepTokens:
-        """Draw a component, then tokens of it with its variance scaled; a scale of 0 gives the mixture's mean instead.
+        """Draw a component, then its tokens with scaled variance; a scale of 0 gives the mixture's mean instead.
 
-        A temperature below 1 chooses likely components yet more often, 0 the likeliest. Unlike a mean it blends none.
-
-        Guidance moves the draw by (guidance − 1) × (mean − null mean), so that at scale 0 it is the published
+        A temperature below 1 favours likely components, 0 takes the likeliest. Guidance moves the draw by
+        (guidance − 1) × (mean − null mean), so that at scale 0 it is the published
         null mean + guidance × (mean − null mean).
         """
         means, variances, log_weights = self.distribution(hidden)
@@ -126,36 +116,130 @@ class MixtureHead(nn.Module):
 
 
 class RegressionHead(nn.Module):
-    """The deep tokens themselves, trained by mean squared error: no distribution, hence nothing to draw."""
+    """The deep tokens themselves, trained by mean squared error and guided like the mixture's mean: nothing to draw."""
 
-    def __init__(self, width: int, token_width: int) -> None:
+    def __init__(self, config: DeepLMConfig) -> None:
         super().__init__()
-        self.mlp = _mlp(width, token_width)
+        self.mlp = _mlp(config.body.width, config.token_width)
 
     def loss(self, hidden: GroupHidden, target: GroupTokens, generator: torch.Generator | None = None) -> GroupLoss:
-        """Mean squared error over the group's numbers."""
         return (self.mean(hidden) - target.float()).square().mean((-2, -1))
 
     def mean(self, hidden: GroupHidden) -> GroupTokens:
-        """The predicted tokens."""
         return _in_float32(self.mlp, hidden)
 
     def sample(
         self,
         hidden: StepHidden,
         generators: Sequence[torch.Generator],
-        sampling: TokenSampling,
+        sampling: SamplingConfig,
         null_hidden: StepHidden | None = None,
     ) -> StepTokens:
-        """The predicted tokens, guided like the mixture's mean; all that concerns chance has nothing to act on."""
         mean = self.mean(hidden)
         return mean if null_hidden is None else mean + (sampling.guidance - 1) * (mean - self.mean(null_hidden))
+
+
+class FlowHead(nn.Module):
+    """A small network that predicts the velocities of all tokens of a group; a draw takes a few Euler steps.
+
+    Each token has a residual MLP, modulated by time and hidden state (MAR, arXiv 2406.11838, section 3.4, there with
+    noise prediction); where a group has several tokens, every block also mixes them (MLP-Mixer, arXiv 2105.01601).
+    Targets and noise schedule are those of the decoder's `flow`: x_σ = (1 − σ)·x + σ·noise, the velocity noise − x,
+    σ logit-normal in training and in equal steps from 1 to 0 in generation.
+    """
+
+    initialises_itself = True  # zero outputs and adaLN-Zero must stay
+
+    def __init__(self, config: DeepLMConfig) -> None:
+        super().__init__()
+        places = config.tokens_per_keyframe if config.order == "keyframe" else 1
+        self.token_width, width = config.token_width, config.head.width
+        self.read = nn.Linear(self.token_width, width)
+        self.condition = nn.Linear(config.body.width, width)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(_FlowBlock(width, places) for _ in range(config.head.depth))
+        self.write = nn.Linear(width, self.token_width)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def velocity(
+        self, noisy: Float[Tensor, "*group p d"], sigma: Float[Tensor, "*group"], hidden: GroupHidden
+    ) -> GroupTokens:
+        """The expectation of `noise − tokens`, float32, at these shares of noise."""
+        condition = self.condition(hidden) + self.time(_waves(sigma).to(self.condition.weight.dtype)).unsqueeze(-2)
+        x, condition = self.read(noisy.to(condition.dtype)), F.silu(condition)
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.write(F.layer_norm(x, x.shape[-1:])).float()
+
+    def loss(self, hidden: GroupHidden, target: GroupTokens, generator: torch.Generator | None = None) -> GroupLoss:
+        """Mean squared error of the velocity. In eval mode the draws are always the same, so that losses compare."""
+        if generator is None and not self.training:
+            generator = torch.Generator().manual_seed(0)
+        device = target.device if generator is None else generator.device
+        hidden, target = (x.expand(DRAWS, *x.shape) for x in (hidden, target.float()))
+        sigma = torch.sigmoid(torch.randn(target.shape[:-2], generator=generator, device=device)).to(target)
+        noise = torch.randn(target.shape, generator=generator, device=device).to(target)
+        share = sigma[..., None, None]
+        predicted = self.velocity((1 - share) * target + share * noise, sigma, hidden)
+        return (predicted - (noise - target)).square().mean((0, -2, -1))
+
+    def mean(self, hidden: GroupHidden) -> GroupTokens:
+        """The expected tokens: at σ = 1 the input holds nothing of them, and the velocity is noise − mean."""
+        noise = torch.zeros(*hidden.shape[:-1], self.token_width, device=hidden.device)
+        return -self.velocity(noise, noise.new_ones(hidden.shape[:-2]), hidden)
+
+    def sample(
+        self,
+        hidden: StepHidden,
+        generators: Sequence[torch.Generator],
+        sampling: SamplingConfig,
+        null_hidden: StepHidden | None = None,
+    ) -> StepTokens:
+        """From noise, its variance scaled, in `flow_steps` Euler steps of null + guidance·(velocity − null)."""
+        b, p = hidden.shape[:2]
+        noise = torch.stack([torch.randn(p, self.token_width, generator=g) for g in generators])
+        tokens = noise.to(hidden.device) * sampling.variance_scale**0.5
+        for step in range(sampling.flow_steps):
+            sigma = tokens.new_full((b,), 1 - step / sampling.flow_steps)
+            velocity = self.velocity(tokens, sigma, hidden)
+            if null_hidden is not None:
+                null = self.velocity(tokens, sigma, null_hidden)
+                velocity = null + sampling.guidance * (velocity - null)
+            tokens = tokens - velocity / sampling.flow_steps
+        return tokens
+
+
+class _FlowBlock(nn.Module):
+    """x + gate · MLP(modulated norm of x), after a mixing of places where there are several."""
+
+    def __init__(self, width: int, places: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(places, places) if places > 1 else None
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Linear(width, 3 * width)
+        nn.init.zeros_(self.modulation.weight)  # every block begins as the identity (adaLN-Zero)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        if self.mix is not None:
+            normed = rearrange(F.layer_norm(x, x.shape[-1:]), "... p width -> ... width p")
+            x = x + rearrange(self.mix(normed), "... width p -> ... p width")
+        return x + gate * self.mlp(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+
+
+def _waves(sigma: Float[Tensor, "*group"]) -> Float[Tensor, "*group waves"]:
+    """Sines and cosines of the share of noise, periods from 1/100 to 4 of its range."""
+    rates = 2 * torch.pi * torch.logspace(-0.6, 2.0, 32, device=sigma.device)
+    angles = sigma.float().unsqueeze(-1) * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def split_mixture(
     parameters: Float[Tensor, "*group p numbers"], components: int
 ) -> tuple[Components, Components, Float[Tensor, "*group p m"]]:
-    """Read means, variances and component logits of a mixture from the numbers that a network gives."""
+    """Means, variances and component logits of a mixture from the numbers that a network predicts."""
     width = (parameters.shape[-1] - components) // 2
     means, raw_variances, logits = parameters.split((width, width, components), dim=-1)
     variances = F.softplus(raw_variances).clamp(min=SMALLEST_VARIANCE)
@@ -187,7 +271,7 @@ def _draw(
     weights: Float[Tensor, "b m"],
     generators: Sequence[torch.Generator],
 ) -> StepTokens:
-    # All chance is drawn on the CPU, one row a sample, so that neither device nor batch changes it.
+    # All draws are on the CPU, one row a sample, so that neither device nor batch changes them.
     p, m, d = means.shape[1:]
     uniform = torch.cat([torch.rand(1, generator=g) for g in generators]).to(means.device)
     normal = torch.stack([torch.randn(p, d, generator=g) for g in generators]).to(means.device)
@@ -202,8 +286,16 @@ def _mlp(width: int, out: int) -> nn.Sequential:
 
 
 def _in_float32(mlp: nn.Sequential, hidden: GroupHidden) -> Float[Tensor, "*group p numbers"]:
-    """Run a head's layers with the last one in float32: bfloat16's three digits would blur means and variances."""
+    """A head's layers with the last one in float32: bfloat16's three digits would blur means and variances."""
     between, last = mlp[:-1](hidden), cast(nn.Linear, mlp[-1])
     meta = hidden.device.type == "meta"  # sizing counts there; torch has no autocast for it, not even to switch off
     with nullcontext() if meta else torch.autocast(hidden.device.type, enabled=False):
         return F.linear(between.float(), last.weight.float(), last.bias.float())
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "mixture": MixtureHead,
+    "gaussian": MixtureHead,  # of one component
+    "regression": RegressionHead,
+    "flow": FlowHead,
+}

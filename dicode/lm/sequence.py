@@ -1,12 +1,12 @@
-"""The sequences that the language model reads: padded text, then blocks of `n` deep tokens, a key frame each.
+"""The language model's input sequences: padded text, then blocks of `n` deep tokens, a key frame each.
 
 `token` order (published): every block begins with a begin-of-image token, all is causal, and the hidden state at a
 position predicts the deep token at the next one.
 
-`keyframe` order: a block sees all of itself and what came before it, and its hidden states predict the next block's
-tokens, place by place; the first block, which predicts the first key frame, is begin-of-image embeddings alone.
+`keyframe` order: a block attends to all of itself and of what came before it, and its hidden states predict the next
+block's tokens, place by place; the first block, which predicts the first key frame, is begin-of-image embeddings alone.
 
-A *goal* is a later key frame known beforehand. Its block stands right after the first key frame's and predicts nothing
+A *goal* is a later key frame given beforehand. Its block stands right after the first key frame's and predicts nothing
 of itself; in `keyframe` order the second key frame is predicted from it.
 """
 
@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dicode.lm.presets import DeepLMConfig
 from dicode.shapes import DeepTokens, Hidden, KeyFrameTokens
 
 KeyFrameHidden = Float[Tensor, "b k n width"]
@@ -23,21 +24,15 @@ LongerHidden = Float[Tensor, "b _ width"]
 
 
 class DeepTokenEmbedding(nn.Module):
-    """Deep tokens as the transformer reads them: an MLP, plus learned embeddings of key frame and place in it."""
+    """Deep tokens as inputs of the transformer: an MLP, plus learned embeddings of key frame and place in it."""
 
-    def __init__(
-        self,
-        token_width: int,
-        width: int,
-        max_keyframes: int,
-        tokens_per_keyframe: int,
-        end_frame_conditioning: bool = False,
-    ) -> None:
+    def __init__(self, config: DeepLMConfig) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(token_width, width), nn.GELU(), nn.Linear(width, width))
-        self.keyframe = nn.Parameter(torch.empty(max_keyframes, width))
-        self.place = nn.Parameter(torch.empty(tokens_per_keyframe, width))
-        self.goal = nn.Parameter(torch.empty(width)) if end_frame_conditioning else None
+        width = config.body.width
+        self.mlp = nn.Sequential(nn.Linear(config.token_width, width), nn.GELU(), nn.Linear(width, width))
+        self.keyframe = nn.Parameter(torch.empty(config.max_keyframes, width))
+        self.place = nn.Parameter(torch.empty(config.tokens_per_keyframe, width))
+        self.goal = nn.Parameter(torch.empty(width)) if config.end_frame_conditioning else None
 
     def forward(self, tokens: DeepTokens, first_keyframe: int = 0, first_place: int = 0) -> KeyFrameHidden:
         """Embed tokens that begin at the given key frame and place; a single token is `b 1 1 d`."""
@@ -47,7 +42,7 @@ class DeepTokenEmbedding(nn.Module):
         return self.mlp(tokens.to(keyframe.dtype)) + keyframe + place
 
     def of_goal(self, tokens: KeyFrameTokens, keyframe: int) -> KeyFrameHidden:
-        """Embed the tokens of a key frame that lies ahead, one block; beyond the last embedding it is just far away."""
+        """Embed a goal's tokens, one block; a goal beyond the last key frame embedding takes the last one."""
         assert self.goal is not None, "the model was built without end_frame_conditioning"
         return self(tokens.unsqueeze(1), min(keyframe, len(self.keyframe) - 1)) + self.goal
 
@@ -73,8 +68,10 @@ def predicting(hidden: Hidden, text_length: int, tokens_per_keyframe: int) -> Ke
     return video[:, :, :-1]
 
 
-def sees(text_length: int, blocks: int, tokens_per_keyframe: int, device: torch.device) -> Bool[Tensor, "s s"]:
-    """Which position (row) sees which (column) in `keyframe` order: text causally, blocks their own whole block too."""
+def attention_mask(
+    text_length: int, blocks: int, tokens_per_keyframe: int, device: torch.device
+) -> Bool[Tensor, "s s"]:
+    """Which position (row) attends to which (column) in `keyframe` order: text is causal, a block is not."""
     block = torch.arange(blocks, device=device).repeat_interleave(tokens_per_keyframe) + text_length
     group = torch.cat([torch.arange(text_length, device=device), block])
     return group[:, None] >= group

@@ -36,10 +36,7 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "TextTokenizer":
-        """Learn pairs from captions. Text is lower-cased and NFKC-normalised, so a prompt's case never matters.
-
-        Few captions may fill fewer than `vocab_size` entries; the model's embedding is then larger than needed.
-        """
+        """Learn pairs from captions, lower-cased and NFKC-normalised; few captions may fill fewer than `vocab_size`."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -57,12 +54,11 @@ class TextTokenizer:
     def gpt2(cls, folder: Path) -> "TextTokenizer":
         """GPT-2's vocabulary from `vocab.json` and `merges.txt` (or `encoder.json` and `vocab.bpe`), plus the published
         entries for images. Padding is GPT-2's end of text."""
-        for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-            if (folder / vocab).is_file() and (folder / merges).is_file():
-                break
-        else:
+        pairs = [[folder / n for n in names] for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))]
+        found = next((pair for pair in pairs if all(path.is_file() for path in pair)), None)
+        if found is None:
             raise CheckpointError(f"{folder}: expected vocab.json and merges.txt, or encoder.json and vocab.bpe")
-        tokenizer = Tokenizer(models.BPE.from_file(str(folder / vocab), str(folder / merges)))
+        tokenizer = Tokenizer(models.BPE.from_file(*map(str, found)))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([GPT2_PAD, *IMAGE_ENTRIES])
@@ -72,8 +68,7 @@ class TextTokenizer:
     def from_pretrained(cls, folder: Path) -> "TextTokenizer":
         """GPT-2's or Llama's vocabulary from a folder of `transformers`, plus the published entries for images.
 
-        Read from `tokenizer.json`, else as by `gpt2`. Nothing is put around a text, not even Llama's begin of text, so
-        that empty text stays all padding. A vocabulary that has the entries is taken as it is.
+        Nothing is put around a text, not even Llama's begin of text, so that empty text stays all padding.
         """
         if not (folder / FILE).is_file():
             return cls.gpt2(folder)
@@ -111,9 +106,8 @@ class TextTokenizer:
 
 def _read(path: Path) -> Tokenizer:
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: {'a folder, pipe or device' if path.exists() else 'no such file'}; expected a text tokenizer"
-        )
+        found = "a folder, pipe or device" if path.exists() else "no such file"
+        raise CheckpointError(f"{path}: {found}; expected a text tokenizer")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises a bare Exception for a missing and for a damaged file

@@ -117,13 +117,14 @@ def size_lm(config: DeepLMConfig, batch_size: int = 1) -> Sizing:
         prompt = cost(lambda: _next_tokens(used, used.backbone.new_cache(), config.text_length + ahead))
         with Meter() as meter, FusedAttention():
             past = used.backbone.new_cache()
-            used.backbone(torch.empty(1, length - ahead, config.width), past)
+            used.backbone(torch.empty(1, length - ahead, config.body.width), past)
             meter.flops, meter.peak_bytes = 0, meter.bytes
             _next_tokens(used, past, ahead)
         model = DeepTokenLM(config).train()
         batch = _texts(config, batch_size)
         flops, training = training_cost(model, lambda: model(*batch).loss)
-    cached = 2 * config.depth * (config.key_value_heads or config.heads) * (config.width // config.heads) * length
+    body = config.body
+    cached = 2 * body.depth * (body.key_value_heads or body.heads) * (body.width // body.heads) * length
     looked_up = sum(count_parameters(m) for m in model.modules() if isinstance(m, nn.Embedding))
     text = count_parameters(model.backbone.body.get_input_embeddings())
     return Sizing(
@@ -276,6 +277,6 @@ def _texts(config: DeepLMConfig, batch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _next_tokens(model: DeepTokenLM, past: Any, positions: int) -> Tensor:
-    hidden = model.backbone(torch.empty(1, positions, model.config.width), past)[:, -model.tokens_per_step :]
+    hidden = model.backbone(torch.empty(1, positions, model.config.body.width), past)[:, -model.tokens_per_step :]
     mean = cast(Head, model.head).mean(hidden)
     return model.embedding(mean[:, None], model.config.keyframe_limit - 1)

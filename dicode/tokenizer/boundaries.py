@@ -1,7 +1,7 @@
-"""How clips meet: rendered one after the other, or on their own and blended over the join.
+"""Where clips meet: indices of key frames, and joins of clips rendered on their own, blended in latents.
 
 A clip of ours ends one frame before the next one begins; published clips share that moment and render it twice
-(`TokenizerConfig.tail_frame`). Both kinds of join are closed in latents, over a few frames.
+(`TokenizerConfig.tail_frame`).
 """
 
 from collections.abc import Iterator
@@ -12,20 +12,19 @@ from torch import Tensor
 
 from dicode.shapes import ClipLatents, ImageLatents
 
-# At a join's either side. Key frames jittered for every clip made joins of the model in the box 2.35 times an inside
+# On each side of a join. With key frames jittered for every clip, joins of the bundled model were 2.35 times an inside
 # step; 2, 3, 4 and 5 frames lowered that to 1.32, 1.21, 1.14 and 1.10. More frames drag more of a clip from its place.
 BLEND_FRAMES = 3
-FEWEST_FRAMES = 4  # of a clip, to tell how evenly it moves
+FEWEST_FRAMES = 4  # of a clip, to measure how evenly it moves
 
 
 def blended(
     earlier: ClipLatents, later: ClipLatents, shares_frame: bool, moves_later: bool = True
 ) -> tuple[ClipLatents, ClipLatents]:
-    """Two clips that follow one another → the same with the gap between them spread over the steps around the join.
+    """Two consecutive clips → the same with the gap between them spread over the steps around the join.
 
-    `shares_frame`: the first frame of `later` is the moment of the last one of `earlier`; both end on their middle.
-    Without `moves_later` the whole gap is closed by `earlier`: for frames that are right as they are. Raises
-    `ValueError` for clips of fewer than 4 frames.
+    `shares_frame`: the first frame of `later` is the moment of the last one of `earlier`; both become their mean.
+    Without `moves_later` only `earlier` changes. Raises `ValueError` for clips of fewer than 4 frames.
     """
     if earlier.shape[1] < FEWEST_FRAMES:
         raise ValueError(
@@ -43,12 +42,11 @@ def blended(
 
 
 def gap_between(earlier: ClipLatents, later: ClipLatents, shares_frame: bool) -> ImageLatents:
-    """What is to be closed.
+    """The difference to close.
 
-    A shared moment's two renderings differ by error alone. Else a step from the one clip to the other is due: the
-    excess over the mean of the steps on either side is error and ordinary unevenness, the latter as large as inside the
-    two clips. It is shrunk to the part that is error (positive-part James–Stein): a join that is no more uneven than
-    its clips stays as it is, and a closed one does not stand still.
+    A shared moment's two renderings differ by error alone. Else the excess over the mean of the steps on either side is
+    error and ordinary unevenness, the latter as large as inside the two clips. It is shrunk to the part that is error
+    (positive-part James–Stein): a join that is no more uneven than its clips stays as it is.
     """
     jump = later[:, 0] - earlier[:, -1]
     if shares_frame:
@@ -67,10 +65,10 @@ def unevenness(clip: ClipLatents) -> Float[Tensor, "b"]:
 
 
 def blended_stream(clips: Iterator[ClipLatents], shares_frame: bool, moves_later: bool) -> Iterator[ClipLatents]:
-    """Clips as they come, every join blended; one clip is held back until the next has come."""
+    """Clips with every join blended; one clip is held back until the next arrives."""
     held = next(clips, None)
     for clip in clips:
-        assert held is not None  # there is a clip before this one
+        assert held is not None
         finished, held = blended(held, clip, shares_frame, moves_later)
         yield finished
     if held is not None:

@@ -1,4 +1,4 @@
-"""What a denoiser is told about a clip, in the form that every denoiser takes it."""
+"""What a denoiser is conditioned on, in the form that every denoiser takes."""
 
 from dataclasses import dataclass
 
@@ -12,16 +12,14 @@ from dicode.tokenizer.config import DenoiserConfig
 
 @dataclass(frozen=True)
 class ClipConditioning:
-    """What the decoder is told about a clip."""
+    """The denoiser's inputs beside noisy latents and time, a clip a batch entry."""
 
     tokens: Tensor  # b 2 n d: of the head and of the tail key frame; null tokens where dropped for guidance
     key_latents: Tensor  # b 2 c h w: the coarse latents of both, predicted from the tokens; zeros where dropped
     keys_mask: Tensor  # b: 1 where tokens and key latents are given, 0 where dropped
     context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent
     context_mask: Tensor  # b: 1 where the context is given
-    frame_stride: (
-        Tensor  # b: of the source video, frames from one frame of the clip to the next; `unet3d` alone reads it
-    )
+    frame_stride: Tensor  # b: frames of the source video from one frame of the clip to the next, for `unet3d`
 
     def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> Tensor:
         """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""
@@ -36,13 +34,13 @@ class ClipConditioning:
 
 
 def input_channels(config: DenoiserConfig, latent_channels: int) -> int:
-    """Channels of `Known.channels`."""
+    """Channels of `ClipConditioning.channels`."""
     keys = 2 * latent_channels if config.uses_key_latents else 0
     context = config.context_frames * latent_channels + 1 if config.context_frames else 0
     return latent_channels + keys + context
 
 
 def cross_faded(keys: Tensor, frames: int) -> ClipLatents:
-    """The simplest clip between head and tail latents `b 2 c h w`: frame i has i/f of the tail, the rest is head."""
+    """The simplest clip between head and tail latents `b 2 c h w`: frame i is i/f of the tail, the rest is head."""
     share = torch.arange(frames).to(keys)[:, None, None, None] / frames
     return (1 - share) * keys[:, :1] + share * keys[:, 1:]

@@ -1,4 +1,4 @@
-"""What a tokenizer is made of, as plain values: importing it needs no torch, so that help and plans come at once."""
+"""The configuration of a tokenizer, as plain values: importing it needs no torch, so that help comes at once."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -21,11 +21,16 @@ from dicode.config import (
 
 Widths = Annotated[tuple[Width, ...], Items(1, 8)]
 Depths = Annotated[tuple[Depth, ...], Items(1, 8)]
+Joins = Literal["chained", "parallel", "independent"]
+DenoiserName = Literal["hourglass", "unet3d"]  # the keys of `denoiser.DENOISERS`
+# `flow`: flow matching with logit-normal times. `v_prediction`: the published schedule, of zero terminal SNR.
+# `epsilon`: the same schedule before it is rescaled to zero terminal SNR; DynamiCrafter-256 was trained so.
+Objective = Literal["flow", "v_prediction", "epsilon"]
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """`clip` reads pixels and stays frozen; `patch` reads first-stage latents and is trained with the resampler.
+    """`clip` takes pixels and stays frozen; `patch` takes first-stage latents and is trained with the resampler.
 
     For `clip` the sizes are those of the vision tower (ViT-H/14: width 1280, depth 32, heads 16, patch 14, size 224).
     """
@@ -70,7 +75,7 @@ class ResamplerConfig:
     head_width: Width = 64
     queries: Width = 16
     feature_width: Width = 1280
-    features: Width = 257  # features a key frame; only `grid_queries` needs to know
+    features: Width = 257  # features a key frame, for `grid_queries`
     token_width: Width = 1024
     feedforward_factor: Annotated[int, Range(1, 64)] = 4
     grid_queries: bool = False  # start each query from the features of its own cell of the image (not published)
@@ -78,18 +83,18 @@ class ResamplerConfig:
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Which network, and its sizes; a network reads only the fields that say so.
+    """Which network, and its sizes; a network reads only the fields that name it.
 
-    `context_frames` of the clip before and the coarse `key latents` enter every network as extra channels.
+    `context_frames` of the clip before and the coarse key latents are extra input channels of every network.
     """
 
-    kind: Literal["hourglass", "wan", "unet3d"] = "hourglass"
+    kind: DenoiserName = "hourglass"
     context_frames: Annotated[int, Range(0, 256)] = 2
     uses_key_latents: bool = True
-    predict_residual: bool = False  # work on what differs from a cross-fade of the key latents (`ResidualDenoiser`)
+    predict_residual: bool = False  # predict the difference from a cross-fade of the key latents (`ResidualDenoiser`)
     depth: Depth = 2  # transformer blocks; `unet3d`: residual layers a level
     heads: Width = 4  # of attention; `unet3d`: at its finest level
-    width: Width = 224  # `hourglass`, `wan`: of the transformer
+    width: Width = 224  # `hourglass`: of the transformer
     fine_width: Width = 128  # `hourglass`: of the convolutions around it
     fine_blocks: Depth = 3  # `hourglass`: on either side
     channels: Widths = (320, 640, 1280, 1280)  # `unet3d`: fine to coarse
@@ -99,40 +104,25 @@ class DenoiserConfig:
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
-    """`flow`: flow matching with logit-normal times. `v_prediction`: the published schedule, of zero terminal SNR.
-
-    `epsilon`: the same schedule before it is rescaled to zero terminal SNR; DynamiCrafter-256 was trained so.
-    """
-
-    objective: Literal["flow", "v_prediction", "epsilon"] = "flow"
-    shift: UpTo1000 = 1.0  # >1 spends more of training and sampling at high noise (Esser et al. 2024, section 5.3.2)
-
-
-Joins = Literal["chained", "parallel", "independent"]
-
-
-@dataclass(frozen=True)
 class SamplingConfig:
-    """Of the language model, then of the decoder. Raises `ValueError` that names a field out of its range.
+    """How a video is sampled: fields of the language model, then of the decoder.
 
-    A checkpoint holds one, within its tokenizer's configuration: what a caller leaves out is taken from there.
+    A checkpoint holds one in its tokenizer's configuration, the default for what a caller leaves out. Raises
+    `ValueError` that names a field out of its range.
     """
 
-    guidance: Guidance = 1.0  # of the language model against the null prompt
-    variance_scale: Factor = 1.0  # of the distribution of the next deep token; 0 takes its mean
-    first_variance_scale: Factor | None = None  # the same of a video's first key frame; None: as of the others
-    temperature: Factor = 1.0  # of the choice between the mixture's components; 0 takes the likeliest
-    flow_steps: Steps = 8  # of the flow head a token or key frame
-    context_key_frames: Whole = (
-        0  # key frames of the language model's sequence, for any length; 0: all, as many as it holds
-    )
+    guidance: Guidance = 1.0  # of the language model against the null prompt; 1: the plain conditional
+    variance_scale: Factor = 1.0  # of the next deep token's distribution, or of a flow's first noise; 0: the mean
+    first_variance_scale: Factor | None = None  # the same for the first key frame; None: as for the others
+    temperature: Factor = 1.0  # of the choice between the mixture's components; 0: the likeliest
+    flow_steps: Steps = 8  # Euler steps of the flow head
+    context_key_frames: Whole = 0  # most key frames in the language model's sequence, for any length; 0: no limit
     steps: Steps = 12  # of the denoiser a clip
     decoder_guidance: Guidance = 1.0  # of the denoiser against null tokens
-    decoder_temperature: Factor = 1.0  # of its noise: below 1 clips hold together better and move less
-    guidance_rescale: Share = 0.0  # pulls the deviation of a guided prediction back; published 0.7
-    eta: Share = 0.0  # DDIM's noise; published 1.0
-    motion_scale: Factor = 1.0  # how far frames move from their clip's mean, times what was rendered: `scale_motion`
+    decoder_temperature: Factor = 1.0  # of its noise; below 1 clips are more consistent and move less
+    guidance_rescale: Share = 0.0  # pulls the deviation of a guided prediction back; published: 0.7
+    eta: Share = 0.0  # DDIM's noise; published: 1.0
+    motion_scale: Factor = 1.0  # factor on each frame's distance from its clip's mean: `scale_motion`
     joins: Joins = "chained"
 
     def __post_init__(self) -> None:
@@ -142,9 +132,9 @@ class SamplingConfig:
 
     def changed(self, **options: object) -> "SamplingConfig":
         """With these fields changed; None leaves a field. Raises `ValueError` for one that does not exist."""
-        known = self.__dataclass_fields__.keys()
-        if unknown := options.keys() - known:
-            raise ValueError(f"unknown options {sorted(unknown)}; known: {list(known)}")
+        names = self.__dataclass_fields__.keys()
+        if unknown := options.keys() - names:
+            raise ValueError(f"unknown options {sorted(unknown)}; known: {list(names)}")
         return replace(self, **{name: value for name, value in options.items() if value is not None})  # type: ignore[arg-type]
 
 
@@ -153,7 +143,7 @@ class TokenizerConfig:
     """Every part of a tokenizer, and the clip it works on.
 
     A clip of ours is frames 0…15 between key frames at 0 and 16, the next clip's first. Published: `tail_frame` 15, so
-    that both key frames are the clip's own and the next clip begins with the same frame again (shown once).
+    that both key frames are the clip's own and the next clip begins with the same frame again (output once).
     """
 
     size: Side = 64
@@ -180,8 +170,8 @@ class TokenizerConfig:
         )
     )
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # where the caller asks for nothing else
+    objective: Objective = "flow"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the defaults of generation
 
     @property
     def latent_size(self) -> int:
@@ -195,7 +185,7 @@ class TokenizerConfig:
 
     @property
     def repeated_frames(self) -> int:
-        """Frames at a clip's start that the clip before it has shown."""
+        """Frames at a clip's start that are also the end of the clip before it."""
         return self.clip_frames - self.tail_frame
 
     def num_clips(self, frames: int) -> int:

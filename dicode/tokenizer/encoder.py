@@ -1,4 +1,4 @@
-"""Image encoders: a key frame → the features that the resampler reads."""
+"""Image encoders: a key frame → the resampler's input features."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dicode.shapes import ImageLatents, KeyFramePixels, PatchFeatures
-from dicode.tokenizer.config import EncoderConfig
+from dicode.tokenizer.config import EncoderConfig, TokenizerConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -90,22 +90,21 @@ def transformer(width: int, depth: int, heads: int) -> nn.TransformerEncoder:
 class KeyFrameHead(nn.Module):
     """Deep tokens → a coarse first-stage latent of their key frame, learned by plain regression.
 
-    Each position starts from the token of its cell, the tokens read as a coarse square grid; attention does the rest.
-    The denoiser sees it as extra channels, so that it has only detail and motion to find (the public code has such a
-    path, `image_cat_proj`, unused there).
+    Each position starts from the token of its cell, the tokens taken as a coarse square grid; attention does the rest.
+    The denoiser gets it as extra channels, and only detail and motion are left to it (the public code has such a path,
+    `image_cat_proj`, unused there).
     """
 
-    def __init__(
-        self, num_tokens: int, token_width: int, latent_channels: int, size: int, width: int, depth: int, heads: int
-    ):
+    def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.size = size
-        self.tokens = nn.Linear(token_width, width)
-        self.cell = nn.Linear(token_width, width * (size * size // num_tokens))
-        self.queries = nn.Parameter(grid_positions(size * size, width))
-        self.places = nn.Parameter(grid_positions(num_tokens, width))
-        self.blocks = transformer(width, depth, heads)
-        self.out = nn.Linear(width, latent_channels)
+        n, d, width = config.resampler.queries, config.resampler.token_width, config.key_head_width
+        self.size = config.latent_size
+        self.tokens = nn.Linear(d, width)
+        self.cell = nn.Linear(d, width * (self.size**2 // n))
+        self.queries = nn.Parameter(grid_positions(self.size**2, width))
+        self.places = nn.Parameter(grid_positions(n, width))
+        self.blocks = transformer(width, config.key_head_depth, heads=3)
+        self.out = nn.Linear(width, config.first_stage.latent_channels)
 
     def forward(self, tokens: Tensor) -> ImageLatents:
         """Tokens `b n d` → latents `b c h w`."""

@@ -53,8 +53,8 @@ class FirstStage(nn.Module):
     def from_diffusers(cls, folder: str | Path) -> "FirstStage":
         """A first stage from a diffusers folder of an AutoencoderKL or AutoencoderTiny (as Stable Diffusion's `vae/`).
 
-        Latents are scaled as its `scaling_factor` and `shift_factor` say. Raises `CheckpointError` for another class
-        and for an architecture that `FirstStageConfig` cannot tell.
+        Latents are scaled by its `scaling_factor` and `shift_factor`. Raises `CheckpointError` for another class and
+        for an architecture that `FirstStageConfig` cannot describe.
         """
         path = Path(folder) / "config.json"
         try:
@@ -71,9 +71,8 @@ class FirstStage(nn.Module):
             channels, blocks = tuple(own.block_out_channels), (own.layers_per_block,)
             config = FirstStageConfig("kl", channels, own.latent_channels, blocks, blocks)
         else:
-            channels = tuple(own.encoder_block_out_channels)
-            encoder_blocks, decoder_blocks = tuple(own.num_encoder_blocks), tuple(own.num_decoder_blocks)
-            config = FirstStageConfig("tiny", channels, own.latent_channels, encoder_blocks, decoder_blocks)
+            channels, blocks = tuple(own.encoder_block_out_channels), tuple(own.num_encoder_blocks)
+            config = FirstStageConfig("tiny", channels, own.latent_channels, blocks, tuple(own.num_decoder_blocks))
         stage = cls(config)
         load_state(stage.autoencoder, loaded.state_dict(), str(folder))
         stage.latent_mean.fill_(own.get("shift_factor") or 0.0)

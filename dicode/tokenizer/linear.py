@@ -12,8 +12,8 @@ from dicode.shapes import ImageLatents, KeyFrameTokens
 class LinearCode(nn.Module):
     """A projection of all of an image's latents to its deep tokens, and one back; resampler and head add to them.
 
-    Attention mixes few of an image's positions at a time and had not found, after training, what principal components
-    tell at once (studies/tokens). `fit` sets both from training latents in closed form.
+    After training, attention had not found what principal components give (studies/tokens). `fit` sets both projections
+    from training latents in closed form.
     """
 
     def __init__(self, num_tokens: int, token_width: int, latent_channels: int, size: int):
@@ -37,12 +37,12 @@ class LinearCode(nn.Module):
         """Set both projections from training latents `f c h w`; returns mean and variance of each number of the tokens.
 
         Of all linear codes of this width that keep the leading principal components, the one that loses least to equal
-        noise on all of its numbers: component i, of variance w, is given power √w (Lee & Petersen 1976, "Optimal linear
-        coding for vector channels"). A rotation, to which noise is blind, then brings every token as near as it can be
-        to the image under it (orthogonal Procrustes), the tokens taken as a square grid, and each token's numbers to
-        equal variance, so that normalising them leaves the noise equal.
+        noise on all of its numbers: component i, of variance w, gets power √w (Lee & Petersen 1976, "Optimal linear
+        coding for vector channels"). A rotation, which changes no error, then aligns every token with the image under
+        it (orthogonal Procrustes, the tokens as a square grid) and evens the variances of each token's numbers, so that
+        normalising them leaves the noise equal.
 
-        Raises `ValueError` where the tokens are no such grid, or hold more numbers than latents or images there are.
+        Raises `ValueError` where the tokens are no square grid, or hold more numbers than latents or images there are.
         """
         flat = latents.flatten(1).double()
         count, numbers = self.encode.out_features, self.encode.in_features
@@ -68,7 +68,7 @@ class LinearCode(nn.Module):
         return torch.zeros(count), spread.diag().float()
 
     def _cells(self, latents: ImageLatents) -> Tensor:
-        """What the tokens would be if each told of its own cell alone: components of it, `(n d) (c h w)`."""
+        """The projection that gives each token the principal components of its own cell alone, `(n d) (c h w)`."""
         grid = math.isqrt(self.num_tokens)
         if grid * grid != self.num_tokens or self.size % grid:
             raise ValueError(f"{self.num_tokens} tokens are no square grid over {self.size}×{self.size} latents")

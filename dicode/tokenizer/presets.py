@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from dicode.tokenizer.config import (
     DenoiserConfig,
-    DiffusionConfig,
     EncoderConfig,
     FirstStageConfig,
     ResamplerConfig,
@@ -19,7 +18,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         resampler=replace(TokenizerConfig().resampler, depth=1),
         denoiser=DenoiserConfig(predict_residual=True),
     ),
-    # rooms need wider tokens (studies/widths); networks add nothing to the linear code that shows (studies/tokens)
+    # rooms need wider tokens (studies/widths); small networks suffice beside the linear code (studies/tokens)
     "world": TokenizerConfig(
         key_head_width=48,
         key_head_depth=1,
@@ -39,7 +38,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         encoder=EncoderConfig("clip", width=1280, depth=32, heads=16, size=224, patch=14, channels=3),
         resampler=ResamplerConfig(),
         denoiser=DenoiserConfig("unet3d", context_frames=0, uses_key_latents=False, depth=2, heads=5),
-        diffusion=DiffusionConfig(objective="v_prediction"),
+        objective="v_prediction",
         sampling=SamplingConfig(
             variance_scale=0.01, steps=50, decoder_guidance=7.5, guidance_rescale=0.7, eta=1.0, joins="independent"
         ),

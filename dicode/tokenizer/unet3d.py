@@ -1,8 +1,8 @@
 """The published denoiser: diffusers' UNet3DConditionModel with a second cross-attention for deep tokens.
 
 DynamiCrafter's network (Xing et al. 2023) as DiCoDe uses it (arXiv 2412.04446, section 3.1): beside the attention to
-the (always empty) text stands one to deep tokens, scaled by tanh(α) + 1; frames of the first half of a clip see the
-head key frame's tokens, the others the tail's; a frame-stride embedding is added to the time embedding.
+the (always empty) text stands one to deep tokens, scaled by tanh(α) + 1; frames of the first half of a clip attend to
+the head key frame's tokens, the others to the tail's; a frame-stride embedding is added to the time embedding.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dicode.shapes import ClipLatents
 from dicode.tokenizer.conditioning import ClipConditioning, input_channels
-from dicode.tokenizer.config import DenoiserConfig
+from dicode.tokenizer.config import TokenizerConfig
 
 DROPOUT = 0.1  # of residual blocks in training, as public; diffusers has it fixed in temporal convolutions alone
 
@@ -26,43 +26,44 @@ class UNet3D(nn.Module):
 
     null_text: Tensor
 
-    def __init__(self, config: DenoiserConfig, latent_channels: int, token_width: int):
+    def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.config = config
-        levels = len(config.channels)
+        latent_channels, token_width = config.first_stage.latent_channels, config.resampler.token_width
+        self.config = sizes = config.denoiser
+        levels = len(sizes.channels)
         self.unet = UNet3DConditionModel(
-            in_channels=input_channels(config, latent_channels),
+            in_channels=input_channels(sizes, latent_channels),
             out_channels=latent_channels,
-            block_out_channels=config.channels,
+            block_out_channels=sizes.channels,
             down_block_types=("CrossAttnDownBlock3D",) * (levels - 1) + ("DownBlock3D",),
             up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * (levels - 1),
-            layers_per_block=config.depth,
-            norm_num_groups=min(32, config.channels[0]),
-            cross_attention_dim=config.text_width,
+            layers_per_block=sizes.depth,
+            norm_num_groups=min(32, sizes.channels[0]),
+            cross_attention_dim=sizes.text_width,
             # diffusers takes this for the head width of every spatial and temporal attention but the first
-            attention_head_dim=config.channels[0] // config.heads,
+            attention_head_dim=sizes.channels[0] // sizes.heads,
         )
-        time_width = config.channels[0] * 4
-        self.unet.time_embedding = TimeAndStride(self.unet.time_embedding, config.channels[0], time_width)
+        time_width = sizes.channels[0] * 4
+        self.unet.time_embedding = TimeAndStride(self.unet.time_embedding, sizes.channels[0], time_width)
         for name, module in self.unet.named_modules():
             if isinstance(module, Attention) and name.endswith("attn2") and ".attentions." in f".{name}":
                 module.set_processor(DeepTokenAttention(token_width, module.inner_dim))
             if isinstance(module, ResnetBlock2D):
                 module.dropout.p = DROPOUT
-        self.register_buffer("null_text", torch.zeros(1, config.text_tokens, config.text_width))
+        self.register_buffer("null_text", torch.zeros(1, sizes.text_tokens, sizes.text_width))
 
-    def forward(self, noisy: ClipLatents, timestep: Tensor, known: ClipConditioning) -> ClipLatents:
+    def forward(self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning) -> ClipLatents:
         """Noisy latents `b f c h w`, timestep `b` in 0…999 → prediction `b f c h w`, float32."""
         b, f = noisy.shape[:2]
         noisy = noisy.to(self.unet.dtype)
         halves = torch.arange(f, device=noisy.device) * 2 // f
-        frame_tokens = rearrange(known.tokens[:, halves].to(noisy), "b f n d -> (b f) n d")
-        sample = rearrange(known.channels(noisy, self.config), "b f c h w -> b c f h w")
+        frame_tokens = rearrange(conditioning.tokens[:, halves].to(noisy), "b f n d -> (b f) n d")
+        sample = rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b c f h w")
         prediction = self.unet(
             sample,
             timestep,
             self.null_text.to(noisy).expand(b, -1, -1),
-            timestep_cond=known.frame_stride.to(noisy.device),
+            timestep_cond=conditioning.frame_stride.to(noisy.device),
             # diffusers hands this name to every attention without complaint; only `DeepTokenAttention` reads it
             cross_attention_kwargs={"ip_hidden_states": frame_tokens},
             return_dict=False,

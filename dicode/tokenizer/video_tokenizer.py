@@ -43,12 +43,11 @@ FIRST_STAGE_WEIGHTS = "first_stage.safetensors"
 
 @dataclass(frozen=True)
 class Draws:
-    """What decides how the clips of a stream are sampled."""
+    """How the clips of a stream are sampled."""
 
     sampling: SamplingConfig
     seed: int | SeedPlan
-    sample_indices: Sequence[int] | None  # of the batch entries; none: 0, 1, …
-    frame_strides: Sequence[int] | None = None  # of the batch entries; none: the tokenizer's own
+    sample_indices: Sequence[int] | None  # of the batch entries; None: 0, 1, …
 
 
 class VideoTokenizer(nn.Module):
@@ -56,30 +55,27 @@ class VideoTokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        if config.denoiser.predict_residual and config.diffusion.objective != "flow":
-            found = config.diffusion.objective
-            raise ValueError(f"predict_residual: only the objective 'flow' is linear in the clip, found {found}")
-        if config.linear_code and not (config.encoder.reads_latents and config.denoiser.uses_key_latents):
+        residual, keys = config.denoiser.predict_residual, config.denoiser.uses_key_latents
+        if residual and config.objective != "flow":
+            raise ValueError(f"predict_residual: expected the objective 'flow', got {config.objective!r}")
+        if residual and (config.repeated_frames or not keys):
+            raise ValueError("predict_residual: needs uses_key_latents, and the tail key frame after the clip")
+        if config.linear_code and not (config.encoder.reads_latents and keys):
             raise ValueError("linear_code: projects latents to latents; needs an encoder of them, and uses_key_latents")
         if config.tail_frame not in (config.clip_frames, config.clip_frames - 1):
             raise ValueError(f"tail_frame: expected the clip's last frame or the one after it, got {config.tail_frame}")
-        if config.denoiser.predict_residual and (config.repeated_frames or not config.denoiser.uses_key_latents):
-            raise ValueError("predict_residual: needs key latents, and the tail key frame after the clip")
         self.config = config
         n, d = config.resampler.queries, config.resampler.token_width
-        channels = config.first_stage.latent_channels
         self.first_stage = FirstStage(config.first_stage).requires_grad_(False)
         self.encoder = build_encoder(config.encoder)
         self.resampler = Resampler(config.resampler)
         # Token statistics: BatchNorm without affine part is a running mean and deviation a token place and dimension
         self.normalizer = nn.BatchNorm1d(n * d, affine=False, momentum=0.01)
-        self.key_head = (
-            KeyFrameHead(n, d, channels, config.latent_size, config.key_head_width, config.key_head_depth, 3)
-            if config.denoiser.uses_key_latents
-            else None
+        self.key_head = KeyFrameHead(config) if keys else None
+        self.linear_code = (
+            LinearCode(n, d, config.first_stage.latent_channels, config.latent_size) if config.linear_code else None
         )
-        self.linear_code = LinearCode(n, d, channels, config.latent_size) if config.linear_code else None
-        self.denoiser = build_denoiser(config.denoiser, channels, n, d, config.clip_frames, config.latent_size)
+        self.denoiser = build_denoiser(config)
 
     @classmethod
     def from_pretrained(
@@ -130,42 +126,39 @@ class VideoTokenizer(nn.Module):
         return rearrange(frames, "b f h w c -> (b f) c h w").to(self.device).float() / 127.5 - 1
 
     def source_of(self, pixels: KeyFramePixels) -> Tensor:
-        """What the encoder reads of pixels in −1…1: the first stage's latents, or the pixels themselves."""
+        """The encoder's input for pixels in −1…1: the first stage's latents, or the pixels themselves."""
         return self.first_stage.encode(pixels) if self.config.encoder.reads_latents else pixels
 
     def tokens_of(self, source: Tensor) -> KeyFrameTokens:
-        """What the encoder reads, one key frame a batch entry → normalised tokens, with gradients."""
+        """The encoder's input, one key frame a batch entry → normalised tokens, with gradients."""
         tokens = self.raw_tokens_of(source)
         return self.normalizer(tokens.flatten(1)).view_as(tokens)
 
     def raw_tokens_of(self, source: Tensor) -> KeyFrameTokens:
-        """`tokens_of`, before they are normalised."""
+        """As `tokens_of`, before normalisation."""
         tokens = self.resampler(self.encoder(source)).float()
         return tokens if self.linear_code is None else tokens + self.linear_code.tokens(source).float()
 
     def token_hash(self, dtype: torch.dtype | None = None) -> str:
-        """Sixteen hexadecimal digits that stand for all weights which decide what the deep tokens of a frame are.
-
-        With a `dtype`, of these weights as saved in it.
-        """
+        """Sixteen hexadecimal digits: a hash of all weights that deep tokens depend on, as saved in `dtype`."""
         return hash_of_tokens(self.first_stage.state_dict(), TokenizerParts(self).state_dict(), dtype)
 
     @torch.no_grad()
     def fit_statistics(self, sources: Sequence[Tensor]) -> None:
-        """Set mean and deviation of the tokens from what the encoder reads of training frames, batch by batch.
+        """Set mean and deviation of the tokens from the encoder's inputs of training frames, batch by batch.
 
-        The running estimate lags behind the weights, and behind their average more so; what is saved must not.
+        The running estimate lags behind the weights, and behind their average more so.
         """
         tokens = torch.cat([self.raw_tokens_of(source).flatten(1) for source in sources])
         mean, variance = self.normalizer.running_mean, self.normalizer.running_var
-        assert mean is not None and variance is not None  # BatchNorm has both unless told not to track
+        assert mean is not None and variance is not None
         mean.copy_(tokens.mean(0))
         variance.copy_(tokens.var(0))
 
     # tokens → frames
 
     def decode(self, tokens: DeepTokens, **options: Any) -> Iterator[FrameStack]:
-        """Render N key frames' tokens `b k n d` as k−1 clips, each uint8 `b 16 h w c`; options as of `decode_pairs`."""
+        """Render k key frames' tokens `b k n d` as k−1 clips, each uint8 `b 16 h w c`; options as of `decode_pairs`."""
         if tokens.shape[1] < 2:
             raise ValueError(f"expected at least 2 key frames (one clip), got {tokens.shape[1]}")
         return self.decode_pairs((tokens[:, i : i + 2] for i in range(tokens.shape[1] - 1)), **options)
@@ -174,54 +167,48 @@ class VideoTokenizer(nn.Module):
         self,
         pairs: Iterator[DeepTokens],
         *,
+        sampling: SamplingConfig | None = None,
         seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
         clips_at_once: int = 4,
         before: FrameStack | None = None,
         first_clip: int = 0,
-        frame_strides: Sequence[int] | None = None,
-        **options: object,
     ) -> Iterator[FrameStack]:
         """A stream of (head, tail) token pairs `b 2 n d` → clips, uint8 `b 16 h w c`, one after the other.
 
-        Where clips share a frame (see `TokenizerConfig`), all but the first come without it. `options` are fields of
-        `SamplingConfig`; those left out are the model's own.
+        Where clips share a frame (see `TokenizerConfig`), all but the first come without it. `sampling` defaults to the
+        tokenizer's own.
 
-        Joins `chained` give every clip the last frames of the one before as clean context, the first one those of
-        `before` (uint8 frames `b f h w c` of the tokenizer's size that end where the stream begins); a pair is drawn
-        when its clip is asked for. `parallel` renders `clips_at_once` clips as one batch without context and blends
-        their joins, for which it holds one clip back: at most `clips_at_once` + 1 pairs are drawn ahead of what was
-        given. `independent` leaves every clip as it was rendered. These two ignore `before`.
-
-        `frame_strides` are numbers, one a batch entry, that a denoiser `unet3d` is conditioned on: other ones than the
-        tokenizer's own stand for clips at another rate (see `DenoiserConfig`).
+        Joins `chained` condition every clip on the last frames of the one before, the first clip on those of `before`
+        (uint8 frames `b f h w c` of the tokenizer's size that end where the stream begins); a pair is drawn when its
+        clip is asked for. `parallel` renders `clips_at_once` clips as one batch without context and blends their joins:
+        at most `clips_at_once` + 1 pairs are drawn ahead of the output. `independent` does not blend. These two ignore
+        `before`.
 
         A sample's noise depends on (seed, its sample index, clip number) only; the first clip's number is `first_clip`.
         Raises `ValueError` at the call for options out of range, and for `before` too short or of another size.
         """
-        draws = Draws(self.config.sampling.changed(**options), seed, sample_indices, frame_strides)
+        sampling = sampling or self.config.sampling
+        draws = Draws(sampling, seed, sample_indices)
         for name, value, least in (("clips_at_once", clips_at_once, 1), ("first_clip", first_clip, 0)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if frame_strides is not None and min(frame_strides) < 1:
-            raise ValueError(f"frame_strides: expected at least 1, got {list(frame_strides)}")
-        joins = draws.sampling.joins
-        context = None if before is None or joins != "chained" else self.context_of(before)
         numbered = enumerate(pairs, first_clip)
-        if joins == "chained":
-            return self._shown(self._chained(numbered, context, draws))
-        clips = self._at_once(numbered, clips_at_once if joins == "parallel" else 1, draws)
-        if joins == "parallel":
-            # what predicts the change from a key frame has a clip's first frame right, the key frame itself
+        if sampling.joins == "chained":
+            context = None if before is None else self.context_of(before)
+            return self._frames_of_stream(self._chained(numbered, context, draws))
+        clips = self._at_once(numbered, clips_at_once if sampling.joins == "parallel" else 1, draws)
+        if sampling.joins == "parallel":
+            # with residual prediction a clip's first frame is exact, the key frame itself
             moves_later = not self.config.denoiser.predict_residual
             clips = blended_stream(clips, shares_frame=self.config.repeated_frames > 0, moves_later=moves_later)
-        return self._shown(clips)
+        return self._frames_of_stream(clips)
 
     def render(self, pair: DeepTokens, sample_indices: Sequence[int], seed: int = 0) -> ClipLatents:
-        """The first-stage latents of single clips with these head and tail tokens `b 2 n d`, as `decode` would show."""
+        """The first-stage latents of the single clips that `decode` renders from head and tail tokens `b 2 n d`."""
         return self._render([pair], None, [0], Draws(self.config.sampling, seed, sample_indices))[0]
 
-    def _shown(self, clips: Iterator[ClipLatents]) -> Iterator[FrameStack]:
+    def _frames_of_stream(self, clips: Iterator[ClipLatents]) -> Iterator[FrameStack]:
         for position, latents in enumerate(clips):
             with torch.no_grad():
                 frames = self.frames_of(latents[:, self.config.repeated_frames if position else 0 :])
@@ -258,18 +245,17 @@ class VideoTokenizer(nn.Module):
             for i in draws.sample_indices or range(len(pair))
         ]
         noise = torch.stack([normal(shape, seed, "clip", i, clip) for seed, i, clip in places]).to(self.device)
-        strides = None if draws.frame_strides is None else torch.tensor(draws.frame_strides).repeat(len(pairs))
-        known = self.conditioning(torch.cat(pairs).to(self.device), before, strides)
+        conditioning = self.conditioning(torch.cat(pairs).to(self.device), before)
         null = dataclasses.replace(
-            known,
-            tokens=self.null_tokens().to(known.tokens).expand_as(known.tokens),
-            key_latents=torch.zeros_like(known.key_latents),
-            keys_mask=torch.zeros_like(known.keys_mask),
+            conditioning,
+            tokens=self.null_tokens().to(conditioning.tokens).expand_as(conditioning.tokens),
+            key_latents=torch.zeros_like(conditioning.key_latents),
+            keys_mask=torch.zeros_like(conditioning.keys_mask),
         )
         latents = sample(
-            config.diffusion,
+            config.objective,
             draws.sampling,
-            lambda latents, timestep: self.denoiser(latents, timestep, known),
+            lambda latents, timestep: self.denoiser(latents, timestep, conditioning),
             lambda latents, timestep: self.denoiser(latents, timestep, null),
             noise,
             [generator_for(seed, "sampler", i, clip) for seed, i, clip in places],
@@ -279,7 +265,7 @@ class VideoTokenizer(nn.Module):
 
     @torch.no_grad()
     def context_of(self, before: FrameStack) -> ContextLatents | None:
-        """What a clip after these frames is told about them: the last ones' latents, None where it is told nothing."""
+        """The context of a clip after these frames: the last ones' latents; None where the denoiser takes none."""
         frames = self.config.denoiser.context_frames
         if before.shape[1] < frames:
             raise ValueError(f"before: expected at least {frames} frames, the decoder's context, got {before.shape[1]}")
@@ -288,23 +274,15 @@ class VideoTokenizer(nn.Module):
         latents = self.first_stage.encode(self._pixels_of(before[:, -frames:]))
         return rearrange(latents, "(b f) c h w -> b f c h w", f=frames)
 
-    def conditioning(
-        self, pair: DeepTokens, before: ContextLatents | None = None, frame_stride: Tensor | None = None
-    ) -> ClipConditioning:
-        """The denoiser's conditions of clips with these head and tail tokens `b 2 n d` and these frames before.
-
-        `frame_stride` holds a number a clip, by default the tokenizer's own.
-        """
+    def conditioning(self, pair: DeepTokens, before: ContextLatents | None = None) -> ClipConditioning:
+        """The conditioning of clips with these head and tail tokens `b 2 n d` and the latents `before` as context."""
         b = len(pair)
         keys = rearrange(self.key_latents(rearrange(pair, "b two n d -> (b two) n d")), "(b two) ... -> b two ...", b=b)
         frames = self.config.denoiser.context_frames
         context = keys.new_zeros(b, frames, *keys.shape[2:]) if before is None else before
-        if frame_stride is None:
-            frame_stride = keys.new_full((b,), self.config.denoiser.frame_stride)
-        if len(frame_stride) != b:
-            raise ValueError(f"frame_stride: expected {b}, one a clip, got {len(frame_stride)}")
         given = keys.new_full((b,), float(before is not None))
-        return ClipConditioning(pair, keys, keys.new_ones(b), context, given, frame_stride.to(keys))
+        stride = keys.new_full((b,), self.config.denoiser.frame_stride)
+        return ClipConditioning(pair, keys, keys.new_ones(b), context, given, stride)
 
     def frames_of(self, latents: ClipLatents) -> FrameStack:
         """First-stage latents of clips → uint8 frames."""

@@ -23,7 +23,6 @@ from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, Video
 from dicode.train.augment import View
 from dicode.train.first_stage import frames_to_pixels, pixels_to_frames
 from dicode.train.lora import add_adapters, merged
-from dicode.train.own import with_own
 from dicode.train.parallel import Processes
 from dicode.train.runs import VALIDATION_CLIPS, LanguageRun
 from dicode.train.tokenizer import at_once, latents_name
@@ -135,7 +134,7 @@ class LanguageTraining:
         if run.init:
             load_weights(self.module, Path(run.init) / LM_WEIGHTS)
         if body:
-            self.module.load_body(body)
+            self.module.backbone.load_pretrained(body)
         if run.lora.rank:
             add_adapters(self.module, run.lora, run.loop.seed)
         if run.loop.compile:
@@ -278,8 +277,7 @@ class LanguageTraining:
         text_ids, tokens = batch["text_ids"].to(device), batch["tokens"].to(device)
         mask = None if batch["mask"].all() else batch["mask"].to(device)
         told = bool(batch["goal"])
-        read = with_own(self.module, text_ids, tokens, batch["mask"], generator) if batch["own"] else None
-        output = self.module(text_ids, tokens, mask, generator, goal=told, read=read)
+        output = self.module(text_ids, tokens, mask, generator, goal=told)
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
     def weight(self, batch: dict[str, Tensor]) -> float:
@@ -379,16 +377,8 @@ class LanguageTraining:
 
     def written_of(self, text_ids: Tensor, key_frames: int) -> Iterator[Tensor]:
         """Key frames as the model will be sampled."""
-        sampling = self.tokenizer.config.sampling
-        return self.module.generate(
-            text_ids,
-            key_frames,
-            guidance=sampling.guidance,
-            variance_scale=sampling.variance_scale,
-            first_variance_scale=sampling.first_variance_scale,
-            temperature=sampling.temperature,
-            flow_steps=sampling.flow_steps,
-        )
+        sampling = replace(self.tokenizer.config.sampling, context_key_frames=0)
+        return self.module.generate(text_ids, key_frames, sampling=sampling)
 
     def sheet(self) -> Image.Image:
         """Real and written key frames, through the key-frame head, for six training and six validation captions."""

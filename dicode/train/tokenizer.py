@@ -183,11 +183,11 @@ class TokenizerTraining:
 
     def _check_objective(self, held: TokenizerConfig, folder: Path) -> None:
         """Raise `ValueError` where a denoiser to begin with predicts another thing than this run trains."""
-        ours, theirs = self.run.model.diffusion.objective, held.diffusion.objective
+        ours, theirs = self.run.model.objective, held.objective
         if ours != theirs:
             raise ValueError(
                 f"{folder}: its denoiser predicts {theirs}, the run trains {ours}; what it knows would be lost: "
-                f"train with --model.diffusion.objective {theirs}, or begin with one that predicts {ours}"
+                f"train with --model.objective {theirs}, or begin with one that predicts {ours}"
             )
 
     def _take_denoiser(self, folder: Path) -> None:
@@ -338,7 +338,7 @@ class TokenizerTraining:
         """Mean squared error of the denoiser's prediction at random times; hidden context is zeroed by its mask."""
         known = replace(known, context=known.context * known.context_mask[:, None, None, None, None])
         noise = torch.randn(clips.shape, generator=generator).to(clips)
-        noisy, timestep, target = noised(self.run.model.diffusion, clips, noise, generator)
+        noisy, timestep, target = noised(self.run.model.objective, clips, noise, generator)
         return functional.mse_loss(self.module.denoiser(noisy, timestep, known), target)
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:

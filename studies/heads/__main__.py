@@ -1,7 +1,7 @@
 """Heads and orders of the language model, compared: same transformer, data, FLOPs and seeds, one thing changed.
 
     python studies/heads cache/sprites    # trains and measures 10 arrangements × 3 seeds, writes results/heads.json
-    dicode train studies/heads/__main__.py:run --model.head flow --model.order keyframe --loop.seed 1    # one of them
+    dicode train studies/heads/__main__.py:run --model.head.kind flow --model.order keyframe --loop.seed 1    # one
 
 440 clips, a transformer of 0.8 M parameters, CPU. The same command continues; measured runs are not trained again.
 """
@@ -24,7 +24,7 @@ from dicode.evaluate.samples import generated_clips
 from dicode.features.extract import EfficientNetLite0Features, features_of_clips
 from dicode.features.metrics import bootstrap_interval, frechet_of_sets, mean_pair_distance
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.presets import SIZES, HeadName, Order
+from dicode.lm.presets import SIZES, BodyConfig, HeadName, Order
 from dicode.pipeline import DiCoDe
 from dicode.provenance import write_result
 from dicode.sizing.count import step_flops
@@ -46,8 +46,9 @@ SAMPLING = {"guidance": 1.5, "variance_scale": 0.01, "temperature": 1.0, "flow_s
 def run() -> LanguageRun:
     """A small Llama on short captions as they stand, in 3 key frames (4 s)."""
     model = replace(
-        SIZES["sprites"], width=128, depth=3, heads=2, feed_forward=384, vocab_size=1024, text_length=16,
-        input_noise=1.0, flow_width=96, flow_depth=2, positions=16 + 17 * 34,
+        SIZES["sprites"], body=BodyConfig("llama", width=128, depth=3, heads=2, feed_forward=384),
+        head=replace(SIZES["sprites"].head, width=96, depth=2), vocab_size=1024, text_length=16, input_noise=1.0,
+        positions=16 + 17 * 34,
     )  # fmt: skip
     optim = OptimConfig(
         optimizer="muon", steps=STEPS, batch_size=16, lr=3e-3, warmup_steps=50, decay_fraction=0.6, ema_decay=0.99
@@ -62,7 +63,8 @@ def run() -> LanguageRun:
 def arrangement(head: HeadName, order: Order, seed: int, swaps: bool = False) -> LanguageRun:
     """The run with another head, order and seed; with `swaps` a tenth of the captions have words of others."""
     base = run()
-    model, loop = replace(base.model, head=head, order=order), replace(base.loop, seed=seed)
+    model = replace(base.model, head=replace(base.model.head, kind=head), order=order)
+    loop = replace(base.loop, seed=seed)
     return replace(base, model=model, loop=loop, word_swaps=0.1 if swaps else 0.0, swapped_words=0.7)
 
 
@@ -113,7 +115,7 @@ def trained_and_measured(
     loop = replace(stage.run.loop, optim=replace(stage.run.loop.optim, steps=steps))
     metrics = train(stage, loop, folder, {"name": folder.name})
     lm = DeepTokenLM.from_pretrained(folder / "best")
-    sampling = SamplingConfig(decoder_guidance=2.5, decoder_temperature=0.95, **sampling_of(lm.config.head))
+    sampling = SamplingConfig(decoder_guidance=2.5, decoder_temperature=0.95, **sampling_of(lm.config.head.kind))
     sprites.tokenizer.config = replace(sprites.tokenizer.config, sampling=sampling)
     return {
         "parameters": sum(p.numel() for p in lm.parameters()),
@@ -161,9 +163,11 @@ def scored(model: DiCoDe, stage: LanguageTraining, videos: Sequence[CachedVideo]
     """Energy score of the first two key frames, without guidance, whose samples are of no distribution."""
     videos = videos[:: max(1, len(videos) // CONDITIONS)][:CONDITIONS]
     ids, truth = stage.sample_of(videos, key_frames=2)
-    sampling = {**sampling_of(model.lm.config.head), "guidance": 1.0}
+    sampling = SamplingConfig(**{**sampling_of(model.lm.config.head.kind), "guidance": 1.0})
     indices = list(range(SAMPLES * len(ids)))
-    tokens = model.lm.generate(ids.repeat_interleave(SAMPLES, 0), 2, seed=seed, sample_indices=indices, **sampling)
+    tokens = model.lm.generate(
+        ids.repeat_interleave(SAMPLES, 0), 2, seed=seed, sample_indices=indices, sampling=sampling
+    )
     samples = torch.stack(list(tokens), dim=1).unflatten(0, (-1, SAMPLES)).flatten(2)
     return energy_score(samples.numpy(), truth.flatten(1).numpy())
 
@@ -188,8 +192,7 @@ def energy_score(samples: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
 def key_frame_features(model: DiCoDe, extractor: EfficientNetLite0Features, caption: str, seed: int) -> np.ndarray:
     """Features of the first key frame of several samples, as the key-frame head decodes it."""
     ids = model.text.encode([caption] * SAMPLES, model.lm.config.text_length)
-    sampling = {name: getattr(model.sampling, name) for name in SAMPLING}
-    tokens = next(model.lm.generate(ids, 1, seed=seed, **sampling))
+    tokens = next(model.lm.generate(ids, 1, seed=seed, sampling=model.sampling))
     frames = model.tokenizer.frames_of(model.tokenizer.key_latents(tokens)[None])[0]
     return extractor.frame_features(frames).double().numpy()
 

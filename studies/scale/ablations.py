@@ -48,7 +48,10 @@ def ablated_runs(base: LanguageRun, studies: tuple[str, ...], folder: Path) -> d
         runs[name] = replace(base, tokenizer=str(linear_tokenizer(base, tokens, width, folder)), model=other)
     base = runs["base"]
     if "head" in studies:
-        runs |= {f"head {head}": replace(base, model=replace(model, head=head, flow_width=96)) for head in HEADS}
+        runs |= {
+            f"head {head}": replace(base, model=replace(model, head=replace(model.head, kind=head, width=96)))
+            for head in HEADS
+        }
     if "noise" in studies:
         runs |= {f"noise {share:g}": replace(base, model=replace(model, input_noise=share)) for share in NOISE}
     return runs

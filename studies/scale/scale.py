@@ -8,7 +8,7 @@ steps, that of a normal distribution; with Muon they were 0.06 nats apart after 
 
 from dataclasses import replace
 
-from dicode.lm.presets import SIZES
+from dicode.lm.presets import SIZES, BodyConfig
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
 
 LR = 3e-3  # of Muon, whose updates have one size at every width; tried on training clips kept out of training
@@ -43,8 +43,9 @@ def llama_19m() -> LanguageRun:
 def _language_model(width: int, depth: int, heads: int) -> LanguageRun:
     """The published arrangement, a mixture over one token after the other, with half of its components."""
     model = replace(
-        SIZES["sprites"], width=width, depth=depth, heads=heads, vocab_size=1024, text_length=16,
-        positions=16 + 17 * 8, max_keyframes=8, components=8, input_noise=0.3,
+        SIZES["sprites"], body=BodyConfig("llama", width=width, depth=depth, heads=heads),
+        head=replace(SIZES["sprites"].head, components=8), vocab_size=1024, text_length=16, positions=16 + 17 * 8,
+        max_keyframes=8, input_noise=0.3,
     )  # fmt: skip
     optim = OptimConfig(
         steps=SAMPLES // BATCH_SIZE, batch_size=BATCH_SIZE, optimizer="muon", lr=LR, warmup_steps=30,

@@ -43,6 +43,7 @@ def llama_1b() -> LanguageRun:
 
 def _language_model(width: int, depth: int, heads: int) -> LanguageRun:
     base = load_run(BASE)
-    lr = base.loop.optim.lr * (base.model.width / width) ** 0.5
+    lr = base.loop.optim.lr * (base.model.body.width / width) ** 0.5
+    body = replace(base.model.body, width=width, depth=depth, heads=heads)
     loop = replace(base.loop, prefetch=True, optim=replace(base.loop.optim, lr=lr))
-    return replace(base, model=replace(base.model, width=width, depth=depth, heads=heads), loop=loop)
+    return replace(base, model=replace(base.model, body=body), loop=loop)

@@ -33,7 +33,7 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
     check_model_folder(output)
     narrow = DiCoDe.from_pretrained(name_or_folder)
     held, lm = narrow.tokenizer, narrow.lm
-    if held.linear_code is None or (held.config.denoiser.kind, lm.config.head) != ("hourglass", "flow"):
+    if held.linear_code is None or (held.config.denoiser.kind, lm.config.head.kind) != ("hourglass", "flow"):
         raise ValueError(f"{name_or_folder}: expected a linear code, a denoiser 'hourglass' and a head 'flow'")
     torch.manual_seed(0)
     resampler = replace(held.config.resampler, token_width=token_width)

@@ -13,7 +13,7 @@ def write_tiny(folder: Path, kind: str = "own", **changes: Any) -> Path:
     from test_tokenizer import DENOISERS, tiny_config, tiny_tokenizer
 
     from dicode.lm.deep_lm import DeepTokenLM
-    from dicode.lm.presets import DeepLMConfig
+    from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
     from dicode.lm.text import TextTokenizer
     from dicode.pipeline import DiCoDe
     from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, SamplingConfig
@@ -28,20 +28,14 @@ def write_tiny(folder: Path, kind: str = "own", **changes: Any) -> Path:
         }
     tokenizer = tiny_tokenizer(sampling=SamplingConfig(steps=2, variance_scale=0.5), **changes)
     config = DeepLMConfig(
-        body="llama" if kind == "own" else "gpt2",
-        head="mixture" if kind == "own" else "flow",
-        width=24,
-        depth=1,
-        heads=2,
+        BodyConfig("llama" if kind == "own" else "gpt2", width=24, depth=1, heads=2),
+        head=HeadConfig("mixture" if kind == "own" else "flow", components=2, width=16, depth=1),
         positions=12 + 10 * 5,
         vocab_size=300,
         token_width=tokenizer.config.resampler.token_width,
         max_keyframes=9,
         text_length=12,
         tokens_per_keyframe=tokenizer.config.resampler.queries,
-        components=2,
-        flow_width=16,
-        flow_depth=1,
         end_frame_conditioning=True,
     )
     torch.manual_seed(1)
