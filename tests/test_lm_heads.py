@@ -26,10 +26,10 @@ VARIANCES = torch.tensor([[[[0.04, 0.09], [0.25, 0.01], [0.16, 0.36]]]])
 LOG_WEIGHTS = torch.tensor([[0.2, 0.5, 0.3]]).log()
 
 
-def config_of(width: int, token_width: int, places: int = 1, **head: Any) -> DeepLMConfig:
-    """Of a head for hidden states of `width`, which predicts `places` tokens together."""
+def config_of(hidden_width: int, token_width: int, places: int = 1, **head: Any) -> DeepLMConfig:
+    """Of a head for hidden states of `hidden_width`, which predicts `places` tokens together."""
     return DeepLMConfig(
-        BodyConfig("llama", width, depth=1, heads=1),
+        BodyConfig("llama", hidden_width, depth=1, heads=1),
         positions=99,
         vocab_size=9,
         token_width=token_width,
