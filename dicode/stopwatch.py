@@ -1,4 +1,4 @@
-"""How long each stage of a command takes, and how far long work is."""
+"""Times of a command's stages, and the progress of long work."""
 
 import sys
 import threading
@@ -9,13 +9,13 @@ from typing import ClassVar, TypeVar
 
 from tqdm import tqdm
 
-FIRST_AFTER_S = 2.0  # work that takes less is not worth a line
+FIRST_AFTER_S = 2.0  # no line for shorter work
 EVERY_S = 30.0
 T = TypeVar("T")
 
 
 class Stopwatch:
-    """Seconds spent in named stages; while an inner stage runs, the outer one stands still."""
+    """Seconds spent in named stages; an inner stage's are not counted for the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -34,7 +34,7 @@ class Stopwatch:
             self._running.pop()
 
     def timed(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Time the making of every item, not what is done with it."""
+        """Time the iteration itself, not what is done with its items."""
         iterator = iter(items)
         while True:
             with self.stage(name):
@@ -45,9 +45,9 @@ class Stopwatch:
             yield item
 
     def text(self, before: Mapping[str, float] | None = None) -> str:
-        """The seconds of each stage, or those added since an earlier copy of `seconds`."""
-        added = {name: seconds - (before or {}).get(name, 0.0) for name, seconds in self.seconds.items()}
-        return " · ".join(f"{name} {seconds:.2f} s" for name, seconds in added.items() if seconds > 0)
+        """The seconds of each stage, since `before`, an earlier copy of `seconds`, if given."""
+        spent = {name: seconds - (before or {}).get(name, 0.0) for name, seconds in self.seconds.items()}
+        return " · ".join(f"{name} {seconds:.2f} s" for name, seconds in spent.items() if seconds > 0)
 
     def _turn(self) -> None:
         now = time.perf_counter()
@@ -58,11 +58,10 @@ class Stopwatch:
 
 
 class Progress:
-    """`total` units of work, or work that is not counted; a context, whose `update` counts what is done.
+    """A context for `total` units of work (None: uncounted), on stderr: a bar on a terminal, else lines.
 
-    Without a terminal a line says what and how many once two seconds have passed, then one every half minute how many
-    are done and, from the time that those took, how long the rest will take. Of work within other work only the
-    innermost speaks. Both go to stderr.
+    The first line comes after two seconds, the next ones every half minute, with the units done and the time left. Of
+    nested work only the innermost prints.
     """
 
     _running: ClassVar[list["Progress"]] = []  # the innermost last
@@ -80,7 +79,7 @@ class Progress:
         if sys.stderr.isatty():
             self._bar = tqdm(desc=self.what, total=self.total, unit=self.unit or "it", delay=FIRST_AFTER_S, leave=False)
         else:
-            self._thread = threading.Thread(target=self._speak, daemon=True)
+            self._thread = threading.Thread(target=self._print_lines, daemon=True)
             self._thread.start()
         return self
 
@@ -93,7 +92,7 @@ class Progress:
             self._thread.join()
 
     def update(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count units that are done."""
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -103,7 +102,7 @@ class Progress:
         tqdm.write(text)
 
     def line(self, spent_s: float) -> str:
-        """Where the work stands after so many seconds."""
+        """The progress after so many seconds, as one line."""
         unit = f" {self.unit}{'es' if self.unit.endswith('ch') else 's'}" if self.unit else ""
         if self.total is None:
             return f"{self.what}: {duration(spent_s)} so far"
@@ -112,7 +111,7 @@ class Progress:
         left_s = spent_s * (self.total - self.done) / self.done
         return f"{self.what}: {self.done:,} of {self.total:,}{unit}, about {duration(left_s)} to go"
 
-    def _speak(self) -> None:
+    def _print_lines(self) -> None:
         wait_s = FIRST_AFTER_S
         while not self._ended.wait(wait_s):
             if self._running[-1:] == [self]:
@@ -121,7 +120,7 @@ class Progress:
 
 
 def tracked(items: Iterable[T], what: str, unit: str = "", total: int | None = None) -> Iterator[T]:
-    """The items, with a `Progress` as long as they last; `total` where they cannot be counted."""
+    """Iterate with a `Progress`; `total` is for items without a length."""
     count = len(items) if total is None and isinstance(items, Sized) else total
     with Progress(what, count, unit) as progress:
         for item in items:
