@@ -37,9 +37,7 @@ pipeline_tag: text-to-video
 
 # {repo_id}
 
-A text-to-video model for `dicode`.
-
-    dicode generate "a prompt" --model {repo_id}
+A text-to-video model: `dicode generate "a prompt" --model {repo_id}`
 """
 INITIALISERS = ("torch.nn.init", "transformers.initialization")  # the latter wraps the former
 T = TypeVar("T")
@@ -78,17 +76,13 @@ def read_section(folder: Path, name: str, kind: type[T]) -> T:
     return config_from_dict(kind, sections[name], f"{folder}/config.json: {name}")
 
 
-# Names and the Hub
-
-
 def resolve(name_or_folder: str | Path | None = None, revision: str | None = None) -> Path:
     """The folder of a checkpoint: one on disk, a bundled model (default: `sprites`), or `owner/name` on the Hub.
 
     A repository is downloaded once and then read from the Hub's cache, offline too; `revision` is its branch, tag or
     commit (default: main). A `Path` is never looked up on the Hub.
     """
-    if name_or_folder is None:
-        name_or_folder = DEFAULT_MODEL
+    name_or_folder = DEFAULT_MODEL if name_or_folder is None else name_or_folder
     for folder in (Path(name_or_folder), CHECKPOINTS / name_or_folder):
         if (folder / "config.json").is_file():
             if revision is not None:
@@ -170,9 +164,6 @@ def push_folder(
     return str(url)
 
 
-# Saving
-
-
 def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None, beside: Path | None = None) -> None:
     """Write a module's state as one safetensors file, floating-point tensors as `dtype` where given.
 
@@ -218,7 +209,7 @@ def kept_tensors(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str,
 
 
 def content_hash(*files: Path) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of files' names and contents."""
+    """Sixteen hexadecimal digits for the names and contents of files."""
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
@@ -253,9 +244,6 @@ def check_seal(path: Path) -> None:
         raise CheckpointError(f"{damaged}: not the content that was saved with this model; download or copy it again")
 
 
-# Loading
-
-
 def load_model(
     folder: Path,
     build: Callable[[], M],
@@ -267,6 +255,8 @@ def load_model(
     Parameters have `dtype` (None: as built). Files' headers are compared with a model without memory first, so that
     nothing is allocated for sizes that do not fit. Raises `CheckpointError`.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point one, got {dtype}")
     try:
         with torch.device("meta"), without_initialisation(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -280,7 +270,8 @@ def load_model(
                 raise _mismatch(str(folder / name), problems)
     with without_initialisation():
         model = build()
-    cast_parameters(model, dtype)
+    for parameter in model.parameters():  # buffers stay float32: bfloat16 turns the angles of position 1,000 by 2 rad
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
     for name, module in parts(model).items():
         load_weights(module, folder / name)
     return model.eval()
@@ -298,17 +289,6 @@ class without_initialisation(TorchFunctionMode):
         if getattr(func, "__module__", None) in INITIALISERS:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
-
-
-def cast_parameters(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Give all parameters this dtype; None leaves them.
-
-    Buffers stay float32: bfloat16 would turn the angles of position 1,000 by up to two radians.
-    """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating-point one, got {dtype}")
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype or parameter.dtype)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -413,11 +393,11 @@ def _names(file: Any) -> list[str]:
 
 def _header(file: Any) -> dict[str, TensorHeader]:
     """The header of an open file; a quantized tensor counts as float."""
-    headers, scaled = {}, {name.removesuffix(SCALES) for name in file.keys() if name.endswith(SCALES)}  # noqa: SIM118
+    headers, names = {}, set(file.keys())
     for name in _names(file):
         part = file.get_slice(name)
         shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
-        if dtype == "I8" and name in scaled:
+        if dtype == "I8" and name + SCALES in names:
             scales = file.get_slice(name + SCALES)
             one_a_row = (shape[0], *[1] * (len(shape) - 1)) if shape else ()
             fits = tuple(scales.get_shape()) == one_a_row and scales.get_dtype() in FLOATS.values()
@@ -429,9 +409,6 @@ def _header(file: Any) -> dict[str, TensorHeader]:
 def _read(file: Any, name: str) -> Tensor:
     value = file.get_tensor(name)
     return value.float() * file.get_tensor(name + SCALES) if value.dtype == torch.int8 else value
-
-
-# Folders
 
 
 @contextmanager

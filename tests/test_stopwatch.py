@@ -1,11 +1,11 @@
-"""Long work says how far it is, without a terminal too."""
+"""Progress of long work, with a terminal and without."""
 
 import io
 import time
 
 import pytest
 
-from dicode import progress
+from dicode import stopwatch
 from dicode.stopwatch import Progress, duration, tracked
 
 
@@ -21,33 +21,33 @@ def test_a_line_says_what_is_left_from_what_was_done() -> None:
 def test_lines_come_without_a_terminal_while_one_item_lasts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "FIRST_AFTER_S", 0.01)
-    monkeypatch.setattr(progress, "EVERY_S", 0.01)
-    said = io.StringIO()
-    monkeypatch.setattr("sys.stderr", said)
+    monkeypatch.setattr(stopwatch, "FIRST_AFTER_S", 0.01)
+    monkeypatch.setattr(stopwatch, "EVERY_S", 0.01)
+    printed = io.StringIO()
+    monkeypatch.setattr("sys.stderr", printed)
     items = []
     for item in tracked([1, 2], "working", "clip"):
         items.append(item)
         if item == 1:
             begun_s = time.monotonic()
-            while said.getvalue().count("\n") < 3 and time.monotonic() < begun_s + 600:
+            while printed.getvalue().count("\n") < 3 and time.monotonic() < begun_s + 600:
                 time.sleep(0.01)
     assert items == [1, 2]
-    assert said.getvalue().startswith("working: 2 clips") and said.getvalue().count("\n") >= 3
+    assert printed.getvalue().startswith("working: 2 clips") and printed.getvalue().count("\n") >= 3
 
 
-def test_only_the_innermost_work_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "FIRST_AFTER_S", 0.01)
-    monkeypatch.setattr(progress, "EVERY_S", 0.01)
-    said = io.StringIO()
-    monkeypatch.setattr("sys.stderr", said)
+def test_only_the_innermost_work_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "FIRST_AFTER_S", 0.01)
+    monkeypatch.setattr(stopwatch, "EVERY_S", 0.01)
+    printed = io.StringIO()
+    monkeypatch.setattr("sys.stderr", printed)
 
     def last_lines() -> set[str]:
         """What the next three lines begin with, at the most after a minute."""
-        began_s, before = time.monotonic(), said.getvalue().count("\n")
-        while said.getvalue().count("\n") < before + 4 and time.monotonic() < began_s + 60:
+        began_s, before = time.monotonic(), printed.getvalue().count("\n")
+        while printed.getvalue().count("\n") < before + 4 and time.monotonic() < began_s + 60:
             time.sleep(0.01)
-        return {line.split(":")[0] for line in said.getvalue().splitlines()[before + 1 :]}
+        return {line.split(":")[0] for line in printed.getvalue().splitlines()[before + 1 :]}
 
     with Progress("outer"):
         with Progress("inner"):
@@ -56,7 +56,7 @@ def test_only_the_innermost_work_speaks(monkeypatch: pytest.MonkeyPatch) -> None
     assert Progress("reading", 3, "batch").line(0.0) == "reading: 3 batches"
 
 
-def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(tracked([1, 2, 3], "working")) == [1, 2, 3]
     assert capsys.readouterr() == ("", "")
 
@@ -64,5 +64,5 @@ def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.2, "0 s"), (40.0, "40 s"), (300.0, "5 min"), (7500.0, "2 h 5 min"), (273_600.0, "3 d 4 h")]
 )
-def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
+def test_durations_have_at_most_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
