@@ -1,4 +1,4 @@
-"""Text to video: the one place where the language model and the decoder meet."""
+"""Text to video: prompt → key frames (language model) → clips (decoder)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,20 +19,20 @@ from dicode.tokenizer.config import SamplingConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.video.timed import Still, Video
 
-Prompt = str | Sequence[Shot]  # a storyboard's shots follow one another within one video
+Prompt = str | Sequence[Shot]  # one text, or the shots of a storyboard
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of videos before any of it is written, a batch entry each. `DiCoDe.given` makes it of frames."""
+    """Conditions of a batch of videos besides their prompts; `DiCoDe.given` encodes them from frames."""
 
-    key_frames: DeepTokens | None = None  # `b k n d`, what they begin with; clips come from the last of them on
-    before: FrameStack | None = None  # the frames right before that last one, for chained joins
-    goal: KeyFrameTokens | Literal["first"] | None = None  # the key frame that they end on
+    key_frames: DeepTokens | None = None  # `b k n d`, prefix of the sequence; clips start at the last of them
+    before: FrameStack | None = None  # the frames right before that last key frame, context for chained joins
+    goal: KeyFrameTokens | Literal["first"] | None = None  # the key frame that the video ends on
 
 
 class DiCoDe:
-    """A tokenizer and a language model that share deep tokens: prompts in, clips out."""
+    """A tokenizer and a language model that share deep tokens."""
 
     def __init__(self, tokenizer: VideoTokenizer, lm: DeepTokenLM):
         n, d = tokenizer.config.resampler.queries, tokenizer.config.resampler.token_width
@@ -54,7 +54,7 @@ class DiCoDe:
         revision: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "DiCoDe":
-        """Load a checkpoint folder, a model in the box (default: `sprites`) or `owner/name` from the Hub, strictly.
+        """Load a checkpoint folder, a bundled model (default: `sprites`) or `owner/name` from the Hub, strictly.
 
         `revision` is a branch, tag or commit on the Hub, `dtype` that of the parameters (default: float32).
         """
@@ -63,44 +63,27 @@ class DiCoDe:
         return cls(tokenizer, DeepTokenLM.from_pretrained(folder, dtype=dtype).to(device))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a checkpoint folder (weights and `config.json`; the model card is the caller's)."""
-        folder = Path(folder)
-        write_config(
-            folder,
-            {
-                "tokenizer": self.tokenizer.save_pretrained(folder, dtype),
-                "lm": self.lm.save_part(folder, dtype),
-                "deep_tokens": self.tokenizer.token_hash(dtype),
-            },
-        )
+        """Write a checkpoint folder (weights and `config.json`, without a model card)."""
+        sections = {
+            "tokenizer": self.tokenizer.save_pretrained(folder, dtype),
+            "lm": self.lm.save_part(Path(folder), dtype),
+            "deep_tokens": self.tokenizer.token_hash(dtype),
+        }
+        write_config(Path(folder), sections)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload a dicode model",
-        card: str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> str:
-        """Upload what `save_pretrained` writes, and a model card, to a repository on the Hub; returns its address.
+    def push_to_hub(self, repo_id: str, *, dtype: torch.dtype | None = None, **options: Any) -> str:
+        """Upload the model and a model card to a repository on the Hub; returns its address.
 
-        Repository and branch (`revision`, default: main) are made where missing. `card` is the text of README.md;
-        without one a card that is there stays. Raises `ValueError` where `private` is asked of a public repository.
+        Options are those of `push_folder`: private, revision, token, commit_message, card.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, dtype)
-            return push_folder(
-                Path(folder),
-                repo_id,
-                private=private,
-                revision=revision,
-                token=token,
-                commit_message=commit_message,
-                card=card,
-            )
+            return push_folder(Path(folder), repo_id, **options)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The model's own sampling, for what a caller leaves out."""
+        return self.tokenizer.config.sampling
 
     def num_frames(self, seconds: float) -> int:
         """Frames of a video of this length, at least one."""
@@ -114,11 +97,10 @@ class DiCoDe:
         continued: Video | None = None,
         loop: bool = False,
     ) -> Given:
-        """What one video shall begin and end with, uint8 `f h w c` of the tokenizer's size (images: `1 h w c`).
+        """Conditions of one video, from uint8 frames `f h w c` of the tokenizer's size (images: `1 h w c`).
 
-        `image` is its first frame, `last_image` the one after its last, `loop` makes that the first again. `continued`
-        is a video that it goes on from, beginning on its last frame; key frames read of it are those of
-        `key_places`. Raises `ValueError` for two beginnings or two ends.
+        `image` is its first frame, `last_image` the one after its last, `loop` makes that the first frame. A video
+        `continued` from another begins on the other's last frame. Raises `ValueError` for two beginnings or two ends.
         """
         if image is not None and continued is not None:
             raise ValueError("image and continued: a video begins with one of them")
@@ -145,16 +127,19 @@ class DiCoDe:
         seed: int | SeedPlan = 0,
         sample_index: int = 0,
         given: Given | None = None,
+        sampling: SamplingConfig | None = None,
         **options: object,
     ) -> Iterator[Video]:
-        """Clips of one video, uint8 `f h w c`, each made when asked for; together exactly `seconds` long (default: 4).
+        """Clips of one video, uint8 `f h w c`, each rendered when asked for; together exactly `seconds` (default: 4).
 
-        `prompt` is a text, or the shots of a storyboard, which bring their own seconds. `given` is what it begins and
-        ends with, `options` are fields of `SamplingConfig`. Raises `ValueError` at the call for an empty prompt, an
-        unknown option, or more seconds than the language model has positions for.
+        The shots of a storyboard bring their own seconds. `options` change fields of `sampling` (default: the model's
+        own). Raises `ValueError` at the call for an empty prompt, an unknown option, or more seconds than the language
+        model has positions for.
         """
+        sampling = (sampling or self.sampling).changed(**options)
+        indices = [sample_index]
         clips = self.generate_batch(
-            [prompt], seconds=seconds, seed=seed, sample_indices=[sample_index], given=given, **options
+            [prompt], seconds=seconds, seed=seed, sample_indices=indices, given=given, sampling=sampling
         )
         return (clip[0].numpy() for clip in clips)
 
@@ -166,13 +151,16 @@ class DiCoDe:
         seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
         given: Given | None = None,
+        sampling: SamplingConfig | None = None,
         **options: object,
     ) -> Iterator[FrameStack]:
-        """As `generate` for several prompts at once: clips uint8 `b f h w c`, sample i as if it were made alone."""
-        indices = list(range(len(prompts))) if sample_indices is None else list(sample_indices)
-        key_frames = self.write(prompts, seconds=seconds, seed=seed, sample_indices=indices, given=given, **options)
+        """As `generate` for several prompts: clips uint8 `b f h w c`; a sample does not depend on its batch."""
+        sampling = (sampling or self.sampling).changed(**options)
         length = length_s(prompts, seconds)
-        return self.render(key_frames, length, seed=seed, sample_indices=indices, given=given, **options)
+        key_frames = self.write(
+            prompts, seconds=seconds, seed=seed, sample_indices=sample_indices, given=given, sampling=sampling
+        )
+        return self.render(key_frames, length, seed=seed, sample_indices=sample_indices, given=given, sampling=sampling)
 
     def write(
         self,
@@ -182,25 +170,26 @@ class DiCoDe:
         seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
         given: Given | None = None,
+        sampling: SamplingConfig | None = None,
         **options: object,
     ) -> Iterator[KeyFrameTokens]:
-        """The language model's part of `generate_batch`: key frames, from the first clip's head to the last one's tail.
+        """The language model's half of `generate_batch`: key frames, from the first clip's head to the last one's tail.
 
         A storyboard's prompt changes after the key frame that ends its shot. Everything is checked at the call.
         """
-        sampling, given = self.sampling.changed(**options), given or Given()
-        length = length_s(prompts, seconds)
+        sampling = (sampling or self.sampling).changed(**options)
+        given, config, length = given or Given(), self.tokenizer.config, length_s(prompts, seconds)
         scripts = [[Shot(p, length)] if isinstance(p, str) else list(p) for p in prompts]
         start = 0 if given.key_frames is None else given.key_frames.shape[1]
-        counts = key_frames_of(scripts[0], self.tokenizer.config.clip_s)
-        counts[-1] += self.tokenizer.config.num_clips(self.num_frames(length)) + 1 - sum(counts)
+        counts = key_frames_of(scripts[0], config.clip_s)
+        counts[-1] += config.num_clips(self.num_frames(length)) + 1 - sum(counts)
         counts[0] -= start > 0
         texts = [[shot.prompt for shot in shots] for shots in zip(*scripts, strict=True)]
         text_ids = [self.text.encode(part, self.lm.config.text_length).to(self.tokenizer.device) for part in texts]
 
-        def written(text: int, prefix: DeepTokens | None, count: int) -> Iterator[KeyFrameTokens]:
+        def written(shot: int, prefix: DeepTokens | None, count: int) -> Iterator[KeyFrameTokens]:
             return self.lm.generate(
-                text_ids[text],
+                text_ids[shot],
                 count,
                 prefix=prefix,
                 goal=given.goal,
@@ -214,12 +203,12 @@ class DiCoDe:
             done = given.key_frames
             if done is not None:
                 yield done[:, -1]
-            for text, count in enumerate(counts):
-                for tokens in written(text, done, count) if count else ():
+            for shot, count in enumerate(counts):
+                for tokens in written(shot, done, count) if count else ():
                     done = tokens[:, None] if done is None else torch.cat([done, tokens[:, None].to(done)], dim=1)
                     yield tokens
 
-        written(0, given.key_frames, sum(counts))  # writes nothing yet: it checks the whole length
+        written(0, given.key_frames, sum(counts))  # generates nothing yet: it checks the whole length
         return shots()
 
     def render(
@@ -230,45 +219,41 @@ class DiCoDe:
         seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
         given: Given | None = None,
-        **options: Any,
+        sampling: SamplingConfig | None = None,
+        **options: object,
     ) -> Iterator[FrameStack]:
-        """The decoder's part of `generate_batch`: the clips between key frames, made as they are asked for."""
+        """The decoder's half of `generate_batch`: the clips between key frames, each rendered when asked for."""
         given = given or Given()
         clips = self.tokenizer.decode_pairs(
             consecutive(key_frames),
+            sampling=(sampling or self.sampling).changed(**options),
             seed=seed,
             sample_indices=sample_indices,
-            sampling=self.sampling.changed(**options),
             before=given.before,
             first_clip=0 if given.key_frames is None else given.key_frames.shape[1] - 1,
         )
         return trimmed(clips, self.num_frames(seconds))
 
-    @property
-    def sampling(self) -> SamplingConfig:
-        """How the model is sampled where the caller asks for nothing else."""
-        return self.tokenizer.config.sampling
-
     def reconstruct(self, frames: Video, *, seed: int = 0, **options: object) -> Iterator[Video]:
-        """Clips of a video after its way through deep tokens; as many frames as went in, less a lone last one."""
+        """A video's clips after encoding and decoding; as many frames as the input, less a lone last one."""
         tokens = self.tokenizer.encode(torch.from_numpy(np.ascontiguousarray(frames))[None])
         clips = self.tokenizer.decode(tokens, seed=seed, sampling=self.sampling.changed(**options))
         return (clip[0].numpy() for clip in trimmed(clips, len(frames)))
 
 
 def key_places(frames: int, spacing: int) -> list[int]:
-    """Which frames of a video to go on from are its key frames: every `spacing`-th, counted from the last one back.
+    """The key frames of a video to continue: every `spacing`-th frame, counted back from the last one.
 
-    Its first frame is one too where it lies half that or more before the others: a language model learns how a video
-    goes on from how it began. Given the end of a clip alone it takes that for a beginning: with the bundled `sprites`,
-    clips that continued one of two seconds then moved 0.42 times as much (docs/long.md).
+    Its first frame is one too where it lies at least half that before the others: the language model takes a lone end
+    for a beginning. Without it, bundled `sprites` continued videos of two seconds with 0.42 of the motion
+    (docs/long.md).
     """
     places = list(range((frames - 1) % spacing, frames, spacing))
     return [0, *places] if 2 * places[0] >= spacing else places
 
 
 def length_s(prompts: Sequence[Prompt], seconds: float | None) -> float:
-    """How long the videos of these prompts last, all the same. Raises `ValueError` where that cannot be."""
+    """The length of a batch of videos. Raises `ValueError` for none, for two, or for an empty prompt."""
     if not prompts or not all(prompt.strip() if isinstance(prompt, str) else prompt for prompt in prompts):
         raise ValueError("expected a prompt of at least one word")
     boards = [prompt for prompt in prompts if not isinstance(prompt, str)]
@@ -281,12 +266,12 @@ def length_s(prompts: Sequence[Prompt], seconds: float | None) -> float:
     if len(durations) > 1 or len(boards) < len(prompts):
         raise ValueError(f"storyboards of one batch: expected shots of the same seconds, got {sorted(durations)}")
     if seconds is not None:
-        raise ValueError(f"seconds: a storyboard's shots say how long they last, got {seconds:g} as well")
+        raise ValueError(f"seconds: a storyboard's shots have their own, got {seconds:g} as well")
     return sum(shot.seconds for shot in boards[0])
 
 
 def consecutive(key_frames: Iterator[KeyFrameTokens]) -> Iterator[DeepTokens]:
-    """Key frames one by one → (head, tail) pairs `b 2 n d`; reads one key frame ahead, no more."""
+    """Key frames one by one → (head, tail) pairs `b 2 n d`; reads one key frame ahead."""
     head = next(key_frames)
     for tail in key_frames:
         yield torch.stack([head, tail], dim=1)
@@ -294,10 +279,7 @@ def consecutive(key_frames: Iterator[KeyFrameTokens]) -> Iterator[DeepTokens]:
 
 
 def trimmed(clips: Iterator[FrameStack], num_frames: int) -> Iterator[FrameStack]:
-    """The first `num_frames` frames of a stream of clips; clips after them are never made."""
-    while num_frames > 0:
-        clip = next(clips, None)
-        if clip is None:
-            return
+    """The first `num_frames` frames of a stream of clips; later clips are not rendered."""
+    while num_frames > 0 and (clip := next(clips, None)) is not None:
         yield clip[:, :num_frames].cpu()
         num_frames -= clip.shape[1]
