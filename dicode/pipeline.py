@@ -136,10 +136,9 @@ class DiCoDe:
         own). Raises `ValueError` at the call for an empty prompt, an unknown option, or more seconds than the language
         model has positions for.
         """
-        sampling = (sampling or self.sampling).changed(**options)
         indices = [sample_index]
         clips = self.generate_batch(
-            [prompt], seconds=seconds, seed=seed, sample_indices=indices, given=given, sampling=sampling
+            [prompt], seconds=seconds, seed=seed, sample_indices=indices, given=given, sampling=sampling, **options
         )
         return (clip[0].numpy() for clip in clips)
 

@@ -25,7 +25,19 @@ from test_tokenizer import DENOISERS, tiny_config, tiny_tokenizer
 from torch import Tensor, nn
 
 from dicode import checkpoint as hub
-from dicode.checkpoint import load_state, load_weights, read_config, resolve, save_weights, write_config
+from dicode.checkpoint import (
+    CHECKPOINTS,
+    SEAL,
+    check_model_folder,
+    check_seal,
+    load_state,
+    load_weights,
+    model_folder,
+    read_config,
+    resolve,
+    save_weights,
+    write_config,
+)
 from dicode.cli.app import main
 from dicode.config import CheckpointError
 from dicode.lm.deep_lm import DeepTokenLM
@@ -546,3 +558,114 @@ def test_quantized_tensors_and_their_scales_belong_together(tmp_path):
         save_file(changed, tmp_path / "other.safetensors")
         with pytest.raises(CheckpointError, match=name):
             load_weights(linear(), tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "a": 2}', "the key 'a' is given twice"),
+        ("[" * 100_000, "config.json: not readable as JSON .*nested too deeply"),
+        ("9" * 5000, "config.json: not readable as JSON"),
+        ("{", "config.json: not readable as JSON"),
+    ],
+)
+def test_json_that_python_takes_or_chokes_on_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_config(tmp_path)
+
+
+def changed_header(path: Path, change: Any) -> None:
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    head = json.dumps(header).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + raw[8 + size :])
+
+
+def test_weights_of_another_type_or_content_than_was_saved_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    model = DiCoDe.from_pretrained(tiny_model)
+    model.save_pretrained(tmp_path / "half", torch.float16)
+    again = {file.name: file.read_bytes() for file in (tmp_path / "half").iterdir()}
+    model.save_pretrained(tmp_path / "half", torch.float16)
+    assert again == {file.name: file.read_bytes() for file in (tmp_path / "half").iterdir()}  # seals and all
+    weights = tmp_path / "half/lm.safetensors"
+    changed_header(weights, lambda header: header["embedding.place"].update(dtype="BF16"))
+    with pytest.raises(CheckpointError, match=r"lm.safetensors: not the content that was saved"):
+        DiCoDe.from_pretrained(tmp_path / "half")
+    weights.write_bytes(again[weights.name])
+    (tmp_path / "half/tokenizer.json").write_text(again["tokenizer.json"].decode().replace('"Lowercase"', '"NFD"', 1))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: not the content that was saved"):
+        DiCoDe.from_pretrained(tmp_path / "half")
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_numbers_of_another_kind_are_refused(tmp_path: Path, tiny_model: Path, kind: torch.dtype) -> None:
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "lm.safetensors"
+    state = load_file(weights)
+    save_file({**state, "embedding.place": state["embedding.place"].to(kind)}, weights)
+    with pytest.raises(CheckpointError, match=r"embedding.place: expected F16 or BF16 or F32 or F64, got"):
+        DiCoDe.from_pretrained(tmp_path)
+    save_file({name: t.double() if t.is_floating_point() else t for name, t in state.items()}, weights)
+    DiCoDe.from_pretrained(tmp_path)  # more digits are no harm, and what others wrote has no seal
+
+
+def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path: Path, tiny_model: Path) -> None:
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["lm"]["body"] |= {"width": 65536, "feed_forward": 65536, "depth": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"lm.safetensors does not fit .*"):  # 3,000 GiB, were they allocated
+        DiCoDe.from_pretrained(tmp_path)
+
+
+def test_bundled_weights_are_sealed() -> None:
+    for path in CHECKPOINTS.glob("*/*.safetensors"):
+        check_seal(path)
+        raw = path.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        beside = (path.parent / "tokenizer.json").is_file() and path.stem in ("lm", "video_text")
+        assert len(header["__metadata__"][SEAL]) == (32 if beside else 16)
+
+
+def half_a_model(folder: Path) -> None:
+    with model_folder(folder) as made:
+        (made / "w.safetensors").write_text("half")
+        raise RuntimeError("halfway")
+
+
+def test_a_model_is_never_written_over_files_of_others(tmp_path: Path, tiny_model: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with model_folder(mine) as made:  # empty: taken
+        save_weights(torch.nn.Linear(2, 2), made / "w.safetensors")
+        (made / "config.json").write_text('{"format": 2}')
+    with pytest.raises(RuntimeError, match="halfway"):
+        half_a_model(mine)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+    check_seal(mine / "w.safetensors")
+    (mine / "README.md").write_text("card")
+    with model_folder(mine) as made:
+        (made / "config.json").write_text('{"format": 2, "lm": {}}')
+    assert sorted(path.name for path in mine.iterdir()) == ["README.md", "config.json"]
+    assert read_config(mine) == {"lm": {}}
+    (mine / "thesis.tex").write_text("x")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "file").write_text("x")
+    for folder, found in ((mine, "thesis.tex"), (foreign, "config.json"), (tmp_path / "file", "got a file")):
+        with pytest.raises(CheckpointError, match=found):
+            check_model_folder(folder)
+    assert main(["assemble", str(tiny_model), str(tiny_model), "-o", str(mine)]) == 2
+    assert (mine / "thesis.tex").read_text() == "x"
+
+
+def test_a_section_that_no_part_reads_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"format": 2, "tokenizer": {}, "tokeniser": {}}')
+    with pytest.raises(CheckpointError, match=r"config.json: unknown section .tokeniser. \(did you mean 'tokenizer'"):
+        read_config(tmp_path)

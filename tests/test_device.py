@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dicode.device
 from dicode.cli.flags import Encode
-from dicode.device import compute_dtype, has_bfloat16
+from dicode.device import compute_dtype, has_bfloat16, pick_device
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig
 from dicode.train.stages import Run, run_recipe
@@ -113,3 +113,9 @@ def test_a_processor_is_asked_for_its_instructions(monkeypatch: pytest.MonkeyPat
         assert has_bfloat16(CPU) == (avx512 or amx)
     monkeypatch.setattr(dicode.device.platform, "machine", lambda: "aarch64")  # there oneDNN alone knows
     assert has_bfloat16(CPU)
+
+
+def test_a_device_without_numbers_is_refused() -> None:
+    for name in ("meta", "toaster", ""):
+        with pytest.raises(ValueError, match="cannot be used here"):
+            pick_device(name)

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +157,21 @@ def test_a_prompt_that_would_change_between_key_frames_is_refused(durations_s, s
 def test_a_storyboard_is_read_without_torch():
     program = "import dicode.storyboard, sys; assert not {'torch', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 20_000, "expected YAML .*recursion"),
+        ("a: &a [x]\nb: *a", "has no aliases"),
+        ("- {seconds: 1.0e+308, prompt: x}", "at most 86,400"),
+        ("- {seconds: " + "9" * 5000 + ", prompt: x}", "expected YAML"),
+        ("- {seconds: 2024-99-99, prompt: x}", "expected YAML"),
+        ("- " + "x" * 10**6, "section of Shot|at most"),
+    ],
+)
+def test_a_storyboard_that_grows_or_never_ends_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "board.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_storyboard(tmp_path / "board.yaml")
+    assert len(str(caught.value)) < 1000
