@@ -108,21 +108,22 @@ def downloaded(repo_id: str, files: Sequence[str], revision: str | None = None) 
     """
     from huggingface_hub import constants, errors, snapshot_download
 
-    url, cache = f"{constants.ENDPOINT}/{repo_id}", constants.HF_HUB_CACHE
-    advice = {  # GatedRepoError is a RepositoryNotFoundError too
+    url = f"{constants.ENDPOINT}/{repo_id}"
+    advice = {  # in this order: GatedRepoError is a RepositoryNotFoundError too
         errors.GatedRepoError: f"gated; ask for access at {url}, then run `hf auth login`",
         errors.RepositoryNotFoundError: f"no folder here and no repository at {url}; if private, run `hf auth login`",
         errors.RevisionNotFoundError: f"no such branch, tag or commit; see {url}",
-        errors.LocalEntryNotFoundError: f"no folder here, not in the cache {cache}, and the Hub cannot be reached; "
-        "connect once, or unset HF_HUB_OFFLINE",
+        errors.LocalEntryNotFoundError: f"no folder here, not in the cache {constants.HF_HUB_CACHE}, and the Hub "
+        "cannot be reached; connect once, or unset HF_HUB_OFFLINE",
     }
     try:
         # the first pattern would match in folders too, where training runs keep files that the model does not need
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"]))
     except Exception as error:  # errors of the Hub's HTTP library share no stable base class
-        reason = next((text for kind, text in advice.items() if isinstance(error, kind)), "download failed; try again")
-        asked = f"{repo_id!r}" if revision is None else f"{repo_id!r} at revision {revision!r}"
-        raise CheckpointError(f"{asked}: {reason} ({type(error).__name__}: {error})") from error
+        other = f"download failed, try again ({type(error).__name__}: {error})"
+        reason = next((text for kind, text in advice.items() if isinstance(error, kind)), other)
+        name = f"{repo_id!r}" if revision is None else f"{repo_id!r} at revision {revision!r}"
+        raise CheckpointError(f"{name}: {reason}") from error
 
 
 def model_name(folder: Path) -> str:
@@ -173,7 +174,9 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None
     state = {}
     for name, value in module.state_dict().items():
         stored, scales = as_stored(value.detach().cpu(), dtype)
-        state |= {name: stored.contiguous()} | ({} if scales is None else {name + SCALES: scales.contiguous()})
+        state[name] = stored.contiguous()
+        if scales is not None:
+            state[name + SCALES] = scales.contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     unknown = "0" * (32 if beside else 16)
     save_file(state, path, metadata={SEAL: unknown})  # a single key: the order of several varies
@@ -333,8 +336,9 @@ def mismatches(module: nn.Module, headers: Mapping[str, TensorHeader]) -> list[s
     own = module.state_dict()
     problems = [f"missing {name} {tuple(value.shape)}" for name, value in own.items() if name not in headers]
     problems += [f"unexpected {name}{nearest(name, list(own))}" for name in headers if name not in own]
-    for name in [name for name in headers if name in own]:
-        (shape, dtype), expected = headers[name], own[name]
+    for name, (shape, dtype) in headers.items():
+        if (expected := own.get(name)) is None:
+            continue
         if tuple(expected.shape) != shape:
             problems.append(f"{name}: expected shape {tuple(expected.shape)}, got {shape}")
         if expected.is_floating_point() != (dtype in FLOATS.values()):

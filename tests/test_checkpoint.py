@@ -213,9 +213,9 @@ def test_what_was_downloaded_once_loads_offline(fake_hub, published, monkeypatch
 @pytest.mark.parametrize(
     ("name", "revision", "message"),
     [
-        ("someone/else", None, r"no 'someone/else': neither a folder here nor a repository at http.*/else"),
+        ("someone/else", None, r"'someone/else': no folder here and no repository at http.*/else"),
         (REPOSITORY, "v9", r"'someone/tiny' at revision 'v9': no such branch, tag or commit"),
-        ("someone/gated", None, r"'someone/gated' is gated: ask for access at http.*/someone/gated, then run `hf auth"),
+        ("someone/gated", None, r"'someone/gated': gated; ask for access at http.*/someone/gated, then run `hf auth"),
         ("someone/empty", None, r"'someone/empty': no config.json .* this is no dicode checkpoint"),
         ("some--one/tiny", None, r"'some--one/tiny': download failed.*HFValidationError"),
         ("./nowhere", None, r"no checkpoint at './nowhere': expected a folder"),
