@@ -130,14 +130,17 @@ def check_ranges(config: Any, name: Callable[[str], str] = str, inside: str = ""
     except NameError:  # of a user's own dataclass, whose annotations cannot be resolved
         return
     for field in dataclasses.fields(config):
-        path = f"{inside}.{field.name}" if inside else field.name
+        path, value = f"{inside}.{field.name}" if inside else field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, name, path)
+            continue
         try:
-            _check(hints[field.name], getattr(config, field.name), name(path), (name, path))
+            _check(hints[field.name], value, name(path))
         except CheckpointError as error:
             raise RangeError(str(error)) from error
 
 
-def _check(hint: Any, value: Any, where: str, nested: tuple[Callable[[str], str], str] | None = None) -> None:
+def _check(hint: Any, value: Any, where: str) -> None:
     """Raise `CheckpointError` where a value of the right type is out of its annotation's range."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if value is None:
@@ -151,15 +154,12 @@ def _check(hint: Any, value: Any, where: str, nested: tuple[Callable[[str], str]
                 raise CheckpointError(f"{where}: expected {note.least} to {note.most} values, got {len(value)}")
             if note is Unicode and any("\ud800" <= letter <= "\udfff" for letter in value):
                 raise CheckpointError(f"{where}: expected text in UTF-8, got {value!r}")
-        _check(arguments[0], value, where, nested)
+        _check(arguments[0], value, where)
     elif origin in (typing.Union, types.UnionType):
-        _check(next(a for a in arguments if a is not type(None)), value, where, nested)
+        _check(next(a for a in arguments if a is not type(None)), value, where)
     elif isinstance(value, tuple):
         for item in value:
-            _check(arguments[0] if arguments else type(item), item, where, nested)
-    elif dataclasses.is_dataclass(value):
-        if nested is not None:
-            check_ranges(value, *nested)
+            _check(arguments[0] if arguments else type(item), item, where)
     elif isinstance(value, float) and not math.isfinite(value):
         raise CheckpointError(f"{where}: expected a finite number, got {value}")
     elif isinstance(value, int) and abs(value) > MOST_INTEGER:
