@@ -24,7 +24,7 @@ _SHOT = re.compile(rf"\[\s*(?P<seconds>{_NUMBER})\s*s\s*:(?P<prompt>[^\[\]]*)\]"
 
 @dataclass(frozen=True)
 class Shot:
-    """Raises `ValueError` for an empty prompt, and for no positive number of seconds or more than a day."""
+    """A prompt and its length. Raises `ValueError` for an empty prompt, and for seconds that are not 0 … a day."""
 
     prompt: str
     seconds: Annotated[float, Range(0, 86_400, above=True)]
