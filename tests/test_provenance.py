@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dicode import provenance as report
+from dicode import provenance
 from dicode.evaluate.generation import MotionRatio
 from dicode.provenance import read_result, write_result
 
@@ -48,12 +48,12 @@ def test_values_that_are_no_figures_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_commit_is_that_of_the_checkout_and_none_outside_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = tmp_path / "dicode" / "evaluate" / "report.py"
+    copy = tmp_path / "dicode" / "provenance.py"
     copy.parent.mkdir(parents=True)
-    shutil.copy(report.__file__, copy)
-    monkeypatch.setattr(report, "__file__", str(copy))
+    shutil.copy(provenance.__file__, copy)
+    monkeypatch.setattr(provenance, "__file__", str(copy))
     nothing = {"commit": None, "uncommitted_changes": None}
-    assert report.describe_commit() == nothing
+    assert provenance.describe_commit() == nothing
 
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "core.hooksPath=/dev/null")
@@ -61,10 +61,10 @@ def test_commit_is_that_of_the_checkout_and_none_outside_one(tmp_path: Path, mon
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init")
-    assert report.describe_commit() == nothing  # installed inside some other checkout: not tracked there
+    assert provenance.describe_commit() == nothing  # installed inside some other checkout: not tracked there
     git("add", ".")
-    assert report.describe_commit() == nothing  # tracked, but there is no commit yet
+    assert provenance.describe_commit() == nothing  # tracked, but there is no commit yet
     git("commit", "-m", "first")
-    assert report.describe_commit() == {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": False}
+    assert provenance.describe_commit() == {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": False}
     copy.write_text("# changed\n")
-    assert report.describe_commit()["uncommitted_changes"] is True
+    assert provenance.describe_commit()["uncommitted_changes"] is True

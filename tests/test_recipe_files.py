@@ -13,6 +13,7 @@ RUN = "from dataclasses import dataclass\n@dataclass\nclass Run:\n    steps: int
 
 def test_a_file_of_a_library_s_name_leaves_the_library_alone(tmp_path: Path) -> None:
     import tokenizers
+    import torch  # noqa: F401
 
     for name in ("tokenizers", "torch", "json", "dicode"):
         (tmp_path / f"{name}.py").write_text(RUN)
