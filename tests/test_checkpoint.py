@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_lm_deep_lm import build
+from test_lm_deep_lm import CONFIG, build
 from test_tokenizer import DENOISERS, tiny_config, tiny_tokenizer
 from torch import Tensor, nn
 
@@ -438,7 +438,11 @@ def test_tokenizers_are_bit_equal_without_initialisation(poisoned, tmp_path, nam
     assert_same(VideoTokenizer.from_pretrained(tmp_path), loaded_with_initialisation(VideoTokenizer, tmp_path))
 
 
-@pytest.mark.parametrize("changes", [{}, {"body": "gpt2"}, {"rope_factor": 8.0}, {"head": "regression"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"body": "gpt2"}, {"body": dataclasses.replace(CONFIG.body, rope_factor=8.0)}, {"head": "regression"}],
+    ids=["llama", "gpt2", "rope_factor", "regression"],
+)
 def test_language_models_are_bit_equal_without_initialisation(poisoned, tmp_path, changes):
     build(**changes).save_pretrained(tmp_path)
     assert_same(DeepTokenLM.from_pretrained(tmp_path), loaded_with_initialisation(DeepTokenLM, tmp_path))
