@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from dicode.pipeline import DiCoDe as DiCoDe
     from dicode.tokenizer.video_tokenizer import VideoTokenizer as VideoTokenizer
     from dicode.video.read import VideoReadError as VideoReadError
-    from dicode.video.read import VideoWriter as VideoWriter
     from dicode.video.read import read_video as read_video
+    from dicode.video.write import VideoWriter as VideoWriter
 
 _HOME = {
     "DiCoDe": "dicode.pipeline",
     "DeepTokenLM": "dicode.lm.deep_lm",
     "VideoTokenizer": "dicode.tokenizer.video_tokenizer",
     "VideoReadError": "dicode.video.read",
-    "VideoWriter": "dicode.video.read",
+    "VideoWriter": "dicode.video.write",
     "read_video": "dicode.video.read",
 }
 __all__ = ["__version__", *_HOME]

@@ -6,11 +6,11 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from synthetic import draw_clip
 from test_evaluate_networks import StandIn3D, saved
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dicode.video.synthetic import draw_clip
 from dicode.video.write import VideoWriter
 
 COUNTS = {"ApplyEyeMakeup": 4, "YoYo": 3, "HandstandPushups": 2}

@@ -27,6 +27,6 @@ def write_tiny_model(folder: Path, **changes: object) -> Path:
 @pytest.fixture(scope="session")
 def drawn_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of six drawn clips of 20 frames at 8 fps, mp4 and gif, with captions; for reading only."""
-    from dicode.video.synthetic import write_dataset
+    from synthetic import write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("drawn"), count=6, num_frames=20, size=40)

@@ -128,7 +128,7 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
     path = tmp_path / name
     video = read_video(path, fps=None)
     assert video.frames.shape == (20, 64, 64, 3)
-    assert video.source_fps == pytest.approx(8, rel=0.01)
+    assert video.fps == pytest.approx(8, rel=0.01)
     metadata = read_metadata(path)
     assert metadata.pop("weights") == content_hash(*tiny_model.glob("*.safetensors"))
     assert metadata.pop("fps", 8.0) == 8.0  # a folder needs to say it

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from synthetic import draw_clip
 from test_cli import spoilt_clips as spoilt_clips  # a fixture
+from test_video_io import write_video
 
 from dicode.cli.app import main
 from dicode.data import build
@@ -26,7 +28,6 @@ from dicode.data.index import read_index
 from dicode.data.records import ClipRecord
 from dicode.files import place, put_text
 from dicode.video.read import VideoReadError, native_frames
-from dicode.video.synthetic import draw_clip
 from dicode.video.write import VideoWriter
 
 OPTIONS = CacheOptions(size=16, files_per_shard=2)
@@ -339,10 +340,13 @@ def test_motion_is_no_cut() -> None:
 def copies(folder: Path) -> list[ClipRecord]:
     """Six films; 2 and 5 show the same as 0 and 1, of other size and quality; 4 differs from 3 in its colour alone."""
     for i, (shift, scale) in enumerate([(0, 1), (1, 1), (0, 2), (2, 1), (2, 1), (1, 1)]):
-        with VideoWriter(folder / f"{i}.mp4", 10.0, scale=scale, crf=36 if i == 5 else None) as writer:
-            frames, _ = draw_clip(shift, 20, 48)
-            frames[..., :10, :, :] = 40 * shift
+        frames, _ = draw_clip(shift, 20, 48)
+        frames[..., :10, :, :] = 40 * shift
+        with VideoWriter(folder / f"{i}.mp4", 10.0, scale=scale) as writer:
             writer.write(frames[..., ::-1].copy() if i == 4 else frames)
+    write_video(  # the last once more
+        folder / "5.mp4", frames, "libx264", "yuv420p", range(0, 2000, 100), 2000, codec_options={"crf": "36"}
+    )
     return [ClipRecord(folder / f"{i}.mp4", ("x",), folder) for i in range(6)]
 
 

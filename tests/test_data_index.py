@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from synthetic import write_dataset
 
 from dicode.data.index import check_files, read_data, read_index
 from dicode.data.prompts import read_prompts
 from dicode.data.records import ClipRecord, validation_split
 from dicode.video.read import VideoReadError, native_frames
-from dicode.video.synthetic import write_dataset
 
 
 def put(folder: Path, files: dict[str, str | bytes | None]) -> Path:

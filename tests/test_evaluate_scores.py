@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from synthetic import draw_clip
 from test_evaluate_networks import StandIn3D, StandInC3D, StandInInception, clip_folder, saved  # noqa: F401
 
 from dicode.evaluate.scores import (
@@ -21,7 +22,6 @@ from dicode.evaluate.scores import (
 from dicode.evaluate.suite import clipsim_name, frame_scores
 from dicode.features.extract import EfficientNetLite0Features, features_of_clips, load_networks
 from dicode.features.perceptual import FeatureMaps, perceptual_distance
-from dicode.video.synthetic import draw_clip
 
 
 def clips_of_noise(count: int, seed: int = 0) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from synthetic import draw_clip
 
 from dicode.config import CheckpointError
 from dicode.data.cache import CachedVideo, FrameCache
@@ -13,7 +14,6 @@ from dicode.features.extract import load_networks
 from dicode.features.tinyvt import BOX, WEIGHTS, TinyVT, TinyVTConfig, found, shuffled
 from dicode.lm.text import TextTokenizer
 from dicode.seeds import generator_for
-from dicode.video.synthetic import draw_clip
 
 SMALL = TinyVTConfig(
     widths=(16, 24, 32), depths=(1, 1, 1), text_width=24, text_heads=2, text_length=12, vocab_size=300, joint_width=16

@@ -11,6 +11,7 @@ import pytest
 import torch
 import tyro
 from scipy.stats import norm
+from synthetic import draw_clip
 from test_features_tinyvt import SMALL, drawn_cache
 from test_linear_code import CHANNELS, SIDE, TOKENS, WIDTH, error, fitted, pictures
 from test_tokenizer import conditioning, tiny_tokenizer
@@ -27,7 +28,6 @@ from dicode.pipeline import DiCoDe
 from dicode.tokenizer.linear import LinearCode
 from dicode.train.loop import train
 from dicode.train.runs import LoopConfig, OptimConfig
-from dicode.video.synthetic import draw_clip
 
 STUDIES = Path(__file__).parents[1] / "studies"
 FAMILY = """

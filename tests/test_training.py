@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from synthetic import draw_clip
 from test_tokenizer import tiny_config
 from torch import nn
 
@@ -34,7 +35,6 @@ from dicode.train.muon import Muon
 from dicode.train.optim import make_optimizers
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import run_recipe, stage_of
-from dicode.video.synthetic import draw_clip
 
 SIZE = 32
 SHARD = "shard-00001-model-00001-of-00001.safetensors"  # of a single process

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from test_video_io import animated_image, grey_frames, steady, which, write_video
 
-from dicode.video import read as io_module
+from dicode.video import read as read_module
 from dicode.video import timed
-from dicode.video.read import VideoReadError, native_frames, probe, read_video
+from dicode.video.read import VideoReadError, check_frames, native_frames, read_video
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.gif"])
@@ -52,14 +52,12 @@ def test_a_clock_that_runs_backwards_is_refused(tmp_path):
 def test_a_rate_that_is_none_is_refused(tmp_path, fps):
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     (tmp_path / "metadata.json").write_text(json.dumps({"fps": fps}))
-    for read in (read_video, native_frames, probe):
+    for read in (read_video, native_frames):
         with pytest.raises(VideoReadError, match=r"metadata.json: fps: expected a positive rate from 1/600 to 1000"):
             read(tmp_path)
     if isinstance(fps, float):
         with pytest.raises(ValueError, match=r"^fps: expected a positive rate"):
-            read_video(tmp_path, fps=fps, folder_fps=8.0)
-        with pytest.raises(VideoReadError, match="folder_fps: expected a positive rate"):
-            read_video(tmp_path, folder_fps=fps)
+            read_video(tmp_path / "0.png", fps=fps)
 
 
 def test_claimed_sizes_are_refused_before_a_picture_is_made(tmp_path, monkeypatch):
@@ -98,7 +96,7 @@ def test_a_strip_is_not_blown_up_to_gigabytes(tmp_path):
 
 
 def test_frames_held_are_bounded_with_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(io_module, "MOST_BYTES", 24 * 32 * 3 * 10)
+    monkeypatch.setattr(read_module, "MOST_BYTES", 24 * 32 * 3 * 10)
     path = steady(tmp_path / "a.mp4", 20)
     expected = r"11 frames of 32x24.*up to 1.0 s.*read them smaller \(size.*or a span"
     for read in (native_frames, lambda path, **span: read_video(path, 10.0, **span)):
@@ -106,7 +104,7 @@ def test_frames_held_are_bounded_with_what_to_do(tmp_path, monkeypatch):
             read(path)
         with pytest.raises(VideoReadError, match="11 frames"):
             read(path, start_s=0.5)
-    assert len(read_video(path, 10.0, start_s=0.5, max_duration_s=1.0).frames) == 10
+    assert len(read_video(path, 10.0, start_s=0.5, end_s=1.5).frames) == 10
     assert len(read_video(path, 10.0, size=12).frames) == 20
 
 
@@ -129,7 +127,7 @@ def test_pipes_sockets_and_devices_are_refused_unopened(tmp_path):
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(os.path.relpath(tmp_path / "b.mp4"))  # the length of a socket's name is bounded
         for path in (tmp_path / "a.mp4", tmp_path / "b.mp4", Path("/dev/zero")):
-            for read in (read_video, native_frames, probe):
+            for read in (read_video, native_frames):
                 with pytest.raises(VideoReadError, match="found a pipe, a socket or a device"):
                     read(path)
     (tmp_path / "frames").mkdir()
@@ -140,25 +138,21 @@ def test_pipes_sockets_and_devices_are_refused_unopened(tmp_path):
 
 def test_facts_of_a_file_are_those_of_its_frames(tmp_path):
     animated_image(tmp_path / "a.gif", grey_frames(3), [100, 200, 300])
-    Image.new("RGB", (7, 5)).save(tmp_path / "still.png")
     uneven = write_video(tmp_path / "a.mkv", grey_frames(3), "libx264", "yuv420p", [0, 100, 700], 1000)
     folder = tmp_path / "frames"
     folder.mkdir()
     for i in range(3):
         Image.new("RGB", (7, 5)).save(folder / f"{i}.png")
-    for path in (tmp_path / "a.gif", uneven, folder):
-        frames, _, period_s = native_frames(path)
-        facts = probe(path)
-        assert (facts.num_frames, facts.height, facts.width) == frames.shape[:3]
-        assert facts.duration_s == pytest.approx(period_s)
-        assert facts.fps == pytest.approx(3 / period_s)
-        assert not facts.still
-        assert not facts.hdr
-    still = probe(tmp_path / "still.png")
-    assert (still.height, still.width, still.still, still.duration_s, still.fps) == (5, 7, True, 0.0, 0.0)
-    (tmp_path / "a.mp4").write_bytes(b"no video")
-    with pytest.raises(VideoReadError, match="of another kind"):
-        probe(tmp_path / "a.mp4")
+    for path in (tmp_path / "a.gif", uneven, folder, folder / "0.png"):
+        for start_s, end_s in ((0.0, None), (0.05, 0.11)):
+            frames, _, period_s = native_frames(path, start_s=start_s, end_s=end_s)
+            found = check_frames(path, 8, start_s, end_s)
+            assert (found.num_frames, found.height, found.width) == frames.shape[:3]
+            assert found.duration_s == period_s
+            assert not found.hdr
+    Image.new("L", (60_000, 1)).save(tmp_path / "strip.png")
+    with pytest.raises(VideoReadError, match=r"pictures of 7680000x128"):
+        check_frames(tmp_path / "strip.png", 128)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.gif"])

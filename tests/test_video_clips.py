@@ -1,14 +1,14 @@
-"""Clips: key frames, contact sheets, drawn clips."""
+"""Clips: key frames, contact sheets, data sets of drawn clips."""
 
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic import draw_clip, write_dataset
 
 from dicode.data.index import read_index
 from dicode.tokenizer.boundaries import key_frame_indices
 from dicode.video.read import read_video
 from dicode.video.sheet import contact_sheet, save_sheet
-from dicode.video.synthetic import draw_clip, write_dataset
 
 
 def test_n_clips_have_n_plus_1_key_frames():
@@ -35,18 +35,6 @@ def test_contact_sheet_shows_first_to_last_frame_of_each_clip_in_its_row(tmp_pat
     with pytest.raises(ValueError, match="3 clips, 1 labels"):
         contact_sheet(clips, ["one"])
     assert contact_sheet([clips[0], clips[1][:8]], columns=4).height == 2 * 26  # rows of unequal length are fine
-
-
-def test_drawn_clips_show_what_their_caption_says():
-    clips = [draw_clip(seed, 8, 32) for seed in range(72)]
-    assert len({caption for _, caption in clips}) == 72
-    steps = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
-    for frames, caption in clips:
-        drawn = (frames != 255).any(axis=-1)
-        centres = np.array([np.argwhere(mask).mean(axis=0) for mask in drawn])
-        moved = (centres[-1] - centres[0]) / 32
-        np.testing.assert_allclose(moved, 0.6 * np.array(steps[caption.split()[-1]]), atol=0.04)
-    np.testing.assert_array_equal(draw_clip(5)[0], draw_clip(5)[0])
 
 
 def test_a_written_data_set_reads_back_as_drawn(tmp_path):

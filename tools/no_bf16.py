@@ -30,7 +30,7 @@ from dicode.train.loop import Training, _batches, _step
 from dicode.train.parallel import Processes
 from dicode.train.stages import stage_of
 from dicode.data.cache import CachedVideo, FrameCache
-from dicode.video.synthetic import draw_clip
+from tests.synthetic import draw_clip
 
 root, steps, most_s = Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
 clips, captions = zip(*(draw_clip(i, 16, 64) for i in range(8)))

@@ -188,8 +188,7 @@ def sheet(command: Sheet, watch: Stopwatch) -> int:
                 break
             try:
                 with record.opened() as path:
-                    most_s = None if record.end_s is None else record.end_s - record.start_s
-                    video = read_video(path, DEFAULT_FPS, command.size, "pad", record.start_s, most_s)
+                    video = read_video(path, DEFAULT_FPS, command.size, "pad", record.start_s, record.end_s)
                     clips.append(video.frames)
             except (VideoReadError, OSError) as error:
                 print(f"bad: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ from dicode.data.records import MEANT, ClipRecord, merged
 from dicode.data.summary import Clip
 from dicode.data.tars import TAR_SUFFIX, tar_records
 from dicode.files import Place, is_utf8, place
-from dicode.video.read import VideoReadError, check_frames, probe
+from dicode.video.read import VideoReadError, check_frames
 
 CHECKED_SIZE = 32  # a picture is bad if it cannot be scaled to this side
 _log = logging.getLogger(__name__)
@@ -92,10 +92,9 @@ def check_files(records: Iterable[ClipRecord]) -> tuple[list[tuple[ClipRecord, C
     for record in records:
         try:
             with record.opened() as path:
-                facts = probe(path)
-                count, seconds = check_frames(path, CHECKED_SIZE, record.start_s, record.end_s)
+                facts = check_frames(path, CHECKED_SIZE, record.start_s, record.end_s)
             size = f"{facts.width}×{facts.height}"
-            good.append((record, Clip(count, seconds, record.captions, size, facts.hdr)))
+            good.append((record, Clip(facts.num_frames, facts.duration_s, record.captions, size, facts.hdr)))
         except (VideoReadError, OSError) as error:
             bad.append(BadFile(record, str(error)))
     return good, bad

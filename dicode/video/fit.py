@@ -22,23 +22,21 @@ def fitted(path: Path, picture: Picture, size: Size | None, fit: Fit) -> Picture
         scaled = resized(picture, *covering(path, picture, (height, width)))
         top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
         return scaled[top : top + height, left : left + width]
-    if fit != "pad":
-        raise ValueError(f"fit: expected 'crop' or 'pad', got {fit!r}")
     scale = min(height / own_height, width / own_width)
     sides = max(1, round(own_width * scale)), max(1, round(own_height * scale))
-    scaled = np.asarray(Image.fromarray(picture).resize(sides, Image.Resampling.BILINEAR))  # to look at: without torch
-    top, left = (height - scaled.shape[0]) // 2, (width - scaled.shape[1]) // 2
-    padded = np.full((height, width, 3), 255, dtype=np.uint8)
-    padded[top : top + scaled.shape[0], left : left + scaled.shape[1]] = scaled
-    return padded
+    padded = Image.new("RGB", (width, height), "white")
+    scaled_image = Image.fromarray(picture).resize(sides, Image.Resampling.BILINEAR)  # to look at: without torch
+    padded.paste(scaled_image, ((width - sides[0]) // 2, (height - sides[1]) // 2))
+    return np.asarray(padded)
 
 
 def covering(path: Path, picture: Picture, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of a picture scaled to cover a size. Raises `VideoReadError` for those of a strip."""
     (height, width), (own_height, own_width) = size, picture.shape[:2]
     scale = max(height / own_height, width / own_width)
-    check_pixels(path, round(own_width * scale), round(own_height * scale))
-    return max(height, round(own_height * scale)), max(width, round(own_width * scale))
+    scaled_height, scaled_width = max(height, round(own_height * scale)), max(width, round(own_width * scale))
+    check_pixels(path, scaled_width, scaled_height)
+    return scaled_height, scaled_width
 
 
 def resized(picture: Picture, height: int, width: int) -> Picture:

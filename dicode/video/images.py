@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from dicode.video.timed import Picture, Timed, VideoReadError, check_pixels, check_work
+from dicode.video.timed import Frame, Picture, VideoReadError, check_pixels, check_work
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".apng", ".avif"})
 # Browsers show a frame of an animated image that asks for 10 ms or less for 100 ms; so do we.
 SHORTEST_DELAY_S, REPLACED_DELAY_S = 0.010, 0.100
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
-_HEAD_BYTES = 32
+_MAGIC = {b"GIF8": "GIF", b"\x89PNG\r\n\x1a\n": "PNG", b"BM": "BMP"}
 
 
 def image_format(path: Path) -> str | None:
@@ -25,24 +25,23 @@ def image_format(path: Path) -> str | None:
     Pillow opens a file as this format alone: left to itself it starts Ghostscript for an EPS that is called PNG.
     """
     with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
+        head = file.read(32)
     if head[4:8] == b"ftyp":
         brands = {head[8:12], *(head[i : i + 4] for i in range(16, len(head), 4))}
         if brands & {b"avif", b"avis"}:
             return "AVIF"
         if head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
             raise VideoReadError(f"{path}: is a HEIC image, which is not read; convert it to PNG or JPEG")
-    for magic, name in {b"GIF8": "GIF", b"\x89PNG\r\n\x1a\n": "PNG", b"BM": "BMP"}.items():
-        if head.startswith(magic):
-            return name
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
-    return "JPEG" if head.startswith(b"\xff\xd8\xff") and not _is_motion_jpeg(path) else None
+    if head.startswith(b"\xff\xd8\xff"):
+        return None if _is_motion_jpeg(path) else "JPEG"
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
 
 
-def image_frames(path: Path, form: str, still_s: float) -> Iterator[Timed]:
+def image_frames(path: Path, form: str, still_s: float) -> Iterator[Frame]:
     """Frames of an image of this format; a still one lasts `still_s`."""
-    with opened(path, form) as image:
+    with _opened(path, form) as image:
         count = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
         check_work(path, count * image.width * image.height)
         first = 1 if image.info.get("default_image") and count > 1 else 0  # an APNG's stand-in, not in the animation
@@ -55,46 +54,20 @@ def image_frames(path: Path, form: str, still_s: float) -> Iterator[Timed]:
                 delay_s = still_s
             elif delay_s <= SHORTEST_DELAY_S:
                 delay_s = REPLACED_DELAY_S
-            yield Timed(time_s, delay_s, partial(_same, _to_rgb(image)))
+            yield Frame(time_s, time_s + delay_s, partial(np.asarray, _to_rgb(image)))
             time_s += delay_s
-        if form == "GIF" and not _gif_ends(path):
-            raise VideoReadError(
-                f"{path}: breaks off after {count - first} frames: its end is missing; copy it again, or pass"
-                " allow_partial=True to take these frames"
-            )
-
-
-def folder_frames(images: list[Path], fps: float) -> Iterator[Timed]:
-    """A frame of every image of a folder, one period after the other."""
-    for index, image in enumerate(images):
-        try:
-            if not image.is_file():
-                raise ValueError("no regular file")
-            form = image_format(image)
-            if form is None:
-                raise ValueError("its content is that of no image")
-            picture = next(image_frames(image, form, 1 / fps)).render()
-        except Exception as error:
-            raise VideoReadError(f"{image}: not a readable image ({error}); copy it again") from error
-        yield Timed(index / fps, 1 / fps, partial(_same, picture))
+    if form == "GIF" and not _gif_ends(path):
+        raise VideoReadError(
+            f"{path}: breaks off after {count - first} frames: its end is missing; copy it again, or pass"
+            " allow_partial=True to take these frames"
+        )
 
 
 def image_comment(path: Path, form: str) -> str:
     """The comment that an image carries, or ''."""
-    with opened(path, form) as image:
+    with _opened(path, form) as image:
         comment = image.info.get("comment", "")
     return comment.decode("utf-8", "replace") if isinstance(comment, bytes) else str(comment)
-
-
-@contextmanager
-def opened(path: Path, form: str) -> Iterator[Image.Image]:
-    """The image, opened as this format and as no other, if it is not too large."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower
-        image = Image.open(path, formats=(form,))
-    with image:
-        check_pixels(path, *image.size)
-        yield image
 
 
 def over_white(rgba: Picture) -> Picture:
@@ -103,6 +76,16 @@ def over_white(rgba: Picture) -> Picture:
         return np.ascontiguousarray(rgba[..., :3])
     alpha = rgba[..., 3:].astype(np.uint16)
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+@contextmanager
+def _opened(path: Path, form: str) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower
+        image = Image.open(path, formats=(form,))
+    with image:
+        check_pixels(path, *image.size)
+        yield image
 
 
 def _is_motion_jpeg(path: Path) -> bool:
@@ -114,13 +97,13 @@ def _is_motion_jpeg(path: Path) -> bool:
 def _gif_ends(path: Path) -> bool:
     """Whether blocks follow one another up to a trailer (GIF89a, section 27): Pillow takes what there is."""
     data = path.read_bytes()
-    at = 13 + (3 * (2 << (data[10] & 7)) if data[10] & 0x80 else 0)
-    while at + 10 < len(data) and data[at] in (0x21, 0x2C):
-        if data[at] == 0x2C:  # a picture: its own palette, then the size of codes
-            flags = data[at + 9]
-            at += 11 + (3 * (2 << (flags & 7)) if flags & 0x80 else 0)
-        else:
-            at += 2
+
+    def palette_bytes(flags: int) -> int:
+        return 3 * (2 << (flags & 7)) if flags & 0x80 else 0
+
+    at = 13 + palette_bytes(data[10])
+    while at + 10 < len(data) and data[at] in (0x21, 0x2C):  # an extension, or a picture with a palette of its own
+        at += 2 if data[at] == 0x21 else 11 + palette_bytes(data[at + 9])
         while at < len(data) and data[at]:
             at += 1 + data[at]
         at += 1
@@ -132,7 +115,3 @@ def _to_rgb(image: Image.Image) -> Picture:
     if upright.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
         upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     return over_white(np.asarray(upright.convert("RGBA")))
-
-
-def _same(picture: Picture) -> Picture:
-    return picture

@@ -1,56 +1,29 @@
-"""Video files to frames, by timestamps; the writing half is `writer.py`, its names are re-exported here."""
+"""Video files to frames, by timestamps."""
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy import ndarray
 from upath import UPath
 
 from dicode.files import read_text
-from dicode.video.container import CONTAINER_SUFFIXES, container_comment, container_frames, stream_facts
+from dicode.video.container import CONTAINER_SUFFIXES, container_comment, container_frames
 from dicode.video.fit import Fit, Size, covering, fitted
-from dicode.video.images import IMAGE_SUFFIXES, folder_frames, image_comment, image_format, image_frames
-from dicode.video.timed import (
-    DEFAULT_FPS,
-    MOST_BYTES,
-    MOST_PIXELS,
-    TIME_TOLERANCE_S,
-    Picture,
-    Shown,
-    Timed,
-    Video,
-    VideoReadError,
-    checked_fps,
-    shown,
-)
-from dicode.video.write import FOLDER_METADATA, VideoWriter
-
-__all__ = [
-    "DEFAULT_FPS",
-    "IMAGE_SUFFIXES",
-    "VIDEO_SUFFIXES",
-    "Facts",
-    "VideoFrames",
-    "VideoReadError",
-    "VideoWriter",
-    "check_frames",
-    "frame_indices",
-    "native_frames",
-    "natural_key",
-    "probe",
-    "read_metadata",
-    "read_video",
-]
+from dicode.video.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from dicode.video.images import image_comment, image_format, image_frames
+from dicode.video.timed import DEFAULT_FPS as DEFAULT_FPS
+from dicode.video.timed import MOST_BYTES, MOST_PIXELS, TIME_TOLERANCE_S, Frame, Picture, Video, checked_fps, contiguous
+from dicode.video.timed import VideoReadError as VideoReadError
+from dicode.video.write import FOLDER_METADATA
 
 Times = Float[ndarray, "f"]
-FrameIndices = Int[ndarray, "n"]
 
 VIDEO_SUFFIXES = IMAGE_SUFFIXES | CONTAINER_SUFFIXES
 THINNED_TO = 1.05  # of 1/max_fps: what is left comes no slower than that, but for films, whose 24 a second become 12
@@ -58,37 +31,21 @@ THINNED_TO = 1.05  # of 1/max_fps: what is left comes no slower than that, but f
 
 @dataclass(frozen=True)
 class VideoFrames:
-    """Frames in memory with the true rate they are to be shown at; `source_fps` is the mean rate of the file."""
+    """Frames in memory with the true rate they are to be shown at."""
 
     frames: Video
     fps: float
-    source_fps: float
-
-    @property
-    def duration_s(self) -> float:
-        """How long these frames last."""
-        return len(self.frames) / self.fps
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file holds, found without decoding a video; sizes are before rotation. A still lasts no time."""
+    """What a file holds, all of it decoded; HDR is PQ or HLG."""
 
     height: int
     width: int
     num_frames: int
     duration_s: float
-    hdr: bool = False  # PQ or HLG: frames are tone-mapped when they are read
-
-    @property
-    def still(self) -> bool:
-        """Whether there is a single frame."""
-        return self.num_frames == 1
-
-    @property
-    def fps(self) -> float:
-        """The mean rate; 0 for a still image."""
-        return self.num_frames / self.duration_s if self.duration_s > 0 else 0.0
+    hdr: bool
 
 
 def read_video(
@@ -97,54 +54,36 @@ def read_video(
     size: Size | None = None,
     fit: Fit = "crop",
     start_s: float = 0.0,
-    max_duration_s: float | None = None,
+    end_s: float | None = None,
     *,
     min_frames: int = 1,
-    folder_fps: float | None = None,
     allow_partial: bool = False,
 ) -> VideoFrames:
     """Read a video, an image, still or animated, or a folder of frames: frame i is what is shown at start_s + i/fps.
 
-    The last frame is shown for its own duration, a still image for one frame. `fps=None` keeps the file's own frames.
-    `size` is a side or (height, width): the picture is scaled to cover it and cropped at the centre, or scaled to fit
-    and padded with white. Rotation flags are obeyed, transparency is laid over white, HDR is tone-mapped. A folder runs
-    at `folder_fps`, else at the rate in its metadata.json, else at 8. Only the frames returned are held in memory.
+    Frames end before `end_s`; the last one of a file is shown for its own duration, a still image for one frame.
+    `fps=None` keeps the file's own frames. `size` is a side or (height, width): the picture is scaled to cover it and
+    cropped at the centre, or scaled to fit and padded with white. Rotation flags are obeyed, transparency is laid over
+    white, HDR is tone-mapped. A folder runs at the rate in its metadata.json, else at 8.
 
     Raises `VideoReadError` for whatever cannot be read, for fewer than `min_frames` frames, for what is beyond the
     bounds of `timed.py`, and for a file that breaks off (`allow_partial=True` takes what came before).
     """
     path = Path(path)
     fps = None if fps is None else checked_fps(fps, "fps")
-    if not (math.isfinite(start_s) and start_s >= 0):
-        raise ValueError(f"start_s: expected a time from 0 on, got {start_s}")
-    if max_duration_s is not None and not max_duration_s > 0:
-        raise ValueError(f"max_duration_s: expected a positive time or None, got {max_duration_s}")
-    end_s = math.inf if max_duration_s is None else start_s + max_duration_s
-    held = _Held(path, size, fit)
-    seen, shown_until_s, seen_from_s, first_start_s = 0, 0.0, 0.0, 0.0
-    for frame in shown(path, _timed_frames(path, 1 / (fps or DEFAULT_FPS), folder_fps, allow_partial, start_s)):
-        seen_from_s = seen_from_s if seen else frame.start_s
-        seen, shown_until_s = seen + 1, frame.end_s
-        if fps is None:
-            begun = not start_s or frame.end_s - TIME_TOLERANCE_S > start_s
-            wanted = int(begun and frame.start_s + TIME_TOLERANCE_S < end_s)
-        else:  # sample times start_s + i/fps from the next one on, up to this frame's end
-            until_s = min(frame.end_s, end_s) - TIME_TOLERANCE_S
-            wanted = max(0, math.ceil((until_s - start_s) * fps) - held.count)
-        if wanted:
-            first_start_s = first_start_s if held.count else frame.start_s
-            held.add(frame, wanted)
-        if frame.end_s >= end_s:
-            break
-    if held.count < max(min_frames, 1):
+    buffer, length_s = _FrameBuffer(path, size, fit), 0.0
+    for frame in _span(path, start_s, end_s, 1 / (fps or DEFAULT_FPS), allow_partial):
+        length_s = _length_s(frame, start_s, end_s)
+        times = 1 if fps is None else math.ceil((length_s - TIME_TOLERANCE_S) * fps) - len(buffer.pictures)
+        buffer.add(frame, times)
+    count = len(buffer.pictures)
+    if count < max(min_frames, 1):
         rate = f" at {fps:g} fps" if fps else ""
         raise VideoReadError(
             f"{path}: too short: expected at least {max(min_frames, 1)} frame(s){rate} from {start_s:g} s on,"
-            f" got {held.count}; the file lasts {shown_until_s:.3g} s ({seen} frame(s))"
+            f" got {count} in {length_s:.3g} s"
         )
-    own_fps = held.count / max(shown_until_s - first_start_s, TIME_TOLERANCE_S)
-    source_fps = seen / max(shown_until_s - seen_from_s, TIME_TOLERANCE_S)
-    return VideoFrames(held.frames(), own_fps if fps is None else fps, source_fps)
+    return VideoFrames(buffer.frames(), fps or count / max(length_s, TIME_TOLERANCE_S))
 
 
 def native_frames(
@@ -152,7 +91,6 @@ def native_frames(
     size: Size | None = None,
     fit: Fit = "crop",
     *,
-    folder_fps: float | None = None,
     max_fps: float = math.inf,
     start_s: float = 0.0,
     end_s: float | None = None,
@@ -164,127 +102,25 @@ def native_frames(
     frame kept. Of a span from `start_s` to `end_s`, these are the frames shown in it, timed from its beginning; the
     period is its length, or what the file has of it.
     """
-    held = _Held(Path(path), size, fit)
-    gap_s = THINNED_TO / max_fps if math.isfinite(max_fps) else -1.0
-    times_s, period_s = _walked(Path(path), held.add, folder_fps, gap_s, start_s, end_s)
-    return held.frames(), np.array(times_s, dtype=np.float64), period_s
-
-
-def check_frames(path: str | Path, size: int, start_s: float = 0.0, end_s: float | None = None) -> tuple[int, float]:
-    """How many frames `native_frames` would return at this size, and their period; every one is decoded, none kept."""
-    times_s, period_s = _walked(
-        Path(path), lambda frame: covering(Path(path), frame.render(), (size, size)), None, -1.0, start_s, end_s
-    )
-    return len(times_s), period_s
-
-
-def _walked(
-    path: Path,
-    take: Callable[[Shown], object],
-    folder_fps: float | None,
-    gap_s: float,
-    start_s: float,
-    end_s: float | None,
-) -> tuple[list[float], float]:
-    """The times of a span's frames, each of which is taken, and its period; see `native_frames`."""
-    until_s = math.inf if end_s is None else float(end_s)
-    if not (math.isfinite(start_s) and 0 <= start_s < until_s):
-        raise ValueError(f"expected 0 ≤ start_s < end_s, got start_s {start_s} and end_s {end_s}")
-    period_s, file_s = 0.0, 0.0
+    buffer, period_s = _FrameBuffer(Path(path), size, fit), 0.0
     times_s: list[float] = []
-    for frame in shown(path, _timed_frames(path, 1 / DEFAULT_FPS, folder_fps, False, start_s)):
-        file_s = frame.end_s
-        if frame.start_s + TIME_TOLERANCE_S >= until_s:
-            break
-        if start_s and frame.end_s - TIME_TOLERANCE_S <= start_s:
-            continue
-        time_s = max(0.0, frame.start_s - start_s)
-        if not times_s or gap_s < 0 or frame.end_s - start_s - times_s[-1] > gap_s:
-            take(frame)
-            times_s.append(time_s)
-        period_s = min(frame.end_s, until_s) - start_s
-    if not times_s:
-        raise VideoReadError(f"{path}: expected frames from {start_s:g} s on; the file lasts {file_s:.3g} s")
-    return times_s, period_s
+    for frame in _span(Path(path), start_s, end_s):
+        if not times_s or max_fps == math.inf or frame.end_s - times_s[-1] > THINNED_TO / max_fps:
+            buffer.add(frame)
+            times_s.append(frame.start_s)
+        period_s = _length_s(frame, start_s, end_s)
+    return buffer.frames(), np.array(times_s, dtype=np.float64), period_s
 
 
-def probe(path: str | Path, folder_fps: float | None = None) -> Facts:
-    """Size, length and kind of a file or folder. Packets of a video are counted, not decoded.
-
-    Raises `VideoReadError` for what cannot be opened; that all frames can be decoded is not checked.
-    """
-    path = Path(path)
-    _check_kind(path)
-    try:
-        if path.is_file() and image_format(path) is None:
-            return Facts(*stream_facts(path))
-    except VideoReadError:
-        raise
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    count, last = 0, None
-    for frame in shown(path, _timed_frames(path, 0.0, folder_fps, False)):
-        count, last = count + 1, frame
-    assert last is not None
-    height, width = last.render().shape[:2]
-    return Facts(height, width, count, last.end_s if count > 1 else 0.0)
-
-
-class _Held:
-    """The frames that are wanted, each once however often it is repeated, within the bound of memory."""
-
-    def __init__(self, path: Path, size: Size | None, fit: Fit) -> None:
-        height, width = (size, size) if isinstance(size, int) else size or (1, 1)
-        if height < 1 or width < 1 or height * width > MOST_PIXELS:
-            raise ValueError(f"size: expected sides of at least 1 and at most {MOST_PIXELS:,} pixels, got {size}")
-        self.path, self.size, self.fit = path, size, fit
-        self.pictures: list[tuple[Picture, int]] = []
-        self.count = 0
-
-    def add(self, frame: Shown, times: int = 1) -> None:
-        picture = fitted(self.path, frame.render(), self.size, self.fit)
-        first = self.pictures[0][0] if self.pictures else picture
-        if picture.shape != first.shape:
-            (height, width), (first_height, first_width) = picture.shape[:2], first.shape[:2]
-            raise VideoReadError(
-                f"{self.path}: frame {self.count} is {width}x{height}, the first one {first_width}x{first_height};"
-                " pass a size to bring them to one"
-            )
-        self.count += times
-        if self.count * picture.nbytes > MOST_BYTES:
-            raise VideoReadError(
-                f"{self.path}: {self.count} frames of {picture.shape[1]}x{picture.shape[0]} and more, up to"
-                f" {frame.start_s:.1f} s, would fill {self.count * picture.nbytes / 2**30:.1f} GiB; expected at most"
-                f" {MOST_BYTES / 2**30:.1f}: read them smaller (size, --size), or a span (start_s, end_s)"
-            )
-        self.pictures.append((picture, times))
-
-    def frames(self) -> Video:
-        """All in one array; pictures are let go while it is filled."""
-        stacked, at = np.empty((self.count, *self.pictures[0][0].shape), dtype=np.uint8), self.count
-        while self.pictures:
-            picture, times = self.pictures.pop()
-            stacked[at - times : at] = picture
-            at -= times
-        return stacked
-
-
-def frame_indices(
-    times_s: Times, period_s: float, fps: float, num_frames: int, start_s: float = 0.0, loop: bool = False
-) -> FrameIndices:
-    """Which of the frames of `native_frames` are shown at start_s + i/fps, for i in 0 … num_frames-1.
-
-    With `loop` times wrap at `period_s`; without it, asking past the end raises ValueError.
-    """
-    at_s = start_s + np.arange(num_frames) / fps + TIME_TOLERANCE_S
-    if loop:
-        at_s %= period_s
-    elif num_frames and (start_s < 0 or at_s[-1] >= period_s):
-        raise ValueError(
-            f"asked for {num_frames} frames at {fps:g} fps from {start_s:g} s, the last at"
-            f" {at_s[-1] - TIME_TOLERANCE_S:.3f} s; the video lasts {period_s:.3f} s"
-        )
-    return np.searchsorted(times_s, at_s, side="right") - 1
+def check_frames(path: str | Path, size: int, start_s: float = 0.0, end_s: float | None = None) -> Facts:
+    """What `native_frames` would find of a file or span, scaled to this size; every frame is decoded, none kept."""
+    height, width, count, length_s, hdr = 0, 0, 0, 0.0, False
+    for frame in _span(Path(path), start_s, end_s):
+        picture = frame.render()
+        covering(Path(path), picture, (size, size))
+        height, width = (height, width) if count else picture.shape[:2]
+        count, length_s, hdr = count + 1, _length_s(frame, start_s, end_s), hdr or frame.hdr
+    return Facts(height, width, count, length_s, hdr)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -292,16 +128,15 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     _check_kind(path)
     texts: list[str] = []
-    if path.is_dir():
-        texts = [read_text(note) for note in [path / FOLDER_METADATA] if note.is_file()]
-    else:
+    note = path / FOLDER_METADATA if path.is_dir() else path.with_suffix(".json")
+    if path.is_file():
         try:
             form = image_format(path)
             texts.append(image_comment(path, form) if form else container_comment(path))
         except Exception as error:
             raise VideoReadError(f"{path}: not a readable video or image ({error})") from error
-        beside = path.with_suffix(".json")
-        texts += [read_text(beside)] if beside.is_file() else []
+    if note.is_file():
+        texts.append(read_text(note))
     for text in texts:
         try:
             values = json.loads(text)
@@ -318,18 +153,82 @@ def natural_key(path: Path | UPath) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _timed_frames(
-    path: Path, still_s: float, folder_fps: float | None, allow_partial: bool, start_s: float = 0.0
-) -> Iterator[Timed]:
+class _FrameBuffer:
+    """Frames of one size, within the bound of memory."""
+
+    def __init__(self, path: Path, size: Size | None, fit: Fit) -> None:
+        height, width = (size, size) if isinstance(size, int) else size or (1, 1)
+        if height < 1 or width < 1 or height * width > MOST_PIXELS:
+            raise ValueError(f"size: expected sides of at least 1 and at most {MOST_PIXELS:,} pixels, got {size}")
+        self.path, self.size, self.fit = path, size, fit
+        self.pictures: list[Picture] = []
+
+    def add(self, frame: Frame, times: int = 1) -> None:
+        if times < 1:
+            return
+        picture = fitted(self.path, frame.render(), self.size, self.fit)
+        first = self.pictures[0] if self.pictures else picture
+        (height, width), (first_height, first_width) = picture.shape[:2], first.shape[:2]
+        if picture.shape != first.shape:
+            raise VideoReadError(
+                f"{self.path}: frame {len(self.pictures)} is {width}x{height}, the first one"
+                f" {first_width}x{first_height}; pass a size to bring them to one"
+            )
+        count = len(self.pictures) + times
+        if count * picture.nbytes > MOST_BYTES:
+            raise VideoReadError(
+                f"{self.path}: {count} frames of {width}x{height} and more, up to {frame.start_s:.1f} s, would fill"
+                f" {count * picture.nbytes / 2**30:.1f} GiB; expected at most {MOST_BYTES / 2**30:.1f}: read them"
+                " smaller (size, --size), or a span (start_s, end_s)"
+            )
+        self.pictures += [picture] * times
+
+    def frames(self) -> Video:
+        """All in one array; pictures are let go while it is filled."""
+        stacked = np.empty((len(self.pictures), *self.pictures[0].shape), dtype=np.uint8)
+        while self.pictures:
+            picture = self.pictures.pop()
+            stacked[len(self.pictures)] = picture
+        return stacked
+
+
+def _length_s(frame: Frame, start_s: float, end_s: float | None) -> float:
+    """How long a span is up to the end of one of its frames."""
+    return frame.end_s if end_s is None else min(frame.end_s, end_s - start_s)
+
+
+def _span(
+    path: Path, start_s: float, end_s: float | None, still_s: float = 1 / DEFAULT_FPS, allow_partial: bool = False
+) -> Iterator[Frame]:
+    """The frames shown between two times, at least one, timed from `start_s` on; the last may outlast `end_s`."""
+    end_s = math.inf if end_s is None else end_s
+    if not (math.isfinite(start_s) and 0 <= start_s < end_s):
+        raise ValueError(f"expected 0 ≤ start_s < end_s, got start_s {start_s} and end_s {end_s}")
+    found, file_s = False, 0.0
+    for frame in contiguous(path, _frames(path, start_s, still_s, allow_partial)):
+        file_s = frame.end_s
+        if frame.start_s + TIME_TOLERANCE_S >= end_s:
+            break
+        if not start_s or frame.end_s - TIME_TOLERANCE_S > start_s:
+            found = True
+            yield frame._replace(start_s=max(0.0, frame.start_s - start_s), end_s=frame.end_s - start_s)
+        if frame.end_s >= end_s:
+            break
+    if not found:
+        raise VideoReadError(f"{path}: expected frames from {start_s:g} s on; the file lasts {file_s:.3g} s")
+
+
+def _frames(path: Path, start_s: float, still_s: float, allow_partial: bool) -> Iterator[Frame]:
     """The frames of whatever lies at `path`, at least one, in order; all errors become `VideoReadError`."""
     _check_kind(path)
     count = 0
     try:
-        form = None if path.is_dir() else image_format(path)
         if path.is_dir():
-            source = folder_frames(*_folder(path, folder_fps))
+            source = _folder_frames(path)
+        elif form := image_format(path):
+            source = image_frames(path, form, still_s)
         else:
-            source = container_frames(path, start_s) if form is None else image_frames(path, form, still_s)
+            source = container_frames(path, start_s)
         for frame in source:
             yield frame
             count += 1
@@ -337,13 +236,16 @@ def _timed_frames(
         if not (allow_partial and count):
             raise
     except Exception as error:  # PyAV and Pillow raise a dozen kinds for damaged files, IndexError among them
-        if count and not allow_partial:
+        if not count:
+            raise VideoReadError(
+                f"{path}: expected a video, an image or a folder of images; the file is damaged or of another kind"
+                f" ({error})"
+            ) from error
+        if not allow_partial:
             raise VideoReadError(
                 f"{path}: breaks off after {count} frames ({error}); copy or download it again,"
                 " or pass allow_partial=True to take these frames"
             ) from error
-        if not count:
-            raise _unreadable(path, error) from error
     if not count:
         raise VideoReadError(f"{path}: opens as a video but holds no frame that can be decoded")
 
@@ -358,23 +260,25 @@ def _check_kind(path: Path) -> None:
         raise VideoReadError(f"{path}: expected a video, got an empty file (0 bytes); copy or download it again")
 
 
-def _unreadable(path: Path, error: Exception) -> VideoReadError:
-    return VideoReadError(
-        f"{path}: expected a video, an image or a folder of images; the file is damaged or of another kind ({error})"
-    )
-
-
-def _folder(folder: Path, fps: float | None) -> tuple[list[Path], float]:
-    """The images of a folder in order, and their rate."""
+def _folder_frames(folder: Path) -> Iterator[Frame]:
+    """A frame of every image of a folder in order, at its rate."""
     images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not images:
         raise VideoReadError(
             f"{folder}: expected a folder of frame images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none"
         )
-    if fps is not None:
-        return sorted(images, key=natural_key), checked_fps(fps, "folder_fps")
     try:
-        rate = checked_fps(read_metadata(folder).get("fps", DEFAULT_FPS), f"{folder / FOLDER_METADATA}: fps")
+        fps = checked_fps(read_metadata(folder).get("fps", DEFAULT_FPS), f"{folder / FOLDER_METADATA}: fps")
     except ValueError as error:
         raise VideoReadError(str(error)) from error
-    return sorted(images, key=natural_key), rate
+    for index, image in enumerate(sorted(images, key=natural_key)):
+        try:
+            if not image.is_file():
+                raise ValueError("no regular file")
+            form = image_format(image)
+            if form is None:
+                raise ValueError("its content is that of no image")
+            frame = next(image_frames(image, form, 1 / fps))
+        except Exception as error:
+            raise VideoReadError(f"{image}: not a readable image ({error}); copy it again") from error
+        yield frame._replace(start_s=index / fps, end_s=index / fps + 1 / fps)

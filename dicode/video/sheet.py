@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 
-from dicode.files import check_file, check_parent
+from dicode.files import check_file, check_parent, put
 
 AnyVideo = UInt8[ndarray, "_f _h _w c"]  # unlike `Video`: rows of a sheet may differ in length and size
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -37,9 +37,9 @@ def contact_sheet(
             sheet.paste(Image.fromarray(enlarged), (left + column * cell_width, row * cell_height))
     if labels:
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LABEL_SIZE)
-        lines_that_fit = max(1, cell_height // (LABEL_SIZE + 3))
+        max_lines = max(1, cell_height // (LABEL_SIZE + 3))
         for row, label in enumerate(labels):
-            lines = textwrap.wrap(label, LABEL_CHARACTERS, max_lines=lines_that_fit, placeholder=" …")
+            lines = textwrap.wrap(label, LABEL_CHARACTERS, max_lines=max_lines, placeholder=" …")
             draw.multiline_text((2, row * cell_height), "\n".join(lines), fill="black", font=font, spacing=1)
     return sheet
 
@@ -55,12 +55,8 @@ def check_sheet(path: Path | None) -> None:
 def save_sheet(
     path: str | Path, clips: Sequence[AnyVideo], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1
 ) -> None:
-    """Write the contact sheet of some clips as an image file; an interrupted write leaves no half of it."""
+    """Write the contact sheet of some clips as an image file, whole or not at all."""
     path = Path(path)
     check_sheet(path)
-    partial = path.with_name(f".part.{path.name}")
-    try:
-        contact_sheet(clips, labels, columns, scale).save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    sheet = contact_sheet(clips, labels, columns, scale)
+    put(path, lambda partial: sheet.save(partial, Image.registered_extensions()[path.suffix.lower()]))

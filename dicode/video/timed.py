@@ -1,4 +1,4 @@
-"""What every way of reading shares: the error, pictures with their times, and the bounds of what is read."""
+"""What all readers share: the error, frames with their times, and the bounds of what is read."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,55 +28,46 @@ class VideoReadError(ValueError):
     """A file that is no readable video: says which file, what was expected and found, and what to do."""
 
 
-class Timed(NamedTuple):
-    """A picture and when it appears, counted from the first one of its file."""
-
-    time_s: float
-    duration_s: float | None  # None where the file does not say
-    render: Callable[[], Picture]  # conversion waits until the frame is known to be wanted
-
-
-class Shown(NamedTuple):
-    """A picture and the time for which it is shown."""
+class Frame(NamedTuple):
+    """A picture and the time for which it is shown, counted from the first frame of its file."""
 
     start_s: float
     end_s: float
-    render: Callable[[], Picture]
+    render: Callable[[], Picture]  # conversion waits until the frame is known to be wanted
+    hdr: bool = False
 
 
-def shown(path: Path, timed: Iterator[Timed]) -> Iterator[Shown]:
-    """Give each frame its end: the next frame's start, or for the last its own duration.
+def contiguous(path: Path, frames: Iterator[Frame]) -> Iterator[Frame]:
+    """Frames that last until the next one starts, the last one for its own duration.
 
     Raises `VideoReadError` for a clock that jumps, runs backwards, or does not end.
     """
-    last, length_s, count = next(timed), 0.0, 0
-    length_s = last.duration_s or 0.0
-    for frame in timed:
+    last, count = next(frames), 0
+    for frame in frames:
         count += 1
-        back_s = last.time_s - frame.time_s
-        if back_s > max(last.duration_s or 0.0, 0.1):
+        if last.start_s - frame.start_s > max(last.end_s - last.start_s, 0.1):
             raise VideoReadError(
-                f"{path}: damaged, its clock runs backwards: frame {count} is to appear at {frame.time_s:.3f} s, the"
-                f" one before at {last.time_s:.3f} s; write it anew, e.g. with ffmpeg -fflags +genpts"
+                f"{path}: damaged, its clock runs backwards: frame {count} is to appear at {frame.start_s:.3f} s, the"
+                f" one before at {last.start_s:.3f} s; write it anew, e.g. with ffmpeg -fflags +genpts"
             )
-        frame = frame._replace(time_s=max(frame.time_s, last.time_s))
-        length_s = frame.time_s - last.time_s
-        _check_length(path, count - 1, last.time_s, length_s)
+        back_s = max(0.0, last.start_s - frame.start_s)
+        frame = frame._replace(start_s=max(frame.start_s, last.start_s), end_s=frame.end_s + back_s)
+        yield _checked(path, count - 1, last._replace(end_s=frame.start_s))
         if count >= MOST_FRAMES:
             raise VideoReadError(f"{path}: expected at most {MOST_FRAMES:,} frames, got more; cut it into parts")
-        yield Shown(last.time_s, frame.time_s, last.render)
         last = frame
-    length_s = last.duration_s or length_s
-    _check_length(path, count, last.time_s, length_s)
-    yield Shown(last.time_s, last.time_s + length_s, last.render)
+    yield _checked(path, count, last)
 
 
-def _check_length(path: Path, index: int, time_s: float, length_s: float) -> None:
+def _checked(path: Path, index: int, frame: Frame) -> Frame:
+    length_s = frame.end_s - frame.start_s
     if length_s > LONGEST_FRAME_S:
         raise VideoReadError(
-            f"{path}: frame {index}, at {time_s:g} s, stays for {length_s:g} s; expected at most {LONGEST_FRAME_S:g} s:"
-            " the clock of the file jumps. Write it anew with a steady rate, e.g. ffmpeg -vf setpts=N/FR/TB -r RATE"
+            f"{path}: frame {index}, at {frame.start_s:g} s, stays for {length_s:g} s; expected at most"
+            f" {LONGEST_FRAME_S:g} s: the clock of the file jumps. Write it anew with a steady rate, e.g."
+            " ffmpeg -vf setpts=N/FR/TB -r RATE"
         )
+    return frame
 
 
 def checked_fps(fps: object, name: str) -> float:
@@ -89,10 +80,10 @@ def checked_fps(fps: object, name: str) -> float:
 def check_work(path: Path, pixels: int) -> None:
     """Raise `VideoReadError` for more pixels than a file of its size may hold: hours of work for a few kilobytes."""
     size = path.stat().st_size
-    if pixels > FREE_WORK + MOST_WORK * size:
-        most = (FREE_WORK + MOST_WORK * size) / 1e6
+    most = FREE_WORK + MOST_WORK * size
+    if pixels > most:
         raise VideoReadError(
-            f"{path}: {size:,} bytes that unfold to more than {most:.0f} million pixels; make it smaller"
+            f"{path}: {size:,} bytes that unfold to more than {most / 1e6:.0f} million pixels; make it smaller"
         )
 
 

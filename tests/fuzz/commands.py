@@ -148,7 +148,7 @@ def world() -> Path:
     from safetensors.torch import save_file
     from torch import zeros
 
-    from dicode.video.synthetic import write_dataset
+    from tests.synthetic import write_dataset
 
     root = Path(mkdtemp(prefix="dicode-fuzz-world-"))
     write_tiny(root / "model")

@@ -51,7 +51,7 @@ KINDS = {
     "still.jpg": ("JPEG", "", ""),
     "still.avif": ("AVIF", "", ""),
 }
-UNTOLD = (".mpg", ".vob", ".ts", ".m2ts", ".mjpeg", ".jpg")  # without a length: cut between frames, they are whole
+NO_LENGTH = (".mpg", ".vob", ".ts", ".m2ts", ".mjpeg", ".jpg")  # without a length: cut between frames, they are whole
 INDEXED = (".mp4", ".mov", ".3gp", ".avif")  # what lies where is said elsewhere
 OPTIONS = {"fast.mp4": {"movflags": "+faststart"}, "fragments.mp4": {"movflags": "frag_keyframe+empty_moov"}}
 EXTREMES = (0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 13_000)
@@ -103,15 +103,15 @@ def run(case: Case, folder: Path) -> str:
 
 def outcome(case: Case, whole: Source, path: Path, size: int, changed_at: int) -> str:
     """How reading the file came out."""
-    from dicode.video.read import VideoReadError, native_frames, probe, read_video
+    from dicode.video.read import VideoReadError, check_frames, native_frames, read_video
 
     safe = sum(end <= changed_at for end in whole.ends)
     cut = case.change == "truncate" and size < len(whole.data)
     results: list[str] = []
-    for read, partial in ((native_frames, False), (read_video, True), (probe, None)):
+    for read, partial in ((native_frames, False), (read_video, True), (check_frames, None)):
         try:
             if partial is None:
-                read(path)
+                read(path, SIDE)
                 continue
             value = read(path, fps=None, allow_partial=True) if partial else read(path)
             frames = value.frames if partial else value[0]
@@ -130,8 +130,8 @@ def outcome(case: Case, whole: Source, path: Path, size: int, changed_at: int) -
             return f"wrong: {'partial ' * partial}frame {first} differs, {safe} are undamaged, {len(frames)} were read"
         if partial:
             continue
-        told = not case.kind.endswith(UNTOLD)
-        if len(frames) < safe or (cut and told and len(frames) < len(whole.frames)):
+        has_length = not case.kind.endswith(NO_LENGTH)
+        if len(frames) < safe or (cut and has_length and len(frames) < len(whole.frames)):
             return f"wrong: accepted with {len(frames)} of {len(whole.frames)} frames, {safe} undamaged"
         if case.change in ("intact", "suffix", "clock") and len(frames) != len(whole.frames):
             return f"wrong: {len(frames)} frames of {len(whole.frames)}"

@@ -1,4 +1,4 @@
-"""Little clips of one moving shape with a caption, drawn from a seed: for tests and for training at toy size."""
+"""Small clips of one moving shape with a caption, drawn from a seed."""
 
 import json
 from pathlib import Path
