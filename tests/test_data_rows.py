@@ -170,7 +170,7 @@ def test_videos_come_back_from_their_columns_and_one_is_made_a_time(monkeypatch:
     assert list(videos.lasting(1.0)) == [v for v in drawn if v.lasts(1.0)]
     assert [len(videos.spread(n)) for n in (1, 7, 40, 99)] == [1, 7, 40, 40]
     made: list[int] = []
-    monkeypatch.setattr(Videos, "_made", lambda self, number: made.append(number))
+    monkeypatch.setattr(Videos, "_video", lambda self, number: made.append(number))
     videos.having(VALIDATION, False).lasting(0.5).spread(3)[1]
     assert len(made) == 1
 
@@ -183,11 +183,10 @@ def test_what_lasts_is_a_loop_or_long_enough_and_never_a_still_image() -> None:
     assert list(Videos.of(made).lasting(2.0)) == [v for v in made if v.lasts(2.0)]
 
 
-def test_rows_of_frames_are_found_without_a_list_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_frames_are_found_without_a_list_of_them() -> None:
     drawn = drawn_videos(40)
     chosen = [v for v in drawn if not v.validation]
     whole = torch.cat([torch.arange(v.first, v.first + v.count) for v in chosen])
-    monkeypatch.setattr("dicode.data.columns.BLOCK", 4)
     rows = FrameRows(Videos.of(drawn).having(VALIDATION, False))
     assert len(rows) == len(whole) and torch.equal(rows[:], whole) and torch.equal(rows[5:90:7], whole[5:90:7])
     at = torch.randint(len(whole), (3, 50), generator=torch.Generator().manual_seed(0))

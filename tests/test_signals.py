@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dicode.cli.app import main
-from dicode.data.parallel_map import spread
+from dicode.data.parallel_map import parallel_map
 
 COMMANDS = {
     "generate": ["generate", "a red square moves right", "--model", "MODEL", "-o", "OUT/a.mp4", "--seconds", "4"],
@@ -91,7 +91,7 @@ def test_worker_processes_clear_up_and_end_with_the_one_that_started_them(tmp_pa
 
         signal.signal(signal.SIGTERM, ended)
         try:
-            list(spread(write_for_ever, [tmp_path] * 3, workers=2))
+            list(parallel_map(write_for_ever, [tmp_path] * 3, workers=2))
         except KeyboardInterrupt:
             return 7
         return 0

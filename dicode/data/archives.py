@@ -1,4 +1,4 @@
-"""A cache as WebDataset archives: the writing half of `tars.py`, which needs no torch."""
+"""A cache as WebDataset archives, for `dicode data export`."""
 
 import io
 import json
@@ -29,8 +29,8 @@ def write_tars(cache: FrameCache, output: Place) -> list[Place]:
     check_export(output)
     if not isinstance(output, Path):
         return _write_tars(cache, output)
-    with whole_folder(output) as made:
-        return [output / path.name for path in _write_tars(cache, made)]
+    with whole_folder(output) as folder:
+        return [output / path.name for path in _write_tars(cache, folder)]
 
 
 def check_export(output: Place) -> None:
@@ -38,47 +38,40 @@ def check_export(output: Place) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: expected a folder to write, or none yet, got a file")
     for path in output.iterdir() if output.exists() else ():
-        if path.is_dir() or not (path.suffix == ".tar" and _is_ours(path)):
+        if path.is_dir() or not (path.suffix == ".tar" and _is_own(path)):
             raise ValueError(f"{path}: is no archive of this command's; name an empty or a new folder with -o")
 
 
-def _write_tars(cache: FrameCache, output: Place) -> list[Place]:
-    assert isinstance(cache.frames, Rows)
-    made: list[Place] = []
-    for file, (start, stop) in zip(cache.files, pairwise(cache.frames.starts), strict=True):
-        own = [v for v in cache.videos if start <= v.first < stop]
-        made.append(output / f"{file.stem}.tar")
-        put(made[-1], partial(_write_tar, cache=cache, videos=own, stem=file.stem))
-    return made
-
-
-def _is_ours(path: Place) -> bool:
+def _is_own(path: Place) -> bool:
     """Whether `write_tars` has written a file: its first member is named as it names them."""
     with path.open("rb") as file:
         return re.fullmatch(rb"\d{5,}-\d{5,}\.mp4\0+", file.read(100)) is not None
 
 
-def _write_tar(path: Path, cache: FrameCache, videos: list[CachedVideo], stem: str) -> None:
+def _write_tars(cache: FrameCache, output: Place) -> list[Place]:
+    assert isinstance(cache.frames, Rows)
+    archives: list[Place] = [output / f"{file.stem}.tar" for file in cache.files]
+    for archive, (start, stop) in zip(archives, pairwise(cache.frames.starts), strict=True):
+        own = [v for v in cache.videos if start <= v.first < stop]
+        put(archive, partial(_write_tar, cache=cache, videos=own, prefix=archive.stem.removeprefix("shard-")))
+    return archives
+
+
+def _write_tar(path: Path, cache: FrameCache, videos: list[CachedVideo], prefix: str) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar, tempfile.TemporaryDirectory() as folder:
         for number, video in enumerate(videos):
             frames, fps = _even(cache, video)
             movie = Path(folder) / "clip.mp4"
             with VideoWriter(movie, fps) as writer:
                 writer.write(frames)
-            facts: dict[str, Any] = {
-                **video.extra,
-                "caption": (*video.captions, "")[0],
-                "expanded": (*video.captions, "", "")[1],
-            }
+            caption, expanded = (*video.captions, "", "")[:2]
+            facts: dict[str, Any] = {**video.extra, "caption": caption, "expanded": expanded}
             facts |= {name: getattr(video, name) for name in ("source", "file", "loops", "validation")}
             facts |= {"captions": video.captions[2:], "scene_start_s": video.start_s}  # start_s would cut it once more
-            contents = {
-                "mp4": movie.read_bytes(),
-                "txt": facts["caption"].encode(),
-                "json": json.dumps(facts, ensure_ascii=False).encode(),
-            }
+            text = json.dumps(facts, ensure_ascii=False)
+            contents = {"mp4": movie.read_bytes(), "txt": caption.encode(), "json": text.encode()}
             for ending, content in contents.items():
-                entry = tarfile.TarInfo(f"{stem.removeprefix('shard-')}-{number:05}.{ending}")  # from 1970, nobody's
+                entry = tarfile.TarInfo(f"{prefix}-{number:05}.{ending}")  # from 1970, nobody's
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
 

@@ -1,6 +1,6 @@
 """Videos to the shards of a training cache: the same bytes however many workers, and however often it was stopped.
 
-Beside the shards lie what each of them was made of and from (shard-00000.json), for the same command to go on from, and
+Beside each shard lies a note of its inputs and videos (shard-00000.json), from which the same command goes on; and
 quarantine.jsonl, the files that could not be read, and copies.jsonl, the videos that were left out as copies.
 """
 
@@ -8,22 +8,22 @@ import dataclasses
 import errno
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
-from dicode.checkpoint import read_tensors
-from dicode.config import CheckpointError, config_from_dict
-from dicode.data.cache import Shard, fault, index_text, shard_name, write_shard, write_videos
-from dicode.data.cache_folder import INDEX, check_own, shard_files, stale_files, whole_files
+from dicode.config import config_from_dict
+from dicode.data.cache import Shard, fault, remove_index, shard_name, write_index, write_shard
+from dicode.data.cache_folder import INDEX, check_own, shard_files, stale_files
 from dicode.data.columns import CachedVideo
 from dicode.data.dedupe import look_of, repeats, scenes
-from dicode.data.parallel_map import spread
+from dicode.data.parallel_map import parallel_map
 from dicode.data.records import ClipRecord, validation_split
-from dicode.files import Place, fetched, put_text, state_of
+from dicode.files import Place, put_text, state_of
 from dicode.stopwatch import Progress
 from dicode.video.read import Times, VideoReadError, native_frames
 from dicode.video.timed import Video
@@ -45,15 +45,11 @@ class CacheOptions:
     files_per_shard: int = 64
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for options that cannot be."""
+        """Raises `ValueError` for options that contradict each other or are out of range."""
         if self.loops and self.scenes is not None:
             raise ValueError("loops, scenes: a scene cut out of a video does not repeat without a seam; leave one out")
         if self.files_per_shard < 1 or self.size < 1 or not self.max_fps > 0:
             raise ValueError("size, max_fps, files_per_shard: expected positive numbers")
-
-    def of_units(self) -> str:
-        """What of the options a single shard depends on."""
-        return json.dumps([self.size, self.max_fps, self.loops, self.scenes, self.dedupe is not None])
 
 
 @dataclass(frozen=True)
@@ -64,14 +60,24 @@ class Unit:
     records: tuple[ClipRecord, ...]
     options: CacheOptions
     output: Place
-    afresh: bool = False  # even if the shard is there
+    copies: Mapping[int, str] | None = None  # videos to leave out, and what each repeats; None: as in a shard there
+
+    def inputs(self) -> str:
+        """A digest of all that the shard depends on."""
+        o = self.options
+        digest = hashlib.sha256(json.dumps([o.size, o.max_fps, o.loops, o.scenes, o.dedupe is not None]).encode())
+        for record in self.records:
+            source = record.inside.archive if record.inside else record.path
+            facts = (record.source, record.file, record.start_s, record.end_s, record.inside and record.inside.span)
+            digest.update(json.dumps([*facts, record.fault or state_of(source)]).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Entry:
     """A video of a unit: its rows counted from the first of the shard, and whether it is left out as a copy."""
 
-    video: CachedVideo  # in the notes of shards without captions, split and further values; see `with_lines`
+    video: CachedVideo  # in notes without captions, split and further values; see `with_lines`
     look: str = ""  # see `look_of`
     repeats: str = ""  # the video it is a copy of
     record: int = 0  # of the unit's
@@ -86,14 +92,25 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a unit became, as kept in the .json beside its shard; `inputs` stands for its files and options."""
+class ShardNote:
+    """The result of a unit, as kept in the .json beside its shard."""
 
     number: int
-    inputs: str
+    inputs: str  # see `Unit.inputs`
     shard: Shard | None  # None: no file could be read
     entries: tuple[Entry, ...]
     bad: tuple[Bad, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "ShardNote":
+        """Of the JSON that `write` gives. Raises `ValueError` for that of another version."""
+        return config_from_dict(cls, json.loads(text), "unit")
+
+    def write(self, output: Place) -> str:
+        """Put it beside the shard; gives its text."""
+        text = json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        put_text(output / f"{shard_name(self.number)}.json", text)
+        return text
 
 
 def build_cache(
@@ -103,7 +120,7 @@ def build_cache(
     workers: int = 1,
     ray: str | None = None,
     validation_by: tuple[str, str] | None = None,
-) -> list[Made]:
+) -> list[ShardNote]:
     """Write a cache of these clips, in their order, going on from what an earlier run of the same left.
 
     Bad files are noted and left out. `validation_by`: see `validation_split`. Raises `VideoReadError` where nothing can
@@ -114,38 +131,47 @@ def build_cache(
         validation_split(records, validation_by)  # raises before the work rather than after it
     for old in stale_files(output):
         old.unlink()
-    at_once = options.files_per_shard
-    units = [
-        Unit(i // at_once, tuple(records[i : i + at_once]), options, output) for i in range(0, len(records), at_once)
-    ]
-    made = []
-    with Progress("caching", len(records), "clip") as progress:
-        for text in spread(make_shard, units, workers, ray):
-            made.append(config_from_dict(Made, json.loads(text), "unit"))
-            progress.update(len(units[made[-1].number].records))
-    made.sort(key=lambda unit: unit.number)
+    size = options.files_per_shard
+    parts = [tuple(records[i : i + size]) for i in range(0, len(records), size)]
+    units = [Unit(number, part, options, output) for number, part in enumerate(parts)]
+    notes = _make_shards(units, workers, ray)
     if options.dedupe is not None:
-        made = without_copies(made, units, options.dedupe)
-    made = with_lines(made, units, validation_by)
-    bad = [dataclasses.asdict(file) for unit in made for file in unit.bad]
-    put_text(output / QUARANTINE, "".join(json.dumps(file, ensure_ascii=False) + "\n" for file in bad))
-    finish(made, output)
-    return made
+        copies = _copies(notes, options.dedupe)
+        changed = [
+            replace(unit, copies=own)
+            for unit, note, own in zip(units, notes, copies, strict=True)
+            if own.keys() != {j for j, entry in enumerate(note.entries) if entry.repeats}
+        ]
+        for note in _make_shards(changed, workers, ray):
+            notes[note.number] = note
+        notes = [_named(note, own) for note, own in zip(notes, copies, strict=True)]
+    notes = with_lines(notes, units, validation_by)
+    put_text(output / QUARANTINE, _jsonl(dataclasses.asdict(file) for note in notes for file in note.bad))
+    write_cache(notes, output)
+    return notes
+
+
+def _make_shards(units: Sequence[Unit], workers: int, ray: str | None) -> list[ShardNote]:
+    """The notes of units in their order, whose shards are there then."""
+    notes: dict[int, ShardNote] = {}
+    sizes = {unit.number: len(unit.records) for unit in units}
+    with Progress("caching", sum(sizes.values()), "clip") as progress:
+        for text in parallel_map(make_shard, units, workers, ray):
+            note = ShardNote.parse(text)
+            notes[note.number] = note
+            progress.update(sizes[note.number])
+    return [notes[unit.number] for unit in units]
 
 
 def make_shard(unit: Unit) -> str:
-    """`Made` of a unit as JSON: of the shard there, if it is what these files and options give, or of a new one."""
-    name, digest = shard_name(unit.number), hashlib.sha256(unit.options.of_units().encode())
-    for record in unit.records:
-        held = record.inside.archive if record.inside else record.path
-        facts = (record.source, record.file, record.start_s, record.end_s, record.inside and record.inside.span)
-        digest.update(json.dumps([*facts, record.fault or state_of(held)]).encode())
-    note = unit.output / f"{name}.json"
-    if not unit.afresh and note.is_file():
-        text = note.read_text(encoding="utf-8")
-        if _still_there(text, digest.hexdigest(), unit.output):
+    """The note of a unit as JSON: of the shard there, if these files and options give the same, or of a new one."""
+    name, inputs = shard_name(unit.number), unit.inputs()
+    path = unit.output / f"{name}.json"
+    if unit.copies is None and path.is_file():
+        text = path.read_text(encoding="utf-8")
+        if _is_current(text, inputs, unit.output):
             return text
-    _forget(unit.output, name)
+    _remove_shard(unit.output, name)
     entries: list[Entry] = []
     frames: list[Video] = []
     times_s: list[Times] = []
@@ -154,10 +180,12 @@ def make_shard(unit: Unit) -> str:
     for number, record in enumerate(unit.records):
         try:
             for entry, own_frames, own_times_s in _clips(record, unit.options):
-                entries.append(replace(entry, record=number, video=replace(entry.video, first=first)))
-                frames.append(own_frames)
-                times_s.append(own_times_s)
-                first += len(own_frames)
+                original = (unit.copies or {}).get(len(entries), "")
+                entries.append(replace(entry, record=number, video=replace(entry.video, first=first), repeats=original))
+                if not original:
+                    frames.append(own_frames)
+                    times_s.append(own_times_s)
+                    first += len(own_frames)
         except (VideoReadError, OSError) as error:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise  # of a copy that an archive's member is read from
@@ -166,15 +194,15 @@ def make_shard(unit: Unit) -> str:
     if frames:
         tensors = (torch.from_numpy(np.concatenate(parts)) for parts in (frames, times_s))
         shard = write_shard(unit.output, name, *tensors)
-    return _note(Made(unit.number, digest.hexdigest(), shard, tuple(entries), tuple(bad)), unit.output)
+    return ShardNote(unit.number, inputs, shard, tuple(entries), tuple(bad)).write(unit.output)
 
 
-def _still_there(text: str, inputs: str, output: Place) -> bool:
+def _is_current(text: str, inputs: str, output: Place) -> bool:
     try:
-        made = config_from_dict(Made, json.loads(text), "unit")
-    except (json.JSONDecodeError, CheckpointError):  # of another version
+        note = ShardNote.parse(text)
+    except ValueError:
         return False
-    return made.inputs == inputs and (made.shard is None or not fault(output, made.shard, hashes=True))
+    return note.inputs == inputs and (note.shard is None or not fault(output, note.shard, hashes=True))
 
 
 def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, Video, Times]]:
@@ -184,17 +212,16 @@ def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, V
             path, options.size, max_fps=options.max_fps, start_s=record.start_s, end_s=record.end_s
         )
     if record.end_s is not None and record.end_s - record.start_s - period_s > MOST_LACKING_S:
-        lasts_s = record.start_s + period_s
-        raise VideoReadError(
-            f"{record.path}: its line has end_s {record.end_s:g}, and the file ends at {lasts_s:.4g} s"
-        )
+        ends_s = record.start_s + period_s
+        raise VideoReadError(f"{record.path}: its line has end_s {record.end_s:g}, and the file ends at {ends_s:.4g} s")
+    least_s = options.scenes or 0.0
     spans = [(0, len(frames))] if options.scenes is None else scenes(frames)
-    ends_s = [*times_s[[stop for _, stop in spans[:-1]]], period_s]
-    lengths_s = [end_s - times_s[start] for (start, _), end_s in zip(spans, ends_s, strict=True)]
-    if max(lengths_s) < (options.scenes or 0.0):
+    bounds_s = [*times_s[[start for start, _ in spans]], period_s]
+    lengths_s = np.diff(bounds_s)
+    if max(lengths_s) < least_s:
         raise VideoReadError(f"{record.path}: its longest scene lasts {max(lengths_s):.2f} s")
     for (start, stop), length_s in zip(spans, lengths_s, strict=True):
-        if length_s < (options.scenes or 0.0):
+        if length_s < least_s:
             continue
         video = CachedVideo(
             source=record.source,
@@ -212,101 +239,63 @@ def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, V
         yield Entry(video, look), own, times_s[start:stop] - times_s[start]
 
 
-def _note(made: Made, output: Place) -> str:
-    text = json.dumps(dataclasses.asdict(made), ensure_ascii=False)
-    put_text(output / f"{shard_name(made.number)}.json", text)
-    return text
-
-
-def _forget(output: Place, name: str) -> None:
-    """Remove a shard with all that was computed of it, and the index, which speaks of it."""
+def _remove_shard(output: Place, name: str) -> None:
+    """Remove a shard with all that was computed of it, and the index, which lists it."""
     for old in [output / INDEX, *shard_files(output, name)]:
         old.unlink(missing_ok=True)
 
 
-def without_copies(made: Iterable[Made], units: Sequence[Unit], most_bits: int) -> list[Made]:
-    """The same without the videos that repeat an earlier one; shards that hold such are written anew."""
-    made = list(made)
-    places = [(i, j) for i, unit in enumerate(made) for j in range(len(unit.entries))]
-    entries = [made[i].entries[j] for i, j in places]
-    copies = repeats([entry.look for entry in entries], most_bits)
-    names: dict[int, dict[int, str]] = {}
-    for copy, first in copies.items():
-        i, j = places[copy]
-        video = entries[first].video
-        names.setdefault(i, {})[j] = f"{video.source}/{video.file}" + (f" {video.start_s:g} s" if video.start_s else "")
-    return [_thinned(unit, units[i], names.get(i, {})) for i, unit in enumerate(made)]
+def _copies(notes: Sequence[ShardNote], most_bits: int) -> list[dict[int, str]]:
+    """The videos of each shard, by their number in it, that repeat an earlier one, and which."""
+    entries = [(i, j, entry) for i, note in enumerate(notes) for j, entry in enumerate(note.entries)]
+    copies: list[dict[int, str]] = [{} for _ in notes]
+    for copy, original in repeats([entry.look for *_, entry in entries], most_bits).items():
+        i, j, _ = entries[copy]
+        video = entries[original][2].video
+        copies[i][j] = f"{video.source}/{video.file}" + (f" {video.start_s:g} s" if video.start_s else "")
+    return copies
 
 
-def _thinned(made: Made, unit: Unit, copies: dict[int, str]) -> Made:
-    out = {j for j, entry in enumerate(made.entries) if entry.repeats}
-    if out - copies.keys():  # left out by an earlier run, with another threshold or other files before it
-        made = config_from_dict(Made, json.loads(make_shard(replace(unit, afresh=True))), "unit")
-        out = set()
-    if out != copies.keys():
-        made = _rewritten(made, unit.output, copies)
-    return replace(made, entries=tuple(replace(e, repeats=copies.get(j, "")) for j, e in enumerate(made.entries)))
+def _named(note: ShardNote, copies: Mapping[int, str]) -> ShardNote:
+    """The note with the present names of the videos that its copies repeat."""
+    return replace(note, entries=tuple(replace(e, repeats=copies.get(j, "")) for j, e in enumerate(note.entries)))
 
 
-def _rewritten(made: Made, output: Place, copies: dict[int, str]) -> Made:
-    """The shard without the rows of copies. Stopped between its files, it does not fit its note and is made anew."""
-    assert made.shard is not None
-    entries, rows, first = [], [torch.empty(0, dtype=torch.long)], 0
-    for j, entry in enumerate(made.entries):
-        if j not in copies:
-            rows.append(torch.arange(entry.video.first, entry.video.first + entry.video.count))
-        entries.append(replace(entry, video=replace(entry.video, first=first), repeats=copies.get(j, "")))
-        first += 0 if j in copies else entry.video.count
-    with fetched(output / made.shard.file) as local:
-        kept = {name: values[torch.cat(rows)] for name, values in read_tensors(local).items()}
-    _forget(output, shard_name(made.number))
-    shard = write_shard(output, shard_name(made.number), kept["frames"], kept["times_s"]) if first else None
-    made = replace(made, shard=shard, entries=tuple(entries))
-    _note(made, output)
-    return made
+def with_lines(
+    notes: Sequence[ShardNote], units: Sequence[Unit], validation_by: tuple[str, str] | None = None
+) -> list[ShardNote]:
+    """The same with the values of each video's line, and the split, which is over videos that can be read."""
+    kept = dict.fromkeys((note.number, e.record) for note in notes for e in note.entries if not e.repeats)
+    records = [units[number].records[record] for number, record in kept]
+    split = dict(zip(kept, validation_split(records, validation_by), strict=True))
 
-
-def with_lines(made: Iterable[Made], units: Sequence[Unit], validation_by: tuple[str, str] | None = None) -> list[Made]:
-    """The same with what the lines tell of each video, and the split, which is over videos that can be read."""
-    made = list(made)
-    lines = {i: units[unit.number].records for i, unit in enumerate(made)}
-    kept = dict.fromkeys((i, e.record) for i, unit in enumerate(made) for e in unit.entries if not e.repeats)
-    split = dict(zip(kept, validation_split([lines[i][number] for i, number in kept], validation_by), strict=True))
-
-    def told(i: int, entry: Entry) -> Entry:
-        record, held_out = lines[i][entry.record], split.get((i, entry.record), False)
+    def with_line(number: int, entry: Entry) -> Entry:
+        record, held_out = units[number].records[entry.record], split.get((number, entry.record), False)
         video = replace(entry.video, captions=record.captions, validation=held_out, extra=dict(record.extra))
         return replace(entry, video=video)
 
-    return [replace(unit, entries=tuple(told(i, entry) for entry in unit.entries)) for i, unit in enumerate(made)]
+    return [replace(note, entries=tuple(with_line(note.number, entry) for entry in note.entries)) for note in notes]
 
 
-def finish(made: Sequence[Made], output: Place) -> None:
+def write_cache(notes: Sequence[ShardNote], output: Place) -> None:
     """Write the index of the shards, and remove what does not belong to them."""
-    shards: list[Shard] = []
-    videos: list[CachedVideo] = []
-    copies: list[dict[str, Any]] = []
-    for unit in made:
-        first = sum(shard.frames for shard in shards)
-        shards += [unit.shard] if unit.shard else []
-        for entry in unit.entries:
-            if entry.repeats:
-                facts = {name: getattr(entry.video, name) for name in ("source", "file", "start_s")}
-                copies.append({**facts, "repeats": entry.repeats})
-            else:
-                videos.append(replace(entry.video, first=first + entry.video.first))
-    names, index = {shard_name(unit.number) for unit in made}, output / INDEX
+    names = {shard_name(note.number) for note in notes}
     for old in (*shard_files(output), *stale_files(output)):
         if old.name.partition(".")[0] not in names:
             old.unlink()
-    put_text(output / COPIES, "".join(json.dumps(copy, ensure_ascii=False) + "\n" for copy in copies))
-    text = index_text(shards, *write_videos(output, videos)) if videos else ""
-    if videos and index.is_file() and index.read_text(encoding="utf-8") == text:
-        return
-    for old in whole_files(output):
-        old.unlink()
-    index.unlink(missing_ok=True)
+    shards = [note.shard for note in notes if note.shard]
+    firsts = accumulate((note.shard.frames if note.shard else 0 for note in notes), initial=0)
+    entries = [(first, entry) for first, note in zip(firsts, notes, strict=False) for entry in note.entries]
+    videos = [replace(e.video, first=first + e.video.first) for first, e in entries if not e.repeats]
+    copies = [(e.video, e.repeats) for _, e in entries if e.repeats]
+    lines = [{"source": v.source, "file": v.file, "start_s": v.start_s, "repeats": repeats} for v, repeats in copies]
+    put_text(output / COPIES, _jsonl(lines))
     if not videos:
-        bad = [file for unit in made for file in unit.bad]
+        remove_index(output)
+        bad = [file for note in notes for file in note.bad]
         raise VideoReadError(f"none of {len(bad)} files can be read; see {output / QUARANTINE}; {bad[0].reason}")
-    put_text(index, text)
+    write_index(output, shards, videos)
+
+
+def _jsonl(values: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)

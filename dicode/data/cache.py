@@ -1,7 +1,7 @@
 """The training cache: frames of a data set with their times, so that any clip at any rate is a lookup.
 
 cache/shard-00000.safetensors          frames u8 `f h w c`, times_s f64 `f`; read through memory maps
-cache/shard-00000.NAME.safetensors     what was computed of its frames: `values`, first axis `f`; or of `rows` of them
+cache/shard-00000.NAME.safetensors     `values` computed of its frames, first axis `f`, or of `rows` of them
 cache/index.json                       shards and the file of videos, each with size and SHA-256
 cache/videos.safetensors               the videos; see `dicode.data.columns`
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from dicode.checkpoint import read_tensors
 from dicode.config import CheckpointError, config_from_dict
 from dicode.data.cache_folder import INDEX, VIDEOS, check_own, shard_files, whole_files
-from dicode.data.columns import DTYPES, VALIDATION, FrameRows, Videos, joined
+from dicode.data.columns import DTYPES, VALIDATION, FrameRows, Videos
 from dicode.data.columns import CachedVideo as CachedVideo  # which other modules import from here
 from dicode.files import Place, alone_with, fetched, place, put, put_text, sha256_of
 from dicode.stopwatch import Progress
@@ -47,7 +47,7 @@ class CacheError(ValueError):
     """A cache that cannot be read: says which file, what was expected and what was found."""
 
 
-class OpenedWhenRead(Sequence[Tensor]):
+class LazyTensors(Sequence[Tensor]):
     """One tensor of each of many safetensors files; the last ones read stay mapped.
 
     `read` is shared by the tensors of the same files.
@@ -59,17 +59,11 @@ class OpenedWhenRead(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
-    @overload
-    def __getitem__(self, at: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, at: int | slice) -> Tensor | Sequence[Tensor]:
-        if isinstance(at, slice):
-            return OpenedWhenRead(self.files[at], self.name, self.read)
+    def __getitem__(self, at: Any) -> Any:
         return self.read(self.files[at])[self.name]
 
 
-def last_read() -> Callable[[Path], dict[str, Tensor]]:
+def mapped_reader() -> Callable[[Path], dict[str, Tensor]]:
     """`read_tensors` that keeps the last files mapped."""
     return lru_cache(MOST_OPEN)(read_tensors)
 
@@ -78,11 +72,11 @@ class Rows:
     """Tensors of equal width beneath each other, indexed by row as if they were one; none is copied whole."""
 
     def __init__(
-        self, parts: Sequence[Any], sizes: Sequence[int] | None = None, held: Sequence[Any] | None = None
+        self, parts: Sequence[Tensor], sizes: Sequence[int] | None = None, held: Sequence[Tensor] | None = None
     ) -> None:
-        """`parts` are tensors; `sizes` their numbers of rows, where they are not to be opened for it.
+        """`sizes` are the numbers of rows of `parts`, where they are not to be opened for it.
 
-        `held` are tensors too: which rows of each part there are, in order, where some are left out.
+        `held`: which rows of each part there are, in order, where some are left out.
         """
         self.parts, self.held = parts, held
         self.starts = [0, *accumulate(sizes or [len(part) for part in parts])]
@@ -96,10 +90,8 @@ class Rows:
         """As `torch.cat(parts)[at]`, for a slice within one part, or integers, lists or tensors counted from 0."""
         if isinstance(at, slice):
             start, stop, step = at.indices(len(self))
-            if self.held is not None:
-                return self[torch.arange(start, stop, step)]
             i = min(bisect_right(self.starts, start), len(self.parts)) - 1
-            if stop <= self.starts[i + 1]:
+            if self.held is None and stop <= self.starts[i + 1]:
                 return self.parts[i][start - self.starts[i] : stop - self.starts[i] : step]
             at = torch.arange(start, stop, step)
         given = torch.broadcast_tensors(*map(torch.as_tensor, at if isinstance(at, tuple) else (at,)))
@@ -129,7 +121,7 @@ class Rows:
 class FrameCache:
     """All videos of a data set, their frames in memory or in shards."""
 
-    videos: Sequence[CachedVideo]  # `Videos`, made of what is given
+    videos: Sequence[CachedVideo]  # kept as `Videos`
     frames: Tensor | Rows  # uint8 f h w c
     times_s: Tensor | Rows  # float64 f, from the start of each video
     files: tuple[Path, ...] = ()  # of the shards
@@ -139,7 +131,7 @@ class FrameCache:
 
     @property
     def columns(self) -> Videos:
-        """The videos, as what they are."""
+        """The videos, with the type that they have."""
         return cast(Videos, self.videos)
 
     @classmethod
@@ -149,11 +141,11 @@ class FrameCache:
         if not isinstance(where, Path):
             raise CacheError(f"{where}: shards are read through memory maps; copy the cache to this machine first")
         shards, videos = read_cache_index(where)
-        if wrong := [said for shard in shards if (said := fault(where, shard, hashes=False))]:
-            raise CacheError(f"{wrong[0]}; make the cache again with the same `dicode data cache`, or copy it again")
+        if wrong := next((w for shard in shards if (w := fault(where, shard, hashes=False))), ""):
+            raise CacheError(f"{wrong}; make the cache again with the same `dicode data cache`, or copy it again")
         files, sizes = tuple(where / shard.file for shard in shards), [shard.frames for shard in shards]
-        read = last_read()
-        frames, times_s = (Rows(OpenedWhenRead(files, name, read), sizes) for name in ("frames", "times_s"))
+        read = mapped_reader()
+        frames, times_s = (Rows(LazyTensors(files, name, read), sizes) for name in ("frames", "times_s"))
         return cls(videos, frames, times_s, files)
 
     def save(self, folder: str | Path) -> None:
@@ -165,59 +157,57 @@ class FrameCache:
         folder = Path(folder)
         check_own(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / INDEX).unlink(missing_ok=True)
-        for old in (*shard_files(folder), *whole_files(folder)):
+        remove_index(folder)
+        for old in shard_files(folder):
             old.unlink()
         shard = write_shard(folder, shard_name(0), self.frames[:], self.times_s[:])
         write_index(folder, [shard], self.columns)
 
-    def computed(self, name: str, make: Callable[[Tensor], Tensor]) -> Rows:
-        """What `make` gives for all frames, kept beside each shard under `name`; interrupted, it goes on by shards."""
-        if not isinstance(self.frames, Rows) or not self.files:
-            return Rows([make(self.frames[:])])
-        parts, sizes = self.frames.parts, np.diff(self.frames.starts).tolist()
-        made = [file.with_suffix(f".{name}.safetensors") for file in self.files]
-        self._fill(name, made, sizes, lambda number: {"values": make(parts[number])})
-        return Rows(OpenedWhenRead(made, "values", last_read()), sizes)
+    @property
+    def _starts(self) -> list[int]:
+        """First row of each shard, and the number of rows."""
+        return self.frames.starts if isinstance(self.frames, Rows) and self.files else [0, len(self.frames)]
 
-    def computed_of(self, name: str, chosen: Callable[[range], Tensor], make: Callable[[Tensor], Tensor]) -> Rows:
-        """What `make` gives for some rows, kept as `computed` does; `chosen` says which, in order, of a shard's."""
-        starts = self.frames.starts if isinstance(self.frames, Rows) and self.files else [0, len(self.frames)]
-        own = [range(start, stop) for start, stop in pairwise(starts)]
+    def computed(self, name: str, compute: Callable[[Tensor], Tensor]) -> Rows:
+        """The values of `compute` for all frames, kept beside each shard as NAME; interrupted, it goes on by shards."""
+        return self._computed(name, lambda rows: {"values": compute(self.frames[rows.start : rows.stop])})
 
-        def tensors(number: int) -> dict[str, Tensor]:
-            rows = chosen(own[number])
-            return {"rows": rows - own[number].start, "values": make(rows)}
+    def computed_of(self, name: str, select: Callable[[range], Tensor], compute: Callable[[Tensor], Tensor]) -> Rows:
+        """The values of `compute` for the rows that `select` gives, in order, of a shard's; kept as `computed` does."""
 
-        sizes = list(map(len, own))
+        def tensors(rows: range) -> dict[str, Tensor]:
+            selected = select(rows)
+            return {"rows": selected - rows.start, "values": compute(selected)}
+
+        return self._computed(name, tensors, partly=True)
+
+    def _computed(self, name: str, tensors: Callable[[range], dict[str, Tensor]], partly: bool = False) -> Rows:
+        shards = [range(start, stop) for start, stop in pairwise(self._starts)]
+        sizes = [len(rows) for rows in shards]
         if not self.files:
-            values = tensors(0)
-            return Rows([values["values"]], sizes, [values["rows"]])
-        made, read = [file.with_suffix(f".{name}.safetensors") for file in self.files], last_read()
-        self._fill(name, made, sizes, tensors)
-        return Rows(OpenedWhenRead(made, "values", read), sizes, OpenedWhenRead(made, "rows", read))
-
-    def _fill(
-        self, name: str, made: Sequence[Path], sizes: Sequence[int], tensors: Callable[[int], dict[str, Tensor]]
-    ) -> None:
-        """Write the files that are missing, each by one process of however many do the same at this time."""
-        missing = [number for number, path in enumerate(made) if not path.is_file()]
+            values = tensors(shards[0])
+            return Rows([values["values"]], sizes, [values["rows"]] if partly else None)
+        paths, read = [self._computed_file(number, name) for number in range(len(shards))], mapped_reader()
+        missing = [number for number, path in enumerate(paths) if not path.is_file()]
         with Progress(f"computing {name.split('-')[0]}", sum(sizes[n] for n in missing), "frame") as progress:
-            for wait in (False, True):  # what other processes have begun comes last, and is done by then or left undone
+            for wait in (False, True):  # shards that other processes have begun come last, and are done by then, or not
                 for number in missing:
                     with alone_with(self.files[number], wait) as alone:
-                        if alone and not made[number].is_file():
-                            values = tensors(number)
-                            put(made[number], partial(save_file, values))
+                        if alone and not paths[number].is_file():
+                            put(paths[number], partial(save_file, tensors(shards[number])))
                             progress.update(sizes[number])
+        return Rows(LazyTensors(paths, "values", read), sizes, LazyTensors(paths, "rows", read) if partly else None)
+
+    def _computed_file(self, number: int, name: str) -> Path:
+        return self.files[number].with_suffix(f".{name}.safetensors")
 
     def kept(self, name: str, rows: Tensor) -> Tensor | None:
-        """What `computed` left under a name of these rows, all of one shard; None where it left nothing there."""
-        if not isinstance(self.frames, Rows) or not self.files or len(rows) == 0:
+        """The values that `computed` left as NAME of these rows, all of one shard; None where it left none."""
+        if not self.files or len(rows) == 0:
             return None
-        number = bisect_right(self.frames.starts, int(rows[0])) - 1
-        path = self.files[number].with_suffix(f".{name}.safetensors")
-        return read_tensors(path)["values"][rows - self.frames.starts[number]] if path.is_file() else None
+        number = bisect_right(self._starts, int(rows[0])) - 1
+        path = self._computed_file(number, name)
+        return read_tensors(path)["values"][rows - self._starts[number]] if path.is_file() else None
 
     def of_rows(self, rows: range) -> Videos:
         """The videos that begin within these rows: of one shard."""
@@ -236,29 +226,13 @@ class FrameCache:
         return FrameRows(self.columns)
 
     def clip_rows(self, video: CachedVideo, start_s: float, num_frames: int, fps: float) -> Tensor:
-        """Row of the frame shown at `start_s + i / fps`; a looping video wraps, another holds its last frame."""
+        """Row of the frame at `start_s + i / fps`; a looping video wraps, another holds its last frame."""
         times = self.times_s[video.first : video.first + video.count].numpy()
         moments = start_s + np.arange(num_frames) / fps
         if video.loops:
             moments = moments % video.period_s
-        shown = np.searchsorted(times, moments + 1e-6, side="right") - 1
-        return torch.from_numpy(video.first + shown.clip(0, video.count - 1))
-
-
-def join_caches(folders: Sequence[str | Path], output: Path) -> None:
-    """Make of several caches one that is an index alone: shards, and what is computed of them, stay where they are.
-
-    Raises `ValueError` where `output` holds other files than a cache's.
-    """
-    check_own(output)
-    parts = [(Path(folder).resolve(), *read_cache_index(Path(folder))) for folder in folders]
-    shards = [
-        dataclasses.replace(shard, file=str(folder / shard.file))
-        for folder, own_shards, _ in parts
-        for shard in own_shards
-    ]
-    frames = [sum(shard.frames for shard in own_shards) for _, own_shards, _ in parts]
-    write_index(output, shards, joined([videos for _, _, videos in parts], frames))
+        index = np.searchsorted(times, moments + 1e-6, side="right") - 1
+        return torch.from_numpy(video.first + index.clip(0, video.count - 1))
 
 
 def shard_name(number: int) -> str:
@@ -269,14 +243,21 @@ def shard_name(number: int) -> str:
 def write_shard(folder: Place, name: str, frames: Tensor, times_s: Tensor) -> Shard:
     """Write one shard, whole or not at all; equal tensors give equal bytes."""
     path = folder / f"{name}.safetensors"
+    tensors = {"frames": frames.contiguous(), "times_s": times_s.contiguous()}
+    return Shard(path.name, len(frames), *_put_tensors(path, tensors))
+
+
+def _put_tensors(path: Place, tensors: dict[str, Tensor], check: Callable[[str], object] = str) -> tuple[int, str]:
+    """Write a file, and give its size and SHA-256, on which `check` is called before the file appears."""
     facts: list[tuple[int, str]] = []
 
     def write(partial: Path) -> None:
-        save_file({"frames": frames.contiguous(), "times_s": times_s.contiguous()}, partial)
+        save_file(tensors, partial)
         facts.append((partial.stat().st_size, sha256_of(partial)))
+        check(facts[0][1])
 
     put(path, write)
-    return Shard(path.name, len(frames), *facts[0])
+    return facts[0]
 
 
 def fault(folder: Place, shard: "Shard | VideosFile", hashes: bool) -> str:
@@ -302,36 +283,33 @@ class VideosFile:
     sha256: str
 
 
-def write_videos(folder: Place, videos: Iterable[CachedVideo]) -> tuple[VideosFile, Sequence[str]]:
-    """Write the videos of a cache, and remove an index of others; gives the file's facts and the videos' sources.
+def write_index(folder: Place, shards: Sequence[Shard], videos: Iterable[CachedVideo]) -> None:
+    """Make shards a cache of these videos: the same bytes for equal shards and videos.
 
-    Equal videos give equal bytes.
+    Where the cache changes, files computed of the whole of it go; interrupted, it leaves no index.
     """
-    columns = Videos.of(videos)
-    facts: list[VideosFile] = []
+    columns, index = Videos.of(videos), folder / INDEX
 
-    def write(partial: Path) -> None:
-        save_file(columns.tensors(), partial)
-        validation = int((columns.column("flags") & VALIDATION != 0).sum())
-        facts.append(VideosFile(VIDEOS, len(columns), validation, partial.stat().st_size, sha256_of(partial)))
-        index = folder / INDEX
-        if index.is_file() and facts[0].sha256 not in index.read_text(encoding="utf-8"):
+    def remove_other_index(sha256: str) -> None:
+        if index.is_file() and sha256 not in index.read_text(encoding="utf-8"):
             index.unlink()
 
-    put(folder / VIDEOS, write)
-    return facts[0], columns.sources
-
-
-def write_index(folder: Place, shards: Sequence[Shard], videos: Iterable[CachedVideo]) -> None:
-    """Make shards a cache of these videos."""
-    put_text(folder / INDEX, index_text(shards, *write_videos(folder, videos)))
-
-
-def index_text(shards: Sequence[Shard], videos: VideosFile, sources: Sequence[str]) -> str:
-    """The content of index.json: the same for equal shards and videos."""
-    values = {"format": FORMAT, "videos": dataclasses.asdict(videos), "sources": list(sources)}
+    facts = _put_tensors(folder / VIDEOS, columns.tensors(), remove_other_index)
+    file = VideosFile(VIDEOS, len(columns), len(columns.having(VALIDATION)), *facts)
+    values = {"format": FORMAT, "videos": dataclasses.asdict(file), "sources": list(columns.sources)}
     values["shards"] = [dataclasses.asdict(shard) for shard in shards]
-    return json.dumps(values, indent=0, ensure_ascii=False) + "\n"
+    text = json.dumps(values, indent=0, ensure_ascii=False) + "\n"
+    if index.is_file() and index.read_text(encoding="utf-8") == text:
+        return
+    remove_index(folder)
+    put_text(index, text)
+
+
+def remove_index(folder: Place) -> None:
+    """Leave the shards of a cache alone, with what was computed of each."""
+    for old in whole_files(folder):
+        old.unlink()
+    (folder / INDEX).unlink(missing_ok=True)
 
 
 def read_cache_index(folder: Place, hashes: bool = False) -> tuple[tuple[Shard, ...], Videos]:

@@ -1,4 +1,4 @@
-"""What a cache of clips is like, and which settings follow from it: findings in numbers, then flags to copy."""
+"""Figures of a cache of clips, and the settings that follow from them, as flags to copy."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Findings:
     change_variance: float  # of the tokens of a key frame less those before it, over the variance of the tokens
 
     def lines(self) -> list[str]:
-        """What was found."""
+        """The figures, in words."""
         named = ", ".join(f"{n} {self.psnr_db[n]:.1f} dB ({self.moving_db[n]:.1f} where it moves)" for n in BUNDLED)
         return [
             f"clips: {self.clips}, {self.validation} of them for validation; median {self.median_s:.1f} s, longest "
@@ -62,44 +62,37 @@ class Findings:
         ]
 
     def advice(self) -> list[str]:
-        """What follows: commands and flags."""
-        found: list[str] = []
-        if self.seamless > 0.5:
-            found.append("most clips end where they begin: cache them with --loops (dicode data cache … --loops)")
-        if self.shorter > 0.1 and self.seamless <= 0.5:
-            found.append(f"{self.shorter:.0%} of clips are shorter than {CLIP_S:g} s: they teach pictures, not motion")
-        useful = 2 if self.median_s < 2 * CLIP_S else int(self.median_s / CLIP_S) + 1
-        if not self.looping and useful != WRITTEN_KEY_FRAMES:
-            found.append(f"clips of {self.median_s:.1f} s have {useful} key frames: lm --key-frames {useful}")
-        if not self.validation:
-            found.append("no clip is kept for validation: 15 clips or more are needed")
-        if self.captioned < 0.9:
-            found.append(f"{1 - self.captioned:.0%} of clips have no caption: they teach motion, not what words mean")
-        if self.text_tokens > READ_TOKENS:
-            length = -(-self.text_tokens // 8) * 8
-            found.append(
-                f"captions are long: lm --model.text-length {length} --model.positions {length + 16 * 33}, "
-                f"or their ends are not read"
-            )
-        if self.captions and self.most_repeated > 3 * max(1, self.clips * self.captioned / self.captions):
-            found.append("few captions stand for many clips: validation loss and rank tell more than written_share")
-        if self.sided > 0.02:
-            found.append("captions tell left from right: leave mirroring off")
+        """The commands and flags that follow."""
+        key_frames = 2 if self.median_s < 2 * CLIP_S else int(self.median_s / CLIP_S) + 1
+        length = -(-self.text_tokens // 8) * 8
+        clips_of_each = max(1, self.clips * self.captioned / max(1, self.captions))
         best = max(BUNDLED, key=lambda name: self.moving_db[name])
-        if self.psnr_db[best] >= GOOD_PSNR_DB and self.moving_db[best] >= GOOD_MOVING_DB:
-            found.append(
-                f"the first stage of {best} will do: train … --all --first-stage {best} saves a third of the time"
-            )
-        else:
-            found.append(
-                f"{self.psnr_db[best]:.1f} dB ({self.moving_db[best]:.1f} where it moves) is below {GOOD_PSNR_DB:g} "
-                f"({GOOD_MOVING_DB:g}): train a first stage of your own, as recipes/small.py does"
-            )
-        if self.change_variance < 0.7:
-            found.append("key frames change little: lm --model.predict-residual is worth trying")
-        else:
-            found.append("key frames change much: leave lm --model.predict-residual off")
-        return found
+        good = self.psnr_db[best] >= GOOD_PSNR_DB and self.moving_db[best] >= GOOD_MOVING_DB
+        changing = self.change_variance >= 0.7
+        rules = [
+            (self.seamless > 0.5,
+             "most clips end where they begin: cache them with --loops (dicode data cache … --loops)"),
+            (self.shorter > 0.1 and self.seamless <= 0.5,
+             f"{self.shorter:.0%} of clips are shorter than {CLIP_S:g} s: they teach pictures, not motion"),
+            (not self.looping and key_frames != WRITTEN_KEY_FRAMES,
+             f"clips of {self.median_s:.1f} s have {key_frames} key frames: lm --key-frames {key_frames}"),
+            (not self.validation, "no clip is kept for validation: 15 clips or more are needed"),
+            (self.captioned < 0.9,
+             f"{1 - self.captioned:.0%} of clips have no caption: they teach motion, not what words mean"),
+            (self.text_tokens > READ_TOKENS,
+             f"captions are long: lm --model.text-length {length} --model.positions {length + 16 * 33}, "
+             "or their ends are not read"),
+            (self.most_repeated > 3 * clips_of_each,
+             "few captions stand for many clips: validation loss and rank tell more than written_share"),
+            (self.sided > 0.02, "captions tell left from right: leave mirroring off"),
+            (good, f"the first stage of {best} will do: train … --all --first-stage {best} saves a third of the time"),
+            (not good,
+             f"{self.psnr_db[best]:.1f} dB ({self.moving_db[best]:.1f} where it moves) is below {GOOD_PSNR_DB:g} "
+             f"({GOOD_MOVING_DB:g}): train a first stage of your own, as recipes/small.py does"),
+            (not changing, "key frames change little: lm --model.predict-residual is worth trying"),
+            (changing, "key frames change much: leave lm --model.predict-residual off"),
+        ]  # fmt: skip
+        return [text for holds, text in rules if holds]
 
 
 def check_cache(cache: FrameCache) -> Findings:
@@ -107,9 +100,8 @@ def check_cache(cache: FrameCache) -> Findings:
     videos = cache.columns
     tokenizers = {name: VideoTokenizer.from_pretrained(resolve(name)) for name in BUNDLED}
     periods_s = videos.column("period_s")
-    known = videos.spread(MOST_CAPTIONS)
-    captions = [video.captions[0] for video in known if video.captions and video.captions[0]]
-    counts = Counter(captions)
+    firsts = [(*video.captions, "")[0] for video in videos.spread(MOST_CAPTIONS)]
+    captions = [caption for caption in firsts if caption]
     some = list(videos.spread(LOOKED_AT))
     seamless, changing = [], []
     for video in tracked(some, "looking at clips", "clip"):
@@ -129,22 +121,27 @@ def check_cache(cache: FrameCache) -> Findings:
         longest_s=float(periods_s.max()),
         shorter=1 - len(videos.lasting(CLIP_S)) / len(videos),
         looping=len(videos.having(LOOPS)) / len(videos),
-        seamless=float(np.mean(seamless)) if seamless else 0.0,
-        captioned=len(captions) / len(known),
-        captions=len(counts),
-        most_repeated=max(counts.values(), default=0),
+        seamless=mean(seamless),
+        captioned=len(captions) / len(firsts),
+        captions=len(set(captions)),
+        most_repeated=max(Counter(captions).values(), default=0),
         text_tokens=text_tokens(captions),
-        sided=float(np.mean([bool({"left", "right"} & set(c.lower().split())) for c in captions])) if captions else 0.0,
+        sided=mean([bool({"left", "right"} & set(caption.lower().split())) for caption in captions]),
         changing=float(np.median(changing)),
-        psnr_db={name: all_over for name, (all_over, _) in figures.items()},
-        moving_db={name: where for name, (_, where) in figures.items()},
+        psnr_db={name: whole for name, (whole, _) in figures.items()},
+        moving_db={name: inside for name, (_, inside) in figures.items()},
         change_variance=change_variance(tokenizers[best], cache, chosen),
     )
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean, 0 of none."""
+    return float(np.mean(values)) if values else 0.0
+
+
 def frames_of(cache: FrameCache, video: CachedVideo) -> Video:
     """All cached frames of a video."""
-    return cache.frames[torch.arange(video.first, video.first + video.count)].numpy()
+    return cache.frames[video.first : video.first + video.count].numpy()
 
 
 def moving(frames: Video) -> np.ndarray:
@@ -176,21 +173,21 @@ def text_tokens(captions: Sequence[str]) -> int:
 @torch.no_grad()
 def through(tokenizer: VideoTokenizer, cache: FrameCache, videos: Sequence[CachedVideo]) -> tuple[float, float]:
     """Mean PSNR in dB of the middle frames through a first stage: all over, and of the pixels that change."""
-    size, values, inside = tokenizer.config.size, [], []
+    size, whole, inside = tokenizer.config.size, [], []
     for video in videos:
         frames = frames_of(cache, video)
-        pixels = resized(torch.from_numpy(frames[len(frames) // 2]), size)
-        made = tokenizer.first_stage.decode(tokenizer.first_stage.encode(pixels)).clamp(-1, 1)
-        error = ((made - pixels) / 2).square().mean(1)[0]
-        values.append(db(error.mean()))
+        pixels = to_pixels(torch.from_numpy(frames[len(frames) // 2]), size)
+        decoded = tokenizer.first_stage.decode(tokenizer.first_stage.encode(pixels)).clamp(-1, 1)
+        error = ((decoded - pixels) / 2).square().mean(1)[0]
         mask = torch.from_numpy(moving(frames))[None, None].float()
-        where = torch.nn.functional.interpolate(mask, size=(size, size))[0, 0] > 0
-        if where.any():
-            inside.append(db(error[where].mean()))
-    return float(np.mean(values)), float(np.mean(inside)) if inside else float(np.mean(values))
+        inside_mask = torch.nn.functional.interpolate(mask, size=(size, size))[0, 0] > 0
+        whole.append(psnr_db(error))
+        if inside_mask.any():
+            inside.append(psnr_db(error[inside_mask]))
+    return mean(whole), mean(inside or whole)
 
 
-def resized(frame: Tensor, size: int) -> Tensor:
+def to_pixels(frame: Tensor, size: int) -> Tensor:
     """A uint8 frame `h w c` as pixels `1 c size size` in −1…1."""
     pixels = frame.permute(2, 0, 1)[None].float() / 127.5 - 1
     if pixels.shape[-1] == size:
@@ -198,24 +195,20 @@ def resized(frame: Tensor, size: int) -> Tensor:
     return torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
 
 
-def db(error: Tensor) -> float:
-    """Peak signal-to-noise ratio of a mean squared error of values in 0…1."""
-    return float(-10 * error.clamp_min(1e-10).log10())
+def psnr_db(squared_errors: Tensor) -> float:
+    """Peak signal-to-noise ratio of squared errors of values in 0…1."""
+    return float(-10 * squared_errors.mean().clamp_min(1e-10).log10())
 
 
 @torch.no_grad()
 def change_variance(tokenizer: VideoTokenizer, cache: FrameCache, videos: Sequence[CachedVideo]) -> float:
-    """Variance of what key frames add to those before, over that of tokens; 0 where no clip has two."""
+    """Variance of key frame tokens less those of the key frame before, over that of tokens; 0 where no clip has two."""
     config = tokenizer.config
-    pairs = [
-        torch.cat(
-            [resized(frame, config.size) for frame in cache.frames[cache.clip_rows(video, 0.0, 2, 1 / config.clip_s)]]
-        )
-        for video in videos
-        if video.lasts(config.clip_s)
-    ]
-    if len(pairs) < 2:
+    long = [video for video in videos if video.lasts(config.clip_s)]
+    if len(long) < 2:
         return 0.0
-    tokens = torch.stack([tokenizer.tokens_of(tokenizer.source_of(pair)) for pair in pairs])
+    pairs = [cache.frames[cache.clip_rows(video, 0.0, 2, 1 / config.clip_s)] for video in long]
+    pixels = [torch.cat([to_pixels(frame, config.size) for frame in pair]) for pair in pairs]
+    tokens = torch.stack([tokenizer.tokens_of(tokenizer.source_of(pair)) for pair in pixels])
     change = tokens[:, 1] - tokens[:, 0]
     return float(change.var(0).mean() / tokens[:, 0].var(0).mean().clamp_min(1e-8))

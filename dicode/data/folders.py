@@ -1,26 +1,29 @@
-"""What a folder of clips holds: list files, videos with notes, archives, folders of frames; and what is no clip."""
+"""What a folder of clips holds: list files, videos with texts beside them, archives, folders of frames."""
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from dicode.data.cache_folder import INDEX, is_own
 from dicode.data.lerobot import is_lerobot, read_lerobot
-from dicode.data.lists import NAMES, PROMPTS, SUFFIXES, VIDEOS, read_list, read_pairs
-from dicode.data.notes import NOTES, noted
-from dicode.data.records import OF_SYSTEMS, STILLS, ClipRecord, faulty
-from dicode.data.tars import TAR_SUFFIX, tar_records
-from dicode.files import Place, is_utf8
-from dicode.video.read import VIDEO_SUFFIXES, VideoReadError, natural_key
+from dicode.data.lists import NAMES, PROMPTS, SUFFIXES, VIDEOS, json_value, read_list, read_pairs
+from dicode.data.records import ClipRecord, Member, described, faulty
+from dicode.data.tars import MOST_NOTE, TAR_SUFFIX, read_member, read_members
+from dicode.files import Place, TextError, is_utf8, read_text
+from dicode.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoReadError, natural_key
 from dicode.video.write import FOLDER_METADATA
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
-MOVING = VIDEO_SUFFIXES - {*STILLS}
+STILLS = tuple(sorted(IMAGE_SUFFIXES - {".gif", ".apng"}))
+MOVING = tuple(VIDEO_SUFFIXES - {*STILLS})
+MEDIA = (TAR_SUFFIX, *PACKED, *VIDEO_SUFFIXES)
+NOTES = (".json", ".txt")
 NOTE_FOLDERS = ("labels", "captions")  # beside a folder `videos`
+SYSTEM_NAMES = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # left behind by systems, beside names with a dot
 LEAST_AMONG_OTHERS = 5  # numbered images that are taken for frames although other images lie among them
 LEAST_OF_FRAMES = 0.5  # of the numbers from the first to the last: where more are missing, images are no video's frames
 
@@ -43,32 +46,55 @@ class Directory:
 
     files: dict[str, Place] = field(default_factory=dict)
     folders: list[Place] = field(default_factory=list)
-    strange: list[ClipRecord] = field(default_factory=list)  # names and kinds that cannot be read
+    unreadable: list[ClipRecord] = field(default_factory=list)  # names and kinds of files that cannot be read
 
     def ending_in(self, *suffixes: str) -> list[Place]:
         """Files by the ends of their names, whatever their case."""
         return [path for name, path in self.files.items() if name.lower().endswith(suffixes)]
 
 
-Tree = dict[Place, Directory]
+@dataclass
+class Tree:
+    """A folder with all below it, or an archive; `read` gives the text of a file in it."""
+
+    folder: Place  # the data set's
+    read: Callable[[Place], str]
+    archive: bool = False
+    inside: dict[Place, Directory] = field(default_factory=dict)
+
+    @cached_property
+    def stems(self) -> set[str]:
+        """Of all videos in it."""
+        return {path.stem for directory in self.inside.values() for path in directory.ending_in(*MOVING)}
+
+    def name(self, folder: Place) -> str:
+        """A folder's name in the data set, with its slash; '' for the data set's folder."""
+        below = folder.as_posix().removeprefix(self.folder.as_posix()).lstrip("/")
+        return f"{below}/" if folder != self.folder else ""
 
 
 def scan(folder: Place) -> DataSet:
     """Everything that a folder holds, in the order of names. Raises `VideoReadError` for a damaged list."""
     found = DataSet()
-    tree = _tree(folder, found.left_out)
+    tree = Tree(folder, lambda path: read_text(path, MOST_NOTE))
+    _read_tree(tree, found.left_out)
     clips: list[tuple[Place, list[ClipRecord]]] = []
-    videos = {path.stem for inside in tree.values() for path in inside.ending_in(*MOVING)}
     stack = [folder]
     while stack:
         here = stack.pop()
-        records = _listed(here, tree, folder, found)
+        records = _listed(here, tree, found)
         if records is not None:
             clips.append((here, records))
             continue
-        clips += [(record.path, [record]) for record in tree[here].strange]
-        clips += _media(here, tree, folder, videos, found)
-        stack += [path for path in tree[here].folders if path in tree]
+        directory = tree.inside[here]
+        for path in directory.ending_in(TAR_SUFFIX):
+            found.lists.append(f"{tree.name(here)}{path.name}")
+            clips.append((path, scan_archive(path, folder, found)))
+        reason = "a compressed archive, which cannot be read in places; unpack it"
+        packed = [faulty(path, folder, reason) for path in directory.ending_in(*PACKED)]
+        records = [*packed, *directory.unreadable, *_media(here, tree, found)]
+        clips += [(record.path, [record]) for record in records]
+        stack += [path for path in directory.folders if path in tree.inside]
     clips.sort(key=lambda clip: natural_key(clip[0]))
     found.records = [record for _, records in clips for record in records]
     found.lists.sort()
@@ -76,150 +102,195 @@ def scan(folder: Place) -> DataSet:
     return found
 
 
-def _tree(root: Place, left_out: Counter[str]) -> Tree:
-    """All folders under one; links are followed, each folder once."""
-    tree: Tree = {}
-    seen: set[tuple[int, int]] = set()
-    stack = [root]
-    while stack:
-        here = stack.pop()
-        tree[here] = inside = Directory()
-        try:
-            if isinstance(here, Path):
-                facts = here.stat()
-                if (facts.st_dev, facts.st_ino) in seen:
-                    left_out["links to folders that are read already"] += 1
-                    continue
-                seen.add((facts.st_dev, facts.st_ino))
-            _fill(inside, here, root, left_out)
-        except OSError as error:
-            if here == root:
-                raise VideoReadError(f"{here}: cannot be listed ({error.strerror or error})") from error
-            inside.strange.append(faulty(here, root, f"cannot be listed ({error.strerror or error})"))
-        stack += inside.folders
-    return tree
-
-
-def _fill(inside: Directory, here: Place, root: Place, left_out: Counter[str]) -> None:
-    for path, is_folder, is_file in _entries(here):
-        name = path.name
-        if name.startswith(".") or name in OF_SYSTEMS:
-            left_out["hidden files and folders"] += 1
-        elif not name.isascii() and not is_utf8(name):
-            if is_folder or _is_media(name):
-                inside.strange.append(faulty(path, root, "its name is not UTF-8; rename it"))
-        elif is_folder:
-            inside.folders.append(path)
-        elif is_file:
-            inside.files[name] = path
-        elif _is_media(name) or name in (*NAMES, *PROMPTS, VIDEOS):
-            kind = "a link to nothing" if isinstance(path, Path) and not path.exists() else "a pipe, socket or device"
-            inside.strange.append(faulty(path, root, f"expected a file, got {kind}"))
-
-
-def _entries(folder: Place) -> Iterator[tuple[Place, bool, bool]]:
-    """What a folder holds, each with whether it is a folder and whether it is a file."""
-    if isinstance(folder, Path):
-        with os.scandir(folder) as entries:
-            yield from ((folder / entry.name, entry.is_dir(), entry.is_file()) for entry in entries)
-    else:
-        yield from ((path, path.is_dir(), path.is_file()) for path in folder.iterdir())
-
-
-def _is_media(name: str) -> bool:
-    return name.lower().endswith((TAR_SUFFIX, *PACKED, *VIDEO_SUFFIXES))
-
-
-def _below(here: Place, root: Place) -> str:
-    return "" if here == root else f"{here.as_posix().removeprefix(root.as_posix()).lstrip('/')}/"
-
-
-def _listed(here: Place, tree: Tree, root: Place, found: DataSet) -> list[ClipRecord] | None:
-    """The clips that the list file of a folder names, None where it has no list."""
-    files, where = tree[here].files, _below(here, root)
-    lower = {name.lower(): path for name, path in files.items()}
-    known = [lower[name] for name in NAMES if name in lower]
-    prompts = next((files[name] for name in PROMPTS if name in files), None)
-    records: list[ClipRecord] | None = None
-    chosen = ""
-    if INDEX in files and is_own(files[INDEX]):  # a cache, which may lie among the clips
-        return []
-    if any(path.name == "meta" for path in tree[here].folders) and is_lerobot(here):
-        chosen, records = "meta/ (LeRobot)", read_lerobot(here, root)
-    elif known:
-        chosen, records = known[0].name, read_list(known[0], root)
-    elif prompts is not None and VIDEOS in files:
-        chosen, records = f"{prompts.name} + {VIDEOS}", read_pairs(prompts, files[VIDEOS], root)
-    stems = Counter(path.stem for path in files.values())
-    for path in files.values():
-        beside = path.suffix.lower() == ".json" and (stems[path.stem] > 1 or path.stem in files)  # a clip of that name
-        if path.suffix.lower() in SUFFIXES and not beside and path.name not in (chosen, FOLDER_METADATA):
-            why = (
-                f"{chosen} is" if records is not None else f"call it {NAMES[0]} or {NAMES[1]}, or name the file itself"
-            )
-            found.unread.append(f"{where}{path.name} ({why})")
-    if records is not None:
-        found.lists.append(f"{where}{chosen}")
-        _count_unlisted(here, tree, root, records, found)
+def scan_archive(path: Place, folder: Place, found: DataSet) -> list[ClipRecord]:
+    """The clips of a plain tar, in its order, with the texts beside them; what is damaged is a clip with a fault."""
+    with path.open("rb") as file:
+        members, damage = read_members(file)
+        spans = {path / name: span for name, span in members}
+        tree = Tree(folder, lambda member: read_member(file, member.name, spans[member]), archive=True)
+        for name, count in Counter(name for name, _ in members).items():
+            member = path / name
+            directory = tree.inside.setdefault(member.parent, Directory())
+            if any(map(_is_hidden, name.split("/"))):
+                found.left_out["hidden files and folders"] += count
+            elif count > 1:
+                directory.unreadable.append(faulty(member, folder, "twice in the archive; which is meant?"))
+            else:
+                _add(directory, member, folder, is_folder=False, is_file=True)
+        records = [r for here in tree.inside for r in (*tree.inside[here].unreadable, *_media(here, tree, found))]
+    records = [r if r.fault else replace(r, inside=Member(path, spans[r.path])) for r in records]
+    records.sort(key=lambda record: spans.get(record.path, (0, 0)))
+    if damage:
+        reason = f"not a whole, uncompressed tar ({damage}); unpack it, or copy it again"
+        records.append(faulty(path, folder, reason))
     return records
 
 
-def _count_unlisted(here: Place, tree: Tree, root: Place, records: list[ClipRecord], found: DataSet) -> None:
+def _read_tree(tree: Tree, left_out: Counter[str]) -> None:
+    """Add all folders under the root; links are followed, each folder once."""
+    visited: set[tuple[int, int]] = set()
+    stack = [tree.folder]
+    while stack:
+        here = stack.pop()
+        tree.inside[here] = directory = Directory()
+        try:
+            if isinstance(here, Path):
+                facts = here.stat()
+                if (facts.st_dev, facts.st_ino) in visited:
+                    left_out["links to folders that are read already"] += 1
+                    continue
+                visited.add((facts.st_dev, facts.st_ino))
+            for path in here.iterdir():
+                if _is_hidden(path.name):
+                    left_out["hidden files and folders"] += 1
+                else:
+                    _add(directory, path, tree.folder, path.is_dir(), path.is_file())
+        except OSError as error:
+            reason = f"cannot be listed ({error.strerror or error})"
+            if here == tree.folder:
+                raise VideoReadError(f"{here}: {reason}") from error
+            directory.unreadable.append(faulty(here, tree.folder, reason))
+        stack += directory.folders
+
+
+def _add(directory: Directory, path: Place, folder: Place, is_folder: bool, is_file: bool) -> None:
+    is_media = path.name.lower().endswith(MEDIA)
+    if not is_utf8(path.name):
+        if is_folder or is_media:
+            directory.unreadable.append(faulty(path, folder, "its name is not UTF-8; rename it"))
+    elif is_folder:
+        directory.folders.append(path)
+    elif is_file:
+        directory.files[path.name] = path
+    elif is_media or path.name in (*NAMES, *PROMPTS, VIDEOS):
+        kind = "a link to nothing" if isinstance(path, Path) and not path.exists() else "a pipe, socket or device"
+        directory.unreadable.append(faulty(path, folder, f"expected a file, got {kind}"))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_NAMES
+
+
+def _listed(here: Place, tree: Tree, found: DataSet) -> list[ClipRecord] | None:
+    """The clips that the list file of a folder names, None where it has no list."""
+    directory, where = tree.inside[here], tree.name(here)
+    files = {name.lower(): path for name, path in directory.files.items()}
+    if INDEX in files and is_own(files[INDEX]):  # a cache, which may lie among the clips
+        return []
+    lists = [files[name] for name in NAMES if name in files]
+    prompts = next((files[name] for name in PROMPTS if name in files), None)
+    chosen, records = "", None
+    if any(path.name == "meta" for path in directory.folders) and is_lerobot(here):
+        chosen, records = "meta/ (LeRobot)", read_lerobot(here, tree.folder)
+    elif lists:
+        chosen, records = lists[0].name, read_list(lists[0], tree.folder)
+    elif prompts is not None and VIDEOS in files:
+        chosen, records = f"{prompts.name} + {VIDEOS}", read_pairs(prompts, files[VIDEOS], tree.folder)
+    stems = Counter(path.stem for path in files.values())
+    why = f"{chosen} is" if records is not None else f"call it {NAMES[0]} or {NAMES[1]}, or name the file itself"
+    for path in directory.ending_in(*SUFFIXES):
+        is_note = path.suffix.lower() == ".json" and (stems[path.stem] > 1 or path.stem in directory.files)  # of a clip
+        if not is_note and path.name not in (chosen, FOLDER_METADATA):
+            found.unread.append(f"{where}{path.name} ({why})")
+    if records is not None:
+        found.lists.append(f"{where}{chosen}")
+        _count_unlisted(here, tree, records, found)
+    return records
+
+
+def _count_unlisted(here: Place, tree: Tree, records: list[ClipRecord], found: DataSet) -> None:
     """Note what lies under a folder and is not in its list."""
-    named = {os.path.normpath(str(record.path)) for record in records}
+    listed = {os.path.normpath(str(record.path)) for record in records}
     stack = [here]
     while stack:
-        folder = stack.pop()
-        for path in tree[folder].ending_in(TAR_SUFFIX, *PACKED, *MOVING):
-            if os.path.normpath(str(path)) not in named:
-                found.left_out["videos and archives that no list names"] += 1
-        for path in (tree[folder].files[name] for name in NAMES if name in tree[folder].files):
-            if folder != here and folder.name != "meta":
-                found.unread.append(f"{_below(folder, root)}{path.name} (the list of {here} is; name {folder} itself)")
-        stack += [path for path in tree[folder].folders if path in tree]
+        directory, folder = tree.inside[stack[-1]], stack.pop()
+        paths = {os.path.normpath(str(path)) for path in directory.ending_in(TAR_SUFFIX, *PACKED, *MOVING)}
+        found.left_out["videos and archives that no list names"] += len(paths - listed)
+        if folder != here and folder.name != "meta":
+            reason = f"(the list of {here} is; name {folder} itself)"
+            found.unread += [f"{tree.name(folder)}{name} {reason}" for name in NAMES if name in directory.files]
+        stack += [path for path in directory.folders if path in tree.inside]
 
 
-def _media(
-    here: Place, tree: Tree, root: Place, all_videos: set[str], found: DataSet
-) -> Iterator[tuple[Place, list[ClipRecord]]]:
+def _media(here: Place, tree: Tree, found: DataSet) -> Iterator[ClipRecord]:
     """The clips of a folder without a list."""
-    inside, left_out = tree[here], found.left_out
-    videos, stills, notes = inside.ending_in(*MOVING), inside.ending_in(*STILLS), _notes(here, tree)
-    archives, packed = inside.ending_in(TAR_SUFFIX), inside.ending_in(*PACKED)
-    for path in archives:
-        found.lists.append(f"{_below(here, root)}{path.name}")
-        yield path, tar_records(path, root, left_out)
-    for path in packed:
-        yield path, [faulty(path, root, "a compressed archive, which cannot be read in places; unpack it")]
-    if videos or archives or packed:
-        moving = [path for path in stills if _is_animated(path)]
-        left_out["images beside videos"] += len(stills) - len(moving)
-        videos, stills = videos + moving, []
-    elif stray := _frames_but_for(stills, notes):
-        reason = f"numbered images, and others ({', '.join(sorted(stray)[:3])}): move those, or list each image"
-        yield here, [faulty(here, root, reason)]
+    directory, left_out = tree.inside[here], found.left_out
+    videos, stills, notes = directory.ending_in(*MOVING), directory.ending_in(*STILLS), _notes(here, tree)
+    captioned = {path for path in stills if path.stem in notes or path.name in notes}
+    are_beside = bool(videos or directory.ending_in(TAR_SUFFIX, *PACKED))
+    frames = [] if captioned or are_beside or tree.archive else _frames(stills)
+    if frames and len(frames) < len(stills):
+        others = ", ".join(sorted(path.name for path in {*stills} - {*frames})[:3])
+        yield faulty(here, tree.folder, f"numbered images, and others ({others}): move those, or list each image")
         return
-    elif _are_frames(stills) and not any(path.stem in notes or path.name in notes for path in stills):
-        if here.name in all_videos:
-            left_out["folders with the frames of a video that is read"] += 1
-            return
-        texts = {".json": inside.files[FOLDER_METADATA]} if FOLDER_METADATA in inside.files else {}
+    if frames and here.name in tree.stems:
+        left_out["folders with the frames of a video that is read"] += 1
+        return
+    if frames:
+        texts = {".json": directory.files[FOLDER_METADATA]} if FOLDER_METADATA in directory.files else {}
         texts |= _notes(here.parent, tree).get(here.name, {})
-        yield here, [noted(here, texts, root if here != root else root.parent, left_out)]
+        yield _noted(here, texts, tree, found)
         return
-    thumbnails = [path for path in stills if path.stem in all_videos]
-    left_out["images beside videos"] += len(thumbnails)
-    stills = [path for path in stills if path.stem not in all_videos]
-    used = {name for path in (*videos, *stills, *inside.folders) for name in (path.stem, path.name)}
+    if are_beside and not tree.archive:
+        videos += [path for path in stills if _is_animated(path)]
+    kept = [path for path in stills if path.stem not in tree.stems and (path in captioned or not are_beside)]
+    clips = list(dict.fromkeys([*videos, *kept]))
+    left_out["images beside videos"] += len({*stills} - {*clips})
+    texts_of, loose = _matched(clips, notes, tree.archive, {path.name for path in directory.folders})
     if here.name not in NOTE_FOLDERS:
-        loose = [notes[stem][".txt"] for stem in notes.keys() - used if ".txt" in notes[stem]]
-        found.unread += [f"{_below(here, root)}{path.name} (no clip has that name)" for path in loose]
-    for name in inside.files:
+        found.unread += [f"{tree.name(here)}{path.name} (no clip has that name)" for path in loose]
+    for name in directory.files:
         suffix = f".{name.rpartition('.')[2].lower()}" if "." in name else name
-        if suffix not in (*NOTES, *SUFFIXES) and not _is_media(name):
+        if suffix not in (*NOTES, *SUFFIXES) and not name.lower().endswith(MEDIA):
             left_out[f"{suffix} files"] += 1
-    for path in chain(videos, stills):
-        yield path, [noted(path, {**notes.get(path.stem, {}), **notes.get(path.name, {})}, root, left_out)]
+    for path, own in texts_of.items():
+        yield faulty(path, tree.folder, own) if isinstance(own, str) else _noted(path, own, tree, found)
+
+
+def _matched(
+    clips: list[Place], notes: Notes, by_first_dot: bool, folders: set[str]
+) -> tuple[dict[Place, dict[str, Place] | str], list[Place]]:
+    """The texts of each clip by suffix, or why it is not clear which they are; and texts that belong to none.
+
+    A text belongs to the clip with its name, or with its name up to the last dot: KEY.v1.json to KEY.v1.mp4. In
+    archives one that fits none so belongs to the one clip with its name up to the first dot, as `webdataset` has it.
+    """
+    texts: dict[Place, dict[str, Place] | str] = {p: {**notes.get(p.stem, {}), **notes.get(p.name, {})} for p in clips}
+    used = {name for path in clips for name in (path.stem, path.name)} | folders
+    loose: list[Place] = []
+    by_first: dict[str, list[Place]] = {}
+    for path in clips if by_first_dot else ():
+        by_first.setdefault(path.name.partition(".")[0], []).append(path)
+    for stem in notes.keys() - used:
+        found, fitting = notes[stem], by_first.get(stem.partition(".")[0], [])
+        loose += [found[".txt"]] if not fitting and ".txt" in found else []
+        for path in fitting:
+            own = texts[path]
+            if len(fitting) > 1 and not own:
+                names = ", ".join(note.name for note in found.values())
+                texts[path] = f"{names} may belong to any of {len(fitting)} videos; name it as one"
+            elif len(fitting) == 1 and isinstance(own, dict):
+                texts[path] = {**found, **own}
+    return texts, loose
+
+
+def _noted(path: Place, notes: Mapping[str, Place], tree: Tree, found: DataSet) -> ClipRecord:
+    """A clip with the values of the .json and .txt beside it; one that cannot be understood makes it a bad file."""
+    folder = tree.folder if path != tree.folder else path.parent
+    try:
+        texts = {suffix: tree.read(note) for suffix, note in notes.items()}
+        row = json_value(texts[".json"], "the .json") if ".json" in texts else {}
+        if not isinstance(row, dict):
+            if ".txt" not in texts:
+                raise VideoReadError(f"expected an object, got {str(row)[:60]}")
+            found.left_out[".json files that hold no object"] += 1
+            row = {}
+        record = described({key: value for key, value in row.items() if key != "file"}, str(path), folder, path)
+        if record.captions or ".txt" not in texts:
+            return record
+        return replace(record, captions=described({"caption": texts[".txt"]}, str(path), folder, path).captions)
+    except (VideoReadError, TextError, OSError) as error:
+        return faulty(path, folder, f"the text beside it cannot be read ({str(error).removeprefix(f'{path}: ')})")
 
 
 def _notes(here: Place, tree: Tree) -> Notes:
@@ -227,39 +298,27 @@ def _notes(here: Place, tree: Tree) -> Notes:
     folders = [here.parent / name for name in NOTE_FOLDERS] if here.name == "videos" else []
     found: Notes = {}
     for folder in (*folders, here):
-        for name, path in tree[folder].files.items() if folder in tree else ():
-            stem, dot, ending = name.rpartition(".")
-            if dot and (suffix := f".{ending.lower()}") in NOTES:
-                found.setdefault(stem, {})[suffix] = path
+        for path in tree.inside[folder].ending_in(*NOTES) if folder in tree.inside else ():
+            found.setdefault(path.stem, {})[path.suffix.lower()] = path
     return found
 
 
-def _are_frames(stills: list[Place]) -> bool:
-    """Whether images are the frames of one video: equal names but for one number, hardly any missing."""
-    parts = [re.fullmatch(r"(.*?)(\d{1,18})(\D*)", path.name) for path in stills]
-    if len(stills) < 2 or not all(parts) or len({(part[1], part[3].lower()) for part in parts if part}) > 1:
-        return False
-    numbers = {int(part[2]) for part in parts if part}
-    return len(numbers) == len(stills) >= LEAST_OF_FRAMES * (max(numbers) - min(numbers) + 1)
-
-
-def _frames_but_for(stills: list[Place], notes: Notes) -> list[str]:
-    """Names of the few images that are no frames, among many that are."""
-    groups: dict[tuple[str, str], list[Place]] = {}
+def _frames(stills: list[Place]) -> list[Place]:
+    """The images that are frames of one video: equal names but for one number, hardly any missing."""
+    groups: dict[tuple[str, str], dict[int, Place]] = {}
     for path in stills:
         if part := re.fullmatch(r"(.*?)(\d{1,18})(\D*)", path.name):
-            groups.setdefault((part[1], part[3].lower()), []).append(path)
-    most = max(groups.values(), key=len, default=[])
-    if not 0.8 * len(stills) <= len(most) < len(stills) or len(most) < LEAST_AMONG_OTHERS or not _are_frames(most):
+            groups.setdefault((part[1], part[3].lower()), {})[int(part[2])] = path
+    frames = max(groups.values(), key=len, default={})
+    if len(frames) < max(2, LEAST_OF_FRAMES * (max(frames, default=0) - min(frames, default=0) + 1)):
         return []
-    if any(path.stem in notes or path.name in notes for path in stills):
+    if len(frames) < len(stills) and len(frames) < max(LEAST_AMONG_OTHERS, 0.8 * len(stills)):
         return []
-    frames = set(most)
-    return [path.name for path in stills if path not in frames]
+    return list(frames.values())
 
 
 def _is_animated(path: Place) -> bool:
-    """Whether a .png or .webp tells in its first bytes that it moves."""
+    """Whether a .png or .webp is animated, by its first bytes."""
     if path.suffix.lower() not in (".png", ".webp"):
         return False
     with path.open("rb") as file:

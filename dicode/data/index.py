@@ -1,16 +1,15 @@
-"""Data sets of clips and their captions: reading an index, a folder or an archive of them, and checking the files."""
+"""Data sets of clips and their captions: reading a list, a folder or an archive of them, and checking the files."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dicode.data.folders import DataSet, scan
+from dicode.data.folders import DataSet, scan, scan_archive
 from dicode.data.lists import SUFFIXES, read_list
-from dicode.data.records import MEANT, ClipRecord, merged
-from dicode.data.summary import Clip
-from dicode.data.tars import TAR_SUFFIX, tar_records
+from dicode.data.records import FOREIGN_KEYS, ClipRecord, merged
+from dicode.data.summary import Clip, shortened_list
+from dicode.data.tars import TAR_SUFFIX
 from dicode.files import Place, is_utf8, place
 from dicode.video.read import VideoReadError, check_frames
 
@@ -39,25 +38,25 @@ def read_data(folder_or_file: str | Place) -> DataSet:
     Raises `VideoReadError` naming file and line where a list cannot be understood, or nothing is there.
     """
     path = place(folder_or_file)
-    if not str(path).isascii() and not is_utf8(str(path)):
+    if not is_utf8(str(path)):
         raise VideoReadError(f"{str(path)!a}: the name is not UTF-8; rename it")
     try:
         found = _read(path)
     except OSError as error:
         raise VideoReadError(f"{path}: {error.strerror or error}") from error
     records = found.records = merged(found.records)
-    found.left_out = +found.left_out  # without what there is none of
+    found.left_out = +found.left_out  # without zeros
     if not records:
-        raise VideoReadError(
-            f"{path}: expected an index of clips or a folder of video files, found no clip" + left_text(found)
-        )
+        others = [f"{count} {kind}" for kind, count in found.left_out.items()] + found.unread
+        unread = f"; not read: {shortened_list(others)}" if others else ""
+        raise VideoReadError(f"{path}: expected an index of clips or a folder of video files, found no clip{unread}")
     missing = sum(not (record.captions or record.fault) for record in records)
     if missing:
         _log.warning("%s: %d of %d clips have no caption", path, missing, len(records))
-    meant = {key: MEANT[key] for record in records for key in record.extra if key in MEANT}
-    if meant:
-        said = ", ".join(f"{key} (did you mean {name}?)" for key, name in meant.items())
-        _log.warning("%s: keys that are kept and change nothing: %s", path, said)
+    foreign = {key: FOREIGN_KEYS[key] for record in records for key in record.extra if key in FOREIGN_KEYS}
+    if foreign:
+        names = ", ".join(f"{key} (did you mean {name}?)" for key, name in foreign.items())
+        _log.warning("%s: keys that are kept and change nothing: %s", path, names)
     return found
 
 
@@ -69,24 +68,19 @@ def _read(path: Place) -> DataSet:
         raise VideoReadError(f"{path}: expected a file or a folder, got a pipe, socket or device")
     if not path.is_file():
         raise VideoReadError(f"{path}: no such index file or folder")
-    left_out: Counter[str] = Counter()
+    found = DataSet(lists=[path.name])
     if suffix == TAR_SUFFIX:
-        return DataSet(tar_records(path, path.parent, left_out), [path.name], left_out=left_out)
-    if suffix in SUFFIXES:
-        return DataSet(read_list(path, path.parent), [path.name])
-    expected = f"{', '.join(SUFFIXES)} or {TAR_SUFFIX} file or a folder"
-    raise VideoReadError(f"{path}: expected a {expected}, got {path.suffix or 'no suffix'!r}")
-
-
-def left_text(found: DataSet) -> str:
-    """What was left out, in words; '' for nothing."""
-    said = [f"{count} {what}" for what, count in found.left_out.items() if count]
-    said += [f"{name}" for name in found.unread]
-    return f"; not read: {', '.join(said)}" if said else ""
+        found.records = scan_archive(path, path.parent, found)
+    elif suffix in SUFFIXES:
+        found.records = read_list(path, path.parent)
+    else:
+        expected = f"{', '.join(SUFFIXES)} or {TAR_SUFFIX} file or a folder"
+        raise VideoReadError(f"{path}: expected a {expected}, got {path.suffix or 'no suffix'!r}")
+    return found
 
 
 def check_files(records: Iterable[ClipRecord]) -> tuple[list[tuple[ClipRecord, Clip]], list[BadFile]]:
-    """Read every clip to its end and find what it is; a bad one is noted with its reason and the rest go on."""
+    """Read every clip to its end; a bad one is noted with its reason and the rest go on."""
     good: list[tuple[ClipRecord, Clip]] = []
     bad: list[BadFile] = []
     for record in records:

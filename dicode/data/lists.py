@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
 # What a folder's list is called, the first that is there; metadata is what Hugging Face's VideoFolder reads.
 NAMES = (
     *(f"captions{suffix}" for suffix in SUFFIXES),
-    *(f"metadata{suffix}" for suffix in SUFFIXES if suffix != ".json"),  # metadata.json tells of frames beside it
+    *(f"metadata{suffix}" for suffix in SUFFIXES if suffix != ".json"),  # metadata.json describes frames beside it
 )
 PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt"), "videos.txt"  # a line a clip in both, as trainers of CogVideoX read
 Row = tuple[str, dict[str, Any]]  # where it stands, and its values
@@ -35,9 +34,8 @@ def read_pairs(prompts: Place, videos: Place, folder: Place) -> list[ClipRecord]
     if not any(text.strip() for text in texts[len(files) :]):
         del texts[len(files) :]
     if len(texts) != len(files):
-        raise VideoReadError(
-            f"{prompts}, {videos.name}: expected as many lines in both, got {len(texts)} and {len(files)}"
-        )
+        lines = f"{len(texts)} and {len(files)}"
+        raise VideoReadError(f"{prompts}, {videos.name}: expected as many lines in both, got {lines}")
     return [
         record_of({"file": file.strip(), "caption": text}, f"{videos}, line {line}", videos.parent, folder)
         for line, (file, text) in enumerate(zip(files, texts, strict=True), 1)
@@ -52,20 +50,16 @@ def rows(path: Place) -> Iterator[Row]:
     elif suffix in (".csv", ".tsv"):
         yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".json":
-        yield from _json_entries(path)
+        yield from ((where, _object(entry, where)) for where, entry in _json_entries(path))
     else:
-        for line, text in enumerate(_text(path).split("\n"), 1):
-            if text.strip():
-                where = f"{path}, line {line}"
-                yield where, json_object(text, where)
+        lines = enumerate(_text(path).split("\n"), 1)
+        named = ((f"{path}, line {line}", text) for line, text in lines if text.strip())
+        yield from ((where, json_object(text, where)) for where, text in named)
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:
     """An object of JSON. Raises `VideoReadError` naming `where`."""
-    value = json_value(text, where)
-    if not isinstance(value, dict):
-        raise VideoReadError(f"{where}: expected an object, got {text.strip()[:60]}")
-    return value
+    return _object(json_value(text, where), where)
 
 
 def json_value(text: str, where: str) -> Any:
@@ -78,6 +72,12 @@ def json_value(text: str, where: str) -> Any:
         raise VideoReadError(f"{where}: not JSON ({error})") from error
 
 
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise VideoReadError(f"{where}: expected an object, got {str(value)[:60]!r}")
+    return value
+
+
 def _text(path: Place) -> str:
     try:
         return read_text(path)
@@ -85,68 +85,35 @@ def _text(path: Place) -> str:
         raise VideoReadError(str(error)) from error
 
 
-def _json_entries(path: Place) -> Iterator[Row]:
+def _json_entries(path: Place) -> Iterator[tuple[str, Any]]:
     """A list of objects, or an object that names captions, or an object, for every file."""
     value = json_value(_text(path), str(path))
     if isinstance(value, dict) and not any(key in value for key in FILE_KEYS):
-        entries: list[Any] = []
-        for file, told in value.items():
-            if not (isinstance(told, str | dict) or _is_texts(told)):
-                raise VideoReadError(
-                    f"{path}: expected a list of objects, or captions or an object for each file,"
-                    f" got {str(told)[:60]!r} for {file!r}"
-                )
-            entries.append({"file": file, **told} if isinstance(told, dict) else {"file": file, "caption": told})
+        for file, entry in value.items():
+            yield f"{path}, {file!r}", {"file": file, **(entry if isinstance(entry, dict) else {"caption": entry})}
     else:
-        entries = value if isinstance(value, list) else [value]
-    for number, entry in enumerate(entries):
-        where = f"{path}, entry {number} (counting from 0)"
-        if not isinstance(entry, dict):
-            raise VideoReadError(f"{where}: expected an object, got {str(entry)[:60]!r}")
-        yield where, entry
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+        for i, entry in enumerate(value if isinstance(value, list) else [value]):
+            yield f"{path}, entry {i} (counting from 0)", entry
 
 
 def _csv_rows(path: Place, delimiter: str) -> Iterator[Row]:
     """Rows with as many values as there are columns; quotes are closed, and begin where the value does."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, delimiter=delimiter)
     columns: list[str] = []
-    line = 1
     while True:
-        where = f"{path}, line {line}"
+        where = f"{path}, line {reader.line_num + 1}"
         try:
-            values = next(reader, None)
+            values = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:
-            raise VideoReadError(
-                f"{where}: not CSV ({error}); is a quote left open, or one within a text single?"
-            ) from error
-        line = reader.line_num + 1
-        if values is None:
-            break
-        if not values:
-            continue
-        if not columns:
+            hint = "is a quote left open, or one within a text single?"
+            raise VideoReadError(f"{where}: not CSV ({error}); {hint}") from error
+        if values and not columns:
             columns = _columns(values, where, delimiter)
-            continue
-        if len(values) != len(columns):
-            kind = "more" if len(values) > len(columns) else "fewer"
-            raise VideoReadError(
-                f"{where}: {kind} values than columns ({len(values)}, {len(columns)}); put a text that holds"
-                f" {'tabs' if delimiter != ',' else 'commas'} in double quotes, with no space before the first"
-            )
-        if any(value[:1].isspace() and value.lstrip().startswith('"') for value in values):
-            raise VideoReadError(f"{where}: a space before a double quote, which so is part of the text; take it out")
-        if row := next((row for value in values for row in value.splitlines()[1:] if _is_row(row, delimiter)), None):
-            raise VideoReadError(f"{where}: a text in quotes that holds a row ({row[:60]!r}); is a quote left open?")
-        yield where, dict(zip(columns, values, strict=True))
-
-
-def _is_row(text: str, delimiter: str) -> bool:
-    """Whether a line within a text begins with a video's name, as rows do that an open quote has swallowed."""
-    return any(part.strip(' "').lower().endswith(tuple(VIDEO_SUFFIXES)) for part in text.split(delimiter)[:-1])
+        elif values:
+            _check_values(values, len(columns), where, delimiter)
+            yield where, dict(zip(columns, values, strict=True))
 
 
 def _columns(values: list[str], where: str, delimiter: str) -> list[str]:
@@ -160,6 +127,23 @@ def _columns(values: list[str], where: str, delimiter: str) -> list[str]:
     return columns
 
 
+def _check_values(values: list[str], num_columns: int, where: str, delimiter: str) -> None:
+    """Raise `VideoReadError` for a row that a comma or a quote has made of other values than were meant."""
+    if len(values) != num_columns:
+        kind = "more" if len(values) > num_columns else "fewer"
+        raise VideoReadError(
+            f"{where}: {kind} values than columns ({len(values)}, {num_columns}); put a text that holds"
+            f" {'tabs' if delimiter != ',' else 'commas'} in double quotes, with no space before the first"
+        )
+    if any(value[:1].isspace() and value.lstrip().startswith('"') for value in values):
+        raise VideoReadError(f"{where}: a space before a double quote, which so is part of the text; take it out")
+    inner_lines = [line for value in values for line in value.splitlines()[1:]]
+    # A line within a text that begins with a video's name is a row that an open quote has swallowed.
+    cells = ((line, cell.strip(' "').lower()) for line in inner_lines for cell in line.split(delimiter)[:-1])
+    if row := next((line for line, cell in cells if cell.endswith(tuple(VIDEO_SUFFIXES))), None):
+        raise VideoReadError(f"{where}: a text in quotes that holds a row ({row[:60]!r}); is a quote left open?")
+
+
 def read_parquet(path: Place, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a Parquet file, of all columns or those of these that it has."""
     try:
@@ -169,21 +153,14 @@ def read_parquet(path: Place, columns: list[str] | None = None) -> list[dict[str
         raise missing_extra(error, "data") from error
     with fetched(path) as local:
         try:
-            has = parquet.read_schema(local).names
-            table = parquet.read_table(local, columns=has if columns is None else [c for c in columns if c in has])
-            return table.to_pylist()
+            held = parquet.read_schema(local).names
+            return parquet.read_table(local, columns=[c for c in held if columns is None or c in columns]).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise VideoReadError(f"{path}: not a Parquet file that can be read ({error})") from error
 
 
 def whole_number(value: Any, where: str) -> int:
     """An integer from 0 on."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value != int(value)
-        or value < 0
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1 != 0:
         raise VideoReadError(f"{where}: expected a number from 0 on, got {value!r}")
     return int(value)

@@ -13,12 +13,13 @@ from dicode.config import missing_extra
 
 A = TypeVar("A")
 B = TypeVar("B")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ANSWERS_IN_S = 10.0
-LOCAL_STORE_BYTES = 100 * 2**20  # of a Ray of our own: what comes back of a unit is some text
+LOCAL_STORE_BYTES = 100 * 2**20  # of a Ray of our own: the result of a unit is some text
 
 
-def spread(work: Callable[[A], B], units: Sequence[A], workers: int = 1, ray: str | None = None) -> Iterator[B]:
-    """What `work` gives for every unit, as it comes: in any order. With `ray`, its values are text.
+def parallel_map(work: Callable[[A], B], units: Sequence[A], workers: int = 1, ray: str | None = None) -> Iterator[B]:
+    """The results of `work` for all units, in any order. With `ray`, they are text.
 
     `ray` is the address of a cluster, `auto` for the one around, or `local` for one started here with `workers`
     workers; a unit whose worker dies there is done again by another.
@@ -34,7 +35,7 @@ def spread(work: Callable[[A], B], units: Sequence[A], workers: int = 1, ray: st
 def _by_processes(work: Callable[[A], B], units: Sequence[A], workers: int) -> Iterator[B]:
     with ProcessPoolExecutor(workers, get_context("spawn"), _prepare_process) as pool:
         try:
-            for done in as_completed([pool.submit(_worked, work, unit) for unit in units]):
+            for done in as_completed([pool.submit(_run, work, unit) for unit in units]):
                 yield done.result()
         except BrokenProcessPool as error:
             raise OSError(
@@ -52,33 +53,60 @@ def _prepare_process() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches every process; one of them says so
+    for number in SIGNALS:  # Ctrl-C reaches every process; only the first says so
         signal.signal(number, _leave)
 
 
-_working = _leaving = False
+_running = _leaving = False
 
 
-def _worked(work: Callable[[A], B], unit: A) -> B:
-    global _working
+def _run(work: Callable[[A], B], unit: A) -> B:
+    global _running
     if _leaving:  # a unit that was handed over before
         raise SystemExit(1)
-    _working = True
+    _running = True
     try:
         return work(unit)
     finally:
-        _working = False
+        _running = False
 
 
 def _leave(*_: object) -> None:
     """End a worker; what it is writing is removed first."""
     global _leaving
-    if not _working:
+    if not _running:
         os._exit(1)
     _leaving = True
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise SystemExit(1)
+
+
+def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: str) -> Iterator[B]:
+    try:
+        import ray
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "cluster") from error
+    start = not ray.is_initialized()
+    if start and address == "local":
+        ray.init("local", num_cpus=workers, object_store_memory=LOCAL_STORE_BYTES, include_dashboard=False)
+    elif start:
+        _check_answers(address)
+        ray.init(address)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+
+        def run(row: dict[str, Any]) -> dict[str, Any]:
+            return {"result": work(row["unit"])}
+
+        items = [{"unit": unit} for unit in units]  # a block each, so that no more than one is done again
+        blocks = ray.data.from_items(items, override_num_blocks=len(items))
+        results = blocks.map(run, num_cpus=1, max_retries=4)  # a unit that kills five workers is an error, not bad luck
+        yield from (row["result"] for row in results.iter_rows())
+    finally:
+        if start:
+            ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
@@ -92,31 +120,3 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), ANSWERS_IN_S).close()
     except (OSError, OverflowError) as error:
         raise OSError(f"--ray {address}: no cluster answers there ({error})") from error
-
-
-def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: str) -> Iterator[B]:
-    try:
-        import ray
-        import ray.data
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "cluster") from error
-    started = not ray.is_initialized()
-    if started and address == "local":
-        ray.init("local", num_cpus=workers, object_store_memory=LOCAL_STORE_BYTES, include_dashboard=False)
-    elif started:
-        _check_answers(address)
-        ray.init(address)
-    try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
-
-        def done(row: dict[str, Any]) -> dict[str, Any]:
-            return {"made": work(row["unit"])}
-
-        items = [{"unit": unit} for unit in units]  # a block each, so that no more than one is done again
-        blocks = ray.data.from_items(items, override_num_blocks=len(items))
-        made = blocks.map(done, num_cpus=1, max_retries=4)  # a unit that kills five workers is an error, not bad luck
-        for row in made.iter_rows():
-            yield row["made"]
-    finally:
-        if started:
-            ray.shutdown()

@@ -1,9 +1,10 @@
-"""A clip and what a line of text tells of it: the file, its captions, the span of it, its split."""
+"""Clips of a data set: the file, its captions, its span and its split, as a line of a list gives them."""
 
 import difflib
 import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,25 +12,27 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dicode.config import shortened
 from dicode.files import Place, fetched, place
-from dicode.video.read import IMAGE_SUFFIXES, VideoReadError
+from dicode.video.read import VideoReadError
 
 # The names under which lists have these; the first that a line fills counts.
 FILE_KEYS = ("file", "file_name", "filename", "video", "video_path", "path", "video_file", "file_path", "filepath")
 CAPTION_KEYS = ("caption", "text", "prompt")
 SPAN_KEYS = ("start_s", "end_s")
-KNOWN = (*FILE_KEYS, *CAPTION_KEYS, "captions", "expanded", "validation", *SPAN_KEYS)
-# Words of other lists that mean something here under another name, and are not taken for it: their units differ.
-MEANT = {
+KEY_GROUPS = (FILE_KEYS, (*CAPTION_KEYS, "captions"), ("expanded",), ("validation",), ("start_s",), ("end_s",))
+KEYS = {key for group in KEY_GROUPS for key in group}
+# Keys of other lists, not read since their units differ, and the key to use here.
+FOREIGN_KEYS = {
     **dict.fromkeys(("start", "start_time", "start_sec", "begin", "from_timestamp", "start time"), "start_s"),
     **dict.fromkeys(("end", "end_time", "end_sec", "to_timestamp", "end time"), "end_s"),
     **dict.fromkeys(("start_frame", "end_frame", "timestamp", "timestamps"), "start_s, end_s"),
     **dict.fromkeys(("split", "val", "is_validation"), "validation"),
 }
-TRUE, FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # 1.0: what pandas makes of 1 beside gaps
-OF_SYSTEMS = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # what they leave, beside names that begin with a dot
-STILLS = tuple(sorted(IMAGE_SUFFIXES - {".gif", ".apng"}))
-LIKENESS = 0.85  # of a mistyped key: captoin, end_ms, but not start, caption_en
+BOOLEANS = dict.fromkeys(("true", "1", "1.0", "yes"), True) | dict.fromkeys(
+    ("false", "0", "0.0", "no"), False
+)  # pandas
+SIMILARITY = 0.85  # of a mistyped key: captoin, end_ms, but not start, caption_en
 VALIDATION_EVERY = 15
 MOST_NESTING = 20  # of further values; what is deeper is null
 MOST_CAPTIONS = 1000  # of a clip
@@ -45,22 +48,22 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """A clip of a data set: a video, or a span of it, and what it shows."""
+    """A clip of a data set: a video, or a span of it, and its captions."""
 
     path: Place  # a file, or a folder of frames
-    captions: tuple[str, ...]  # every text there is, the short one first
+    captions: tuple[str, ...]  # all of them, the short one first
     folder: Place  # the data set's
     start_s: float = 0.0
     end_s: float | None = None  # None: to the end of the file
-    validation: bool | None = None  # as its line says
+    validation: bool | None = None  # as its line has it
     extra: Mapping[str, Any] = field(default_factory=dict)  # further values of its line
-    episode: str = ""  # of a file or of several; what the split takes for one video
+    episode: str = ""  # of a file or of several; the split takes it for one video
     inside: Member | None = None  # of a tar archive, if it is no file of its own
     fault: str = ""  # what is wrong with it, if that is known before it is read
 
     @property
     def caption(self) -> str:
-        """The first text, or ''."""
+        """The first caption, or ''."""
         return self.captions[0] if self.captions else ""
 
     @property
@@ -76,7 +79,7 @@ class ClipRecord:
 
     @property
     def video(self) -> str:
-        """What tells one video from another, however many clips are of it."""
+        """Identifies the video, however many clips are spans of it."""
         if self.episode:
             return self.episode
         return os.path.normpath(self.path) if isinstance(self.path, Path) else str(self.path)
@@ -86,8 +89,8 @@ class ClipRecord:
         """A path to read frames from, as long as the block lasts; errors of reading name the clip, not a copy of it."""
         if self.fault:
             raise VideoReadError(self.fault)
-        held, span = (self.inside.archive, self.inside.span) if self.inside else (self.path, None)
-        with fetched(held, span, self.path.name) as local:
+        source, span = self.inside or (self.path, None)
+        with fetched(source, span, self.path.name) as local:
             try:
                 yield local
             except VideoReadError as error:
@@ -99,22 +102,23 @@ def _name_of(folder: Place) -> str:
     return folder.resolve().name
 
 
+def escaped(name: str) -> str:
+    """A file's name as text; bytes of it that are not UTF-8 become \\xNN."""
+    return name if name.isascii() else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def faulty(path: Place, folder: Place, reason: str) -> ClipRecord:
-    """A clip that cannot be read, and why. What of the names is not UTF-8 is written as \\xNN."""
-    shown, where = (
-        place(
-            p if (name := str(p)).isascii() else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-        )
-        for p in (path, folder)
-    )
-    return ClipRecord(shown, (), where, fault=f"{shown}: {reason}")
+    """A clip that cannot be read, and why."""
+    path, folder = (place(escaped(str(each))) for each in (path, folder))
+    return ClipRecord(path, (), folder, fault=f"{path}: {reason}")
 
 
 def record_of(row: Mapping[str, Any], where: str, base: Place, folder: Place) -> ClipRecord:
-    """What a line of a list tells; its file is relative to `base`. Raises `VideoReadError` naming `where`."""
-    given = [key for key in FILE_KEYS if row.get(key) not in (None, "")]
-    if not given or not isinstance(file := row[given[0]], str):
-        found = _shown(file) if given else f"the keys {_cut(', '.join(map(str, row))) or 'none'}"
+    """The clip of a list's line; its file is relative to `base`. Raises `VideoReadError` naming `where`."""
+    key = file_key(row)
+    file = row[key] if key else None
+    if not isinstance(file, str):
+        found = shortened(file) if key else f"the keys {', '.join(map(str, row))[:60] or 'none'}"
         raise VideoReadError(f"{where}: expected text for 'file' (or one of {', '.join(FILE_KEYS[1:])}), got {found}")
     if not _is_text(file):
         raise VideoReadError(f"{where}: the file's name {file!r} is no text")
@@ -126,58 +130,54 @@ def record_of(row: Mapping[str, Any], where: str, base: Place, folder: Place) ->
             _ = path.fs  # whose package may be missing
     except (ValueError, OSError, ImportError) as error:
         raise VideoReadError(f"{where}: {file!r} names no file that can be reached ({error})") from error
-    return described(row, where, folder, path, given[0])
+    return described(row, where, folder, path, key)
+
+
+def file_key(row: Mapping[str, Any]) -> str:
+    """The key under which a line names its file; '' where it names none."""
+    return next((key for key in FILE_KEYS if row.get(key) not in (None, "")), "")
 
 
 def described(row: Mapping[str, Any], where: str, folder: Place, path: Place, file_key: str = "") -> ClipRecord:
     """The clip at `path` with the values of a line; the file that the line names under `file_key` is no extra."""
-    for key, meant in misspelt(tuple(row)):
-        raise VideoReadError(f"{where}: unknown key {key!r} (did you mean {meant!r}?)")
+    for key, known in _misspelt(tuple(row)):
+        raise VideoReadError(f"{where}: unknown key {key!r} (did you mean {known!r}?)")
     texts = next((found for key in CAPTION_KEYS if (found := _texts(row, key, where))), ())
     captions = (*texts[:1], *_texts(row, "expanded", where), *texts[1:], *_texts(row, "captions", where))
     if len(captions) > MOST_CAPTIONS:
         raise VideoReadError(f"{where}: expected at most {MOST_CAPTIONS} captions of a clip, got {len(captions)}")
     start_s, end_s = (_seconds(row, key, where) for key in SPAN_KEYS)
-    if end_s is not None and end_s <= (start_s or 0.0):
-        raise VideoReadError(f"{where}: expected end_s after start_s, got {start_s or 0:g} and {end_s:g}")
-    validation = _truth(row.get("validation"), where)
-    extra = _extra(row, file_key)
-    return ClipRecord(path, tuple(dict.fromkeys(captions)), folder, start_s or 0.0, end_s, validation, extra)
+    start_s = start_s or 0.0
+    if end_s is not None and end_s <= start_s:
+        raise VideoReadError(f"{where}: expected end_s after start_s, got {start_s:g} and {end_s:g}")
+    caption_key = next((key for key in CAPTION_KEYS if row.get(key)), "caption")
+    used = {file_key, caption_key, "caption", "captions", "expanded", "validation", *SPAN_KEYS}
+    extra = {str(key): _plain(value, 0) for key, value in row.items() if key not in used}
+    return ClipRecord(path, tuple(dict.fromkeys(captions)), folder, start_s, end_s, _boolean(row, where), extra)
 
 
 @lru_cache
-def misspelt(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Keys that are nearly a known one which is missing, each with that one."""
-    missing = [
-        known
-        for group in (
-            FILE_KEYS,
-            (*CAPTION_KEYS, "captions"),
-            *((key,) for key in ("expanded", "validation", *SPAN_KEYS)),
-        )
-        if not set(group) & set(keys)
-        for known in group
-        if len(known) > len("text")  # "test" is a word of its own
-    ]
-    others = [key for key in keys if key not in KNOWN and key not in MEANT]
-    return tuple((key, meant) for key in others for meant in difflib.get_close_matches(key, missing, 1, LIKENESS))
+def _misspelt(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Keys that are nearly one which is missing, each with that one."""
+    absent = [group for group in KEY_GROUPS if not set(group) & set(keys)]
+    missing = [key for group in absent for key in group if len(key) > len("text")]  # "test" is a word of its own
+    others = [key for key in keys if key not in KEYS and key not in FOREIGN_KEYS]
+    return tuple((key, known) for key in others for known in difflib.get_close_matches(key, missing, 1, SIMILARITY))
 
 
 def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = row.get(key)
-    if value is None or _is_nan(value):
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ()
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
-        raise VideoReadError(f"{where}: expected text, or a list of texts, for {key!r}, got {_shown(value)}")
+        raise VideoReadError(f"{where}: expected text, or a list of texts, for {key!r}, got {shortened(value)}")
     for text in values:
         if not _is_text(text):
-            raise VideoReadError(f"{where}: {key!r} holds half a character or a NUL: {_shown(text)}")
+            raise VideoReadError(f"{where}: {key!r} holds half a character or a NUL: {shortened(text)}")
         if len(text) > MOST_CAPTION:
-            raise VideoReadError(
-                f"{where}: expected at most {MOST_CAPTION:,} characters for {key!r}, got {len(text):,}"
-            )
-    return tuple(short for text in values if (short := " ".join(text.split())))
+            raise VideoReadError(f"{where}: {key!r}: expected at most {MOST_CAPTION:,} characters, got {len(text):,}")
+    return tuple(stripped for text in values if (stripped := " ".join(text.split())))
 
 
 def _is_text(text: str) -> bool:
@@ -192,43 +192,25 @@ def _seconds(row: Mapping[str, Any], key: str, where: str) -> float | None:
         seconds = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise VideoReadError(f"{where}: expected seconds from 0 on for {key!r}, got {_shown(value)}")
+    if not 0 <= seconds < math.inf:
+        raise VideoReadError(f"{where}: expected seconds from 0 on for {key!r}, got {shortened(value)}")
     return seconds
 
 
-def _truth(value: Any, where: str) -> bool | None:
+def _boolean(row: Mapping[str, Any], where: str) -> bool | None:
+    value = row.get("validation")
     if value is None or value == "":
         return None
-    word = str(value).strip().lower()
-    if not isinstance(value, bool | int | float | str) or word not in (*TRUE, *FALSE):
-        raise VideoReadError(f"{where}: expected true or false for 'validation', got {_shown(value)}")
-    return word in TRUE
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _shown(value: Any) -> str:
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _extra(row: Mapping[str, Any], file_key: str) -> dict[str, Any]:
-    """The further values of a line."""
-    taken = {file_key, "captions", "expanded", "validation", *SPAN_KEYS}
-    taken |= {next((key for key in CAPTION_KEYS if row.get(key)), "caption"), "caption"}
-    return {str(key): _plain(value, 0) for key, value in row.items() if key not in taken}
+    word = str(value).strip().lower() if isinstance(value, bool | int | float | str) else ""
+    if word not in BOOLEANS:
+        raise VideoReadError(f"{where}: expected true or false for 'validation', got {shortened(value)}")
+    return BOOLEANS[word]
 
 
 def _plain(value: Any, depth: int) -> Any:
     """A value as JSON in UTF-8 has it: numbers that are not finite are null, halves of characters question marks."""
     if isinstance(value, str):
-        return value if _is_text(value) else value.encode(errors="replace").decode()
+        return value.encode(errors="replace").decode()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, int):
@@ -236,8 +218,8 @@ def _plain(value: Any, depth: int) -> Any:
     if depth >= MOST_NESTING:
         return None
     if isinstance(value, dict):
-        return {_plain(str(key), 0): _plain(held, depth + 1) for key, held in value.items()}
-    return [_plain(held, depth + 1) for held in value] if isinstance(value, list | tuple) else str(value)
+        return {_plain(str(key), 0): _plain(item, depth + 1) for key, item in value.items()}
+    return [_plain(item, depth + 1) for item in value] if isinstance(value, list | tuple) else str(value)
 
 
 def merged(records: Iterable[ClipRecord]) -> list[ClipRecord]:
@@ -251,45 +233,44 @@ def merged(records: Iterable[ClipRecord]) -> list[ClipRecord]:
         if (before := found.get(key)) is None:
             found[key] = record
             continue
-        says = {said for said in (before.validation, record.validation) if said is not None}
-        if len(says) > 1:
+        splits = {each.validation for each in (before, record)} - {None}
+        if len(splits) > 1:
             raise VideoReadError(f"{record.path}: one line says that it is for validation, another that it is not")
         captions = tuple(dict.fromkeys((*before.captions, *record.captions)))
         if len(captions) > MOST_CAPTIONS:
             raise VideoReadError(f"{record.path}: expected at most {MOST_CAPTIONS} captions of a clip, got more")
         extra, fault = {**record.extra, **before.extra}, before.fault or record.fault
-        found[key] = replace(before, captions=captions, validation=next(iter(says), None), extra=extra, fault=fault)
+        found[key] = replace(before, captions=captions, validation=next(iter(splits), None), extra=extra, fault=fault)
     return list(found.values())
 
 
 def validation_split(records: Sequence[ClipRecord], by: tuple[str, str] | None = None) -> list[bool]:
-    """Which clips are kept from training: as their line says, else every 15th video of a data set, from the first on.
+    """Which clips are kept from training: as their line has it, else every 15th video of a data set, from the first on.
 
     Clips of one video stay together, unless there is no other. `by`, a key and a value: in data sets whose lines have
     that key, the clips with that value instead.
     """
-    videos: dict[Place, set[str]] = {}
-    for record in records:
-        videos.setdefault(record.folder, set()).add(record.video)
-    units = [r.video if len(videos[r.folder]) > 1 else f"{r.video}, {r.start_s:g} s" for r in records]
-    numbers: dict[Place, dict[str, int]] = {}
-    said: dict[str, bool] = {}
-    keyed = {record.folder for record in records if by and by[0] in record.extra}
     if by and not any(str(record.extra.get(by[0])) == by[1] for record in records):
         raise ValueError(f"--validation-by {by[0]}={by[1]}: no line has that")
+    videos: dict[Place, set[str]] = defaultdict(set)
+    for record in records:
+        videos[record.folder].add(record.video)
+    units = [(r.video, r.start_s if len(videos[r.folder]) == 1 else None) for r in records]
+    numbers: dict[Place, dict[Any, int]] = defaultdict(dict)  # of the units of a data set, counted from 0
+    explicit: dict[Any, bool] = {}
     for record, unit in zip(records, units, strict=True):
-        own = numbers.setdefault(record.folder, {})
-        own.setdefault(unit, len(own))
+        numbers[record.folder].setdefault(unit, len(numbers[record.folder]))
         if record.validation is not None:
-            said.setdefault(unit, record.validation)
-    chosen = []
-    for record, unit in zip(records, units, strict=True):
+            explicit.setdefault(unit, record.validation)
+    keyed = {record.folder for record in records if by and by[0] in record.extra}
+
+    def chosen(record: ClipRecord, unit: Any) -> bool:
         if record.validation is not None:
-            chosen.append(record.validation)
-        elif unit in said:
-            chosen.append(said[unit])
-        elif by and record.folder in keyed:
-            chosen.append(str(record.extra.get(by[0])) == by[1])
-        else:
-            chosen.append(numbers[record.folder][unit] % VALIDATION_EVERY == 0)
-    return chosen
+            return record.validation
+        if unit in explicit:
+            return explicit[unit]
+        if by and record.folder in keyed:
+            return str(record.extra.get(by[0])) == by[1]
+        return numbers[record.folder][unit] % VALIDATION_EVERY == 0
+
+    return [chosen(record, unit) for record, unit in zip(records, units, strict=True)]

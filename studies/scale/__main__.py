@@ -21,13 +21,14 @@ import torch
 import tyro
 from ablations import ablated_runs, in_latents, joins
 from einops import repeat
+from join import join_caches
 from laws import fit_power_law, t_interval
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tyro.conf import Positional, arg
 
 from dicode.cli.info import runs_of
 from dicode.config import config_to_dict
-from dicode.data.cache import CachedVideo, FrameCache, join_caches
+from dicode.data.cache import CachedVideo, FrameCache
 from dicode.files import put_text, read_json
 from dicode.provenance import write_result
 from dicode.seeds import generator_for
