@@ -7,6 +7,7 @@ cache/videos.safetensors   first i64, count i32, period_s and start_s f64, flags
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, overload
 
 import numpy as np
@@ -60,20 +61,16 @@ class Videos(Sequence[CachedVideo]):
         """The columns of these videos, in memory; the same object where they are columns already."""
         if isinstance(videos, cls):
             return videos
-        columns: dict[str, list[Any]] = {name: [] for name in DTYPES}
-        sources: dict[str, int] = {}
-        text = bytearray()
-        for video in videos:
-            values = [video.file, video.captions, video.extra]
-            text += json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
-            for name in ("first", "count", "period_s", "start_s"):
-                columns[name].append(getattr(video, name))
-            flags = VALIDATION * video.validation + LOOPS * video.loops + CAPTIONED * any(video.captions)
-            columns["flags"].append(flags)
-            columns["source"].append(sources.setdefault(video.source, len(sources)))
-            columns["text_end"].append(len(text))
-        arrays = {name: torch.tensor(values, dtype=DTYPES[name]).numpy() for name, values in columns.items()}
-        return cls({**arrays, "text": np.array(text, np.uint8)}, tuple(sources))
+        videos = list(videos)
+        texts = [json.dumps([v.file, v.captions, v.extra], ensure_ascii=False) for v in videos]
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        sources = {source: i for i, source in enumerate(dict.fromkeys(v.source for v in videos))}
+        columns = {name: [getattr(v, name) for v in videos] for name in ("first", "count", "period_s", "start_s")}
+        columns["flags"] = [VALIDATION * v.validation + LOOPS * v.loops + CAPTIONED * any(v.captions) for v in videos]
+        columns["source"] = [sources[v.source] for v in videos]
+        columns["text_end"] = list(accumulate(map(len, encoded)))
+        arrays = {name: torch.tensor(columns[name], dtype=dtype).numpy() for name, dtype in DTYPES.items()}
+        return cls({**arrays, "text": np.frombuffer(b"".join(encoded), np.uint8)}, tuple(sources))
 
     def __len__(self) -> int:
         return len(self.chosen)
