@@ -72,11 +72,12 @@ class Rows:
     """Tensors of equal width beneath each other, indexed by row as if they were one; none is copied whole."""
 
     def __init__(
-        self, parts: Sequence[Tensor], sizes: Sequence[int] | None = None, held: Sequence[Tensor] | None = None
+        self, parts: Sequence[Any], sizes: Sequence[int] | None = None, held: Sequence[Any] | None = None
     ) -> None:
-        """`sizes` are the numbers of rows of `parts`, where they are not to be opened for it.
+        """`parts` are tensors, `sizes` their numbers of rows where they are not to be opened for it.
 
-        `held`: which rows of each part there are, in order, where some are left out.
+        `held` are tensors too: which rows of each part there are, in order, where some are left out. (`Any`, since a
+        check of types would open one.)
         """
         self.parts, self.held = parts, held
         self.starts = [0, *accumulate(sizes or [len(part) for part in parts])]
