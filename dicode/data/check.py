@@ -134,7 +134,7 @@ def check_cache(cache: FrameCache) -> Findings:
     )
 
 
-def mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float] | Sequence[bool]) -> float:
     """The mean, 0 of none."""
     return float(np.mean(values)) if values else 0.0
 
