@@ -21,6 +21,7 @@ import torch
 from dicode.device import compute_dtype, pick_device
 from dicode.evaluate.report import write_result
 from dicode.progress import duration
+from dicode.train.chain import spent_minutes
 from dicode.train.pace import read_plan
 from dicode.video.io import read_video
 from dicode.video.sheet import contact_sheet
@@ -54,8 +55,9 @@ def main() -> None:
     ):
         seconds[line] = timed(line, asked.work)
     runs = {folder.name: read_plan(folder) for folder in sorted((asked.work / "runs").iterdir())}
+    minutes = {name: spent_minutes(asked.work / "runs" / name) for name in runs}  # of all starts
     best = {name: last_validation(asked.work / "runs" / name) for name in runs}
-    values = {"seconds": seconds, "total_s": sum(seconds.values()), "plans": runs, "validation": best}
+    values = {"seconds": seconds, "minutes": minutes, "plans": runs, "validation": best}
     device = pick_device("auto")
     values |= {"dtype": str(compute_dtype(device)), "threads": torch.get_num_threads()}
     values["isa"] = {name: os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
