@@ -68,7 +68,7 @@ def main() -> None:
         sheet.save(asked.sheet, quality=quality)
         if asked.sheet.stat().st_size <= MOST_BYTES:
             break
-    print(f"{asked.output}, {asked.sheet}: {duration(values['total_s'])}")
+    print(f"{asked.output}, {asked.sheet}: {duration(60 * sum(minutes.values()))} of training")
 
 
 def copied(source: Path, folder: Path, count: int) -> list[dict[str, str]]:
