@@ -27,7 +27,7 @@ from dicode.video.io import read_video
 from dicode.video.sheet import contact_sheet
 
 PROMPTS, HELD = 12, 4  # training captions, and validation captions after them
-MOST_BYTES = 40_000
+MOST_BYTES = 26_000
 
 
 def main() -> None:
