@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lm_deep_lm import CAPTIONS, CONFIG, PROMPTS, TEXT, build, fit, generated, written
+from test_lm_deep_lm import CAPTIONS, CONFIG, NEAR, PROMPTS, TEXT, build, fit, generated, written
 
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import SeedPlan
@@ -22,9 +22,7 @@ def test_cached_generation_equals_uncached(head: str, order: str, guidance: floa
     model = build(head=head, order=order, end_frame_conditioning=True)
     options: dict[str, Any] = {"guidance": guidance, "variance_scale": 0.5, "goal": torch.randn(3, 5, 7)}
     cached = written(model, num_keyframes=4, **options)
-    torch.testing.assert_close(
-        cached, written(model, num_keyframes=4, use_cache=False, **options), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(cached, written(model, num_keyframes=4, use_cache=False, **options), **NEAR)
     assert cached.shape == (3, 4, 5, 7) and cached.dtype == torch.float32
 
 
@@ -69,9 +67,9 @@ def test_a_loop_ends_on_the_key_frame_it_began_with(order: str) -> None:
     loop = written(model, num_keyframes=4, goal="first")
     assert torch.equal(loop[:, 3], loop[:, 0])
     as_goal = written(model, num_keyframes=3, prefix=loop[:, :1], goal=loop[:, 0])
-    torch.testing.assert_close(as_goal, loop[:, 1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(as_goal, loop[:, 1:], **NEAR)
     later = written(model, num_keyframes=2, prefix=loop[:, :2], goal="first")
-    torch.testing.assert_close(later, loop[:, 2:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(later, loop[:, 2:], **NEAR)
 
 
 def test_a_loop_of_one_clip_needs_no_goal_to_be_read() -> None:
@@ -105,7 +103,7 @@ def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, context_ke
     for keyframe in range(context_key_frames, 13):
         kept = context_key_frames - jump + (keyframe - context_key_frames) % jump  # a jump drops the earlier half
         alone = written(model, num_keyframes=1, prefix=tokens[:, keyframe - kept : keyframe])
-        torch.testing.assert_close(alone[:, 0], tokens[:, keyframe], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone[:, 0], tokens[:, keyframe], **NEAR)
     plain = written(model, num_keyframes=8)
     torch.testing.assert_close(tokens[:, :context_key_frames], plain[:, :context_key_frames])
     assert (tokens[:, context_key_frames:8] - plain[:, context_key_frames:]).abs().max() > 1e-4
@@ -125,7 +123,7 @@ def test_a_prefix_and_a_window_continue_what_one_call_writes(order: str, change:
     whole = written(model, num_keyframes=12, **options)
     for start in (1, 4, 7, 10):
         rest = written(model, num_keyframes=12 - start, prefix=whole[:, :start], **options)
-        torch.testing.assert_close(rest, whole[:, start:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rest, whole[:, start:], **NEAR)
 
 
 def test_a_window_the_model_cannot_hold_raises() -> None:
@@ -142,7 +140,7 @@ def test_re_rolling_keeps_the_clips_before(order: str) -> None:
     assert torch.equal(rolled[:, :4], first[:, :4])  # clips 0, 1, 2 are made of key frames 0 … 3
     assert (rolled[:, 4:] - first[:, 4:]).abs().amax((0, 2, 3)).min() > 1e-2
     again = written(model, num_keyframes=2, seed=2, prefix=first[:, :4])
-    torch.testing.assert_close(rolled[:, 4:], again, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rolled[:, 4:], again, **NEAR)
     assert torch.equal(written(model, num_keyframes=6, seed=SeedPlan(1, 0, 2)), other)
 
 
@@ -167,7 +165,7 @@ def test_residuals_may_be_anchored_to_the_first_key_frame(order: str, goal: bool
         assert model(PROMPTS, tokens, goal=goal).loss < 1e-8  # what is written is what is asked for in training
     long = written(model, num_keyframes=9, context_key_frames=4)
     alone = written(model, num_keyframes=1, prefix=long[:, 6:8])  # a window is as a video that begins there
-    torch.testing.assert_close(alone[:, 0], long[:, 8], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(alone[:, 0], long[:, 8], **NEAR)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -200,7 +198,7 @@ def test_the_first_key_frame_may_have_a_variance_of_its_own(head: str) -> None:
     torch.testing.assert_close(sure[:, 0], others[:, 0])  # without chance whatever the seed
     assert (sure[:, 1:] - others[:, 1:]).abs().amax((0, 2, 3)).min() > 1e-3
     rest = written(model, **{**options, "num_keyframes": 2}, prefix=sure[:, :1], first_variance_scale=0.0)
-    torch.testing.assert_close(rest, sure[:, 1:], rtol=1e-5, atol=1e-5)  # of key frame 0 alone
+    torch.testing.assert_close(rest, sure[:, 1:], **NEAR)  # of key frame 0 alone
 
 
 def test_a_key_frame_is_one_pass_in_key_frame_order() -> None:

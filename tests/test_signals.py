@@ -41,6 +41,7 @@ def run_until_it_writes(folder: Path, number: int, work) -> tuple[int, list[str]
         try:
             for holder, name in ((os, "replace"), (os, "fsync"), (Path, "replace"), (Path, "rename")):
                 setattr(holder, name, lambda *_: time.sleep(2 * WAIT_S))  # unfinished files stay unfinished
+            signal.signal(number, signal.SIG_DFL)  # under nohup a process is born with SIGHUP ignored, and goes on so
             code = work()
         finally:
             os._exit(code)

@@ -21,12 +21,13 @@ import torch
 from dicode.device import compute_dtype, pick_device
 from dicode.provenance import write_result
 from dicode.stopwatch import duration
+from dicode.train.chain import spent_minutes
 from dicode.train.pace import read_plan
 from dicode.video.read import read_video
 from dicode.video.sheet import contact_sheet
 
 PROMPTS, HELD = 12, 4  # training captions, and validation captions after them
-MOST_BYTES = 40_000
+MOST_BYTES = 26_000
 
 
 def main() -> None:
@@ -54,8 +55,9 @@ def main() -> None:
     ):
         seconds[line] = timed(line, asked.work)
     runs = {folder.name: read_plan(folder) for folder in sorted((asked.work / "runs").iterdir())}
+    minutes = {name: spent_minutes(asked.work / "runs" / name) for name in runs}  # of all starts
     best = {name: last_validation(asked.work / "runs" / name) for name in runs}
-    values = {"seconds": seconds, "total_s": sum(seconds.values()), "plans": runs, "validation": best}
+    values = {"seconds": seconds, "minutes": minutes, "plans": runs, "validation": best}
     device = pick_device("auto")
     values |= {"dtype": str(compute_dtype(device)), "threads": torch.get_num_threads()}
     values["isa"] = {name: os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
@@ -66,7 +68,7 @@ def main() -> None:
         sheet.save(asked.sheet, quality=quality)
         if asked.sheet.stat().st_size <= MOST_BYTES:
             break
-    print(f"{asked.output}, {asked.sheet}: {duration(values['total_s'])}")
+    print(f"{asked.output}, {asked.sheet}: {duration(60 * sum(minutes.values()))} of training")
 
 
 def copied(source: Path, folder: Path, count: int) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.nn.attention import sdpa_kernel
@@ -56,12 +57,13 @@ def measured_pace(stage: Stage, config: LoopConfig, processes: Processes, timed:
     run, state = Training.of(stage, config, processes), TrainState()
     with Progress("measuring the speed"), sdpa_kernel(attention_on(run.device)):
         made = _batches(run, 0)
-        for step in range(WARM_STEPS + timed):
-            if step == WARM_STEPS:
-                began_s = time.perf_counter()
+        spent_s = []
+        for _ in range(WARM_STEPS + timed):
+            began_s = time.perf_counter()
             _step(run, state, next(made))
             state.step += 1
-        step_s = (time.perf_counter() - began_s) / timed
+            spent_s.append(time.perf_counter() - began_s)
+        step_s = median(spent_s[WARM_STEPS:])  # a moment in which others computed does not count
         began_s = time.perf_counter()
         stage.module.eval()
         with torch.no_grad():
