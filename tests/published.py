@@ -11,9 +11,15 @@ import torch
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
-from dicode.convert.configs import denoiser_config, first_stage_config, lm_config, resampler_config
-from dicode.lm.presets import DeepLMConfig
-from dicode.tokenizer.config import EncoderConfig, SamplingConfig, TokenizerConfig
+from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
+from dicode.tokenizer.config import (
+    DenoiserConfig,
+    EncoderConfig,
+    FirstStageConfig,
+    ResamplerConfig,
+    SamplingConfig,
+    TokenizerConfig,
+)
 
 REFERENCE = Path(os.environ.get("DICODE_REFERENCE", Path(__file__).parent / "reference"))
 TEXT_LENGTH, TEXT_DEPTH, IMAGE_HEADS = 7, 3, 2
@@ -36,22 +42,55 @@ def vectors_of(name: str) -> dict[str, Tensor]:
 
 
 def reference_lm_config() -> DeepLMConfig:
-    return lm_config(values_of("lm"))
+    values = values_of("lm")
+    gpt2, tokens = values["gpt2"], values["tokens_per_frame"]
+    return DeepLMConfig(
+        BodyConfig("gpt2", gpt2["n_embd"], gpt2["n_layer"], gpt2["n_head"], dropout=gpt2["resid_pdrop"]),
+        head=HeadConfig(components=values["num_kernels"]), positions=gpt2["n_positions"],
+        vocab_size=gpt2["vocab_size"], token_width=values["token_dim"], max_keyframes=values["max_length"] // tokens,
+        text_length=values["text_length"], tokens_per_keyframe=tokens, pad_id=values["pad_id"],
+        begin_id=values["boi_id"],
+    )  # fmt: skip
+
+
+def reference_resampler_config(features: int = 257) -> ResamplerConfig:
+    values = values_of("resampler")
+    return ResamplerConfig(
+        width=values["dim"], depth=values["depth"], heads=values["heads"], head_width=values["dim_head"],
+        queries=values["num_queries"], feature_width=values["embedding_dim"], features=features,
+        token_width=values["output_dim"], feedforward_factor=values["ff_mult"],
+    )  # fmt: skip
+
+
+def reference_denoiser_config(text_tokens: int) -> DenoiserConfig:
+    values = values_of("unet")
+    width = values["model_channels"]
+    return DenoiserConfig(
+        kind="unet3d", context_frames=0, uses_key_latents=False, depth=values["num_res_blocks"],
+        heads=width // values["num_head_channels"], channels=tuple(width * m for m in values["channel_mult"]),
+        text_width=values["context_dim"], text_tokens=text_tokens, frame_stride=values["default_fs"],
+    )  # fmt: skip
+
+
+def reference_first_stage_config() -> FirstStageConfig:
+    values = values_of("vae")["ddconfig"]
+    blocks, channels = (values["num_res_blocks"],), tuple(values["ch"] * multiple for multiple in values["ch_mult"])
+    return FirstStageConfig("kl", channels, values["z_channels"], blocks, blocks)
 
 
 def reference_config(text_tokens: int = TEXT_LENGTH) -> TokenizerConfig:
     """A tokenizer of the published arrangement out of the reference parts."""
-    resampler = resampler_config(values_of("resampler"), features=5)
+    resampler = reference_resampler_config(features=5)
     ddim = values_of("ddim")
     return TokenizerConfig(
         size=32,
         clip_frames=4,
         tail_frame=3,
         null_tokens="grey_image",
-        first_stage=first_stage_config(values_of("vae")["ddconfig"]),
+        first_stage=reference_first_stage_config(),
         encoder=EncoderConfig("clip", resampler.feature_width, 2, IMAGE_HEADS, size=28, patch=14, channels=3),
         resampler=resampler,
-        denoiser=denoiser_config(values_of("unet"), text_tokens),
+        denoiser=reference_denoiser_config(text_tokens),
         objective="v_prediction",
         sampling=SamplingConfig(
             steps=4,

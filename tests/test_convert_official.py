@@ -101,7 +101,7 @@ def test_converted_tokenizer_gives_the_published_outputs(published: dict[str, Te
         value.numel() for value in weights_of("unet").values()
     )
     assert "noise schedule" in report.text() and "text half" in report.text()
-    assert "predicts v on the schedule rescaled to zero terminal SNR (v_prediction)" in report.text()
+    assert "objective is v_prediction" in report.text()
 
 
 def test_converted_tokenizer_shows_each_shared_frame_once(published: dict[str, Tensor], tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_language_model_of_another_tokenizer_is_refused(
             config=reference_config(),
             lm_config=reference_lm_config(),
         )
-    with pytest.raises(CheckpointError, match="no known language model has width 32 and depth 2"):
+    with pytest.raises(CheckpointError, match="no preset of a language model has width 32 and depth 2"):
         convert_official(tmp_path / "out", lm=saved(weights_of("lm"), tmp_path / "l.bin"), vocabulary=vocabulary)
     scaled = saved({**weights_of("lm"), "pre_normalizer": torch.full((1, 4, 1), 2.0)}, tmp_path / "s.bin")
     with pytest.raises(CheckpointError, match="scales deep tokens"):
@@ -319,7 +319,7 @@ def test_prompt_that_says_nothing_or_key_frames_that_do_not_fit_are_errors(gpt2_
 
 
 def test_clip_goes_to_transformers_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dicode.convert.priors.CLIP_HEAD_WIDTH", {"vision": 40 // IMAGE_HEADS, "text": 32})
+    monkeypatch.setattr("dicode.convert.official.CLIP_HEAD_WIDTH", {"vision": 40 // IMAGE_HEADS, "text": 32})
     clip = OpenClip(40, 32).eval()
     state = {name: value.detach() for name, value in clip.state_dict().items()}
     convert_clip(saved(state, tmp_path / "clip.bin"), tmp_path / "transformers")
@@ -350,7 +350,7 @@ def test_dynamicrafter_starts_a_tokenizer(published: dict[str, Tensor], tmp_path
     assert "given image" in report.text() and "later frames" in report.text()
     assert torch.equal(tokenizer.denoiser.unet.conv_in.weight, published[first].float())
     assert torch.equal(tokenizer.resampler.latents, published[queries].float())
-    assert tokenizer.config.objective == "epsilon" and "on the plain schedule" in report.text()
+    assert tokenizer.config.objective == "epsilon" and "objective is epsilon" in report.text()
     assert tokenizer.config.sampling.guidance_rescale == 0.0
     alphas = [t for n, t in tokenizer.denoiser.state_dict().items() if n.endswith("alpha")]
     assert alphas and not any(alphas)
@@ -366,7 +366,7 @@ def test_dynamicrafter_keeps_what_it_predicts_and_on_which_schedule(
     report = convert_dynamicrafter(path, tmp_path / "512", config=reference_config())
     held = VideoTokenizer.from_pretrained(tmp_path / "512").config
     assert held.objective == "v_prediction" and held.sampling.guidance_rescale == 0.7
-    assert "zero terminal SNR (v_prediction)" in report.text() and "dynamic rescale" in report.text()
+    assert "objective is v_prediction" in report.text() and "dynamic rescale" in report.text()
     del state["betas"]
     path = saved(state, tmp_path / "bare.ckpt")
     with pytest.raises(CheckpointError, match=r"expected 'betas'.*--objective epsilon for DynamiCrafter-256"):

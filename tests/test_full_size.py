@@ -114,7 +114,7 @@ def write_published(folder: Path) -> tuple[Path, Path]:
     vae = {n: t.shape for n, t in model.first_stage.autoencoder.state_dict().items()}
     state = {
         f"model.diffusion_model.{n}": t
-        for n, t in filled(public_unet_names(), unet, lambda s: unet_state(s, 4, 2)).items()
+        for n, t in filled(public_unet_names(), unet, lambda s: unet_state(s, 2)).items()
     }
     for name, value in filled(
         public_vae_names(), vae, lambda s: vae_state(s, 4), r".*attn_1\.(q|k|v|proj_out)\.weight"

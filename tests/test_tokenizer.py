@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
-from published import values_of, vectors_of, weights_of
+from published import reference_resampler_config, vectors_of, weights_of
 from safetensors.torch import load_file
 
 from dicode.checkpoint import read_config, write_config
 from dicode.config import CheckpointError
-from dicode.convert.configs import resampler_config
 from dicode.seeds import SeedPlan, generator_for
 from dicode.tokenizer.boundaries import BLEND_FRAMES, blended
 from dicode.tokenizer.conditioning import ClipConditioning, cross_faded
@@ -88,7 +87,7 @@ def conditioning(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> C
 
 
 def test_resampler_agrees_with_the_public_code() -> None:
-    resampler = Resampler(resampler_config(values_of("resampler")))
+    resampler = Resampler(reference_resampler_config())
     resampler.load_state_dict(weights_of("resampler"))
     vectors = vectors_of("resampler")
     torch.testing.assert_close(resampler(vectors["features"]), vectors["tokens"], rtol=1e-5, atol=1e-5)

@@ -1,28 +1,26 @@
 """Weights in, weights out: other people's files read tensor by tensor, ours written the same way."""
 
 import json
-import math
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dicode.checkpoint import read_tensors
+from dicode.checkpoint import NAMES, read_tensors
 from dicode.config import CheckpointError
 
 State = dict[str, Tensor]
-CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}  # of safetensors
 WRAPPERS = ("module", "state_dict")  # of DeepSpeed and of Lightning
 FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 
 
 def read_weights(path: Path) -> State:
-    """The tensors of a torch pickle, a safetensors file, or a folder that holds one such file.
+    """The tensors of a torch pickle, a safetensors file, or a folder that holds one; else raises `CheckpointError`.
 
-    Pickles run no code (`weights_only`) and are mapped, so that memory holds what is being looked at. What DeepSpeed or
-    Lightning wrapped around the weights is taken off. Raises `CheckpointError` for anything else.
+    Pickles run no code (`weights_only`) and are mapped into memory. Wrappers of DeepSpeed and Lightning are removed.
     """
     if path.is_dir():
         found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
@@ -34,27 +32,17 @@ def read_weights(path: Path) -> State:
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        mmap = zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be mapped
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, … for one and the same thing
         raise CheckpointError(f"{path}: not a torch file of plain tensors ({' '.join(str(error).split())})") from error
     for wrapper in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{path}: expected tensors by name, found {_kinds(loaded)}")
+        keys = list(loaded)[:5] if isinstance(loaded, Mapping) else ""
+        raise CheckpointError(f"{path}: expected tensors by name, got {type(loaded).__name__} {keys}")
     return dict(loaded)
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether torch wrote it after version 1.6; older files cannot be mapped."""
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
-def _kinds(loaded: object) -> str:
-    if not isinstance(loaded, Mapping):
-        return type(loaded).__name__
-    return ", ".join(f"{name}: {type(value).__name__}" for name, value in list(loaded.items())[:5])
 
 
 def without_prefix(state: Mapping[str, Tensor], parts: Iterable[str], source: str) -> State:
@@ -74,27 +62,20 @@ def taken(state: State, prefix: str) -> State:
 def write_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype, exact: tuple[str, ...] = ()) -> None:
     """Write a safetensors file with one tensor at a time in memory, floating-point ones in `dtype`.
 
-    Names that begin with one of `exact` keep float32. An interrupted write leaves no file.
+    Names that begin with one of `exact` keep float32.
     """
     kinds = {
         name: value.dtype if not value.is_floating_point() else torch.float32 if name.startswith(exact) else dtype
         for name, value in state.items()
     }
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    header, end = {}, 0
     for name, value in state.items():
-        start, end = end, end + math.prod(value.shape) * kinds[name].itemsize
-        header[name] = {"dtype": CODES[kinds[name]], "shape": list(value.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+        start, end = end, end + value.numel() * kinds[name].itemsize
+        header[name] = {"dtype": NAMES[kinds[name]], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name, value in state.items():
-                flat = value.detach().to(kinds[name]).contiguous().flatten()
-                file.write(flat.view(torch.uint8).numpy().data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, value in state.items():
+            flat = value.detach().to(kinds[name]).contiguous().flatten()
+            file.write(flat.view(torch.uint8).numpy().data)

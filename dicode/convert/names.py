@@ -1,4 +1,4 @@
-"""Parameter names of the public code → ours: renaming, tensor by tensor, so that a strict load checks all of it."""
+"""Parameter names of the public code → ours. Unknown names stay: strict loads afterwards report them."""
 
 import re
 from collections.abc import Mapping
@@ -8,15 +8,6 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
-# Within a block of DynamiCrafter's U-Net; the rest of these modules' names is the same in diffusers.
-_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
 _UNET_ENDS = {
     "time_embed.0": "time_embedding.time_embedding.linear_1",
     "time_embed.2": "time_embedding.time_embedding.linear_2",
@@ -29,73 +20,71 @@ _UNET_ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-_MIDDLE = ("resnets.0", "attentions.0", "temp_attentions.0", "resnets.1")
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_PARTS = ("resnets", "attentions", "temp_attentions")  # of a block, in the public order
 
 
-def unet_state(published: Mapping[str, Tensor], levels: int, layers: int) -> State:
-    """DynamiCrafter's U-Net, as DiCoDe's with deep-token attention → the state of our `UNet3D` less `null_text`.
+def unet_state(published: Mapping[str, Tensor], layers: int) -> State:
+    """DynamiCrafter's U-Net, with DiCoDe's deep-token attention → the state of our `UNet3D` less `null_text`.
 
-    `levels` is the number of resolutions, `layers` that of residual layers a level going down. Raises `KeyError` with
-    the name of a tensor that no such network has.
+    `layers` is the number of residual layers a level going down.
     """
-    return {f"unet.{_unet_name(name, levels, layers)}": _squeezed(name, value) for name, value in published.items()}
+    # The first temporal attention projects with convolutions of width 1 there, with matrices in diffusers.
+    squeezed = re.compile(r"init_attn\.0\.proj_(in|out)\.weight")
+    return {
+        f"unet.{_unet_name(name, layers)}": value.squeeze(-1) if squeezed.fullmatch(name) else value
+        for name, value in published.items()
+    }
 
 
-def _unet_name(name: str, levels: int, layers: int) -> str:
+def _unet_name(name: str, layers: int) -> str:
     for start, ours in _UNET_ENDS.items():
         if name.startswith(f"{start}."):
             return ours + name.removeprefix(start)
-    side, _, rest = name.partition(".")
-    if side == "middle_block":
-        part, _, rest = rest.partition(".")
-        return "mid_block." + _within(_MIDDLE[int(part)], rest)
-    if side not in ("input_blocks", "output_blocks"):
-        raise KeyError(name)
-    block, part, rest = rest.split(".", 2)
-    if side == "input_blocks":  # after conv_in each level has its layers, then, but for the coarsest, a downsampling
-        level, layer = divmod(int(block) - 1, layers + 1)
-        where = f"down_blocks.{level}"
-        if rest.startswith("op."):
-            return f"{where}.downsamplers.0.conv.{rest.removeprefix('op.')}"
-    else:  # each level has one layer more than down; the last of them also holds the upsampling
-        level, layer = divmod(int(block), layers + 1)
-        where = f"up_blocks.{level}"
-        if rest.startswith("conv."):
-            return f"{where}.upsamplers.0.{rest}"
-    if level >= levels:
-        raise KeyError(name)
-    kind = ("resnets", "attentions", "temp_attentions")[int(part)]
-    return f"{where}." + _within(f"{kind}.{layer}", rest)
+    if middle := re.fullmatch(r"middle_block\.([0-3])\.(.+)", name):
+        kind, layer = (*_PARTS, "resnets")[int(middle[1])], int(middle[1] == "3")
+        return f"mid_block.{_within(kind, layer, middle[2])}"
+    found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.([0-3])\.(.+)", name)
+    if found is None:
+        return name
+    side, rest = ("down" if found[1] == "input" else "up"), found[4]
+    # A level has its layers and a downsampling, going up one layer more and the upsampling within the last
+    level, layer = divmod(int(found[2]) - (side == "down"), layers + 1)
+    if rest.startswith(("op.", "conv.")):
+        return f"{side}_blocks.{level}.{side}samplers.0.conv.{rest.partition('.')[2]}"
+    return name if found[3] == "3" else f"{side}_blocks.{level}.{_within(_PARTS[int(found[3])], layer, rest)}"
 
 
-def _within(module: str, rest: str) -> str:
-    if module.startswith("resnets"):
-        if rest.startswith("temopral_conv."):  # sic
-            return module.replace("resnets", "temp_convs") + "." + rest.removeprefix("temopral_conv.")
-        for start, ours in _RESNET.items():
-            if rest.startswith(f"{start}."):
-                return f"{module}.{ours}{rest.removeprefix(start)}"
-        raise KeyError(rest)
-    rest = re.sub(r"attn2\.(to_[kv])_ip\.", r"attn2.processor.\1.", rest).replace(
-        "attn2.alpha", "attn2.processor.alpha"
-    )
-    return f"{module}.{rest}"
-
-
-def _squeezed(name: str, value: Tensor) -> Tensor:
-    """The first temporal attention projects with convolutions of width 1, diffusers with matrices: the same numbers."""
-    return value.squeeze(-1) if re.fullmatch(r"init_attn\.0\.proj_(in|out)\.weight", name) else value
+def _within(kind: str, layer: int, rest: str) -> str:
+    if kind != "resnets":
+        rest = re.sub(r"attn2\.(to_[kv])_ip\.", r"attn2.processor.\1.", rest)
+        return f"{kind}.{layer}.{rest.replace('attn2.alpha', 'attn2.processor.alpha')}"
+    if rest.startswith("temopral_conv."):  # sic
+        return f"temp_convs.{layer}.{rest.removeprefix('temopral_conv.')}"
+    for start, ours in _RESNET.items():
+        if rest.startswith(f"{start}."):
+            rest = ours + rest.removeprefix(start)
+    return f"{kind}.{layer}.{rest}"
 
 
 def vae_state(published: Mapping[str, Tensor], levels: int) -> State:
     """CompVis' KL autoencoder → the state of diffusers' `AutoencoderKL`."""
-    return {_vae_name(name, levels): _as_matrix(name, value) for name, value in published.items()}
+    matrix = re.compile(r".*\.attn_1\.(q|k|v|proj_out)\.weight")  # 1×1 convolutions at CompVis
+    return {
+        _vae_name(name, levels): value[..., 0, 0] if matrix.fullmatch(name) else value
+        for name, value in published.items()
+    }
 
 
 def _vae_name(name: str, levels: int) -> str:
-    name = name.replace("encoder.norm_out", "encoder.conv_norm_out").replace(
-        "decoder.norm_out", "decoder.conv_norm_out"
-    )
+    name = re.sub(r"(en|de)coder\.norm_out", r"\1coder.conv_norm_out", name)
     name = name.replace(".nin_shortcut.", ".conv_shortcut.")
     name = re.sub(r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets.", name)
     name = re.sub(r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0.", name)
@@ -109,19 +98,7 @@ def _vae_name(name: str, levels: int) -> str:
     return re.sub(r"\.(q|k|v)\.", r".to_\1.", name).replace(".proj_out.", ".to_out.0.")
 
 
-def _as_matrix(name: str, value: Tensor) -> Tensor:
-    """Attention projections are 1×1 convolutions at CompVis, matrices in diffusers."""
-    return value[..., 0, 0] if re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name) else value
-
-
-# OpenCLIP's tower → that of transformers; the image tower's names begin with `visual.`, the text tower's with nothing.
-_CLIP_LAYER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+# OpenCLIP → transformers; the image tower's names begin with `visual.`
 _CLIP_ENDS = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
@@ -138,62 +115,43 @@ _CLIP_ENDS = {
     "text_projection": "text_projection.weight",
     "logit_scale": "logit_scale",
 }
+_CLIP_LAYERS = {
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".attn.": ".self_attn.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
 _CLIP_TRANSPOSED = ("visual.proj", "text_projection")
-_CLIP_LAYER_NAME = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
-_CLIP_PACKED_NAME = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 
 
 def clip_state(published: Mapping[str, Tensor]) -> State:
     """OpenCLIP's model, or either tower of it → the state of transformers' `CLIPModel`, or of that part of it."""
     renamed: State = {}
     for name, value in published.items():
-        if name in _CLIP_ENDS:
-            renamed[_CLIP_ENDS[name]] = value.T if name in _CLIP_TRANSPOSED else value
-        elif packed := _CLIP_PACKED_NAME.fullmatch(name):
-            layer = f"{_tower(packed[1])}.encoder.layers.{packed[2]}.self_attn"
+        ours = _CLIP_ENDS.get(name) or _replaced(name, _CLIP_LAYERS)
+        if "in_proj_" in ours:
             for which, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[f"{layer}.{which}_proj.{packed[3]}"] = part
-        elif (found := _CLIP_LAYER_NAME.fullmatch(name)) and found[3] in _CLIP_LAYER:
-            renamed[f"{_tower(found[1])}.encoder.layers.{found[2]}.{_CLIP_LAYER[found[3]]}.{found[4]}"] = value
+                renamed[ours.replace("in_proj_", f"{which}_proj.")] = part
         else:
-            raise KeyError(name)
+            renamed[ours] = value.T if name in _CLIP_TRANSPOSED else value
     return renamed
-
-
-def _tower(visual: str | None) -> str:
-    return "vision_model" if visual else "text_model"
 
 
 def open_clip_state(ours: Mapping[str, Tensor]) -> State:
     """The way back: transformers' `CLIPModel`, or a part of it → OpenCLIP's names."""
     ends = {theirs: name for name, theirs in _CLIP_ENDS.items()}
-    layers = {theirs: name for name, theirs in _CLIP_LAYER.items()}
+    layers = {theirs: name for name, theirs in _CLIP_LAYERS.items()}
     renamed: State = {}
     for name, value in ours.items():
-        if name in ends:
-            renamed[ends[name]] = value.T.contiguous() if ends[name] in _CLIP_TRANSPOSED else value
-            continue
-        found = re.fullmatch(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        if found is None:
-            raise KeyError(name)
-        layer = f"{'visual.' if found[1] == 'vision' else ''}transformer.resblocks.{found[2]}"
-        if found[3] in layers:
-            renamed[f"{layer}.{layers[found[3]]}.{found[4]}"] = value
-        elif found[3] == "self_attn.q_proj":
+        theirs = ends.get(name) or _replaced(name, layers)
+        if "q_proj." in theirs:
             parts = [ours[name.replace("q_proj", f"{which}_proj")] for which in "qkv"]
-            renamed[f"{layer}.attn.in_proj_{found[4]}"] = torch.cat(parts)
-        elif found[3] not in ("self_attn.k_proj", "self_attn.v_proj"):
-            raise KeyError(name)
-    return renamed
-
-
-def lm_state(published: Mapping[str, Tensor]) -> State:
-    """The public language model, less what it does not use → the state of our `DeepTokenLM`."""
-    renamed: State = {}
-    for name, value in published.items():
-        for theirs, ours in _LM.items():
-            name = name.replace(theirs, ours)
-        renamed[name] = value.flatten(0, 1) if value.ndim == 3 else value
+            renamed[theirs.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+        elif "k_proj." not in theirs and "v_proj." not in theirs:
+            renamed[theirs] = value.T.contiguous() if theirs in _CLIP_TRANSPOSED else value
     return renamed
 
 
@@ -204,3 +162,16 @@ _LM = {
     "video_pos_token.frame_token": "embedding.keyframe",
     "video_pos_token.pos_token": "embedding.place",
 }
+
+
+def lm_state(published: Mapping[str, Tensor]) -> State:
+    """The public language model, less what it does not use → the state of our `DeepTokenLM`."""
+    return {
+        _replaced(name, _LM): value.flatten(0, 1) if value.ndim == 3 else value for name, value in published.items()
+    }
+
+
+def _replaced(name: str, pairs: Mapping[str, str]) -> str:
+    for old, new in pairs.items():
+        name = name.replace(old, new)
+    return name

@@ -13,11 +13,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from dicode import __version__
 from dicode.checkpoint import headers_of, load_state, mismatches, model_folder, read_config, write_config
 from dicode.config import CheckpointError, config_to_dict
-from dicode.convert.configs import CLIP_HEAD_WIDTH, lm_size_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import clip_state, lm_state, unet_state, vae_state
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
-from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.lm.presets import SIZES, DeepLMConfig
 from dicode.lm.text import TextTokenizer
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS
@@ -31,19 +31,20 @@ from dicode.tokenizer.video_tokenizer import (
 
 LATENT_SCALE = 0.18215  # of Stable Diffusion's autoencoder
 EXACT = ("latent_", "normalizer.", "denoiser.null_text")  # float32 whatever the rest is
-START_OF_TEXT, END_OF_TEXT = 49_406, 49_407  # of CLIP's vocabulary; padding is 0 at OpenCLIP
+START_OF_TEXT, END_OF_TEXT = 49_406, 49_407  # of CLIP's vocabulary; padding is 0 in OpenCLIP
+CLIP_HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H/14: 16 heads in either tower
 UNET, VAE, RESAMPLER = "model.diffusion_model.", "first_stage_model.", "image_proj_model."
 IMAGE_TOWER, TEXT_TOWER, LM = "embedder.model.visual.", "cond_stage_model.model.", "llm_agent."
 TOKENIZER_PARTS = (UNET, VAE, RESAMPLER, IMAGE_TOWER, TEXT_TOWER)
 LM_PARTS = ("llm.", "pre_input_resampler.", "input_resampler.", "output_resampler.", "video_pos_token.")
-UNUSED = {  # what a tokenizer's file may hold beside its parts, and why nothing reads it
+UNUSED = {  # in a tokenizer's file
     r"(scale_arr|betas|.*alphas_cumprod.*|posterior_.*|lvlb_weights|logvar)": "noise schedule, computed here",
-    r"embedder\.model\.(token_embedding|ln_final)\.\w+": "text half of the image tower's model",
-    r"embedder\.model\.(positional_embedding|text_projection|attn_mask|logit_scale)": "the same",
+    r"embedder\.model\.((token_embedding|ln_final)\.\w+|positional_embedding|text_projection|attn_mask|logit_scale)": (
+        "text half of the image tower's model"
+    ),
     r"embedder\.(mean|std)": "constants of the image preprocessing",
 }
-
-LM_UNUSED = {  # the same of a language model's file
+LM_UNUSED = {
     r"llm\.lm_head\.weight": "words' output layer: deep tokens have their own",
     r"llm\.transformer\.h\.\d+\.attn\.(masked_)?bias": "causal mask",
 }
@@ -51,23 +52,23 @@ LM_UNUSED = {  # the same of a language model's file
 
 @dataclass
 class Report:
-    """What became of a file's tensors."""
+    """The fate of a file's tensors."""
 
-    used: dict[str, int] = field(default_factory=dict)  # part → numbers
+    used: dict[str, int] = field(default_factory=dict)  # part → count of numbers
     unused: dict[str, list[str]] = field(default_factory=dict)  # reason → names
     notes: list[str] = field(default_factory=list)
 
     def use(self, part: str, state: Mapping[str, Tensor]) -> None:
-        """Note a part that is written."""
+        """Count a part that is written."""
         self.used[part] = self.used.get(part, 0) + sum(value.numel() for value in state.values())
 
     def leave(self, reason: str, names: list[str]) -> None:
-        """Note tensors that are not."""
+        """Record tensors that are not."""
         if names:
             self.unused.setdefault(reason, []).extend(names)
 
     def text(self) -> str:
-        """A line a part, a reason and a note."""
+        """One line a part, a reason and a note."""
         lines = [f"  {part:<32}{count:>16,}" for part, count in self.used.items()]
         for reason, names in self.unused.items():
             lines.append(f"  not needed: {len(names)} ({reason}), such as {names[0]}")
@@ -87,10 +88,9 @@ def convert_official(
 ) -> Report:
     """Write the folder `output` from the published tokenizer, language model, or both.
 
-    `clip` (OpenCLIP or transformers, file or folder) gives the towers that the tokenizer's file lacks. `vocabulary` is
-    GPT-2's. The configurations default to the published tokenizer's and to the named size that the language model has.
-    Raises `CheckpointError` with a list where a tensor is missing, misshapen, or neither used nor known to be needless;
-    nothing is written then.
+    `clip` (OpenCLIP or transformers, file or folder) supplies towers that the tokenizer's file lacks; `vocabulary` is
+    GPT-2's. Default configurations: the published tokenizer's, and the preset of the language model's size. Raises
+    `CheckpointError` where a tensor is missing, misshapen or unknown; nothing is written then.
     """
     report = Report()
     sections: dict[str, Any] = {}
@@ -104,15 +104,12 @@ def convert_official(
         sections |= tokenizer_sections(config, first_stage, parts, dtype)
     if lm is not None:
         if vocabulary is None:
-            raise CheckpointError(
-                "the language model reads GPT-2's vocabulary: name a folder with vocab.json and merges.txt"
-            )
+            raise CheckpointError("the language model needs GPT-2's vocabulary: a folder with vocab.json, merges.txt")
         state = language_state(lm, resampler, report)
         lm_config = lm_config or lm_size_of(state)
         lm_config = replace(lm_config, pad_id=vocabulary.pad_id, begin_id=vocabulary.begin_id)
         with torch.device("meta"):
-            state = fitted(state, DeepTokenLM(lm_config), str(lm))
-        writes.append((LM_WEIGHTS, state))
+            writes.append((LM_WEIGHTS, fitted(state, DeepTokenLM(lm_config), str(lm))))
         sections["lm"] = config_to_dict(lm_config)
     if not writes:
         raise CheckpointError("nothing to convert: name the tokenizer's file, the language model's, or both")
@@ -128,50 +125,34 @@ def convert_official(
 
 
 def write_card(folder: Path, output: Path, sources: list[str], report: Report) -> None:
-    """Say in README.md where the weights come from and what became of them; a card that is in `output` stays."""
+    """Write README.md with sources and report; a card that is in `output` stays."""
     if not (output / "README.md").exists():
-        head = "---\nlibrary_name: dicode\npipeline_tag: text-to-video\n---\n\n"
-        made = (
-            f"Converted by dicode {__version__} from {', '.join(sources)}; their licence holds for these weights too."
-        )
-        text = f"{head}# {output.resolve().name}\n\n{made}\n\n```\n{report.text()}\n```\n"
-        (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-SCHEDULES = {
-    "v_prediction": "predicts v on the schedule rescaled to zero terminal SNR",
-    "epsilon": "predicts epsilon on the plain schedule, not rescaled to zero terminal SNR",
-    "flow": "predicts the flow from latents to noise",
-}
+        head = f"---\nlibrary_name: dicode\npipeline_tag: text-to-video\n---\n\n# {output.resolve().name}\n\n"
+        text = f"Converted by dicode {__version__} from {', '.join(sources)}, whose licence holds for these weights too"
+        (folder / "README.md").write_text(f"{head}{text}.\n\n```\n{report.text()}\n```\n", encoding="utf-8")
 
 
 def tokenizer_sections(config: TokenizerConfig, first_stage: State, parts: State, dtype: torch.dtype) -> dict[str, Any]:
-    """What `config.json` says of a tokenizer whose states are written in `dtype`."""
-    saved = {
-        name: value if name.startswith(EXACT) else value.to(dtype)
-        for name, value in {**first_stage, **parts}.items()
-        if not name.startswith("denoiser.")
-    }
-    stage, encoding = ({name: saved[name] for name in part if name in saved} for part in (first_stage, parts))
-    return {
-        "tokenizer": config_to_dict(config),
-        "deep_tokens": hash_of_tokens(stage, encoding),
-    }
+    """The sections of `config.json` for a tokenizer whose states are written in `dtype`."""
+    encoding = {name: value for name, value in parts.items() if not name.startswith("denoiser.")}
+    stage, encoding = (
+        {name: value if name.startswith(EXACT) else value.to(dtype) for name, value in part.items()}
+        for part in (first_stage, encoding)
+    )
+    return {"tokenizer": config_to_dict(config), "deep_tokens": hash_of_tokens(stage, encoding)}
 
 
 def tokenizer_states(path: Path, config: TokenizerConfig, clip: Path | None, report: Report) -> tuple[State, State]:
     """The published tokenizer's file → the states of our first stage and of our `TokenizerParts`."""
     state = without_prefix(read_weights(path), TOKENIZER_PARTS, str(path))
-    report.leave("the language model: name this file as --lm too", [name for name in state if name.startswith(LM)])
-    taken(state, LM)
-    unet, vae, resampler = (taken(state, part) for part in (UNET, VAE, RESAMPLER))
-    image, text = towers(taken(state, IMAGE_TOWER), taken(state, TEXT_TOWER), clip, str(path), report)
+    report.leave("the language model: name this file as --lm too", list(taken(state, LM)))
+    public = {part: taken(state, part) for part in TOKENIZER_PARTS}
     drop_unused(state, str(path), report)
-    return joined(unet, vae, resampler, image, text, config, str(path), report)
+    return joined(public, config, clip, str(path), report)
 
 
 def drop_unused(state: State, source: str, report: Report, known: Mapping[str, str] = UNUSED) -> None:
-    """Take out what is known to be needless; raise `CheckpointError` with a list of what is left then."""
+    """Remove tensors known to be needless; raise `CheckpointError` if any is left."""
     for pattern, reason in known.items():
         names = [name for name in state if re.fullmatch(pattern, name)]
         report.leave(reason, names)
@@ -182,22 +163,12 @@ def drop_unused(state: State, source: str, report: Report, known: Mapping[str, s
 
 
 def joined(
-    unet: State,
-    vae: State,
-    resampler: State,
-    image: State,
-    text: State,
-    config: TokenizerConfig,
-    source: str,
-    report: Report,
+    public: Mapping[str, State], config: TokenizerConfig, clip: Path | None, source: str, report: Report
 ) -> tuple[State, State]:
-    """Public parts under their public names (`text` and `image` under transformers') → our two states, checked."""
-    levels, depth = len(config.denoiser.channels), config.denoiser.depth
-    try:
-        denoiser = unet_state(unet, levels, depth)
-        autoencoder = vae_state(vae, len(config.first_stage.channels))
-    except KeyError as error:
-        raise CheckpointError(f"{source}: no such network has a tensor {error}") from error
+    """Public parts under their public names → our two states, checked against the networks of `config`."""
+    image, text = towers(public[IMAGE_TOWER], public[TEXT_TOWER], clip, source, report)
+    autoencoder = vae_state(public[VAE], len(config.first_stage.channels))
+    denoiser = unet_state(public[UNET], config.denoiser.depth)
     tokens = config.resampler.queries * config.resampler.token_width
     channels = config.first_stage.latent_channels
     first_stage = {
@@ -207,8 +178,8 @@ def joined(
     }
     parts = {
         **{f"encoder.tower.{name}": value for name, value in image.items()},
-        **{f"resampler.{name}": value for name, value in resampler.items()},
-        # published tokens are read as the resampler gives them
+        **{f"resampler.{name}": value for name, value in public[RESAMPLER].items()},
+        # published tokens are not normalised
         "normalizer.running_mean": torch.zeros(tokens),
         "normalizer.running_var": torch.full((tokens,), 1 - nn.BatchNorm1d(1).eps),
         "normalizer.num_batches_tracked": torch.zeros((), dtype=torch.int64),
@@ -221,80 +192,75 @@ def joined(
     parts = fitted(parts, TokenizerParts(model), source)
     report.use("first stage", autoencoder)
     report.use("image encoder", image)
-    report.use("resampler", resampler)
+    report.use("resampler", public[RESAMPLER])
     report.use("denoiser", denoiser)
-    report.notes.append(f"the denoiser {SCHEDULES[config.objective]} ({config.objective})")
+    report.notes.append(f"the denoiser's objective is {config.objective}")
     report.leave("text tower, of which the 77 null tokens are kept", list(text))
     return first_stage, parts
 
 
 def towers(image: State, text: State, clip: Path | None, source: str, report: Report) -> tuple[State, State]:
     """Both CLIP towers under transformers' names, from the tokenizer's file or, where it lacks one, from `clip`."""
-    text = dict(text)
-    report.leave("causal mask", ["attn_mask"] if text.pop("attn_mask", None) is not None else [])
-    own = {**{f"visual.{name}": value for name, value in image.items()}, **text}
-    try:
-        held = clip_state(own)
-    except KeyError as error:
-        raise CheckpointError(f"{source}: no CLIP has a tensor {error}") from error
-    other = read_clip(clip) if clip else {}
-    for tower, part in (("vision_model.", image), ("text_model.", text)):
-        for name in [name for name in other if name.startswith(tower)]:
-            if not part:
-                held[name] = other[name]
-            elif name in held and not torch.equal(held[name].float(), other[name].float()):
-                raise CheckpointError(f"{source} and {clip} hold different towers, in {name}: leave one of them out")
-    kept = {tower: taken(held, tower) for tower in ("vision_model.", "text_model.")}
-    report.leave("projections to CLIP's common space", list(held))
-    for tower, found in kept.items():
-        if not found:
+    report.leave("causal mask", [name for name in text if name == "attn_mask"])
+    own = {name: value for name, value in text.items() if name != "attn_mask"}
+    state = clip_state({**{f"visual.{name}": value for name, value in image.items()}, **own})
+    other = read_clip(clip)[0] if clip else {}
+    found = []
+    for tower, part in (("vision_model.", image), ("text_model.", own)):
+        theirs = taken(other, tower)
+        ours = taken(state, tower) if part else theirs
+        if differing := [n for n in ours.keys() & theirs if not torch.equal(ours[n].float(), theirs[n].float())]:
+            raise CheckpointError(f"{source} and {clip} hold different towers ({differing[0]}): leave one out")
+        if not ours:
             raise CheckpointError(f"{source} holds no CLIP {tower.split('_')[0]} tower: name ViT-H/14 with --clip")
-    return kept["vision_model."], kept["text_model."]
+        found.append(ours)
+    projections = [name for name in state if name.endswith("_projection.weight") or name == "logit_scale"]
+    report.leave("projections to CLIP's common space", projections)
+    if unknown := state.keys() - set(projections):
+        raise CheckpointError(f"{source}: no CLIP has a tensor {min(unknown)}")
+    return found[0], found[1]
 
 
-def is_transformers_clip(state: Mapping[str, Tensor]) -> bool:
-    """Whether names are those of transformers' `CLIPModel`, not of OpenCLIP."""
-    return any(name.startswith(("vision_model.", "text_model.")) for name in state)
+def read_clip(path: Path) -> tuple[State, bool]:
+    """A CLIP model's file or folder → the state of transformers' `CLIPModel`, and whether it had OpenCLIP's names."""
+    needless = ("attn_mask", ".position_ids")
+    state = {name: value for name, value in read_weights(path).items() if not name.endswith(needless)}
+    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
+        return state, False
+    return clip_state(state), True
 
 
-def read_clip(path: Path) -> State:
-    """A CLIP model's file or folder, of OpenCLIP or transformers → the state of transformers' `CLIPModel`."""
-    state = read_weights(path)
-    if is_transformers_clip(state):
-        return {name: value for name, value in state.items() if not name.endswith(".position_ids")}
-    try:
-        return clip_state({name: value for name, value in state.items() if name != "attn_mask"})
-    except KeyError as error:
-        raise CheckpointError(f"{path}: neither OpenCLIP's names nor those of transformers: {error}") from error
+def tower_sizes(state: Mapping[str, Tensor], tower: str, prefix: str) -> dict[str, Any]:
+    """Sizes of one CLIP tower ("vision" or "text") by its weights; heads are as wide as those of ViT-H/14."""
+    layers = re.compile(re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
+    width = len(state[f"{prefix}encoder.layers.0.layer_norm1.weight"])
+    return {
+        "hidden_size": width,
+        "intermediate_size": len(state[f"{prefix}encoder.layers.0.mlp.fc1.bias"]),
+        "num_hidden_layers": 1 + max(int(found[1]) for name in state if (found := layers.match(name))),
+        "num_attention_heads": max(1, width // CLIP_HEAD_WIDTH[tower]),
+        "hidden_act": "gelu",
+    }
 
 
 @torch.no_grad()
 def null_text(tower: Mapping[str, Tensor]) -> Tensor:
-    """What OpenCLIP's text tower says of the empty prompt: its last layer but one, normalised, `1 77 1024`."""
-    width = len(tower["final_layer_norm.weight"])
-    depth = 1 + max(int(name.split(".")[2]) for name in tower if name.startswith("encoder.layers."))
-    length = len(tower["embeddings.position_embedding.weight"])
-    model = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tower["embeddings.token_embedding.weight"]),
-            hidden_size=width,
-            intermediate_size=len(tower["encoder.layers.0.mlp.fc1.bias"]),
-            num_hidden_layers=depth - 1,
-            num_attention_heads=width // CLIP_HEAD_WIDTH["text"] or 1,
-            max_position_embeddings=length,
-            hidden_act="gelu",
-        )
-    ).eval()
-    last = f"encoder.layers.{depth - 1}."
-    load_state(model, {name: value for name, value in tower.items() if not name.startswith(last)}, "text tower")
-    ids = torch.tensor([[START_OF_TEXT, END_OF_TEXT] + [0] * (length - 2)])
+    """OpenCLIP's text features of the empty prompt: the last layer but one, normalised, `1 77 1024`."""
+    sizes = tower_sizes(tower, "text", "")
+    words, places = (tower[f"embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
+    last = sizes["num_hidden_layers"] = sizes["num_hidden_layers"] - 1
+    config = CLIPTextConfig(**sizes, vocab_size=len(words), max_position_embeddings=len(places))
+    model = CLIPTextModel(config).eval()
+    kept = {name: value for name, value in tower.items() if not name.startswith(f"encoder.layers.{last}.")}
+    load_state(model, kept, "text tower")
+    ids = torch.tensor([[START_OF_TEXT, END_OF_TEXT] + [0] * (len(places) - 2)])
     return model(input_ids=ids).last_hidden_state
 
 
 def language_state(path: Path, resampler: State | None, report: Report) -> State:
     """The published language model's file → the state of our `DeepTokenLM`.
 
-    `resampler` is the tokenizer's; the file's second copy has to equal it.
+    The file's second copy of the tokenizer's `resampler` has to equal that.
     """
     state = read_weights(path)
     if any(f".{LM}" in f".{name}" for name in state):
@@ -305,23 +271,30 @@ def language_state(path: Path, resampler: State | None, report: Report) -> State
     else:
         state = without_prefix(state, LM_PARTS, str(path))
     copy = taken(state, "pre_input_resampler.")
-    differing = [
-        n for n, t in (resampler or copy).items() if n not in copy or not torch.equal(copy[n].float(), t.float())
-    ]
+    first = resampler or copy
+    differing = [n for n, t in first.items() if n not in copy or not torch.equal(copy[n].float(), t.float())]
     if copy and differing:
         raise CheckpointError(f"{path} was trained on another tokenizer: its resampler differs in {differing[:5]}")
     equal = "equal to the first" if resampler else "no tokenizer was named to compare it with"
     report.leave(f"second copy of the resampler, {equal}", list(copy))
     scale = state.pop("pre_normalizer", None)
     if scale is not None and not torch.equal(scale, torch.ones_like(scale)):
-        raise CheckpointError(
-            f"{path}: scales deep tokens by {scale.flatten()[:4].tolist()}…, which no model here does"
-        )
+        raise CheckpointError(f"{path}: scales deep tokens by {scale.flatten()[:4].tolist()}…, expected 1")
     kept = {name: state.pop(name) for name in list(state) if not re.fullmatch("|".join(LM_UNUSED), name)}
     drop_unused(state, str(path), report, LM_UNUSED)
     renamed = lm_state(kept)
     report.use("language model", renamed)
     return renamed
+
+
+def lm_size_of(state: Mapping[str, Tensor]) -> DeepLMConfig:
+    """The preset of a public language model's size, by its state under our names."""
+    width = state["backbone.body.wte.weight"].shape[1]
+    depth = 1 + max(int(name.split(".")[3]) for name in state if name.startswith("backbone.body.h."))
+    for size in SIZES.values():
+        if (size.body.kind, size.body.width, size.body.depth) == ("gpt2", width, depth):
+            return size
+    raise CheckpointError(f"no preset of a language model has width {width} and depth {depth}")
 
 
 def fitted(state: Mapping[str, Tensor], module: nn.Module, source: str) -> State:

@@ -1,39 +1,37 @@
-"""What others published to start from: DynamiCrafter, CompVis' autoencoders, OpenCLIP."""
+"""Models that others published, to start from: DynamiCrafter, CompVis' autoencoders, OpenCLIP."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from dicode.checkpoint import model_folder, write_config
 from dicode.config import CheckpointError
-from dicode.convert.configs import CLIP_HEAD_WIDTH, first_stage_of
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import open_clip_state, vae_state
 from dicode.convert.official import (
     EXACT,
-    IMAGE_TOWER,
     LATENT_SCALE,
     RESAMPLER,
-    TEXT_TOWER,
     TOKENIZER_PARTS,
     UNET,
     VAE,
     Report,
     drop_unused,
     fitted,
-    is_transformers_clip,
     joined,
     read_clip,
     tokenizer_sections,
-    towers,
+    tower_sizes,
     write_card,
 )
-from dicode.tokenizer.config import TokenizerConfig
+from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS
@@ -54,22 +52,19 @@ def convert_dynamicrafter(
 ) -> Report:
     """DynamiCrafter's checkpoint → a folder from which to train a tokenizer of the published arrangement.
 
-    What its U-Net predicts, and on which schedule, stays as it is: `objective`, or what the file's betas tell.
-
-    Its U-Net reads the latents of a given image beside the noisy ones: that half of the first convolution is left out.
-    Its resampler has 16 queries for each of 16 frames; ours begins as those of the first frame.
+    The U-Net keeps its objective and schedule: `objective`, or by the file's betas. Its first convolution loses the
+    half for latents of a given image; of its resampler's 16 queries for each of 16 frames those of the first stay.
     """
     config, report = config or TOKENIZERS["paper_tokenizer_256"], Report()
     state = without_prefix(read_weights(path), TOKENIZER_PARTS, str(path))
-    unet, vae, resampler = (taken(state, part) for part in (UNET, VAE, RESAMPLER))
-    image, text = towers(taken(state, IMAGE_TOWER), taken(state, TEXT_TOWER), clip, str(path), report)
+    public = {part: taken(state, part) for part in TOKENIZER_PARTS}
     objective = objective or objective_of(state, path)
     sampling = config.sampling if objective == "v_prediction" else config.sampling.changed(guidance_rescale=0.0)
     config = replace(config, objective=objective, sampling=sampling)
-    if "scale_arr" in state:
+    if state.pop("scale_arr", None) is not None:
         report.leave("its latents shrink with the time step (dynamic rescale), ours do not", ["scale_arr"])
-        del state["scale_arr"]
     drop_unused(state, str(path), report)
+    unet, resampler = public[UNET], public[RESAMPLER]
     first, channels = "input_blocks.0.0.weight", config.first_stage.latent_channels
     if first not in unet or "latents" not in resampler:
         raise CheckpointError(f"{path}: expected DynamiCrafter's {UNET}{first} and {RESAMPLER}latents")
@@ -80,10 +75,9 @@ def convert_dynamicrafter(
     if resampler["latents"].shape[1] > queries:
         report.leave("queries of later frames", [f"{RESAMPLER}latents, from {queries}"])
         resampler["latents"] = resampler["latents"][:, :queries]
-    missing_scale = [name.replace("to_k_ip.weight", "alpha") for name in unet if name.endswith("attn2.to_k_ip.weight")]
-    for name in missing_scale:
-        unet.setdefault(name, torch.zeros(()))  # a fixed scale of 1 there; tanh(0) + 1 here
-    first_stage, parts = joined(unet, vae, resampler, image, text, config, str(path), report)
+    for name in [name for name in unet if name.endswith("attn2.to_k_ip.weight")]:
+        unet.setdefault(name.replace("to_k_ip.weight", "alpha"), torch.zeros(()))  # scale 1 there; tanh(0) + 1 here
+    first_stage, parts = joined(public, config, clip, str(path), report)
     with model_folder(output) as folder:
         write_tensors(folder / FIRST_STAGE_WEIGHTS, first_stage, dtype, EXACT)
         write_tensors(folder / WEIGHTS, parts, dtype, EXACT)
@@ -99,7 +93,7 @@ def objective_of(state: State, path: Path) -> Objective:
     """
     if "betas" not in state:
         raise CheckpointError(
-            f"{path}: expected 'betas', which tell what the U-Net predicts; name --objective epsilon for "
+            f"{path}: expected 'betas', which determine the objective; name --objective epsilon for "
             "DynamiCrafter-256, v_prediction for 512 and 1024"
         )
     return "v_prediction" if float(state["betas"][-1]) > 0.999 else "epsilon"
@@ -116,58 +110,49 @@ def convert_vae(path: Path, output: Path, dtype: torch.dtype = torch.float32) ->
     if "post_quant_conv.weight" not in state:
         raise CheckpointError(f"{path}: expected CompVis' names, such as {VAE}encoder.conv_in.weight")
     config = first_stage_of(state)
-    renamed = vae_state(state, len(config.channels))
     with torch.device("meta"):
         autoencoder = FirstStage(config).autoencoder
-    renamed = fitted(renamed, autoencoder, str(path))
-    settings = {**dict(autoencoder.config), "scaling_factor": LATENT_SCALE}
-    text = json.dumps({"_class_name": AutoencoderKL.__name__, **settings}, indent=2, default=str)
+    renamed = fitted(vae_state(state, len(config.channels)), autoencoder, str(path))
+    settings = {"_class_name": AutoencoderKL.__name__, **autoencoder.config, "scaling_factor": LATENT_SCALE}
     with model_folder(output, own=()) as folder:
         write_tensors(folder / "diffusion_pytorch_model.safetensors", renamed, dtype)
-        (folder / "config.json").write_text(text + "\n")
+        (folder / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
     report.use("autoencoder", renamed)
     return report
 
 
+def first_stage_of(state: Mapping[str, Tensor]) -> FirstStageConfig:
+    """Sizes of CompVis' KL autoencoder by its weights."""
+    levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.down."))
+    blocks = (len({name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")}),)
+    channels = tuple(len(state[f"encoder.down.{level}.block.0.conv1.weight"]) for level in range(levels))
+    return FirstStageConfig("kl", channels, len(state["post_quant_conv.weight"]), blocks, blocks)
+
+
 def convert_clip(path: Path, output: Path, dtype: torch.dtype = torch.float32) -> Report:
     """OpenCLIP's file → a transformers folder (`CLIPModel`); transformers' file or folder → OpenCLIP's file."""
-    state, report = read_clip(path), Report()
-    if is_transformers_clip(read_weights(path)):
-        back = open_clip_state(state)
-        with model_folder(output, own=()) as folder:
-            write_tensors(folder / "open_clip_model.safetensors", back, dtype)
-        report.use("OpenCLIP model", back)
-        return report
-    config = clip_config_of(state)
+    (state, from_open_clip), report = read_clip(path), Report()
+    config = clip_config_of(state, path)
     with torch.device("meta"):
         state = fitted(state, CLIPModel(config), str(path))
     with model_folder(output, own=()) as folder:
-        write_tensors(folder / "model.safetensors", state, dtype)
-        config.save_pretrained(folder)
+        if from_open_clip:
+            write_tensors(folder / "model.safetensors", state, dtype)
+            config.save_pretrained(folder)
+        else:
+            write_tensors(folder / "open_clip_model.safetensors", open_clip_state(state), dtype)
     report.use("CLIP model", state)
     return report
 
 
-def clip_config_of(state: State) -> CLIPConfig:
-    """Sizes of both towers, told from their weights; heads are as wide as those of ViT-H/14."""
-    towers = {}
-    for tower in ("vision", "text"):
-        layers = [name for name in state if name.startswith(f"{tower}_model.encoder.layers.")]
-        width = len(state[f"{tower}_model.encoder.layers.0.layer_norm1.weight"])
-        towers[tower] = {
-            "hidden_size": width,
-            "intermediate_size": len(state[f"{tower}_model.encoder.layers.0.mlp.fc1.bias"]),
-            "num_hidden_layers": 1 + max(int(name.split(".")[3]) for name in layers),
-            "num_attention_heads": max(1, width // CLIP_HEAD_WIDTH[tower]),
-            "hidden_act": "gelu",
-        }
-    kernel = state["vision_model.embeddings.patch_embedding.weight"]
+def clip_config_of(state: State, path: Path) -> CLIPConfig:
+    """Sizes of both towers by their weights."""
+    if not {"vision_model.embeddings.patch_embedding.weight", "text_projection.weight"} <= state.keys():
+        raise CheckpointError(f"{path}: expected a CLIP model under OpenCLIP's or transformers' names")
+    vision, text = (tower_sizes(state, tower, f"{tower}_model.") for tower in ("vision", "text"))
+    patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
     side = round((len(state["vision_model.embeddings.position_embedding.weight"]) - 1) ** 0.5)
-    towers["vision"] |= {"patch_size": kernel.shape[-1], "image_size": side * kernel.shape[-1]}
+    vision |= {"patch_size": patch, "image_size": side * patch}
     words, places = (state[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
-    towers["text"] |= {"vocab_size": len(words), "max_position_embeddings": len(places)}
-    return CLIPConfig(
-        vision_config=towers["vision"],
-        text_config=towers["text"],
-        projection_dim=len(state["text_projection.weight"]),
-    )
+    text |= {"vocab_size": len(words), "max_position_embeddings": len(places)}
+    return CLIPConfig(vision_config=vision, text_config=text, projection_dim=len(state["text_projection.weight"]))
