@@ -194,7 +194,8 @@ def test_a_short_training_of_tinyvt_learns_captions_that_only_motion_tells_apart
     tinyvt, captions = study("tinyvt"), drawn_cache(tmp_path / "cache", 17)
     optim = OptimConfig(steps=60, batch_size=12, lr=4e-3, warmup_steps=5, ema_decay=0.9)
     loop = LoopConfig(precision="float32", evaluate_every=60, checkpoint_every=60, optim=optim)
-    run = tinyvt.VideoTextRun((str(tmp_path / "cache"),), SMALL, loop, chosen_by=10**6, dropped_words=0.0)
+    tinyvt.HELD_OUT_EVERY, tinyvt.DROPPED_WORDS = 10**6, 0.0
+    run = tinyvt.VideoTextRun((str(tmp_path / "cache"),), SMALL, loop)
     train(tinyvt.VideoTextTraining(run), loop, tmp_path / "run", {})
     trained = TinyVT.from_pretrained(tmp_path / "run" / "best")
     rows = [i for i in range(17) if i % 4]

@@ -1,6 +1,6 @@
 """What a training run costs on caches of 10,000, a million and ten million clips: to open, a step, to validate.
 
-    python tools/data_scale.py results/data-scale.json
+    PYTHONPATH=tests python tools/data_scale.py results/data-scale.json
 
 The caches are simulated: an index of that many clips in shards of 64, all of them one small file. Each is measured in a
 process of its own, by processor seconds, which other programs change little.

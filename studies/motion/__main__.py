@@ -1,4 +1,4 @@
-"""How much less frames move than they should, and what `motion_scale` does about it, on training clips.
+"""How much less rendered frames move than real ones, and the effect of `motion_scale`, on training clips.
 
     python studies/motion MODEL CACHE
 
@@ -34,21 +34,20 @@ def main(name: str, folder: str) -> None:
     tokenizer.config = dataclasses.replace(config, sampling=config.sampling.changed(motion_scale=1.0))
     cache = FrameCache.load(folder).subset(validation=False)
     videos = cache.videos[:: max(1, len(cache.videos) // CLIPS)]
-    clips = cache.frames[
-        torch.stack([cache.clip_rows(video, 0.0, config.tail_frame + 1, config.fps) for video in videos])
-    ]
+    rows = [cache.clip_rows(video, 0.0, config.tail_frame + 1, config.fps) for video in videos]
+    clips = cache.frames[torch.stack(rows)]
     real = clips[:, : config.clip_frames]
     rendered = torch.cat([tokenizer.render(tokenizer.encode(clips[[i]]), [i]) for i in range(len(clips))])
     latents = torch.stack([tokenizer.first_stage.encode(frames_to_pixels(clip)) for clip in real])
     deviations = {"real": over_time(latents), "rendered": over_time(rendered)}
     values = {"deviation over time": {**deviations, "ratio": deviations["real"] / deviations["rendered"]}}
-    shown = {"cross-fade of real key frames": [cross_fade(c[0], c[-1], config.clip_frames) for c in clips.numpy()]}
+    cases = {"cross-fade of real key frames": [cross_fade(c[0], c[-1], config.clip_frames) for c in clips.numpy()]}
     for scale in SCALES:
         scaled = scale_motion(rendered, scale, [0])
-        shown[f"motion scale {scale}"] = [tokenizer.frames_of(clip[None])[0].numpy() for clip in scaled]
+        cases[f"motion scale {scale}"] = [tokenizer.frames_of(clip[None])[0].numpy() for clip in scaled]
     extractor = EfficientNetLite0Features()
     true = features_of_clips(extractor, list(real.numpy()))
-    for case, made in shown.items():
+    for case, made in cases.items():
         ours = features_of_clips(extractor, made)
         sides = {
             "both": (true.joined(), ours.joined()),
@@ -58,10 +57,8 @@ def main(name: str, folder: str) -> None:
         values[case] = {f"Fréchet distance, {part}": frechet_of_sets(*both) for part, both in sides.items()}
         values[case]["motion"] = float(motion_ratio(made, list(real.numpy())).ratio)
         print(case, values[case], flush=True)
-    target = Path("results") / f"{Path(name).name}-motion-scale.json"
-    write_result(
-        str(target), "motion scale, training clips", values, len(real), 0, f"python studies/motion {name} {folder}"
-    )
+    path, command = Path("results") / f"{Path(name).name}-motion-scale.json", f"python studies/motion {name} {folder}"
+    write_result(path, "motion scale, training clips", values, len(real), 0, command)
 
 
 def over_time(latents: Tensor) -> float:

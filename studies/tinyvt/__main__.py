@@ -27,9 +27,13 @@ from dicode.train.runs import LoopConfig, OptimConfig
 from dicode.video.timed import Video
 
 SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|counterclockwise)\b", re.IGNORECASE)
-MARGIN = 4  # pixels by which a clip is moved, edges repeated
-WORDS = 16  # read of a caption at most
+MARGIN = 4  # pixels by which a clip is shifted, edges repeated
+WORDS = 16  # of a caption at most
 MOST_SCALE = math.log(50)
+HELD_OUT_EVERY = 16  # captions by their hash: clips held out of the training split to choose weights by
+REORDERED_SHARE = 0.25  # of the clips come once more reversed, and as many of others shuffled
+LONG_CAPTIONS = 0.4  # probability of a part of the expanded caption, where there is one
+DROPPED_WORDS = 0.15  # probability of dropping a word
 
 LOOP = LoopConfig(
     evaluate_every=60,
@@ -53,22 +57,17 @@ class VideoTextRun:
     caches: tuple[str, ...] = ("cache/sprites", "cache/world")
     model: TinyVTConfig = field(default_factory=TinyVTConfig)
     loop: LoopConfig = LOOP
-    chosen_by: int = 16  # every 16th caption, by its hash, is held out of the training clips to choose weights by
-    changed_share: float = 0.25  # of the clips come once more reversed, and as many of others shuffled
-    order_weight: float = 1.0  # of telling those apart, beside captions
-    long_captions: float = 0.4  # share of samples with a part of the expanded caption, where there is one
-    dropped_words: float = 0.15  # share of a caption's words
 
     @property
     def cache(self) -> str:
-        """The first of the caches, which names the data in the run's notes."""
+        """The first of the caches."""
         return self.caches[0]
 
 
 class VideoTextTraining:
     """The `Stage` of a `VideoTextRun`: symmetric InfoNCE (arXiv 2103.00020), equal captions being right for each other.
 
-    Shuffled clips are wrong for every caption, theirs included, so that the comparison sees order as well.
+    Shuffled clips are wrong for every caption, their own included, so that the comparison depends on order as well.
     """
 
     best = "percentile"
@@ -86,13 +85,13 @@ class VideoTextTraining:
             raise ValueError("caches: expected training clips, got none")
         captions = sorted({caption.lower() for _, video in self.clips for caption in video.captions[:1]})
         self.number = {caption: i for i, caption in enumerate(captions)}
-        told = [caption for _, video in self.clips for caption in video.captions]
+        texts = [caption for _, video in self.clips for caption in video.captions]
         torch.manual_seed(run.loop.seed)
-        self.module = TinyVT(run.model, TextTokenizer.train(told, run.model.vocab_size))
+        self.module = TinyVT(run.model, TextTokenizer.train(texts, run.model.vocab_size))
 
     def _held_out(self, video: CachedVideo) -> bool:
         name = video.captions[0].lower() if video.captions and video.captions[0] else video.file
-        return crc32(name.encode()) % self.run.chosen_by == 0
+        return crc32(name.encode()) % HELD_OUT_EVERY == 0
 
     def num_samples(self) -> int:
         return len(self.clips)
@@ -121,18 +120,18 @@ class VideoTextTraining:
         captions = [caption for caption in video.captions if caption]
         if not captions:
             return clip, ""
-        number = -1 if chance[3] < self.run.long_captions else 0
+        number = -1 if chance[3] < LONG_CAPTIONS else 0
         number = int(chance[3] * len(captions)) if len(captions) > 2 else number  # of several each is as likely
         words = captions[number].split()
         first = int(chance[4] * max(1, len(words) - WORDS + 1))
         words = words[first : first + WORDS]
-        kept = torch.rand(len(words), generator=generator) >= self.run.dropped_words
+        kept = torch.rand(len(words), generator=generator) >= DROPPED_WORDS
         return clip, " ".join(word for word, keep in zip(words, kept, strict=True) if keep) or words[0]
 
     def loss(self, batch: dict[str, object], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         module, frames, numbers = self.module, batch["frames"], batch["numbers"]
         assert isinstance(frames, Tensor) and isinstance(numbers, Tensor)
-        own, count = len(frames), max(1, round(self.run.changed_share * len(frames)))
+        own, count = len(frames), max(1, round(REORDERED_SHARE * len(frames)))
         mixed = [shuffled(clip, generator) for clip in frames[-count:]]
         frames = torch.cat([frames, frames[:count].flip(1), torch.stack(mixed)])
         light = torch.rand(len(frames), 2, generator=generator) * torch.tensor([0.4, 0.3]) + torch.tensor([0.8, -0.15])
@@ -142,25 +141,27 @@ class VideoTextTraining:
         from_reversed = scores[:count, 0] - scores[own : own + count, 0]
         from_shuffled = scores[own - count : own, 1] - scores[-count:, 1]
         order = functional.softplus(-torch.cat([from_reversed, from_shuffled])).mean()
-        told = (numbers >= 0).to(device)
-        numbers = numbers.to(device)[told]
+        captioned = (numbers >= 0).to(device)
+        numbers = numbers.to(device)[captioned]
         clips = module.compared(vectors)
         texts = module.read([text for text in batch["texts"] if text])  # type: ignore[attr-defined]
         scale = module.log_scale.clamp(max=MOST_SCALE).exp()
         right = (numbers[:, None] == numbers).float()
-        of_clips = functional.cross_entropy(scale * clips[:own][told] @ texts.T, right / right.sum(1, keepdim=True))
+        of_clips = functional.cross_entropy(
+            scale * clips[:own][captioned] @ texts.T, right / right.sum(1, keepdim=True)
+        )
         never = torch.zeros(len(numbers), count, device=device)  # shuffled clips
-        against = torch.cat([clips[:own][told], clips[-count:]])
+        against = torch.cat([clips[:own][captioned], clips[-count:]])
         of_texts = functional.cross_entropy(
             scale * texts @ against.T, torch.cat([right / right.sum(1, keepdim=True), never], dim=1)
         )
-        loss = (of_clips + of_texts) / 2 + self.run.order_weight * order
+        loss = (of_clips + of_texts) / 2 + order
         parts = {
             "caption_of_clip": of_clips,
             "clip_of_caption": of_texts,
             "order": order,
-            "reversed_told": (from_reversed > 0).float().mean(),
-            "shuffled_told": (from_shuffled > 0).float().mean(),
+            "reversed_found": (from_reversed > 0).float().mean(),
+            "shuffled_found": (from_shuffled > 0).float().mean(),
             "scale": scale,
         }
         return loss, {name: part.detach() for name, part in parts.items()}

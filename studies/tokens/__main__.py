@@ -23,7 +23,7 @@ NOISE = (0.0, 0.1, 0.2, 0.4)  # deviation, where the tokens' is 1
 
 
 class Linear:
-    """A linear code for `queries` tokens of this width, fitted to latents, spoken to like a tokenizer."""
+    """A linear code for `queries` tokens of this width, fitted to latents, with the interface of a tokenizer."""
 
     def __init__(self, queries: int, width: int, latents: Tensor):
         self.code = LinearCode(queries, width, *latents.shape[1:3])
@@ -49,10 +49,10 @@ def main(cache_folder: str, *named: str) -> None:
     training, held = (cache.subset(validation=held).frame_rows()[:] for held in (False, True))
     resampler = first.config.resampler
     linear = Linear(resampler.queries, resampler.token_width, latents[training[::2], 0].float())
-    named = {"linear": linear, **tokenizers}
+    codes: dict[str, Linear | VideoTokenizer] = {"linear": linear, **tokenizers}
     real = latents[held, 0].float()
     values: dict[str, dict[str, float]] = {"variance": {"of latents": float(real.var())}}
-    for name, tokenizer in named.items():
+    for name, tokenizer in codes.items():
         values[name] = {}
         for noise in NOISE:
             generator, errors = torch.Generator().manual_seed(0), []
@@ -63,20 +63,20 @@ def main(cache_folder: str, *named: str) -> None:
             values[name][f"error at noise {noise}"] = float(torch.cat(errors).mean())
         values[name]["FVD-EffLite0, every frame a key frame"] = fvd(cache, tokenizer, first)
         print(name, values[name], flush=True)
-    command = "python studies/tokens " + " ".join(sys.argv[1:])
+    command = " ".join(["python studies/tokens", cache_folder, *named])
     write_result("results/tokens.json", "deep tokens: what they keep", values, len(real), 0, command)
 
 
-def fvd(cache: FrameCache, tokenizer: VideoTokenizer | Linear, shown_by: VideoTokenizer) -> float:
+def fvd(cache: FrameCache, tokenizer: VideoTokenizer | Linear, decoder: VideoTokenizer) -> float:
     """Of the first clips of all validation videos, each frame through its own tokens, against the real ones."""
-    config, extractor = shown_by.config, EfficientNetLite0Features()
+    config, extractor = decoder.config, EfficientNetLite0Features()
     clips, made = [], []
     for video in cache.subset(validation=True).videos:
         clip = cache.frames[cache.clip_rows(video, 0.0, config.clip_frames, config.fps)]
         pixels = clip.permute(0, 3, 1, 2).float() / 127.5 - 1
-        through = tokenizer.key_latents(tokenizer.tokens_of(shown_by.first_stage.encode(pixels)))
+        through = tokenizer.key_latents(tokenizer.tokens_of(decoder.first_stage.encode(pixels)))
         clips.append(clip.numpy())
-        made.append(shown_by.frames_of(through[None])[0].numpy())
+        made.append(decoder.frames_of(through[None])[0].numpy())
     return frechet_of_sets(*(features_of_clips(extractor, those).joined() for those in (clips, made)))
 
 

@@ -1,4 +1,4 @@
-"""Measure what wider deep tokens would tell of single frames: the linear code fitted at every width, decoded again.
+"""How well deep tokens of several widths reconstruct single frames, by linear codes.
 
     python studies/widths world cache/world results/world-widths.json
 
@@ -33,17 +33,17 @@ def main(name: str, cache: str, output: str) -> None:
     tokenizer, frames = VideoTokenizer.from_pretrained(name), FrameCache.load(cache)
     training = frames.subset(validation=False).frame_rows()[:]
     latents = encoded(tokenizer, frames.frames[spread(training[::2], FITTED)])
-    shown = {
+    frames_of = {
         "training": frames.frames[spread(training[1::2], SHOWN)],
         "validation": frames.frames[spread(frames.subset(validation=True).frame_rows()[:], SHOWN)],
     }
     values: dict[str, Any] = {}
-    for split, those in shown.items():
+    for split, those in frames_of.items():
         source = encoded(tokenizer, those)
         own = torch.cat([tokenizer.key_latents(tokenizer.tokens_of(part)) for part in source.split(AT_ONCE)])
         values[split] = {
-            "first stage": told(tokenizer, those, source, source),
-            "model": told(tokenizer, those, source, own),
+            "first stage": fidelity(tokenizer, those, source, source),
+            "model": fidelity(tokenizer, those, source, own),
         }
         for width in WIDTHS:
             code = LinearCode(tokenizer.config.resampler.queries, width, *latents.shape[1:3])
@@ -51,7 +51,7 @@ def main(name: str, cache: str, output: str) -> None:
             tokens = code.tokens(source)
             normalised = (tokens.flatten(1) - mean) / variance.sqrt()
             own = code.latents(normalised.view_as(tokens))
-            values[split][f"width {width}"] = told(tokenizer, those, source, own)
+            values[split][f"width {width}"] = fidelity(tokenizer, those, source, own)
     command = shlex.join(["python", "studies/widths", name, cache, output])
     write_result(Path(output), f"{name}: what tokens of other widths would tell", values, SHOWN, 0, command)
 
@@ -66,7 +66,9 @@ def encoded(tokenizer: VideoTokenizer, frames: Tensor) -> ImageLatents:
     return torch.cat([tokenizer.first_stage.encode(frames_to_pixels(part)) for part in frames.split(AT_ONCE)])
 
 
-def told(tokenizer: VideoTokenizer, frames: Tensor, source: ImageLatents, latents: ImageLatents) -> dict[str, float]:
+def fidelity(
+    tokenizer: VideoTokenizer, frames: Tensor, source: ImageLatents, latents: ImageLatents
+) -> dict[str, float]:
     """How near decoded latents come to the frames they stand for, and to the latents they were."""
     maps, psnr, distances = FeatureMaps(), [], []
     for those, part in zip(frames.split(AT_ONCE), latents.split(AT_ONCE), strict=True):
