@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dicode.checkpoint import NAMES, read_tensors
+from dicode.checkpoint import FLOATS, read_tensors
 from dicode.config import CheckpointError
 
 State = dict[str, Tensor]
+DTYPES = {**FLOATS, torch.int64: "I64"}  # as safetensors' headers name them
 WRAPPERS = ("module", "state_dict")  # of DeepSpeed and of Lightning
 FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 
@@ -71,7 +72,7 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype, e
     header, end = {}, 0
     for name, value in state.items():
         start, end = end, end + value.numel() * kinds[name].itemsize
-        header[name] = {"dtype": NAMES[kinds[name]], "shape": list(value.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[kinds[name]], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
