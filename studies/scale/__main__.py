@@ -88,6 +88,7 @@ def main(command: Scale) -> None:
             values["joins"] = joins(Path(command.tokenizer), Path(base.cache))
         if not command.studies:
             values |= laws(sizes, figures)
+        command.output.mkdir(parents=True, exist_ok=True)
         n = len(FrameCache.load(command.work_folder / "cache").subset(validation=True).videos)
         write_result(command.output / f"{name}.json", title, values, n, 0, shlex.join(["python", *sys.argv]))
 
