@@ -64,5 +64,5 @@ def t_interval(values: np.ndarray) -> tuple[float, float] | None:
     """95 % of the mean over seeds, by Student's distribution; None for one seed."""
     if len(values) < 2:
         return None
-    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-    return float(low), float(high)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))  # t.interval gives NaN for equal values
+    return float(values.mean()) - half, float(values.mean()) + half

@@ -43,7 +43,7 @@ def rolled_out(model: DiCoDe, videos: list[CachedVideo], real: list[Video]) -> l
     """Each video's first frame, gone on from under its caption."""
     return [
         np.concatenate(
-            list(model.generate(v.captions[0], seconds=TOTAL_S, sample_index=i, given=model.given(image=frames[:1])))
+            list(model.generate(v.captions[0], seconds=float(TOTAL_S), sample_index=i, given=model.given(image=frames[:1])))
         )
         for i, (v, frames) in enumerate(zip(videos, real, strict=True))
     ]
