@@ -66,8 +66,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("studies")
     torch.set_num_threads(1)
     write_cache(root / "cache", 12)
-    tokenizer = tiny_tokenizer(linear_code=True)
-    DiCoDe(tokenizer, DeepTokenLM(FLOW, TextTokenizer.train(["a red square"], 300))).save_pretrained(root / "model")
+    tokenizer, captions = (
+        tiny_tokenizer(linear_code=True),
+        [v.captions[0] for v in FrameCache.load(root / "cache").videos],
+    )
+    DiCoDe(tokenizer, DeepTokenLM(FLOW, TextTokenizer.train(captions, 300))).save_pretrained(root / "model")
     return root
 
 

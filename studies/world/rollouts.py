@@ -41,12 +41,12 @@ def main(cache: str, output: str, *models: str) -> None:
 
 def rolled_out(model: DiCoDe, videos: list[CachedVideo], real: list[Video]) -> list[Video]:
     """Each video's first frame, gone on from under its caption."""
-    return [
-        np.concatenate(
-            list(model.generate(v.captions[0], seconds=float(TOTAL_S), sample_index=i, given=model.given(image=frames[:1])))
-        )
-        for i, (v, frames) in enumerate(zip(videos, real, strict=True))
-    ]
+    generated = []
+    for i, (video, frames) in enumerate(zip(videos, real, strict=True)):
+        given = model.given(image=frames[:1])
+        clips = model.generate(video.captions[0], seconds=float(TOTAL_S), sample_index=i, given=given)
+        generated.append(np.concatenate(list(clips)))
+    return generated
 
 
 def measure(network: EfficientNetLite0Features, real: list[Video], made: list[Video]) -> dict[str, Any]:
