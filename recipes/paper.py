@@ -21,7 +21,7 @@ MB, its latents 16 kB, its deep tokens 33 kB.
 
 from dicode.lm.presets import SIZES, DeepLMConfig
 from dicode.tokenizer.presets import TOKENIZERS
-from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, Strategy, TokenizerRun
+from dicode.train.runs import AugmentConfig, LanguageRun, LoopConfig, OptimConfig, Strategy, TokenizerRun
 
 PRIOR = "checkpoints/dynamicrafter"
 
@@ -99,8 +99,7 @@ def _language_model(model: DeepLMConfig, lr: float, micro_batches: int = 4, stra
         cache="cache/videos",
         tokenizer="runs/paper-paper_tokenizer_256/best",
         model=model,
-        long_captions=0.0,
-        word_dropout=0.0,
+        augment=AugmentConfig(long_captions=0.0, word_dropout=0.0),
         loop=LoopConfig(
             micro_batches=micro_batches,
             strategy=strategy,

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
 from dicode.tokenizer.config import DenoiserConfig, EncoderConfig, FirstStageConfig, TokenizerConfig
-from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 
 SIZE = 16
 
@@ -91,9 +91,8 @@ def lm() -> LanguageRun:
         longer_share=(),
         from_start=0.8,
         end_frame_prob=0.1,
-        long_captions=0.3,
-        word_dropout=0.1,  # a quarter would leave one in four captions of one word without any
-        word_swaps=0.1,
+        # a higher word_dropout would leave one in four captions of one word without any
+        augment=AugmentConfig(long_captions=0.3, word_dropout=0.1, word_swaps=0.1),
         loop=_loop(OptimConfig(steps=5000, batch_size=32, lr=2e-3, decay_fraction=0.7, ema_decay=0.997)),
     )
 

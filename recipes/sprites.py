@@ -1,4 +1,4 @@
-r"""The model in the box, `sprites`: 64×64, 8 fps, 16 frames a clip, trained on `spells` and `emoji`.
+r"""The default bundled model, `sprites`: 64×64, 8 fps, 16 frames a clip, trained on `spells` and `emoji`.
 
     dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
     dicode train recipes/sprites.py:first_stage
@@ -9,8 +9,8 @@ r"""The model in the box, `sprites`: 64×64, 8 fps, 16 frames a clip, trained on
     dicode assemble runs/sprites-denoiser/best runs/sprites-lm/best -o sprites \
         --first-stage runs/sprites-first_stage_decoder/best
 
-The box was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 2.5 --decoder-temperature 0.95
---motion-scale 1.3 --context-key-frames 8` as well.
+The bundled model was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 2.5
+--decoder-temperature 0.95 --motion-scale 1.3 --context-key-frames 8` as well.
 To train it further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
 
 Every run continues where it was stopped when its command is given again. Hours and results of each: docs/log.md.
@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
 from dicode.tokenizer.presets import TOKENIZERS
-from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 
 MODEL = TOKENIZERS["sprites"]
 
@@ -47,8 +47,8 @@ def first_stage_decoder() -> FirstStageRun:
     """The same autoencoder's decoder once more: sharp frames from the same latents, even from soft ones.
 
     Half of its images are frames as the tokenizer renders them, of the rest half are what deep tokens hold of a frame;
-    a perceptual distance and a discriminator judge them. The box's decoder had 2,900 steps without the discriminator
-    and without rendered frames before these (docs/log.md).
+    a perceptual distance and a discriminator compare them. The bundled decoder had 2,900 steps without discriminator
+    and rendered frames before these (docs/log.md).
     """
     return FirstStageRun(
         init="runs/sprites-first_stage/best",
@@ -119,7 +119,7 @@ def lm() -> LanguageRun:
     """A 2.9 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB.
 
     Strong noise on the tokens it reads makes it read the caption, Muon learns captions by heart faster (docs/log.md).
-    Key frames by flow matching with swapped words are the best of ten arrangements (studies/heads); the box's was
+    Key frames by flow matching with swapped words are the best of ten arrangements (studies/heads); the bundled one was
     trained before there were swaps.
     """
     return LanguageRun(
@@ -138,11 +138,9 @@ def lm() -> LanguageRun:
         end_frame_prob=0.15,
         longer=(9,),
         longer_share=(0.05,),
-        long_captions=0.3,
-        null_captions=0.08,
-        word_dropout=0.25,
-        word_swaps=0.1,
-        swapped_words=0.7,
+        augment=AugmentConfig(
+            long_captions=0.3, null_captions=0.08, word_dropout=0.25, word_swaps=0.1, swapped_words=0.7
+        ),
         loop=LoopConfig(
             evaluate_every=500,
             checkpoint_every=250,

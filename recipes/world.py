@@ -12,19 +12,20 @@ r"""`world`: what a robot's camera will see, after an instruction and, if given,
     dicode assemble runs/world-denoiser/best runs/world-lm_own/best -o world \
         --first-stage runs/world-first_stage_decoder/best
 
-The box was assembled with `--dtype int8 --guidance 2.5 --variance-scale 0.75 --first-variance-scale 0.2
+The bundled model was assembled with `--dtype int8 --guidance 2.5 --variance-scale 0.75 --first-variance-scale 0.2
 --decoder-guidance 1.5 --motion-scale 1.3 --context-key-frames 6` as well.
-Batches are for an accelerator, where `--loop.prefetch` helps. In place of `sprites` and of one another, stages of the
-box began with releases before, which had begun there: its tokens of 48 numbers are those of 32 that the fourth edition
-had, widened (studies/widths) and trained on, and `denoiser` and `lm_own` are what the sixth added to the fifth.
-Hours, results, and what was continued on a CPU: docs/log.md.
+Batches are for an accelerator, where `--loop.prefetch` helps. Stages of the bundled model continue earlier releases,
+which began with `sprites`: its tokens of 48 numbers are the 32 of the fourth release, widened (studies/widths);
+`denoiser` and `lm_own` are what the sixth added to the fifth. Its `lm_own` was trained with dicode 0.1, where the model
+was conditioned on its own key frames in three of ten steps; that option gave no measurable gain
+(`results/world-own.json`) and was removed. Hours, results, and what was continued on a CPU: docs/log.md.
 """
 
 from dataclasses import replace
 
 from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
 from dicode.tokenizer.presets import TOKENIZERS
-from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 
 CACHE = "cache/world"
 SPRITES = "dicode/checkpoints/sprites"
@@ -41,7 +42,7 @@ SAMPLING = {
 
 
 def first_stage() -> FirstStageRun:
-    """Image autoencoder of the same shape as that of `sprites`, 8× smaller along each side, 16 channels."""
+    """Image autoencoder of the shape of `sprites`, 8× smaller along each side, 16 channels."""
     return FirstStageRun(
         cache=CACHE,
         init=SPRITES,
@@ -123,10 +124,10 @@ def denoiser() -> TokenizerRun:
 def lm() -> LanguageRun:
     """A 2.0 M Llama with a flow head over key frames: which room a caption means, and what happens in it.
 
-    Half of the samples begin anywhere, so that it goes on from an image of any moment; half are views of the clips,
-    which say how a picture goes on, not which one to draw. Later key frames are what they add to the mean of the first
-    and the last one read. Key frames two seconds apart are no nearer to each other than to the first, so that half is
-    what a regression says, and errors fade by half at every key frame of a window (docs/log.md).
+    Half of the samples begin anywhere, so that it continues an image of any moment; half are views of the clips, which
+    teach how a picture continues, not which one to draw. Later key frames are residuals to the mean of the first and
+    the previous one: key frames two seconds apart are no nearer to each other than to the first, and errors fade by
+    half at every key frame of a context (docs/log.md).
     """
     return LanguageRun(
         cache=CACHE,
@@ -149,13 +150,15 @@ def lm() -> LanguageRun:
         end_frame_prob=0.1,
         longer=(6,),
         longer_share=(0.1,),
-        long_captions=0.0,
-        null_captions=0.1,
-        word_dropout=0.25,
-        word_swaps=0.1,
-        swapped_words=0.7,
-        views=8,
-        view_share=0.5,
+        augment=AugmentConfig(
+            long_captions=0.0,
+            null_captions=0.1,
+            word_dropout=0.25,
+            word_swaps=0.1,
+            swapped_words=0.7,
+            views=8,
+            view_share=0.5,
+        ),
         loop=LoopConfig(
             evaluate_every=594,
             checkpoint_every=250,
@@ -173,18 +176,15 @@ def lm() -> LanguageRun:
 
 
 def lm_own() -> LanguageRun:
-    """Its second half: in three of ten steps it goes on from key frames that it wrote itself, to mend them.
+    """Its second half: more real clips, and more that begin where the video does; captions were the last to be learnt.
 
-    Somewhat more real clips, and more that begin where the video does, since captions were the last to be learnt.
     The tokens of a view take eight seconds of an H200, and four and a half minutes of a core.
     """
     first = lm()
     return replace(
         first,
         init="runs/world-lm/best",
-        views=10,
-        view_share=0.4,
-        self_rollout_prob=0.3,
+        augment=replace(first.augment, views=10, view_share=0.4),
         from_start=0.65,
         loop=replace(
             first.loop,

@@ -2,7 +2,7 @@
 
     python tests/paper_steps.py results/paper-h100.json gpt2 gpt2_medium llama_1b
 
-One piece of 16 samples of 3 key frames, random tokens, as each of four GPUs computes it; on whatever `auto` is here.
+One micro-batch of 16 samples of 3 key frames, random tokens, as each of four GPUs computes it; on the device `auto`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from dicode.provenance import write_result
 from dicode.sizing.plan import Planner, blank_batches
 from dicode.train.checkpoint import TrainState
 from dicode.train.lm import LanguageTraining
-from dicode.train.loop import Training, _step, attention_on
+from dicode.train.loop import Training, attention_on, train_step
 from dicode.train.parallel import Processes
 from dicode.train.recipe import load_run
 from dicode.train.runs import LanguageRun
@@ -50,8 +50,8 @@ class RandomTokens(LanguageTraining):
         return batch
 
 
-def piece_of(run: LanguageRun) -> LanguageRun:
-    """A run of one piece of the shortest samples."""
+def micro_batch_of(run: LanguageRun) -> LanguageRun:
+    """A run of one micro-batch of the shortest samples."""
     loop = dataclasses.replace(
         run.loop, micro_batches=1, strategy="ddp", optim=dataclasses.replace(run.loop.optim, batch_size=SAMPLES)
     )
@@ -69,7 +69,7 @@ def measure(run: LanguageRun) -> dict[str, Any]:
         for step in range(STEPS):
             batch = training.stage.batch(training.samples(step), training.generator("batch", step, 0))
             began_s = time.perf_counter()
-            _step(training, state, {0: batch})
+            train_step(training, state, {0: batch})
             state.step += 1
             if on_gpu:
                 torch.accelerator.synchronize()
@@ -88,9 +88,9 @@ def measure(run: LanguageRun) -> dict[str, Any]:
 
 def main(output: str, *names: str) -> None:
     """The models asked for, smallest first, into a result file."""
-    values = {name: measure(piece_of(load_run(f"{RECIPES}:{name}"))) for name in names}
+    values = {name: measure(micro_batch_of(load_run(f"{RECIPES}:{name}"))) for name in names}
     command = shlex.join(["python", "tests/paper_steps.py", output, *names])
-    title = "language models of the paper: steps of one piece of 16 samples of 3 key frames"
+    title = "language models of the paper: steps of one micro-batch of 16 samples of 3 key frames"
     write_result(Path(output), title, values, SAMPLES, 0, command, pick_device("auto"))
 
 

@@ -18,12 +18,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 from dicode.cli.app import load_run
 from dicode.train.checkpoint import TrainState
 from dicode.train.lm import LanguageRun
-from dicode.train.loop import Training, _batches, _step
-from dicode.train.muon import Muon
+from dicode.train.loop import Training, draw_batches, train_step
+from dicode.train.optim import Muon
 from dicode.train.parallel import Processes, Strategy, full
 from dicode.train.stages import Run, stage_of
 
-STEPS, PIECES = 3, 2
+STEPS, MICRO_BATCHES = 3, 2
 NAMES = (
     "sprites:first_stage", "sprites:first_stage_decoder", "sprites:key_frames", "sprites:denoiser", "sprites:lm",
     "world:first_stage", "world:first_stage_decoder", "world:key_frames", "world:denoiser", "world:lm", "world:lm_own",
@@ -43,16 +43,14 @@ def recipe(name: str, root: Path, strategy: Strategy = "ddp") -> Run:
     """A recipe at toy size; what it does in some of its steps it does in about half of these."""
     run = toy(load_run(f"{RECIPES / name.partition(':')[0]}.py:{name.partition(':')[2]}"), root)
     if isinstance(run, LanguageRun):
-        shares = {
-            "end_frame_prob": 0.5 * run.model.end_frame_conditioning,
-            "self_rollout_prob": 0.5 * (run.self_rollout_prob > 0),
-        }
-        run = dataclasses.replace(run, **shares)  # type: ignore[arg-type]
-    optim = dataclasses.replace(run.loop.optim, batch_size=4 * PIECES)
+        run = dataclasses.replace(run, end_frame_prob=0.5 * run.model.end_frame_conditioning)
+    optim = dataclasses.replace(run.loop.optim, batch_size=4 * MICRO_BATCHES)
     precision = "bfloat16" if strategy == "fsdp" else "float32"
     return dataclasses.replace(
         run,
-        loop=dataclasses.replace(run.loop, optim=optim, micro_batches=PIECES, strategy=strategy, precision=precision),
+        loop=dataclasses.replace(
+            run.loop, optim=optim, micro_batches=MICRO_BATCHES, strategy=strategy, precision=precision
+        ),
     )
 
 
@@ -62,10 +60,10 @@ def first_steps(run: Run, processes: Processes) -> dict[str, Any]:
         stage = stage_of(run)
     training = Training.of(stage, run.loop, processes)
     state, lines = TrainState(), []
-    batches = _batches(training, 0)
+    batches = draw_batches(training, 0)
     start = {name: full(p.detach()).clone() for name, p in training.trained.items()}
     for _ in range(STEPS):
-        lines.append(cast(dict[str, float], _step(training, state, next(batches))))
+        lines.append(cast(dict[str, float], train_step(training, state, next(batches))))
         state.step += 1
     moved = torch.stack([(full(p.detach()) - start[name]).square().sum() for name, p in training.trained.items()]).sum()
     found = {"loss": [line["loss"] for line in lines], "norm": [line["gradient_norm"] for line in lines]}

@@ -45,18 +45,18 @@ def parallel_run(root: Path, name: str, strategy: Strategy) -> Run:
 @contextmanager
 def signal_at(step: int) -> Iterator[None]:
     """Send this process a SIGTERM in the training step of this number."""
-    original = dicode.train.loop._step
+    original = dicode.train.loop.train_step
 
     def stepping(run: Training, state: TrainState, batches: Any) -> Any:
         if state.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(run, state, batches)
 
-    dicode.train.loop._step = stepping
+    dicode.train.loop.train_step = stepping
     try:
         yield
     finally:
-        dicode.train.loop._step = original
+        dicode.train.loop.train_step = original
 
 
 def train(root: str, output: str, strategy: Strategy, name: str, stop_at: str | None = None) -> None:

@@ -102,7 +102,7 @@ def repeated_or_missed(folder: Path, samples: int) -> int:
 
 def telling(pipe: int, furthest: int) -> None:
     """Let the training that follows in this process tell every step it has done, and go no further than one of them."""
-    original = dicode.train.loop._step
+    original = dicode.train.loop.train_step
 
     def step(training: Any, state: Any, batches: Any) -> Any:
         if state.step >= furthest:
@@ -112,7 +112,7 @@ def telling(pipe: int, furthest: int) -> None:
         os.write(pipe, STEP)
         return done
 
-    dicode.train.loop._step = step
+    dicode.train.loop.train_step = step
 
 
 STEP, WAITING = b".", b"|"
@@ -276,7 +276,7 @@ def inject_nan(root: Path, injections: int, seed: int) -> dict[str, Any]:
     draw, found = random.Random(seed), {"stopped": 0, "without_effect": 0, "files_with_nan": 0}
     run = the_run(root, 8)
     run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, evaluate_every=4, checkpoint_every=2))
-    original, messages = dicode.train.loop._step, []
+    original, messages = dicode.train.loop.train_step, []
     for _ in range(injections):
         folder, kind, at = root / "nan", draw.choice(KINDS), draw.randrange(8)
         stage = stage_of(run)
@@ -286,7 +286,7 @@ def inject_nan(root: Path, injections: int, seed: int) -> dict[str, Any]:
                 poison(kind, training, batches, draw)
             return original(training, state, batches)
 
-        dicode.train.loop._step = step
+        dicode.train.loop.train_step = step
         try:
             dicode.train.loop.train(stage, run.loop, folder, {})
             found["without_effect"] += 1
@@ -297,7 +297,7 @@ def inject_nan(root: Path, injections: int, seed: int) -> dict[str, Any]:
             bad = [n for n, t in load_file(path).items() if t.is_floating_point() and not torch.isfinite(t).all()]
             found["files_with_nan"] += bool(bad)
         shutil.rmtree(folder)
-    dicode.train.loop._step = original
+    dicode.train.loop.train_step = original
     (root / "nan.json").write_text(
         json.dumps({"injections": injections, **found, "naming_a_step": sum("step" in m for m in messages)})
     )

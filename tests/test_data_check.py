@@ -11,8 +11,6 @@ import torch
 from dicode.cli.app import main
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.data.check import Findings, ends_where_it_begins, moving
-from dicode.train.first_stage import FirstStageTraining, frames_to_pixels
-from dicode.train.runs import FirstStageRun
 from dicode.video.timed import Video
 
 SIZE = 64
@@ -100,18 +98,3 @@ PLAIN = Findings(
 )
 def test_settings_follow_from_what_was_found(changes: dict[str, object], said: str) -> None:
     assert any(said in line for line in replace(PLAIN, **changes).advice())  # type: ignore[arg-type]
-
-
-def test_a_first_stage_weighs_what_moves(tmp_path: Path) -> None:
-    """Weights are 1 in the mean, five times as high on the square as on ground that it never crosses."""
-    run = FirstStageRun(cache=str(write_clips(tmp_path / "cache")), moving_weight=4.0)
-    stage = FirstStageTraining(run)
-    rows = stage.rows[torch.tensor([3, 30, 60])]
-    frames = stage.frames[rows]
-    weights = stage.weights_of(rows, frames_to_pixels(frames))
-    assert weights.shape == (3, 1, SIZE, SIZE) and weights.mean().item() == pytest.approx(1)
-    square = (frames == 0).all(-1)[:, None]
-    assert (weights[square] / weights[0, 0, 0, 0]).tolist() == pytest.approx([5.0] * int(square.sum()))
-    assert weights[:, :, :20].unique().numel() == 1  # above the band
-    batch = stage.batch(torch.arange(4), torch.Generator().manual_seed(0))
-    assert batch["weight"].shape == (4, 1, SIZE, SIZE)

@@ -15,8 +15,7 @@ from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.first_stage import FirstStageRun
 from dicode.train.lm import LanguageRun
 from dicode.train.lora import LoRAConfig, add_adapters
-from dicode.train.muon import COEFFICIENTS, Muon, orthogonalised
-from dicode.train.optim import OptimConfig, decayed, make_optimizers
+from dicode.train.optim import COEFFICIENTS, Muon, OptimConfig, decayed, make_optimizers, orthogonalised
 from dicode.train.order import sample_indices
 from dicode.train.tokenizer import TokenizerRun
 

@@ -27,7 +27,7 @@ from dicode.train.stages import run_recipe, stage_of
 
 HERE = Path(__file__).parent
 NAMES = ["first_stage", "key_frames", "denoiser", "lm", "muon"]
-TOGETHER = ["2/ddp-key_frames", "2/ddp-own", "2/fsdp-lm", "4/ddp-lm", *(f"4/fsdp-{name}" for name in NAMES)]
+TOGETHER = ["2/ddp-key_frames", "2/ddp-flow", "2/fsdp-lm", "4/ddp-lm", *(f"4/fsdp-{name}" for name in NAMES)]
 
 # A count of forward passes that nothing reads; a bias that batch statistics take out again, so that its gradient is
 # rounding, and their mean, which follows it.
@@ -57,7 +57,7 @@ def recipes(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_takes_its_first_steps_in_two_processes(recipes: dict[str, Any], name: str) -> None:
-    """Also where only one of them draws a goal, or goes on from what it writes: some weights have no part elsewhere."""
+    """Also where only one of them draws a goal: some weights have no part elsewhere."""
     shared = recipes[f"ddp:{name}"]
     assert np.isfinite([*shared["loss"], *shared["norm"]]).all() and shared["moved"] > 0
     alone = recipes.get(name, shared)
@@ -86,7 +86,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_cache(folder / "cache")
     for name in ("first_stage", "key_frames"):
         run_recipe(runs(folder)[name], folder / name, {})
-    for name in (*NAMES, "own"):
+    for name in (*NAMES, "flow"):
         run_recipe(parallel_run(folder, name, "ddp"), folder / "1" / f"ddp-{name}", {})
     launch(
         4,
@@ -98,7 +98,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(f"fsdp:{name}" for name in NAMES),
     )
     shutil.copytree(folder / "stopped", folder / "2")
-    launch(2, "parallel_worker.py", folder, folder / "2", "fsdp:key_frames", "ddp:key_frames", "ddp:own", "fsdp:lm")
+    launch(2, "parallel_worker.py", folder, folder / "2", "fsdp:key_frames", "ddp:key_frames", "ddp:flow", "fsdp:lm")
     return folder
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dicode.train.checkpoint import TrainState
-from dicode.train.loop import Training, _batches, _step
+from dicode.train.loop import Training, draw_batches, train_step
 from dicode.train.parallel import Processes
 from dicode.train.runs import LoopConfig, OptimConfig
 
@@ -49,7 +49,7 @@ def gradient(micro_batches: int) -> tuple[float, list[Tensor]]:
     stage = Masked()
     optim = OptimConfig(batch_size=8, lr=0.0, clip_norm=1e9)
     run = Training.of(stage, LoopConfig(precision="float32", micro_batches=micro_batches, optim=optim), Processes())
-    found = _step(run, TrainState(), next(_batches(run, 0)))
+    found = train_step(run, TrainState(), next(draw_batches(run, 0)))
     assert found is not None
     return found["loss"], [p.grad.clone() for p in stage.module.parameters() if p.grad is not None]
 

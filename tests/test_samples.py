@@ -1,7 +1,6 @@
 """What is drawn of a cache: no key frame past a video's end, no clip of a still, and no more work for more clips."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,11 @@ from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import SamplingConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
+from dicode.train.augment import augmented_caption
 from dicode.train.first_stage import validation_rows
 from dicode.train.lm import LanguageTraining, frame_tokens, key_frames_of
 from dicode.train.loop import train
-from dicode.train.runs import VALIDATION_CLIPS, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.runs import VALIDATION_CLIPS, AugmentConfig, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.tokenizer import TokenizerTraining, first_stage_latents, latents_name
 
 LENGTHS = [1, 8, 16, 32, 72, 30]  # frames at 8 fps: a still, 1 s, a clip of 2 s, 4 s, 9 s, 3.75 s
@@ -54,7 +54,8 @@ def plain_cache(folder: Path, lengths: list[int], loops: bool = False, captions:
 def language(tiny_model: Path, cache: Path, **changes: object) -> LanguageTraining:
     run = LanguageRun(
         cache=str(cache), tokenizer=str(tiny_model), model=LM, key_frames=3, longer=(9,), longer_share=(0.0,),
-        null_captions=0.0, word_dropout=0.0, long_captions=0.0, loop=LoopConfig(precision="float32"),
+        augment=AugmentConfig(null_captions=0.0, word_dropout=0.0, long_captions=0.0),
+        loop=LoopConfig(precision="float32"),
     )  # fmt: skip
     return LanguageTraining(dataclasses.replace(run, **changes))  # type: ignore[arg-type]
 
@@ -138,15 +139,15 @@ def test_the_denoiser_learns_from_clips_that_last_and_from_a_context_that_was_re
     model = VideoTokenizer.from_pretrained(tiny_model).config
     run = TokenizerRun(
         cache=str(cache), first_stage=str(tiny_model), model=model, images_per_step=200, mirror=True,
-        loop=LoopConfig(precision="float32"), drop_context=0.0,
+        loop=LoopConfig(precision="float32"),
     )  # fmt: skip
     stage = TokenizerTraining(run)
     assert [video.count for video in stage.videos] == [16, 32, 72, 30] and stage.num_samples() == 4
     batch = stage.batch(torch.arange(4), generator_for(0))
     assert batch["has_context"].tolist() == [False, True, True, True]
-    zeros = torch.zeros(8, 4, 6), torch.zeros(8, 5, 8, 8), torch.zeros(4, 2, 5, 8, 8)
-    kept = stage.told(*zeros, batch["has_context"], batch["frame_stride"], generator_for(1))
-    assert kept.context_mask.tolist() == [0, 1, 1, 1]
+    zeros = torch.zeros(4, 2, 4, 6), torch.zeros(4, 2, 5, 8, 8), torch.zeros(4, 2, 5, 8, 8)
+    masks = [stage.training_condition(*zeros, batch, generator_for(i)).context_mask for i in range(20)]
+    assert torch.stack(masks).amax(0).tolist() == [0, 1, 1, 1] and torch.stack(masks).amin(0).max() == 0
     still = stage.latents[torch.tensor([0])][0].float().flatten(1)  # and its mirror image
     assert (batch["key_latents"][8:, None].flatten(2) == still).all(2).any()
     plain = TokenizerTraining(dataclasses.replace(run, mirror=False))
@@ -159,9 +160,10 @@ def test_the_denoiser_learns_from_clips_that_last_and_from_a_context_that_was_re
 
 def test_one_of_many_captions_is_as_likely_as_another(tiny_model: Path, tmp_path: Path) -> None:
     folder = plain_cache(tmp_path / "cache", [16, 32], captions=("one {}", "two {}", "three {}", "four {}"))
-    stage = language(tiny_model, folder, long_captions=0.4)
-    drawn = [stage.text_of(stage.cache.videos[1], generator_for(i)) for i in range(400)]
-    counts = {caption: drawn.count(caption) for caption in stage.cache.videos[1].captions}
+    stage = language(tiny_model, folder)
+    captions, config = stage.cache.videos[1].captions, AugmentConfig(null_captions=0.0, word_dropout=0.0)
+    drawn = [augmented_caption(captions, config, stage.words, generator_for(i)) for i in range(400)]
+    counts = {caption: drawn.count(caption) for caption in captions}
     assert sum(counts.values()) == 400 and all(70 <= count <= 130 for count in counts.values())
 
 
@@ -251,31 +253,6 @@ def test_written_key_frames_are_drawn_as_the_model_is_sampled(
     stage.written(stage.cache.videos)
     stage.sheet()
     assert len(seen) == 2 and all(asked.items() <= options.items() for options in seen)
-
-
-class Drawn:
-    """Tokens of 400 clips' first two key frames, whatever rows are asked for."""
-
-    def __init__(self, kept: float, drift: float):
-        start, step = (torch.randn(400, 1, 4, 6, generator=generator_for(i)) for i in range(2))
-        self.values = torch.cat([start, kept * start + drift * step], dim=1)
-
-    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.values
-
-
-@pytest.mark.parametrize(
-    ("kept", "drift", "change", "whole", "end"), [(1, 0.1, 0.01, 1, "may not fit, try True"), (0, 2, 5, 4, "fits")]
-)
-def test_a_run_says_whether_changes_or_whole_key_frames_vary_less(
-    tiny_model: Path, cache: Path, kept: float, drift: float, change: float, whole: float, end: str
-) -> None:
-    stage = language(tiny_model, cache)
-    stage.tokens = Drawn(kept, drift)  # type: ignore[assignment]
-    said = stage.change_said()
-    found = [float(number) for number in re.findall(r"(?<= )[\d.]+(?=,| \()", said)]
-    assert found == pytest.approx([whole, change], rel=0.1)
-    assert said.endswith(f"model.predict_residual False {end}")
 
 
 def test_the_real_side_of_an_evaluation_has_no_clip_that_is_held_to_its_end(tiny_model: Path, cache: Path) -> None:

@@ -25,7 +25,7 @@ from dicode.device import GPUS, Gpu, peak_flops
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import SIZES, BodyConfig, DeepLMConfig, HeadConfig
 from dicode.seeds import generator_for
-from dicode.sizing.count import TrainingBytes, count_parameters, piece_cost, size_lm, size_tokenizer, step_flops
+from dicode.sizing.count import TrainingBytes, count_parameters, micro_batch_cost, size_lm, size_tokenizer
 from dicode.sizing.plan import Planner, blank_batches, blank_stage, state_bytes
 from dicode.tokenizer.config import (
     DenoiserConfig,
@@ -341,7 +341,7 @@ def test_what_a_plan_says_is_kept_for_backward_is_what_autograd_saves(runs, name
     if name == "lm":
         vars(blank.module.backbone).pop("_choose_attention")  # attention as on this CPU
     with fake:
-        counted = piece_cost(blank, blank_batches(runs[name], 3)[0][1], bf16, on_gpu=False).kept_bytes
+        counted = micro_batch_cost(blank, blank_batches(runs[name], 3)[0][1], bf16, on_gpu=False).kept_bytes
     assert counted == pytest.approx(saved, rel=0.01)
 
 
@@ -374,20 +374,16 @@ def test_the_bytes_of_weights_and_optimizer_are_those_after_a_step(runs, name: s
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "lm"])
-def test_flops_of_a_step_are_those_of_real_tensors_and_counting_changes_nothing(runs, name: str) -> None:
+def test_flops_of_a_step_are_those_of_real_tensors(runs, name: str) -> None:
     stage = stage_of(runs[name])
-    before = {key: value.clone() for key, value in stage.module.state_dict().items()}
-    counted = step_flops(stage)
-    assert not [key for key, value in stage.module.state_dict().items() if not torch.equal(value, before[key])]
-    assert all(p.grad is None for p in stage.module.parameters())
-    assert counted == 2 * real_flops(lambda: stage.loss(piece(stage), generator_for(1))[0].backward())
+    real = real_flops(lambda: stage.loss(piece(stage), generator_for(1))[0].backward())
+    assert Planner(runs[name]).step_flops() == 2 * real
 
 
 def test_flops_of_a_step_are_the_mean_over_its_lengths(runs) -> None:
     short, long = (dataclasses.replace(runs["lm"], key_frames=k) for k in (3, 6))
     mixed = dataclasses.replace(short, longer=(6,), longer_share=(0.5,))
-    ends = [step_flops(stage_of(run)) for run in (short, long)]
-    assert step_flops(stage_of(mixed)) == pytest.approx(sum(ends) / 2, rel=0.05)
+    ends = [Planner(run).step_flops() for run in (short, long)]
     assert Planner(mixed).plan(1, GPUS["l4"], 0.5).step_flops == sum(ends) / 2
 
 

@@ -28,12 +28,12 @@ from dicode.tokenizer.denoiser import ResidualDenoiser
 from dicode.tokenizer.first_stage import DECODER
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.train.assemble import assemble, last_of
+from dicode.train.augment import augmented_caption
 from dicode.train.first_stage import FirstStageTraining
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import NonFiniteLossError, sample_indices, train
-from dicode.train.muon import Muon
-from dicode.train.optim import make_optimizers
-from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.optim import Muon, make_optimizers
+from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import run_recipe, stage_of
 
 SIZE = 32
@@ -117,7 +117,7 @@ def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun
         ),
         "adversarial": dataclasses.replace(frozen, perceptual_weight=0.2, adversarial_weight=0.1),
         "muon": dataclasses.replace(lm, loop=dataclasses.replace(lm.loop, optim=muon)),
-        "own": dataclasses.replace(lm, model=FLOW, self_rollout_prob=1.0, longer=(), longer_share=()),
+        "flow": dataclasses.replace(lm, model=FLOW),
         "change": dataclasses.replace(denoiser, model=dataclasses.replace(denoiser.model, denoiser=change)),
     }
 
@@ -135,6 +135,7 @@ LM = DeepLMConfig(
 )
 
 
+PLAIN_CAPTIONS: dict[str, float] = {"null_captions": 0.0, "long_captions": 0.0, "word_dropout": 0.0}
 FLOW = dataclasses.replace(
     LM, head=dataclasses.replace(LM.head, kind="flow", width=16), order="keyframe", predict_residual=True
 )
@@ -168,7 +169,7 @@ def assert_same_checkpoint(folder: Path, other_folder: Path, step: int) -> None:
 def test_a_run_does_not_go_on_with_another_optimizer(trained: Path, tmp_path: Path) -> None:
     run = variants(trained)["muon"]
     run_recipe(dataclasses.replace(run, loop=dataclasses.replace(run.loop, optim=loop(2).optim)), tmp_path, {})
-    with pytest.raises(CheckpointError, match=r"made with another optimizer; .*optimizer/exp_avg/"):
+    with pytest.raises(CheckpointError, match=r"written with another optimizer; .*optimizer/exp_avg/"):
         run_recipe(run, tmp_path, {})
 
 
@@ -229,7 +230,7 @@ def test_rendered_frames_are_those_that_decode_shows_beside_the_real_ones(traine
         "change",
         "lm",
         "muon",
-        "own",
+        "flow",
     ],
 )
 def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
@@ -405,7 +406,7 @@ def test_assembling_takes_a_later_decoder_and_refuses_what_does_not_fit(trained:
         assemble(tokenizer, lm, tmp_path / "wrong", tmp_path / "other/best")
     other = dataclasses.replace(runs(trained)["key_frames"], loop=loop(5))
     run_recipe(other, tmp_path / "key_frames", {})
-    with pytest.raises(CheckpointError, match="learnt the deep tokens"):
+    with pytest.raises(CheckpointError, match="was trained on the deep tokens"):
         assemble(tmp_path / "key_frames/best", lm, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
@@ -433,21 +434,21 @@ def test_a_denoiser_of_changes_measures_their_deviation_before_it_trains(trained
 
 def test_words_of_other_captions_stand_in_a_share_of_the_captions(trained: Path) -> None:
     run = dataclasses.replace(
-        runs(trained)["lm"], word_swaps=0.5, swapped_words=0.4, null_captions=0.0, long_captions=0.0, word_dropout=0.0
+        runs(trained)["lm"], augment=AugmentConfig(**{**PLAIN_CAPTIONS, "word_swaps": 0.5, "swapped_words": 0.4})
     )
     stage = stage_of(run)
     assert isinstance(stage, LanguageTraining)
     video = stage.cache.videos[0]
     own, anyone = video.captions[0].split(), {word for v in stage.cache.videos for word in v.captions[0].split()}
-    texts = [stage.text_of(video, generator_for(i)).split() for i in range(400)]
+    texts = [augmented_caption(video.captions, run.augment, stage.words, generator_for(i)).split() for i in range(400)]
     changed = [text for text in texts if text != own]
     assert all(len(text) == len(own) and set(text) <= anyone for text in texts)
     assert 120 <= len(changed) <= 240
     places = [sum(a != b for a, b in zip(text, own, strict=True)) for text in texts]
     assert sum(places) / len(own) / 400 == pytest.approx(0.5 * 0.4, abs=0.06)  # fewer by the words drawn again
-    plain = stage_of(dataclasses.replace(run, word_swaps=0.0))
-    assert isinstance(plain, LanguageTraining)
-    assert {plain.text_of(video, generator_for(i)) for i in range(50)} == {video.captions[0]}
+    plain = AugmentConfig(**PLAIN_CAPTIONS)  # type: ignore[arg-type]
+    unchanged = {augmented_caption(video.captions, plain, stage.words, generator_for(i)) for i in range(50)}
+    assert unchanged == {video.captions[0]}
 
 
 def test_longer_samples_are_trained_at_the_share_asked_for(trained: Path) -> None:

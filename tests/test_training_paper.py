@@ -195,7 +195,7 @@ def test_what_would_stay_random_or_has_no_head_is_an_error(root: Path) -> None:
         TokenizerTraining(run(root, init=None))
     with pytest.raises(ValueError, match=r"images_per_step 0.*got 4 and True"):
         TokenizerTraining(run(root, images_per_step=4))
-    with pytest.raises(ValueError, match="denoises True, got 0 and False"):
+    with pytest.raises(ValueError, match="train_denoiser True, got 0 and False"):
         TokenizerTraining(run(root, train_denoiser=False))
 
 

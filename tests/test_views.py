@@ -11,8 +11,9 @@ from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.seeds import generator_for
 from dicode.train.augment import SMALLEST_CROP, View
 from dicode.train.lm import LanguageTraining
-from dicode.train.runs import LanguageRun
+from dicode.train.runs import AugmentConfig, LanguageRun
 
+AUGMENT = AugmentConfig(null_captions=0.0, word_dropout=0.0, long_captions=0.0, views=2)
 PLAIN = View(mirrored=False, crop=1.0, across=0.0, down=0.0, gains=(1.0, 1.0, 1.0), gamma=1.0)
 
 
@@ -37,8 +38,13 @@ def run_of(tiny_model: Path, root: Path) -> LanguageRun:
     )
     return LanguageRun(
         cache=str(root / "cache"), tokenizer=str(tiny_model), model=model, loop=loop(4), key_frames=3, longer=(),
-        longer_share=(), null_captions=0.0, word_dropout=0.0, long_captions=0.0, views=2, view_share=0.5,
+        longer_share=(), augment=AUGMENT,
     )  # fmt: skip
+
+
+def augmented(run: LanguageRun, end_frame_prob: float = 0.0, **changes: float) -> LanguageRun:
+    augment = dataclasses.replace(AUGMENT, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(run, augment=augment, end_frame_prob=end_frame_prob)
 
 
 def test_a_view_that_changes_nothing_returns_the_same_frames() -> None:
@@ -111,7 +117,7 @@ def test_tokens_of_a_view_are_those_of_its_frames(tiny_model: Path, tmp_path: Pa
 
 
 def test_views_train_with_goals_and_their_first_key_frame_has_no_gradient(tiny_model: Path, tmp_path: Path) -> None:
-    stage = LanguageTraining(dataclasses.replace(run_of(tiny_model, tmp_path), end_frame_prob=1.0, view_share=1.0))
+    stage = LanguageTraining(augmented(run_of(tiny_model, tmp_path), view_share=1.0, end_frame_prob=1.0))
     batch = stage.batch(torch.arange(4), generator_for(0))
     assert batch["goal"] and not batch["mask"][:, 0].any()
     stage.module.eval()
@@ -125,6 +131,6 @@ def test_views_train_with_goals_and_their_first_key_frame_has_no_gradient(tiny_m
 
 def test_without_views_nothing_more_is_drawn(tiny_model: Path, tmp_path: Path) -> None:
     run = run_of(tiny_model, tmp_path)
-    none, never = (LanguageTraining(dataclasses.replace(run, **kind)) for kind in ({"views": 0}, {"view_share": 0.0}))
+    none, never = (LanguageTraining(augmented(run, **kind)) for kind in ({"views": 0}, {"view_share": 0.0}))
     assert none.views == [] and none.batch(torch.arange(4), generator_for(0))["mask"].all()
     assert never.batch(torch.arange(4), generator_for(0))["mask"].all()

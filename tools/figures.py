@@ -280,7 +280,7 @@ def plans() -> str:
         ),
         "GiB on each GPU": lambda plan: f"**{gib(sum(plan['bytes_held'].values()))}**",
         "TFLOP a step": lambda plan: f"{plan['step_flops'] / 1e12:.3g}",
-        "steps a day": lambda plan: f"{float(format(plan['steps_a_day'], '.3g')):,.0f}",
+        "steps a day": lambda plan: f"{float(format(86_400 / plan['step_s'], '.3g')):,.0f}",
         "steps": lambda plan: f"{plan['steps']:,}",
         "days": lambda plan: f"{plan['days']:.2g}",
     }
@@ -288,7 +288,7 @@ def plans() -> str:
     head = ["run", *columns]
     what = f"4 × {assumed['gpu']}: {assumed['mfu']:.0%} of {assumed['peak_flops'] / 1e12:g} TFLOP/s"
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    measured = [["one H100, measured", "seconds a piece of 16", "of its peak", "GiB", "GiB counted"]]
+    measured = [["one H100, measured", "seconds a micro-batch of 16", "of its peak", "GiB", "GiB counted"]]
     for name, run in values_of("paper-h100").items():
         figures = f"{run['median_s']:.3f}", f"{run['mfu']:.1%}", f"{run['memory_gib']:.1f}", f"{run['counted_gib']:.1f}"
         measured.append([f"`{name}`", *figures])

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dicode.provenance import write_result
-from dicode.train.loop import Training, _loss
+from dicode.train.loop import Training
 from dicode.train.parallel import Processes
 from dicode.train.recipe import load_run
 from dicode.train.stages import stage_of
@@ -39,7 +39,7 @@ def measure(name: str, cache: str) -> dict[str, Any]:
         marks = [time.perf_counter()]
         batch = training.stage.batch(training.samples(steps), training.generator("batch", steps, 0))
         marks.append(time.perf_counter())
-        loss, _ = _loss(training, training.step, steps, 0, batch)
+        loss, _ = training.loss(steps, 0, batch)
         marks.append(time.perf_counter())
         training.stage.module.zero_grad(set_to_none=True)
         loss.backward()

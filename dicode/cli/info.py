@@ -243,7 +243,7 @@ def _print_plans(plans: Mapping[str, "Plan"]) -> None:
         "TFLOP": lambda plan: f"{plan.step_flops / 1e12:,.1f}",
         "TFLOP with what is computed twice": lambda plan: f"{plan.computed_flops / 1e12:,.1f}",
         "seconds": lambda plan: f"{plan.step_s:,.3f}",
-        "steps a day": lambda plan: f"{plan.steps_a_day:,.0f}",
+        "steps a day": lambda plan: f"{86_400 / plan.step_s:,.0f}",
         "days": lambda plan: f"{plan.days:.2g}",
     }
     steps = {row: {column: told(plan) for column, plan in plans.items()} for row, told in tell.items()}

@@ -1,8 +1,7 @@
-"""What a model takes before there is one: parameters, FLOPs and memory, counted on tensors without content.
+"""Parameters, FLOPs and memory of a model, counted without weights.
 
-These (torch's meta device, its fake tensors) have a shape only: a model's own code runs in seconds and in no memory.
-`tests/test_sizing.py` compares the memory with what torch's allocator hands out on a CPU. Not seen is what a kernel
-keeps to itself, such as the work space of cuDNN, nor what an allocator wastes.
+A model's own code runs on tensors with a shape only (torch's meta device, its fake tensors), in seconds and in no
+memory. Not counted: work space of kernels such as cuDNN's, and what an allocator wastes.
 """
 
 from collections.abc import Callable
@@ -18,34 +17,30 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import Head
 from dicode.lm.presets import DeepLMConfig
-from dicode.seeds import generator_for
 from dicode.shapes import ClipLatents
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import Stage
 from dicode.train.speed import BFLOAT16, FLOAT32, Meter
 
-DRAWS = 200  # of batches, for their mean FLOPs: kinds that make up 2 % of the steps count to within a third
-
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """What a training step of `train/loop.py` holds with AdamW, float32 but where a name says otherwise."""
+    """Bytes held by a training step of `train/loop.py` with AdamW, float32 but where a name says otherwise."""
 
     weights: int  # frozen ones and buffers too
     moving_average: int
     gradients: int
     optimizer: int  # AdamW's two moments
-    activations_float32: int  # of the whole batch, with attention as plain products: so the loop computes it in float32
-    activations_bfloat16: int  # all of them, fused attention; autocast adds copies of weights and keeps some float32
+    activations_float32: int  # of the whole batch, with attention as plain products, as on CPUs
+    activations_bfloat16: int  # with fused attention; autocast adds copies of weights and keeps some float32
 
     def on(self, gpus: int) -> dict[str, int]:
-        """On each of this many GPUs, where all but activations is shared out among them (FSDP's full sharding)."""
+        """Bytes on each of this many GPUs, with all but activations sharded (FSDP)."""
         held = {name: -(-count // gpus) for name, count in asdict(self).items() if not name.startswith("activations")}
         shared = sum(held.values())
         return {
@@ -59,34 +54,32 @@ class TrainingBytes:
 
 @dataclass(frozen=True)
 class Sizing:
-    """What was counted of one model: numbers of parameters, FLOPs (a multiply-add is two) and bytes."""
+    """Counts of one model: parameters, FLOPs (a multiply-add is two) and bytes."""
 
     parameters: dict[str, int]
     flops: dict[str, int]
     inference_bytes: dict[str, int]  # one sample, float32; half of it where all is bfloat16
     training_bytes: TrainingBytes
-    bytes_a_token: int | None = None  # language model: read to write one deep token, all bfloat16
+    bytes_a_token: int | None = None  # language model: read for one deep token, all bfloat16
 
 
 def size_tokenizer(config: TokenizerConfig, batch_size: int = 1) -> Sizing:
-    """Count a tokenizer: a key frame encoded, a clip decoded, a training step on cached latents of clips."""
+    """Count a tokenizer: encoding a key frame, decoding a clip, a training step on cached latents."""
     with torch.device("meta"):
         used = VideoTokenizer(config).eval().requires_grad_(False)
         key_frame = torch.empty(1, 3, config.size, config.size)
         pair = torch.empty(1, 2, config.resampler.queries, config.resampler.token_width)
         clip = _clips(config, 1)
         encode = cost(lambda: used.tokens_of(used.source_of(key_frame)))
-        told = cost(lambda: used.conditioning(pair))
+        condition = cost(lambda: used.conditioning(pair))
         denoise = cost(lambda: used.denoiser(clip, torch.empty(1), used.conditioning(pair)))
         first_stage = cost(lambda: used.frames_of(clip))
         model = VideoTokenizer(config).train()
         flops, training = training_cost(model, lambda: _denoising_loss(model, batch_size))
     parts = {name: count_parameters(part) for name, part in model.named_children()}
-    forwards, once = (
-        config.sampling.steps * (1 if config.sampling.decoder_guidance == 1.0 else 2),
-        denoise.flops - told.flops,
-    )
-    around = told.flops + first_stage.flops + (encode.flops if config.null_tokens == "grey_image" else 0)
+    forwards = config.sampling.steps * (1 if config.sampling.decoder_guidance == 1.0 else 2)
+    once, null = denoise.flops - condition.flops, encode.flops if config.null_tokens == "grey_image" else 0
+    around = condition.flops + first_stage.flops + null
     return Sizing(
         parameters={name: count for name, count in parts.items() if count},
         flops={
@@ -104,16 +97,16 @@ def size_tokenizer(config: TokenizerConfig, batch_size: int = 1) -> Sizing:
 
 
 def size_lm(config: DeepLMConfig, batch_size: int = 1) -> Sizing:
-    """Count a language model at its full length: a sequence read at once, its last token written, a training step.
+    """Count a language model at its full length: a forward pass, its last token, a training step.
 
-    Embedding tables are looked up, not read: no part of the bytes a token. Of a flow head one Euler step counts.
+    Embedding tables are no part of the bytes a token: they are looked up. Of a flow head one Euler step counts.
     """
     length = config.text_length + config.keyframe_limit * config.block_length
     with torch.device("meta"):
         used = DeepTokenLM(config).eval().requires_grad_(False)
         texts = _texts(config, 1)
         read = cost(lambda: used(*texts))
-        ahead = used.tokens_per_step  # positions that are read to write as many tokens
+        ahead = used.tokens_per_step  # positions computed for as many tokens
         prompt = cost(lambda: _next_tokens(used, used.backbone.new_cache(), config.text_length + ahead))
         with Meter() as meter, FusedAttention():
             past = used.backbone.new_cache()
@@ -150,7 +143,7 @@ def size_lm(config: DeepLMConfig, batch_size: int = 1) -> Sizing:
 
 
 def training_cost(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, TrainingBytes]:
-    """FLOPs and memory of a training step. As in the loop, the last step's gradients stay until the loss is known."""
+    """FLOPs and memory of a training step; as in the loop, the last gradients stay until the loss is known."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops, activations = [], []
     for float_bytes, attention in ((FLOAT32, nullcontext()), (BFLOAT16, FusedAttention())):
@@ -166,52 +159,28 @@ def training_cost(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, Tr
     return flops[0], TrainingBytes(weights, one, one, 2 * one, *activations)
 
 
-def step_flops(stage: Stage) -> int:
-    """FLOPs of a training step, forward and backward once: the mean over the kinds of batches that a stage draws.
-
-    Nothing is computed, and nothing changes. To be called before processes share out the weights, and before blocks
-    are made to recompute. Which kind a batch is has to be drawn before anything that depends on its samples.
-    """
-    loop, samples = stage.run.loop, torch.arange(stage.run.loop.optim.batch_size // stage.run.loop.micro_batches)
-
-    def drawn(draw: int, indices: Tensor) -> Any:
-        return stage.batch(indices % stage.num_samples(), generator_for(loop.seed, "batch", draw, 0))
-
-    before = [buffer.clone() for buffer in stage.module.buffers()]
-    kinds = [tuple(t.shape for t in tree_leaves(drawn(draw, samples[:1]))) for draw in range(DRAWS)]
-    flops = {kind: batch_flops(stage, drawn(kinds.index(kind), samples)) for kind in set(kinds)}
-    for buffer, value in zip(stage.module.buffers(), before, strict=True):  # a count of batches is computed after all
-        buffer.copy_(value)
-    return round(loop.micro_batches * sum(flops[kind] for kind in kinds) / DRAWS)
-
-
-def batch_flops(stage: Stage, batch: Any, fake: FakeTensorMode | None = None) -> int:
-    """FLOPs of the loss of one batch and its gradients, with attention as plain products.
-
-    `fake` is the mode of a module that is made of fake tensors already.
-    """
+def batch_flops(stage: Stage, batch: Any, fake: FakeTensorMode) -> int:
+    """FLOPs of the loss of one batch of fake tensors and its gradients, with attention as plain products."""
     trained = [p for p in stage.module.parameters() if p.requires_grad]
-    eager = torch.compiler.set_stance("force_eager")
-    fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, sdpa_kernel(SDPBackend.MATH), eager, Meter() as meter:
+    with fake, sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"), Meter() as meter:
         loss, _ = stage.loss(batch, torch.Generator())
         torch.autograd.grad(loss, trained, allow_unused=True)
     return meter.flops
 
 
 @dataclass(frozen=True)
-class PieceCost:
-    """What computing one piece of a step's batch takes, beside weights, gradients and optimizer."""
+class MicroBatchCost:
+    """Cost of one micro-batch, beside weights, gradients and optimizer."""
 
-    flops: int  # with what blocks compute once more in the backward pass, and fused attention always does
-    kept_bytes: int  # when the loss is known: what autograd keeps for the backward pass
+    flops: int  # with recomputation in the backward pass, of blocks and of fused attention
+    kept_bytes: int  # kept by autograd for the backward pass
     peak_bytes: int  # the most at one time
 
 
-def piece_cost(stage: Stage, batch: Any, bf16: bool, on_gpu: bool = True) -> PieceCost:
+def micro_batch_cost(stage: Stage, batch: Any, bf16: bool, on_gpu: bool = True) -> MicroBatchCost:
     """Run a stage on fake CPU tensors (its module's and the batch's), within their `FakeTensorMode`.
 
-    With `on_gpu` attention is fused, and norms are float32 under autocast, as CUDA has it.
+    With `on_gpu` attention is fused, and norms are float32 under autocast, as on CUDA.
     """
     for p in stage.module.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None  # there already, so not counted
@@ -220,18 +189,18 @@ def piece_cost(stage: Stage, batch: Any, bf16: bool, on_gpu: bool = True) -> Pie
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss, _ = stage.loss(batch, torch.Generator())
         kept = meter.bytes
-        # `loss.backward()` would run outside of the modes, and what blocks recompute differ from what they computed
+        # `loss.backward()` would leave the modes, and blocks would recompute in other dtypes
         _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
-    return PieceCost(meter.flops, kept, meter.peak_bytes)
+    return MicroBatchCost(meter.flops, kept, meter.peak_bytes)
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers that training changes, or froze."""
+    """Trained and frozen ones."""
     return sum(p.numel() for p in module.parameters())
 
 
 class FusedAttention(TorchFunctionMode):
-    """Keeps attention in one operation, as CPUs and GPUs compute it; torch takes that of meta tensors apart."""
+    """Keeps attention of meta tensors one operation, as on CPUs and GPUs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not functional.scaled_dot_product_attention:
@@ -240,7 +209,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 class GpuAutocast(TorchFunctionMode):
-    """What autocast does on GPUs and not on CPUs: norms in float32. And fused attention in bfloat16 on either."""
+    """Autocast as on GPUs, on CPU tensors: norms in float32, fused attention in bfloat16."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.is_autocast_enabled("cpu"):
@@ -252,7 +221,7 @@ class GpuAutocast(TorchFunctionMode):
 
 
 def cost(work: Callable[[], object]) -> Meter:
-    """What calling `work` on meta tensors takes, with fused attention; its result is let go."""
+    """Cost of calling `work` on meta tensors, with fused attention."""
     with Meter() as meter, FusedAttention():
         work()
     return meter
@@ -264,11 +233,11 @@ def _clips(config: TokenizerConfig, batch_size: int) -> ClipLatents:
 
 
 def _denoising_loss(model: VideoTokenizer, batch_size: int) -> Tensor:
-    """As stage 1 has it, without the single frames that the key-frame head learns from beside the clips."""
+    """The loss of stage 1, without single frames beside the clips."""
     clips, encoder = _clips(model.config, batch_size), model.config.encoder
     tokens = model.tokens_of(torch.empty(2 * batch_size, encoder.channels, encoder.size, encoder.size))
-    known = model.conditioning(rearrange(tokens, "(b two) n d -> b two n d", two=2))
-    return functional.mse_loss(model.denoiser(clips, torch.empty(batch_size), known), torch.empty_like(clips))
+    condition = model.conditioning(rearrange(tokens, "(b two) n d -> b two n d", two=2))
+    return functional.mse_loss(model.denoiser(clips, torch.empty(batch_size), condition), torch.empty_like(clips))
 
 
 def _texts(config: DeepLMConfig, batch_size: int) -> tuple[Tensor, Tensor]:

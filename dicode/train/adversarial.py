@@ -1,4 +1,4 @@
-"""Adversarial training of a decoder: a discriminator that sees an image network's features, and how sets compare."""
+"""Adversarial training of a decoder: a discriminator of feature maps, and statistics that compare sets of images."""
 
 import warnings
 
@@ -16,16 +16,16 @@ SLOPE = 0.2  # of the leaky rectifier
 
 
 class ReconstructionStats:
-    """How images of a validation compare with the real ones, batch by batch."""
+    """How predicted images compare with real ones, batch by batch."""
 
     def __init__(self) -> None:
         self.distances: list[Tensor] = []
-        self.made, self.real = FrechetStatistics(sum(STAGE_WIDTHS)), FrechetStatistics(sum(STAGE_WIDTHS))
+        self.predicted, self.real = (FrechetStatistics(sum(STAGE_WIDTHS)) for _ in range(2))
 
-    def add(self, made: list[Tensor], real: list[Tensor]) -> None:
+    def add(self, predicted: list[Tensor], real: list[Tensor]) -> None:
         """`FeatureMaps` of as many images of either kind."""
-        self.distances.append(perceptual_distance(made, real).cpu())
-        for statistics, maps in ((self.made, made), (self.real, real)):
+        self.distances.append(perceptual_distance(predicted, real).cpu())
+        for statistics, maps in ((self.predicted, predicted), (self.real, real)):
             pooled = [reduce(x, "b c y x -> b c", "mean") for x in maps]
             statistics.update(torch.cat(pooled, dim=1).cpu().numpy())
 
@@ -36,15 +36,15 @@ class ReconstructionStats:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # biased by few images, but by as many every time
-            distance = frechet_distance(self.made, self.real)
+            distance = frechet_distance(self.predicted, self.real)
         return {"perceptual": torch.stack(self.distances).mean().item(), "frechet": distance}
 
 
 class FeatureDiscriminator(nn.Module):
-    """Verdicts on every place of every one of the `FeatureMaps`; larger is more real.
+    """Logits at every second place of each of the `FeatureMaps`; larger is more real.
 
-    Projected GANs (Sauer et al. 2021): what an image network sees tells real from made with far fewer images than
-    pixels do. Theirs mix the maps at random first and have deeper heads.
+    Projected GANs (Sauer et al. 2021): features of an image network separate real from generated with far fewer images
+    than pixels do. Theirs mix the maps at random first and have deeper heads.
     """
 
     def __init__(self, width: int = 64) -> None:
@@ -61,19 +61,19 @@ class FeatureDiscriminator(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Feature maps of `b` images → a verdict for every second of their places, `b 1 y x` a map."""
+        """Feature maps of `b` images → logits `b 1 y x` of each map."""
         return [head(x * x.shape[1] ** 0.5) for head, x in zip(self.heads, maps, strict=True)]
 
 
-def adversarial_losses(discriminator: nn.Module, made: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What the maker of `made` and what the discriminator shall minimise: the hinge losses of Lim & Ye 2017.
+def adversarial_losses(discriminator: nn.Module, predicted: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Losses of the decoder and of the discriminator, from feature maps: the hinge losses of Lim & Ye 2017.
 
-    Both are given as features; all maps weigh the same. Gradients stay apart, so that one optimizer may step both
-    sides: the first loss reaches `made` alone, the second the discriminator alone.
+    All maps weigh the same. Gradients stay apart, so that one optimizer may step both: the first loss reaches
+    `predicted` alone, the second the discriminator alone.
     """
     fixed = {name: p.detach() for name, p in discriminator.named_parameters()}
-    convincing = mean(functional_call(discriminator, fixed, (made,)))
-    on_made = discriminator([x.detach() for x in made])
+    generator_loss = -mean(functional_call(discriminator, fixed, (predicted,)))
+    on_predicted = discriminator([x.detach() for x in predicted])
     on_real = discriminator([x.detach() for x in real])
-    telling = mean([functional.relu(1 + x) for x in on_made]) + mean([functional.relu(1 - x) for x in on_real])
-    return -convincing, telling
+    hinge = mean([functional.relu(1 + x) for x in on_predicted]) + mean([functional.relu(1 - x) for x in on_real])
+    return generator_loss, hinge

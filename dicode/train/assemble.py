@@ -24,15 +24,17 @@ def assemble(
 ) -> DiCoDe:
     """Join a tokenizer run's and a language model run's weights; returns the model as loaded back from `output`.
 
-    `first_stage` names a later run of the same first stage, its encoder frozen: only its decoder may differ, for
-    latents and deep tokens to stay what they were. float16 keeps three more bits than bfloat16, and weights fit it.
-    The tokenizer's own sampling is kept but for `options`, fields of `SamplingConfig`; `card` is its README.md.
-    Raises `CheckpointError` where they do not, or where the language model was trained on other tokens.
+    `first_stage` names a later run of the same first stage, of which only the decoder may differ. float16 keeps three
+    more bits than bfloat16, and weights fit it. The tokenizer's sampling is kept but for `options`, fields of
+    `SamplingConfig`; `card` is its README.md. Raises `CheckpointError` where the deep tokens would change, or the
+    language model was trained on others.
     """
     check_model_folder(output)  # before any work
     parts = VideoTokenizer.from_pretrained(tokenizer)
-    if (learnt := read_config(lm).get("deep_tokens")) != parts.token_hash():
-        raise CheckpointError(f"{lm} learnt the deep tokens {learnt}, {tokenizer} makes {parts.token_hash()}")
+    if (trained_on := read_config(lm).get("deep_tokens")) != parts.token_hash():
+        raise CheckpointError(
+            f"{lm} was trained on the deep tokens {trained_on}, {tokenizer} encodes {parts.token_hash()}"
+        )
     if first_stage is not None:
         later = FirstStage(parts.config.first_stage)
         load_weights(later, first_stage / FIRST_STAGE_WEIGHTS)

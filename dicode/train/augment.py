@@ -1,7 +1,8 @@
-"""Views of training videos: as another camera in another room would have seen the same thing happen."""
+"""Augmentation of a language model's samples: captions in other words, videos as another camera would have them."""
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from dicode.seeds import generator_for
+from dicode.train.runs import AugmentConfig
 
 SMALLEST_CROP = 0.75  # of a side; the cache is of the model's size, and a smaller part of it would be a blur
 STRONGEST_GAIN = 0.25  # of a colour, in either direction
@@ -36,16 +38,15 @@ class View:
         drawn = torch.rand(7, generator=generator_for(0, "view", number)).tolist()
         crop = 1.0 if number // 2 % 2 == 0 else SMALLEST_CROP + (1 - SMALLEST_CROP) * drawn[0]
         red, green, blue = (1 + STRONGEST_GAIN * (2 * value - 1) for value in drawn[3:6])
-        gamma = 2 ** (drawn[6] - 0.5)
-        return cls(number % 2 == 1, crop, drawn[1], drawn[2], (red, green, blue), gamma)
+        return cls(number % 2 == 1, crop, drawn[1], drawn[2], (red, green, blue), 2 ** (drawn[6] - 0.5))
 
     @property
     def name(self) -> str:
-        """Tells this change from every other one, for what is kept of it."""
+        """A hash of the change, for the name of what is cached."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
     def of_frames(self, frames: UInt8[Tensor, "f h w 3"]) -> UInt8[Tensor, "f h w 3"]:
-        """Frames as this view shows them."""
+        """Frames of this view."""
         height, width = frames.shape[1:3]
         high, wide = round(self.crop * height), round(self.crop * width)
         top, left = round(self.down * (height - high)), round(self.across * (width - wide))
@@ -53,11 +54,11 @@ class View:
         if (high, wide) != (height, width):
             part = F.interpolate(part, (height, width), mode="bicubic", align_corners=False).clamp(0, 1)
         part = (part.pow(self.gamma) * torch.tensor(self.gains)[:, None, None]).clamp(0, 1)
-        seen = rearrange((part * 255).round().byte(), "f c h w -> f h w c")
-        return seen.flip(2) if self.mirrored else seen
+        changed = rearrange((part * 255).round().byte(), "f c h w -> f h w c")
+        return changed.flip(2) if self.mirrored else changed
 
     def of_caption(self, caption: str) -> str:
-        """A caption as it is true of this view: where it is mirrored, left is right and clockwise is not."""
+        """A caption as it is true of this view: mirroring exchanges left and right, and reverses turns."""
         return SIDES.sub(_exchange, caption) if self.mirrored else caption
 
 
@@ -65,3 +66,28 @@ def _exchange(found: re.Match[str]) -> str:
     word = found.group()
     other = EXCHANGED.get(word.lower(), "clockwise")
     return other.capitalize() if word[0].isupper() else other
+
+
+def augmented_caption(
+    captions: Sequence[str], config: AugmentConfig, words: Sequence[Sequence[str]], generator: torch.Generator
+) -> str:
+    """One of a video's captions, whole, with words dropped or replaced, or nothing.
+
+    Of two captions the second is the long one; of more each is as likely. `words` are those of all short captions,
+    then of all long ones.
+    """
+    draws = torch.rand(4, generator=generator).tolist()
+    if draws[0] < config.null_captions or not captions:
+        return ""
+    number = -1 if draws[1] < config.long_captions else 0
+    if len(captions) > 2:  # not a short and a long one but several of a kind
+        number = int(draws[1] * len(captions))
+    own, others = captions[number].split(), words[min(number, 1)]
+    if draws[3] < config.word_swaps:
+        swapped = torch.rand(len(own), generator=generator) < config.swapped_words
+        drawn = torch.randint(len(others), (len(own),), generator=generator).tolist()
+        own = [others[i] if swap else word for word, swap, i in zip(own, swapped, drawn, strict=True)]
+    elif draws[2] < config.word_dropout and len(own) > 1:
+        kept = torch.rand(len(own), generator=generator) >= config.dropped_words
+        own = [word for word, keep in zip(own, kept, strict=True) if keep] or own[-1:]
+    return " ".join(own)

@@ -1,4 +1,4 @@
-"""All stages of a recipe file, one after the other, each fed with those before it, to one checkpoint folder.
+"""All stages of a recipe file, each fed with those before it, to one checkpoint folder.
 
 A recipe file that can be trained whole has `STAGES`: its runs in order, with the share of the time that each is worth;
 and perhaps `SAMPLING`, how the model is then sampled.
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from dicode import __version__
-from dicode.checkpoint import read_config, resolve
-from dicode.config import config_from_dict, config_to_dict
+from dicode.checkpoint import read_section, resolve
+from dicode.config import config_to_dict
 from dicode.data.cache import CachedVideo, FrameCache
-from dicode.tokenizer.config import FirstStageConfig, SamplingConfig, TokenizerConfig
+from dicode.seeds import generator_for
+from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.train.assemble import assemble
 from dicode.train.checkpoint import STATE, checkpoints
 from dicode.train.loop import data_of
@@ -30,7 +31,7 @@ from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
 from dicode.train.stages import Run, run_recipe, stage_of
 
 LEAST_SHARE = 0.5  # of the time planned for a stage, where those before it took longer than planned
-DRAWN_CLIPS, DRAWN_FRAMES = 48, 40  # to measure on: enough for a batch, and little to encode
+NOISE_CLIPS, NOISE_FRAMES, NOISE_FPS = 48, 40, 8  # to measure on: enough for a batch, and little to encode
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,25 @@ class Chain:
 
     @classmethod
     def of(cls, file: str, cache: str | None, runs: Path, first_stage: str | None = None) -> "Chain":
-        """Read a recipe file; `cache` is where the clips lie (default: as it says), `runs` the folder of run folders.
+        """Read a recipe file; `cache` is where the clips lie (default: its own), `runs` the folder of run folders.
 
         `first_stage` is a model, bundled or a folder, whose first stage is taken as it is.
         """
         stages, shares, sampling = stages_of(file)
         check_stages(file, stages, sampling)
-        held = resolve(first_stage) if first_stage else None
+        trained = resolve(first_stage) if first_stage else None
         folders = {name: runs / f"{Path(file).stem}-{name}" for name in stages}
         best: dict[str, Path] = {}  # of the stages before
         chosen: dict[str, Run] = {}
         for name, run in stages.items():
-            if held is not None and isinstance(run, FirstStageRun) and not run.freeze_encoder:
-                best[name] = held
+            if trained is not None and isinstance(run, FirstStageRun) and not run.freeze_encoder:
+                best[name] = trained
                 continue
             chosen[name] = wired(run if cache is None else replace(run, cache=cache), best)
             best[name] = folders[name] / "best"
-            if held is not None and isinstance(ready := chosen[name], TokenizerRun):
-                chosen[name] = replace(ready, model=replace(ready.model, first_stage=first_stage_of(held)))
+            if trained is not None and isinstance(ready := chosen[name], TokenizerRun):
+                held = read_section(trained, "tokenizer", TokenizerConfig).first_stage
+                chosen[name] = replace(ready, model=replace(ready.model, first_stage=held))
         return cls(file, chosen, {name: shares[name] for name in chosen}, sampling, folders, first_stage)
 
     def train(self, minutes: float | None) -> None:
@@ -90,38 +92,38 @@ class Chain:
         if (plan := read_plan(self.folders[name])) is not None:
             return plan.minutes
         names = list(self.stages)
-        rest = names[names.index(name) :]
-        left = minutes - sum(spent_minutes(self.folders[n]) for n in names[: names.index(name)])
-        share = self.shares[name] / sum(self.shares[n] for n in rest)
+        at = names.index(name)
+        left = minutes - sum(spent_minutes(self.folders[n]) for n in names[:at])
+        share = self.shares[name] / sum(self.shares[n] for n in names[at:])
         return max(left * share, LEAST_SHARE * minutes * self.shares[name] / sum(self.shares.values()))
 
     def assemble(self, output: Path, dtype: str) -> None:
         """Join what the stages trained into one checkpoint folder."""
-        tokenizers = [n for n, run in self.stages.items() if isinstance(run, TokenizerRun) and run.train_denoiser]
-        decoders = [n for n, run in self.stages.items() if isinstance(run, FirstStageRun) and run.freeze_encoder]
-        lms = [n for n, run in self.stages.items() if isinstance(run, LanguageRun)]
+        runs = self.stages.items()
+        tokenizers = [n for n, run in runs if isinstance(run, TokenizerRun) and run.train_denoiser]
+        decoders = [n for n, run in runs if isinstance(run, FirstStageRun) and run.freeze_encoder]
+        lms = [n for n, run in runs if isinstance(run, LanguageRun)]
         decoder = self.folders[decoders[-1]] / "best" if decoders else None
         parts = self.folders[tokenizers[-1]] / "best", self.folders[lms[-1]] / "best"
         assemble(*parts, output, decoder, getattr(torch, dtype), **self.sampling)
 
     def paces(self, only: str | None = None) -> dict[str, Pace]:
-        """How fast each stage goes here: a few steps at its real sizes, on drawn clips, with random weights."""
+        """How fast each stage goes here: a few steps at its real sizes, on noise, with random weights."""
         found: dict[str, Pace] = {}
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as place, Processes() as processes:
             size = next(run.model.size for run in self.stages.values() if isinstance(run, TokenizerRun))
-            draw_cache(Path(place) / "cache", size)
+            noise_cache(Path(place) / "cache", size)
             own = Chain.of(self.file, str(Path(place) / "cache"), Path(place), self.first_stage)
-            with Processes() as processes:
-                for name, run in own.stages.items():
-                    stage = stage_of(run)
-                    if only in (None, name):
-                        found[name] = measured_pace(stage, run.loop, processes)
-                    stage.export(own.folders[name] / "best")  # for the stages after it
+            for name, run in own.stages.items():
+                stage = stage_of(run)
+                if only in (None, name):
+                    found[name] = measured_pace(stage, run.loop, processes)
+                stage.export(own.folders[name] / "best")  # for the stages after it
         return found
 
 
 def check_stages(file: str, stages: Mapping[str, Run], sampling: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where what the stages of a file make is no whole model, or its `SAMPLING` is none."""
+    """Raise `ValueError` where the stages of a file do not give a whole model, or its `SAMPLING` is none."""
     runs = stages.values()
     renders = any(isinstance(run, TokenizerRun) and run.train_denoiser for run in runs)
     if not renders or not any(isinstance(run, LanguageRun) for run in runs):
@@ -141,15 +143,9 @@ def wired(run: Run, best: Mapping[str, Path]) -> Run:
     for field in fields(run):
         value = getattr(run, field.name)
         named = re.fullmatch(r"runs/(.+)/best", value) if isinstance(value, str) else None
-        stage = named and next((n for n in best if named[1] == n or named[1].endswith(f"-{n}")), None)
-        if stage:
+        if named and (stage := next((n for n in best if named[1] == n or named[1].endswith(f"-{n}")), None)):
             changes[field.name] = str(best[stage])
     return replace(run, **changes)
-
-
-def first_stage_of(folder: Path) -> FirstStageConfig:
-    """The configuration of a model's first stage."""
-    return config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}: tokenizer").first_stage
 
 
 def finished(folder: Path, run: Run) -> bool:
@@ -165,7 +161,7 @@ def finished(folder: Path, run: Run) -> bool:
 
 
 def last_state(folder: Path) -> dict[str, Any]:
-    """The state of a run's newest checkpoint; nothing without one, or where it is damaged, which training mends."""
+    """The state of a run's newest checkpoint; empty without one, or where it is damaged, which training mends."""
     try:
         return json.loads((checkpoints(folder)[-1] / STATE).read_text(encoding="utf-8"))
     except (IndexError, OSError, ValueError):
@@ -178,15 +174,14 @@ def spent_minutes(folder: Path) -> float:
     return (last_state(folder).get("trained_s", 0.0) + (plan.prepared_s if plan else 0.0)) / 60
 
 
-def draw_cache(folder: Path, size: int) -> None:
-    """A cache of a few clips of noise, to measure on."""
-    videos = []
-    for number in range(DRAWN_CLIPS):
-        caption, first, held = f"noise, number {number}", number * DRAWN_FRAMES, number % 6 == 0
-        videos.append(
-            CachedVideo("drawn", f"{number}.mp4", (caption,), held, False, first, DRAWN_FRAMES, DRAWN_FRAMES / 8)
-        )
-    shape = (DRAWN_CLIPS * DRAWN_FRAMES, size, size, 3)
-    frames = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    times_s = torch.arange(DRAWN_FRAMES, dtype=torch.float64).repeat(DRAWN_CLIPS) / 8
+def noise_cache(folder: Path, size: int) -> None:
+    """A cache of clips of noise, every sixth for validation, to measure the speed on."""
+    count, period_s = NOISE_FRAMES, NOISE_FRAMES / NOISE_FPS
+    videos = [
+        CachedVideo("noise", f"{i}.mp4", (f"clip {i}",), i % 6 == 0, False, i * count, count, period_s)
+        for i in range(NOISE_CLIPS)
+    ]
+    shape = (NOISE_CLIPS * count, size, size, 3)
+    frames = torch.randint(256, shape, dtype=torch.uint8, generator=generator_for(0, "noise"))
+    times_s = torch.arange(count, dtype=torch.float64).repeat(NOISE_CLIPS) / NOISE_FPS
     FrameCache(tuple(videos), frames, times_s).save(folder)

@@ -1,4 +1,4 @@
-"""Training checkpoints: everything a run needs to go on, whole on disk or not there at all.
+"""Training checkpoints: everything a run needs to continue, whole on disk or not there at all.
 
     runs/sprites-lm/step-00000500/
         shard-00001-….safetensors   weights, EMA, buffers and optimizer, one file a process
@@ -6,8 +6,7 @@
         SHA256SUMS                  of all of them; `sha256sum -c SHA256SUMS` checks it too
 
 Written by `torch.distributed.checkpoint` in safetensors, so that any number of processes reads what any other number
-wrote, and no pickle is involved. There is no state of random numbers in it, because there is none: every draw is a
-function of (seed, step).
+wrote, and no pickle is involved. No state of random numbers is needed: every draw is a function of (seed, step).
 """
 
 import json
@@ -27,11 +26,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from dicode.checkpoint import is_finite
 from dicode.config import CheckpointError
-from dicode.files import flush, sha256_of
+from dicode.files import PARTIAL, flush, sha256_of
 from dicode.train.parallel import Processes, local
 
 KEPT = 2
 SUMS, STATE = "SHA256SUMS", "state.json"
+ALONE = "torch.distributed is disabled"  # a warning, where no_dist asks for just that
 
 
 @dataclass
@@ -48,8 +48,7 @@ class TrainState:
 def save_checkpoint(folder: Path, state: TrainState, tensors: Mapping[str, Tensor], processes: Processes) -> Path:
     """Write `folder/step-…` under a temporary name, flush it, sum it, rename it; keep the two newest.
 
-    Raises `CheckpointError`, leaving earlier checkpoints as they are, where a tensor is not finite or the disk takes
-    no more.
+    Raises `CheckpointError`, leaving earlier checkpoints as they are, where a tensor is not finite or the disk is full.
     """
     unfit = [name for name, value in tensors.items() if not is_finite(local(value))]
     if processes.any(bool(unfit)):
@@ -64,24 +63,12 @@ def save_checkpoint(folder: Path, state: TrainState, tensors: Mapping[str, Tenso
     failure = ""
     try:
         _write(temporary, tensors, processes)
+        if processes.first:
+            _publish(temporary, final, state)
     except CheckpointException as error:  # which is no Exception
         failure = "; ".join(f"{cause}" for cause, _ in error.failures.values())
     except OSError as error:
         failure = str(error)
-    if processes.first and not failure:
-        try:
-            (temporary / STATE).write_text(json.dumps(asdict(state)))
-            sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
-            (temporary / SUMS).write_text(sums)
-            for path in (temporary / STATE, temporary / SUMS):
-                flush(path)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            flush(folder)
-            for old in checkpoints(folder)[:-KEPT]:
-                shutil.rmtree(old)
-        except OSError as error:
-            failure = str(error)
     if processes.any(bool(failure)):
         if processes.first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -93,10 +80,24 @@ def save_checkpoint(folder: Path, state: TrainState, tensors: Mapping[str, Tenso
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    packed = {name: value.contiguous() for name, value in tensors.items()}  # some are channels-last
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for just that
-        packed = {name: value.contiguous() for name, value in tensors.items()}  # some are channels-last
+        warnings.filterwarnings("ignore", message=ALONE)
         save(packed, storage_writer=writer, no_dist=processes.count == 1)
+
+
+def _publish(temporary: Path, final: Path, state: TrainState) -> None:
+    """Add state and sums to what all processes wrote, and give it its name."""
+    (temporary / STATE).write_text(json.dumps(asdict(state)))
+    sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
+    (temporary / SUMS).write_text(sums)
+    for path in (temporary / STATE, temporary / SUMS):
+        flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    flush(final.parent)
+    for old in checkpoints(final.parent)[:-KEPT]:
+        shutil.rmtree(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -107,13 +108,14 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest_checkpoint(folder: Path, processes: Processes) -> Path | None:
     """The newest whole checkpoint of a run, or None where there was never one.
 
-    Damaged ones are said, and renamed to `damaged-…`. Raises `CheckpointError` where no other is left.
+    Damaged ones are named, and renamed to `damaged-…`. Raises `CheckpointError` where no other is left.
     """
     found: Path | None = None
     problem = ""
     if processes.first:
-        for rest in folder.glob(".writing-*"):
-            shutil.rmtree(rest)
+        for rest in (*folder.glob(".writing-*"), *folder.glob(f".*{PARTIAL}")):  # of a run that was killed
+            shutil.rmtree(rest, ignore_errors=True)
+            rest.unlink(missing_ok=True)
         for path in reversed(checkpoints(folder)):
             if not (problem := damage(path)):
                 found = path
@@ -128,7 +130,7 @@ def newest_checkpoint(folder: Path, processes: Processes) -> Path | None:
 
 
 def damage(path: Path) -> str:
-    """What keeps a checkpoint from being what was written, or '' where nothing does."""
+    """How a checkpoint differs from what was written, or ''."""
     try:
         text = (path / SUMS).read_bytes().decode("ascii")
         sums = {name: digest for digest, name in (line.split("  ") for line in text.splitlines())}
@@ -149,10 +151,10 @@ def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], processes: Proces
     asked = {name: tuple(value.shape) for name, value in tensors.items()}
     if differing := sorted(held.keys() ^ asked.keys()):
         other = "optimizer" if all(name.startswith("optimizer/") for name in differing) else "recipe"
-        raise CheckpointError(f"{path}: made with another {other}; differing tensors: {differing[:5]}")
+        raise CheckpointError(f"{path}: written with another {other}; differing tensors: {differing[:5]}")
     if misshapen := [name for name, shape in asked.items() if shape != held[name]]:
-        raise CheckpointError(f"{path}: made with another recipe; tensors of other shapes: {misshapen[:5]}")
+        raise CheckpointError(f"{path}: written with another recipe; tensors of other shapes: {misshapen[:5]}")
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message=ALONE)
         load(dict(tensors), storage_reader=reader, no_dist=processes.count == 1)
     return TrainState(**json.loads((path / STATE).read_text()))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,9 +30,10 @@ from dicode.train.adversarial import FeatureDiscriminator, ReconstructionStats, 
 from dicode.train.parallel import Processes
 from dicode.train.runs import FirstStageRun
 
-MOST_RENDERED = 4096  # clips that a decoder learns from as they are rendered: hours of work for a processor
+L1_WEIGHT = 0.1  # beside the squared error: keeps flat areas of pixel art flat
+LATENT_NOISE = 0.05  # of the batch's latent deviation: latents will be imperfect in use
+MOST_RENDERED = 4096  # clips whose rendered frames a decoder learns from: hours of work for a processor
 VALIDATION_FRAMES = 2048  # of all sources together …
-MEAN_OF, MOVED = 8, 0.2  # frames of a clip's mean; a pixel moves further than this from it, of −1…1
 LEAST_FRAMES = 16  # … but at least so many of each
 
 
@@ -52,9 +54,9 @@ def psnr_db(pixels: Tensor, target: Tensor) -> Tensor:
 
 
 class Rendered(NamedTuple):
-    """Frames as a tokenizer renders them, and which cached frames they stand for."""
+    """Frames rendered by a tokenizer, and the rows of the cached frames that they reconstruct."""
 
-    rows: Tensor  # f, of the cache
+    rows: Tensor  # f
     latents: Tensor  # f c h w, float16, normalised
 
 
@@ -68,10 +70,10 @@ def validation_rows(videos: Videos) -> dict[str, Tensor]:
 
 
 def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStageRun) -> Rendered:
-    """The first clips of up to 4,096 videos from their own key frames: all frames but the head, which is no work.
+    """The first clips of up to 4,096 videos from their own key frames: all frames but the head, which is not rendered.
 
-    Computed once and kept in the cache's folder, under a name that depends on all that decides them: the tokenizer's
-    weights and configuration, sampling included, the cache and the videos.
+    Computed once and kept in the cache's folder, under a hash of all that decides them: the tokenizer's weights and
+    configuration, sampling included, the cache and the videos.
     """
     config, source = tokenizer.config, Path(str(run.tokenizer))
     chosen = cache.columns.lasting(config.clip_s).spread(MOST_RENDERED)
@@ -85,8 +87,7 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
             tokens = tokenizer.encode(cache.frames[part])
             indices = list(range(16 * number, 16 * number + len(part)))
             with autocast(tokenizer.device, run.loop.precision):
-                latents = tokenizer.render(tokens, sample_indices=indices)
-            parts.append(latents.half().cpu())
+                parts.append(tokenizer.render(tokens, sample_indices=indices).half().cpu())
         return {"latents": torch.cat(parts)}
 
     weights = content_hash(source / WEIGHTS, source / TOKENIZER_WEIGHTS)
@@ -98,30 +99,30 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
     return Rendered(rows[:, 1 : config.clip_frames].flatten(), latents[:, 1:].flatten(0, 1))
 
 
+def check(run: FirstStageRun) -> None:
+    """Raise `ValueError` for options that need others."""
+    if run.freeze_encoder and not run.init:
+        raise ValueError("freeze_encoder: name the trained first stage in init; a random encoder would stay random")
+    if run.tokenizer and not run.freeze_encoder:
+        raise ValueError("tokenizer: its tokens stand for the latents of a frozen encoder; set freeze_encoder")
+    if not 0 <= run.rendered_share <= 1 or (run.rendered_share and not run.tokenizer):
+        raise ValueError(f"rendered_share: expected 0…1, and a tokenizer that renders, got {run.rendered_share}")
+    if run.adversarial_weight and not run.perceptual_weight:
+        raise ValueError("adversarial_weight: its discriminator reads feature maps; set a perceptual_weight as well")
+
+
 class FirstStageTraining:
     """The `Stage` of a `FirstStageRun`."""
 
     def __init__(self, run: FirstStageRun):
-        if run.freeze_encoder and not run.init:
-            raise ValueError("freeze_encoder: name the trained first stage in init; a random encoder would stay random")
-        if run.tokenizer and not run.freeze_encoder:
-            raise ValueError("tokenizer: its tokens stand for the latents of a frozen encoder; set freeze_encoder")
-        if not 0 <= run.rendered_share <= 1 or (run.rendered_share and not run.tokenizer):
-            raise ValueError(f"rendered_share: expected 0…1, and a tokenizer that renders, got {run.rendered_share}")
-        if run.moving_weight and run.rendered_share:
-            raise ValueError("moving_weight: weighs frames of clips; leave it out where rendered_share is given")
-        if run.adversarial_weight and not run.perceptual_weight:
-            raise ValueError("adversarial_weight: its discriminator sees feature maps; set a perceptual_weight as well")
+        check(run)
         self.run = run
         self.tokenizer = VideoTokenizer.from_pretrained(run.tokenizer).requires_grad_(False) if run.tokenizer else None
         self.best = "-frechet" if run.adversarial_weight else "-perceptual" if run.perceptual_weight else "psnr_db"
         self.feature_maps = FeatureMaps() if run.perceptual_weight else None
         cache = FrameCache.load(run.cache)
-        self.frames = cache.frames
-        self.rows = cache.subset(validation=False).frame_rows()
-        if run.moving_weight:
-            self.first, self.count = (self.rows.videos.column(name) for name in ("first", "count"))
-        validation = cache.subset(validation=True)
+        training, validation = cache.subset(validation=False), cache.subset(validation=True)
+        self.frames, self.rows = cache.frames, training.frame_rows()
         self.validation = validation_rows(validation.columns)
         torch.manual_seed(run.loop.seed)
         first_stage = FirstStage(run.model)
@@ -140,12 +141,12 @@ class FirstStageTraining:
                 decoder_guidance=run.rendered_guidance, motion_scale=run.rendered_motion_scale
             )
             self.tokenizer.config = replace(config, sampling=sampling)
-            self.rendered = rendered_clips(self.tokenizer, cache.subset(validation=False), run)
+            self.rendered = rendered_clips(self.tokenizer, training, run)
             self.rendered_validation = rendered_clips(self.tokenizer, validation, run)
 
     @property
     def first_stage(self) -> FirstStage:
-        """Of what is trained, the part that is exported."""
+        """The part of the module that is exported."""
         found = self.module["first_stage"] if isinstance(self.module, nn.ModuleDict) else self.module
         assert isinstance(found, FirstStage)
         return found
@@ -154,64 +155,49 @@ class FirstStageTraining:
         return len(self.rows)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = self.rows[indices]
-        pixels = frames_to_pixels(self.frames[rows])
+        pixels = frames_to_pixels(self.frames[self.rows[indices]])
         flipped = torch.rand(len(pixels), generator=generator) < 0.5 * self.run.mirror
         pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
-        if self.run.moving_weight:
-            weight = self.weights_of(rows, frames_to_pixels(self.frames[rows]))
-            return {"pixels": pixels, "weight": torch.where(flipped[:, None, None, None], weight.flip(-1), weight)}
         if self.rendered is None:
             return {"pixels": pixels}
-        rendered = round(self.run.rendered_share * len(indices))
-        chosen = torch.randint(len(self.rendered.rows), (rendered,), generator=generator)
-        own = frames_to_pixels(self.frames[self.rendered.rows[chosen]])
+        count = round(self.run.rendered_share * len(indices))
+        chosen = torch.randint(len(self.rendered.rows), (count,), generator=generator)
+        targets = frames_to_pixels(self.frames[self.rendered.rows[chosen]])
         return {
-            "pixels": torch.cat([pixels[: len(indices) - rendered], own]),
+            "pixels": torch.cat([pixels[: len(indices) - count], targets]),
             "rendered": self.rendered.latents[chosen].float(),  # of the last of these images
         }
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        device = self.first_stage.latent_mean.device
+        first_stage, device = self.first_stage, self.first_stage.latent_mean.device
         pixels = batch["pixels"].to(device).contiguous(memory_format=torch.channels_last)
-        latents = self.first_stage.raw_latents(pixels[: len(pixels) - len(batch.get("rendered", ()))])
+        latents = first_stage.raw_latents(pixels[: len(pixels) - len(batch.get("rendered", ()))])
         if self.tokenizer is not None:
             half = len(latents) // 2
             latents = torch.cat([self.through_tokens(pixels[:half]), latents[half:]])
         if "rendered" in batch:
             latents = torch.cat([latents, self.raw(batch["rendered"].to(device))])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        latents = latents + self.run.latent_noise * latents.detach().std() * noise
-        decoded = self.first_stage.raw_decode(latents)
+        decoded = first_stage.raw_decode(latents + LATENT_NOISE * latents.detach().std() * noise)
         error = decoded - pixels
-        weight = batch["weight"].to(device) if "weight" in batch else torch.ones((), device=device)
-        parts = {"squared": (weight * error.square()).mean(), "absolute": (weight * error.abs()).mean()}
-        loss = parts["squared"] + self.run.l1_weight * parts["absolute"]
+        parts = {"squared": error.square().mean(), "absolute": error.abs().mean()}
+        loss = parts["squared"] + L1_WEIGHT * parts["absolute"]
         if self.feature_maps:
-            made, real = self.feature_maps(decoded), self.feature_maps(pixels)
-            parts["perceptual"] = perceptual_distance(made, real)
+            predicted, real = self.feature_maps(decoded), self.feature_maps(pixels)
+            parts["perceptual"] = perceptual_distance(predicted, real)
             loss = loss + self.run.perceptual_weight * parts["perceptual"]
             if isinstance(self.module, nn.ModuleDict):
-                adversarial, discriminator = adversarial_losses(self.module["discriminator"], made, real)
+                adversarial, discriminator = adversarial_losses(self.module["discriminator"], predicted, real)
                 parts |= {"adversarial": adversarial, "discriminator": discriminator}
                 loss = loss + self.run.adversarial_weight * adversarial + discriminator
         return loss, {name: part.detach() for name, part in parts.items()}
-
-    def weights_of(self, rows: Tensor, pixels: Tensor) -> Tensor:
-        """Weights `f 1 h w`, 1 in the mean, of frames at these rows of the cache: more where a clip leaves its mean."""
-        video = np.searchsorted(self.first, rows.numpy(), side="right") - 1
-        places = (np.linspace(0, 1, MEAN_OF) * (self.count[video, None] - 1)).round().astype(np.int64)
-        mean = frames_to_pixels(self.frames[torch.from_numpy(self.first[video, None] + places)]).mean(1)
-        moved = ((pixels - mean).abs().amax(1, keepdim=True) > MOVED).float()
-        weight = 1 + self.run.moving_weight * moved
-        return weight / weight.mean()
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         return 1.0
 
     @torch.no_grad()
     def through_tokens(self, pixels: KeyFramePixels) -> ImageLatents:
-        """Raw latents as the key-frame head tells them from an image's deep tokens: smoother than the encoder's."""
+        """Raw latents that the key-frame head predicts from an image's deep tokens: smoother than the encoder's."""
         assert self.tokenizer is not None
         tokenizer = self.tokenizer.to(pixels.device)
         return self.raw(tokenizer.key_latents(tokenizer.tokens_of(tokenizer.source_of(pixels))))
@@ -225,44 +211,45 @@ class FirstStageTraining:
         sample = frames_to_pixels(self.frames[self.rows.spread(1024)]).to(device)
         if not self.run.freeze_encoder:
             first_stage.fit_statistics(torch.cat([first_stage.raw_latents(part) for part in sample.split(64)]))
+
+        def mapped(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+            return torch.cat([function(part.to(device)).cpu() for part in values.split(64)])
+
         metrics: dict[str, float] = {}
-        strips, judged = [], ReconstructionStats()
+        strips, stats = [], ReconstructionStats()
         for source, rows in self.validation.items():
             pixels = frames_to_pixels(self.frames[rows])
-            decoded = torch.cat(
-                [first_stage.decode(first_stage.encode(part.to(device))).cpu() for part in pixels.split(64)]
-            )
+            decoded = mapped(lambda part: first_stage.decode(first_stage.encode(part)), pixels)
             metrics[f"psnr_{source}_db"] = psnr_db(decoded, pixels).mean().item()
-            self.judge(judged, decoded, pixels)
+            self.compare(decoded, pixels, stats)
             if self.tokenizer is not None:
-                parts = (part.to(device) for part in pixels.split(64))
-                told = torch.cat([first_stage.raw_decode(self.through_tokens(part)).cpu() for part in parts])
-                metrics[f"psnr_{source}_of_tokens_db"] = psnr_db(told, pixels).mean().item()
-                self.judge(judged, told, pixels)
+                of_tokens = mapped(lambda part: first_stage.raw_decode(self.through_tokens(part)), pixels)
+                metrics[f"psnr_{source}_of_tokens_db"] = psnr_db(of_tokens, pixels).mean().item()
+                self.compare(of_tokens, pixels, stats)
             picks = torch.arange(0, len(rows), max(1, len(rows) // 16))[:16]
             strips += [pixels[picks], decoded[picks].clamp(-1, 1)]
         metrics["psnr_db"] = sum(metrics.values()) / len(metrics)  # of all kinds
         if self.rendered is not None:
             rows, latents = self.rendered_validation
-            some = slice(None, None, max(1, len(rows) // 480))
-            rendered = [first_stage.decode(part.float().to(device)).cpu() for part in latents[some].split(64)]
-            of_rendered = ReconstructionStats()
-            for both in (judged, of_rendered):
-                self.judge(both, torch.cat(rendered), frames_to_pixels(self.frames[rows[some]]))
+            some, of_rendered = slice(None, None, max(1, len(rows) // 480)), ReconstructionStats()
+            rendered = mapped(lambda part: first_stage.decode(part.float()), latents[some])
+            self.compare(rendered, frames_to_pixels(self.frames[rows[some]]), stats, of_rendered)
             if of_rendered.distances:
                 metrics |= {f"{name}_of_rendered": value for name, value in of_rendered.figures().items()}
-        if judged.distances:
-            metrics |= judged.figures()
+        if stats.distances:
+            metrics |= stats.figures()
         sheet = torch.cat([rearrange(pixels_to_frames(s), "b h w c -> h (b w) c") for s in strips])
         return metrics, Image.fromarray(sheet.numpy())
 
-    def judge(self, judged: ReconstructionStats, made: Tensor, real: Tensor) -> None:
-        """Add images to a comparison, where this run has feature maps to compare them by."""
+    def compare(self, decoded: Tensor, real: Tensor, *stats: ReconstructionStats) -> None:
+        """Add images to statistics, where this run has feature maps to compare them by."""
         if self.feature_maps is None:
             return
-        for a, b in zip(made.split(64), real.split(64), strict=True):
-            maps = (self.feature_maps(x.to(self.first_stage.latent_mean.device)) for x in (a, b))
-            judged.add(*maps)
+        device = self.first_stage.latent_mean.device
+        for pair in zip(decoded.split(64), real.split(64), strict=True):
+            maps = [self.feature_maps(pixels.to(device)) for pixels in pair]
+            for each in stats:
+                each.add(*maps)
 
     def export(self, folder: Path) -> None:
         write_config(folder, {"first_stage": config_to_dict(self.run.model)})

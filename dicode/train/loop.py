@@ -10,9 +10,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from dicode.checkpoint import content_hash, is_finite
 from dicode.config import config_to_dict
 from dicode.device import autocast, compute_dtype, describe_device, pick_device
-from dicode.files import flush
+from dicode.files import flush, whole_folder
 from dicode.seeds import generator_for
 from dicode.stopwatch import Progress, Stopwatch
 from dicode.train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -41,7 +42,7 @@ from dicode.train.parallel import (
     recompute_activations,
     whole,
 )
-from dicode.train.run_log import NoLog, RunLog, claimed, note_start
+from dicode.train.run_log import RunLog, claimed, note_start
 from dicode.train.runs import LoopConfig
 from dicode.train.signals import Stopped, StopSignal
 from dicode.train.speed import Speed, name_of
@@ -49,39 +50,29 @@ from dicode.train.speed import Speed, name_of
 
 @runtime_checkable
 class Stage(Protocol):
-    """What is trained: a module, its batches, its loss, its validation. `best` names the metric that picks weights."""
+    """What is trained: a module, its batches, its loss, its validation."""
 
-    best: str  # validation metric; a leading '-' means lower is better
+    best: str  # validation metric that picks the weights; a leading '-' means lower is better
     run: Any  # its configuration; `run.cache` is the folder of its data
 
     @property
-    def module(self) -> nn.Module:
-        """What is trained; a plain attribute, into which FSDP puts a whole copy for validation."""
-        ...
+    def module(self) -> nn.Module: ...  # a plain attribute, into which FSDP puts a whole copy for validation
 
-    def num_samples(self) -> int:
-        """Training samples an epoch."""
-        ...
+    def num_samples(self) -> int: ...  # training samples an epoch
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Any:
-        """The batch of these sample indices; augmentation draws from the generator alone."""
-        ...
+        """The batch of these samples; augmentation draws from the generator alone."""
 
     def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss to minimise and named scalars to log."""
-        ...
 
     def weight(self, batch: Any) -> float:
-        """What this loss counts for beside those of a step's other micro_batches: of how many terms it is the mean."""
-        ...
+        """Number of terms that this loss is the mean of: its weight among those of a step's micro-batches."""
 
     def validate(self) -> tuple[dict[str, float], Image.Image | None]:
         """Metrics on the validation split with the module as it stands, and a contact sheet."""
-        ...
 
-    def export(self, folder: Path) -> None:
-        """Write the part of a checkpoint folder that this stage makes."""
-        ...
+    def export(self, folder: Path) -> None: ...  # writes this stage's part of a checkpoint folder
 
 
 class NonFiniteLossError(RuntimeError):
@@ -96,7 +87,7 @@ class Training:
     config: LoopConfig
     processes: Processes
     step: nn.Module  # computes the stage's loss, as the processes share it
-    copy: nn.Module | None  # of the stage's module, to be whole in validation where FSDP shares out the weights
+    copy: nn.Module | None  # of the stage's module, for validation where FSDP shards the weights
     trained: dict[str, nn.Parameter]
     ema: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -110,8 +101,7 @@ class Training:
                 f"batch_size {config.optim.batch_size}: expected a multiple of micro_batches, and those of the "
                 f"{processes.count} processes; got micro_batches {config.micro_batches}"
             )
-        shares = config.strategy == "fsdp" and processes.count > 1
-        copy = deepcopy(stage.module).cpu() if shares else None
+        copy = deepcopy(stage.module).cpu() if config.strategy == "fsdp" and processes.count > 1 else None
         module = stage.module.to(device := pick_device(config.device))
         dtype = compute_dtype(device, config.precision)
         if config.checkpoint_activations:
@@ -124,21 +114,26 @@ class Training:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
         return next(iter(self.trained.values())).device
 
     @property
-    def own_pieces(self) -> range:
-        """Numbers of the micro-batches of a step's batch that this process computes."""
+    def own_micro_batches(self) -> range:
+        """Numbers of the micro-batches of a step that this process computes."""
         return range(self.processes.rank, self.config.micro_batches, self.processes.count)
 
     def samples(self, step: int) -> Tensor:
-        """Sample numbers of one step, of all its micro-batches."""
         return sample_indices(self.stage.num_samples(), self.config.optim.batch_size, self.config.seed, step)
 
-    def generator(self, purpose: str, step: int, piece: int) -> torch.Generator:
-        """Random numbers of one piece of one step, the same in whichever process."""
-        return generator_for(self.config.seed, purpose, step, piece)
+    def generator(self, purpose: str, step: int, micro_batch: int) -> torch.Generator:
+        """Random numbers of one micro-batch, the same in whichever process."""
+        return generator_for(self.config.seed, purpose, step, micro_batch)
+
+    def loss(self, step: int, micro_batch: int, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and scalars of one micro-batch, always the same ones."""
+        # dropout inside library modules takes no generator
+        torch.manual_seed(self.generator("dropout", step, micro_batch).initial_seed())
+        with autocast(self.device, self.config.precision):
+            return self.step(batch, self.generator("noise", step, micro_batch))
 
     def statistics(self) -> list[Tensor]:
         """Running means and variances, which a forward pass in training changes."""
@@ -146,7 +141,7 @@ class Training:
         return [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds of them, by name."""
+        """The tensors of a checkpoint, by name."""
         held: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in self.trained.items()}
         held |= {f"ema/{name}": average for name, average in self.ema.items()}
         held |= {f"buffers/{name}": buffer for name, buffer in self.buffers.items()}
@@ -154,6 +149,21 @@ class Training:
             for name, p in self.trained.items():
                 held |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state.get(p, {}).items()}
         return held
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """In here the stage's module is whole, in eval mode, and not compiled anew for the shapes of validation."""
+        self.stage.module.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), whole(self.stage, self.copy):
+            yield
+
+    def best_metric(self, metrics: dict[str, float]) -> tuple[str, float]:
+        """Name and sign of the metric that picks weights. Raises `ValueError` where it is not among these."""
+        asked = self.config.best or self.stage.best
+        name, sign = asked.removeprefix("-"), -1.0 if asked.startswith("-") else 1.0
+        if name not in metrics:
+            raise ValueError(f"--loop.best: expected one of {', '.join(sorted(metrics))}, got {asked!r}")
+        return name, sign
 
 
 def train(
@@ -166,9 +176,9 @@ def train(
 ) -> dict[str, float]:
     """Train to `config.optim.steps` in `folder`, continuing from its newest whole checkpoint; returns the best metrics.
 
-    `recipe` and the file `source` are kept in the folder, to explain it. A SIGTERM or SIGINT finishes the step, writes
-    a checkpoint and raises `SystemExit(75)`. Raises `NonFiniteLossError`, and `CheckpointError` where a checkpoint
-    cannot be read or written.
+    `recipe` and the file `source` are copied there. A SIGTERM or SIGINT finishes the step, writes a checkpoint and
+    raises `SystemExit(75)`. Raises `NonFiniteLossError`, and `CheckpointError` for checkpoints that cannot be read or
+    written.
     """
     data = data_of(stage.run)
     with stop or StopSignal() as stop, Processes() as processes, claimed(folder, data, config, processes):
@@ -178,27 +188,26 @@ def train(
         if processes.first:
             if newest:
                 print(f"continuing {folder} from step {state.step}", flush=True)
-            made_on = {
+            session = {
                 "device": describe_device(run.device),
                 "dtype": name_of(compute_dtype(run.device, config.precision)),
                 "threads": torch.get_num_threads(),
                 "processes": processes.count,
                 "data": data,
             }
-            asked = {"recipe": recipe, "loop": config_to_dict(config)}
-            note_start(folder, state.step, asked, source, made_on)
+            note_start(folder, state.step, {"recipe": recipe, "loop": config_to_dict(config)}, source, session)
         if config.best and state.step == 0:
             _check_best(run, stop)
-        log = RunLog(folder, state.step, config.tracker, recipe) if processes.first else NoLog()
+        log = RunLog(folder, state.step, config.tracker, recipe, processes.first)
         with log, sdpa_kernel(attention_on(run.device)):
             _loop(run, state, folder, log, stop)
     return {} if state.best is None else state.best
 
 
 def data_of(run: Any) -> str:
-    """What tells one cache from another, of the cache that a run trains on."""
+    """A hash of the cache that a run trains on."""
     index = Path(run.cache) / "index.json"
-    return content_hash(index) if index.is_file() else ""  # its absence is a matter of whoever reads it
+    return content_hash(index) if index.is_file() else ""  # whoever reads the cache raises
 
 
 def attention_on(device: torch.device) -> list[SDPBackend]:
@@ -207,15 +216,14 @@ def attention_on(device: torch.device) -> list[SDPBackend]:
     return [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
-def _loop(run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, stop: StopSignal) -> None:
+def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: StopSignal) -> None:
     config, steps, watch = run.config, run.config.optim.steps, Stopwatch()
     speed = Speed(config, run.device, state.step, watch)
-    batches = _batches(run, state.step)
+    batches = draw_batches(run, state.step)
     kept = (state.step, state.evaluated)
-    before_s = state.trained_s
-    began_s = time.monotonic()
+    began_s = time.monotonic() - state.trained_s
     while True:
-        state.trained_s = before_s + time.monotonic() - began_s
+        state.trained_s = time.monotonic() - began_s
         finished = state.step >= steps
         due = state.step > state.evaluated and (finished or state.step % config.evaluate_every == 0)
         with watch.stage("evaluate"):
@@ -236,7 +244,7 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, s
             batch = next(batches)
         logs = (state.step + 1) % config.log_every == 0 or state.step == 0
         with watch.stage("step"), speed.working(batch):
-            scalars = _step(run, state, batch)
+            scalars = train_step(run, state, batch)
         state.step += 1
         if config.log_samples:
             log.append({"kind": "samples", "step": state.step, "samples": run.samples(state.step - 1).tolist()})
@@ -248,49 +256,46 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, s
             log.heartbeat(state.step, steps, scalars["loss"])
 
 
-def _batches(run: Training, step: int) -> Iterator[dict[int, Any]]:
-    """This process's micro-batches, step after step; with `prefetch` made one step ahead, in a thread."""
+def draw_batches(run: Training, step: int) -> Iterator[dict[int, Any]]:
+    """This process's micro-batches, step after step; with `prefetch` drawn one step ahead, in a thread."""
 
-    def made(step: int) -> dict[int, Any]:
+    def draw(step: int) -> dict[int, Any]:
         indices = run.samples(step).tensor_split(run.config.micro_batches)
-        return {p: run.stage.batch(indices[p], run.generator("batch", step, p)) for p in run.own_pieces}
+        return {i: run.stage.batch(indices[i], run.generator("batch", step, i)) for i in run.own_micro_batches}
 
     if not run.config.prefetch:
-        while True:
-            yield made(step)
-            step += 1
+        yield from map(draw, count(step))
     with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(made, step)
-        while True:
+        ahead = thread.submit(draw, step)
+        for following in count(step + 1):
             batch = ahead.result()
-            step += 1
-            ahead = thread.submit(made, step)
+            ahead = thread.submit(draw, following)
             yield batch
 
 
-def _step(run: Training, state: TrainState, batches: dict[int, Any]) -> dict[str, float] | None:
+def train_step(run: Training, state: TrainState, batches: dict[int, Any]) -> dict[str, float] | None:
     """One update of the weights, and what to log of it; None for a step that was left out as not finite."""
-    optim, step = run.config.optim, state.step
+    step = state.step
     run.stage.module.train()
     run.stage.module.zero_grad(set_to_none=True)
     buffers = run.statistics()
-    moved = [torch.zeros_like(b) for b in buffers]
+    change = [torch.zeros_like(b) for b in buffers]
     before = [b.clone() for b in buffers]
-    scalars, counted = [], torch.tensor([run.stage.weight(batch) for batch in batches.values()], dtype=torch.float64)
-    shares = counted / run.processes.mean(counted.sum()).clamp(min=1)  # gradients and logs are means over processes
-    for share, (piece, batch) in zip(shares.tolist(), batches.items(), strict=True):
-        with gradients_shared(run.step, last=piece == run.own_pieces[-1]):
-            loss, values = _loss(run, run.step, step, piece, batch)
+    scalars, terms = [], torch.tensor([run.stage.weight(batch) for batch in batches.values()], dtype=torch.float64)
+    shares = terms / run.processes.mean(terms.sum()).clamp(min=1)  # gradients and logs are means over processes
+    for share, (i, batch) in zip(shares.tolist(), batches.items(), strict=True):
+        with gradients_shared(run.step, last=i == run.own_micro_batches[-1]):
+            loss, values = run.loss(step, i, batch)
             (loss * share).backward()
         scalars.append({"loss": loss.detach(), **values})
-        for total, buffer, start in zip(moved, buffers, before, strict=True):
+        for total, buffer, start in zip(change, buffers, before, strict=True):
             total += buffer - start
             buffer.copy_(start)
     names = list(scalars[0])
-    values = torch.stack([torch.stack([s[name].float() for name in names]) for s in scalars]).cpu()
-    sums = (values * shares[:, None].float()).sum(0)
+    table = torch.stack([torch.stack([s[name].float() for name in names]) for s in scalars]).cpu()
+    sums = (table * shares[:, None].float()).sum(0)
     found = dict(zip(names, run.processes.mean(sums).tolist(), strict=True))
-    for p in run.trained.values():  # not reached by any piece: as where another process's piece has reached it
+    for p in run.trained.values():  # as where another process's micro-batch has reached it
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     total_norm = nn.utils.get_total_norm([p.grad for p in run.trained.values() if p.grad is not None])
     norm = full(total_norm).item()
@@ -302,8 +307,14 @@ def _step(run: Training, state: TrainState, batches: dict[int, Any]) -> dict[str
             f"step {step}: loss {found['loss']}, gradient norm {norm}; {_not_finite(run, step, batches)}; samples "
             f"{run.samples(step).tolist()}"
         )
-    for total, buffer in zip(moved, buffers, strict=True):
+    for total, buffer in zip(change, buffers, strict=True):
         buffer += run.processes.mean(total / len(batches)).to(buffer)
+    return {**found, "gradient_norm": norm, "lr": _update(run, step, total_norm)}
+
+
+def _update(run: Training, step: int, total_norm: Tensor) -> float:
+    """Move weights and their average by the gradients; returns the learning rate."""
+    optim = run.config.optim
     nn.utils.clip_grads_with_norm_(run.trained.values(), optim.clip_norm, total_norm)
     lr = optim.lr_at(step)
     for optimizer in run.optimizers:
@@ -314,19 +325,11 @@ def _step(run: Training, state: TrainState, batches: dict[int, Any]) -> dict[str
     with torch.no_grad():
         weights = [local(p.detach()) for p in run.trained.values()]
         torch._foreach_lerp_([local(average) for average in run.ema.values()], weights, 1 - decay)
-    return {**found, "gradient_norm": norm, "lr": lr}
-
-
-def _loss(run: Training, step_module: nn.Module, step: int, piece: int, batch: Any) -> Any:
-    """Loss and scalars of one piece of a step, always the same ones."""
-    # dropout inside library modules takes no generator
-    torch.manual_seed(run.generator("dropout", step, piece).initial_seed())
-    with autocast(run.device, run.config.precision):
-        return step_module(batch, run.generator("noise", step, piece))
+    return lr
 
 
 def _not_finite(run: Training, step: int, batches: dict[int, Any]) -> str:
-    """What in a step that went wrong was so first: a weight, a module's output, or a gradient."""
+    """The first of a failed step's weights, module outputs or gradients that is not finite."""
     for name, p in run.trained.items():
         if not is_finite(local(p)):
             return f"weight {name} was so before it"
@@ -343,8 +346,8 @@ def _not_finite(run: Training, step: int, batches: dict[int, Any]) -> str:
         for name, module in run.stage.module.named_modules()
     ]
     with torch.no_grad():
-        for piece, batch in batches.items():
-            _loss(run, run.step, step, piece, batch)
+        for i, batch in batches.items():
+            run.loss(step, i, batch)
     for hook in hooks:
         hook.remove()
     if outputs:
@@ -352,16 +355,13 @@ def _not_finite(run: Training, step: int, batches: dict[int, Any]) -> str:
     return f"all modules' outputs are finite; gradients are not, of {gradients[:3]}"
 
 
-def _evaluate(run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, stop: StopSignal) -> bool:
+def _evaluate(run: Training, state: TrainState, folder: Path, log: RunLog, stop: StopSignal) -> bool:
     """Validate the EMA weights, and export them where they are the best so far; False where a signal cut it short."""
-    stage, raw = run.stage, {name: p.detach().clone() for name, p in run.trained.items()}
+    raw, result = {name: p.detach().clone() for name, p in run.trained.items()}, None
     copy_into(run.trained, run.ema)
-    stage.module.eval()
-    result = None
-    # compiled code is left out: the shapes of validation would each be compiled anew
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), whole(stage, run.copy):
+    with run.validating():
         with suppress(Stopped), stop.cutting(), Progress("validating"):
-            result = stage.validate()
+            result = run.stage.validate()
         cut = run.processes.any(result is None)
         if result is not None and not cut:
             metrics, sheet = run.processes.from_first(result)
@@ -371,13 +371,13 @@ def _evaluate(run: Training, state: TrainState, folder: Path, log: RunLog | NoLo
 
 
 def _keep_evaluation(
-    run: Training, state: TrainState, folder: Path, log: RunLog | NoLog, metrics: dict[str, float], sheet: Any
+    run: Training, state: TrainState, folder: Path, log: RunLog, metrics: dict[str, float], sheet: Any
 ) -> None:
     log.write("validation", state.step, metrics)
     if sheet is not None:
         log.sheet(state.step, sheet)
     state.evaluated = state.step
-    name, sign = _best_metric(run, metrics)
+    name, sign = run.best_metric(metrics)
     unfit = [n for n, average in run.ema.items() if not is_finite(local(average))]
     if not math.isfinite(metrics[name]) or run.processes.any(bool(unfit)):
         raise NonFiniteLossError(f"step {state.step}: validation {name} is {metrics[name]}; not finite: {unfit[:3]}")
@@ -391,45 +391,26 @@ def _keep_evaluation(
     run.processes.wait()
 
 
-def _best_metric(run: Training, metrics: dict[str, float]) -> tuple[str, float]:
-    """Name and sign of the metric that picks weights. Raises `ValueError` where it is not among these."""
-    asked = run.config.best or run.stage.best
-    name, sign = asked.removeprefix("-"), -1.0 if asked.startswith("-") else 1.0
-    if name not in metrics:
-        raise ValueError(f"--loop.best: expected one of {', '.join(sorted(metrics))}, got {asked!r}")
-    return name, sign
-
-
 def _check_best(run: Training, stop: StopSignal) -> None:
-    """Validate before the first step where `best` is asked for, which only then is known to be there.
+    """Validate before the first step where `best` is asked for, to see that this metric exists.
 
-    Statistics that validation fits are then as they were, so that a run is the same with `best` and without.
+    Statistics that validation fits are put back, so that a run is the same with `best` and without.
     """
     before = {name: local(buffer).clone() for name, buffer in run.buffers.items()}
-    run.stage.module.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), whole(run.stage, run.copy), stop.cutting():
-        _best_metric(run, run.stage.validate()[0])
+    with run.validating(), stop.cutting():
+        run.best_metric(run.stage.validate()[0])
     copy_into(run.buffers, before)
 
 
 def _export(stage: Stage, target: Path, same: Path | None = None) -> None:
-    """Replace a folder by what the stage writes now, or by links to the `same` files.
-
-    A run that ends between the two renames does this again.
-    """
-    new, old = (target.with_name(f".{target.name}-{state}") for state in ("new", "old"))
-    for rest in (new, old):
-        shutil.rmtree(rest, ignore_errors=True)
-    if same is None:
-        stage.export(new)
-    else:
-        shutil.copytree(same, new, copy_function=_linked)
-    for path in new.rglob("*"):
-        flush(path)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    """Replace a folder by what the stage writes now, or by links to the `same` files; a run killed here repeats it."""
+    with whole_folder(target) as new:
+        if same is None:
+            stage.export(new)
+        else:
+            shutil.copytree(same, new, copy_function=_linked, dirs_exist_ok=True)
+        for path in new.rglob("*"):
+            flush(path)
 
 
 def _linked(source: str, target: str) -> None:

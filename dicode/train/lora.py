@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a frozen weight W counts as W + alpha/rank · B·A, and only A and B train.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a frozen weight W becomes W + alpha/rank · B·A; only A and B train.
 
-They are torch parametrizations of the weights themselves, so whatever reads a weight reads the sum: linear layers,
-convolutions, embeddings, attention's fused projections. `peft` wraps layers instead, which does not fit these networks
-(docs/finetune.md): of `nn.MultiheadAttention` it counts the output adapter twice and moves the frozen weights by
-rounding at every step, and torch's fused encoder layer, which runs without gradients, leaves its adapters out.
+They are torch parametrizations of the weights, so whatever reads a weight reads the sum: linear layers, convolutions,
+embeddings, attention's fused projections. `peft` wraps layers instead, which does not fit these networks: it counts
+the output adapter of `nn.MultiheadAttention` twice, and torch's fused encoder layer leaves its adapters out
+(docs/finetune.md).
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,8 +29,8 @@ class LowRank(nn.Module):
         rows, columns = weight.flatten(1).shape
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
         # A starts as a linear layer's weight does, so that its size does not depend on the rank
-        started = (2 * torch.rand(config.rank, columns, generator=generator) - 1) / columns**0.5
-        self.a = nn.Parameter(started.to(weight.device))
+        initial = (2 * torch.rand(config.rank, columns, generator=generator) - 1) / columns**0.5
+        self.a = nn.Parameter(initial.to(weight.device))
         self.b = nn.Parameter(torch.zeros(rows, config.rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -52,10 +52,10 @@ def add_adapters(module: nn.Module, config: LoRAConfig, seed: int) -> None:
         for name, weight in layer.named_parameters(recurse=False)
         if name.endswith("weight") and weight.ndim >= 2
     ]
-    known = sorted({name.rpartition(".")[2] for name, _, _ in layers})
+    names = sorted({name.rpartition(".")[2] for name, _, _ in layers})
     for target in config.targets:
         if not any(_ends(name, target) for name, _, _ in layers):
-            raise ValueError(f"lora.targets: no layer {target!r}{nearest(target, known)}; there are {', '.join(known)}")
+            raise ValueError(f"lora.targets: no layer {target!r}{nearest(target, names)}; there are {', '.join(names)}")
     generator = generator_for(seed, "lora")
     module.requires_grad_(False)
     for layer_name, layer, name in layers:
@@ -70,11 +70,11 @@ def _ends(name: str, target: str) -> bool:
 
 @contextmanager
 def merged(module: nn.Module) -> Iterator[None]:
-    """In here the module's `state_dict` tells the sums under the weights' own names, as if there were no adapters."""
+    """In here the module's `state_dict` has the sums under the weights' own names, as if there were no adapters."""
     if module.training:
         raise ValueError("merged() in training mode would drop parts of the adapters out: call .eval() first")
     layers = [layer for layer in module.modules() if parametrize.is_parametrized(layer)]
-    hooks = [layer.register_state_dict_post_hook(partial(_tell, _sums(layer))) for layer in layers]
+    hooks = [layer.register_state_dict_post_hook(partial(_merge, _sums(layer))) for layer in layers]
     try:
         yield
     finally:
@@ -87,7 +87,7 @@ def _sums(layer: Any) -> dict[str, Tensor]:
     return {name: getattr(layer, name) for name in layer.parametrizations}
 
 
-def _tell(sums: Mapping[str, Tensor], layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+def _merge(sums: Mapping[str, Tensor], layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     for name in [name for name in state if name.startswith(f"{prefix}parametrizations.")]:
         del state[name]
     state.update({prefix + name: value for name, value in sums.items()})

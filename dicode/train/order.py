@@ -1,4 +1,4 @@
-"""In which order a run takes its samples: each once an epoch, every epoch in another order.
+"""The order of samples: each once an epoch, every epoch in another order.
 
 A step's samples are computed from its number alone, in the same time and memory for ten samples as for ten million.
 """
@@ -15,7 +15,7 @@ LEAST_BITS = 3  # of half a number: among fewer than 64 places the rounds would 
 
 
 def sample_indices(num_samples: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Sample numbers of one step: consecutive pieces of one permutation an epoch, each sample once an epoch."""
+    """Sample numbers of one step: consecutive parts of one permutation an epoch."""
     epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_samples)
     picked = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs).tolist():
@@ -26,24 +26,24 @@ def sample_indices(num_samples: int, batch_size: int, seed: int, step: int) -> T
 
 
 def permuted(places: ndarray, count: int, keys: ndarray) -> ndarray:
-    """What stands at some places of a permutation of `count` numbers: a Feistel network, walked until in range."""
+    """Entries of a permutation of `count` numbers at some places: a Feistel network, applied until in range."""
     half = np.uint64(max(LEAST_BITS, ((count - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
 
-    def walked(numbers: ndarray) -> ndarray:
+    def network(numbers: ndarray) -> ndarray:
         left, right = numbers >> half, numbers & mask
         for key in keys:
             left, right = right, left ^ (_mixed(right ^ key) & mask)
         return (left << half) | right
 
-    found = walked(places.astype(np.uint64))
+    found = network(places.astype(np.uint64))
     while (beyond := found >= count).any():
-        found[beyond] = walked(found[beyond])
+        found[beyond] = network(found[beyond])
     return found.astype(np.int64)
 
 
 def _mixed(numbers: ndarray) -> ndarray:
-    """SplitMix64's finaliser: every bit of the result depends on every bit given."""
+    """SplitMix64's finaliser: every output bit depends on every input bit."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))

@@ -1,6 +1,6 @@
 """How long a stage takes on this machine, and how many steps a time allows.
 
-runs/NAME/plan.json     what `--minutes` became when the run began: its steps, which stay as they are from then on
+runs/NAME/plan.json     the steps that `--minutes` became when the run began, which stay as they are from then on
 """
 
 import json
@@ -15,7 +15,7 @@ from torch.nn.attention import sdpa_kernel
 from dicode.files import put_text
 from dicode.stopwatch import Progress, duration
 from dicode.train.checkpoint import TrainState
-from dicode.train.loop import Stage, Training, _batches, _step, attention_on
+from dicode.train.loop import Stage, Training, attention_on, draw_batches, train_step
 from dicode.train.parallel import Processes
 from dicode.train.runs import LoopConfig
 
@@ -27,7 +27,7 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a stage goes here."""
+    """Seconds that a stage takes here."""
 
     step_s: float
     evaluation_s: float
@@ -35,7 +35,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a number of minutes became."""
+    """The steps that a number of minutes became."""
 
     minutes: float
     prepared_s: float  # until the first step: latents, tokens, measuring
@@ -52,15 +52,15 @@ class Plan:
 
 
 def measured_pace(stage: Stage, config: LoopConfig, processes: Processes, timed: int = TIMED_STEPS) -> Pace:
-    """Seconds of a training step and of an evaluation, by doing them; weights and buffers are then as they were."""
+    """Time some training steps and an evaluation, then put weights and buffers back."""
     before = {name: value.detach().clone() for name, value in stage.module.state_dict().items()}
     run, state = Training.of(stage, config, processes), TrainState()
     with Progress("measuring the speed"), sdpa_kernel(attention_on(run.device)):
-        made = _batches(run, 0)
+        batches = draw_batches(run, 0)
         spent_s = []
         for _ in range(WARM_STEPS + timed):
             began_s = time.perf_counter()
-            _step(run, state, next(made))
+            train_step(run, state, next(batches))
             state.step += 1
             spent_s.append(time.perf_counter() - began_s)
         step_s = median(spent_s[WARM_STEPS:])  # a moment in which others computed does not count
@@ -79,8 +79,8 @@ def planned(
 ) -> LoopConfig:
     """The loop of a run that may last so many minutes, counted from `began_s` of `time.monotonic`.
 
-    The number of steps follows from the speed of the first ones and is then kept in the run's folder, so that a run
-    that is continued is the same. Raises `ValueError` where it was begun with other minutes.
+    The number of steps follows from the speed of the first ones and is then kept in the run's folder, so that a
+    continued run is the same. Raises `ValueError` where it was begun with other minutes.
     """
     plan = read_plan(folder)
     if plan is not None:
@@ -115,15 +115,9 @@ def plan_of(minutes: float, prepared_s: float, pace: Pace, config: LoopConfig) -
     left_s = max(0.0, 60 * minutes - prepared_s)
     evaluations = min(MOST_EVALUATIONS, max(1, int(EVALUATION_SHARE * left_s / max(pace.evaluation_s, 1e-6))))
     steps = max(1, int((left_s - evaluations * pace.evaluation_s) / pace.step_s))
-    return Plan(
-        minutes=minutes,
-        prepared_s=prepared_s,
-        pace=pace,
-        steps=steps,
-        warmup_steps=min(config.optim.warmup_steps, steps // 10),
-        evaluate_every=-(-steps // evaluations),
-        checkpoint_every=max(1, min(steps, int(CHECKPOINT_EVERY_S / pace.step_s))),
-    )
+    warmup_steps, evaluate_every = min(config.optim.warmup_steps, steps // 10), -(-steps // evaluations)
+    checkpoint_every = max(1, min(steps, int(CHECKPOINT_EVERY_S / pace.step_s)))
+    return Plan(minutes, prepared_s, pace, steps, warmup_steps, evaluate_every, checkpoint_every)
 
 
 def read_plan(folder: Path) -> Plan | None:

@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from dicode.train.runs import Strategy
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # with a process that computes latents or validates; one that dies ends all at once
+TIMEOUT = timedelta(days=1)  # one process may compute latents or validate; one that dies ends all at once
 
 
 class Processes:
-    """All processes of this run; a context that joins them where `torchrun` started several, and ends that again."""
+    """All processes of this run; a context that joins those that `torchrun` started."""
 
     def __init__(self) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -39,7 +39,7 @@ class Processes:
         if self.count > 1 and not dist.is_initialized():
             if torch.accelerator.is_available():
                 torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group(timeout=PATIENCE)  # nccl on GPUs, and gloo for what lies on CPUs
+            dist.init_process_group(timeout=TIMEOUT)  # nccl on GPUs, and gloo for CPU tensors
             self.joined = True
         return self
 
@@ -49,17 +49,16 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes the files of the run."""
+        """Whether this process writes the files of the run."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all have come here."""
         if self.count > 1:
             dist.barrier()
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """The first process does what follows alone, then the others, which find what it left on disk."""
+        """In here the first process goes first, then the others, which find its files."""
         if not self.first:
             self.wait()
         yield
@@ -67,7 +66,6 @@ class Processes:
             self.wait()
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
         return self.mean(torch.tensor([float(flag)]))[0].item() > 0
 
     def mean(self, values: Tensor) -> Tensor:
@@ -79,18 +77,17 @@ class Processes:
         return values
 
     def from_first(self, value: T) -> T:
-        """What the first process has here."""
         if self.count == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
 
     def arrange(self, step: nn.Module, strategy: Strategy, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The module whose `forward` is called in training, as these processes share it.
 
-        `ddp`: weights, gradients, EMA and optimizer whole in each; `fsdp`: FSDP2, each holding its share of them, and
-        a block's weights put together, and what it reads, in `dtype` while it computes.
+        `ddp`: weights, gradients, EMA and optimizer whole in each; `fsdp`: FSDP2, each holding its shard of them, a
+        block's weights and inputs in `dtype` while it computes.
         """
         if self.count == 1:
             return step
@@ -109,7 +106,7 @@ class Processes:
 
 
 class StepModule(nn.Module):
-    """A stage's loss as the `forward` of a module, which is what DDP and FSDP listen to."""
+    """A stage's loss as the `forward` of a module, whose hooks DDP and FSDP use."""
 
     def __init__(self, stage: Any) -> None:
         super().__init__()
@@ -119,7 +116,7 @@ class StepModule(nn.Module):
     def forward(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         loss, values = self.stage[0].loss(batch, generator)
         if dist.is_available() and dist.is_initialized():
-            # all processes expect a gradient of every weight, also where this batch has no use for one
+            # all processes expect a gradient of every weight, also where this batch gives none
             reached = leaves_of(loss)
             unused = [p for p in self.module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
             loss = loss + sum(0.0 * p.sum() for p in unused if p not in reached)
@@ -127,13 +124,13 @@ class StepModule(nn.Module):
 
 
 def leaves_of(loss: Tensor) -> set[Tensor]:
-    """The tensors that a backward pass gives gradients."""
+    """The leaf tensors that a backward pass reaches."""
     found: set[Tensor] = set()
-    seen, ahead = set(), [loss.grad_fn]
+    visited, ahead = set(), [loss.grad_fn]
     while ahead:
         node = ahead.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
+        if node is not None and node not in visited:
+            visited.add(node)
             ahead += [before for before, _ in node.next_functions]
             if isinstance(leaf := getattr(node, "variable", None), Tensor):
                 found.add(leaf)
@@ -152,7 +149,7 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def recompute_activations(module: nn.Module) -> None:
-    """Keep only the inputs of each block, and compute the rest once more in the backward pass; twice is as once."""
+    """Keep only the inputs of each block, and recompute the rest in the backward pass; idempotent."""
     for block in blocks_of(module):
         if getattr(block.forward, "func", None) is checkpoint:
             continue
@@ -176,7 +173,7 @@ def gradients_shared(step: nn.Module, last: bool) -> Iterator[None]:
 def whole(stage: Any, copy: nn.Module | None) -> Iterator[None]:
     """In here the stage's module has all its weights in every process, to validate and to export.
 
-    Under FSDP that takes a `copy` of it, made before its weights were shared out.
+    Under FSDP it is a `copy`, taken before the weights were sharded.
     """
     if copy is None:
         yield
@@ -199,12 +196,12 @@ def whole(stage: Any, copy: nn.Module | None) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This process's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor, put together from the shares of all processes."""
+    """A tensor gathered from all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

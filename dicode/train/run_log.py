@@ -7,7 +7,7 @@ log.jsonl        losses, speeds and validation metrics; TensorBoard has them too
 tracker-id       under which wandb or trackio knows this run
 .lock            held by the process that trains here
 sheets/          contact sheets of fixed validation samples
-step-…/, best/   what to go on from, and the best weights so far
+step-…/, best/   checkpoints, and the best weights so far
 """
 
 import json
@@ -16,18 +16,18 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 from PIL import Image
 
 from dicode.device import compute_dtype, pick_device
-from dicode.files import put, put_text
+from dicode.files import alone_with, put, put_text
 from dicode.provenance import describe_commit, versions
 from dicode.stopwatch import EVERY_S, duration
 from dicode.train.parallel import Processes
@@ -45,66 +45,50 @@ def claimed(folder: Path, data: str, config: LoopConfig, processes: Processes) -
 
     Raises `ValueError` where one does, where the run was begun with other data, or where its tracker is missing.
     """
-    place, lock, problem = folder.resolve(), None, ""
+    place, problem = folder.resolve(), ""
     if place in HELD:
         yield
         return
-    if processes.first:
-        try:
-            import_tracker(config.tracker)
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = _locked(folder / ".lock")
-            begun = [session["data"] for session in records(folder / "sessions.jsonl") if "data" in session]
-            if begun and begun[-1] != data:
-                raise ValueError(
-                    f"{folder} was begun with other data (index.json {begun[-1]} then, {data} now): name another with "
-                    f"--run-folder, where --init {folder}/best goes on from its weights, or delete this one"
-                )
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    if problem := processes.from_first(problem):
-        if lock:
-            lock.close()
-        raise ValueError(problem)
-    HELD.add(place)
-    try:
+    with ExitStack() as stack:
+        if processes.first:
+            try:
+                import_tracker(config.tracker)
+                folder.mkdir(parents=True, exist_ok=True)
+                _lock(folder, stack)
+                begun = [session["data"] for session in records(folder / "sessions.jsonl") if "data" in session]
+                if begun and begun[-1] != data:
+                    problem = (
+                        f"{folder} was begun with other data (index.json {begun[-1]} then, {data} now): name another "
+                        f"with --run-folder, where --init {folder}/best goes on from its weights, or delete this one"
+                    )
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        if problem := processes.from_first(problem):
+            raise ValueError(problem)
+        HELD.add(place)
+        stack.callback(HELD.discard, place)
         if processes.first:
             device = pick_device(config.device)
             print(f"{folder}: {described(device, compute_dtype(device, config.precision))}", flush=True)
         yield
-    finally:
-        HELD.discard(place)
-        if lock:
-            lock.close()
 
 
-def _locked(path: Path) -> IO[str]:
-    """A file that no other process holds, nor will until it is closed or this process ends, in whatever way."""
-    file = path.open("a+")
+def _lock(folder: Path, stack: ExitStack) -> None:
+    """Hold `.lock` until the stack is closed or this process ends. Raises `ValueError` where another holds it."""
+    lock = folder / ".lock"
+    lock.touch()
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
+        alone = stack.enter_context(alone_with(lock, wait=False))
+    except OSError as error:  # a file system without locks
+        print(f"{lock}: cannot be locked ({error}); make sure that no second process trains here", flush=True)
+        return
+    if not alone:
+        holder = lock.read_text().strip()
         raise ValueError(
-            f"{path.parent}: another process trains here{holder and f' ({holder})'}; wait for its end, or name another "
+            f"{folder}: another process trains here{holder and f' ({holder})'}; wait for its end, or name another "
             "--run-folder"
-        ) from error
-    except OSError as error:
-        print(f"{path}: cannot be locked ({error}); see that no second process trains here", flush=True)
-    if sys.platform != "win32":  # where a locked file cannot be read
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-    return file
+        )
+    lock.write_text(f"process {os.getpid()} on {platform.node()}\n")
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -123,40 +107,44 @@ def records(path: Path) -> list[dict[str, Any]]:
 class RunLog:
     """`log.jsonl`, a tracker and `sheets/` of one run folder, and a line on the terminal; a resource to close.
 
-    What a lost stretch of the run left in `log.jsonl`, from `step` on, is taken out: the steps come again.
+    Only the first process `writes`. Records of steps after `step`, which were lost and come again, are taken out.
     """
 
-    def __init__(self, folder: Path, step: int, tracker: Tracker, recipe: Mapping[str, Any]):
-        self.path, self.sheets = folder / "log.jsonl", folder / "sheets"
-        kept = [record for record in records(self.path) if record.get("step", 0) <= step]
-        put_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.tracker = open_tracker(tracker, folder, step, recipe)
-        self.file = self.path.open("a")
-        self.spoke_s = time.monotonic()
+    def __init__(self, folder: Path, step: int, tracker: Tracker, recipe: Mapping[str, Any], writes: bool = True):
+        path, self.sheets, self.writes = folder / "log.jsonl", folder / "sheets", writes
+        if writes:
+            kept = [record for record in records(path) if record.get("step", 0) <= step]
+            put_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.tracker = open_tracker(tracker, folder, step, recipe) if writes else None
+        self.file = (path if writes else Path(os.devnull)).open("a")
+        self.printed_s = time.monotonic()
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-        self.tracker.close()
+        if self.tracker:
+            self.tracker.close()
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Append numbers to every log."""
         self.append({"kind": kind, "step": step, **values})
-        self.tracker.numbers(kind, step, values)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in ABOUT_SPEED)
+        if self.tracker:
+            self.tracker.numbers(step, {f"{kind}/{name}": value for name, value in values.items()})
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in ABOUT_SPEED)
         eta = f"  {duration(values['eta_s'])} to go" if "eta_s" in values else ""
-        self._say(f"{kind} {step}: {shown}{eta}")
+        self._print(f"{kind} {step}: {numbers}{eta}")
 
     def heartbeat(self, step: int, steps: int, loss: float) -> None:
         """A line on the terminal alone, where steps are so long that there was none for half a minute."""
-        if time.monotonic() - self.spoke_s >= EVERY_S:
-            self._say(f"step {step} of {steps}: loss {loss:.4g}")
+        if time.monotonic() - self.printed_s >= EVERY_S:
+            self._print(f"step {step} of {steps}: loss {loss:.4g}")
 
-    def _say(self, line: str) -> None:
-        print(line, flush=True)
-        self.spoke_s = time.monotonic()
+    def _print(self, line: str) -> None:
+        if self.writes:
+            print(line, flush=True)
+        self.printed_s = time.monotonic()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append a record to `log.jsonl` alone."""
@@ -165,36 +153,11 @@ class RunLog:
 
     def sheet(self, step: int, image: Image.Image) -> None:
         """Keep the contact sheet of one evaluation."""
-        self.sheets.mkdir(exist_ok=True)
-        image.save(self.sheets / f"{step:07d}.png")
-        self.tracker.image(step, image)
-
-
-class NoLog:
-    """The log of processes beside the first, which writes for all."""
-
-    def __enter__(self) -> "NoLog":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None: ...
-
-    def heartbeat(self, step: int, steps: int, loss: float) -> None: ...
-
-    def append(self, record: Mapping[str, Any]) -> None: ...
-
-    def sheet(self, step: int, image: Image.Image) -> None: ...
-
-
-class NoTracker:
-    """`log.jsonl` alone."""
-
-    def numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None: ...
-
-    def image(self, step: int, image: Image.Image) -> None: ...
-
-    def close(self) -> None: ...
+        if self.writes:
+            self.sheets.mkdir(exist_ok=True)
+            image.save(self.sheets / f"{step:07d}.png")
+        if self.tracker:
+            self.tracker.image(step, image)
 
 
 class TensorBoard:
@@ -204,20 +167,18 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.close = self.writer.close
 
-    def numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, step)
+            self.writer.add_scalar(name, value, step)
 
     def image(self, step: int, image: Image.Image) -> None:
         self.writer.add_image("validation/sheet", np.asarray(image), step, dataformats="HWC")
 
-    def close(self) -> None:
-        self.writer.close()
-
 
 class Hosted:
-    """`wandb`, or `trackio`, which has the same functions; a run that goes on is found again by the name kept."""
+    """`wandb`, or `trackio`, which has the same functions; a continued run is found by the id that is kept."""
 
     def __init__(self, library: str, folder: Path, recipe: Mapping[str, Any]):
         self.library = import_module(library)
@@ -226,40 +187,38 @@ class Hosted:
         name = kept.read_text().strip()  # a folder's name alone may be another run's too
         place = {"id": name, "dir": str(folder)} if library == "wandb" else {}
         self.run = self.library.init(project="dicode", name=name, config=dict(recipe), resume="allow", **place)
+        self.close = self.run.finish
 
-    def numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self.run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
 
     def image(self, step: int, image: Image.Image) -> None:
         self.run.log({"validation/sheet": self.library.Image(image)}, step=step)
 
-    def close(self) -> None:
-        self.run.finish()
 
-
-def import_tracker(kind: Tracker) -> Any:
-    """The library of a tracker, or None. Raises `ValueError` where it is missing."""
+def import_tracker(kind: Tracker) -> None:
+    """Raise `ValueError` where the library of a tracker is missing."""
     try:
-        return None if kind == "none" else import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
+        if kind != "none":
+            import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
     except ModuleNotFoundError as error:
-        package = "'dicode[train]'" if kind == "tensorboard" else kind
-        other = "none" if kind == "tensorboard" else "tensorboard"
+        package, other = ("'dicode[train]'", "none") if kind == "tensorboard" else (kind, "tensorboard")
         raise ValueError(
             f"tracker {kind}: {error}; pip install {package}, or choose another (--loop.tracker {other})"
         ) from error
 
 
-def open_tracker(kind: Tracker, folder: Path, step: int, recipe: Mapping[str, Any]) -> NoTracker | TensorBoard | Hosted:
+def open_tracker(kind: Tracker, folder: Path, step: int, recipe: Mapping[str, Any]) -> TensorBoard | Hosted | None:
     """The tracker of this name, whose library is there."""
     if kind == "none":
-        return NoTracker()
+        return None
     return TensorBoard(folder, step) if kind == "tensorboard" else Hosted(kind, folder, recipe)
 
 
 def note_start(
-    folder: Path, step: int, asked: Mapping[str, Any], source: Path | None, made_on: Mapping[str, Any]
+    folder: Path, step: int, asked: Mapping[str, Any], source: Path | None, environment: Mapping[str, Any]
 ) -> None:
-    """Write down what this start of a run is made of; says what differs from what it began with."""
+    """Record the recipe and the environment of this start; print what differs from the start before."""
     text = json.dumps(asked, indent=2, default=str) + "\n"
     recipe, sessions = folder / "recipe.json", folder / "sessions.jsonl"
     if not recipe.exists():
@@ -273,15 +232,15 @@ def note_start(
         print(f"the recipe is not the one the run began with ({fields}): see {changed}", flush=True)
     before = records(sessions)
     for name in UNSURE if before else ():
-        if (then := before[-1].get(name, made_on[name])) != made_on[name]:
-            print(f"{name}: {then} then, {made_on[name]} now: results will differ in their last digits", flush=True)
+        if (then := before[-1].get(name, environment[name])) != environment[name]:
+            print(f"{name}: {then} then, {environment[name]} now: results will differ in their last digits", flush=True)
     session = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
         "command": sys.argv,
         **describe_commit(),
         "versions": versions(),
-        **made_on,
+        **environment,
     }
     put_text(sessions, "".join(json.dumps(line) + "\n" for line in [*before, session]))
 

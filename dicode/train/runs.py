@@ -63,12 +63,10 @@ class LoopConfig:
     device: str = "auto"
     precision: Precision = "auto"  # bfloat16 where the device has it
     compile: bool = False  # torch.compile: a minute once, then 1.4× the speed on CPUs; language model (docs/log.md)
-    micro_batches: Count = (
-        1  # in which a step's batch is computed, shared out among processes; changes the random numbers
-    )
+    micro_batches: Count = 1  # in a step's batch, shared out among processes; changes the random numbers
     strategy: Strategy = "ddp"  # of several processes: each with all weights, or each with its share
     checkpoint_activations: bool = False  # compute blocks a second time in the backward pass instead of keeping them
-    prefetch: bool = False  # make the next step's batch in a thread meanwhile: for accelerators
+    prefetch: bool = False  # draw the next step's batch in a thread meanwhile: for accelerators
     skip_non_finite: Whole = 0  # steps with NaN or infinity to leave out, and count, before the run stops
     tracker: Tracker = "tensorboard"
     log_samples: bool = False  # the sample numbers of every step, in log.jsonl
@@ -84,7 +82,7 @@ class LoRAConfig:
     """Adapters that train in place of the weights of `init`; rank 0: none, the weights themselves train."""
 
     rank: Annotated[int, Range(0, 4096)] = 0
-    alpha: Positive = 16.0  # what an adapter adds counts alpha/rank
+    alpha: Positive = 16.0  # what an adapter adds is scaled by alpha/rank
     dropout: Share = 0.0  # share of A that is left out of a training step
     targets: tuple[str, ...] = ()  # layers, by the ends of their names (q_proj v_proj); none named: every layer
 
@@ -100,17 +98,14 @@ class FirstStageRun:
     init: str | None = None
     freeze_encoder: bool = False
     tokenizer: str | None = None  # on this first stage: half of the latents come from deep tokens, as they will in use
-    rendered_share: Share = 0.0  # of the images: frames that this tokenizer renders of training clips, sharpened by …
-    rendered_guidance: Guidance = 2.5  # … this guidance, also as they will in use,
-    rendered_motion_scale: Factor = 1.0  # … and moved apart by this (`scale_motion`)
+    rendered_share: Share = 0.0  # of the images: frames that this tokenizer renders of training clips, with …
+    rendered_guidance: Guidance = 2.5  # … this decoder guidance
+    rendered_motion_scale: Factor = 1.0  # … and this motion scale (`scale_motion`)
     model: FirstStageConfig = field(default_factory=FirstStageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    l1_weight: Factor = 0.1  # beside the squared error: keeps flat areas of pixel art flat
-    perceptual_weight: Factor = 0.0  # of `perceptual_distance`, which squared error alone leaves blurred
+    perceptual_weight: Factor = 0.0  # of `perceptual_distance`; squared error alone leaves frames blurred
     adversarial_weight: Factor = 0.0  # of a `FeatureDiscriminator`, trained beside it; needs a perceptual_weight
-    latent_noise: Factor = 0.05  # of the batch's latent deviation: the decoder will see imperfect latents
-    moving_weight: Factor = 0.0  # more, on pixels away from their clip's mean frame: small objects are not forgotten
-    mirror: bool = True  # half of the images mirrored, which costs nothing here
+    mirror: bool = True  # half of the images mirrored
 
 
 @dataclass(frozen=True)
@@ -131,11 +126,24 @@ class TokenizerRun:
     normalize_tokens: bool = True  # False, as published: the normalizer stays as `init` has it, or without effect
     images_per_step: Whole = 64  # single frames beside the clips, for the key-frame regression
     train_denoiser: bool = True  # False: images only
-    token_noise: Factor = 0.2  # highest deviation of noise on the tokens the decoder sees (DESIGN §2.4)
-    drop_tokens: Share = 0.1  # share of clips that learn the null condition of guidance
-    drop_context: Share = 0.5  # share of clips that see nothing of the clip before
+    token_noise: Factor = 0.2  # highest deviation of noise on the decoder's tokens (DESIGN §2.4)
+    drop_tokens: Share = 0.1  # probability of the null condition of guidance
     mirror: bool = False  # half of the clips mirrored: twice the latents to compute and keep
     frame_strides: tuple[int, int] | None = None  # least and highest, drawn for each clip; none: the model's own
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How the samples of a language model vary: which caption, which of its words, which view of the video."""
+
+    long_captions: Share = 0.4  # probability of the expanded caption, where there is one
+    null_captions: Share = 0.1  # probability of no text, for guidance
+    word_dropout: Share = 0.3  # probability of dropping words …
+    dropped_words: Share = 0.3  # … and the share dropped
+    word_swaps: Share = 0.0  # probability of replacing words by words of other captions (studies/heads) …
+    swapped_words: Share = 0.5  # … and the share replaced
+    views: Whole = 0  # augmented copies of every training video (`View`), whose first key frame has no loss
+    view_share: Share = 0.5  # probability of such a view
 
 
 @dataclass(frozen=True)
@@ -154,23 +162,11 @@ class LanguageRun:
     model: DeepLMConfig = field(default_factory=lambda: SIZES["sprites"])
     loop: LoopConfig = field(default_factory=LoopConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     key_frames: Count = 3  # of most samples: 4 s
     longer: tuple[Count, ...] = (9, 31)  # key frames of the steps that teach long videos, up to a minute …
     longer_share: tuple[Share, ...] = (0.08, 0.02)  # … and the share of steps of each
-    end_frame_prob: Share = (
-        0.0  # of steps that tell the last key frame beforehand (needs `model.end_frame_conditioning`)
-    )
-    from_start: Share = 0.75  # share of samples that begin where the video does; the others anywhere in a loop, or a …
-    # … whole number of clips later where a video that does not loop is longer than the sample
-    long_captions: Share = 0.4  # share of samples with the expanded caption, where there is one
-    null_captions: Share = 0.1  # share without text, for guidance
-    word_dropout: Share = 0.3  # share of samples that lose words …
-    dropped_words: Share = 0.3  # … and how many of them
-    word_swaps: Share = 0.0  # share of samples in which words of any captions stand in place of some: unsure of what …
-    swapped_words: Share = 0.5  # … it was never told so (studies/heads), and how many of them
-    views: Whole = 0  # of every training video (`View`): from them it learns how a picture goes on, not which to draw
-    view_share: Share = 0.5  # share of samples that are such views
+    end_frame_prob: Share = 0.0  # probability of conditioning on the last key frame (`model.end_frame_conditioning`)
+    # probability of beginning where the video does; else anywhere in a loop, or whole clips into a longer video
+    from_start: Share = 0.75
     scorer: str | None = None  # FILE.py:FUNCTION, as `dicode evaluate` takes it, on videos of a few validation captions
-    self_rollout_prob: Share = (
-        0.0  # of steps that go on from what the model writes, to mend it (`with_own`); none with a goal
-    )

@@ -11,7 +11,7 @@ RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, with everything kept;
 
 
 class Stopped(SystemExit):
-    """Leaves the process with the code that says "resume me"."""
+    """Leaves the process with the exit code for "resume me"."""
 
     def __init__(self) -> None:
         super().__init__(RESUME_EXIT_CODE)
@@ -24,8 +24,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._cuts = False
+        self.asked = self._cuts = False
         self._before: dict[int, Any] = {}
         self._depth = 0
 

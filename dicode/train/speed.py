@@ -1,4 +1,4 @@
-"""How fast a run goes: what the log tells beside losses."""
+"""The speed of a run, for its log."""
 
 import time
 import weakref
@@ -16,12 +16,13 @@ from dicode.device import compute_dtype, describe_device, measured_flops, peak_f
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig
 
-ESTIMATED_FROM = 20  # steps, before the time to go is known
-MOST_KINDS = 8  # of steps whose operations are counted: their batches have other shapes, hence other costs
+ESTIMATED_FROM = 20  # steps, before the time to go is estimated
+MOST_KINDS = 8  # of batches whose operations are counted, by their shapes
+FLOAT32, BFLOAT16 = 4, 2  # bytes a number
 
 
 def described(device: torch.device, dtype: torch.dtype) -> str:
-    """What a run computes on, and how fast that multiplies matrices now."""
+    """The device of a run, and how fast it multiplies matrices now."""
     rate = f"{measured_flops(device, dtype) / 1e9:,.0f} GFLOP/s"
     return f"{describe_device(device)}; {name_of(dtype)}, matrix products at {rate}"
 
@@ -32,7 +33,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 class Speed:
-    """How fast a run goes, between one look and the next."""
+    """The speed of a run, between one log line and the next."""
 
     def __init__(self, config: LoopConfig, device: torch.device, step: int, watch: Stopwatch):
         self.config, self.device, self.watch = config, device, watch
@@ -41,18 +42,18 @@ class Speed:
         self.began_s = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.flops: dict[Any, int] = {}  # of a step of each kind of batch
-        self.computed, self.computing_s = 0, 0.0  # FLOPs, and their time, since the last look
+        self.computed, self.computing_s = 0, 0.0  # FLOPs, and their time, since the last log line
 
     @contextmanager
     def working(self, batches: Any) -> Iterator[None]:
-        """A step: its operations are counted where it is the first of its kind, else it is timed.
+        """A step: the first of its kind has its operations counted, which is slow, others are timed.
 
-        To count takes longer than to compute. Those of compiled code are hidden.
+        Compiled code hides its operations.
         """
         tensors = [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)]
         kind = tuple(t.item() if t.ndim == 0 and t.dtype == torch.bool else t.shape for t in tensors)
         if not self.config.compile and kind not in self.flops and len(self.flops) < MOST_KINDS:
-            with Meter() as counter:  # torch's own takes operations apart, which rounds otherwise
+            with Meter() as counter:  # torch's own decomposes operations, which rounds otherwise
                 yield
             self.flops[kind] = counter.flops
             return
@@ -63,9 +64,9 @@ class Speed:
             self.computing_s += time.perf_counter() - began_s
 
     def mfu(self) -> float | None:
-        """Share of this process's device's peak that its steps used (Chowdhery et al. 2022, PaLM, B), where known.
+        """Model FLOPs utilisation (Chowdhery et al. 2022, PaLM, B) of this process's device; None without a count.
 
-        A peak that was measured while other programs ran is measured again; more than all of it is never said.
+        A peak that was measured while other programs ran is measured again; None above 1.
         """
         if not self.computed:
             return None
@@ -95,14 +96,11 @@ class Speed:
         return values
 
 
-FLOAT32, BFLOAT16 = 4, 2  # bytes a number
-
-
 class Meter(TorchDispatchMode):
-    """Counts the FLOPs of what runs inside it, and the bytes of the tensors made there until their last use is gone.
+    """Counts FLOPs inside it, and bytes of the tensors allocated there until they are freed.
 
-    `float_bytes` counts every floating-point number as if it had this many. The formulas for FLOPs are those of
-    torch's `FlopCounterMode`; following storages is the idea of its `MemTracker`, which is no public interface.
+    Every floating-point number counts `float_bytes`. The formulas for FLOPs are those of torch's `FlopCounterMode`;
+    following storages is the idea of its `MemTracker`, which is no public interface.
     """
 
     def __init__(self, float_bytes: int = FLOAT32) -> None:
@@ -113,8 +111,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
-            held = getattr(args[0], "constant", args[0])  # what a fake tensor was made from, or None
-            # transformers asks whether all positions follow one another, the loss whether all key frames are real
+            held = getattr(args[0], "constant", args[0])  # the value of a fake tensor, or None
+            # transformers asks whether positions are consecutive, the loss whether all key frames are real
             if held is None or held.is_meta:
                 return True
             with _disable_current_modes():

@@ -32,7 +32,7 @@ def run_recipe(
 ) -> dict[str, float]:
     """Train a recipe in `folder`, or continue there; returns the validation metrics of its best weights.
 
-    With `minutes`, its number of steps is what they allow on this machine; see `planned`.
+    With `minutes`, the number of steps follows from the speed of this machine; see `planned`.
     """
     if not isinstance(run, Run):
         kinds = ", ".join(kind.__name__ for kind in get_args(Run))

@@ -13,10 +13,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dicode.checkpoint import content_hash, load_state, load_weights, read_config, read_tensors, write_config
+from dicode.checkpoint import (
+    content_hash,
+    load_state,
+    load_weights,
+    read_config,
+    read_section,
+    read_tensors,
+    write_config,
+)
 from dicode.config import config_from_dict
 from dicode.data.cache import CachedVideo, FrameCache, Rows
-from dicode.data.columns import FrameRows
+from dicode.data.columns import FrameRows, Videos
 from dicode.device import Precision, autocast, pick_device
 from dicode.seeds import generator_for
 from dicode.tokenizer.conditioning import ClipConditioning
@@ -28,8 +36,10 @@ from dicode.train.first_stage import frames_to_pixels, pixels_to_frames, psnr_db
 from dicode.train.lora import add_adapters, merged
 from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
 
+DROP_CONTEXT = 0.5  # probability of a clip without context, as the first of a video has none
 MOST_FITTED = 20_000  # frames that a linear code is fitted to
 FITTED_FRAMES = 4096  # that the statistics of tokens are fitted to
+MEASURED_CLIPS = 512  # from which a residual denoiser's deviation is fitted
 
 
 def first_stage_latents(
@@ -37,16 +47,15 @@ def first_stage_latents(
 ) -> Rows:
     """Latents of all cached frames, float16 `f 1 z y x`, or of them and their mirror images, `f 2 z y x`.
 
-    Computed once and kept beside the shards, under a name that tells the first stage's `weights` file.
+    Computed once and kept beside the shards, under a hash of the first stage's `weights` file.
     """
-    sides = 2 if mirror else 1
+    sides, device = 2 if mirror else 1, tokenizer.device
 
     def latents(frames: Tensor) -> Tensor:
         parts = []
-        device = tokenizer.device
         with torch.no_grad(), autocast(device, precision):
-            for piece in frames.split(at_once(128, frames.shape[1])):
-                pixels = frames_to_pixels(piece).to(device)
+            for part in frames.split(at_once(128, frames.shape[1])):
+                pixels = frames_to_pixels(part).to(device)
                 parts.append(tokenizer.first_stage.encode(torch.cat([pixels, pixels.flip(-1)][:sides])).half().cpu())
         return torch.cat([rearrange(part, "(side f) c h w -> f side c h w", side=sides) for part in parts])
 
@@ -54,7 +63,7 @@ def first_stage_latents(
 
 
 def latents_name(weights: Path, mirror: bool) -> str:
-    """What latents are kept under: a first stage's, with those of mirror images or without."""
+    """Name of cached latents: of a first stage, with those of mirror images or without."""
     return f"latents-{content_hash(weights)}" + ("-mirrored" if mirror else "")
 
 
@@ -67,7 +76,7 @@ def at_once(count: int, size: int) -> int:
 def fit_linear_code(tokenizer: VideoTokenizer, latents: Rows, rows: FrameRows) -> None:
     """Fit a tokenizer's linear code to `MOST_FITTED` of these rows of latents.
 
-    What the networks add to it begins at zero. Raises `ValueError` as `LinearCode.fit`.
+    The networks beside it begin at zero. Raises `ValueError` as `LinearCode.fit`.
     """
     assert tokenizer.linear_code is not None and tokenizer.key_head is not None
     fitted = latents[rows.spread(MOST_FITTED), 0].float()
@@ -100,10 +109,10 @@ def check(run: TokenizerRun) -> None:
     if run.lora.rank and not run.freeze_key_frames:
         raise ValueError("lora: adapts the denoiser alone; set freeze_key_frames and name the trained model in init")
     if run.model.encoder.kind == "clip" and not run.init:
-        raise ValueError("encoder 'clip' stays as it is: name in init a checkpoint that has it (see dicode convert)")
+        raise ValueError("encoder 'clip' is never trained: name in init a checkpoint that has it (see dicode convert)")
     if not run.model.denoiser.uses_key_latents and (run.images_per_step or not run.train_denoiser):
         found = f"{run.images_per_step} and {run.train_denoiser}"
-        raise ValueError(f"uses_key_latents is False: expected images_per_step 0 and denoises True, got {found}")
+        raise ValueError(f"uses_key_latents is False: expected images_per_step 0 and train_denoiser True, got {found}")
 
 
 class TokenizerTraining:
@@ -118,88 +127,88 @@ class TokenizerTraining:
         torch.manual_seed(run.loop.seed)
         self.module = VideoTokenizer(run.model)
         weights = Path(run.first_stage) / FIRST_STAGE_WEIGHTS
-        section = read_config(Path(run.first_stage))
-        section = section["first_stage"] if "first_stage" in section else section["tokenizer"]["first_stage"]
-        held = config_from_dict(FirstStageConfig, section)
-        if held != run.model.first_stage:
-            raise ValueError(f"{run.first_stage} holds {held}, the recipe names {run.model.first_stage}")
-        load_weights(self.module.first_stage, weights)
-        if run.init:
-            self._start_from(Path(run.init))
-        if run.init_denoiser:
-            self._take_denoiser(Path(run.init_denoiser))
-        if run.freeze_key_frames:
-            frozen = (self.module.encoder, self.module.resampler, self.module.key_head, self.module.linear_code)
-            for part in frozen:
-                if part is not None:
-                    part.requires_grad_(False)
-        if not run.train_denoiser:
-            self.module.denoiser.requires_grad_(False)
+        self._load(weights)
+        self._freeze()
         if run.lora.rank:
             add_adapters(self.module.denoiser, run.lora, run.loop.seed)
         self.module.to(pick_device(run.loop.device))
         cache = FrameCache.load(run.cache)
         self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
         self.rows = self.cache.frame_rows()
-        self.videos, judged = self.cache.columns, self.validation.columns
-        if run.train_denoiser:  # what is shorter would teach that nothing moves: it gives key frames alone
-            self.videos, judged = (videos.lasting(run.model.clip_s) for videos in (self.videos, judged))
-            for split, videos in (("training", self.videos), ("validation", judged)):
-                if not videos:
-                    raise ValueError(
-                        f"{run.cache}: none of its {split} videos lasts {run.model.clip_s:g} s, as a clip does"
-                    )
-        self.judged = judged.spread(VALIDATION_CLIPS)
+        self.videos = self._lasting("training", self.cache)
+        self.validated = self._lasting("validation", self.validation).spread(VALIDATION_CLIPS)
         self.latents = first_stage_latents(self.module, cache, weights, run.loop.precision, run.mirror)
         if self.module.linear_code is not None and not run.init:
             fit_linear_code(self.module, self.latents, self.rows)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
         if isinstance(self.module.denoiser, ResidualDenoiser) and not run.lora.rank:
-            self._measure_change(self.module.denoiser)
+            rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(MEASURED_CLIPS)])
+            clips = self.latents[rows[:, self.head :], 0].float()
+            self.module.denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
 
-    def _measure_change(self, denoiser: ResidualDenoiser) -> None:
-        """Tell the denoiser how far frames lie from a cross-fade of their key frames, from up to 512 training clips."""
-        rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(512)])
-        clips = self.latents[rows[:, self.head :], 0].float()
-        denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
+    def _load(self, weights: Path) -> None:
+        """Begin with the weights that the run names."""
+        run, section = self.run, read_config(Path(self.run.first_stage))
+        section = section["first_stage"] if "first_stage" in section else section["tokenizer"]["first_stage"]
+        if (held := config_from_dict(FirstStageConfig, section)) != run.model.first_stage:
+            raise ValueError(f"{run.first_stage} holds {held}, the recipe names {run.model.first_stage}")
+        load_weights(self.module.first_stage, weights)
+        if run.init:
+            self._start_from(Path(run.init))
+        if run.init_denoiser:
+            self._take_denoiser(Path(run.init_denoiser))
+
+    def _freeze(self) -> None:
+        module = self.module
+        key_frames = (module.encoder, module.resampler, module.key_head, module.linear_code)
+        for part in key_frames if self.run.freeze_key_frames else ():
+            if part is not None:
+                part.requires_grad_(False)
+        if not self.run.train_denoiser:
+            module.denoiser.requires_grad_(False)
+
+    def _lasting(self, split: str, cache: FrameCache) -> Videos:
+        """Videos of a split to take clips from. Raises `ValueError` where there are none."""
+        if not self.run.train_denoiser:
+            return cache.columns
+        # a shorter one would teach that nothing moves: it gives key frames alone
+        videos, clip_s = cache.columns.lasting(self.run.model.clip_s), self.run.model.clip_s
+        if not videos:
+            raise ValueError(f"{self.run.cache}: none of its {split} videos lasts {clip_s:g} s, as a clip does")
+        return videos
 
     def _start_from(self, folder: Path) -> None:
         """Take another run's weights, all of them; where its denoiser is another network, ours starts afresh."""
-        held = config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}: tokenizer")
-        parts = TokenizerParts(self.module)
-        own_stride = replace(held.denoiser, frame_stride=self.run.model.denoiser.frame_stride)
-        if own_stride == self.run.model.denoiser:  # a stride is an input, no other network
+        held, parts = read_section(folder, "tokenizer", TokenizerConfig), TokenizerParts(self.module)
+        ours = self.run.model.denoiser
+        if replace(held.denoiser, frame_stride=ours.frame_stride) == ours:  # a stride is an input, no other network
             self._check_objective(held, folder)
             load_weights(parts, folder / WEIGHTS)
             return
         if self.run.lora.rank:
-            raise ValueError(f"lora: {folder} holds {held.denoiser}, the recipe names {self.run.model.denoiser}")
+            raise ValueError(f"lora: {folder} holds {held.denoiser}, the recipe names {ours}")
         print(
             f"{folder} holds another denoiser ({held.denoiser.kind}): this one starts with random weights", flush=True
         )
+        own = {n: t for n, t in parts.state_dict().items() if n.startswith("denoiser.")}
         theirs = {n: t for n, t in read_tensors(folder / WEIGHTS).items() if not n.startswith("denoiser.")}
-        ours = {n: t for n, t in parts.state_dict().items() if n.startswith("denoiser.")}
-        load_state(parts, {**theirs, **ours}, str(folder / WEIGHTS))
+        load_state(parts, {**theirs, **own}, str(folder / WEIGHTS))
+
+    def _take_denoiser(self, folder: Path) -> None:
+        """Begin with the denoiser of a model of other videos. Raises `CheckpointError` where it is another network."""
+        self._check_objective(read_section(folder, "tokenizer", TokenizerConfig), folder)
+        tensors = read_tensors(folder / WEIGHTS).items()
+        theirs = {name.removeprefix("denoiser."): t for name, t in tensors if name.startswith("denoiser.")}
+        load_state(self.module.denoiser, theirs, str(folder / WEIGHTS))
 
     def _check_objective(self, held: TokenizerConfig, folder: Path) -> None:
         """Raise `ValueError` where a denoiser to begin with predicts another thing than this run trains."""
         ours, theirs = self.run.model.objective, held.objective
         if ours != theirs:
             raise ValueError(
-                f"{folder}: its denoiser predicts {theirs}, the run trains {ours}; what it knows would be lost: "
+                f"{folder}: its denoiser predicts {theirs}, the run trains {ours}; what it has learnt would be lost: "
                 f"train with --model.objective {theirs}, or begin with one that predicts {ours}"
             )
-
-    def _take_denoiser(self, folder: Path) -> None:
-        """Begin with the denoiser of a model of other videos. Raises `CheckpointError` where it is another network."""
-        held = config_from_dict(TokenizerConfig, read_config(folder)["tokenizer"], f"{folder}: tokenizer")
-        self._check_objective(held, folder)
-        theirs = {
-            name.removeprefix("denoiser."): tensor
-            for name, tensor in read_tensors(folder / WEIGHTS).items()
-            if name.startswith("denoiser.")
-        }
-        load_state(self.module.denoiser, theirs, str(folder / WEIGHTS))
 
     def num_samples(self) -> int:
         return len(self.videos)
@@ -231,10 +240,9 @@ class TokenizerTraining:
         """A frame stride for a clip of this video, drawn from those that the cache has frames for.
 
         DynamiCrafter's stride counts frames of the source video from one frame of a clip to the next. A cache has
-        times, not source frames: here a stride of s is s/frame_stride steps of the model's own rate, so that its own
-        stride goes with the rate it renders at (with 8 fps and stride 6, strides 1…6 are 48, 24, 16, 12, 9.6 and 8
-        frames a second). Strides that would repeat cached frames, or need a longer video, are not drawn; where none is
-        left, the model's own is taken.
+        times instead: a stride of s is s/frame_stride steps of the model's own rate (with 8 fps and stride 6, strides
+        1…6 are 48, 24, 16, 12, 9.6 and 8 frames a second). Strides that would repeat cached frames, or need a longer
+        video, are not drawn; where none is left, the model's own is taken.
         """
         if self.run.frame_strides is None:
             return self.run.model.denoiser.frame_stride
@@ -248,35 +256,33 @@ class TokenizerTraining:
         ] or [self.run.model.denoiser.frame_stride]
         return fitting[int(torch.randint(len(fitting), (), generator=generator))]
 
-    def fps_of(self, stride: int) -> float:
-        """Frames a second of clips with this stride."""
-        return self.run.model.fps * self.run.model.denoiser.frame_stride / stride
+    def fps_of(self, stride: int | None) -> float:
+        """Frames a second of clips with this stride, by default the model's own."""
+        fps = self.run.model.fps
+        return fps if stride is None else fps * self.run.model.denoiser.frame_stride / stride
 
     def clip_rows(self, video: CachedVideo, start: float, stride: int | None = None) -> Tensor:
-        """Cache rows of context frames, the 16 frames of a clip, and its tail key frame where it lies after them.
+        """Cache rows of context frames, the frames of a clip, and its tail key frame where it lies after them.
 
         The clip begins at `start`, 0…1 of where it may: anywhere in a loop, elsewhere where it still lasts to its end.
-        `stride` is that of its frames, by default the model's own.
         """
-        config = self.run.model
-        fps = config.fps if stride is None else self.fps_of(stride)
-        count = max(self.head + config.clip_frames, self.tail + 1)
+        fps, count = self.fps_of(stride), max(self.head + self.run.model.clip_frames, self.tail + 1)
         return self.cache.clip_rows(video, self.start_s(video, start, stride) - self.head / fps, count, fps)
 
-    def start_s(self, video: CachedVideo, start: float, stride: int | None = None) -> float:
+    def start_s(self, video: CachedVideo, start: float, stride: int | None) -> float:
         """The moment that is `start`, 0…1, of where a clip may begin."""
-        clip_s = self.run.model.tail_frame / (self.run.model.fps if stride is None else self.fps_of(stride))
+        clip_s = self.run.model.tail_frame / self.fps_of(stride)
         return (1 + start) * video.period_s if video.loops else start * max(0.0, video.period_s - clip_s)
 
     def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
-        """What the encoder reads of cached frames, those where `mirrored` is 1 as their mirror images."""
+        """The encoder's input of cached frames, mirrored where `mirrored` is 1."""
         if self.run.model.encoder.reads_latents:
             return self.latents[rows, mirrored].float()
         pixels = frames_to_pixels(self.cache.frames[rows])
         return torch.where(mirrored[:, None, None, None] == 1, pixels.flip(-1), pixels)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        self._hold_still()
+        self._eval_frozen()
         clips, keys, key_latents = (batch[name].to(self.module.device) for name in ("clips", "keys", "key_latents"))
         tokens = self.module.tokens_of(keys)
         level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
@@ -289,57 +295,51 @@ class TokenizerTraining:
         if self.module.key_head is not None:
             losses["key_frame_error"] = functional.mse_loss(predicted, key_latents)
         if self.run.train_denoiser:
-            context, stride = clips[:, : self.head], batch["frame_stride"].to(clips)
-            known = self.told(noisy_tokens, predicted.detach(), context, batch["has_context"], stride, generator)
-            losses["denoising_loss"] = self.denoising_loss(self.within(clips), known, generator)
-        learnt = losses["denoising_loss"] if self.run.freeze_key_frames else torch.stack(list(losses.values())).sum()
-        return learnt, {name: loss.detach() for name, loss in losses.items()}
+            count = 2 * len(clips)
+            key_frames = pairs(noisy_tokens[:count]), pairs(predicted.detach()[:count])
+            condition = self.training_condition(*key_frames, clips, batch, generator)
+            losses["denoising_loss"] = self.denoising_loss(self.within(clips), condition, generator)
+        loss = losses["denoising_loss"] if self.run.freeze_key_frames else torch.stack(list(losses.values())).sum()
+        return loss, {name: loss.detach() for name, loss in losses.items()}
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         return 1.0
 
-    def _hold_still(self) -> None:
-        """Take what does not learn out of training mode, into which the loop puts everything."""
+    def _eval_frozen(self) -> None:
+        """Put parts that are not trained in eval mode; the loop puts everything in training mode."""
         self.module.first_stage.eval()
         if not self.run.model.encoder.reads_latents:
             self.module.encoder.eval()
-        # the linear code is exact only for the statistics it was fitted with: those of a batch are noise to it
+        # the linear code is exact only for the statistics it was fitted with, not those of a batch
         if self.run.freeze_key_frames or not self.run.normalize_tokens or self.module.linear_code is not None:
             self.module.normalizer.eval()
 
-    def told(
-        self,
-        tokens: Tensor,
-        key_latents: Tensor,
-        context: Tensor,
-        has_context: Tensor,
-        frame_stride: Tensor,
-        generator: torch.Generator,
+    def training_condition(
+        self, tokens: Tensor, key_latents: Tensor, clips: Tensor, batch: dict[str, Tensor], generator: torch.Generator
     ) -> ClipConditioning:
-        """The conditions the denoiser is trained with: now and then without key frames, or without context."""
-        b = len(context)
-        kept = (torch.rand(b, generator=generator) >= self.run.drop_tokens).to(tokens.device)
-        seen = ((torch.rand(b, generator=generator) >= self.run.drop_context) & has_context).to(tokens)
+        """Conditioning on tokens `b 2 n d` and key latents, at random without them, or without context."""
+        kept = (torch.rand(len(clips), generator=generator) >= self.run.drop_tokens).to(tokens.device)
+        read = (torch.rand(len(clips), generator=generator) >= DROP_CONTEXT) & batch["has_context"]
         self.module.normalizer.eval()  # a single image has no statistics
         return ClipConditioning(
-            tokens=torch.where(kept[:, None, None, None], pairs(tokens[: 2 * b]), self.module.null_tokens()),
-            key_latents=pairs(key_latents[: 2 * b]) * kept[:, None, None, None, None],
+            tokens=torch.where(kept[:, None, None, None], tokens, self.module.null_tokens()),
+            key_latents=key_latents * kept[:, None, None, None, None],
             keys_mask=kept.to(tokens),
-            context=context,
-            context_mask=seen,
-            frame_stride=frame_stride,
+            context=clips[:, : self.head],
+            context_mask=read.to(tokens),
+            frame_stride=batch["frame_stride"].to(clips),
         )
 
     def within(self, clips: Tensor) -> Tensor:
         """The clips themselves, without the frames before and after them."""
         return clips[:, self.head : self.head + self.run.model.clip_frames]
 
-    def denoising_loss(self, clips: Tensor, known: ClipConditioning, generator: torch.Generator) -> Tensor:
+    def denoising_loss(self, clips: Tensor, condition: ClipConditioning, generator: torch.Generator) -> Tensor:
         """Mean squared error of the denoiser's prediction at random times; hidden context is zeroed by its mask."""
-        known = replace(known, context=known.context * known.context_mask[:, None, None, None, None])
+        condition = replace(condition, context=condition.context * condition.context_mask[:, None, None, None, None])
         noise = torch.randn(clips.shape, generator=generator).to(clips)
         noisy, timestep, target = noised(self.run.model.objective, clips, noise, generator)
-        return functional.mse_loss(self.module.denoiser(noisy, timestep, known), target)
+        return functional.mse_loss(self.module.denoiser(noisy, timestep, condition), target)
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         """Key-frame error and PSNR, denoising loss with fixed noise; a sheet of real, key-head and rendered frames."""
@@ -348,8 +348,8 @@ class TokenizerTraining:
             frames = self.rows.spread(FITTED_FRAMES).split(at_once(64, size))
             module.fit_statistics([self.sources(part, torch.zeros_like(part)).to(device) for part in frames])
         generator = generator_for(0, "validation")
-        rows = torch.stack([self.clip_rows(v, 0.0) for v in self.judged])
-        looped = torch.tensor([v.loops for v in self.judged]).to(device)
+        rows = torch.stack([self.clip_rows(v, 0.0) for v in self.validated])
+        looped = torch.tensor([v.loops for v in self.validated]).to(device)
         errors, psnrs, losses = [], [], []
         for part, loops in zip(rows.split(at_once(32, size)), looped.split(at_once(32, size)), strict=True):
             clips = self.latents[part, 0].float().to(device)
@@ -359,12 +359,12 @@ class TokenizerTraining:
                 errors.append(functional.mse_loss(predicted, head))
                 psnrs.append(psnr_db(module.first_stage.decode(predicted), module.first_stage.decode(head)))
             if self.run.train_denoiser:
-                known = module.conditioning(pairs(tokens), clips[:, : self.head])
-                known = replace(known, context_mask=known.context_mask * loops)  # nothing is before the others' start
-                losses.append(self.denoising_loss(self.within(clips), known, generator))
+                condition = module.conditioning(pairs(tokens), clips[:, : self.head])
+                condition = replace(condition, context_mask=condition.context_mask * loops)  # others begin at frame 0
+                losses.append(self.denoising_loss(self.within(clips), condition, generator))
         metrics = {"key_frame_error": errors, "key_frame_psnr_db": psnrs, "denoising_loss": losses}
-        shown = rows[:: max(1, len(rows) // 8)][:8]
-        return {name: mean(values) for name, values in metrics.items() if values}, self.sheet(shown)
+        some = rows[:: max(1, len(rows) // 8)][:8]
+        return {name: mean(values) for name, values in metrics.items() if values}, self.sheet(some)
 
     def key_tokens(self, rows: Tensor) -> Tensor:
         """Tokens of the head key frames of clips, then of their tails."""
@@ -372,7 +372,7 @@ class TokenizerTraining:
         return self.module.tokens_of(self.sources(keys, torch.zeros_like(keys)).to(self.module.device))
 
     def sheet(self, rows: Tensor) -> Image.Image:
-        """Strips of each clip: the frames through the first stage, through tokens and key-frame head, and rendered."""
+        """Strips of each clip: frames through the first stage, through tokens and key-frame head, and rendered."""
         module = self.module
         clips = self.within(self.latents[rows, 0].float().to(module.device))
         pair = pairs(self.key_tokens(rows))

@@ -27,11 +27,11 @@ from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import SIZES, BodyConfig, HeadName, Order
 from dicode.pipeline import DiCoDe
 from dicode.provenance import write_result
-from dicode.sizing.count import step_flops
+from dicode.sizing.plan import Planner
 from dicode.tokenizer.config import SamplingConfig
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import train
-from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
+from dicode.train.runs import AugmentConfig, LanguageRun, LoopConfig, OptimConfig
 
 TOKENIZER = "dicode/checkpoints/sprites"
 CACHE = Path("cache/heads")  # the clips of this comparison, a part of the cache named
@@ -55,7 +55,7 @@ def run() -> LanguageRun:
     )
     return LanguageRun(
         cache=str(CACHE), tokenizer=TOKENIZER, model=model, from_start=1.0, longer=(), longer_share=(),
-        long_captions=0.0, null_captions=0.1, word_dropout=0.0,
+        augment=AugmentConfig(long_captions=0.0, null_captions=0.1, word_dropout=0.0),
         loop=LoopConfig(evaluate_every=100_000, checkpoint_every=400, optim=optim),
     )  # fmt: skip
 
@@ -63,9 +63,12 @@ def run() -> LanguageRun:
 def arrangement(head: HeadName, order: Order, seed: int, swaps: bool = False) -> LanguageRun:
     """The run with another head, order and seed; with `swaps` a tenth of the captions have words of others."""
     base = run()
-    model = replace(base.model, head=replace(base.model.head, kind=head), order=order)
-    loop = replace(base.loop, seed=seed)
-    return replace(base, model=model, loop=loop, word_swaps=0.1 if swaps else 0.0, swapped_words=0.7)
+    model, loop = (
+        replace(base.model, head=replace(base.model.head, kind=head), order=order),
+        replace(base.loop, seed=seed),
+    )
+    augment = replace(base.augment, word_swaps=0.1 if swaps else 0.0, swapped_words=0.7)
+    return replace(base, model=model, loop=loop, augment=augment)
 
 
 def main(cache: str) -> None:
@@ -75,7 +78,7 @@ def main(cache: str) -> None:
         chosen_clips(whole).save(CACHE)
     reference = RealClips(whole, sprites.tokenizer.config, Path(cache))
     features = reference.features(EfficientNetLite0Features(), range(len(whole.videos)))
-    budget = STEPS * step_flops(LanguageTraining(arrangement("mixture", "token", 0)))
+    budget = STEPS * Planner(arrangement("mixture", "token", 0)).step_flops()
     values: dict[str, Any] = {}
     kinds = [(head, order, False) for order in ORDERS for head in HEADS] + [(*pair, True) for pair in SWAPS]
     for seed in SEEDS:
@@ -110,7 +113,7 @@ def trained_and_measured(
     folder: Path, stage: LanguageTraining, budget: int, sprites: DiCoDe, whole: FrameCache, features: Any
 ) -> dict[str, Any]:
     """Figures of one run of `budget` FLOPs."""
-    flops = step_flops(stage)
+    flops = Planner(stage.run).step_flops()
     steps = round(budget / flops)
     loop = replace(stage.run.loop, optim=replace(stage.run.loop.optim, steps=steps))
     metrics = train(stage, loop, folder, {"name": folder.name})

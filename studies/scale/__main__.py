@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,6 @@ from ablations import ablated_runs, in_latents, joins
 from einops import repeat
 from join import join_caches
 from laws import fit_power_law, t_interval
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tyro.conf import Positional, arg
 
 from dicode.cli.info import runs_of
@@ -32,8 +32,8 @@ from dicode.data.cache import CachedVideo, FrameCache
 from dicode.files import put_text, read_json
 from dicode.provenance import write_result
 from dicode.seeds import generator_for
-from dicode.sizing.count import batch_flops, count_parameters
-from dicode.sizing.plan import blank_batches, blank_stage
+from dicode.sizing.count import count_parameters
+from dicode.sizing.plan import Planner
 from dicode.train.lm import LanguageTraining, chunks
 from dicode.train.loop import train
 from dicode.train.parallel import Processes
@@ -43,6 +43,7 @@ from dicode.train.signals import StopSignal
 RIVALS = 8  # captions of other clips of the same folder that a clip's own is compared with
 RANKED = 192  # training clips for which this is done too
 Figures = dict[str, Any]
+Measure = Callable[[LanguageTraining], Figures]
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def seeds_of(
     name: str,
     run: LanguageRun,
     command: Scale,
-    extra: Sequence[Callable[[LanguageTraining], dict[str, float]]],
+    extra: Sequence[Measure],
     processes: Processes,
     stop: StopSignal,
 ) -> list[Figures]:
@@ -127,9 +128,8 @@ def seeds_of(
         kept, asked = folder / "figures.json", json.loads(json.dumps(config_to_dict(seeded)))
         if not kept.exists():
             with stop.cutting():
-                stage = LanguageTraining(
-                    seeded, lambda stage: {k: v for of in (likelihoods, *extra) for k, v in of(stage).items()}
-                )
+                stage = LanguageTraining(seeded)
+            stage.validate = partial(validated, stage, (likelihoods, *extra))  # type: ignore[method-assign]
             metrics = train(stage, seeded.loop, folder, {"run": asked}, stop=stop)
             if processes.first:
                 put_text(kept, json.dumps({"run": asked, "trained_s": trained_s(folder), **metrics}))
@@ -144,20 +144,21 @@ def seeds_of(
     return figures
 
 
+def validated(stage: LanguageTraining, measures: Sequence[Measure]) -> tuple[Figures, None]:
+    """The figures of all measures, and no sheet."""
+    return {name: value for measure in measures for name, value in measure(stage).items()}, None
+
+
 def counted(run: LanguageRun) -> Figures:
     """Parameters and training FLOPs, without data or weights."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    stage = blank_stage(run, fake)
-    with fake:
-        batches = blank_batches(run, run.loop.optim.batch_size // run.loop.micro_batches)
-    flops = run.loop.micro_batches * sum(share * batch_flops(stage, batch, fake) for share, batch in batches)
-    every = count_parameters(stage.module)
-    text = count_parameters(stage.module.backbone.body.get_input_embeddings())
+    planner = Planner(run)
+    module = planner.stages[False].module
+    every, text = count_parameters(module), count_parameters(module.backbone.body.get_input_embeddings())
     return {
         "parameters": every,
         "without_text": every - text,  # the text's embedding table is looked up, not computed with
         "samples": run.loop.optim.steps * run.loop.optim.batch_size,
-        "flops": round(flops) * run.loop.optim.steps,
+        "flops": round(planner.step_flops()) * run.loop.optim.steps,
     }
 
 

@@ -9,7 +9,7 @@ steps, that of a normal distribution; with Muon they were 0.06 nats apart after 
 from dataclasses import replace
 
 from dicode.lm.presets import SIZES, BodyConfig
-from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
+from dicode.train.runs import AugmentConfig, LanguageRun, LoopConfig, OptimConfig
 
 LR = 3e-3  # of Muon, whose updates have one size at every width; tried on training clips kept out of training
 SAMPLES, BATCH_SIZE = 5_120, 16
@@ -56,5 +56,5 @@ def _language_model(width: int, depth: int, heads: int) -> LanguageRun:
     )  # evaluated once, at the end
     return LanguageRun(
         tokenizer="dicode/checkpoints/sprites", model=model, longer=(), longer_share=(), from_start=0.5,
-        long_captions=0.0, null_captions=0.1, word_dropout=0.3, loop=loop,
+        augment=AugmentConfig(long_captions=0.0, null_captions=0.1, word_dropout=0.3), loop=loop,
     )  # fmt: skip
