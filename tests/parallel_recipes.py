@@ -1,4 +1,4 @@
-"""The first steps of every bundled recipe, with its flags, at toy size: see test_parallel.py.
+"""The first steps of every bundled recipe, with its flags, at toy size: see test_train_parallel.py.
 
 torchrun --standalone --nproc-per-node 2 tests/parallel_recipes.py ROOT OUTPUT.json ddp:sprites:lm fsdp:sprites:lm
 """

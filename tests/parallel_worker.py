@@ -1,4 +1,4 @@
-"""Train toy runs with as many processes as torchrun starts: see test_parallel.py.
+"""Train toy runs with as many processes as torchrun starts: see test_train_parallel.py.
 
     torchrun --standalone --nproc-per-node 4 tests/parallel_worker.py ROOT OUTPUT ddp:lm fsdp:lm fsdp:key_frames:12
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_training import loop, runs, variants
+from toy_runs import loop, runs, variants
 
 import dicode.train.loop
 from dicode.train.checkpoint import TrainState

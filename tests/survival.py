@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from test_training import SHARD, loop, runs, write_cache
 from torch.utils import tensorboard  # noqa: F401 - loaded once, before the forks
+from toy_runs import SHARD, loop, runs, write_cache
 
 import dicode.train.checkpoint
 import dicode.train.loop

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import write_cache
+from toy_runs import write_cache
 
 from dicode.cli.app import main
 from dicode.data import cache as shards

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import runs, write_cache
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy_runs import runs, write_cache
 
 import dicode.device
 from dicode.cli.flags import Encode

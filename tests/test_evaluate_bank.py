@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_tokenizer import tiny_config
-from test_training import write_cache
+from toy_runs import write_cache
 
 from dicode.data.cache import FrameCache
 from dicode.evaluate.reconstruction import hold_head, psnr_in_motion, psnr_score

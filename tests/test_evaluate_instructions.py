@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import write_cache
+from toy_runs import write_cache
 
 from dicode.data.cache import FrameCache
 from dicode.evaluate.instructions import Continued, another, continued, evaluate_instructions, measured

@@ -11,7 +11,7 @@ import torch
 from conftest import write_tiny_model
 from scipy.spatial.distance import pdist
 from test_evaluate_networks import clip_folder  # noqa: F401
-from test_training import write_cache
+from toy_runs import write_cache
 
 from dicode.cli.app import main
 from dicode.data.cache import FrameCache

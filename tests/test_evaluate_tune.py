@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from test_training import write_cache
+from toy_runs import write_cache
 
 from dicode.checkpoint import resolve
 from dicode.cli.app import main

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from test_tokenizer import tiny_config
-from test_training import runs, write_cache
+from toy_runs import runs, write_cache
 
 from dicode.lm.presets import DeepLMConfig
 from dicode.tokenizer.config import DenoiserConfig, TokenizerConfig

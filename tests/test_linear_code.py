@@ -7,8 +7,8 @@ import pytest
 import torch
 from einops import rearrange
 from test_tokenizer import tiny_config
-from test_training import loop, write_cache
 from torch import Tensor
+from toy_runs import loop, write_cache
 
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import VideoTokenizer

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from test_tokenizer import tiny_config
-from test_training import write_cache
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -18,6 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from toy_runs import write_cache
 
 from dicode.checkpoint import write_config
 from dicode.cli.app import main

@@ -15,8 +15,8 @@ from synthetic import draw_clip
 from test_features_tinyvt import SMALL, drawn_cache
 from test_linear_code import CHANNELS, SIDE, TOKENS, WIDTH, error, fitted, pictures
 from test_tokenizer import conditioning, tiny_tokenizer
-from test_training import FLOW, write_cache
 from torch import nn
+from toy_runs import FLOW, write_cache
 
 from dicode.cli.info import runs_of
 from dicode.config import load_file

@@ -1,6 +1,6 @@
 """Seconds and memory of a training step of the paper's language models, beside what `dicode info` counts for it.
 
-    python tests/paper_steps.py results/paper-h100.json gpt2 gpt2_medium llama_1b
+    python tools/paper_steps.py results/paper-h100.json gpt2 gpt2_medium llama_1b
 
 One micro-batch of 16 samples of 3 key frames, random tokens, as each of four GPUs computes it; on the device `auto`.
 """
@@ -89,7 +89,7 @@ def measure(run: LanguageRun) -> dict[str, Any]:
 def main(output: str, *names: str) -> None:
     """The models asked for, smallest first, into a result file."""
     values = {name: measure(micro_batch_of(load_run(f"{RECIPES}:{name}"))) for name in names}
-    command = shlex.join(["python", "tests/paper_steps.py", output, *names])
+    command = shlex.join(["python", "tools/paper_steps.py", output, *names])
     title = "language models of the paper: steps of one micro-batch of 16 samples of 3 key frames"
     write_result(Path(output), title, values, SAMPLES, 0, command, pick_device("auto"))
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_lm_text import CAPTIONS
 from test_tokenizer import DENOISERS, tiny_config
-from test_training import SIZE, assert_same_checkpoint, loop, train_in_parts, write_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from toy_runs import SIZE, assert_same_checkpoint, loop, train_in_parts, write_cache
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dicode.checkpoint import write_config

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from survival import differences, prepare, the_run
-from test_training import SHARD, runs
 from torch import Tensor
+from toy_runs import SHARD, runs
 
 import dicode.train.loop
 from dicode.config import CheckpointError
@@ -121,6 +121,15 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again_in_silence(root: 
         (path / "state.json").unlink()
     with pytest.raises(CheckpointError, match="no whole checkpoint is left; delete the folder to begin again"):
         run_recipe(short_run(root), tmp_path / "run", {})
+
+
+def test_what_a_killed_run_left_unfinished_is_removed(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "whole", tmp_path / "run")
+    (tmp_path / "run/.best.1234.part").mkdir()
+    (tmp_path / "run/.plan.json.1234.part").touch()
+    (tmp_path / "run/.writing-00000009/part").mkdir(parents=True)
+    run_recipe(short_run(root), tmp_path / "run", {})
+    assert not [path.name for path in (tmp_path / "run").glob(".*") if path.name != ".lock"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no process's files")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import loop, write_cache
+from toy_runs import loop, write_cache
 
 from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.seeds import generator_for

@@ -17,8 +17,8 @@ from parallel_recipes import COMPARED, SHARED, recipe
 from parallel_recipes import NAMES as RECIPES
 from parallel_worker import STEPS, parallel_run
 from safetensors.torch import load_file
-from test_training import loop, runs, write_cache
 from torch import nn
+from toy_runs import loop, runs, write_cache
 
 from dicode.seeds import generator_for
 from dicode.train.loop import Training

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import SHARD, write_cache
+from toy_runs import SHARD, write_cache
 
 from dicode.checkpoint import read_config
 from dicode.cli.app import main, parse
@@ -24,7 +24,7 @@ from dicode.train.stages import stage_of
 RECIPE = """
 from dataclasses import replace
 from pathlib import Path
-from test_training import loop, runs
+from toy_runs import loop, runs
 STAGES = {"first_stage": 1, "key_frames": 1, "denoiser": 2, "lm": 4}
 SAMPLING = {"guidance": 1.75, "steps": 2}
 def _run(name):
