@@ -10,9 +10,10 @@ from efficientnet_lite_pytorch import EfficientNet
 from scipy.ndimage import gaussian_filter
 
 from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
-from dicode.evaluate.reconstruction import PSNR_CEILING_DB, cross_fade, hold_head, psnr_score
+from dicode.evaluate.metrics import PSNR_CEILING_DB
+from dicode.evaluate.reconstruction import cross_fade, hold_head, psnr_score
 from dicode.evaluate.scores import frechet_score
-from dicode.features.extract import ClipFeatures, EfficientNetLite0Features, features_of_clips, summarise
+from dicode.features.extract import EfficientNetLite0Features, mean_and_change
 
 COLOURS = np.array(
     [[220, 40, 30], [30, 90, 220], [40, 190, 70], [240, 200, 40], [150, 60, 200], [20, 20, 20]], np.uint8
@@ -66,16 +67,16 @@ def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_clip_features_are_mean_and_mean_absolute_difference(extractor: EfficientNetLite0Features) -> None:
-    mean, difference = summarise(torch.tensor([[1.0, 4.0], [3.0, 4.0], [0.0, 1.0]]))
-    np.testing.assert_allclose(mean, [4 / 3, 3])
-    np.testing.assert_allclose(difference, [2.5, 1.5])
+    rows = mean_and_change([torch.tensor([[1.0, 4.0], [3.0, 4.0], [0.0, 1.0]])])
+    np.testing.assert_allclose(rows, [[4 / 3, 3, 2.5, 1.5]])
     clip = _moving_shape(2)
-    np.testing.assert_allclose(extractor.clip_features(hold_head(clip)).difference, 0, atol=1e-5)
-    stacked = features_of_clips(extractor, [clip, clip[:4]])
-    assert stacked.joined().shape == (2, 2560) and stacked.joined().dtype == np.float64
-    np.testing.assert_array_equal(stacked.joined()[0], extractor.clip_features(clip).joined())
+    features = extractor.features([clip, clip[:4], hold_head(clip)])
+    assert features.clips.shape == (3, 2560) and features.clips.dtype == np.float64
+    assert (extractor.means(features) == features.clips[:, :1280]).all()
+    np.testing.assert_allclose(features.clips[2, 1280:], 0, atol=1e-5)
+    np.testing.assert_array_equal(features.clips[0], extractor.features([clip]).clips[0])
     with pytest.raises(ValueError, match="one frame has no motion"):
-        extractor.clip_features(clip[:1])
+        extractor.features([clip[:1]])
 
 
 def test_baselines_are_the_head_and_a_linear_fade() -> None:
@@ -101,7 +102,7 @@ def test_frechet_score_orders_identical_slightly_and_strongly_blurred_and_noise(
         "hold head": [hold_head(clip) for clip in real],
         "cross-fade": [cross_fade(clip[0], clip[-1], 6) for clip in long],
     }
-    features = {name: features_of_clips(extractor, clips).joined() for name, clips in candidates.items()}
+    features = {name: extractor.features(clips).clips for name, clips in candidates.items()}
     scores = {name: frechet_score(features["identical"], made) for name, made in features.items()}
     order = [scores[name].value for name in ("identical", "blurred", "very blurred", "noise")]
     assert order == sorted(order) and order[0] == pytest.approx(0, abs=1e-6) and order[1] > 0.1, order
@@ -129,27 +130,24 @@ def test_identical_clips_have_the_highest_psnr_and_not_infinity() -> None:
 
 
 def test_text_control_counts_prompts_whose_nearest_clip_carries_them() -> None:
-    bank = np.eye(6, 8) + 3
-    captions = ["Fire ball", "ice", ("storm", "a wild storm"), "ice", "moon", "sun"]
-    generated = bank[[0, 1, 4, 2]] + 0.05
-    result = text_control(generated, ["fire  ball", "ice", "ice", "A wild storm"], bank, captions)
-    assert result.nearest == (0, 1, 4, 2)
-    assert result.share == result.share_euclidean == 0.75
+    real = np.eye(6, 8) + 3
+    captions = ["Fire ball", "ice", "a wild storm", "ice", "moon", "sun"]
+    generated = real[[0, 1, 4, 2]] + 0.05
+    result = text_control(generated, ["fire  ball", "ice", "ice", "A wild storm"], real, captions)
+    assert result.share == 0.75
     assert result.chance == pytest.approx((1 + 2 + 2 + 1) / 24)
-    assert (result.n, result.bank) == (4, 6) and result.interval[0] < 0.75 < result.interval[1]
-    with pytest.raises(ValueError, match="no bank clip carries 1 of the prompts, the first being 'snow'"):
-        text_control(generated[:1], ["snow"], bank, captions)
+    assert (result.n, result.references) == (4, 6) and result.interval[0] < 0.75 < result.interval[1]
+    with pytest.raises(ValueError, match="no real clip carries 1 of the prompts, the first being 'snow'"):
+        text_control(generated[:1], ["snow"], real, captions)
 
 
 def test_true_clip_ranks_highest_for_near_copies_and_by_chance_for_noise() -> None:
     rng = np.random.default_rng(0)
     pool = rng.normal(size=(200, 12)) + 4
     near = percentile_of_true_clip(pool + 0.01 * rng.normal(size=pool.shape), pool)
-    assert near.mean == near.mean_euclidean == 100 and (near.n, near.pool) == (200, 200)
+    assert near.mean == 100 and near.n == 200
     chance = percentile_of_true_clip(rng.normal(size=pool.shape) + 4, pool)
     assert chance.mean == pytest.approx(50, abs=7) and chance.interval[0] < chance.mean < chance.interval[1]
-    few = percentile_of_true_clip(pool[[5, 9]], pool, np.array([5, 0]))
-    assert few.ranks[0] == 100 and few.ranks[1] < 100 and few.n == 2
 
 
 def test_motion_ratio_compares_means_and_refuses_other_sizes() -> None:
@@ -169,8 +167,3 @@ def test_prompts_are_drawn_once_each_whatever_the_order_of_captions() -> None:
     assert drawn != draw_prompts(captions, 25, seed=8)
     with pytest.raises(ValueError, match="40 distinct captions, got a count of 41"):
         draw_prompts(captions, 41, seed=7)
-
-
-def test_joined_features_keep_both_halves() -> None:
-    both = ClipFeatures(np.array([1.0, 2.0]), np.array([3.0, 4.0]))
-    assert both.joined().tolist() == [1, 2, 3, 4]

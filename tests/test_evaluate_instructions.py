@@ -8,7 +8,13 @@ import pytest
 from toy_runs import write_cache
 
 from dicode.data.cache import FrameCache
-from dicode.evaluate.instructions import Continued, another, continued, evaluate_instructions, measured
+from dicode.evaluate.instructions import (
+    Continuation,
+    another_caption,
+    continuations,
+    evaluate_instructions,
+    figures_of,
+)
 from dicode.evaluate.reference import first_clip
 from dicode.pipeline import DiCoDe
 
@@ -28,30 +34,30 @@ def drawn(number: int) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
 
-def test_figures_tell_captions_that_are_heard_from_captions_that_are_not() -> None:
-    heard = [Continued(drawn(i), drawn(i), drawn(i + 9), drawn(i + 90), ("a", "b")) for i in range(4)]
-    deaf = [Continued(drawn(i), drawn(i + 9), drawn(i + 9), drawn(i + 90), ("a", "b")) for i in range(4)]
-    for clips, nearer, effect in ((heard, 1.0, 1.0), (deaf, 0.0, 0.0)):
-        figures = measured(clips, seed=0)
+def test_figures_differ_between_captions_with_and_without_effect() -> None:
+    followed = [Continuation(drawn(i), drawn(i), drawn(i + 9), drawn(i + 90), ("a", "b")) for i in range(4)]
+    ignored = [Continuation(drawn(i), drawn(i + 9), drawn(i + 9), drawn(i + 90), ("a", "b")) for i in range(4)]
+    for clips, nearer, effect in ((followed, 1.0, 1.0), (ignored, 0.0, 0.0)):
+        figures = figures_of(clips, seed=0)
         assert figures["nearer_by_pixels"]["own caption"]["value"] == nearer
         assert figures["nearer_by_features-EffLite0"]["own caption"]["value"] == nearer
         assert figures["effect"]["other caption"]["value"] == pytest.approx(effect, abs=0.05)
-    assert measured(heard, seed=0)["FVD-EffLite0"]["own caption"].value == pytest.approx(0, abs=1e-6)
+    assert figures_of(followed, seed=0)["FVD-EffLite0"]["own caption"].value == pytest.approx(0, abs=1e-6)
 
 
 def test_the_other_caption_is_of_the_same_data_set(cache: FrameCache) -> None:
     alone = dataclasses.replace(cache.videos[0], source="elsewhere", captions=("put it down",))
     pair = dataclasses.replace(alone, captions=("pick it up",))
     for index in range(20):
-        assert another([*cache.videos, alone, pair], alone, 0, index) == "pick it up"
+        assert another_caption([*cache.videos, alone, pair], alone, 0, index) == "pick it up"
     with pytest.raises(ValueError, match="elsewhere: expected captions other than 'put it down'"):
-        another([*cache.videos, alone], alone, 0, 0)
+        another_caption([*cache.videos, alone], alone, 0, 0)
 
 
 def test_clips_of_one_image_are_what_generate_makes_of_it_alone(tiny_model: Path, cache: FrameCache) -> None:
     model, videos = DiCoDe.from_pretrained(tiny_model), list(cache.videos[:2])
-    others = [another(cache.videos, video, 0, i) for i, video in enumerate(videos)]
-    made = continued(model, cache, videos, others, seed=3, first=5)
+    others = [another_caption(cache.videos, video, 0, i) for i, video in enumerate(videos)]
+    made = continuations(model, cache, videos, others, seed=3, first=5)
     for i, (video, one) in enumerate(zip(videos, made, strict=True)):
         assert one.captions[0] != one.captions[1]
         given = model.given(image=first_clip(model.tokenizer.config, cache, video)[:1])

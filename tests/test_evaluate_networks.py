@@ -10,12 +10,11 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from dicode.config import CheckpointError
-from dicode.features.extract import features_of_clips
 from dicode.features.networks import C3D, I3D, Clip, Inception, clip_similarity
 
 
 class StandIn3D(nn.Module):
-    """Takes what StyleGAN-V's I3D takes, and shows in its features that it was told to scale and resize."""
+    """The interface of StyleGAN-V's I3D; features that depend on `rescale` and `resize`."""
 
     def forward(
         self, video: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False
@@ -78,9 +77,11 @@ def test_c3d_gives_probabilities_of_clips_of_sixteen_frames(clips: list[np.ndarr
 def test_inception_gives_features_and_unbiased_probabilities(clips: list[np.ndarray], tmp_path: Path) -> None:
     network = Inception(saved(StandInInception(), tmp_path / "inception.pt"), batch_size=5)
     images = torch.from_numpy(clips[0]).permute(0, 3, 1, 2)
-    torch.testing.assert_close(network.frame_features(clips[0]), StandInInception()(images, return_features=True))
-    torch.testing.assert_close(network.frame_probabilities(clips[0]), StandInInception()(images, no_output_bias=True))
-    assert features_of_clips(network, clips).joined().shape == (3, 4096)
+    features = network.features(clips)
+    np.testing.assert_allclose(features.frames[0], StandInInception()(images, return_features=True), rtol=1e-6)
+    probabilities = StandInInception()(images, no_output_bias=True).mean(0)
+    np.testing.assert_allclose(features.probabilities[0], probabilities, rtol=1e-5)
+    assert features.frames.shape == (3, 16, 2048) and features.clips is None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -130,6 +131,8 @@ def test_clip_vectors_are_those_of_transformers(clips: list[np.ndarray], clip_fo
     torch.testing.assert_close(network.text_features(texts), output.text_embeds, rtol=1e-4, atol=1e-5)
     expected = (output.image_embeds @ output.text_embeds[1]).mean()
     assert clip_similarity(network, square, texts[1]) == pytest.approx(float(expected), abs=1e-5)
+    vectors = network.features([square]).clips
+    assert network.similarities(vectors, texts)[0, 1] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_clip_sees_the_centre_at_its_own_size(clips: list[np.ndarray], clip_folder: Path) -> None:
@@ -137,6 +140,6 @@ def test_clip_sees_the_centre_at_its_own_size(clips: list[np.ndarray], clip_fold
     wide = np.repeat(np.repeat(clips[0][:2, :20, :20], 3, axis=1), 3, axis=2)
     margins = np.pad(wide, ((0, 0), (0, 0), (30, 30), (0, 0)))
     torch.testing.assert_close(
-        network._seen(torch.from_numpy(margins).permute(0, 3, 1, 2))[..., 2:-2],
-        network._seen(torch.from_numpy(wide).permute(0, 3, 1, 2))[..., 2:-2],
+        network._input(torch.from_numpy(margins).permute(0, 3, 1, 2))[..., 2:-2],
+        network._input(torch.from_numpy(wide).permute(0, 3, 1, 2))[..., 2:-2],
     )

@@ -9,18 +9,9 @@ from scipy.linalg import sqrtm
 from synthetic import draw_clip
 from test_evaluate_networks import StandIn3D, StandInC3D, StandInInception, clip_folder, saved  # noqa: F401
 
-from dicode.evaluate.scores import (
-    Score,
-    class_score,
-    frechet_score,
-    mean_score,
-    repeats_score,
-    scores_of_sets,
-    seen,
-    set_score,
-)
-from dicode.evaluate.suite import clipsim_name, frame_scores
-from dicode.features.extract import EfficientNetLite0Features, features_of_clips, load_networks
+from dicode.evaluate.metrics import scores_of_pairs, scores_of_sets
+from dicode.evaluate.scores import Score, class_score, frechet_score, mean_score, repeats_score, set_score
+from dicode.features.extract import EfficientNetLite0Features, load_networks
 from dicode.features.perceptual import FeatureMaps, perceptual_distance
 
 
@@ -126,8 +117,8 @@ def test_efflite_classes_of_a_clip_are_those_of_its_mean_logits() -> None:
         images = (torch.from_numpy(clips[1]).permute(0, 3, 1, 2).float() - 127) / 128
         images = torch.nn.functional.interpolate(images, (32, 32), mode="bilinear", antialias=True)
         expected = own(images).mean(0).softmax(0)  # the package's own way through pool, dropout and classifier
-    made = network.class_probabilities(features_of_clips(network, clips).mean)
-    np.testing.assert_allclose(made[1], expected.numpy(), rtol=1e-3, atol=1e-7)
+    probabilities = network.features(clips).probabilities
+    np.testing.assert_allclose(probabilities[1], expected.numpy(), rtol=1e-3, atol=1e-7)
 
 
 def test_frame_scores_are_of_the_frames_at_a_quarter_and_three_quarters() -> None:
@@ -136,8 +127,9 @@ def test_frame_scores_are_of_the_frames_at_a_quarter_and_three_quarters() -> Non
     for clip in others:
         clip[[0, 1, 2, 3, 5, 11, 13, 14, 15]] = 0
     network = EfficientNetLite0Features()
-    same, worse = (frame_scores(real, made, 0, network) for made in (others, [255 - clip for clip in real]))
-    assert same["SSIM"].value == pytest.approx(1) and same["perceptual-EffLite0"].value == pytest.approx(0, abs=1e-6)
+    scores = scores_of_pairs(real, {"same": others, "worse": [255 - clip for clip in real]}, network)
+    assert scores["SSIM"]["same"].value == pytest.approx(1)
+    assert scores["perceptual-EffLite0"]["same"].value == pytest.approx(0, abs=1e-6)
 
     def pixels(clip: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(clip[[4, 12]].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -145,7 +137,7 @@ def test_frame_scores_are_of_the_frames_at_a_quarter_and_three_quarters() -> Non
     with torch.no_grad():
         maps = FeatureMaps()
         expected = [float(perceptual_distance(maps(pixels(255 - clip)), maps(pixels(clip)))) for clip in real]
-    assert worse["perceptual-EffLite0"].value == pytest.approx(np.mean(expected), rel=1e-4)
+    assert scores["perceptual-EffLite0"]["worse"].value == pytest.approx(np.mean(expected), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -158,12 +150,15 @@ def test_each_network_gives_the_metrics_that_it_is_known_for(tmp_path: Path, cli
     real, made = clips_of_noise(5), clips_of_noise(5, seed=1)
     scores = {}
     for network in networks.values():
-        scores |= scores_of_sets(network.name, seen(network, real), {"made": seen(network, made)})
-    assert set(scores) == {"FVD-I3D", "IS-C3D", "FID-Inception", "IS-Inception", "FVD-CLIP"}
+        features = {"made": network.features(made)}
+        scores |= scores_of_sets(network, network.features(real), features, [f"clip {i}" for i in range(5)])
+    assert set(scores) == {
+        *("FVD-I3D", "IS-C3D", "FID-Inception", "IS-Inception", "FVD-CLIP"),
+        *(f"CLIPSIM-{clip_folder.name}", "caption rank-CLIP"),
+    }
     vectors = [np.stack([networks[specs[1]].clip_vector(clip) for clip in side]) for side in (real, made)]
     assert scores["FVD-I3D"]["made"].value == frechet_score(*vectors).value
     assert scores["IS-C3D"].keys() == {"real", "made"}
-    assert clipsim_name("CLIP=openai/clip-vit-base-patch32") == "CLIPSIM-clip-vit-base-patch32"
 
 
 def test_networks_that_cannot_be_are_refused_by_name(clip_folder: Path) -> None:  # noqa: F811

@@ -15,12 +15,12 @@ from toy_runs import write_cache
 
 from dicode.cli.app import main
 from dicode.data.cache import FrameCache
-from dicode.evaluate import long, speed
+from dicode.evaluate import speed
+from dicode.evaluate.generation import caption_diversity, evaluate_generation
 from dicode.evaluate.long import JOINS
 from dicode.evaluate.reference import first_clip
 from dicode.evaluate.samples import Samples, generated_clips
-from dicode.evaluate.suite import caption_diversity, evaluate_generation
-from dicode.features.extract import EfficientNetLite0Features, features_of_clips, load_networks
+from dicode.features.extract import EfficientNetLite0Features, load_networks
 from dicode.features.networks import Clip, clip_similarity
 from dicode.pipeline import DiCoDe
 
@@ -60,7 +60,6 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return speed.WholeProcess(2.5, 0.25)
 
     monkeypatch.setattr(speed, "whole_process", process)
-    monkeypatch.setattr(long, "whole_process", process)
     return asked
 
 
@@ -198,7 +197,7 @@ def test_networks_asked_for_measure_beside_efflite(
     made = evaluate_generation(clips, count=2, networks=networks)[0]
     alone = evaluate_generation(clips, count=2)[0]
     clipsim = f"CLIPSIM-{clip_folder.name}"
-    assert made.keys() - alone.keys() == {"FVD-CLIP", clipsim}
+    assert made.keys() - alone.keys() == {"FVD-CLIP", clipsim, "caption rank-CLIP"}
     assert {key: made[key] for key in alone} == alone
     real = [first_clip(model.tokenizer.config, frames, video)[:-1] for video in frames.videos if video.validation]
     captions = [video.captions[0] for video in frames.videos if video.validation]
@@ -209,15 +208,15 @@ def test_networks_asked_for_measure_beside_efflite(
 def test_diversity_is_of_captions_whose_real_variants_differ(tiny_model: Path, cache: Path) -> None:
     model, frames, extractor = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache), EfficientNetLite0Features()
     clips = [first_clip(model.tokenizer.config, frames, video)[:-1] for video in frames.videos]
-    features = features_of_clips(extractor, clips).mean
+    features = extractor.means(extractor.features(clips)).copy()
     captions = ["a hand"] * 5 + ["a red square"] * 4 + ["one", "two", "three"]
     features[5:9] = features[5]  # copies
-    made = caption_diversity(model, extractor, captions, features, seed=3)
-    samples = features_of_clips(extractor, generated_clips(model, ["a hand"] * 3, seed=5)).mean
+    made = caption_diversity(Samples(model, frames, 3), captions, features)
+    samples = extractor.means(extractor.features(generated_clips(model, ["a hand"] * 3, seed=5)))
     apart, real_apart = pdist(samples).mean(), pdist(features[:5]).mean()
     assert made is not None and made["n"] == 1
     assert (made["generated"], made["real"]) == (pytest.approx(apart), pytest.approx(real_apart))
-    assert caption_diversity(model, extractor, captions[5:], features[5:], seed=3) is None
+    assert caption_diversity(Samples(model, frames, 3), captions[5:], features[5:]) is None
 
 
 def test_evaluated_clips_are_single_samples_of_the_seed(tiny_model: Path) -> None:

@@ -9,7 +9,7 @@ from synthetic import draw_clip
 
 from dicode.config import CheckpointError
 from dicode.data.cache import CachedVideo, FrameCache
-from dicode.evaluate.scores import alignment_scores, scores_of_sets, seen
+from dicode.evaluate.metrics import scores_of_sets
 from dicode.features.extract import load_networks
 from dicode.features.tinyvt import BOX, WEIGHTS, TinyVT, TinyVTConfig, found, shuffled
 from dicode.lm.text import TextTokenizer
@@ -46,9 +46,10 @@ def test_clips_and_texts_do_not_depend_on_their_batch(network: TinyVT) -> None:
         together = network(torch.from_numpy(np.stack(clips)))
     for clip, row in zip(clips, together, strict=True):
         np.testing.assert_allclose(network.clip_vector(clip), row.numpy(), atol=1e-5)
-    read = network.text_features(texts)
+    with torch.no_grad():
+        read = network.read(texts)
     for text, row in zip(texts, read, strict=True):
-        torch.testing.assert_close(network.text_features([text])[0], row, atol=1e-5, rtol=0)
+        torch.testing.assert_close(network.read([text])[0].detach(), row, atol=1e-5, rtol=0)
     torch.testing.assert_close(read.norm(dim=1), torch.ones(3))
 
 
@@ -99,14 +100,13 @@ def test_the_network_in_the_box_measures_under_its_own_name() -> None:
     assert isinstance(box, TinyVT) and not box.training
     assert (BOX / WEIGHTS).stat().st_size <= BOX_LIMIT_BYTES and (BOX / "README.md").is_file()
     clips, captions = zip(*(draw_clip(seed, 16, 64) for seed in range(5)), strict=True)
-    sets = {"made": seen(box, [255 - clip for clip in clips]), "real": seen(box, clips)}
-    distances = scores_of_sets(box.name, sets["real"], {"made": sets["made"]})
-    texts = alignment_scores(box, sets, [*captions[:4], ""])
-    assert distances.keys() == {"FVD-TinyVT"} and texts.keys() == {"alignment-TinyVT", "caption rank-TinyVT"}
-    assert distances["FVD-TinyVT"]["made"].value > 0
-    expected = [box.similarities(sets["real"].clips, captions)[i, i] for i in range(4)]
-    assert texts["alignment-TinyVT"]["real"].value == pytest.approx(np.mean(expected))
-    assert texts["caption rank-TinyVT"]["real"].n == 4
-    assert alignment_scores(box, sets, ["the same"] * 5) == {}
+    real, made = box.features(clips), {"made": box.features([255 - clip for clip in clips])}
+    scores = scores_of_sets(box, real, made, [*captions[:4], ""])
+    assert scores.keys() == {"FVD-TinyVT", "alignment-TinyVT", "caption rank-TinyVT"}
+    assert scores["FVD-TinyVT"].keys() == {"made"} and scores["FVD-TinyVT"]["made"].value > 0
+    expected = [box.similarities(real.clips, captions)[i, i] for i in range(4)]
+    assert scores["alignment-TinyVT"]["real"].value == pytest.approx(np.mean(expected))
+    assert scores["caption rank-TinyVT"]["real"].n == 4
+    assert scores_of_sets(box, real, made, ["the same"] * 5).keys() == {"FVD-TinyVT"}
     with pytest.raises(ValueError, match="got 'TinyVT=folder'"):
         load_networks(["TinyVT=folder"])

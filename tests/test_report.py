@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dicode.evaluate.report import Figure, curve, dots, page, write_report
+from dicode.evaluate.report import page, write_report
 
 SHEET = Image.new("RGB", (30, 20), (200, 30, 60))
 RESULT: dict[str, Any] = {
@@ -90,17 +90,23 @@ def test_page_tells_each_figure_with_interval_and_how_it_was_made() -> None:
 
 
 def test_dots_stand_where_their_values_are() -> None:
-    drawn = dots({"a": Figure(0.0, None, 1), "b": Figure(5.0, (2.5, 10.0), 9), "c": Figure(10.0, None, 1)})
+    values = {"a": (0.0, None), "b": (5.0, [2.5, 10.0]), "c": (10.0, None)}
+    scores = {name: {"value": value, "interval": interval, "n": 9} for name, (value, interval) in values.items()}
+    drawn = page("tiny", {"generation": {**RESULT, "values": {"IS-X": scores}}}, {})
     at = [float(x) for x in re.findall(r'circle cx="([\d.]+)"', drawn)]
     assert at[1] - at[0] == pytest.approx(at[2] - at[1], abs=0.2)
-    (start, end), *_ = re.findall(r'd="M([\d.]+) \d+H([\d.]+)" stroke="var\(--mark\)"', drawn)
+    ((start, end),) = re.findall(r'd="M([\d.]+) \d+H([\d.]+)" stroke="var\(--mark\)"', drawn)
     assert float(start) == pytest.approx((at[0] + at[1]) / 2, abs=0.2) and float(end) == pytest.approx(at[2], abs=0.2)
 
 
 def test_curve_of_drift_lies_over_its_band_of_chance() -> None:
-    drawn = curve({"by_window": [4.0, 8.0], "chance_interval": [4.0, 8.0]})
-    points = [tuple(map(float, point.split(","))) for point in re.findall(r"[\d.]+,[\d.]+", drawn)]
-    top, height = (float(re.findall(rf'{name}="([\d.]+)"', drawn)[0]) for name in (" y", " height"))
+    drift = {"distance": 8.0, "interval": None, "by_window": [4.0, 8.0], "chance": 6.0, "chance_interval": [4.0, 8.0]}
+    figure = {"ratio": 1.0, "interval": None, "n": 2}
+    part = {"frames": [480], "join_score": figure, "motion": figure, "drift": {"FVD-X": drift}}
+    drawn = page("tiny", {"long": {**RESULT, "values": {"joins": {"chained": part}}}}, {})
+    line = re.findall(r'polyline points="([^"]+)"', drawn)[0]
+    points = [tuple(map(float, point.split(","))) for point in line.split()]
+    top, height = (float(re.findall(rf'rect [^>]*{name}="([\d.]+)"', drawn)[0]) for name in (" y", "\n height"))
     assert (points[0][1], points[1][1]) == (pytest.approx(top + height, abs=0.2), pytest.approx(top, abs=0.2))
 
 

@@ -1,7 +1,7 @@
 """The work of a benchmark in parts on disk: kept when it stops, checked before reuse, shared among processes.
 
-A part is made by one process from the same samples in the same batch, whoever makes it: so figures are equal to the
-last bit however the parts were shared out, on equal devices and numbers of threads.
+A part is the same batch of the same samples in whichever process: so figures are equal to the last bit however the
+parts were shared out, on equal devices and numbers of threads.
 """
 
 import json
@@ -31,7 +31,7 @@ class Shard:
     count: int = 1
 
     def own(self, parts: int) -> range:
-        """The numbers of its parts, of so many."""
+        """The numbers of its parts, of `parts` in all."""
         return range(self.index, parts, self.count)
 
 
@@ -51,7 +51,7 @@ def shard_of(text: str | None) -> Shard:
 
 
 class Parts:
-    """A folder of what was computed so far, and `run.json`, which says of what."""
+    """A folder of what was computed so far, and `run.json`, the settings that it belongs to."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any], shard: Shard) -> None:
         """Raises `ValueError` where the folder belongs to another run, naming what differs."""
@@ -66,9 +66,9 @@ class Parts:
             raise ValueError(f"{file}: expected an object, got {type(kept).__name__}; delete the folder to begin again")
         differing = [key for key in {**kept, **asked} if kept.get(key) != asked.get(key)]
         if differing:
-            told = "; ".join(f"{key}: there {kept.get(key)!r}, asked {asked.get(key)!r}" for key in differing)
+            listed = "; ".join(f"{key}: there {kept.get(key)!r}, asked {asked.get(key)!r}" for key in differing)
             raise ValueError(
-                f"{folder}: holds parts of another run ({told}). Name another output, or delete the folder"
+                f"{folder}: holds parts of another run ({listed}). Name another output, or delete the folder"
             )
 
     def make(self, kind: str, count: int, make: Callable[[int], dict[str, Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""What `dicode benchmark ucf101`, `msrvtt` and `vbench` do; their flags are in `flags.py`.
+"""The work of `dicode benchmark ucf101`, `msrvtt` and `vbench`.
 
 Where the literature differs, the docstring of a command says whose usage is followed.
 """
@@ -6,7 +6,7 @@ Where the literature differs, the docstring of a command says whose usage is fol
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -30,8 +30,7 @@ from dicode.checkpoint import resolve
 from dicode.cli.evaluate_flags import Msrvtt, Ucf101, Vbench
 from dicode.cli.tokenize import origin
 from dicode.device import pick_device
-from dicode.evaluate.quality import inception_score
-from dicode.evaluate.scores import class_score, frechet_score
+from dicode.evaluate.scores import class_score, frechet_score, inception_scores
 from dicode.features.metrics import bootstrap_interval
 from dicode.features.networks import C3D, I3D, Clip, clip_similarity
 from dicode.features.published import NetworkFile, c3d_file, check_confirmed, clip_file, i3d_file
@@ -43,7 +42,7 @@ from dicode.video.read import read_video
 from dicode.video.timed import Video
 from dicode.video.write import VideoWriter
 
-FRAMES = 16  # of a clip, which I3D and C3D see in the literature
+FRAMES = 16  # of a clip for I3D and C3D in the literature
 SPLITS = 10  # of the Inception Score
 UCF101_CLASSES, UCF101_SAMPLES, UCF101_CLIPS = 101, 10_000, 2048
 MSRVTT_VIDEOS, MSRVTT_CAPTIONS = 2990, 59_794
@@ -55,12 +54,21 @@ Measure = Callable[[Video, str], Tensor]  # a clip and its prompt → one row of
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is measured: the prompt of every sample in order, the real videos, and what a sample and a clip give."""
+    """What is measured: samples of prompts, and real videos."""
 
-    prompts: Sequence[str]
+    name: str
+    prompts: Sequence[str]  # of each sample, in order
     videos: Sequence[Path]
-    clips: int  # on either side of the FVD
     measures: Mapping[str, Measure]  # of a sample; `i3d` also of a real clip
+    fvd_clips: int  # on either side of the FVD
+    size: int  # of real clips
+    batch_size: int
+    seed: int
+    model: str
+    revision: str | None
+    confirm: Sequence[str]
+    output: Path
+    work_folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -98,20 +106,19 @@ def ucf101(command: Ucf101, watch: Stopwatch) -> int:
         "c3d": lambda clip, _: torch.from_numpy(c3d.clip_vector(clip)),
     }
     videos = [video for files in classes.values() for video in files]
-    benchmark = Benchmark(prompts, videos, command.fvd_clips, measures)
+    benchmark = benchmark_of(command, prompts, videos, measures)
 
     def figures(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        score = inception_score(rows["c3d"], SPLITS)
-        interval = class_score(rows["c3d"], command.seed, SPLITS).interval
-        name = c3d_known.figure("Inception Score")
+        score, name = class_score(rows["c3d"], command.seed, SPLITS), c3d_known.figure("Inception Score")
+        deviation = inception_scores(rows["c3d"], SPLITS).std()
         return {
-            name: {"value": score.mean, "interval": interval, "deviation": score.deviation, "splits": SPLITS}
+            name: {"value": score.value, "interval": score.interval, "deviation": deviation, "splits": SPLITS}
             | counted(name, len(rows["c3d"]), UCF101_SAMPLES),
             **counted("UCF-101", len(classes), UCF101_CLASSES, "classes"),
             "split": command.split,
         }
 
-    return measure(command, watch, benchmark, [i3d_known, c3d_known], UCF101_CLIPS, figures, device, shard)
+    return measure(benchmark, watch, [i3d_known, c3d_known], UCF101_CLIPS, figures, device, shard)
 
 
 def msrvtt(command: Msrvtt, watch: Stopwatch) -> int:
@@ -139,7 +146,7 @@ def msrvtt(command: Msrvtt, watch: Stopwatch) -> int:
         "clipsim": lambda clip, prompt: torch.tensor([clip_similarity(network, clip, prompt)], dtype=torch.float64),
     }
     videos = [video.path for video in captioned]
-    benchmark = Benchmark(captions[:samples], videos, command.fvd_clips, measures)
+    benchmark = benchmark_of(command, captions[:samples], videos, measures)
     protocol = MSRVTT_CAPTIONS if command.all_captions else MSRVTT_VIDEOS
 
     def figures(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -150,13 +157,21 @@ def msrvtt(command: Msrvtt, watch: Stopwatch) -> int:
             "captions": "all" if command.all_captions else "one a video",
         }
 
-    return measure(command, watch, benchmark, [i3d_known, clip_known], MSRVTT_VIDEOS, figures, device, shard)
+    return measure(benchmark, watch, [i3d_known, clip_known], MSRVTT_VIDEOS, figures, device, shard)
+
+
+def benchmark_of(
+    command: Ucf101 | Msrvtt, prompts: Sequence[str], videos: Sequence[Path], measures: Mapping[str, Measure]
+) -> Benchmark:
+    """What both commands measure, by their flags."""
+    shared = ("fvd_clips", "size", "batch_size", "seed", "model", "revision", "confirm", "output", "work_folder")
+    flags = {name: getattr(command, name) for name in shared}
+    return Benchmark(type(command).__name__.lower(), prompts, videos, measures, **flags)
 
 
 def measure(
-    command: Ucf101 | Msrvtt,
-    watch: Stopwatch,
     benchmark: Benchmark,
+    watch: Stopwatch,
     networks: Sequence[NetworkFile],
     protocol_clips: int,
     figures: Callable[[Mapping[str, np.ndarray]], dict[str, Any]],
@@ -164,58 +179,66 @@ def measure(
     shard: Shard,
 ) -> int:
     """Do this process's share; the one that finds all parts done writes the result. FVD is measured for both."""
-    check_confirmed(command.confirm, networks)
+    check_confirmed(benchmark.confirm, networks)
     with watch.stage("load"):
-        folder = resolve(command.model, command.revision)
+        folder = resolve(benchmark.model, benchmark.revision)
         model = DiCoDe.from_pretrained(folder, device=str(device))
-    config, name = model.tokenizer.config, type(command).__name__.lower()
-    slots, batch = min(benchmark.clips, len(benchmark.videos)), command.batch_size
+    config, samples, seed, batch = model.tokenizer.config, len(benchmark.prompts), benchmark.seed, benchmark.batch_size
+    clips = min(benchmark.fvd_clips, len(benchmark.videos))
     run = {
         **made_by(model, folder),
-        "benchmark": name,
-        "samples": len(benchmark.prompts),
+        "benchmark": benchmark.name,
+        "samples": samples,
         "prompts": digest(benchmark.prompts),
         "videos": digest([f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in benchmark.videos]),
-        "real_clips": slots,
-        "real_size": command.size,
+        "real_clips": clips,
+        "real_size": benchmark.size,
         "fps": config.fps,
         "frames": FRAMES,
-        "seed": command.seed,
+        "seed": seed,
         "batch_size": batch,
         "networks": {file.network: file.sha256 for file in networks},
         "device": device.type,
     }
-    parts = Parts(command.work_folder or command.output.with_suffix(".work"), run, shard)
-    real_parts, sample_parts = -(-slots // batch), -(-len(benchmark.prompts) // batch)
-    i3d = benchmark.measures["i3d"]
+    parts = Parts(benchmark.work_folder or benchmark.output.with_suffix(".work"), run, shard)
+    counts = {"real": -(-clips // batch), "samples": -(-samples // batch)}
     with watch.stage("real clips"):
-        parts.make("real", real_parts, lambda part: real_rows(benchmark, i3d, command, config.fps, slots, part))
+        parts.make("real", counts["real"], lambda part: real_rows(benchmark, config.fps, clips, part))
     with watch.stage("samples"):
-        parts.make("samples", sample_parts, lambda part: sample_rows(benchmark, model, command.seed, batch, part))
-    if missing := parts.missing("real", real_parts) + parts.missing("samples", sample_parts):
+        parts.make("samples", counts["samples"], lambda part: sample_rows(benchmark, model, part))
+    if missing := sum(parts.missing(kind, count) for kind, count in counts.items()):
         print(f"{parts.folder}: this share is done; parts still to come from others: {missing}")
         return 0
-    real = np.concatenate([part["i3d"].numpy() for part in parts.read("real", real_parts)])
-    read = list(parts.read("samples", sample_parts))
-    rows = {key: np.concatenate([part[key].numpy() for part in read]) for key in benchmark.measures}
+    real, rows = (joined(parts.read(kind, count)) for kind, count in counts.items())
     values = {
-        **fvd(networks[0].figure("FVD"), real, rows["i3d"][: benchmark.clips], protocol_clips, command.seed),
+        **fvd(networks[0].figure("FVD"), real["i3d"], rows["i3d"][: benchmark.fvd_clips], protocol_clips, seed),
         **figures(rows),
-        "real_videos_too_short": slots - len(real),
+        "real_videos_too_short": clips - len(real["i3d"]),
         "networks": [asdict(file) for file in networks],
         **{key: run[key] for key in ("model", "weights", "settings", "fps", "frames", "real_size", "batch_size")},
         "size": config.size,
     }
-    line = "dicode " + shlex.join(sys.argv[1:])
-    n = len(benchmark.prompts)
-    write_result(command.output, f"{run['model']}: zero-shot {name}", values, n, command.seed, line, device)
+    line, name = "dicode " + shlex.join(sys.argv[1:]), f"{run['model']}: zero-shot {benchmark.name}"
+    write_result(benchmark.output, name, values, samples, seed, line, device)
+    print(f"{summary(values)}{benchmark.output}\n{watch.text()}")
+    return 0
+
+
+def joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, np.ndarray]:
+    """The rows of all parts, by measure."""
+    read = list(parts)
+    return {key: np.concatenate([part[key].numpy() for part in read]) for key in read[0]}
+
+
+def summary(values: Mapping[str, Any]) -> str:
+    """A line for every figure with its interval and counts."""
+    lines = []
     for key, figure in values.items():
         if isinstance(figure, dict) and "protocol_samples" in figure:
-            within = "{:.5g} to {:.5g}, ".format(*figure["interval"]) if figure["interval"] else ""
+            interval = "{:.5g} to {:.5g}, ".format(*figure["interval"]) if figure["interval"] else ""
             counts = f"{figure['samples']} samples, protocol {figure['protocol_samples']}"
-            print(f"{key} {figure['value']:.5g} ({within}{counts})")
-    print(f"{command.output}\n{watch.text()}")
-    return 0
+            lines.append(f"{key} {figure['value']:.5g} ({interval}{counts})\n")
+    return "".join(lines)
 
 
 def vbench(command: Vbench, watch: Stopwatch) -> int:
@@ -280,31 +303,29 @@ def write_videos(command: Vbench, model: DiCoDe, jobs: Sequence[Job]) -> None:
                 writer.write(frames)
 
 
-def sample_rows(benchmark: Benchmark, model: DiCoDe, seed: int, batch: int, part: int) -> dict[str, Tensor]:
+def sample_rows(benchmark: Benchmark, model: DiCoDe, part: int) -> dict[str, Tensor]:
     """Generate one batch of clips and measure each: a tensor a measure, one row a clip."""
-    first = part * batch
-    prompts = list(benchmark.prompts[first : first + batch])
+    first = part * benchmark.batch_size
+    prompts = list(benchmark.prompts[first : first + benchmark.batch_size])
     seconds, indices = FRAMES / model.tokenizer.config.fps, list(range(first, first + len(prompts)))
-    made = model.generate_batch(prompts, seconds=seconds, seed=seed, sample_indices=indices)
-    clips = torch.cat(list(made), dim=1).numpy()
+    parts = model.generate_batch(prompts, seconds=seconds, seed=benchmark.seed, sample_indices=indices)
+    clips = torch.cat(list(parts), dim=1).numpy()
     return {
         key: torch.stack([numbers_of(clip, prompt) for clip, prompt in zip(clips, prompts, strict=True)])
         for key, numbers_of in benchmark.measures.items()
     }
 
 
-def real_rows(
-    benchmark: Benchmark, i3d: Measure, command: Ucf101 | Msrvtt, fps: float, slots: int, part: int
-) -> dict[str, Tensor]:
-    """I3D's vectors of one batch of real clips; a slot whose videos are all too short has none.
+def real_rows(benchmark: Benchmark, fps: float, clips: int, part: int) -> dict[str, Tensor]:
+    """I3D's vectors of one batch of real clips; a clip whose videos are all too short is left out.
 
-    Slot i has the videos i, i + slots, … of a shuffled list, and takes the first that is long enough.
+    Clip i has the videos i, i + clips, … of a shuffled list, and is of the first that is long enough.
     """
-    order, vectors = shuffled(benchmark.videos, command.seed, "real clips"), []
-    for slot in range(part * command.batch_size, min(slots, (part + 1) * command.batch_size)):
-        clips = (real_clip(path, fps, command.size, command.seed) for path in order[slot::slots])
-        clip = next((clip for clip in clips if clip is not None), None)
-        vectors += [] if clip is None else [i3d(clip, "")]
+    order, vectors = shuffled(benchmark.videos, benchmark.seed, "real clips"), []
+    for i in range(part * benchmark.batch_size, min(clips, (part + 1) * benchmark.batch_size)):
+        candidates = (real_clip(path, fps, benchmark.size, benchmark.seed) for path in order[i::clips])
+        clip = next((clip for clip in candidates if clip is not None), None)
+        vectors += [] if clip is None else [benchmark.measures["i3d"](clip, "")]
     return {"i3d": torch.stack(vectors) if vectors else torch.zeros(0, I3D.width)}
 
 
@@ -324,8 +345,8 @@ def fvd(name: str, real: np.ndarray, generated: np.ndarray, protocol_clips: int,
     """
     score = frechet_score(real, generated, seed, paired=False)
     samples = counted(name, len(generated), protocol_clips)
-    figure = {"value": score.value, "interval": score.interval, **samples}
-    return {name: {**figure, **counted(name, len(real), protocol_clips, "real_clips")}}
+    real_clips = counted(name, len(real), protocol_clips, "real_clips")
+    return {name: {"value": score.value, "interval": score.interval, **samples, **real_clips}}
 
 
 def counted(name: str, count: int, protocol: int, unit: str = "samples") -> dict[str, int]:

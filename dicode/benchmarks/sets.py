@@ -31,9 +31,9 @@ class CaptionedVideo:
 def ucf101_videos(folder: Path, split: Split = "all") -> dict[str, list[Path]]:
     """The videos of every class of UCF-101, classes and files in order.
 
-    FOLDER/UCF-101/ApplyEyeMakeup/v_*.avi, or FOLDER/ApplyEyeMakeup/v_*.avi. Where FOLDER/ucfTrainTestlist/classInd.txt
-    is there, its classes must be there too; `train` and `test` are those of trainlist01.txt and testlist01.txt. Raises
-    `FileNotFoundError` for what is missing.
+    FOLDER/UCF-101/ApplyEyeMakeup/v_*.avi, or FOLDER/ApplyEyeMakeup/v_*.avi. The classes of
+    FOLDER/ucfTrainTestlist/classInd.txt, if it exists, must have videos; `train` and `test` are those of
+    trainlist01.txt and testlist01.txt. Raises `FileNotFoundError` for what is missing.
     """
     root = folder / "UCF-101" if (folder / "UCF-101").is_dir() else folder
     lists = folder / "ucfTrainTestlist"

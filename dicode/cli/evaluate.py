@@ -15,14 +15,15 @@ from dicode.cli.evaluate_flags import Evaluate
 from dicode.data.cache import FrameCache
 from dicode.device import pick_device
 from dicode.evaluate.estimate import measured_units, work_of
+from dicode.evaluate.generation import DIVERSE_CAPTIONS, DIVERSE_SAMPLES, evaluate_generation
 from dicode.evaluate.instructions import IMAGES, evaluate_instructions
-from dicode.evaluate.long import check_length, measure_long
+from dicode.evaluate.long import measure_long
 from dicode.evaluate.own_scorer import clips_of_videos, evaluate_scorer
+from dicode.evaluate.reconstruction import evaluate_reconstruction
 from dicode.evaluate.report import write_report
 from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, split_rows
 from dicode.evaluate.scores import blindness, made_by, marked_blind
-from dicode.evaluate.speed import evaluate_speed
-from dicode.evaluate.suite import DIVERSE_CAPTIONS, DIVERSE_SAMPLES, evaluate_generation, evaluate_reconstruction
+from dicode.evaluate.speed import check_length, evaluate_speed
 from dicode.features.extract import Network, load_networks
 from dicode.features.scorer import Scorer
 from dicode.pipeline import DiCoDe
@@ -125,7 +126,7 @@ def foretold(
     work = work_of(
         parts,
         validation=len(made.rows),
-        missing=made.bank.missing(made.extractor, training),
+        missing=made.real_clips.missing(made.extractor, training),
         prompts=min(limits.prompts, splits[0]),
         diverse=limits.diverse * DIVERSE_SAMPLES,
         images=sum(min(IMAGES, own) for own in splits),
@@ -146,7 +147,7 @@ def blind_networks(made: Samples, networks: Mapping[str, Network]) -> dict[str, 
     rows, found = made.rows + made.training(max(0, RANKED_CLIPS - len(made.rows))), {}
     captions = [caption_of(made.cache.videos[row]) for row in rows]
     for network in networks.values():
-        if reason := blindness(network, made.bank.seen(network, rows), captions, made.seed):
+        if reason := blindness(network, made.real_clips.features(network, rows), captions, made.seed):
             found[network.name] = reason
             print(reason)
     return found

@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from dicode.evaluate.generation import Captions, plain_caption
 from dicode.features.metrics import Interval, bootstrap_interval, mean_pair_distance
 
 
@@ -31,7 +30,6 @@ def diversity(
     `captions_with_variants`). Raises `ValueError` where a caption's real variants are all the same. `seed` is the
     bootstrap's.
     """
-    _check_pairs("captions' samples", features, "captions' real variants", real)
     rows = np.array([[mean_pair_distance(a), mean_pair_distance(b)] for a, b in zip(features, real, strict=True)])
     if (same := np.flatnonzero(rows[:, 1] == 0)).size:
         raise ValueError(f"the real variants of {len(same)} captions are all the same, first: caption {same[0]}")
@@ -44,22 +42,18 @@ def diversity(
     )
 
 
-def captions_with_variants(captions: Captions, least: int = 4) -> dict[str, list[int]]:
+def captions_with_variants(captions: Sequence[str], least: int = 4) -> dict[str, list[int]]:
     """Captions that at least `least` clips carry, as the first of these spells it, with the clips' positions.
 
     Captions are compared without case and surplus spaces, and come in alphabetical order.
     """
     carriers: dict[str, list[int]] = {}
-    spelling: dict[str, str] = {}
-    for clip, entry in enumerate(captions):
-        for caption in [entry] if isinstance(entry, str) else entry:
-            plain = plain_caption(caption)
-            spelling.setdefault(plain, caption)
-            if plain and carriers.setdefault(plain, [])[-1:] != [clip]:  # a clip may carry a caption twice
-                carriers[plain].append(clip)
-    return {spelling[plain]: clips for plain, clips in sorted(carriers.items()) if len(clips) >= least}
+    for clip, caption in enumerate(captions):
+        if plain := plain_caption(caption):
+            carriers.setdefault(plain, []).append(clip)
+    return {captions[clips[0]]: clips for _, clips in sorted(carriers.items()) if len(clips) >= least}
 
 
-def _check_pairs(name: str, values: Sequence[ndarray], other: str, others: Sequence[ndarray]) -> None:
-    if len(values) != len(others) or not values:
-        raise ValueError(f"expected as many {name} as {other} and at least one, got {len(values)} and {len(others)}")
+def plain_caption(caption: str) -> str:
+    """A caption without case and surplus spaces, as captions are compared."""
+    return " ".join(caption.casefold().split())

@@ -1,4 +1,4 @@
-"""How long an evaluation takes on this machine: what each part makes and measures, times what the first clips took."""
+"""How long an evaluation takes on this machine: clips generated and measured, times the seconds of the first clips."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,15 +8,14 @@ import torch
 
 from dicode.evaluate.reference import first_clip
 from dicode.evaluate.samples import Samples, generated_clips
-from dicode.evaluate.scores import seen
 from dicode.features.extract import Network
 from dicode.tokenizer.config import Joins
 
-TIMED = 2  # clips made at once to time them
+TIMED = 2  # clips generated at once to time them
 
 
 class Work(NamedTuple):
-    """What a part makes and measures, in clips; of units: what one of each takes, in seconds."""
+    """Clips that a part generates and measures; or, as units, seconds for each."""
 
     generated: float = 0
     reconstructed: float = 0
@@ -39,41 +38,34 @@ def work_of(
     repeats: int,
     long: int,
 ) -> dict[str, Work]:
-    """The work of each part; validation clips that several parts make count in the first.
+    """The work of each part.
 
-    `missing` real clips have no features yet, `diverse` and `long` are clips made of captions, `scored`
-    clips of videos.
+    `missing` real clips have no features yet, `diverse` and `long` are clips generated of captions, `scored` clips of
+    videos.
     """
     kinds = len(get_args(Joins))
-    every = {
-        "generation": Work(prompts + diverse, 0, missing + prompts + diverse + validation),
-        "reconstruction": Work(0, 0, 6 * validation),  # itself and five baselines
+    work = {
+        "generation": Work(prompts + diverse + validation, 0, missing + prompts + diverse + validation),
+        "reconstruction": Work(0, validation, 6 * validation),  # itself and five baselines
         "instructions": Work(3 * images, 0, 4 * images),
         "scorer": Work(scored, scored, 0),
         "speed": Work(2 * (2 * repeats + 1), 0, 0, repeats),
         "long": Work(kinds * long + repeats * (long // 4), 0, kinds * long, 2 * repeats),
     }
-    made: dict[str, Work] = {}
-    shared = {"generated": ("generation",), "reconstructed": ("reconstruction",)}
-    for part in parts:
-        first = [kind for kind, users in shared.items() if part in users and not set(users) & made.keys()]
-        more = Work(**dict.fromkeys(first, validation))
-        made[part] = Work(*(a + b for a, b in zip(every[part], more, strict=True)))
-    return made
+    return {part: work[part] for part in parts}
 
 
-def measured_units(made: Samples, networks: Mapping[str, Network], start_s: float) -> Work:
-    """Make a clip or two of the first videos, and measure them; a process of its own takes `start_s` to begin."""
-    model, prompts = made.model, ([caption for caption in made.captions if caption] or ["a clip"])[:TIMED]
-    rows = (made.rows or made.training(TIMED))[:TIMED]
-    config, cache = model.tokenizer.config, made.cache
+def measured_units(samples: Samples, networks: Mapping[str, Network], start_s: float) -> Work:
+    """Time a clip or two of the first videos; a process of its own takes `start_s` to begin."""
+    model, prompts = samples.model, ([caption for caption in samples.captions if caption] or ["a clip"])[:TIMED]
+    rows = (samples.rows or samples.training(TIMED))[:TIMED]
+    config, cache = model.tokenizer.config, samples.cache
     real = torch.stack([torch.from_numpy(first_clip(config, cache, cache.videos[row])) for row in rows])
-    clip = made.bank.clips(rows[:1])
-    every = [made.extractor, *networks.values()]
+    clip = samples.real_clips.clips(rows[:1])
     return Work(
-        timed(lambda: generated_clips(model, prompts, made.seed, **made.options)) / len(prompts),
+        timed(lambda: generated_clips(model, prompts, samples.seed)) / len(prompts),
         timed(lambda: [clip.cpu() for clip in model.tokenizer.decode(model.tokenizer.encode(real))]) / len(real),
-        timed(lambda: [seen(network, clip) for network in every]),
+        timed(lambda: [network.features(clip) for network in samples.networks(networks)]),
         start_s,
     )
 

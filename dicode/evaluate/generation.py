@@ -1,54 +1,54 @@
-"""Does a generated clip show what its prompt says, and does it move? Does a long video stay as it began?"""
+"""Does a generated clip show what its prompt says, and does it move?"""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Float64
 from numpy import ndarray
+from PIL import Image
 
-from dicode.evaluate.scores import frechet_score
+from dicode.evaluate.diversity import captions_with_variants, diversity, plain_caption
+from dicode.evaluate.metrics import scores_of_sets
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, generated_clips, one_clip_s, split_rows
+from dicode.evaluate.scores import Score
+from dicode.features.extract import Features, Network
 from dicode.features.metrics import (
     Clips,
     Interval,
-    at_joins,
     bootstrap_interval,
-    frame_steps,
-    frechet_of_sets,
+    mean_pair_distance,
     motion,
     percentile_rank,
-    retrieval,
     similarities,
 )
 from dicode.seeds import generator_for
+from dicode.video.sheet import contact_sheet
 
-Captions = Sequence[str | Sequence[str]]  # one entry a clip: its caption, or all captions that are true of it
+DYNAMIC_SHARE = 0.25  # of the real clips' median motion: a clip that moves less is called still
+DIVERSE_CAPTIONS, DIVERSE_SAMPLES = 12, 3  # captions with several real variants, and clips generated for each
 
 
 @dataclass(frozen=True)
 class TextControl:
     """Share of prompts (0…1) whose generated clip is nearest to a real clip that carries the prompt as its caption."""
 
-    share: float  # by cosine of features centred on the bank's mean
+    share: float
     interval: Interval  # 95 %, over prompts
-    share_euclidean: float  # the same by plain distance, to show how much hangs on that choice
-    chance: float  # a bank clip drawn at random
+    chance: float  # of a real clip drawn at random
     n: int
-    bank: int
-    nearest: tuple[int, ...]  # per prompt the nearest bank clip, for a contact sheet
+    references: int  # real clips compared with
 
 
 @dataclass(frozen=True)
 class TrueClipRank:
-    """Mean percentile rank of the true clip among the pool, seen from the clip generated for its caption; chance 50."""
+    """Mean percentile rank of the true clip among real clips, by similarity to the clip generated for its caption."""
 
-    mean: float
+    mean: float  # chance 50
     interval: Interval
-    mean_euclidean: float
-    ranks: tuple[float, ...]
     n: int
-    pool: int
 
 
 @dataclass(frozen=True)
@@ -63,45 +63,99 @@ class MotionRatio:
 
 
 @dataclass(frozen=True)
-class JoinScore:
-    """Mean frame difference across joins over that inside clips: 1 where a join cannot be told from motion."""
+class DynamicShare:
+    """Share (0…1) of clips that move at least a quarter as much as the median real clip.
 
-    score: float
-    interval: Interval  # 95 %, over videos
-    across: float  # across joins, in steps of 0…255
-    inside: float  # inside clips
-    n: int  # videos measured
-    still: int  # further videos without any motion inside their clips, which are left out
-
-
-@dataclass(frozen=True)
-class MotionOverTime:
-    """Mean frame difference inside clips at a video's end over that at its beginning: 1 where motion lasts."""
-
-    ratio: float  # of the means over videos
-    interval: Interval  # 95 %, over videos
-    ratios: tuple[float, ...]  # of each video measured
-    share_below_half: float  # of these: videos that come to rest
-    first: float  # at the beginning, in steps of 0…255
-    last: float
-    n: int  # videos measured
-    still: int  # further videos that do not move at their beginning, which are left out
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the clips at a video's end are from those at its beginning: squared Fréchet distances.
-
-    Read `distance` against `chance`, what small samples alone give, and `by_window`, whose first entry is the distance
-    of neighbouring windows: without drift it does not grow.
+    Not VBench's dynamic degree, which thresholds RAFT's optical flow.
     """
 
-    distance: float  # of the last window's clips to the first's
-    interval: Interval | None  # 95 %, over videos (`frechet_score`); None for fewer than LEAST_CLIPS of them
-    by_window: tuple[float, ...]  # of every further window's to the first's, in order; the last is `distance`
-    chance: float  # between two sets as large, to which each video's clips of both windows are dealt at random: mean
-    chance_interval: Interval  # and 95 % of such splits
-    clips: int  # on either side
+    share: float
+    interval: Interval  # 95 %, over clips
+    of_real: float  # the same share of the real clips
+    least_motion: float  # the threshold, in steps of 0…255
+    n: int
+
+
+def evaluate_generation(
+    samples: Samples,
+    count: int = 100,
+    networks: Mapping[str, Network] | None = None,
+    references: int = MOST_VIDEOS,
+    diverse: int = DIVERSE_CAPTIONS,
+) -> tuple[dict[str, Any], Image.Image]:
+    """Text control on up to `count` training captions, rank of the true clip on all validation captions, motion.
+
+    Text control compares with the first clips of at most `references` training videos. Diversity is of `diverse`
+    captions that several of them have. `networks` measure beside EffLite0. Returns the figures and a contact sheet of
+    the first sixteen prompts.
+    """
+    model, videos, seed = samples.model, samples.cache.videos, samples.seed
+    extractor, rows = samples.extractor, samples.training(references)
+    reference_features = extractor.means(samples.real_clips.features(extractor, rows))
+    captions = [caption_of(videos[row]) for row in rows]
+    captioned = {caption for caption in captions if caption}
+    prompts = draw_prompts(captioned, min(count, len(captioned)), seed)
+    clips = generated_clips(model, prompts, seed)
+    control = text_control(extractor.means(extractor.features(clips)), prompts, reference_features, captions, seed)
+    real = samples.real_clips.clips([rows[captions.index(prompt)] for prompt in prompts])
+    validation_clips = list(samples.generated.values())
+    generated = {network.name: network.features(validation_clips) for network in samples.networks(networks)}
+    true_features = samples.real_clips.features(extractor, samples.rows)
+    rank = percentile_of_true_clip(
+        extractor.means(generated[extractor.name]), extractor.means(true_features)[samples.captioned], seed
+    )
+    figures = {
+        "n": control.n,
+        "text_control": asdict(control),
+        "validation_percentile": asdict(rank),
+        "motion": asdict(motion_ratio(clips, real, seed=seed)),
+        "dynamic_share": asdict(dynamic_share(clips, real, seed=seed)),
+        "diversity": caption_diversity(samples, captions, reference_features, diverse),
+        **validation_scores(samples, samples.networks(networks), generated),
+    }
+    labels = prompts[:16] + [samples.captions[i] for i in samples.captioned][:8]
+    return figures, contact_sheet(clips[:16] + validation_clips[:8], labels)
+
+
+def validation_scores(
+    samples: Samples, networks: Sequence[Network], generated: Mapping[str, Features]
+) -> dict[str, dict[str, Score]]:
+    """`SET_METRICS` of the validation captions' clips, and of as many real training clips: the bias of few clips."""
+    rows = [samples.rows[i] for i in samples.captioned]
+    captions = [samples.captions[i] for i in samples.captioned]
+    training = split_rows(samples.cache, False, lasting_s=one_clip_s(samples.model))
+    if len(rows) > len(training):
+        raise ValueError(
+            f"expected at least {len(rows)} training clips to compare as many validation clips with, "
+            f"got {len(training)}"
+        )
+    order = torch.randperm(len(training), generator=generator_for(samples.seed, "real clips"))
+    drawn = [training[i] for i in order[: len(rows)].tolist()]
+    scores = {}
+    for network in networks:
+        real, others = (samples.real_clips.features(network, those) for those in (rows, drawn))
+        own = scores_of_sets(network, real, {"generated": generated[network.name]}, captions, samples.seed)
+        of_training = scores_of_sets(network, real, {"real training clips": others}, seed=samples.seed)
+        scores |= {metric: score | of_training.get(metric, {}) for metric, score in own.items()}
+    return scores
+
+
+def caption_diversity(
+    samples: Samples, captions: Sequence[str], features: Float64[ndarray, "n width"], count: int = DIVERSE_CAPTIONS
+) -> dict[str, Any] | None:
+    """How far apart a caption's samples are beside its real variants, by mean features of the real clips of `captions`.
+
+    None where no caption has four real clips that differ.
+    """
+    variants = captions_with_variants(captions)
+    variants = {caption: own for caption, own in variants.items() if mean_pair_distance(features[own]) > 0}
+    if not variants or not count:
+        return None
+    drawn = draw_prompts(variants, min(count, len(variants)), samples.seed)
+    prompts = [caption for caption in drawn for _ in range(DIVERSE_SAMPLES)]
+    clips = generated_clips(samples.model, prompts, samples.seed + 2)
+    means = samples.extractor.means(samples.extractor.features(clips)).reshape(len(drawn), DIVERSE_SAMPLES, -1)
+    return asdict(diversity(list(means), [features[variants[caption]] for caption in drawn], seed=samples.seed))
 
 
 def draw_prompts(captions: Iterable[str], count: int, seed: int) -> list[str]:
@@ -114,64 +168,37 @@ def draw_prompts(captions: Iterable[str], count: int, seed: int) -> list[str]:
 
 
 def text_control(
-    generated_features: Float[ndarray, "q width"],
+    features: Float[ndarray, "q width"],
     prompts: Sequence[str],
-    bank_features: Float[ndarray, "n width"],
-    bank_captions: Captions,
+    reference_features: Float[ndarray, "n width"],
+    reference_captions: Sequence[str],
     seed: int = 0,
 ) -> TextControl:
-    """Look up every generated clip among the real ones by its mean features and compare captions.
+    """Find the real clip nearest to every generated one by mean features, and compare captions.
 
-    A clip with several captions stands in the bank once, with all of them. Captions are compared without case and
-    surplus spaces. Bank clips must be read at the generated ones' size and rate. `seed` is the bootstrap's.
+    Captions are compared without case and surplus spaces. Real clips must be read at the generated ones' size and rate.
+    `seed` is the bootstrap's.
     """
-    _check_length("prompts", prompts, "generated clips", generated_features)
-    _check_length("captions", bank_captions, "bank clips", bank_features)
-    carried = [{plain_caption(c) for c in ([entry] if isinstance(entry, str) else entry)} for entry in bank_captions]
-    carries = np.array([[plain_caption(prompt) in captions for captions in carried] for prompt in prompts])
+    plain = [plain_caption(caption) for caption in reference_captions]
+    carries = np.array([[plain_caption(prompt) == caption for caption in plain] for prompt in prompts])
     orphans = [prompt for prompt, row in zip(prompts, carries, strict=True) if not row.any()]
     if orphans:
-        raise ValueError(f"no bank clip carries {len(orphans)} of the prompts, the first being {orphans[0]!r}")
-    rows = np.arange(len(prompts))
-    nearest = retrieval(generated_features, bank_features)
-    hit = carries[rows, nearest]
-    return TextControl(
-        share=float(hit.mean()),
-        interval=bootstrap_interval(np.mean, hit, seed=seed),
-        share_euclidean=float(carries[rows, retrieval(generated_features, bank_features, "euclidean")].mean()),
-        chance=float(carries.mean()),
-        n=len(prompts),
-        bank=len(bank_features),
-        nearest=tuple(nearest.tolist()),
-    )
+        raise ValueError(f"no real clip carries {len(orphans)} of the prompts, the first being {orphans[0]!r}")
+    hits = carries[np.arange(len(prompts)), similarities(features, reference_features).argmax(axis=1)]
+    interval = bootstrap_interval(np.mean, hits, seed=seed)
+    return TextControl(float(hits.mean()), interval, float(carries.mean()), len(prompts), len(plain))
 
 
 def percentile_of_true_clip(
-    generated_features: Float[ndarray, "q width"],
-    pool_features: Float[ndarray, "n width"],
-    true_index: Int[ndarray, "q"] | None = None,
-    seed: int = 0,
+    features: Float[ndarray, "n width"], true_features: Float[ndarray, "n width"], seed: int = 0
 ) -> TrueClipRank:
-    """Rank the true clip of every caption among the whole pool by similarity of mean features to the generated clip.
+    """Rank the true clip of every caption among all by similarity of mean features to the generated clip.
 
-    `true_index` places the q-th prompt's clip in the pool; left out, they stand in the same order. Other clips of the
-    same caption (an emoji's skin tones) stay in the pool and may rank before it: the stricter reading.
+    Generated and true clips are in the same order. Other clips of the same caption (an emoji's skin tones) may rank
+    before the true one: the stricter reading.
     """
-    if true_index is None:
-        _check_length("generated clips", generated_features, "pool clips", pool_features)
-        true_index = np.arange(len(pool_features))
-    _check_length("true indices", true_index, "generated clips", generated_features)
-
-    ranks = percentile_rank(similarities(generated_features, pool_features), true_index)
-    euclidean_ranks = percentile_rank(similarities(generated_features, pool_features, "euclidean"), true_index)
-    return TrueClipRank(
-        mean=float(ranks.mean()),
-        interval=bootstrap_interval(np.mean, ranks, seed=seed),
-        mean_euclidean=float(euclidean_ranks.mean()),
-        ranks=tuple(ranks.tolist()),
-        n=len(ranks),
-        pool=len(pool_features),
-    )
+    ranks = percentile_rank(similarities(features, true_features), np.arange(len(true_features)))
+    return TrueClipRank(float(ranks.mean()), bootstrap_interval(np.mean, ranks, seed=seed), len(ranks))
 
 
 def motion_ratio(generated: Clips, real: Clips, seed: int = 0) -> MotionRatio:
@@ -180,13 +207,11 @@ def motion_ratio(generated: Clips, real: Clips, seed: int = 0) -> MotionRatio:
     Resolution is checked; the rate is not in the arrays, so the caller answers for it.
     """
     generated, real = list(generated), list(real)
-    if not generated or not real:
-        raise ValueError(f"expected clips on both sides, got {len(generated)} generated and {len(real)} real")
     sizes = {clip.shape[1:] for clip in (*generated, *real)}
     if len(sizes) > 1:
         raise ValueError(f"expected clips of one size, got {sorted(sizes)}: motion depends on resolution")
     moves, real_moves = np.array([motion(c) for c in generated]), np.array([motion(c) for c in real])
-    if real_moves.mean() == 0:
+    if not real_moves.any():
         raise ValueError(f"the {len(real)} real clips are all still; there is no motion to compare with")
     return MotionRatio(
         ratio=float(moves.mean() / real_moves.mean()),
@@ -197,115 +222,22 @@ def motion_ratio(generated: Clips, real: Clips, seed: int = 0) -> MotionRatio:
     )
 
 
-def join_score(videos: Clips, clip_frames: int, repeated_frames: int = 0, seed: int = 0) -> JoinScore:
-    """Compare the steps across joins with those inside clips, pooled over videos (see `at_joins`).
+def dynamic_share(generated: Clips, real: Clips, seed: int = 0) -> DynamicShare:
+    """How many clips move; both sides of one resolution and frame rate.
 
-    A video that is still inside its clips has no measure for its joins: it is counted, not scored. Raises `ValueError`
-    where a video has no join, and where all are still. `seed` is the bootstrap's.
+    Raises `ValueError` where more than half of the real clips are still.
     """
-    rows = []
-    for number, frames in enumerate(videos):
-        joins, steps = at_joins(len(frames), clip_frames, repeated_frames), frame_steps(frames)
-        if not joins.any():
-            raise ValueError(f"video {number}: expected more frames than a clip's {clip_frames}, got {len(frames)}")
-        rows.append([steps[joins].sum(), joins.sum(), steps[~joins].sum(), (~joins).sum()])
-    sums = np.array(rows)
-    moving = _moving(sums[:, 2] if rows else np.zeros(0), "inside its clips")
-    sums = sums[moving]
-    across, across_count, inside, inside_count = sums.sum(axis=0)
-
-    def ratio(drawn: ndarray) -> float:
-        across, across_count, inside, inside_count = drawn.sum(axis=0)
-        return float((across / across_count) / (inside / inside_count))
-
-    return JoinScore(
-        score=ratio(sums),
-        interval=bootstrap_interval(ratio, sums, seed=seed),
-        across=float(across / across_count),
-        inside=float(inside / inside_count),
-        n=len(sums),
-        still=int((~moving).sum()),
+    moves, real_moves = (np.array([motion(clip) for clip in clips]) for clips in (generated, real))
+    least = DYNAMIC_SHARE * float(np.median(real_moves))
+    if least == 0:
+        raise ValueError(
+            f"more than half of the {len(real_moves)} real clips are still; there is nothing to compare with"
+        )
+    moving = moves >= least
+    return DynamicShare(
+        share=float(moving.mean()),
+        interval=bootstrap_interval(np.mean, moving, seed=seed),
+        of_real=float((real_moves >= least).mean()),
+        least_motion=least,
+        n=len(moves),
     )
-
-
-def motion_over_time(
-    videos: Clips, window_frames: int, clip_frames: int, repeated_frames: int = 0, seed: int = 0
-) -> MotionOverTime:
-    """Compare motion in the last `window_frames` with that in the first, inside clips: a jump at a join is no motion.
-
-    A video that is still at its beginning has no ratio: it is counted, not scored. Raises `ValueError` where all are,
-    and where a video has fewer frames than two windows. `seed` is the bootstrap's.
-    """
-    rows = []
-    for number, frames in enumerate(videos):
-        if window_frames < 3 or len(frames) < 2 * window_frames:  # of two steps one at least is inside a clip
-            raise ValueError(
-                f"video {number}: expected two windows of at least 3 frames, "
-                f"got windows of {window_frames} in {len(frames)} frames"
-            )
-        steps, inside = frame_steps(frames), ~at_joins(len(frames), clip_frames, repeated_frames)
-        first, last = slice(None, window_frames - 1), slice(1 - window_frames, None)
-        rows.append([steps[first][inside[first]].mean(), steps[last][inside[last]].mean()])
-    means = np.array(rows).reshape(-1, 2)
-    moving = _moving(means[:, 0], "at its beginning")
-    means = means[moving]
-    ratios = means[:, 1] / means[:, 0]
-    return MotionOverTime(
-        ratio=float(means[:, 1].sum() / means[:, 0].sum()),
-        interval=bootstrap_interval(lambda drawn: drawn[:, 1].sum() / drawn[:, 0].sum(), means, seed=seed),
-        ratios=tuple(ratios.tolist()),
-        share_below_half=float((ratios < 0.5).mean()),
-        first=float(means[:, 0].mean()),
-        last=float(means[:, 1].mean()),
-        n=len(means),
-        still=int((~moving).sum()),
-    )
-
-
-def drift(features: Float[ndarray, "videos clips width"], window: int, splits: int = 200, seed: int = 0) -> Drift:
-    """Compare the clips of later windows of `window` clips with those of the first, all videos together.
-
-    All distances are of equally many clips, so their small-sample bias is alike; it falls with more videos. `seed`
-    deals the splits of `chance`.
-    """
-    videos, clips, _ = features.shape
-    if not 1 <= window <= clips // 2:
-        raise ValueError(f"window: expected 1 to {clips // 2} of {clips} clips a video, got {window}")
-    starts = [*range(window, clips - window, window), clips - window]
-    by_window = [frechet_of_sets(features[:, :window], features[:, start : start + window]) for start in starts]
-    ends = np.concatenate([features[:, :window], features[:, -window:]], axis=1)
-    generator, dealt = generator_for(seed, "splits"), []
-    for _ in range(splits):
-        order = torch.rand(videos, 2 * window, generator=generator).argsort(dim=1).numpy()
-        shuffled = np.take_along_axis(ends, order[:, :, None], axis=1)
-        dealt.append(frechet_of_sets(shuffled[:, :window], shuffled[:, window:]))
-    low, high = np.quantile(dealt, [0.025, 0.975])
-    end = frechet_score(features[:, :window], features[:, -window:], seed)
-    return Drift(
-        distance=end.value,
-        interval=end.interval,
-        by_window=tuple(by_window),
-        chance=float(np.mean(dealt)),
-        chance_interval=(float(low), float(high)),
-        clips=videos * window,
-    )
-
-
-def _moving(motion_of_video: Float[ndarray, "v"], where: str) -> Bool[ndarray, "v"]:
-    """Which videos move at all; raises `ValueError` where none does."""
-    moving = motion_of_video > 0
-    if not moving.any():
-        raise ValueError(f"expected a video that moves {where}, got {len(moving)} videos, all still there")
-    return moving
-
-
-def plain_caption(caption: str) -> str:
-    """A caption without case and surplus spaces, as captions are compared."""
-    return " ".join(caption.casefold().split())
-
-
-def _check_length(
-    name: str, values: Sequence[object] | ndarray, other: str, others: Sequence[object] | ndarray
-) -> None:
-    if len(values) != len(others) or len(values) == 0:
-        raise ValueError(f"expected as many {name} as {other} and at least one, got {len(values)} and {len(others)}")

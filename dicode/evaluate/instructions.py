@@ -11,11 +11,12 @@ from PIL import Image
 
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.evaluate.generation import motion_ratio
+from dicode.evaluate.metrics import scores_of_sets
 from dicode.evaluate.reconstruction import hold_head
 from dicode.evaluate.reference import first_clip
 from dicode.evaluate.samples import BATCH, MOST_VIDEOS, one_clip_s, split_rows, spread
-from dicode.evaluate.scores import mean_score, scores_of_sets, seen_by_efflite
-from dicode.features.extract import EfficientNetLite0Features, features_of_clips
+from dicode.evaluate.scores import mean_score
+from dicode.features.extract import EfficientNetLite0Features
 from dicode.features.metrics import Clips
 from dicode.pipeline import DiCoDe, Given
 from dicode.seeds import generator_for
@@ -24,11 +25,11 @@ from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 
 IMAGES = 60  # of each split
-SHOWN = 6  # images on the contact sheet
+ON_SHEET = 6  # images of each split
 
 
-class Continued(NamedTuple):
-    """What becomes of one image, 2 s each: really, under its own caption, under another one, of another sample."""
+class Continuation(NamedTuple):
+    """Two seconds that begin with one image: real, and generated for its own and for another caption."""
 
     real: Video
     own: Video
@@ -40,46 +41,38 @@ class Continued(NamedTuple):
 def evaluate_instructions(
     model: DiCoDe, cache: FrameCache, seed: int = 0, count: int = IMAGES
 ) -> tuple[dict[str, Any], Image.Image]:
-    """Clips that go on from the first frames of up to `count` videos of each split, under their own and other captions.
+    """Clips that go on from the first frames of up to `count` videos of each split, for their own and other captions.
 
     `nearer` is the share of images whose own caption's clip comes nearer to the real one than another caption's of the
     same noise does: chance is a half. `effect` is how much another caption changes of a clip, over what another sample
-    of the same caption does: 0 where captions are not heard.
+    of the same caption does: 0 where captions have no effect.
     """
     figures: dict[str, Any] = {}
-    total = 0
-    shown: list[Continued] = []
-    for split, held in (("training", False), ("validation", True)):
-        videos = [cache.videos[row] for row in spread(split_rows(cache, held, captioned=True), MOST_VIDEOS)]
+    total, rows = 0, []
+    for split, validation in (("training", False), ("validation", True)):
+        videos = [cache.videos[row] for row in spread(split_rows(cache, validation, captioned=True), MOST_VIDEOS)]
         picked = [videos[i] for i in spread(range(len(videos)), count)]
-        clips: list[Continued] = []
+        clips: list[Continuation] = []
         for first in tracked(range(0, len(picked), BATCH), f"{split} images", "batch"):
             part = picked[first : first + BATCH]
-            others = [another(videos, video, seed, first + i) for i, video in enumerate(part)]
-            clips += continued(model, cache, part, others, seed, first)
+            others = [another_caption(videos, video, seed, first + i) for i, video in enumerate(part)]
+            clips += continuations(model, cache, part, others, seed, first)
         total += len(clips)
-        for metric, values in measured(clips, seed, model.tokenizer.device).items():
+        for metric, values in figures_of(clips, seed, model.tokenizer.device).items():
             by_case = {f"{split}: {case}": value for case, value in values.items()}
             figures[metric] = figures.get(metric, {}) | by_case
-        shown += clips[:: max(1, len(clips) // SHOWN)][:SHOWN]
+        for one in clips[:: max(1, len(clips) // ON_SHEET)][:ON_SHEET]:
+            rows += [(one.real, f"real: {one.captions[0]}"), (one.own, f"own caption: {one.captions[0]}")]
+            rows += [(one.other, f"other caption: {one.captions[1]}")]
     figures["n"] = total
-    rows = [
-        row
-        for one in shown
-        for row in (
-            (one.real, f"real: {one.captions[0]}"),
-            (one.own, f"own caption: {one.captions[0]}"),
-            (one.other, f"other caption: {one.captions[1]}"),
-        )
-    ]
     return figures, contact_sheet([clip for clip, _ in rows], [label for _, label in rows])
 
 
-def another(videos: Sequence[CachedVideo], video: CachedVideo, seed: int, index: int) -> str:
+def another_caption(videos: Sequence[CachedVideo], video: CachedVideo, seed: int, index: int) -> str:
     """A caption that differs from this video's, drawn among those of its own data set.
 
-    Of another one it would tell of other rooms, into which the picture changes: its own caption's clip is then nearer
-    whether or not what should happen was heard. Raises `ValueError` where there is no other.
+    One of another data set describes other rooms, into which the picture changes: its own caption's clip is then nearer
+    whether or not the instruction has an effect. Raises `ValueError` where there is no other.
     """
     others = sorted({v.captions[0] for v in videos if v.source == video.source} - {video.captions[0]})
     if not others:
@@ -87,10 +80,10 @@ def another(videos: Sequence[CachedVideo], video: CachedVideo, seed: int, index:
     return others[int(torch.randint(len(others), (), generator=generator_for(seed, "other caption", index)))]
 
 
-def continued(
+def continuations(
     model: DiCoDe, cache: FrameCache, videos: Sequence[CachedVideo], others: Sequence[str], seed: int, first: int
-) -> list[Continued]:
-    """The first images of videos under both captions with the same noise, and once more under their own with other.
+) -> list[Continuation]:
+    """The first images of videos with both captions and the same noise, and once more with their own and other noise.
 
     The first of them is sample `first`.
     """
@@ -98,47 +91,41 @@ def continued(
     real = [first_clip(config, cache, video)[: config.clip_frames] for video in videos]
     images = rearrange(model.tokenizer.encode_frames(np.stack([clip[0] for clip in real])), "1 b n d -> b 1 n d")
     indices = list(range(first, first + len(videos)))
-    made = model.generate_batch(
+    parts = model.generate_batch(
         [*own, *others, *own],
         seconds=one_clip_s(model),
         seed=seed,
         sample_indices=[*indices, *indices, *(i + len(cache.videos) for i in indices)],
         given=Given(images.repeat(3, 1, 1, 1)),
     )
-    clips = torch.cat(list(made), dim=1).numpy().reshape(3, len(videos), *real[0].shape)
-    return [Continued(clip, clips[0, i], clips[1, i], clips[2, i], (own[i], others[i])) for i, clip in enumerate(real)]
+    clips = torch.cat(list(parts), dim=1).numpy().reshape(3, len(videos), *real[0].shape)
+    return [
+        Continuation(clip, clips[0, i], clips[1, i], clips[2, i], (own[i], others[i])) for i, clip in enumerate(real)
+    ]
 
 
-def measured(clips: Sequence[Continued], seed: int, device: str | torch.device = "cpu") -> dict[str, dict[str, Any]]:
+def figures_of(clips: Sequence[Continuation], seed: int, device: str | torch.device = "cpu") -> dict[str, Any]:
     """The figures of one split, a metric with one value or several."""
     extractor = EfficientNetLite0Features(device=device)
     real, own, other = ([getattr(one, name) for one in clips] for name in ("real", "own", "other"))
-    still = [hold_head(clip) for clip in real]
-    features = {
-        name: features_of_clips(extractor, those)
-        for name, those in {"real": real, "own": own, "other": other, "still": still}.items()
-    }
-    joined = {name: those.joined() for name, those in features.items()}
-    off = {name: np.linalg.norm(joined[name] - joined["real"], axis=1) for name in ("own", "other")}
-    by_features = (off["own"] < off["other"]).astype(float)
-    by_pixels = (apart(own, real) < apart(other, real)).astype(float)
-    changed, resampled = apart(own, other), apart(own, [one.sample for one in clips])
+    sets = {"own caption": own, "other caption": other, "first frame held": [hold_head(clip) for clip in real]}
+    truth = extractor.features(real)
+    features = {name: extractor.features(those) for name, those in sets.items()}
+    off = {name: np.linalg.norm(own.clips - truth.clips, axis=1) for name, own in features.items()}
+    by_features = (off["own caption"] < off["other caption"]).astype(float)
+    by_pixels = (pixel_distances(own, real) < pixel_distances(other, real)).astype(float)
+    changed, resampled = pixel_distances(own, other), pixel_distances(own, [one.sample for one in clips])
     ratios = changed[resampled > 0] / resampled[resampled > 0]
-    sets = {
-        "own caption": seen_by_efflite(extractor, features["own"]),
-        "other caption": seen_by_efflite(extractor, features["other"]),
-        "first frame held": seen_by_efflite(extractor, features["still"]),
-    }
     return {
         "nearer_by_pixels": {"own caption": asdict(mean_score(by_pixels, seed))},
         f"nearer_by_features-{extractor.name}": {"own caption": asdict(mean_score(by_features, seed))},
         "effect": {"other caption": asdict(mean_score(ratios, seed))},
         "motion": {"own caption": asdict(motion_ratio(own, real, seed=seed))},
-        **scores_of_sets(extractor.name, seen_by_efflite(extractor, features["real"]), sets, seed),
+        **scores_of_sets(extractor, truth, features, seed=seed),
     }
 
 
-def apart(clips: Clips, others: Clips) -> np.ndarray:
+def pixel_distances(clips: Clips, others: Clips) -> np.ndarray:
     """Root mean square difference of clips to others, pair by pair, in steps of 0…255."""
     pairs = zip(clips, others, strict=True)
     return np.array([np.sqrt(np.square(a.astype(np.float64) - b).mean()) for a, b in pairs])

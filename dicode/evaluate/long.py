@@ -1,26 +1,26 @@
-"""A minute of video: does it hold together from clip to clip and to its end, and what does it cost beside a clip?"""
+"""A minute of video: does it hold together from clip to clip and to its end?"""
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float64, UInt8
+from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray
 from PIL import Image
 
 from dicode.data.cache import FrameCache
-from dicode.evaluate.generation import draw_prompts, drift, join_score, motion_over_time
+from dicode.evaluate.generation import draw_prompts
 from dicode.evaluate.samples import MOST_VIDEOS, caption_of, split_rows, spread
-from dicode.evaluate.scores import Score, repeats_score
-from dicode.evaluate.speed import memory_score, whole_process
-from dicode.features.extract import EfficientNetLite0Features, features_of_clips
-from dicode.features.metrics import at_joins
+from dicode.evaluate.scores import frechet_score
+from dicode.evaluate.speed import check_length, cost_of_length
+from dicode.features.extract import EfficientNetLite0Features
+from dicode.features.metrics import Clips, Interval, at_joins, bootstrap_interval, frame_steps, frechet_distance
 from dicode.pipeline import DiCoDe
-from dicode.stopwatch import Stopwatch, tracked
+from dicode.seeds import generator_for
+from dicode.stopwatch import tracked
 from dicode.tokenizer.config import Joins
 from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
@@ -28,26 +28,46 @@ from dicode.video.timed import Video
 JOINS: tuple[Joins, ...] = get_args(Joins)
 LONG_S = 60.0
 WINDOW_SHARE = 1 / 6  # of a video, at its beginning and its end: ten seconds of a minute
-SHORT_CLIPS = (1, 2, 3, 4)  # lengths from which the time that one more clip takes is fitted
 
 
 @dataclass(frozen=True)
-class VideoTime:
-    """Seconds that one video took, once the model was loaded."""
+class JoinScore:
+    """Mean frame difference across joins over that inside clips: 1 where a join cannot be told from motion."""
 
-    total_s: float
-    language_model_s: float  # those of them spent on deep tokens
-    processor_s: float  # of all threads of this process: what others on the machine take is not in it
-    frames: int
+    score: float
+    interval: Interval  # 95 %, over videos
+    across: float  # across joins, in steps of 0…255
+    inside: float  # inside clips
+    n: int  # videos measured
+    still: int  # further videos without any motion inside their clips, which are left out
 
 
-def check_length(model: DiCoDe, seconds: float) -> None:
-    """Raise `ValueError` now where the model does not hold such a video, or where it is too short to be called long."""
-    model.generate("any prompt", seconds=seconds)  # makes nothing yet
-    clips = model.tokenizer.config.num_clips(model.num_frames(seconds))
-    if clips <= SHORT_CLIPS[1]:
-        least_s = (SHORT_CLIPS[1] + 1) * model.tokenizer.config.clip_s
-        raise ValueError(f"seconds: expected at least {least_s:g}, to compare with shorter videos, got {seconds:g}")
+@dataclass(frozen=True)
+class MotionOverTime:
+    """Mean frame difference inside clips at a video's end over that at its beginning: 1 where motion lasts."""
+
+    ratio: float  # of the means over videos
+    interval: Interval  # 95 %, over videos
+    first: float  # at the beginning, in steps of 0…255
+    last: float
+    n: int  # videos measured
+    still: int  # further videos that do not move at their beginning, which are left out
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the clips at a video's end are from those at its beginning: squared Fréchet distances.
+
+    Read `distance` against `chance`, the distance that small samples alone cause, and `by_window`, whose first entry is
+    the distance of neighbouring windows: without drift it does not grow.
+    """
+
+    distance: float  # of the last window's clips to the first's
+    interval: Interval | None  # 95 %, over videos (`frechet_score`); None for fewer than LEAST_CLIPS of them
+    by_window: tuple[float, ...]  # of every further window's to the first's, in order; the last is `distance`
+    chance: float  # mean over random splits of each video's clips of both windows into two sets as large
+    chance_interval: Interval  # and 95 % of such splits
+    clips: int  # on either side
 
 
 def measure_long(
@@ -61,8 +81,8 @@ def measure_long(
 ) -> tuple[dict[str, Any], Image.Image]:
     """Joins, drift and motion of `count` training captions' videos, from the same deep tokens for every kind of joins.
 
-    Also what such a video costs in time and memory, measured `repeats` times; `folder` is where the model was loaded
-    from. Returns the figures and a contact sheet, a frame a second, the kinds of joins beneath each other.
+    Also time and memory of such a video, measured `repeats` times; `folder` is where the model was loaded from. Returns
+    the figures and a contact sheet, a frame a second, the kinds of joins beneath each other.
     """
     check_length(model, seconds)
     training = spread(split_rows(cache, False, captioned=True), MOST_VIDEOS)
@@ -103,7 +123,7 @@ def over_time(
     clip = {"clip_frames": config.clip_frames, "repeated_frames": config.repeated_frames}
     clips = [clips_of(video, **clip) for video in videos]
     window = max(1, round(len(clips[0]) * WINDOW_SHARE))
-    features = [features_of_clips(extractor, own).joined() for own in tracked(clips, "features", "video")]
+    features = [extractor.features(own).clips for own in tracked(clips, "features", "video")]
     return {
         "frames": [len(video) for video in videos],
         "window_s": window * config.clip_s,
@@ -114,79 +134,105 @@ def over_time(
 
 
 def clips_of(video: Video, clip_frames: int, repeated_frames: int = 0) -> list[UInt8[ndarray, "_ h w c"]]:
-    """The clips that a video was made of, as shown; a lone last frame is left out, for it has no motion."""
+    """The clips of a video without repeated frames; a lone last frame is left out, for it has no motion."""
     joins = np.flatnonzero(at_joins(len(video), clip_frames, repeated_frames)) + 1
     return [clip for clip in np.split(video, joins) if len(clip) > 1]
 
 
-def cost_of_length(model: DiCoDe, folder: Path, prompt: str, seconds: float, repeats: int) -> dict[str, Any]:
-    """Time and memory of one video of this length beside one clip, with the model's own options.
+def join_score(videos: Clips, clip_frames: int, repeated_frames: int = 0, seed: int = 0) -> JoinScore:
+    """Compare the steps across joins with those inside clips, pooled over videos (see `at_joins`).
 
-    Times are of the model loaded, after one video to warm up, the lengths taking turns so that another job on the
-    machine weighs on all. Memory is that of a whole `dicode generate`. Medians of as many repeats, with intervals.
+    A video that is still inside its clips has no measure for its joins: it is counted, not scored. Raises `ValueError`
+    where a video has no join, and where all are still. `seed` is the bootstrap's.
     """
-    config = model.tokenizer.config
-    lengths = [clips * config.clip_s for clips in SHORT_CLIPS if clips * config.clip_s < seconds] + [seconds]
-    timed_video(model, prompt, lengths[-2])
-    times: dict[float, list[VideoTime]] = {length: [] for length in lengths}
-    for _ in tracked(range(repeats), "timing"):
-        for length in lengths:
-            times[length].append(timed_video(model, prompt, length))
-    memory = np.array(
-        [
-            [whole_process(model, folder, prompt, length).peak_memory_gib for length in (seconds, config.clip_s)]
-            for _ in tracked(range(repeats), "memory")
-        ]
+    rows = []
+    for number, frames in enumerate(videos):
+        joins, steps = at_joins(len(frames), clip_frames, repeated_frames), frame_steps(frames)
+        if not joins.any():
+            raise ValueError(f"video {number}: expected more frames than a clip's {clip_frames}, got {len(frames)}")
+        rows.append([steps[joins].sum(), joins.sum(), steps[~joins].sum(), (~joins).sum()])
+    sums = np.array(rows)
+    moving = _moving(sums[:, 2], "inside its clips")
+    sums = sums[moving]
+    across, across_count, inside, inside_count = sums.sum(axis=0)
+
+    def ratio(drawn: ndarray) -> float:
+        across, across_count, inside, inside_count = drawn.sum(axis=0)
+        return float((across / across_count) / (inside / inside_count))
+
+    return JoinScore(
+        score=ratio(sums),
+        interval=bootstrap_interval(ratio, sums, seed=seed),
+        across=float(across / across_count),
+        inside=float(inside / inside_count),
+        n=len(sums),
+        still=int((~moving).sum()),
     )
-    return {
-        "joins": model.sampling.joins,
-        **time_figures(times, seconds, config.clip_s),
-        "peak_memory_gib": memory_score(np.median, memory[:, 0]),
-        "one_clip_peak_memory_gib": memory_score(np.median, memory[:, 1]),
-        "memory_ratio": memory_score(lambda drawn: np.median(drawn[:, 0]) / np.median(drawn[:, 1]), memory),
-        "threads": torch.get_num_threads(),
-    }
 
 
-def time_figures(times: Mapping[float, Sequence[VideoTime]], seconds: float, clip_s: float) -> dict[str, Any]:
-    """What a video of this length takes against as many times the marginal clip.
+def motion_over_time(
+    videos: Clips, window_frames: int, clip_frames: int, repeated_frames: int = 0, seed: int = 0
+) -> MotionOverTime:
+    """Compare motion in the last `window_frames` with that in the first, inside clips: a jump at a join is no motion.
 
-    The marginal clip is the slope of a least-squares line through the median times of the other lengths, all short:
-    what one more clip takes where there are few. The ratio is 1 where later clips take no longer than early ones. On
-    a machine with other work believe the ratio of processor time; on an accelerator it is the host's alone. Intervals
-    are over the repeats, each of which has all lengths.
+    A video that is still at its beginning has no ratio: it is counted, not scored. Raises `ValueError` where all are,
+    and where a video has fewer frames than two windows. `seed` is the bootstrap's.
     """
-    long, clips = list(times).index(seconds), np.array(list(times)) / clip_s
-    short = clips != clips[long]
-    total = np.array([[one.total_s for one in own] for own in times.values()]).T
-    processor = np.array([[one.processor_s for one in own] for own in times.values()]).T
-    shares = np.array([one.language_model_s / one.total_s for one in times[seconds]])
-
-    def line(repeats: Float64[ndarray, "n lengths"]) -> Float64[ndarray, "2"]:
-        return np.polyfit(clips[short], np.median(repeats, axis=0)[short], 1)  # slope, value at no clips
-
-    def ratio(repeats: Float64[ndarray, "n lengths"]) -> float:
-        return float(np.median(repeats[:, long]) / (clips[long] * line(repeats)[0]))
-
-    scores: dict[str, Score] = {
-        "median_s": repeats_score(np.median, total[:, long]),
-        "marginal_clip_s": repeats_score(lambda repeats: line(repeats)[0], total),
-        "start_s": repeats_score(lambda repeats: line(repeats)[1], total),  # what every video takes once
-        "time_ratio": repeats_score(ratio, total),
-        "processor_s": repeats_score(np.median, processor[:, long]),
-        "processor_time_ratio": repeats_score(ratio, processor),
-        "language_model_share": repeats_score(np.median, shares),
-    }
-    medians = {f"{length:g}": repeats_score(np.median, own) for length, own in zip(times, total.T, strict=True)}
-    medians.pop(f"{seconds:g}")
-    return {"frames": times[seconds][0].frames, "short_median_s": medians, **scores}
+    rows = []
+    for number, frames in enumerate(videos):
+        if window_frames < 3 or len(frames) < 2 * window_frames:  # at least one of two steps is inside a clip
+            raise ValueError(
+                f"video {number}: expected two windows of at least 3 frames, "
+                f"got windows of {window_frames} in {len(frames)} frames"
+            )
+        steps, inside = frame_steps(frames), ~at_joins(len(frames), clip_frames, repeated_frames)
+        first, last = slice(None, window_frames - 1), slice(1 - window_frames, None)
+        rows.append([steps[first][inside[first]].mean(), steps[last][inside[last]].mean()])
+    means = np.array(rows)
+    moving = _moving(means[:, 0], "at its beginning")
+    means = means[moving]
+    return MotionOverTime(
+        ratio=float(means[:, 1].sum() / means[:, 0].sum()),
+        interval=bootstrap_interval(lambda drawn: drawn[:, 1].sum() / drawn[:, 0].sum(), means, seed=seed),
+        first=float(means[:, 0].mean()),
+        last=float(means[:, 1].mean()),
+        n=len(means),
+        still=int((~moving).sum()),
+    )
 
 
-def timed_video(model: DiCoDe, prompt: str, seconds: float) -> VideoTime:
-    """Generate a video, keep none of it, and tell the time."""
-    watch, processor_before_s = Stopwatch(), time.process_time()
-    with watch.stage("decode"):
-        key_frames = watch.timed("language model", model.write([prompt], seconds=seconds))
-        frames = sum(clip.shape[1] for clip in model.render(key_frames, seconds))
-    processor_s = time.process_time() - processor_before_s
-    return VideoTime(sum(watch.seconds.values()), watch.seconds["language model"], processor_s, frames)
+def drift(features: Float[ndarray, "videos clips width"], window: int, splits: int = 200, seed: int = 0) -> Drift:
+    """Compare the clips of later windows of `window` clips with those of the first, all videos together.
+
+    All distances are of equally many clips, so their small-sample bias is alike; it falls with more videos. `seed`
+    draws the splits of `chance`.
+    """
+    videos, clips, _ = features.shape
+    if not 1 <= window <= clips // 2:
+        raise ValueError(f"window: expected 1 to {clips // 2} of {clips} clips a video, got {window}")
+    starts = [*range(window, clips - window, window), clips - window]
+    by_window = [frechet_distance(features[:, :window], features[:, start : start + window]) for start in starts]
+    ends = np.concatenate([features[:, :window], features[:, -window:]], axis=1)
+    generator, by_chance = generator_for(seed, "splits"), []
+    for _ in range(splits):
+        order = torch.rand(videos, 2 * window, generator=generator).argsort(dim=1).numpy()
+        mixed = np.take_along_axis(ends, order[:, :, None], axis=1)
+        by_chance.append(frechet_distance(mixed[:, :window], mixed[:, window:]))
+    low, high = np.quantile(by_chance, [0.025, 0.975])
+    end = frechet_score(features[:, :window], features[:, -window:], seed)
+    return Drift(
+        distance=end.value,
+        interval=end.interval,
+        by_window=tuple(by_window),
+        chance=float(np.mean(by_chance)),
+        chance_interval=(float(low), float(high)),
+        clips=videos * window,
+    )
+
+
+def _moving(motion_of_video: Float[ndarray, "v"], where: str) -> Bool[ndarray, "v"]:
+    """Which videos move at all; raises `ValueError` where none does."""
+    moving = motion_of_video > 0
+    if not moving.any():
+        raise ValueError(f"expected a video that moves {where}, got {len(moving)} videos, all still there")
+    return moving

@@ -18,23 +18,23 @@ from dicode.video.timed import Video
 MOST_CLIPS = 4  # of a video: longer ones are scored by their beginning
 
 
-def evaluate_scorer(made: Samples, scorer: Scorer, count: int = 100) -> tuple[dict[str, Any], Image.Image]:
+def evaluate_scorer(samples: Samples, scorer: Scorer, count: int = 100) -> tuple[dict[str, Any], Image.Image]:
     """Accuracy for real videos, which no model can be expected to exceed, their reconstructions, and generated ones.
 
     Of up to `count` videos of each split that have a caption. `…, shuffled` is chance: the same answers compared with
     the caption lines of all other videos.
     """
-    clips = clips_of_videos(made)
-    figures: dict[str, Any] = {"seconds": shown_frames(made, clips) / made.model.tokenizer.config.fps}
+    clips = clips_of_videos(samples)
+    figures: dict[str, Any] = {"seconds": length_frames(samples, clips) / samples.model.tokenizer.config.fps}
     rows, labels, total = [], [], 0
-    for split, held in (("training", False), ("validation", True)):
-        rows_of_split = spread(split_rows(made.cache, held, captioned=True), count)
-        videos = [made.cache.videos[row] for row in rows_of_split]
+    for split, validation in (("training", False), ("validation", True)):
+        rows_of_split = spread(split_rows(samples.cache, validation, captioned=True), count)
+        videos = [samples.cache.videos[row] for row in rows_of_split]
         if not videos:
             continue
         total += len(videos)
         truths = [truth_of(video) for video in videos]
-        cases = videos_of(made, videos, clips)
+        cases = videos_of(samples, videos, clips)
         for case, frames in cases.items():
             for key, own in scorer_metrics(scorer, tracked(frames, f"scoring {split}: {case}"), truths).items():
                 metric = figures.setdefault(f"accuracy of {key}", {})
@@ -46,33 +46,32 @@ def evaluate_scorer(made: Samples, scorer: Scorer, count: int = 100) -> tuple[di
     return {**figures, "n": total}, contact_sheet(rows, labels)
 
 
-def clips_of_videos(made: Samples) -> int:
+def clips_of_videos(samples: Samples) -> int:
     """Clips that hold the median video of a cache, at most `MOST_CLIPS` and what the language model holds."""
-    length_s = float(np.median(Videos.of(made.cache.videos).column("period_s")))
-    most = min(MOST_CLIPS, made.model.lm.config.keyframe_limit - 1)
-    return max(1, min(most, round(length_s / made.model.tokenizer.config.clip_s)))
+    length_s = float(np.median(Videos.of(samples.cache.videos).column("period_s")))
+    most = min(MOST_CLIPS, samples.model.lm.config.keyframe_limit - 1)
+    return max(1, min(most, round(length_s / samples.model.tokenizer.config.clip_s)))
 
 
-def shown_frames(made: Samples, clips: int) -> int:
+def length_frames(samples: Samples, clips: int) -> int:
     """Frames of so many clips in a row."""
-    config = made.model.tokenizer.config
+    config = samples.model.tokenizer.config
     return clips * config.tail_frame + config.repeated_frames
 
 
-def videos_of(made: Samples, videos: Sequence[CachedVideo], clips: int) -> dict[str, list[Video]]:
-    """The beginnings of videos, of so many clips: real, through tokens and back, generated of their captions."""
-    model, cache, config = made.model, made.cache, made.model.tokenizer.config
-    shown, cases = shown_frames(made, clips), ("real", "reconstruction", "generated")
-    made_of: dict[str, list[Video]] = {case: [] for case in cases}
+def videos_of(samples: Samples, videos: Sequence[CachedVideo], clips: int) -> dict[str, list[Video]]:
+    """The beginnings of videos, of so many clips: real, through tokens and back, generated for their captions."""
+    model, cache, config = samples.model, samples.cache, samples.model.tokenizer.config
+    length, cases = length_frames(samples, clips), ("real", "reconstruction", "generated")
+    by_case: dict[str, list[Video]] = {case: [] for case in cases}
     for first in tracked(range(0, len(videos), BATCH), "videos to score", "batch"):
         part = videos[first : first + BATCH]
         indices = list(range(first, first + len(part)))
         rows = [cache.clip_rows(video, 0.0, clips * config.tail_frame + 1, config.fps) for video in part]
         real = torch.stack([cache.frames[own] for own in rows])
-        decoded = model.tokenizer.decode(model.tokenizer.encode(real), seed=made.seed, sample_indices=indices)
-        prompts = [caption_of(video) for video in part]
-        options = {"seconds": shown / config.fps, "seed": made.seed + 3, "sample_indices": indices, **made.options}
-        generated = model.generate_batch(prompts, **options)
+        decoded = model.tokenizer.decode(model.tokenizer.encode(real), seed=samples.seed, sample_indices=indices)
+        options = {"seconds": length / config.fps, "seed": samples.seed + 3, "sample_indices": indices}
+        generated = model.generate_batch([caption_of(video) for video in part], **options)
         for case, frames in zip(cases, ([real], decoded, generated), strict=True):
-            made_of[case] += list(torch.cat([own.cpu() for own in frames], dim=1)[:, :shown].numpy())
-    return made_of
+            by_case[case] += list(torch.cat([own.cpu() for own in frames], dim=1)[:, :length].numpy())
+    return by_case

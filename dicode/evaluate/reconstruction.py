@@ -1,34 +1,84 @@
-"""Clips decoded from their own tokens, against the real ones and against two baselines that need no model."""
+"""Clips decoded from their own tokens, against the real ones and against baselines."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float64, UInt8
 from numpy import ndarray
+from PIL import Image
 
-from dicode.evaluate.scores import Score, mean_score
-from dicode.features.metrics import (
-    Clips,
-    Interval,
-    bootstrap_interval,
-    squared_error,
-)
+from dicode.evaluate.generation import motion_ratio
+from dicode.evaluate.metrics import psnr_db, scores_of_pairs, scores_of_sets
+from dicode.evaluate.samples import Samples
+from dicode.evaluate.scores import Score
+from dicode.features.extract import Network
+from dicode.features.metrics import Clips, Interval, bootstrap_interval, squared_error
+from dicode.pipeline import DiCoDe
+from dicode.shapes import KeyFrameTokens
+from dicode.tokenizer.config import TokenizerConfig
+from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
-
-# Mean PSNR counts a frame at most this much. Rounding to uint8 alone leaves 59 dB, so more says nothing; without a
-# ceiling one frame that is all white in both clips would make the mean infinite.
-PSNR_CEILING_DB = 60.0
 
 
 @dataclass(frozen=True)
 class PsnrScore:
-    """How near clips are to the real ones, pixel by pixel."""
+    """Pixel by pixel agreement with the real clips."""
 
     mean_db: float  # mean over frames, each at most PSNR_CEILING_DB, then over clips
     interval_db: Interval  # 95 %, over clips
-    of_mean_error_db: float  # PSNR of the mean squared error of all frames: hard clips weigh more, no ceiling
+    of_mean_error_db: float  # PSNR of the mean squared error of all frames: hard clips weigh more
     of_mean_error_interval_db: Interval
     n: int
+
+
+def evaluate_reconstruction(
+    samples: Samples, networks: Mapping[str, Network] | None = None
+) -> tuple[dict[str, Any], Image.Image]:
+    """Validation clips through tokens and back, beside five baselines. `networks` measure beside EffLite0."""
+    seed, clips, captions = samples.seed, samples.clips, samples.captions
+    candidates = reconstructions(samples)
+    distances: dict[str, dict[str, Score]] = {}
+    for network in samples.networks(networks):
+        real = samples.real_clips.features(network, samples.rows)
+        features = {name: network.features(those) for name, those in candidates.items()}
+        distances |= scores_of_sets(network, real, features, captions, seed)
+    first_stage, through = {}, candidates["first_stage"]
+    for source in sorted({video.source for video in samples.videos}):
+        own = [i for i, video in enumerate(samples.videos) if video.source == source]
+        first_stage[source] = asdict(psnr_score([clips[i] for i in own], [through[i] for i in own], seed))
+    figures = {
+        "psnr": {name: asdict(psnr_score(clips, those, seed)) for name, those in candidates.items()},
+        "first_stage_psnr": first_stage,
+        "motion": asdict(motion_ratio(candidates["reconstruction"], clips, seed=seed)),
+        "n": len(clips),
+        **scores_of_pairs(clips, candidates, samples.extractor, seed),
+        **distances,
+        "token_rate": token_rate(samples.model.tokenizer.config),  # follows from the configuration: no interval
+    }
+    chosen = range(0, len(clips), max(1, len(clips) // 10))
+    rows = [clip for i in chosen for clip in (clips[i], candidates["reconstruction"][i])]
+    labels = [label for i in chosen for label in (f"real: {captions[i]}", "reconstruction")]
+    return figures, contact_sheet(rows[:20], labels[:20])
+
+
+def reconstructions(samples: Samples) -> dict[str, Sequence[Video]]:
+    """Validation clips through their tokens, and five baselines."""
+    model, config = samples.model, samples.model.tokenizer.config
+    rendered, tokens = samples.reconstructed
+    keys = [key_frames_of(model, pair) for pair in tokens]  # head and tail
+    count, tail = config.clip_frames, config.tail_frame
+    return {
+        "reconstruction": rendered,
+        "hold_head": [hold_head(clip) for clip in samples.clips],
+        "cross_fade": [cross_fade(clip[0], clip[tail], count, tail) for clip in samples.real],
+        # the same baselines from tokens, and every frame through the first stage alone
+        "hold_head_of_tokens": [np.repeat(pair[:1], count, axis=0) for pair in keys],
+        "cross_fade_of_tokens": [cross_fade(pair[0], pair[1], count, tail) for pair in keys],
+        "first_stage": [through_first_stage(model, clip) for clip in samples.clips],
+    }
 
 
 def hold_head(clip: Video) -> Video:
@@ -44,25 +94,32 @@ def cross_fade(
     The tail is the frame after the clip's last, at position `num_frames`; in the published arrangement it is the last
     one: give `tail_at=num_frames - 1`.
     """
-    tail_at = num_frames if tail_at is None else tail_at
-    if head.shape != tail.shape or tail_at < 1:
-        raise ValueError(f"expected key frames of one shape and tail_at ≥ 1, got {head.shape}, {tail.shape}, {tail_at}")
-    weights = np.minimum(np.arange(num_frames) / tail_at, 1.0)[:, None, None, None]
+    weights = np.minimum(np.arange(num_frames) / (tail_at or num_frames), 1.0)[:, None, None, None]
     return np.rint((1 - weights) * head + weights * tail).astype(np.uint8)
+
+
+@torch.no_grad()
+def key_frames_of(model: DiCoDe, tokens: KeyFrameTokens) -> Video:
+    """Key frames decoded by the key-frame head alone, without diffusion."""
+    return model.tokenizer.frames_of(model.tokenizer.key_latents(tokens)[None])[0].cpu().numpy()
+
+
+@torch.no_grad()
+def through_first_stage(model: DiCoDe, clip: Video) -> Video:
+    """A clip encoded and decoded by the first stage alone."""
+    pixels = torch.from_numpy(clip).permute(0, 3, 1, 2).float().to(model.tokenizer.device) / 127.5 - 1
+    return model.tokenizer.frames_of(model.tokenizer.first_stage.encode(pixels)[None])[0].cpu().numpy()
 
 
 def psnr_score(real: Clips, candidates: Clips, seed: int = 0) -> PsnrScore:
     """PSNR of clips against the real clips they reconstruct, in the same order. `seed` is the bootstrap's."""
     errors = [squared_error(clip, candidate) for clip, candidate in zip(real, candidates, strict=True)]
-    if not errors:
-        raise ValueError("expected at least one clip, got none")
-    floor = 255**2 / 10 ** (PSNR_CEILING_DB / 10)
-    per_clip = np.array([(10 * np.log10(255**2 / np.maximum(error, floor))).mean() for error in errors])
+    per_clip = np.array([psnr_db(error).mean() for error in errors])
     sums_and_counts = np.array([(error.sum(), len(error)) for error in errors])
 
     def of_mean_error(drawn: Float64[ndarray, "n 2"]) -> float:
         total, frames = drawn.sum(axis=0)
-        return float(10 * np.log10(255**2 / max(total / frames, floor)))
+        return float(psnr_db(total / frames))
 
     return PsnrScore(
         mean_db=float(per_clip.mean()),
@@ -73,20 +130,12 @@ def psnr_score(real: Clips, candidates: Clips, seed: int = 0) -> PsnrScore:
     )
 
 
-def psnr_in_motion(real: Clips, candidates: Clips, seed: int = 0) -> Score | None:
-    """PSNR in dB inside what moves in the real clip: squared errors weighted by how far it is from its mean frame.
+def token_rate(config: TokenizerConfig) -> dict[str, float]:
+    """Tokens, numbers and bits (as float16) for a second of video, and bits of uint8 RGB frames over these.
 
-    The weight of a pixel is its squared deviation from the clip's mean, so that noise of a still background counts
-    little and a small object that moves counts as a large one. Mean over clips, each at most PSNR_CEILING_DB; still
-    clips are left out, None where all are.
+    In the long run, with one key frame a clip.
     """
-    values = []
-    for clip, candidate in zip(real, candidates, strict=True):
-        if clip.shape != candidate.shape:
-            raise ValueError(f"expected clips of one shape, got {clip.shape} and {candidate.shape}")
-        frames = clip.astype(np.float64)
-        weights = np.square(frames - frames.mean(axis=0)).mean(axis=-1)
-        if weights.any():
-            error = (np.square(frames - candidate).mean(axis=-1) * weights).sum() / weights.sum()
-            values.append(min(PSNR_CEILING_DB, float(10 * np.log10(255**2 / max(error, 1e-9)))))
-    return mean_score(values, seed) if values else None
+    tokens = config.resampler.queries / config.clip_s
+    floats = tokens * config.resampler.token_width
+    bits = 16 * floats
+    return {"tokens": tokens, "floats": floats, "bits": bits, "compression": config.size**2 * 3 * 8 * config.fps / bits}

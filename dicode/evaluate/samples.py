@@ -1,6 +1,6 @@
 """The clips of a model that its figures are measured on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from dicode.data.cache import FrameCache
 from dicode.data.columns import CAPTIONED, VALIDATION, CachedVideo, Videos
 from dicode.evaluate.reference import RealClips, first_clip
-from dicode.features.extract import EfficientNetLite0Features
+from dicode.features.extract import EfficientNetLite0Features, Network
 from dicode.pipeline import DiCoDe
 from dicode.shapes import KeyFrameTokens
 from dicode.stopwatch import tracked
@@ -22,10 +22,10 @@ MOST_VIDEOS = 10_000  # of a split, among which captions, images and near clips 
 
 
 class Samples:
-    """Validation clips and what a model makes of them, for all parts of an evaluation: each once, when asked for.
+    """Validation clips with their reconstructions and generated clips, for all parts of an evaluation: each once.
 
-    `options` are of `DiCoDe.generate`; sample i of the seeds is that of validation video i. `folder` is the cache's,
-    where features of real clips are kept, and `most` how many validation clips, spread over all, are looked at.
+    Sample i of the seeds is that of validation video i. `folder` is the cache's, where features of real clips are kept;
+    `most` limits the validation clips, spread over all.
     """
 
     def __init__(
@@ -35,10 +35,9 @@ class Samples:
         seed: int = 0,
         folder: Path | None = None,
         most: int | None = None,
-        **options: Any,
     ):
-        self.model, self.cache, self.seed, self.options = model, cache, seed, options
-        self.bank = RealClips(cache, model.tokenizer.config, folder)
+        self.model, self.cache, self.seed = model, cache, seed
+        self.real_clips = RealClips(cache, model.tokenizer.config, folder)
         self.rows = spread(split_rows(cache, True, lasting_s=one_clip_s(model)), most)
         self.videos = [cache.videos[i] for i in self.rows]
         self.captions = [caption_of(video) for video in self.videos]
@@ -47,6 +46,10 @@ class Samples:
     def training(self, most: int) -> list[int]:
         """The rows of up to so many training videos, spread over all."""
         return spread(split_rows(self.cache, False, lasting_s=one_clip_s(self.model)), most)
+
+    def networks(self, others: Mapping[str, Network] | None = None) -> list[Network]:
+        """The network that always measures, and others beside it."""
+        return [self.extractor, *(others or {}).values()]
 
     @cached_property
     def extractor(self) -> EfficientNetLite0Features:
@@ -69,20 +72,20 @@ class Samples:
     @cached_property
     def reconstructed(self) -> tuple[list[Video], list[KeyFrameTokens]]:
         """These clips through tokens and back, 16 frames each, and the tokens of their key frames, `2 n d`."""
-        made: list[Video] = []
+        clips: list[Video] = []
         tokens: list[KeyFrameTokens] = []
         for first in tracked(range(0, len(self.real), BATCH), "reconstructing", "batch"):
             part = self.model.tokenizer.encode(torch.from_numpy(np.stack(self.real[first : first + BATCH])))
             indices = list(range(first, first + len(part)))
-            made += list(next(self.model.tokenizer.decode(part, seed=self.seed, sample_indices=indices)).cpu().numpy())
+            clips += list(next(self.model.tokenizer.decode(part, seed=self.seed, sample_indices=indices)).cpu().numpy())
             tokens += list(part)
-        return made, tokens
+        return clips, tokens
 
     @cached_property
     def generated(self) -> dict[int, Video]:
         """A clip of every caption, by the number of its validation video."""
         prompts = [self.captions[i] for i in self.captioned]
-        clips = generated_clips(self.model, prompts, self.seed + 1, **self.options)
+        clips = generated_clips(self.model, prompts, self.seed + 1)
         return dict(zip(self.captioned, clips, strict=True))
 
 
@@ -91,14 +94,14 @@ def caption_of(video: CachedVideo) -> str:
     return video.captions[0] if video.captions else ""
 
 
-def split_rows(cache: FrameCache, held: bool, captioned: bool = False, lasting_s: float = 0.0) -> list[int]:
-    """The numbers of the validation videos, or of the others; with a caption, or that last so long, if asked for.
+def split_rows(cache: FrameCache, validation: bool, captioned: bool = False, lasting_s: float = 0.0) -> list[int]:
+    """The numbers of a split's videos; only those with a caption, or that last so long, if asked for.
 
-    The real side of a comparison takes none that are shorter than a clip: what they hold to the end would be stillness.
+    The real side of a comparison takes none that are shorter than a clip: they would be still at the end.
     """
     videos = Videos.of(cache.videos)
     flags = videos.column("flags")
-    chosen = (flags & VALIDATION != 0) == held
+    chosen = (flags & VALIDATION != 0) == validation
     if lasting_s:
         chosen &= videos.last(lasting_s)
     return np.flatnonzero(chosen & ((flags & CAPTIONED != 0) | (not captioned))).tolist()
@@ -121,10 +124,10 @@ def generated_clips(
 ) -> list[Video]:
     """One clip a prompt, or as many as these seconds take; clip i is sample i of the seed, however they are batched."""
     clips: list[Video] = []
+    length_s = one_clip_s(model) if seconds is None else seconds
     for first in tracked(range(0, len(prompts), BATCH), "generating", "batch"):
         part = list(prompts[first : first + BATCH])
         indices = list(range(first, first + len(part)))
-        length_s = one_clip_s(model) if seconds is None else seconds
-        made = list(model.generate_batch(part, seconds=length_s, seed=seed, sample_indices=indices, **options))
-        clips += list(torch.cat(made, dim=1).numpy())
+        parts = model.generate_batch(part, seconds=length_s, seed=seed, sample_indices=indices, **options)
+        clips += list(torch.cat(list(parts), dim=1).numpy())
     return clips

@@ -1,50 +1,33 @@
-"""Figures with intervals: means over clips, and Fréchet distances and Inception Scores of whole sets of clips."""
+"""Values with intervals: means over clips, statistics of whole sets of clips, and networks that are blind to some."""
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from numpy import ndarray
 
-from dicode.evaluate.quality import inception_score
-from dicode.features.extract import ClipFeatures, EfficientNetLite0Features, Network, features_of_clips
-from dicode.features.metrics import (
-    Interval,
-    bootstrap_interval,
-    frechet_of_sets,
-    percentile_rank,
-)
-from dicode.features.networks import C3D, I3D, Clip, Inception
-from dicode.features.tinyvt import TinyVT
+from dicode.features.extract import Features, Network, TextNetwork
+from dicode.features.metrics import Interval, bootstrap_interval, frechet_distance, percentile_rank
 from dicode.seeds import generator_for
-from dicode.video.timed import Video
 
 LEAST_CLIPS = 4  # whose halves have a covariance
 LEAST_A_SPLIT = 20  # clips of a half in each split of an Inception Score; of ten an interval is a third too narrow
-LEAST_REPEATS = 5  # from the least to the greatest of as many lies a median 94 times in a hundred
+LEAST_REPEATS = 5  # the range of so many holds the median 94 times in a hundred
 CHANCE_RANK = 50  # of the right caption among all, in percent
 HALVES = 100  # their deviation is then known to 7 %
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure, with what the choice of clips alone leaves open."""
+    """One figure with an interval over the choice of clips."""
 
     value: float
-    interval: Interval | None  # 95 %; None where there is too little to tell it from
+    interval: Interval | None  # 95 %; None where n is too small for one
     n: int  # clips, videos or repeats of a measurement
-
-
-class Seen(NamedTuple):
-    """What one network makes of each clip of a set; None where it does not give that."""
-
-    clips: Float[ndarray, "n width"] | None  # of which the Fréchet video distance is made
-    frames: Float[ndarray, "n f width"] | None  # of which the Fréchet distance of single frames is made (FID)
-    probabilities: Float[ndarray, "n classes"] | None  # of which the Inception Score is made
 
 
 def mean_score(values: Sequence[float] | Float[ndarray, "n"], seed: int = 0) -> Score:
@@ -53,13 +36,9 @@ def mean_score(values: Sequence[float] | Float[ndarray, "n"], seed: int = 0) -> 
     return Score(float(values.mean()), bootstrap_interval(np.mean, values, seed=seed), len(values))
 
 
-def repeats_score(statistic: Callable[[ndarray], float], repeats: ndarray, seed: int = 0) -> Score:
-    """A statistic of measurements that were repeated, one row each, with its bootstrap interval over them.
-
-    Fewer than LEAST_REPEATS have no interval.
-    """
-    enough = len(repeats) >= LEAST_REPEATS
-    interval = bootstrap_interval(statistic, repeats, seed=seed) if enough else None
+def repeats_score(statistic: Callable[[ndarray], float], repeats: ndarray) -> Score:
+    """A statistic of repeated measurements, one row each, with its bootstrap interval, from LEAST_REPEATS on."""
+    interval = bootstrap_interval(statistic, repeats) if len(repeats) >= LEAST_REPEATS else None
     return Score(float(statistic(repeats)), interval, len(repeats))
 
 
@@ -74,10 +53,10 @@ def set_score(
     """A statistic of whole sets, with 95 % by the delete-half jackknife (Shao & Wu 1989, section 2).
 
     Why no bootstrap: a set drawn with replacement holds clips twice, which makes a Fréchet distance larger and an
-    Inception Score smaller, so that the interval may not hold the value. Halves drawn without replacement are biased
-    too, but all alike: their deviation is the standard error of the whole set, rather more of Fréchet distances of
-    fewer clips than features, and the interval is the value ± 1.96 of it, not below `least`. Fewer than LEAST_CLIPS
-    clips have no interval. Value and interval are those of so many clips: compare only with sets of as many.
+    Inception Score smaller, so that the interval may not hold the value. Every half has the same bias, so the standard
+    deviation over halves estimates the standard error of the full set (an overestimate for Fréchet distances of fewer
+    clips than features). The interval is the value ± 1.96 of it, not below `least`; fewer than LEAST_CLIPS clips have
+    none. Value and interval are those of so many clips: compare only with sets of as many.
 
     Row i of every set belongs to one clip or prompt, and is left out with it; raises `ValueError` where sets differ in
     length. Where they are not `paired` each is halved on its own, the error is exact for even or large sets, and n is
@@ -96,7 +75,7 @@ def set_score(
         return torch.randperm(count, generator=generator)[: count - count // 2].numpy()
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Fréchet distance of")  # halves are smaller still; said once, of the whole
+        warnings.filterwarnings("ignore", "Fréchet distance of")  # warned of once, for the whole set
         for _ in range(halves):
             kept = [half(n)] * len(sets) if paired else [half(count) for count in counts]
             of_halves.append(statistic(*(rows[those] for rows, those in zip(sets, kept, strict=True))))
@@ -104,12 +83,12 @@ def set_score(
     return Score(value, (float(max(least, value - 1.96 * error)), float(value + 1.96 * error)), n)
 
 
-def frechet_score(real: ndarray, made: ndarray, seed: int = 0, paired: bool = True) -> Score:
+def frechet_score(real: ndarray, candidate: ndarray, seed: int = 0, paired: bool = True) -> Score:
     """Squared Fréchet distance of two sets of clips, of vectors `n width` or of all frames' `n f width`.
 
     Clip i of one belongs to clip i of the other, or, where they are not `paired`, to none, and there may be more.
     """
-    return set_score(frechet_of_sets, real, made, paired=paired, seed=seed)
+    return set_score(frechet_distance, real, candidate, paired=paired, seed=seed)
 
 
 def class_score(probabilities: Float[ndarray, "n classes"], seed: int = 0, splits: int = 1) -> Score:
@@ -118,97 +97,56 @@ def class_score(probabilities: Float[ndarray, "n classes"], seed: int = 0, split
     Without an interval where a half would have fewer than LEAST_A_SPLIT clips in a split.
     """
     if len(probabilities) < 2 * LEAST_A_SPLIT * splits:
-        return Score(inception_score(probabilities, splits).mean, None, len(probabilities))
-    return set_score(lambda rows: inception_score(rows, splits).mean, probabilities, least=1.0, seed=seed)
+        return Score(float(inception_scores(probabilities, splits).mean()), None, len(probabilities))
+    return set_score(lambda rows: inception_scores(rows, splits).mean(), probabilities, least=1.0, seed=seed)
 
 
-def seen(network: Network, clips: Sequence[Video]) -> Seen:
-    """Run a network over clips, as the literature does for the metrics that carry its name."""
-    if isinstance(network, I3D | TinyVT):
-        return Seen(np.stack([network.clip_vector(clip) for clip in clips]), None, None)
-    if isinstance(network, C3D):
-        return Seen(None, None, np.stack([network.clip_vector(clip) for clip in clips]))
-    if isinstance(network, Inception):
-        frames = np.stack([network.frame_features(clip).numpy() for clip in clips])
-        return Seen(None, frames, np.stack([network.frame_probabilities(clip).mean(0).numpy() for clip in clips]))
-    features = features_of_clips(network, clips)
-    return Seen(features.joined(), None, None) if isinstance(network, Clip) else seen_by_efflite(network, features)
+def inception_scores(probabilities: Float[ndarray, "n classes"], splits: int = 10) -> Float64[ndarray, "splits"]:
+    """exp E KL(p(y|x) ‖ p(y)) of each of `splits` equal parts (Salimans et al. 2016, section 4): 1 to the classes.
 
-
-def seen_by_efflite(network: EfficientNetLite0Features, features: ClipFeatures) -> Seen:
-    """The same of EffLite0's features at hand."""
-    return Seen(features.joined(), None, network.class_probabilities(features.mean))
-
-
-def scores_of_sets(name: str, real: Seen, candidates: Mapping[str, Seen], seed: int = 0) -> dict[str, dict[str, Score]]:
-    """`FVD-name` and `FID-name` of each candidate set against the real one, and `IS-name` of all of them.
-
-    A candidate called "real" takes the real set's place in the latter.
+    Raises `ValueError` for rows that are no probabilities, and for fewer samples than splits. `torchmetrics` shuffles
+    the samples by the global seed, and takes logits.
     """
-    made: dict[str, dict[str, Score]] = {}
-    for metric, kind in (("FVD", "clips"), ("FID", "frames")):
-        truth = getattr(real, kind)
-        if truth is not None:
-            made[f"{metric}-{name}"] = {
-                candidate: frechet_score(truth, getattr(own, kind), seed) for candidate, own in candidates.items()
-            }
-    if real.probabilities is not None:
-        made[f"IS-{name}"] = {
-            candidate: class_score(own.probabilities, seed)
-            for candidate, own in {"real": real, **candidates}.items()
-            if own.probabilities is not None
-        }
-    return made
+    rows = probabilities.astype(np.float64)
+    if not 1 <= splits <= len(rows):
+        raise ValueError(f"splits: expected 1 to the {len(rows)} samples, got {splits}")
+    if (rows < 0).any() or not np.allclose(rows.sum(axis=1), 1, atol=1e-3):
+        raise ValueError("expected rows of probabilities, which are not negative and sum to 1")
+    scores = []
+    for part in np.array_split(rows, splits):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(part > 0, part * (np.log(part) - np.log(part.mean(axis=0))), 0.0)
+        scores.append(np.exp(terms.sum(axis=1).mean()))
+    return np.array(scores)
 
 
-def alignment_scores(
-    network: TinyVT, candidates: Mapping[str, Seen], captions: Sequence[str], seed: int = 0
-) -> dict[str, dict[str, Score]]:
-    """How well clips fit their captions: clip i of every set belongs to caption i, and is left out where it has none.
-
-    `alignment-TinyVT`: mean cosine of clip and caption. `caption rank-TinyVT`: see `caption_rank`. Nothing where fewer
-    than two captions differ.
-    """
-    ranks = {name: caption_rank(network, own, captions, seed) for name, own in candidates.items()}
+def alignment(network: Network, clips: Features, captions: Sequence[str], seed: int = 0) -> Score | None:
+    """Mean cosine of clip and caption; clips without a caption are left out. None as `caption_rank`."""
     rows = [i for i, caption in enumerate(captions) if caption]
     texts = [captions[i] for i in rows]
-    alignment = {
-        name: mean_score(np.diagonal(cosines(network, own, texts, rows)), seed)
-        for name, own in candidates.items()
-        if ranks[name]
-    }
-    known = {name: rank for name, rank in ranks.items() if rank}
-    return {f"alignment-{network.name}": alignment, f"caption rank-{network.name}": known} if known else {}
+    if not isinstance(network, TextNetwork) or clips.clips is None or len(set(texts)) < 2:
+        return None
+    return mean_score(np.diagonal(network.similarities(clips.clips[rows], texts)), seed)
 
 
-def cosines(
-    network: TinyVT | Clip, clips: Seen, texts: Sequence[str], rows: Sequence[int] | None = None
-) -> Float[ndarray, "n texts"]:
-    """Of clips, by what `seen` gives of them, or some rows of it, with texts: of CLIP means over frames (CLIPSIM)."""
-    assert clips.clips is not None  # as `seen` gives of these
-    vectors = clips.clips if rows is None else clips.clips[list(rows)]
-    if isinstance(network, TinyVT):
-        return network.similarities(vectors, texts)
-    return vectors[:, : network.width] @ network.text_features(texts).double().cpu().numpy().T
+def caption_rank(network: Network, clips: Features, captions: Sequence[str], seed: int = 0) -> Score | None:
+    """Mean percentile rank of the right caption among all different ones (chance 50).
 
-
-def caption_rank(network: TinyVT | Clip, clips: Seen, captions: Sequence[str], seed: int = 0) -> Score | None:
-    """Mean percentile rank of the right caption among all different ones (chance 50); None where fewer than two are."""
+    None for a network without texts, and where fewer than two captions differ.
+    """
     rows = [i for i, caption in enumerate(captions) if caption]
     different = sorted({captions[i] for i in rows})
-    if len(different) < 2:
+    if not isinstance(network, TextNetwork) or clips.clips is None or len(different) < 2:
         return None
     right = np.array([different.index(captions[i]) for i in rows])
-    return mean_score(percentile_rank(cosines(network, clips, different, rows), right), seed)
+    return mean_score(percentile_rank(network.similarities(clips.clips[rows], different), right), seed)
 
 
-def blindness(network: Network, real: Seen, captions: Sequence[str], seed: int = 0) -> str | None:
-    """Why figures of a network say nothing of these real clips: it ranks their captions no better than chance.
+def blindness(network: Network, real: Features, captions: Sequence[str], seed: int = 0) -> str | None:
+    """Why figures of a network mean nothing for these real clips: it ranks their captions no better than chance.
 
-    None for a network that tells them apart, for one that reads nothing, and where fewer than two captions differ.
+    None for a network that tells them apart, and where there is no such rank.
     """
-    if not isinstance(network, TinyVT | Clip):
-        return None
     rank = caption_rank(network, real, captions, seed)
     if rank is None or rank.interval is None or rank.interval[0] > CHANCE_RANK:
         return None

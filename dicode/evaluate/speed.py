@@ -1,10 +1,11 @@
-"""Seconds and memory that one video takes, measured several times."""
+"""Seconds and memory that videos take, measured several times: one video, and a long one beside a clip."""
 
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -16,13 +17,26 @@ from numpy import ndarray
 
 from dicode.evaluate.scores import Score, repeats_score
 from dicode.pipeline import DiCoDe
+from dicode.stopwatch import Stopwatch, tracked
+
+SHORT_CLIPS = (1, 2, 3, 4)  # lengths from which the time that one more clip takes is fitted
 
 
 class WholeProcess(NamedTuple):
     """What one `dicode generate` took, from folder to file."""
 
     took_s: float
-    peak_memory_gib: float  # nan on Windows, which does not tell
+    peak_memory_gib: float  # nan on Windows, which does not report it
+
+
+@dataclass(frozen=True)
+class VideoTime:
+    """Seconds that one video took, once the model was loaded."""
+
+    total_s: float
+    language_model_s: float  # those of them spent on deep tokens
+    processor_s: float  # of all threads of this process: without what other work on the machine takes
+    frames: int
 
 
 def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.0, repeats: int = 5) -> dict[str, Any]:
@@ -61,5 +75,86 @@ def whole_process(model: DiCoDe, folder: Path, prompt: str, seconds: float) -> W
 
 
 def memory_score(statistic: Callable[[ndarray], float], repeats: Float64[ndarray, "n *lengths"]) -> Score | None:
-    """A statistic of peak memory with its interval; None where the system does not tell it."""
+    """A statistic of peak memory with its interval; None where the system does not report it."""
     return None if np.isnan(repeats).any() else repeats_score(statistic, repeats)
+
+
+def check_length(model: DiCoDe, seconds: float) -> None:
+    """Raise `ValueError` where the model does not hold such a video, or where it is too short to be called long."""
+    model.generate("any prompt", seconds=seconds)  # renders nothing yet
+    clips = model.tokenizer.config.num_clips(model.num_frames(seconds))
+    if clips <= SHORT_CLIPS[1]:
+        least_s = (SHORT_CLIPS[1] + 1) * model.tokenizer.config.clip_s
+        raise ValueError(f"seconds: expected at least {least_s:g}, to compare with shorter videos, got {seconds:g}")
+
+
+def cost_of_length(model: DiCoDe, folder: Path, prompt: str, seconds: float, repeats: int) -> dict[str, Any]:
+    """Time and memory of one video of this length beside one clip, with the model's own options.
+
+    Times are of the model loaded, after one video to warm up; lengths take turns so that another job on the machine
+    weighs on all. Memory is that of a whole `dicode generate`. Medians of as many repeats, with intervals.
+    """
+    config = model.tokenizer.config
+    lengths = [clips * config.clip_s for clips in SHORT_CLIPS if clips * config.clip_s < seconds] + [seconds]
+    timed_video(model, prompt, lengths[-2])
+    times: dict[float, list[VideoTime]] = {length: [] for length in lengths}
+    for _ in tracked(range(repeats), "timing"):
+        for length in lengths:
+            times[length].append(timed_video(model, prompt, length))
+    memory = np.array(
+        [
+            [whole_process(model, folder, prompt, length).peak_memory_gib for length in (seconds, config.clip_s)]
+            for _ in tracked(range(repeats), "memory")
+        ]
+    )
+    return {
+        "joins": model.sampling.joins,
+        **time_figures(times, seconds, config.clip_s),
+        "peak_memory_gib": memory_score(np.median, memory[:, 0]),
+        "one_clip_peak_memory_gib": memory_score(np.median, memory[:, 1]),
+        "memory_ratio": memory_score(lambda drawn: np.median(drawn[:, 0]) / np.median(drawn[:, 1]), memory),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def time_figures(times: Mapping[float, Sequence[VideoTime]], seconds: float, clip_s: float) -> dict[str, Any]:
+    """Time of a video of this length against as many times the marginal clip.
+
+    The marginal clip is the slope of a least-squares line through the median times of the other lengths, all short.
+    The ratio is 1 where later clips take no longer than early ones. On a machine with other work believe the ratio of
+    processor time; on an accelerator that is the host's alone. Intervals are over the repeats, each with all lengths.
+    """
+    long, clips = list(times).index(seconds), np.array(list(times)) / clip_s
+    short = clips != clips[long]
+    total = np.array([[one.total_s for one in own] for own in times.values()]).T
+    processor = np.array([[one.processor_s for one in own] for own in times.values()]).T
+    shares = np.array([one.language_model_s / one.total_s for one in times[seconds]])
+
+    def line(repeats: Float64[ndarray, "n lengths"]) -> Float64[ndarray, "2"]:
+        return np.polyfit(clips[short], np.median(repeats, axis=0)[short], 1)  # slope, value at no clips
+
+    def ratio(repeats: Float64[ndarray, "n lengths"]) -> float:
+        return float(np.median(repeats[:, long]) / (clips[long] * line(repeats)[0]))
+
+    medians = {f"{length:g}": repeats_score(np.median, own) for length, own in zip(times, total.T, strict=True)}
+    return {
+        "frames": times[seconds][0].frames,
+        "median_s": medians.pop(f"{seconds:g}"),
+        "short_median_s": medians,
+        "marginal_clip_s": repeats_score(lambda repeats: line(repeats)[0], total),
+        "start_s": repeats_score(lambda repeats: line(repeats)[1], total),  # taken once by every video
+        "time_ratio": repeats_score(ratio, total),
+        "processor_s": repeats_score(np.median, processor[:, long]),
+        "processor_time_ratio": repeats_score(ratio, processor),
+        "language_model_share": repeats_score(np.median, shares),
+    }
+
+
+def timed_video(model: DiCoDe, prompt: str, seconds: float) -> VideoTime:
+    """Generate a video, keep none of it, and measure the time."""
+    watch, processor_before_s = Stopwatch(), time.process_time()
+    with watch.stage("decode"):
+        key_frames = watch.timed("language model", model.write([prompt], seconds=seconds))
+        frames = sum(clip.shape[1] for clip in model.render(key_frames, seconds))
+    processor_s = time.process_time() - processor_before_s
+    return VideoTime(sum(watch.seconds.values()), watch.seconds["language model"], processor_s, frames)

@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from json import dumps
 from pathlib import Path
@@ -22,10 +22,9 @@ from dicode.data.cache import FrameCache
 from dicode.data.columns import CachedVideo
 from dicode.device import pick_device
 from dicode.evaluate.generation import draw_prompts
-from dicode.evaluate.own_scorer import clips_of_videos, shown_frames
+from dicode.evaluate.own_scorer import clips_of_videos, length_frames
 from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, generated_clips, split_rows, spread
-from dicode.evaluate.scores import blindness, cosines, mean_score, seen
-from dicode.features.extract import features_of_clips
+from dicode.evaluate.scores import blindness, mean_score
 from dicode.features.metrics import motion, percentile_rank, similarities
 from dicode.features.scorer import Scorer, agrees, truth_of
 from dicode.features.tinyvt import TinyVT
@@ -42,9 +41,9 @@ Judge = Callable[[Sequence[Video]], Float64[ndarray, "n"]]  # percent, a number 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting: what each prompt's clip scored, and how much clips move beside real ones."""
+    """One setting: the score of each prompt's clip, and motion of clips over that of real ones."""
 
-    settings: Settings  # none: as the model is stored
+    settings: Settings  # empty: as the model is stored
     scores: Float64[ndarray, "n"]
     motion: float
 
@@ -68,7 +67,7 @@ def tune(command: Tune, watch: Stopwatch) -> int:
 
     def tried(settings: Settings) -> Trial:
         began_s = time.monotonic()
-        seconds = shown_frames(made, clips) / model.tokenizer.config.fps
+        seconds = length_frames(made, clips) / model.tokenizer.config.fps
         videos = generated_clips(model, prompts, command.seed, seconds, **settings)
         trial = Trial(settings, judge(videos), float(np.mean([motion(video) for video in videos])) / still)
         took = duration(time.monotonic() - began_s)
@@ -106,40 +105,43 @@ def target_of(folder: Path, output: Path | None) -> Path:
     return output
 
 
-def training_rows(made: Samples, count: int) -> list[int]:
+def training_rows(samples: Samples, count: int) -> list[int]:
     """A training video of each of `count` different captions, drawn by the seed."""
-    rows = spread(split_rows(made.cache, False, captioned=True), MOST_VIDEOS)
-    by_caption = {caption: row for row in reversed(rows) if (caption := caption_of(made.cache.videos[row]))}
+    rows = spread(split_rows(samples.cache, False, captioned=True), MOST_VIDEOS)
+    by_caption = {caption: row for row in reversed(rows) if (caption := caption_of(samples.cache.videos[row]))}
     if len(by_caption) < LEAST_PROMPTS:
         raise ValueError(
             f"expected {LEAST_PROMPTS} different captions or more among the training clips, got {len(by_caption)}"
         )
-    return [by_caption[p] for p in draw_prompts(by_caption, min(count, len(by_caption)), made.seed)]
+    return [by_caption[p] for p in draw_prompts(by_caption, min(count, len(by_caption)), samples.seed)]
 
 
-def judged_by(made: Samples, rows: Sequence[int], scorer: Scorer | None) -> tuple[str, Judge, int]:
-    """What the score is, how clips are scored, and of how many clips a video is.
+def judged_by(samples: Samples, rows: Sequence[int], scorer: Scorer | None) -> tuple[str, Judge, int]:
+    """The score's description, the function that scores clips, and the number of clips in a video.
 
     Without a scorer TinyVT scores, where it ranks these captions' real clips above chance, or else EffLite0.
     """
-    videos = [made.cache.videos[row] for row in rows]
+    videos = [samples.cache.videos[row] for row in rows]
     captions = [caption_of(video) for video in videos]
     if scorer is not None:
-        return f"score: share of keys that {scorer.spec} finds, %", scored_by(scorer, videos), clips_of_videos(made)
-    network = TinyVT.from_pretrained().to(made.model.tokenizer.device)
-    reason = blindness(network, made.bank.seen(network, rows), captions, made.seed)
-    own = np.arange(len(captions))
+        score = f"score: share of keys that {scorer.spec} finds, %"
+        return score, scored_by(scorer, videos), clips_of_videos(samples)
+    network, own = TinyVT.from_pretrained().to(samples.model.tokenizer.device), np.arange(len(captions))
+    reason = blindness(network, samples.real_clips.features(network, rows), captions, samples.seed)
     if reason is None:
 
         def by_caption(clips: Sequence[Video]) -> Float64[ndarray, "n"]:
-            return percentile_rank(cosines(network, seen(network, clips), captions), own)
+            vectors = network.features(clips).clips
+            assert vectors is not None
+            return percentile_rank(network.similarities(vectors, captions), own)
 
         return "score: percentile rank of the right caption among all, by TinyVT (chance 50)", by_caption, 1
     print(reason)
-    pool = made.bank.features(made.extractor, rows).mean
+    extractor = samples.extractor
+    reference_features = extractor.means(samples.real_clips.features(extractor, rows))
 
     def by_clip(clips: Sequence[Video]) -> Float64[ndarray, "n"]:
-        return percentile_rank(similarities(features_of_clips(made.extractor, clips).mean, pool), own)
+        return percentile_rank(similarities(extractor.means(extractor.features(clips)), reference_features), own)
 
     return "score: percentile rank of the true clip among all, by EffLite0 (chance 50)", by_clip, 1
 
@@ -149,19 +151,21 @@ def scored_by(scorer: Scorer, videos: Sequence[CachedVideo]) -> Judge:
     truths = [truth_of(video) for video in videos]
 
     def share(clips: Sequence[Video]) -> Float64[ndarray, "n"]:
-        found = [scorer(clip) for clip in tracked(clips, "scoring", "video")]
-        keys = [sorted(own.keys() & truth.keys()) for own, truth in zip(found, truths, strict=True)]
-        if not all(keys):
-            raise ValueError(f"{scorer.spec}: expected keys of the caption lines, got {', '.join(sorted(found[0]))}")
-        rights = zip(found, truths, keys, strict=True)
-        return np.array([100 * np.mean([agrees(own[k], truth[k]) for k in ks]) for own, truth, ks in rights])
+        shares = []
+        for clip, truth in zip(tracked(clips, "scoring", "video"), truths, strict=True):
+            found = scorer(clip)
+            keys = found.keys() & truth.keys()
+            if not keys:
+                raise ValueError(f"{scorer.spec}: expected keys of the caption lines, got {', '.join(sorted(found))}")
+            shares.append(100 * np.mean([agrees(found[key], truth[key]) for key in keys]))
+        return np.array(shares)
 
     return share
 
 
-def real_videos(made: Samples, rows: Sequence[int], clips: int) -> list[Video]:
+def real_videos(samples: Samples, rows: Sequence[int], clips: int) -> list[Video]:
     """The real beginnings of videos, as long as what is generated."""
-    cache, count, fps = made.cache, shown_frames(made, clips), made.model.tokenizer.config.fps
+    cache, count, fps = samples.cache, length_frames(samples, clips), samples.model.tokenizer.config.fps
     return [cache.frames[cache.clip_rows(cache.videos[row], 0.0, count, fps)].numpy() for row in rows]
 
 
@@ -169,8 +173,8 @@ def grid_of(model: DiCoDe, guidance: Sequence[float], variance_scale: Sequence[f
     """Every pair of both; where the first key frame has a variance scale of its own, it gets the same."""
     first = model.sampling.first_variance_scale is not None
     pairs = product(guidance, variance_scale)
-    made = [{"guidance": g, "variance_scale": v} | ({"first_variance_scale": v} if first else {}) for g, v in pairs]
-    return [settings for settings in made if changes_of(model, settings)]
+    grid = [{"guidance": g, "variance_scale": v} | ({"first_variance_scale": v} if first else {}) for g, v in pairs]
+    return [settings for settings in grid if changes_of(model, settings)]
 
 
 def changes_of(model: DiCoDe, settings: Settings) -> Settings:
@@ -186,47 +190,43 @@ def decided(trials: Sequence[Trial], real: Float64[ndarray, "n"], measured_by: s
     """
     from scipy import stats
 
-    stored, *others = trials
+    stored = trials[0]
     n = len(stored.scores)
+    quantile = float(stats.t.ppf(1 - 0.025 / max(1, len(trials) - 1), n - 1))
     rows: list[dict[str, Any]] = []
-    quantile = float(stats.t.ppf(1 - 0.025 / max(1, len(others)), n - 1))
     for trial in trials:
         gain = trial.scores - stored.scores
-        half = quantile * float(stats.sem(gain))
-        mean, own = float(gain.mean()), mean_score(trial.scores)
-        score = {"value": own.value, "interval": own.interval, "n": n}
+        mean, half = float(gain.mean()), quantile * float(stats.sem(gain))
         rows.append(
             {
                 "settings": trial.settings,
-                "score": score,
+                "score": asdict(mean_score(trial.scores)),
                 "gain": {"value": mean, "interval": (mean - half, mean + half)},
                 "motion": trial.motion,
             }
         )
     best = max(rows, key=lambda row: row["score"]["value"])
-    low, high = best["gain"]["interval"]
-    beyond = best["gain"]["value"] > 0 and low > 0
-    told = named(best["settings"])
+    (low, high), gain_of_best = best["gain"]["interval"], best["gain"]["value"]
+    beyond, setting = gain_of_best > 0 and low > 0, named(best["settings"])
     if beyond:
-        decision = (
-            f"chosen: {told}; {best['gain']['value']:+.1f} ({low:+.1f} to {high:+.1f}) against the stored settings"
-        )
+        decision = f"chosen: {setting}; {gain_of_best:+.1f} ({low:+.1f} to {high:+.1f}) against the stored settings"
     elif best["settings"]:
         decision = (
-            f"no difference beyond noise: the best ({told}) gains {best['gain']['value']:+.1f} ({low:+.1f} to "
-            f"{high:+.1f}); the stored settings stay. More --prompts tell smaller differences"
+            f"no difference beyond noise: the best ({setting}) gains {gain_of_best:+.1f} ({low:+.1f} to "
+            f"{high:+.1f}); the stored settings stay. More --prompts show smaller differences"
         )
     else:
         decision = "no difference beyond noise: the stored settings are best, and stay"
+    chosen = best["settings"] if beyond else {}
     values = {
         "measured_by": measured_by,
         "decision": decision,
         "beyond_noise": beyond,
-        "chosen": best["settings"] if beyond else {},
-        "real": {"value": float(real.mean()), "interval": mean_score(real).interval, "n": n},
+        "chosen": chosen,
+        "real": asdict(mean_score(real)),
         "trials": rows,
     }
-    return (best["settings"] if beyond else {}), values
+    return chosen, values
 
 
 def named(settings: Settings) -> str:

@@ -1,19 +1,17 @@
-"""Clips → features to measure with: EfficientNet-lite0, trained on ImageNet, small enough for a CPU."""
+"""Clips → features to measure with. What a network must offer, and EfficientNet-lite0, small enough for a CPU."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float, Float32, Float64, UInt8
 from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dicode.features.metrics import Clips
-from dicode.features.networks import C3D, I3D, Clip, Inception
-from dicode.features.tinyvt import TinyVT
 from dicode.video.timed import Video
 
 # The weights are TensorFlow's `efficientnet-lite0`, trained on (rgb - 127) / 128 (MEAN_RGB and STDDEV_RGB of its
@@ -25,27 +23,34 @@ STAGE_ENDS = (0, 2, 4, 10)  # last blocks of EfficientNet-lite0 at 1/2, 1/4, 1/8
 STAGE_WIDTHS = (16, 24, 40, 112)  # … and their channels
 
 
+class Features(NamedTuple):
+    """Features of a set of clips by one network; None where it does not give that."""
+
+    clips: Float[ndarray, "n width"] | None = None  # for the Fréchet video distance, retrieval and text alignment
+    frames: Float[ndarray, "n f width"] | None = None  # for the Fréchet distance of single frames (FID)
+    probabilities: Float[ndarray, "n classes"] | None = None  # for the Inception Score
+
+
 @runtime_checkable  # so that beartype can check it
-class FeatureExtractor(Protocol):
-    """Any image network to measure with; `name` becomes part of every metric's name (`FVD-EffLite0`)."""
+class Network(Protocol):
+    """Any network to measure with; `name` becomes part of every metric's name (`FVD-EffLite0`)."""
 
     name: str
-    width: int
 
-    def frame_features(self, frames: UInt8[Tensor, "f h w c"] | Video) -> Float32[Tensor, "f width"]:
-        """One feature vector a frame."""
+    def features(self, clips: Clips) -> Features:
+        """Features of clips, which may be a generator or a progress bar: they are read one by one."""
         ...
 
 
-class ClipFeatures(NamedTuple):
-    """What one clip shows (`mean`) and how it changes (`difference`), or a stack of both, one row a clip; float64."""
+@runtime_checkable
+class TextNetwork(Network, Protocol):
+    """A network that also compares clips with texts."""
 
-    mean: Float64[ndarray, "*n width"]
-    difference: Float64[ndarray, "*n width"]
+    alignment: str  # name of the mean cosine of clips and their captions: `alignment-TinyVT`
 
-    def joined(self) -> Float64[ndarray, "*n twice_width"]:
-        """Both side by side: the features of the Fréchet distance between sets of clips."""
-        return np.concatenate([self.mean, self.difference], axis=-1)
+    def similarities(self, vectors: Float[ndarray, "n width"], texts: Sequence[str]) -> Float[ndarray, "n texts"]:
+        """Cosines of clips, by `Features.clips`, with texts."""
+        ...
 
 
 class EfficientNetLite0Features:
@@ -65,33 +70,37 @@ class EfficientNetLite0Features:
 
     @torch.no_grad()
     def frame_features(self, frames: UInt8[Tensor, "f h w c"] | Video) -> Float32[Tensor, "f width"]:
-        """Features of every frame, on the CPU. Frames of any shape are squeezed to the square the network sees."""
+        """Features of every frame, on the CPU. Frames of any shape are resized to a square."""
         if isinstance(frames, ndarray):
             frames = torch.from_numpy(np.array(frames, order="C"))  # also takes read-only and reversed arrays
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or len(frames) == 0:
             raise ValueError(f"expected uint8 frames `f h w 3`, got {frames.dtype} {tuple(frames.shape)}")
         new = torch.cat([torch.tensor([True]), (frames[1:] != frames[:-1]).flatten(1).any(1)])  # held frames: once
-        features = torch.cat([self._batch_features(batch) for batch in frames[new].split(self.batch_size)])
-        return features[new.cumsum(0) - 1]
+        features = []
+        for batch in frames[new].split(self.batch_size):
+            images = self._resized(batch.to(self.device).permute(0, 3, 1, 2).float())
+            images = ((images - RGB_MEAN) / RGB_DEVIATION).contiguous(memory_format=torch.channels_last)
+            features.append(self._network.extract_features(images).mean(dim=(2, 3)).cpu())
+        return torch.cat(features)[new.cumsum(0) - 1]
 
-    def clip_features(self, frames: UInt8[Tensor, "f h w c"] | Video) -> ClipFeatures:
-        """Mean and temporal-difference features of one clip (see `summarise`)."""
-        return summarise(self.frame_features(frames))
+    def features(self, clips: Clips) -> Features:
+        """`mean_and_change` of each clip, and ImageNet's 1000 classes: the softmax of a clip's mean logits."""
+        vectors = mean_and_change(self.frame_features(clip) for clip in clips)
+        with torch.no_grad():
+            logits = self._network._fc(torch.from_numpy(self.means(Features(vectors))).float().to(self.device))
+        return Features(vectors, probabilities=logits.double().softmax(dim=-1).cpu().numpy())
 
-    @torch.no_grad()
-    def class_probabilities(self, mean_features: Float64[ndarray, "n width"]) -> Float64[ndarray, "n classes"]:
-        """ImageNet's 1000 classes for clips: of a clip's mean features, which is the softmax of its mean logits."""
-        logits = self._network._fc(torch.from_numpy(mean_features).float().to(self.device))
-        return logits.double().softmax(dim=-1).cpu().numpy()
+    def means(self, features: Features) -> Float[ndarray, "n width"]:
+        """The half of these features that does not depend on motion: means over a clip's frames."""
+        assert features.clips is not None
+        return features.clips[:, : self.width]
 
     def stage_features(self, pixels: Float32[Tensor, "b c h w"]) -> list[Tensor]:
         """Feature maps at 1/2, 1/4, 1/8 and 1/16 of `image_size`, with gradients, of pixels in −1…1 (127.5 is 0).
 
-        For a perceptual distance. They come from earlier layers than the pooled features that metrics are made of.
+        For a perceptual distance: from earlier layers than the pooled features of the metrics.
         """
-        size = (self.image_size, self.image_size)
-        x = (pixels * 127.5 + 127.5 - RGB_MEAN) / RGB_DEVIATION
-        x = functional.interpolate(x, size, mode="bilinear", antialias=True) if x.shape[-2:] != size else x
+        x = self._resized((pixels * 127.5 + 127.5 - RGB_MEAN) / RGB_DEVIATION)
         x = x.contiguous(memory_format=torch.channels_last)
         network = self._network
         x = network._swish(network._conv_stem(x))
@@ -102,31 +111,41 @@ class EfficientNetLite0Features:
                 maps.append(x)
         return maps
 
-    def _batch_features(self, frames: Tensor) -> Tensor:
-        images = frames.to(self.device).permute(0, 3, 1, 2).float()
+    def _resized(self, images: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)
-        if images.shape[-2:] != size:
-            images = functional.interpolate(images, size, mode="bilinear", antialias=True)
-        images = ((images - RGB_MEAN) / RGB_DEVIATION).contiguous(memory_format=torch.channels_last)
-        return self._network.extract_features(images).mean(dim=(2, 3)).cpu()
+        if images.shape[-2:] == size:
+            return images
+        return functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
-Network = EfficientNetLite0Features | TinyVT | I3D | C3D | Inception | Clip
+def mean_and_change(features_of_frames: Iterable[Float32[Tensor, "f width"]]) -> Float64[ndarray, "n two_widths"]:
+    """Of each clip the mean over its frames and, beside it, the mean absolute difference of consecutive frames.
+
+    The second half is zero for a still clip and doubles when the same path takes half the time. Neither depends on the
+    direction of time. Raises `ValueError` where there is no clip, and for a clip of one frame.
+    """
+    rows = []
+    for own in features_of_frames:
+        if len(own) < 2:
+            raise ValueError(f"expected at least 2 frames in a clip, got {len(own)}: one frame has no motion")
+        frames = own.double().numpy()
+        rows.append(np.concatenate([frames.mean(axis=0), np.abs(np.diff(frames, axis=0)).mean(axis=0)]))
+    if not rows:
+        raise ValueError("expected at least one clip, got none")
+    return np.stack(rows)
 
 
 def load_networks(specs: Sequence[str], device: str | torch.device = "cpu") -> dict[str, Network]:
     """Networks to measure with beside EffLite0, by what was asked for: "TinyVT", "I3D=i3d_torchscript.pt".
 
-    `EffLite0` adds none, for it always measures; `TinyVT` is in the box. Raises `ValueError` for another name, a name
+    `EffLite0` adds none, for it always measures; `TinyVT` is bundled. Raises `ValueError` for another name, a name
     without a source, and a name given twice: two networks would write one metric.
     """
-    kinds: dict[str, type[I3D | C3D | Inception | Clip]] = {
-        "I3D": I3D,
-        "C3D": C3D,
-        "Inception": Inception,
-        "CLIP": Clip,
-    }
-    made: dict[str, Network] = {}
+    from dicode.features.networks import C3D, I3D, Clip, Inception
+    from dicode.features.tinyvt import TinyVT
+
+    kinds = {"I3D": I3D, "C3D": C3D, "Inception": Inception, "CLIP": Clip}
+    networks: dict[str, Network] = {}
     for spec in specs:
         name, _, source = spec.partition("=")
         if spec == EfficientNetLite0Features.name:
@@ -136,30 +155,10 @@ def load_networks(specs: Sequence[str], device: str | torch.device = "cpu") -> d
                 "features: expected EffLite0, TinyVT, I3D=PATH, C3D=PATH, Inception=PATH or CLIP=ID_OR_FOLDER, "
                 f"got {spec!r}"
             )
-        if name in (network.name for network in made.values()):
+        if name in (network.name for network in networks.values()):
             raise ValueError(f"features: expected one network of the name {name}, got a second: {spec!r}")
-        made[spec] = kinds[name](source, device) if source else TinyVT.from_pretrained().to(device)
-    return made
-
-
-def summarise(frame_features: Float32[Tensor, "f width"]) -> ClipFeatures:
-    """A clip's mean feature over its frames, and its mean absolute feature difference between consecutive frames.
-
-    The second is zero for a still clip and doubles when the same path is run through twice as fast. It does not see the
-    direction of time: a clip and its reverse have the same features.
-    """
-    if len(frame_features) < 2:
-        raise ValueError(f"expected at least 2 frames in a clip, got {len(frame_features)}: one frame has no motion")
-    features = frame_features.double().numpy()
-    return ClipFeatures(features.mean(axis=0), np.abs(np.diff(features, axis=0)).mean(axis=0))
-
-
-def features_of_clips(extractor: FeatureExtractor, clips: Clips) -> ClipFeatures:
-    """Features of many clips, one row a clip; `clips` is read one by one and may be a generator or a progress bar."""
-    rows = [summarise(extractor.frame_features(clip)) for clip in clips]
-    if not rows:
-        raise ValueError("expected at least one clip, got none")
-    return ClipFeatures(np.stack([row.mean for row in rows]), np.stack([row.difference for row in rows]))
+        networks[spec] = kinds[name](source, device) if source else TinyVT.from_pretrained().to(device)
+    return networks
 
 
 def _load_efficientnet(image_size: int) -> nn.Module:

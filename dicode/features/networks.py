@@ -1,22 +1,23 @@
 """The networks whose names published figures carry, loaded from a file or a hub id: I3D, C3D, Inception, CLIP.
 
-None of their weights come with this package. Each loader says which file the literature uses; a figure made with
-another network must not carry its name.
+None of their weights come with this package. Each class says which file the literature uses; a figure of another
+network must not carry its name.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional
 
 from dicode.checkpoint import downloaded
 from dicode.config import CheckpointError
+from dicode.features.extract import Features, mean_and_change
+from dicode.features.metrics import Clips
 from dicode.tokenizer.encoder import CLIP_DEVIATION, CLIP_MEAN
 from dicode.video.timed import Video
 
@@ -24,7 +25,7 @@ CLIP_FILES = ["config.json", "*.safetensors", "vocab.json", "merges.txt", "token
 
 
 class I3D:
-    """I3D, trained on Kinetics-400: 400 numbers before the softmax, of which the published FVD is made.
+    """I3D, trained on Kinetics-400: 400 numbers before the softmax, the features of the published FVD.
 
     `path` is `i3d_torchscript.pt` of StyleGAN-V (arXiv 2112.14683), the TorchScript translation of Google's original;
     it scales and resizes frames itself (bilinear, to 224×224). The published protocol takes clips of 16 frames.
@@ -35,18 +36,20 @@ class I3D:
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
         self._network, self._device = _torchscript(path, device), torch.device(device)
 
-    @torch.no_grad()
     def clip_vector(self, clip: Video) -> Float32[ndarray, "400"]:
         """The vector of one clip, uint8 `f h w c`. Raises `ValueError` for clips too short for its strides."""
         if len(clip) < self.least_frames:
             raise ValueError(f"I3D: expected clips of {self.least_frames} frames or more, got {len(clip)}")
-        video = torch.from_numpy(np.ascontiguousarray(clip)).permute(3, 0, 1, 2)[None].float().to(self._device)
-        made = self._network(video, rescale=True, resize=True, return_features=True)
-        return _one_vector(made, self.width, self.name)
+        options = {"rescale": True, "resize": True, "return_features": True}
+        return _vector_of_clip(self._network, clip, self._device, self.width, self.name, **options)
+
+    def features(self, clips: Clips) -> Features:
+        """As `Network.features`: vectors of clips."""
+        return Features(np.stack([self.clip_vector(clip) for clip in clips]))
 
 
 class C3D:
-    """C3D, fine-tuned on UCF-101: probabilities of its 101 classes, of which the published Inception Score is made.
+    """C3D, fine-tuned on UCF-101: probabilities of its 101 classes, for the published Inception Score.
 
     `path` is `c3d_ucf101.pt` of StyleGAN-V, the TorchScript translation of TGANv2's network (arXiv 1811.09245); it
     scales and resizes frames itself, and takes 16 of them.
@@ -57,13 +60,15 @@ class C3D:
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
         self._network, self._device = _torchscript(path, device), torch.device(device)
 
-    @torch.no_grad()
     def clip_vector(self, clip: Video) -> Float32[ndarray, "101"]:
         """The probabilities of one clip, uint8 `f h w c`. Raises `ValueError` for clips of another length."""
         if len(clip) != self.frames:
             raise ValueError(f"C3D: expected clips of {self.frames} frames, got {len(clip)}")
-        video = torch.from_numpy(np.ascontiguousarray(clip)).permute(3, 0, 1, 2)[None].float().to(self._device)
-        return _one_vector(self._network(video), self.width, self.name)
+        return _vector_of_clip(self._network, clip, self._device, self.width, self.name)
+
+    def features(self, clips: Clips) -> Features:
+        """As `Network.features`: class probabilities."""
+        return Features(probabilities=np.stack([self.clip_vector(clip) for clip in clips]))
 
 
 class Inception:
@@ -73,22 +78,23 @@ class Inception:
     graph; it resizes frames itself. Probabilities are without the last layer's bias, as in the original score.
     """
 
-    name, width = "Inception", 2048
+    name = "Inception"
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu", batch_size: int = 32) -> None:
         self._network, self._device, self._batch_size = _torchscript(path, device), torch.device(device), batch_size
 
-    def frame_features(self, frames: Tensor | Video) -> Float32[Tensor, "f width"]:
-        """As `FeatureExtractor.frame_features`."""
-        return self._of_frames(frames, return_features=True)
-
-    def frame_probabilities(self, frames: Tensor | Video) -> Float32[Tensor, "f classes"]:
-        """Class probabilities of every frame."""
-        return self._of_frames(frames, no_output_bias=True)
+    def features(self, clips: Clips) -> Features:
+        """As `Network.features`: of every frame; probabilities are means over a clip's frames."""
+        parts = [
+            (self._of_frames(clip, return_features=True), self._of_frames(clip, no_output_bias=True).mean(0))
+            for clip in clips
+        ]
+        frames, probabilities = (np.stack([own.numpy() for own in side]) for side in zip(*parts, strict=True))
+        return Features(frames=frames, probabilities=probabilities)
 
     @torch.no_grad()
-    def _of_frames(self, frames: Tensor | Video, **options: bool) -> Tensor:
-        images = torch.as_tensor(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    def _of_frames(self, frames: Video, **options: bool) -> Tensor:
+        images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
         batches = [self._network(part.to(self._device), **options) for part in images.split(self._batch_size)]
         return torch.cat(batches).float().cpu()
 
@@ -105,6 +111,7 @@ class Clip:
     def __init__(self, source: str | Path, device: str | torch.device = "cpu", batch_size: int = 32) -> None:
         from transformers import CLIPModel, CLIPTokenizerFast
 
+        self.alignment = f"CLIPSIM-{Path(source).name}"  # which CLIP is part of the name
         folder = Path(source) if Path(source).is_dir() else downloaded(str(source), CLIP_FILES)
         try:
             self._network = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
@@ -116,23 +123,32 @@ class Clip:
         self.width: int = self._network.config.projection_dim
 
     @torch.no_grad()
-    def frame_features(self, frames: Tensor | Video) -> Float32[Tensor, "f width"]:
-        """As `FeatureExtractor.frame_features`, of length 1."""
-        images = torch.as_tensor(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-        parts = [self._network.get_image_features(self._seen(part)) for part in images.split(self._batch_size)]
-        return functional.normalize(_pooled(parts), dim=-1)
+    def frame_features(self, frames: Video) -> Float32[Tensor, "f width"]:
+        """One vector a frame, of length 1."""
+        images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+        outputs = [self._network.get_image_features(self._input(part)) for part in images.split(self._batch_size)]
+        return functional.normalize(torch.cat([own.pooler_output for own in outputs]).float().cpu(), dim=-1)
+
+    def features(self, clips: Clips) -> Features:
+        """As `Network.features`: `mean_and_change` of frames."""
+        return Features(mean_and_change(self.frame_features(clip) for clip in clips))
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Float32[Tensor, "n width"]:
         """One vector a text, of length 1; texts beyond CLIP's 77 tokens are cut, as in the literature."""
-        parts = []
+        outputs = []
         for first in range(0, len(texts), self._batch_size):
             batch = list(texts[first : first + self._batch_size])
             ids = self._tokenizer(batch, padding=True, truncation=True, max_length=77, return_tensors="pt")
-            parts.append(self._network.get_text_features(**ids.to(self._device)))
-        return functional.normalize(_pooled(parts), dim=-1)
+            outputs.append(self._network.get_text_features(**ids.to(self._device)).pooler_output)
+        return functional.normalize(torch.cat(outputs).float().cpu(), dim=-1)
 
-    def _seen(self, images: Tensor) -> Tensor:
+    def similarities(self, vectors: Float[ndarray, "n width"], texts: Sequence[str]) -> Float[ndarray, "n texts"]:
+        """As `TextNetwork.similarities`: CLIPSIM, the mean product of a clip's frames with a text, −1…1."""
+        cosines: ndarray = vectors[:, : self.width] @ self.text_features(texts).double().numpy().T
+        return cosines
+
+    def _input(self, images: Tensor) -> Tensor:
         scale = self._size / min(images.shape[-2:])
         size = [max(self._size, round(side * scale)) for side in images.shape[-2:]]
         resized = functional.interpolate(images.float().to(self._device), size, mode="bicubic", antialias=True).clamp(
@@ -159,13 +175,13 @@ def _torchscript(path: str | Path, device: str | torch.device) -> torch.jit.Scri
     return network
 
 
-def _one_vector(made: Tensor, width: int, name: str) -> Float32[ndarray, "width"]:
-    if tuple(made.shape) != (1, width):
-        raise CheckpointError(f"{name}: expected {width} numbers a clip, its file gave {tuple(made.shape)}")
-    vector: ndarray = made[0].float().cpu().numpy()
+@torch.no_grad()
+def _vector_of_clip(
+    network: torch.jit.ScriptModule, clip: Video, device: torch.device, width: int, name: str, **options: bool
+) -> Float32[ndarray, "width"]:
+    video = torch.from_numpy(np.ascontiguousarray(clip)).permute(3, 0, 1, 2)[None].float().to(device)
+    output = network(video, **options)
+    if tuple(output.shape) != (1, width):
+        raise CheckpointError(f"{name}: expected {width} numbers a clip, its file gave {tuple(output.shape)}")
+    vector: ndarray = output[0].float().cpu().numpy()
     return vector
-
-
-def _pooled(parts: Sequence[Any]) -> Tensor:
-    """What `transformers` 5 calls `pooler_output`, and 4 returned as it was."""
-    return torch.cat([getattr(part, "pooler_output", part) for part in parts]).float().cpu()

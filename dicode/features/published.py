@@ -1,4 +1,4 @@
-"""Whether the files given are those that published figures are made with: a figure's name hangs on it."""
+"""Whether given files are those of published figures, which decides a figure's name."""
 
 import warnings
 from collections.abc import Collection, Sequence
@@ -27,17 +27,17 @@ class NetworkFile:
     confirmed: bool
 
     def figure(self, metric: str) -> str:
-        """The name of a figure made with it: the published one, or one that says that it is not that."""
+        """The name of its figure of a metric: the published one only for the published file."""
         return metric if self.confirmed else f"{metric}-unconfirmed-{self.network}"
 
 
 def i3d_file(path: Path | None, confirm: Collection[str]) -> tuple[Path, NetworkFile]:
-    """What `--i3d` names."""
+    """The file that `--i3d` names."""
     return _checked("I3D", "--i3d", path, I3D_FILE, {I3D_SHA256, *confirm})
 
 
 def c3d_file(path: Path | None, confirm: Collection[str]) -> tuple[Path, NetworkFile]:
-    """What `--c3d` names."""
+    """The file that `--c3d` names."""
     return _checked("C3D", "--c3d", path, C3D_FILE, set(confirm))
 
 
@@ -64,8 +64,8 @@ def clip_file(source: str, confirm: Collection[str]) -> tuple[Path, NetworkFile]
 def check_confirmed(confirm: Collection[str], files: Sequence[NetworkFile]) -> None:
     """Raise `ValueError` for a sum that is none of these files', which would be a slip."""
     if stray := set(confirm) - {file.sha256 for file in files}:
-        told = ", ".join(f"{file.network} {file.sha256}" for file in files)
-        raise ValueError(f"--confirm {stray.pop()}: expected the SHA-256 of a file given, which are {told}")
+        sums = ", ".join(f"{file.network} {file.sha256}" for file in files)
+        raise ValueError(f"--confirm {stray.pop()}: expected the SHA-256 of a file given, which are {sums}")
 
 
 def _checked(network: str, flag: str, path: Path | None, expected: str, known: set[str]) -> tuple[Path, NetworkFile]:

@@ -12,14 +12,14 @@ from dicode.data.columns import CachedVideo
 from dicode.video.timed import Video
 
 ALL = "all keys"
-NEAR = 0.1  # of a number that is no integer: an answer so near to it, relatively, is right
+RELATIVE_TOLERANCE = 0.1  # of answers, where the true number is no integer
 
 Answers = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of videos (0…1) whose answer is right, and what answers about other videos would have got."""
+    """Share of videos (0…1) whose answer is right, beside chance."""
 
     value: float
     interval: tuple[float, float]  # 95 %, over videos (Wilson)
@@ -50,8 +50,6 @@ def scorer_metrics(scorer: Scorer, videos: Iterable[Video], truths: Sequence[Ans
     share no key. A run may take its best weights by any of these.
     """
     found = [scorer(frames) for frames in videos]
-    if len(found) != len(truths):
-        raise ValueError(f"expected as many videos as caption lines, got {len(found)} and {len(truths)}")
     answered, written = ({key for one in those for key in one} for those in (found, truths))
     keys = sorted(answered & written)
     if not keys:
@@ -59,17 +57,17 @@ def scorer_metrics(scorer: Scorer, videos: Iterable[Video], truths: Sequence[Ans
             f"{scorer.spec}: expected a key of the caption lines, which have {', '.join(sorted(written)) or 'none'}; "
             f"it returned {', '.join(sorted(answered)) or 'none'}"
         )
-    asked = {key: [key] for key in keys} | ({ALL: keys} if len(keys) > 1 else {})
-    made = {}
-    for name, own in asked.items():
+    by_name = {key: [key] for key in keys} | ({ALL: keys} if len(keys) > 1 else {})
+    accuracies = {}
+    for name, own in by_name.items():
         rows = [i for i, truth in enumerate(truths) if all(key in truth for key in own)]
         if rows:
             right = np.array([[all(agrees(found[i].get(k), truths[j][k]) for k in own) for j in rows] for i in rows])
-            made[name] = accuracy(right)
-    return made
+            accuracies[name] = _accuracy(right)
+    return accuracies
 
 
-def accuracy(right: np.ndarray) -> Accuracy:
+def _accuracy(right: np.ndarray) -> Accuracy:
     """Of a table: whether the answers about video i (row) are right of video j (column)."""
     from scipy.stats import binomtest
 
@@ -85,11 +83,11 @@ def agrees(found: Any, true: Any) -> bool:
         return found.strip().casefold() == true.strip().casefold()
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (found, true))
     if numbers and not float(true).is_integer():
-        return math.isclose(found, true, rel_tol=NEAR)
+        return math.isclose(found, true, rel_tol=RELATIVE_TOLERANCE)
     return bool(found == true) and isinstance(found, bool) == isinstance(true, bool)
 
 
 def truth_of(video: CachedVideo) -> dict[str, Any]:
     """What a scorer's answers are compared with: the further keys of a video's caption line, and its caption."""
-    known = {key: value for key, value in video.extra.items() if value is not None}
-    return {"caption": video.captions[0] if video.captions else "", **known}
+    extra = {key: value for key, value in video.extra.items() if value is not None}
+    return {"caption": video.captions[0] if video.captions else "", **extra}

@@ -1,4 +1,4 @@
-"""TinyVT: a small network of clips and captions, trained here, that sees motion; named in every figure made with it.
+"""TinyVT: a small network of clips and captions, trained here, whose features depend on motion.
 
 Two towers as in CLIP (arXiv 2103.00020), of (2+1)-D convolutions (arXiv 1711.11248) and of a transformer over words.
 It is neither CLIP, X-CLIP nor I3D: a figure of it compares with no published one. Trained by `studies/tinyvt`.
@@ -20,6 +20,8 @@ from torch.nn import functional
 
 from dicode.checkpoint import CHECKPOINTS, load_model, read_section, save_weights, write_config
 from dicode.config import Depth, Share, Width, config_to_dict
+from dicode.features.extract import Features
+from dicode.features.metrics import Clips
 from dicode.lm.text import FILE, TextTokenizer
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import Depths, Widths
@@ -29,8 +31,8 @@ BOX = CHECKPOINTS / "tinyvt"
 WEIGHTS = "video_text.safetensors"
 SIZE, FPS, FRAMES = 64, 8.0, 16  # of the clips that it was trained on
 TUBE = {"t": 2, "y": 4, "x": 4}  # frames, rows and columns that become one vector at the beginning (arXiv 2103.15691)
-CHANGES = 8.0  # times a tube's difference of frames, beside their mean: motion is small beside what is seen
-ORDERS = ("reversed", "shuffled")  # as which a clip does not look, by a score each
+CHANGES = 8.0  # factor of a tube's difference of frames, beside their mean: motion is small beside content
+ORDERS = ("reversed", "shuffled")  # changed orders of frames, each with an output that scores how unlikely it is
 RECALLS = (1, 5, 10)
 
 
@@ -59,13 +61,13 @@ class Block(nn.Module):
         self.time = nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One block."""
+        """`b f h w c` in and out."""
         y = self.norm(x).movedim(-1, 1)
         return x + self.time(self.space(y).relu()).movedim(1, -1)
 
 
 class Narrow(nn.Module):
-    """Half the height and width, and of every `frames` frames one; `b f h w c` in and out."""
+    """Half the height and width, and a `frames`-th of the frames; `b f h w c` in and out."""
 
     def __init__(self, width: int, width_out: int, frames: int) -> None:
         super().__init__()
@@ -73,19 +75,19 @@ class Narrow(nn.Module):
         self.conv = nn.Conv3d(width, width_out, (frames, 2, 2), stride=(frames, 2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """One step between stages."""
-        made: Tensor = self.conv(self.norm(x).movedim(-1, 1))
-        return made.movedim(1, -1)
+        """`b f h w c` in and out."""
+        narrower: Tensor = self.conv(self.norm(x).movedim(-1, 1))
+        return narrower.movedim(1, -1)
 
 
 class TinyVT(nn.Module):
-    """Clips → vectors that see motion and order; clips and captions → unit vectors to compare with each other.
+    """Clips → vectors that depend on motion and order; clips and captions → unit vectors to compare with each other.
 
-    Made for 16 frames at 8 a second of 64×64. Other sizes are resized (bilinear), other lengths from 8 frames on are
-    taken as they are; at another rate all motion looks faster or slower to it.
+    Trained on 16 frames at 8 a second of 64×64. Other sizes are resized (bilinear); other lengths from 8 frames on are
+    taken as they are. At another rate all motion is faster or slower than in training.
     """
 
-    name, least_frames = "TinyVT", 8
+    name, alignment, least_frames = "TinyVT", "alignment-TinyVT", 8
 
     def __init__(self, config: TinyVTConfig, text: TextTokenizer) -> None:
         super().__init__()
@@ -100,8 +102,7 @@ class TinyVT(nn.Module):
         self.tubes = nn.Linear(3 * math.prod(TUBE.values()), first)
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(self.width)
-        # Centred over clips: means over places are nearly the same for all clips, and nothing was learnt from them
-        # in 100 steps (docs/log.md).
+        # Without centring over clips nothing was learnt in 100 steps: means over places are nearly equal (docs/log.md).
         self.centred = nn.BatchNorm1d(self.width, affine=False)
         self.of_clip = nn.Linear(self.width, config.joint_width, bias=False)
         self.in_order = nn.Linear(self.width, len(ORDERS), bias=False)
@@ -125,7 +126,7 @@ class TinyVT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path = BOX) -> "TinyVT":
-        """The network of a folder, by default the one in the box. Raises `CheckpointError`, as every load here."""
+        """The network of a folder, by default the bundled one. Raises `CheckpointError`, as every load here."""
         folder = Path(folder)
         config, text = read_section(folder, "video_text", TinyVTConfig), TextTokenizer.load(folder)
         network = load_model(folder, lambda: cls(config, text), lambda network: {WEIGHTS: network})
@@ -140,9 +141,9 @@ class TinyVT(nn.Module):
     def forward(
         self, frames: UInt8[Tensor, "b f h w c"], light: Float32[Tensor, "b two"] | None = None
     ) -> Float32[Tensor, "b width"]:
-        """Vectors of clips: what the Fréchet distance is made of. An odd last frame is left out.
+        """Vectors of clips, for the Fréchet distance. An odd last frame is left out.
 
-        `light` multiplies pixels of −1…1 by its first column and adds its second, for training.
+        Training augments brightness: `light` multiplies pixels of −1…1 by its first column and adds its second.
         """
         if frames.shape[2:4] != (SIZE, SIZE):
             images = rearrange(frames, "b f h w c -> (b f) c h w").float()
@@ -166,7 +167,7 @@ class TinyVT(nn.Module):
     def read(self, texts: Sequence[str]) -> Float[Tensor, "n joint"]:
         """Unit vectors of texts, with gradients. Texts beyond `text_length` tokens are cut, and a warning says so."""
         ids = self.text.encode(texts, self.config.text_length).to(self.places.device)
-        ids = functional.pad(ids, (1, 0), value=self.text.begin_id)  # so that empty text has a token to read
+        ids = functional.pad(ids, (1, 0), value=self.text.begin_id)  # so that empty text has a token
         padding = ids == self.text.pad_id
         x = self.reader(self.words(ids) + self.places, src_key_padding_mask=padding)
         x = x.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
@@ -180,16 +181,15 @@ class TinyVT(nn.Module):
         vector: ndarray = self(torch.from_numpy(np.array(clip))[None].to(self.places.device))[0].cpu().numpy()
         return vector
 
-    @torch.no_grad()
-    def text_features(self, texts: Sequence[str]) -> Float32[Tensor, "n joint"]:
-        """Unit vectors of texts, on the CPU."""
-        return self.read(texts).cpu()
+    def features(self, clips: Clips) -> Features:
+        """As `Network.features`: vectors of clips."""
+        return Features(np.stack([self.clip_vector(clip) for clip in clips]))
 
     @torch.no_grad()
     def similarities(self, vectors: Float[ndarray, "n width"], texts: Sequence[str]) -> Float[ndarray, "n texts"]:
-        """Cosines of clips, by their vectors, with texts."""
+        """As `TextNetwork.similarities`."""
         clips = self.compared(torch.from_numpy(vectors).float().to(self.places.device)).cpu()
-        cosines: ndarray = (clips @ self.text_features(texts).T).double().numpy()
+        cosines: ndarray = (clips @ self.read(texts).cpu().T).double().numpy()
         return cosines
 
 

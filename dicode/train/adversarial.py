@@ -2,14 +2,16 @@
 
 import warnings
 
+import numpy as np
 import torch
 from einops import reduce
+from numpy import ndarray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
 from dicode.features.extract import STAGE_WIDTHS
-from dicode.features.metrics import FrechetStatistics, frechet_distance
+from dicode.features.metrics import frechet_distance
 from dicode.features.perceptual import mean, perceptual_distance
 
 SLOPE = 0.2  # of the leaky rectifier
@@ -20,14 +22,15 @@ class ReconstructionStats:
 
     def __init__(self) -> None:
         self.distances: list[Tensor] = []
-        self.predicted, self.real = (FrechetStatistics(sum(STAGE_WIDTHS)) for _ in range(2))
+        self.predicted: list[ndarray] = []
+        self.real: list[ndarray] = []
 
     def add(self, predicted: list[Tensor], real: list[Tensor]) -> None:
         """`FeatureMaps` of as many images of either kind."""
         self.distances.append(perceptual_distance(predicted, real).cpu())
-        for statistics, maps in ((self.predicted, predicted), (self.real, real)):
+        for features, maps in ((self.predicted, predicted), (self.real, real)):
             pooled = [reduce(x, "b c y x -> b c", "mean") for x in maps]
-            statistics.update(torch.cat(pooled, dim=1).cpu().numpy())
+            features.append(torch.cat(pooled, dim=1).cpu().numpy())
 
     def figures(self) -> dict[str, float]:
         """Mean `perceptual` distance, and the `frechet` distance of the two sets' maps, averaged over places.
@@ -36,7 +39,7 @@ class ReconstructionStats:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # biased by few images, but by as many every time
-            distance = frechet_distance(self.predicted, self.real)
+            distance = frechet_distance(np.concatenate(self.predicted), np.concatenate(self.real))
         return {"perceptual": torch.stack(self.distances).mean().item(), "frechet": distance}
 
 

@@ -21,8 +21,8 @@ from dicode.evaluate.diversity import captions_with_variants, diversity
 from dicode.evaluate.generation import draw_prompts, text_control
 from dicode.evaluate.reference import RealClips, first_clip
 from dicode.evaluate.samples import generated_clips
-from dicode.features.extract import EfficientNetLite0Features, features_of_clips
-from dicode.features.metrics import bootstrap_interval, frechet_of_sets, mean_pair_distance
+from dicode.features.extract import EfficientNetLite0Features
+from dicode.features.metrics import bootstrap_interval, frechet_distance, mean_pair_distance
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import SIZES, BodyConfig, HeadName, Order
 from dicode.pipeline import DiCoDe
@@ -77,7 +77,8 @@ def main(cache: str) -> None:
     if not (CACHE / "index.json").exists():
         chosen_clips(whole).save(CACHE)
     reference = RealClips(whole, sprites.tokenizer.config, Path(cache))
-    features = reference.features(EfficientNetLite0Features(), range(len(whole.videos)))
+    extractor = EfficientNetLite0Features()
+    features = extractor.means(reference.features(extractor, range(len(whole.videos))))
     budget = STEPS * Planner(arrangement("mixture", "token", 0)).step_flops()
     values: dict[str, Any] = {}
     kinds = [(head, order, False) for order in ORDERS for head in HEADS] + [(*pair, True) for pair in SWAPS]
@@ -131,16 +132,16 @@ def trained_and_measured(
 
 
 def measure(model: DiCoDe, stage: LanguageTraining, whole: FrameCache, features: Any, seed: int) -> dict[str, Any]:
-    """Everything in the table, of one trained run; `features` are of the first clips of all videos."""
+    """Everything in the table, of one trained run; `features` are mean ones of all videos' first clips."""
     extractor, config = EfficientNetLite0Features(), model.tokenizer.config
     training = [v for v in stage.cache.videos if v.captions]
     prompts = draw_prompts({v.captions[0] for v in training}, PROMPTS, seed=0)
-    generated = features_of_clips(extractor, generated_clips(model, prompts, seed))
+    generated = extractor.features(generated_clips(model, prompts, seed))
     real = [first_clip(config, stage.cache, next(v for v in training if v.captions[0] == p))[:-1] for p in prompts]
     validation = np.array([v.validation for v in whole.videos])
     captions = [v.captions[0] if v.captions else "" for v in whole.videos if not v.validation]
-    control = text_control(generated.mean, prompts, features.mean[~validation], captions, seed=0)
-    distance = frechet_of_sets(features_of_clips(extractor, real).joined(), generated.joined())
+    control = text_control(extractor.means(generated), prompts, features[~validation], captions, seed=0)
+    distance = frechet_distance(extractor.features(real).clips, generated.clips)
     variants = {}
     for caption, rows in captions_with_variants([v.captions[0] for v in training], 4).items():
         frames = np.stack([first_clip(config, stage.cache, training[row])[0] for row in rows])

@@ -15,8 +15,8 @@ from torch import Tensor
 from dicode.data.cache import FrameCache
 from dicode.evaluate.generation import motion_ratio
 from dicode.evaluate.reconstruction import cross_fade
-from dicode.features.extract import EfficientNetLite0Features, features_of_clips
-from dicode.features.metrics import frechet_of_sets
+from dicode.features.extract import EfficientNetLite0Features
+from dicode.features.metrics import frechet_distance
 from dicode.provenance import write_result
 from dicode.tokenizer.diffusion import scale_motion
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
@@ -46,15 +46,15 @@ def main(name: str, folder: str) -> None:
         scaled = scale_motion(rendered, scale, [0])
         cases[f"motion scale {scale}"] = [tokenizer.frames_of(clip[None])[0].numpy() for clip in scaled]
     extractor = EfficientNetLite0Features()
-    true = features_of_clips(extractor, list(real.numpy()))
+    true = extractor.features(list(real.numpy()))
     for case, made in cases.items():
-        ours = features_of_clips(extractor, made)
+        ours = extractor.features(made)
         sides = {
-            "both": (true.joined(), ours.joined()),
-            "mean": (true.mean, ours.mean),
-            "change": (true.difference, ours.difference),
+            "both": (true.clips, ours.clips),
+            "mean": (extractor.means(true), extractor.means(ours)),
+            "change": (true.clips[:, extractor.width :], ours.clips[:, extractor.width :]),
         }
-        values[case] = {f"Fréchet distance, {part}": frechet_of_sets(*both) for part, both in sides.items()}
+        values[case] = {f"Fréchet distance, {part}": frechet_distance(*both) for part, both in sides.items()}
         values[case]["motion"] = float(motion_ratio(made, list(real.numpy())).ratio)
         print(case, values[case], flush=True)
     path, command = Path("results") / f"{Path(name).name}-motion-scale.json", f"python studies/motion {name} {folder}"

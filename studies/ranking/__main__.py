@@ -10,16 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dicode.data.cache import FrameCache
-from dicode.evaluate.generation import percentile_of_true_clip
-from dicode.evaluate.reconstruction import PSNR_CEILING_DB
+from dicode.evaluate.metrics import psnr_db, scores_of_pairs, scores_of_sets
 from dicode.evaluate.samples import Samples, spread
-from dicode.evaluate.scores import Score, mean_score, scores_of_sets, seen, seen_by_efflite
-from dicode.evaluate.suite import PERCEPTUAL, frame_scores, text_scores
-from dicode.features.extract import EfficientNetLite0Features, Network, features_of_clips, load_networks
-from dicode.features.metrics import Interval, psnr
+from dicode.evaluate.scores import Score, mean_score
+from dicode.features.extract import EfficientNetLite0Features, Network, load_networks
+from dicode.features.metrics import Interval, percentile_rank, similarities, squared_error
 from dicode.pipeline import DiCoDe
 from dicode.provenance import write_result
 from dicode.seeds import generator_for
@@ -38,6 +37,7 @@ PAIRED = (("real",), ("reconstruction",), ("noise",))  # a generated clip need n
 NO_TRUTH = (("real", "reconstruction", "generation"), ("noise",))  # sees no real clips: a made one may score higher
 CLAIMS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "PSNR": ("higher", PAIRED),
+    "psnr_in_motion": ("higher", PAIRED),
     "SSIM": ("higher", PAIRED),
     "perceptual": ("lower", PAIRED),
     "FVD": ("lower", (("real",), ("reconstruction",), ("generation",), ("shuffled",), ("noise",))),
@@ -65,7 +65,7 @@ def main(name: str, cache: str) -> None:
     sets = (samples.clips, samples.reconstructed[0], samples.generated)
     real, reconstruction, generation = ([clips[i] for i in chosen] for clips in sets)
     captions = [samples.captions[i] for i in chosen]
-    metrics = rank_cases(known_cases(real, reconstruction, generation), captions, load_networks(NETWORKS))
+    metrics = rank_cases(known_cases(real, reconstruction, generation), captions, networks=load_networks(NETWORKS))
     for metric, row in metrics.items():
         print(f"{metric}: ranked {row['ranked']}, overlap {row['undecided']}")
     command = shlex.join(["python", *sys.argv])
@@ -98,35 +98,29 @@ def rank_cases(
     `undecided` lists neighbours whose intervals overlap. `networks` measure beside EffLite0.
     """
     extractor = extractor or EfficientNetLite0Features()
-    features = {case: features_of_clips(extractor, clips) for case, clips in cases.items()}
+    features = {case: extractor.features(clips) for case, clips in cases.items()}
+    means, true = {case: extractor.means(own) for case, own in features.items()}, np.arange(len(captions))
     real = cases["real"]
-    by_case = {case: frame_scores(real, clips, seed, extractor) for case, clips in cases.items()}
     scores: dict[str, Mapping[str, Score]] = {
         "PSNR": {case: psnr_of(real, clips, seed) for case, clips in cases.items()},
-        **{metric: {case: own[metric] for case, own in by_case.items()} for metric in ("SSIM", PERCEPTUAL)},
-        **scores_of_sets(
-            extractor.name,
-            seen_by_efflite(extractor, features["real"]),
-            {case: seen_by_efflite(extractor, own) for case, own in features.items()},
-            seed,
-        ),
+        **{metric: of_cases for metric, of_cases in scores_of_pairs(real, cases, extractor, seed).items() if of_cases},
+        **scores_of_sets(extractor, features["real"], features, seed=seed),
         f"rank of the true clip-{extractor.name}": {
-            case: mean_score(percentile_of_true_clip(own.mean, features["real"].mean).ranks, seed)
-            for case, own in features.items()
+            case: mean_score(percentile_rank(similarities(those, means["real"]), true), seed)
+            for case, those in means.items()
         },
         "dynamic share": {},
     }
-    for spec, network in (networks or {}).items():
-        own = {case: seen(network, clips) for case, clips in cases.items()}
-        scores |= scores_of_sets(network.name, own["real"], own, seed)
-        scores |= text_scores(spec, network, own, captions, seed)
+    for network in (networks or {}).values():
+        features = {case: network.features(clips) for case, clips in cases.items()}
+        scores |= scores_of_sets(network, features["real"], features, captions, seed)
     return {metric: claimed(metric, own) for metric, own in scores.items()}
 
 
 def psnr_of(real: Sequence[Video], made: Sequence[Video], seed: int = 0) -> Score:
-    """Mean PSNR in dB, a frame counting at most PSNR_CEILING_DB as in `psnr_score`: "real" is equal to itself."""
+    """Mean PSNR in dB, a frame counting at most PSNR_CEILING_DB: "real" is equal to itself."""
     pairs = zip(real, made, strict=True)
-    return mean_score([float(psnr(*pair).clip(max=PSNR_CEILING_DB).mean()) for pair in pairs], seed)
+    return mean_score([float(psnr_db(squared_error(*pair)).mean()) for pair in pairs], seed)
 
 
 def claimed(metric: str, scores: Mapping[str, Score]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from dicode.checkpoint import read_config
 from dicode.config import config_from_dict
 from dicode.data.cache import FrameCache
-from dicode.evaluate.generation import draw_prompts, join_score
-from dicode.evaluate.long import JOINS, long_video
+from dicode.evaluate.generation import draw_prompts
+from dicode.evaluate.long import JOINS, join_score, long_video
 from dicode.features.metrics import mean_pair_distance
 from dicode.lm.presets import HeadName
 from dicode.pipeline import DiCoDe

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dicode.checkpoint import resolve
 from dicode.data.cache import FrameCache
-from dicode.features.extract import EfficientNetLite0Features, features_of_clips
-from dicode.features.metrics import frechet_of_sets
+from dicode.features.extract import EfficientNetLite0Features
+from dicode.features.metrics import frechet_distance
 from dicode.provenance import write_result
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
@@ -77,7 +77,7 @@ def fvd(cache: FrameCache, tokenizer: VideoTokenizer | Linear, decoder: VideoTok
         through = tokenizer.key_latents(tokenizer.tokens_of(decoder.first_stage.encode(pixels)))
         clips.append(clip.numpy())
         made.append(decoder.frames_of(through[None])[0].numpy())
-    return frechet_of_sets(*(features_of_clips(extractor, those).joined() for those in (clips, made)))
+    return frechet_distance(*(extractor.features(those).clips for those in (clips, made)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dicode.data.cache import FrameCache
-from dicode.evaluate.suite import PERCEPTUAL
+from dicode.evaluate.metrics import PERCEPTUAL
 from dicode.features.perceptual import FeatureMaps, perceptual_distance
 from dicode.provenance import write_result
 from dicode.shapes import ImageLatents

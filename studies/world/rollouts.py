@@ -15,7 +15,7 @@ import torch
 
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.features.extract import EfficientNetLite0Features
-from dicode.features.metrics import FrechetStatistics, frechet_distance
+from dicode.features.metrics import frechet_distance
 from dicode.pipeline import DiCoDe
 from dicode.provenance import write_result
 from dicode.video.timed import Video
@@ -52,25 +52,23 @@ def rolled_out(model: DiCoDe, videos: list[CachedVideo], real: list[Video]) -> l
 def measure(network: EfficientNetLite0Features, real: list[Video], made: list[Video]) -> dict[str, Any]:
     """Of every two seconds: Fréchet distance of single frames' features, RMS of pixels from the first frame, step."""
     picked = [frames[np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)] for frames in real]
-    truth = statistics(network, picked)
+    truth = frame_features(network, picked)
     found = {}
     for end_s in range(EVERY_S, TOTAL_S + 1, EVERY_S):
         parts = [video[FPS * (end_s - EVERY_S) : FPS * end_s] for video in made]
         last = [part[-FPS:].astype(float) - frames[0] for part, frames in zip(parts, real, strict=True)]
         steps = [np.abs(np.diff(part.astype(float), axis=0)).mean() for part in parts]
         found[f"{end_s} s"] = {
-            "distance": frechet_distance(statistics(network, parts), truth),
+            "distance": frechet_distance(frame_features(network, parts), truth),
             "from first": float(np.mean([np.sqrt(np.square(x).mean()) for x in last])),
             "step": float(np.mean(steps)),
         }
     return found
 
 
-def statistics(network: EfficientNetLite0Features, clips: list[Video]) -> FrechetStatistics:
+def frame_features(network: EfficientNetLite0Features, clips: list[Video]) -> np.ndarray:
     """Of the frames of clips, one by one."""
-    made = FrechetStatistics(network.width)
-    made.update(network.frame_features(np.concatenate(clips)).double().numpy())
-    return made
+    return network.frame_features(np.concatenate(clips)).numpy()
 
 
 if __name__ == "__main__":

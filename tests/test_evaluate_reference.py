@@ -6,16 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_tokenizer import tiny_config
 from toy_runs import write_cache
 
 from dicode.data.cache import FrameCache
-from dicode.evaluate.reconstruction import hold_head, psnr_in_motion, psnr_score
+from dicode.evaluate.metrics import scores_of_pairs
+from dicode.evaluate.reconstruction import hold_head, psnr_score
 from dicode.evaluate.reference import RealClips
 from dicode.evaluate.report import page
-from dicode.evaluate.scores import Score, Seen, blindness, marked_blind
-from dicode.features.extract import EfficientNetLite0Features
+from dicode.evaluate.scores import Score, blindness, marked_blind
+from dicode.features.extract import EfficientNetLite0Features, Features
 from dicode.features.tinyvt import TinyVT
 
 Made = list[int]
@@ -23,7 +24,7 @@ Made = list[int]
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Made:
-    """How many frames EffLite0 was given, a call each; it makes them up."""
+    """How many frames EffLite0 was given, a call each; its features are made up."""
     made: Made = []
 
     def features(self: object, frames: np.ndarray) -> torch.Tensor:
@@ -37,20 +38,23 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Made:
 def test_features_are_of_the_clips_asked_for_and_kept_in_the_cache_folder(tmp_path: Path, counted: Made) -> None:
     write_cache(tmp_path, count=8)
     config, network = tiny_config(), EfficientNetLite0Features()
-    bank = RealClips(FrameCache.load(tmp_path), config, tmp_path)
-    assert bank.missing(network, [0, 6]) == 2
-    first = bank.features(network, [0, 6])
-    assert counted == [16, 16] and bank.missing(network, [0, 6]) == 0
+    real_clips = RealClips(FrameCache.load(tmp_path), config, tmp_path)
+    assert real_clips.missing(network, [0, 6]) == 2
+    first = real_clips.features(network, [0, 6])
+    assert counted == [16, 16] and real_clips.missing(network, [0, 6]) == 0
     (kept,) = tmp_path.glob("features-EffLite0-*.safetensors")
     assert {name: tuple(value.shape) for name, value in load_file(kept).items()} == {
-        "mean": (2, 1280),
-        "difference": (2, 1280),
+        "clips": (2, 2560),
+        "probabilities": (2, 1000),
     }
     again = RealClips(FrameCache.load(tmp_path), config, tmp_path).features(network, [0, 6])
     assert counted == [16, 16]
-    for one, other in zip(first, again, strict=True):
-        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(first.clips, again.clips)
+    np.testing.assert_array_equal(first.probabilities, again.probabilities)
     assert FrameCache.load(tmp_path).videos  # the cache is still one
+    save_file({"mean": torch.zeros(2, 1280)}, kept)  # as written before 0.2
+    RealClips(FrameCache.load(tmp_path), config, tmp_path).features(network, [0, 6])
+    assert counted == [16] * 4
 
 
 def test_features_of_another_cache_or_network_are_never_taken(tmp_path: Path, counted: Made) -> None:
@@ -70,7 +74,7 @@ def test_features_of_another_cache_or_network_are_never_taken(tmp_path: Path, co
 def ranked_by(network: TinyVT, cosines: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> str | None:
     monkeypatch.setattr(network, "similarities", lambda vectors, texts: cosines)
     captions = [f"caption {i:02}" for i in range(len(cosines))]
-    return blindness(network, Seen(np.zeros((len(cosines), 160)), None, None), captions)
+    return blindness(network, Features(np.zeros((len(cosines), 160))), captions)
 
 
 def test_a_network_that_ranks_real_clips_at_chance_is_called_blind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +83,7 @@ def test_a_network_that_ranks_real_clips_at_chance_is_called_blind(monkeypatch: 
     assert ranked_by(network, noise + 2 * np.eye(40), monkeypatch) is None
     said = ranked_by(network, noise, monkeypatch)
     assert said is not None and "TinyVT is blind here" in said and "40 clips; chance is 50" in said
-    assert blindness(EfficientNetLite0Features(), Seen(np.zeros((2, 2)), None, None), ["a", "b"]) is None
+    assert blindness(EfficientNetLite0Features(), Features(np.zeros((2, 2))), ["a", "b"]) is None
 
 
 def test_blindness_stands_beside_every_figure_of_that_network_and_no_other() -> None:
@@ -102,18 +106,17 @@ def test_errors_count_where_the_real_clip_moves() -> None:
     clip = np.full((16, 32, 32, 3), 100, np.uint8)
     for i in range(16):
         clip[i, 4:8, i : i + 4] = 200  # an object of a sixty-fourth of the picture
-    (shifted,) = (clip + np.uint8(10),)
-    made = psnr_in_motion([clip], [shifted])
-    assert made is not None and made.value == pytest.approx(10 * np.log10(255**2 / 100))
     background = clip.copy()
     background[:, 20:] += 50
-    away = psnr_in_motion([clip], [background])
-    assert away is not None and away.value == 60.0
-    held = psnr_in_motion([clip], [hold_head(clip)])
-    assert held is not None and held.value < psnr_score([clip], [hold_head(clip)]).mean_db - 8
-    assert psnr_in_motion([hold_head(clip)], [clip]) is None
-    both = psnr_in_motion([hold_head(clip), clip], [clip, clip])
-    assert both is not None and (both.value, both.n) == (60.0, 1)
+    network = EfficientNetLite0Features()
+    candidates = {"shifted": [clip + np.uint8(10)], "away": [background], "held": [hold_head(clip)]}
+    scores = scores_of_pairs([clip], candidates, network)["psnr_in_motion"]
+    assert scores is not None and scores["shifted"].value == pytest.approx(10 * np.log10(255**2 / 100))
+    assert scores["away"].value == 60.0
+    assert scores["held"].value < psnr_score([clip], [hold_head(clip)]).mean_db - 8
+    assert scores_of_pairs([hold_head(clip)], {"a": [clip]}, network)["psnr_in_motion"] is None
+    both = scores_of_pairs([hold_head(clip), clip], {"a": [clip, clip]}, network)["psnr_in_motion"]
+    assert both is not None and (both["a"].value, both["a"].n) == (60.0, 1)
 
 
 def test_features_go_with_the_cache_that_they_are_of(tmp_path: Path, counted: Made) -> None:
@@ -132,6 +135,7 @@ def test_a_cache_that_may_only_be_read_is_evaluated_all_the_same(
 
     write_cache(tmp_path, count=8)
     monkeypatch.setattr("dicode.evaluate.reference.put", refused)
-    bank = RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path)
+    real_clips = RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path)
     with pytest.warns(UserWarning, match=r"features of real clips are not kept there \(.*Permission denied"):
-        assert bank.features(EfficientNetLite0Features(), [0, 6]).mean.shape == (2, 1280)
+        features = real_clips.features(EfficientNetLite0Features(), [0, 6])
+    assert features.clips is not None and features.clips.shape == (2, 2560)

@@ -1,0 +1,188 @@
+"""The metrics of clips beside real ones. This is the place to add one: a function, and its entry in one of two tables.
+
+`PAIR_METRICS` compare each clip with the real clip that it reconstructs; `SET_METRICS` whole sets, by the features of a
+network. All parts of `dicode evaluate` and the report read these tables (docs/extend.md).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from numpy import ndarray
+
+from dicode.evaluate.scores import Score, alignment, caption_rank, class_score, frechet_score, mean_score
+from dicode.features.extract import EfficientNetLite0Features, Features, Network, TextNetwork
+from dicode.features.perceptual import FeatureMaps, perceptual_distance
+from dicode.video.timed import Video
+
+# Mean PSNR counts a frame at most this much. Rounding to uint8 alone leaves 59 dB, so more says nothing; without a
+# ceiling one frame that is all white in both clips would make the mean infinite.
+PSNR_CEILING_DB = 60.0
+PERCEPTUAL = f"perceptual-{EfficientNetLite0Features.name}"  # not LPIPS: another network, without learned weights
+
+
+@dataclass(frozen=True)
+class PairMetric:
+    """A metric of one clip: real clip, candidate and EffLite0 → a value, or None where the real clip has none."""
+
+    meaning: str  # a sentence for the report, which way is better included
+    value: Callable[[Video, Video, EfficientNetLite0Features], float | None]
+
+
+class SetComparison(NamedTuple):
+    """A set of clips beside the real ones, by features of one network."""
+
+    network: Network
+    real: Features
+    candidate: Features
+    captions: Sequence[str]  # of clip i of the candidate; empty where they have none
+    seed: int  # of the interval
+
+
+@dataclass(frozen=True)
+class SetMetric:
+    """A metric of a set of clips, called `NAME-NETWORK`, or None where the network does not give its features."""
+
+    meaning: str
+    score: Callable[[SetComparison], Score | None]
+    of_real: bool = True  # whether the real clips have a score: none has their distance to themselves
+
+
+def scores_of_pairs(
+    real: Sequence[Video],
+    candidates: Mapping[str, Sequence[Video]],
+    extractor: EfficientNetLite0Features,
+    seed: int = 0,
+) -> dict[str, dict[str, Score] | None]:
+    """Means of the `PAIR_METRICS` of each candidate's clips, in the order of the real ones; None without a value."""
+    scores: dict[str, dict[str, Score] | None] = {}
+    for name, metric in PAIR_METRICS.items():
+        own = {}
+        for candidate, clips in candidates.items():
+            found = [metric.value(*pair, extractor) for pair in zip(real, clips, strict=True)]
+            if values := [value for value in found if value is not None]:
+                own[candidate] = mean_score(values, seed)
+        scores[name] = own or None
+    return scores
+
+
+def scores_of_sets(
+    network: Network, real: Features, candidates: Mapping[str, Features], captions: Sequence[str] = (), seed: int = 0
+) -> dict[str, dict[str, Score]]:
+    """The `SET_METRICS` of each candidate set against the real one: feature → distance → interval.
+
+    Clip i of every set belongs to caption i. A candidate called "real" takes the real set's place.
+    """
+    scores: dict[str, dict[str, Score]] = {}
+    for name, metric in SET_METRICS.items():
+        sets = {"real": real, **candidates} if metric.of_real else candidates
+        found = {key: metric.score(SetComparison(network, real, own, captions, seed)) for key, own in sets.items()}
+        if own := {key: score for key, score in found.items() if score is not None}:
+            with_text = name == "alignment" and isinstance(network, TextNetwork)
+            scores[network.alignment if with_text else f"{name}-{network.name}"] = own
+    return scores
+
+
+def psnr_db(error: float | Float64[ndarray, "*n"]) -> Float64[ndarray, "*n"]:
+    """PSNR of mean squared errors, in dB, peak 255, at most PSNR_CEILING_DB."""
+    floor = 255**2 / 10 ** (PSNR_CEILING_DB / 10)
+    return np.asarray(10 * np.log10(255**2 / np.maximum(error, floor)))
+
+
+def psnr_in_motion(real: Video, candidate: Video, _: EfficientNetLite0Features) -> float | None:
+    """PSNR in dB inside what moves in the real clip: squared errors weighted by how far it is from its mean frame.
+
+    The weight of a pixel is its squared deviation from the clip's mean, so that noise of a still background counts
+    little and a small object that moves counts as a large one. At most PSNR_CEILING_DB; None for a still clip.
+    """
+    frames = real.astype(np.float64)
+    weights = np.square(frames - frames.mean(axis=0)).mean(axis=-1)
+    if not weights.any():
+        return None
+    error = (np.square(frames - candidate).mean(axis=-1) * weights).sum() / weights.sum()
+    return min(PSNR_CEILING_DB, float(10 * np.log10(255**2 / max(error, 1e-9))))
+
+
+def ssim(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
+    """Structural similarity of every frame, −1…1 (Wang et al. 2004: Gaussian window of 11, deviation 1.5, peak 255).
+
+    From `torchmetrics`, which mirrors frames at their edges, where the authors left edges out.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ModuleNotFoundError as error:
+        raise ImportError("SSIM needs torchmetrics, which is not installed: pip install 'dicode[evaluate]'") from error
+    a, b = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).double() for x in (candidate, reference))
+    return np.asarray(structural_similarity_index_measure(a, b, data_range=255.0, reduction="none"), dtype=np.float64)
+
+
+def two_frames(clip: Video) -> Video:
+    """The frames at a quarter and three quarters: SSIM of all sixteen takes a second of processor time."""
+    return clip[[len(clip) // 4, 3 * len(clip) // 4]]
+
+
+@torch.no_grad()
+def perceptual(real: Video, candidate: Video, extractor: EfficientNetLite0Features) -> float:
+    """`perceptual_distance` of two frames."""
+    feature_maps = FeatureMaps(extractor)
+    pixels, target = (
+        feature_maps(torch.from_numpy(two_frames(clip)).permute(0, 3, 1, 2).float().to(extractor.device) / 127.5 - 1)
+        for clip in (candidate, real)
+    )
+    return float(perceptual_distance(pixels, target))
+
+
+def frechet_of(kind: str) -> Callable[[SetComparison], Score | None]:
+    """The Fréchet distance of these `Features`, where a network gives them."""
+
+    def score(sets: SetComparison) -> Score | None:
+        real, candidate = getattr(sets.real, kind), getattr(sets.candidate, kind)
+        return None if real is None else frechet_score(real, candidate, sets.seed)
+
+    return score
+
+
+def inception_score(sets: SetComparison) -> Score | None:
+    """Inception Score in one split."""
+    probabilities = sets.candidate.probabilities
+    return None if probabilities is None else class_score(probabilities, sets.seed)
+
+
+PAIR_METRICS = {
+    "psnr_in_motion": PairMetric(
+        "PSNR in dB inside what moves in the real clip: errors weighted by its squared deviation from the clip's mean "
+        "frame. Higher is better.",
+        psnr_in_motion,
+    ),
+    "SSIM": PairMetric(
+        "Structural similarity, two frames a clip. Higher is better.",
+        lambda real, candidate, _: float(ssim(two_frames(real), two_frames(candidate)).mean()),
+    ),
+    PERCEPTUAL: PairMetric(
+        "Distance of EfficientNet-lite0's feature maps, two frames a clip. Not LPIPS. Lower is better.", perceptual
+    ),
+}
+SET_METRICS = {
+    "FVD": SetMetric(
+        "Squared Fréchet distance to the real clips of the same number. Lower is better.",
+        frechet_of("clips"),
+        of_real=False,
+    ),
+    "FID": SetMetric(
+        "Squared Fréchet distance of single frames to those of the real clips. Lower is better.",
+        frechet_of("frames"),
+        of_real=False,
+    ),
+    "IS": SetMetric("Inception Score in one split; grows with the number of clips. Higher is better.", inception_score),
+    "alignment": SetMetric(
+        "Mean cosine of clip and caption. Higher is better; the real clips' own says what is high.",
+        lambda sets: alignment(sets.network, sets.candidate, sets.captions, sets.seed),
+    ),
+    "caption rank": SetMetric(
+        "Percentile rank of the right caption among all different ones; chance 50. Higher is better.",
+        lambda sets: caption_rank(sets.network, sets.candidate, sets.captions, sets.seed),
+    ),
+}
