@@ -11,9 +11,8 @@ from dicode.config import CheckpointError
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.evaluate.metrics import scores_of_sets
 from dicode.features.extract import load_networks
-from dicode.features.tinyvt import BOX, WEIGHTS, TinyVT, TinyVTConfig, found, shuffled
+from dicode.features.tinyvt import BOX, WEIGHTS, TinyVT, TinyVTConfig
 from dicode.lm.text import TextTokenizer
-from dicode.seeds import generator_for
 
 SMALL = TinyVTConfig(
     widths=(16, 24, 32), depths=(1, 1, 1), text_width=24, text_heads=2, text_length=12, vocab_size=300, joint_width=16
@@ -55,10 +54,8 @@ def test_clips_and_texts_do_not_depend_on_their_batch(network: TinyVT) -> None:
 
 def test_order_and_direction_change_a_clips_vector(network: TinyVT) -> None:
     clip = draw_clip(1, 16, 64)[0]
-    mixed = shuffled(clip, generator_for(0, "test"))
-    assert sorted(frame.tobytes() for frame in mixed) == sorted(frame.tobytes() for frame in clip)
     own = network.clip_vector(clip)
-    for other in (mixed, clip[::-1]):
+    for other in (clip[[*range(8, 16), *range(8)]], clip[::-1]):
         assert np.abs(network.clip_vector(other) - own).max() > 1e-3
 
 
@@ -67,15 +64,6 @@ def test_other_sizes_are_resized_and_clips_too_short_refused(network: TinyVT) ->
     np.testing.assert_allclose(network.clip_vector(large), network.clip_vector(draw_clip(1, 16, 64)[0]), atol=0.1)
     with pytest.raises(ValueError, match="TinyVT: expected clips of 8 frames or more, got 7"):
         network.clip_vector(large[:7])
-
-
-def test_the_nearest_of_several_right_entries_counts() -> None:
-    scores = np.array([[0.9, 0.5, 0.4, 0.1], [0.2, 0.3, 0.3, 0.1]])
-    right = np.array([[False, True, False, True], [False, True, False, False]])
-    made = found(scores, right)
-    assert made["percentile"] == pytest.approx((50 + 100 * 2.5 / 3) / 2)  # one of two nearer; one of three as near
-    assert made["recall"] == {"1": 0.5, "5": 1.0, "10": 1.0}
-    assert made["chance"] == {"1": (0.5 + 0.25) / 2, "5": 1.0, "10": 1.0}
 
 
 def test_a_folder_that_does_not_fit_is_refused(network: TinyVT, tmp_path: Path) -> None:

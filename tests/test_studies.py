@@ -21,7 +21,7 @@ from toy_runs import FLOW, write_cache
 from dicode.cli.info import runs_of
 from dicode.config import load_file
 from dicode.data.cache import FrameCache
-from dicode.features.tinyvt import TinyVT, accuracy
+from dicode.features.tinyvt import TinyVT
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.text import TextTokenizer
 from dicode.pipeline import DiCoDe
@@ -204,5 +204,16 @@ def test_a_short_training_of_tinyvt_learns_captions_that_only_motion_tells_apart
     train(tinyvt.VideoTextTraining(run), loop, tmp_path / "run", {})
     trained = TinyVT.from_pretrained(tmp_path / "run" / "best")
     rows = [i for i in range(17) if i % 4]
-    figures = accuracy(trained, [draw_clip(7 * i, 16, 64)[0] for i in rows], [captions[i] for i in rows])
+    figures = study("tinyvt").accuracy(
+        trained, [draw_clip(7 * i, 16, 64)[0] for i in rows], [captions[i] for i in rows]
+    )
     assert figures["caption of a clip"]["percentile"] > 80 and figures["order"]["shuffled"] > 0.6
+
+
+def test_the_nearest_of_several_right_entries_counts() -> None:
+    scores = np.array([[0.9, 0.5, 0.4, 0.1], [0.2, 0.3, 0.3, 0.1]])
+    right = np.array([[False, True, False, True], [False, True, False, False]])
+    made = study("tinyvt").found(scores, right)
+    assert made["percentile"] == pytest.approx((50 + 100 * 2.5 / 3) / 2)  # one of two nearer; one of three as near
+    assert made["recall"] == {"1": 0.5, "5": 1.0, "10": 1.0}
+    assert made["chance"] == {"1": (0.5 + 0.25) / 2, "5": 1.0, "10": 1.0}

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from dicode.config import Depth, Share, Width, config_to_dict
 from dicode.features.extract import Features
 from dicode.features.metrics import Clips
 from dicode.lm.text import FILE, TextTokenizer
-from dicode.seeds import generator_for
 from dicode.tokenizer.config import Depths, Widths
 from dicode.video.timed import Video
 
@@ -33,7 +31,6 @@ SIZE, FPS, FRAMES = 64, 8.0, 16  # of the clips that it was trained on
 TUBE = {"t": 2, "y": 4, "x": 4}  # frames, rows and columns that become one vector at the beginning (arXiv 2103.15691)
 CHANGES = 8.0  # factor of a tube's difference of frames, beside their mean: motion is small beside content
 ORDERS = ("reversed", "shuffled")  # changed orders of frames, each with an output that scores how unlikely it is
-RECALLS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -191,58 +188,3 @@ class TinyVT(nn.Module):
         clips = self.compared(torch.from_numpy(vectors).float().to(self.places.device)).cpu()
         cosines: ndarray = (clips @ self.read(texts).cpu().T).double().numpy()
         return cosines
-
-
-def shuffled(clip: Any, generator: torch.Generator) -> Any:
-    """A clip's frames in another order than their own, or its reverse; a numpy array or a tensor."""
-    while True:
-        order = torch.randperm(len(clip), generator=generator)
-        if (order.diff() != 1).any() and (order.diff() != -1).any():
-            return clip[order if isinstance(clip, Tensor) else order.numpy()]
-
-
-def accuracy(network: TinyVT, clips: Sequence[Video], captions: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """How well clips find their captions among all different ones, captions their clips, and what is told of order.
-
-    `percentile` is the share of wrong ones that are farther than the right one, in percent (chance 50); `recall` maps
-    k to the share whose right one is among the nearest k, `chance` the same of a guess. `order` is the share of clips
-    told from themselves reversed, and shuffled, by a score of each on its own (chance ½). Clips without a caption are
-    judged by order alone.
-    """
-    vectors = np.stack([network.clip_vector(clip) for clip in clips])
-    rows = [i for i, caption in enumerate(captions) if caption]
-    different = sorted({captions[i] for i in rows})
-    figures: dict[str, Any] = {"clips": len(clips), "told": len(rows), "captions": len(different)}
-    if len(different) > 1:
-        cosines = network.similarities(vectors[rows], different)
-        right = np.array([[captions[i] == caption for caption in different] for i in rows])
-        figures["caption of a clip"] = found(cosines, right)
-        figures["clip of a caption"] = found(cosines.T, right.T)
-    shuffles = [shuffled(clip, generator_for(seed, "shuffled", i)) for i, clip in enumerate(clips)]
-    own = order_scores(network, vectors)
-    figures["order"] = {}
-    for i, others in enumerate(([clip[::-1] for clip in clips], shuffles)):
-        other = order_scores(network, np.stack([network.clip_vector(clip) for clip in others]))
-        figures["order"][ORDERS[i]] = float(((own > other) + 0.5 * (own == other))[:, i].mean())
-    return figures
-
-
-def found(scores: Float[ndarray, "q n"], right: ndarray) -> dict[str, Any]:
-    """Retrieval with one or more right entries a query (`right`, of bools): the nearest of them counts."""
-    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
-    wrong = ~right
-    nearer = ((scores > best) & wrong).sum(axis=1) + 0.5 * ((scores == best) & wrong).sum(axis=1)
-    guesses = {k: float(np.minimum(1, k * right.sum(axis=1) / right.shape[1]).mean()) for k in RECALLS}
-    return {
-        "percentile": float((100 * (1 - nearer / wrong.sum(axis=1))).mean()),
-        "recall": {str(k): float((nearer < k).mean()) for k in RECALLS},
-        "chance": {str(k): share for k, share in guesses.items()},
-    }
-
-
-@torch.no_grad()
-def order_scores(network: TinyVT, vectors: Float[ndarray, "n width"]) -> Float[ndarray, "n orders"]:
-    """How little clips look reversed, and shuffled, by their vectors: to compare a clip with its own frames in another
-    order."""
-    scores: ndarray = network.in_order(torch.from_numpy(vectors).to(network.places.device)).cpu().numpy()
-    return scores

@@ -10,18 +10,24 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional
 
 from dicode.data.cache import CachedVideo, FrameCache
-from dicode.features.tinyvt import BOX, FPS, FRAMES, SIZE, TinyVT, TinyVTConfig, accuracy, shuffled
+from dicode.features.tinyvt import BOX, FPS, FRAMES, ORDERS, SIZE, TinyVT, TinyVTConfig
 from dicode.lm.text import TextTokenizer
 from dicode.provenance import write_result
+from dicode.seeds import generator_for
 from dicode.train.loop import train
 from dicode.train.runs import LoopConfig, OptimConfig
 from dicode.video.timed import Video
@@ -34,6 +40,7 @@ HELD_OUT_EVERY = 16  # captions by their hash: clips held out of the training sp
 REORDERED_SHARE = 0.25  # of the clips come once more reversed, and as many of others shuffled
 LONG_CAPTIONS = 0.4  # probability of a part of the expanded caption, where there is one
 DROPPED_WORDS = 0.15  # probability of dropping a word
+RECALLS = (1, 5, 10)
 
 LOOP = LoopConfig(
     evaluate_every=60,
@@ -191,6 +198,61 @@ def first_clips(videos: list[tuple[FrameCache, CachedVideo]]) -> tuple[list[Vide
     """The clip that each video begins with, and its short caption, empty where it has none."""
     clips = [cache.frames[cache.clip_rows(video, 0.0, FRAMES, FPS)].numpy() for cache, video in videos]
     return clips, [video.captions[0] if video.captions else "" for _, video in videos]
+
+
+def shuffled(clip: Any, generator: torch.Generator) -> Any:
+    """A clip's frames in another order than their own or its reverse; a numpy array or a tensor."""
+    while True:
+        order = torch.randperm(len(clip), generator=generator)
+        if (order.diff() != 1).any() and (order.diff() != -1).any():
+            return clip[order if isinstance(clip, Tensor) else order.numpy()]
+
+
+def accuracy(network: TinyVT, clips: Sequence[Video], captions: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """How well clips find their captions among all different ones and captions their clips; accuracy of order scores.
+
+    `percentile` is the share of wrong ones that are farther than the right one, in percent (chance 50); `recall` maps
+    k to the share whose right one is among the nearest k, `chance` the same of a guess. `order` is the share of clips
+    told from themselves reversed, and shuffled, by a score of each on its own (chance ½). Clips without a caption are
+    judged by order alone.
+    """
+    vectors = np.stack([network.clip_vector(clip) for clip in clips])
+    rows = [i for i, caption in enumerate(captions) if caption]
+    different = sorted({captions[i] for i in rows})
+    figures: dict[str, Any] = {"clips": len(clips), "told": len(rows), "captions": len(different)}
+    if len(different) > 1:
+        cosines = network.similarities(vectors[rows], different)
+        right = np.array([[captions[i] == caption for caption in different] for i in rows])
+        figures["caption of a clip"] = found(cosines, right)
+        figures["clip of a caption"] = found(cosines.T, right.T)
+    shuffles = [shuffled(clip, generator_for(seed, "shuffled", i)) for i, clip in enumerate(clips)]
+    own = order_scores(network, vectors)
+    figures["order"] = {}
+    for i, others in enumerate(([clip[::-1] for clip in clips], shuffles)):
+        other = order_scores(network, np.stack([network.clip_vector(clip) for clip in others]))
+        figures["order"][ORDERS[i]] = float(((own > other) + 0.5 * (own == other))[:, i].mean())
+    return figures
+
+
+def found(scores: Float[ndarray, "q n"], right: ndarray) -> dict[str, Any]:
+    """Retrieval with one or more right entries a query (`right`, of bools): the nearest of them counts."""
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    wrong = ~right
+    nearer = ((scores > best) & wrong).sum(axis=1) + 0.5 * ((scores == best) & wrong).sum(axis=1)
+    guesses = {k: float(np.minimum(1, k * right.sum(axis=1) / right.shape[1]).mean()) for k in RECALLS}
+    return {
+        "percentile": float((100 * (1 - nearer / wrong.sum(axis=1))).mean()),
+        "recall": {str(k): float((nearer < k).mean()) for k in RECALLS},
+        "chance": {str(k): share for k, share in guesses.items()},
+    }
+
+
+@torch.no_grad()
+def order_scores(network: TinyVT, vectors: Float[ndarray, "n width"]) -> Float[ndarray, "n orders"]:
+    """How little clips look reversed, and shuffled, by their vectors: to compare a clip with its own frames in another
+    order."""
+    scores: ndarray = network.in_order(torch.from_numpy(vectors).to(network.places.device)).cpu().numpy()
+    return scores
 
 
 def measure(caches: tuple[str, ...]) -> None:
