@@ -8,7 +8,6 @@ COUNTS = {
     "validation": 10,
     "missing": 100,
     "prompts": 20,
-    "diverse": 6,
     "images": 7,
     "scored": 3,
     "repeats": 2,
@@ -18,7 +17,7 @@ COUNTS = {
 
 def test_work_is_that_of_the_parts_asked_for() -> None:
     work = work_of(("generation", "scorer"), **COUNTS)
-    assert work == {"generation": Work(generated=20 + 6 + 10, measured=100 + 20 + 6 + 10), "scorer": Work(3, 3)}
+    assert work == {"generation": Work(generated=20 + 10, measured=100 + 20 + 10), "scorer": Work(3, 3)}
     assert work_of(("reconstruction",), **COUNTS)["reconstruction"].reconstructed == 10
 
 

@@ -6,7 +6,6 @@ from numpy import ndarray
 from scipy.ndimage import correlate1d
 from scipy.stats import entropy
 
-from dicode.evaluate.generation import dynamic_share
 from dicode.evaluate.metrics import ssim
 from dicode.evaluate.reconstruction import token_rate
 from dicode.evaluate.scores import inception_scores
@@ -64,16 +63,6 @@ def test_what_is_no_probability_has_no_inception_scores() -> None:
         inception_scores(np.full((6, 5), 0.3), splits=2)
     with pytest.raises(ValueError, match="splits: expected 1 to the 6 samples, got 7"):
         inception_scores(np.full((6, 5), 0.2), splits=7)
-
-
-def test_clips_that_hardly_move_are_not_dynamic() -> None:
-    still = np.repeat(clip_of_noise(0, 1), 4, axis=0)
-    slow = still.copy()
-    slow[1::2] += slow[1::2] < 255  # one step, there and back
-    made = dynamic_share([still, slow, clip_of_noise(1), clip_of_noise(2)], [clip_of_noise(3), clip_of_noise(4)])
-    assert (made.share, made.of_real, made.n) == (0.5, 1.0, 4)
-    with pytest.raises(ValueError, match="more than half of the 3 real clips are still"):
-        dynamic_share([slow], [still, still, slow])
 
 
 def test_token_rates_of_the_published_and_the_small_tokenizer() -> None:

@@ -204,9 +204,7 @@ def test_a_short_training_of_tinyvt_learns_captions_that_only_motion_tells_apart
     train(tinyvt.VideoTextTraining(run), loop, tmp_path / "run", {})
     trained = TinyVT.from_pretrained(tmp_path / "run" / "best")
     rows = [i for i in range(17) if i % 4]
-    figures = study("tinyvt").accuracy(
-        trained, [draw_clip(7 * i, 16, 64)[0] for i in rows], [captions[i] for i in rows]
-    )
+    figures = tinyvt.accuracy(trained, [draw_clip(7 * i, 16, 64)[0] for i in rows], [captions[i] for i in rows])
     assert figures["caption of a clip"]["percentile"] > 80 and figures["order"]["shuffled"] > 0.6
 
 
@@ -217,3 +215,17 @@ def test_the_nearest_of_several_right_entries_counts() -> None:
     assert made["percentile"] == pytest.approx((50 + 100 * 2.5 / 3) / 2)  # one of two nearer; one of three as near
     assert made["recall"] == {"1": 0.5, "5": 1.0, "10": 1.0}
     assert made["chance"] == {"1": (0.5 + 0.25) / 2, "5": 1.0, "10": 1.0}
+
+
+def test_diversity_is_one_for_draws_like_the_real_variants_and_zero_for_copies() -> None:
+    diversity, rng = study("heads").diversity, np.random.default_rng(3)
+    real = [rng.normal(size=(5, 40)) for _ in range(60)]
+    assert diversity([rng.normal(size=(16, 40)) for _ in real], real)["ratio"] == pytest.approx(1, abs=0.02)
+    assert diversity([np.ones((4, 40))] * 60, real)["ratio"] == 0
+    assert diversity([0.5 * variants for variants in real], real)["ratio"] == pytest.approx(0.5)
+
+
+def test_captions_with_variants_are_those_that_enough_clips_carry() -> None:
+    captions = ["Wave", "wave ", "fist", "", "Fist", "WAVE", "", "", "Ear"]
+    assert study("heads").captions_with_variants(captions, least=3) == {"Wave": [0, 1, 5]}
+    assert list(study("heads").captions_with_variants(captions, least=2)) == ["fist", "Wave"]

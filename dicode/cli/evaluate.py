@@ -15,7 +15,7 @@ from dicode.cli.evaluate_flags import Evaluate
 from dicode.data.cache import FrameCache
 from dicode.device import pick_device
 from dicode.evaluate.estimate import measured_units, work_of
-from dicode.evaluate.generation import DIVERSE_CAPTIONS, DIVERSE_SAMPLES, evaluate_generation
+from dicode.evaluate.generation import evaluate_generation
 from dicode.evaluate.instructions import IMAGES, evaluate_instructions
 from dicode.evaluate.long import measure_long
 from dicode.evaluate.own_scorer import clips_of_videos, evaluate_scorer
@@ -48,11 +48,10 @@ class Limits:
     prompts: int  # training captions, and videos of each split for a scorer
     validation: int | None  # clips; None: all
     bank: int = MOST_VIDEOS  # training clips that text control looks among
-    diverse: int = DIVERSE_CAPTIONS
     scored: int = 100
 
 
-QUICK = Limits(prompts=8, validation=8, bank=24, diverse=0, scored=8)
+QUICK = Limits(prompts=8, validation=8, bank=24, scored=8)
 
 
 def evaluate(command: Evaluate, watch: Stopwatch) -> int:
@@ -102,7 +101,7 @@ def parts_of(command: Evaluate) -> tuple[str, ...]:
     left_out = [part for part in PARTS if part not in kept and part != "scorer"]
     print(
         f"quick: {', '.join(kept)}, of {QUICK.validation} validation clips, {QUICK.prompts} captions and {QUICK.bank} "
-        f"training clips; left out: {', '.join(left_out)}, diversity. Intervals are wide: for figures to compare, "
+        f"training clips; left out: {', '.join(left_out)}. Intervals are wide: for figures to compare, "
         "leave --quick out"
     )
     return kept
@@ -128,7 +127,6 @@ def foretold(
         validation=len(made.rows),
         missing=made.real_clips.missing(made.extractor, training),
         prompts=min(limits.prompts, splits[0]),
-        diverse=limits.diverse * DIVERSE_SAMPLES,
         images=sum(min(IMAGES, own) for own in splits),
         scored=scored,
         repeats=command.repeats,
@@ -160,7 +158,7 @@ def work_by_part(
     model, cache, seed, folder = made.model, made.cache, command.seed, resolve(command.model)
     seconds, repeats = command.long_seconds, command.repeats
     work: dict[str, Callable[[], tuple[dict[str, Any], Image.Image | None]]] = {
-        "generation": lambda: evaluate_generation(made, limits.prompts, networks, limits.bank, limits.diverse),
+        "generation": lambda: evaluate_generation(made, limits.prompts, networks, limits.bank),
         "reconstruction": lambda: evaluate_reconstruction(made, networks),
         "instructions": lambda: evaluate_instructions(model, cache, seed),
         "speed": lambda: (evaluate_speed(model, folder, "a swirling ice vortex", repeats=repeats), None),

@@ -32,20 +32,15 @@ def work_of(
     validation: int,
     missing: int,
     prompts: int,
-    diverse: int,
     images: int,
     scored: int,
     repeats: int,
     long: int,
 ) -> dict[str, Work]:
-    """The work of each part.
-
-    `missing` real clips have no features yet, `diverse` and `long` are clips generated of captions, `scored` clips of
-    videos.
-    """
+    """The work of each part: `missing` real clips have no features yet, `scored` and `long` are clips of videos."""
     kinds = len(get_args(Joins))
     work = {
-        "generation": Work(prompts + diverse + validation, 0, missing + prompts + diverse + validation),
+        "generation": Work(prompts + validation, 0, missing + prompts + validation),
         "reconstruction": Work(0, validation, 6 * validation),  # itself and five baselines
         "instructions": Work(3 * images, 0, 4 * images),
         "scorer": Work(scored, scored, 0),

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from numpy import ndarray
 from PIL import Image
 
-from dicode.evaluate.diversity import captions_with_variants, diversity, plain_caption
 from dicode.evaluate.metrics import scores_of_sets
 from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, generated_clips, one_clip_s, split_rows
 from dicode.evaluate.scores import Score
@@ -19,16 +18,12 @@ from dicode.features.metrics import (
     Clips,
     Interval,
     bootstrap_interval,
-    mean_pair_distance,
     motion,
     percentile_rank,
     similarities,
 )
 from dicode.seeds import generator_for
 from dicode.video.sheet import contact_sheet
-
-DYNAMIC_SHARE = 0.25  # of the real clips' median motion: a clip that moves less is called still
-DIVERSE_CAPTIONS, DIVERSE_SAMPLES = 12, 3  # captions with several real variants, and clips generated for each
 
 
 @dataclass(frozen=True)
@@ -62,40 +57,24 @@ class MotionRatio:
     n: int
 
 
-@dataclass(frozen=True)
-class DynamicShare:
-    """Share (0…1) of clips that move at least a quarter as much as the median real clip.
-
-    Not VBench's dynamic degree, which thresholds RAFT's optical flow.
-    """
-
-    share: float
-    interval: Interval  # 95 %, over clips
-    of_real: float  # the same share of the real clips
-    least_motion: float  # the threshold, in steps of 0…255
-    n: int
-
-
 def evaluate_generation(
     samples: Samples,
     count: int = 100,
     networks: Mapping[str, Network] | None = None,
     references: int = MOST_VIDEOS,
-    diverse: int = DIVERSE_CAPTIONS,
 ) -> tuple[dict[str, Any], Image.Image]:
     """Text control on up to `count` training captions, rank of the true clip on all validation captions, motion.
 
-    Text control compares with the first clips of at most `references` training videos. Diversity is of `diverse`
-    captions that several of them have. `networks` measure beside EffLite0. Returns the figures and a contact sheet of
-    the first sixteen prompts.
+    Text control compares with the first clips of at most `references` training videos. `networks` measure beside
+    EffLite0. Returns the figures and a contact sheet of the first sixteen prompts.
     """
-    model, videos, seed = samples.model, samples.cache.videos, samples.seed
+    videos, seed = samples.cache.videos, samples.seed
     extractor, rows = samples.extractor, samples.training(references)
     reference_features = extractor.means(samples.real_clips.features(extractor, rows))
     captions = [caption_of(videos[row]) for row in rows]
     captioned = {caption for caption in captions if caption}
     prompts = draw_prompts(captioned, min(count, len(captioned)), seed)
-    clips = generated_clips(model, prompts, seed)
+    clips = generated_clips(samples.model, prompts, seed)
     control = text_control(extractor.means(extractor.features(clips)), prompts, reference_features, captions, seed)
     real = samples.real_clips.clips([rows[captions.index(prompt)] for prompt in prompts])
     validation_clips = list(samples.generated.values())
@@ -109,8 +88,6 @@ def evaluate_generation(
         "text_control": asdict(control),
         "validation_percentile": asdict(rank),
         "motion": asdict(motion_ratio(clips, real, seed=seed)),
-        "dynamic_share": asdict(dynamic_share(clips, real, seed=seed)),
-        "diversity": caption_diversity(samples, captions, reference_features, diverse),
         **validation_scores(samples, samples.networks(networks), generated),
     }
     labels = prompts[:16] + [samples.captions[i] for i in samples.captioned][:8]
@@ -138,24 +115,6 @@ def validation_scores(
         of_training = scores_of_sets(network, real, {"real training clips": others}, seed=samples.seed)
         scores |= {metric: score | of_training.get(metric, {}) for metric, score in own.items()}
     return scores
-
-
-def caption_diversity(
-    samples: Samples, captions: Sequence[str], features: Float64[ndarray, "n width"], count: int = DIVERSE_CAPTIONS
-) -> dict[str, Any] | None:
-    """How far apart a caption's samples are beside its real variants, by mean features of the real clips of `captions`.
-
-    None where no caption has four real clips that differ.
-    """
-    variants = captions_with_variants(captions)
-    variants = {caption: own for caption, own in variants.items() if mean_pair_distance(features[own]) > 0}
-    if not variants or not count:
-        return None
-    drawn = draw_prompts(variants, min(count, len(variants)), samples.seed)
-    prompts = [caption for caption in drawn for _ in range(DIVERSE_SAMPLES)]
-    clips = generated_clips(samples.model, prompts, samples.seed + 2)
-    means = samples.extractor.means(samples.extractor.features(clips)).reshape(len(drawn), DIVERSE_SAMPLES, -1)
-    return asdict(diversity(list(means), [features[variants[caption]] for caption in drawn], seed=samples.seed))
 
 
 def draw_prompts(captions: Iterable[str], count: int, seed: int) -> list[str]:
@@ -222,22 +181,6 @@ def motion_ratio(generated: Clips, real: Clips, seed: int = 0) -> MotionRatio:
     )
 
 
-def dynamic_share(generated: Clips, real: Clips, seed: int = 0) -> DynamicShare:
-    """How many clips move; both sides of one resolution and frame rate.
-
-    Raises `ValueError` where more than half of the real clips are still.
-    """
-    moves, real_moves = (np.array([motion(clip) for clip in clips]) for clips in (generated, real))
-    least = DYNAMIC_SHARE * float(np.median(real_moves))
-    if least == 0:
-        raise ValueError(
-            f"more than half of the {len(real_moves)} real clips are still; there is nothing to compare with"
-        )
-    moving = moves >= least
-    return DynamicShare(
-        share=float(moving.mean()),
-        interval=bootstrap_interval(np.mean, moving, seed=seed),
-        of_real=float((real_moves >= least).mean()),
-        least_motion=least,
-        n=len(moves),
-    )
+def plain_caption(caption: str) -> str:
+    """A caption without case and surplus spaces, as captions are compared."""
+    return " ".join(caption.casefold().split())

@@ -35,7 +35,6 @@ class VideoTime:
 
     total_s: float
     language_model_s: float  # those of them spent on deep tokens
-    processor_s: float  # of all threads of this process: without what other work on the machine takes
     frames: int
 
 
@@ -121,40 +120,33 @@ def time_figures(times: Mapping[float, Sequence[VideoTime]], seconds: float, cli
     """Time of a video of this length against as many times the marginal clip.
 
     The marginal clip is the slope of a least-squares line through the median times of the other lengths, all short.
-    The ratio is 1 where later clips take no longer than early ones. On a machine with other work believe the ratio of
-    processor time; on an accelerator that is the host's alone. Intervals are over the repeats, each with all lengths.
+    The ratio is 1 where later clips take no longer than early ones. Intervals are over the repeats, each with all
+    lengths.
     """
     long, clips = list(times).index(seconds), np.array(list(times)) / clip_s
     short = clips != clips[long]
     total = np.array([[one.total_s for one in own] for own in times.values()]).T
-    processor = np.array([[one.processor_s for one in own] for own in times.values()]).T
     shares = np.array([one.language_model_s / one.total_s for one in times[seconds]])
 
-    def line(repeats: Float64[ndarray, "n lengths"]) -> Float64[ndarray, "2"]:
-        return np.polyfit(clips[short], np.median(repeats, axis=0)[short], 1)  # slope, value at no clips
+    def marginal(repeats: Float64[ndarray, "n lengths"]) -> float:
+        return float(np.polyfit(clips[short], np.median(repeats, axis=0)[short], 1)[0])
 
     def ratio(repeats: Float64[ndarray, "n lengths"]) -> float:
-        return float(np.median(repeats[:, long]) / (clips[long] * line(repeats)[0]))
+        return float(np.median(repeats[:, long]) / (clips[long] * marginal(repeats)))
 
-    medians = {f"{length:g}": repeats_score(np.median, own) for length, own in zip(times, total.T, strict=True)}
     return {
         "frames": times[seconds][0].frames,
-        "median_s": medians.pop(f"{seconds:g}"),
-        "short_median_s": medians,
-        "marginal_clip_s": repeats_score(lambda repeats: line(repeats)[0], total),
-        "start_s": repeats_score(lambda repeats: line(repeats)[1], total),  # taken once by every video
+        "median_s": repeats_score(np.median, total[:, long]),
+        "marginal_clip_s": repeats_score(marginal, total),
         "time_ratio": repeats_score(ratio, total),
-        "processor_s": repeats_score(np.median, processor[:, long]),
-        "processor_time_ratio": repeats_score(ratio, processor),
         "language_model_share": repeats_score(np.median, shares),
     }
 
 
 def timed_video(model: DiCoDe, prompt: str, seconds: float) -> VideoTime:
     """Generate a video, keep none of it, and measure the time."""
-    watch, processor_before_s = Stopwatch(), time.process_time()
+    watch = Stopwatch()
     with watch.stage("decode"):
         key_frames = watch.timed("language model", model.write([prompt], seconds=seconds))
         frames = sum(clip.shape[1] for clip in model.render(key_frames, seconds))
-    processor_s = time.process_time() - processor_before_s
-    return VideoTime(sum(watch.seconds.values()), watch.seconds["language model"], processor_s, frames)
+    return VideoTime(sum(watch.seconds.values()), watch.seconds["language model"], frames)

@@ -9,7 +9,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from dicode.data.cache import CachedVideo, FrameCache
-from dicode.evaluate.diversity import captions_with_variants, diversity
-from dicode.evaluate.generation import draw_prompts, text_control
+from dicode.evaluate.generation import draw_prompts, plain_caption, text_control
 from dicode.evaluate.reference import RealClips, first_clip
 from dicode.evaluate.samples import generated_clips
 from dicode.features.extract import EfficientNetLite0Features
@@ -152,7 +151,7 @@ def measure(model: DiCoDe, stage: LanguageTraining, whole: FrameCache, features:
         "text_control": control.share,
         "text_control_interval": control.interval,
         "frechet": {"generated": {f"FVD-{extractor.name}": distance}},
-        "diversity": asdict(diversity(sampled, list(variants.values()), seed=0)),
+        "diversity": diversity(sampled, list(variants.values())),
         "energy_validation": scored(model, stage, tuple(stage.validation.videos), seed),
         "energy_training": scored(model, stage, tuple(training), seed),
     }
@@ -190,6 +189,24 @@ def energy_score(samples: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
         "mean": float(scores.mean()), "interval": interval, "error": float(errors.mean()), "spread": spread,
         "n": len(scores),
     }  # fmt: skip
+
+
+def diversity(features: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Mean distance of two samples of a caption over that of two real clips of it: 1 as diverse as they are."""
+    rows = np.array([[mean_pair_distance(a), mean_pair_distance(b)] for a, b in zip(features, real, strict=True)])
+    interval = bootstrap_interval(lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), rows)
+    generated, of_real = rows.mean(axis=0).tolist()
+    ratio = float(rows[:, 0].sum() / rows[:, 1].sum())
+    return {"ratio": ratio, "interval": interval, "generated": generated, "real": of_real, "n": len(rows)}
+
+
+def captions_with_variants(captions: Sequence[str], least: int = 4) -> dict[str, list[int]]:
+    """Captions that at least `least` clips carry, as the first of these spells it, with the clips' positions."""
+    carriers: dict[str, list[int]] = {}
+    for clip, caption in enumerate(captions):
+        if plain := plain_caption(caption):
+            carriers.setdefault(plain, []).append(clip)
+    return {captions[clips[0]]: clips for _, clips in sorted(carriers.items()) if len(clips) >= least}
 
 
 @torch.no_grad()

@@ -48,7 +48,6 @@ CLAIMS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "alignment": ("higher", NO_TRUTH),
     "caption rank": ("higher", NO_TRUTH),
     "rank of the true clip": ("higher", (("real", "reconstruction"), ("generation",), ("noise",))),  # 100 is the end
-    "dynamic share": ("higher", ()),  # that clips move is no quality: noise moves most
 }
 RANKED_CLIPS = 48
 NETWORKS = ("EffLite0", "TinyVT")
@@ -109,7 +108,6 @@ def rank_cases(
             case: mean_score(percentile_rank(similarities(those, means["real"]), true), seed)
             for case, those in means.items()
         },
-        "dynamic share": {},
     }
     for network in (networks or {}).values():
         features = {case: network.features(clips) for case, clips in cases.items()}
