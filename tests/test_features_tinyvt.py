@@ -1,4 +1,4 @@
-"""TinyVT sees motion and order, tells captions apart once trained, and is in the box; on clips drawn here."""
+"""TinyVT depends on motion and order, tells captions apart once trained, and is bundled; on clips drawn here."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from dicode.config import CheckpointError
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.evaluate.metrics import scores_of_sets
 from dicode.features.extract import load_networks
-from dicode.features.tinyvt import BOX, WEIGHTS, TinyVT, TinyVTConfig
+from dicode.features.tinyvt import BUNDLED, WEIGHTS, TinyVT, TinyVTConfig
 from dicode.lm.text import TextTokenizer
 
 SMALL = TinyVTConfig(
     widths=(16, 24, 32), depths=(1, 1, 1), text_width=24, text_heads=2, text_length=12, vocab_size=300, joint_width=16
 )
-BOX_LIMIT_BYTES = 2_500_000
+BUNDLED_LIMIT_BYTES = 2_500_000
 
 
 def drawn_cache(folder: Path, count: int) -> list[str]:
@@ -83,10 +83,10 @@ def test_a_folder_that_does_not_fit_is_refused(network: TinyVT, tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance of")
-def test_the_network_in_the_box_measures_under_its_own_name() -> None:
+def test_the_bundled_network_measures_under_its_own_name() -> None:
     box = load_networks(["EffLite0", "TinyVT"])["TinyVT"]
     assert isinstance(box, TinyVT) and not box.training
-    assert (BOX / WEIGHTS).stat().st_size <= BOX_LIMIT_BYTES and (BOX / "README.md").is_file()
+    assert (BUNDLED / WEIGHTS).stat().st_size <= BUNDLED_LIMIT_BYTES and (BUNDLED / "README.md").is_file()
     clips, captions = zip(*(draw_clip(seed, 16, 64) for seed in range(5)), strict=True)
     real, made = box.features(clips), {"made": box.features([255 - clip for clip in clips])}
     scores = scores_of_sets(box, real, made, [*captions[:4], ""])

@@ -186,7 +186,7 @@ def measure(
     config, samples, seed, batch = model.tokenizer.config, len(benchmark.prompts), benchmark.seed, benchmark.batch_size
     clips = min(benchmark.fvd_clips, len(benchmark.videos))
     run = {
-        **made_by(model, folder),
+        **sampled_model(model, folder),
         "benchmark": benchmark.name,
         "samples": samples,
         "prompts": digest(benchmark.prompts),
@@ -258,8 +258,8 @@ def vbench(command: Vbench, watch: Stopwatch) -> int:
     with watch.stage("load"):
         folder = resolve(command.model, command.revision)
         model = DiCoDe.from_pretrained(folder, device=str(device))
-    asked = {"samples": command.samples, "seconds": command.seconds, "scale": command.scale, "seed": command.seed}
-    run = {**made_by(model, folder), **asked, "batch_size": command.batch_size, "device": device.type}
+    flags = {"samples": command.samples, "seconds": command.seconds, "scale": command.scale, "seed": command.seed}
+    run = {**sampled_model(model, folder), **flags, "batch_size": command.batch_size, "device": device.type}
     parts = Parts(work, {"benchmark": "vbench", "prompts": digest(prompts), **run}, shard)
     if len({prompt.casefold() for prompt in prompts}) < len(prompts) and (work / "RUN.JSON").is_file():
         raise ValueError(f"{command.prompts}: prompts that differ only in case are one file on this disk; use another")
@@ -360,7 +360,7 @@ def counted(name: str, count: int, protocol: int, unit: str = "samples") -> dict
     return {unit: count, f"protocol_{unit}": protocol}
 
 
-def made_by(model: DiCoDe, folder: Path) -> dict[str, Any]:
+def sampled_model(model: DiCoDe, folder: Path) -> dict[str, Any]:
     """Model, its weights and configuration, version, and how it is sampled: its own settings."""
     return {
         **origin(folder, folder / "config.json", *folder.glob("*.safetensors")),

@@ -22,7 +22,7 @@ from dicode.evaluate.own_scorer import clips_of_videos, evaluate_scorer
 from dicode.evaluate.reconstruction import evaluate_reconstruction
 from dicode.evaluate.report import write_report
 from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, split_rows
-from dicode.evaluate.scores import blindness, made_by, marked_blind
+from dicode.evaluate.scores import blindness, marked_blind, measured_with
 from dicode.evaluate.speed import check_length, evaluate_speed
 from dicode.features.extract import Network, load_networks
 from dicode.features.scorer import Scorer
@@ -47,11 +47,11 @@ class Limits:
 
     prompts: int  # training captions, and videos of each split for a scorer
     validation: int | None  # clips; None: all
-    bank: int = MOST_VIDEOS  # training clips that text control looks among
+    references: int = MOST_VIDEOS  # training clips that text control looks among
     scored: int = 100
 
 
-QUICK = Limits(prompts=8, validation=8, bank=24, scored=8)
+QUICK = Limits(prompts=8, validation=8, references=24, scored=8)
 
 
 def evaluate(command: Evaluate, watch: Stopwatch) -> int:
@@ -100,7 +100,7 @@ def parts_of(command: Evaluate) -> tuple[str, ...]:
         raise ValueError(f"--quick: expected a part among {', '.join(QUICK_PARTS)}, got {', '.join(asked)}")
     left_out = [part for part in PARTS if part not in kept and part != "scorer"]
     print(
-        f"quick: {', '.join(kept)}, of {QUICK.validation} validation clips, {QUICK.prompts} captions and {QUICK.bank} "
+        f"quick: {', '.join(kept)}, of {QUICK.validation} validation clips, {QUICK.prompts} captions and {QUICK.references} "
         f"training clips; left out: {', '.join(left_out)}. Intervals are wide: for figures to compare, "
         "leave --quick out"
     )
@@ -119,7 +119,7 @@ def foretold(
     with watch.stage("first clips"):
         units = measured_units(made, networks, watch.seconds["load"])
     config, cache = made.model.tokenizer.config, made.cache
-    training = made.training(limits.bank)
+    training = made.training(limits.references)
     splits = [len(split_rows(cache, held, captioned=True)) for held in (False, True)]
     scored = clips_of_videos(made) * sum(min(limits.scored, own) for own in splits)
     work = work_of(
@@ -158,7 +158,7 @@ def work_by_part(
     model, cache, seed, folder = made.model, made.cache, command.seed, resolve(command.model)
     seconds, repeats = command.long_seconds, command.repeats
     work: dict[str, Callable[[], tuple[dict[str, Any], Image.Image | None]]] = {
-        "generation": lambda: evaluate_generation(made, limits.prompts, networks, limits.bank),
+        "generation": lambda: evaluate_generation(made, limits.prompts, networks, limits.references),
         "reconstruction": lambda: evaluate_reconstruction(made, networks),
         "instructions": lambda: evaluate_instructions(model, cache, seed),
         "speed": lambda: (evaluate_speed(model, folder, "a swirling ice vortex", repeats=repeats), None),
@@ -179,7 +179,7 @@ def write_part(
     """The result file of a part, with what is said of networks that are blind to these clips beside their figures."""
     counts = {"speed": command.repeats, "long": command.long_prompts}
     metrics = [*figures, *figures.get("metrics", {})]
-    own = {network: why for network, why in blind.items() if any(made_by(metric, network) for metric in metrics)}
+    own = {network: why for network, why in blind.items() if any(measured_with(metric, network) for metric in metrics)}
     values = {**marked_blind(figures, own), "measured_in_s": took_s}  # shared clips count in the first part
     if own:
         values["blind"] = own

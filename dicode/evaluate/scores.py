@@ -158,16 +158,16 @@ def blindness(network: Network, real: Features, captions: Sequence[str], seed: i
 
 
 def marked_blind(values: Any, blind: Collection[str], own: bool = False) -> Any:
-    """The figures with `blind: true` beside each that one of these networks made."""
+    """The figures with `blind: true` beside each that was measured with one of these networks."""
     if is_dataclass(values) and not isinstance(values, type):
         values = asdict(values)
     if not isinstance(values, Mapping):
         return values
-    theirs = {key: own or any(made_by(str(key), name) for name in blind) for key in values}
+    theirs = {key: own or any(measured_with(str(key), name) for name in blind) for key in values}
     marked = {key: marked_blind(value, blind, theirs[key]) for key, value in values.items()}
     return {**marked, "blind": True} if own and "value" in values else marked
 
 
-def made_by(metric: str, network: str) -> bool:
-    """Whether a metric's name says that this network made it."""
+def measured_with(metric: str, network: str) -> bool:
+    """Whether a metric's name says that it is measured with this network."""
     return metric.endswith(f"-{network}") or metric.startswith(f"{network}SIM-")

@@ -1,1 +1,1 @@
-"""Networks that look at frames, and the distances between what they see."""
+"""Networks that measure frames, and distances between their features."""

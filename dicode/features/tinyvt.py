@@ -25,7 +25,7 @@ from dicode.lm.text import FILE, TextTokenizer
 from dicode.tokenizer.config import Depths, Widths
 from dicode.video.timed import Video
 
-BOX = CHECKPOINTS / "tinyvt"
+BUNDLED = CHECKPOINTS / "tinyvt"
 WEIGHTS = "video_text.safetensors"
 SIZE, FPS, FRAMES = 64, 8.0, 16  # of the clips that it was trained on
 TUBE = {"t": 2, "y": 4, "x": 4}  # frames, rows and columns that become one vector at the beginning (arXiv 2103.15691)
@@ -122,7 +122,7 @@ class TinyVT(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.3))  # of cosines in training, e^2.3 = 10
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path = BOX) -> "TinyVT":
+    def from_pretrained(cls, folder: str | Path = BUNDLED) -> "TinyVT":
         """The network of a folder, by default the bundled one. Raises `CheckpointError`, as every load here."""
         folder = Path(folder)
         config, text = read_section(folder, "video_text", TinyVTConfig), TextTokenizer.load(folder)

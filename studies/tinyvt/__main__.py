@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dicode.data.cache import CachedVideo, FrameCache
-from dicode.features.tinyvt import BOX, FPS, FRAMES, ORDERS, SIZE, TinyVT, TinyVTConfig
+from dicode.features.tinyvt import BUNDLED, FPS, FRAMES, ORDERS, SIZE, TinyVT, TinyVTConfig
 from dicode.lm.text import TextTokenizer
 from dicode.provenance import write_result
 from dicode.seeds import generator_for
@@ -257,7 +257,7 @@ def order_scores(network: TinyVT, vectors: Float[ndarray, "n width"]) -> Float[n
 
 def measure(caches: tuple[str, ...]) -> None:
     """Measure the bundled network on the validation clips of these caches, a row a folder of clips."""
-    network = TinyVT.from_pretrained(BOX)
+    network = TinyVT.from_pretrained(BUNDLED)
     videos = [(cache, video) for cache in map(FrameCache.load, caches) for video in cache.videos]
     trained = {video.captions[0].lower() for _, video in videos if not video.validation and video.captions}
     rows = {}
