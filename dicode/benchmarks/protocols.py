@@ -92,7 +92,7 @@ def ucf101(command: Ucf101, watch: Stopwatch) -> int:
     """
     classes = ucf101_videos(Path(command.folder), command.split)
     sentences = class_prompts(list(classes), command.template, command.prompts)
-    check_counts(command, command.samples, SPLITS)
+    check_counts(command.samples, SPLITS, command.fvd_clips)
     shares = share_out(command.samples, {name: len(videos) for name, videos in classes.items()})
     prompts = shuffled([sentences[name] for name, n in shares.items() for _ in range(n)], command.seed, "samples")
     i3d_path, i3d_known = i3d_file(command.i3d, command.confirm)
@@ -134,7 +134,7 @@ def msrvtt(command: Msrvtt, watch: Stopwatch) -> int:
     samples = len(captions) if command.samples is None else command.samples
     if samples > len(captions):
         raise ValueError(f"samples: expected at most the {len(captions)} captions, got {samples}")
-    check_counts(command, samples, 2)
+    check_counts(samples, 2, command.fvd_clips)
     i3d_path, i3d_known = i3d_file(command.i3d, command.confirm)
     clip_folder, clip_known = clip_file(command.clip, command.confirm)
     shard = shard_of(command.shard)
@@ -248,7 +248,6 @@ def vbench(command: Vbench, watch: Stopwatch) -> int:
     """
     if not 1 <= command.samples <= SAMPLES_APART:
         raise ValueError(f"samples: expected 1 to {SAMPLES_APART} videos a prompt, got {command.samples}")
-    check_batch_size(command.batch_size)
     prompts = vbench_prompts(command.prompts)
     work = command.output.with_name(f"{command.output.name}.work")
     if command.output.is_dir() and any(command.output.iterdir()) and not work.is_dir():
@@ -271,7 +270,8 @@ def vbench(command: Vbench, watch: Stopwatch) -> int:
     ]
     batches = [jobs[first : first + command.batch_size] for first in range(0, len(jobs), command.batch_size)]
     with watch.stage("samples"):
-        parts.each("videos", len(batches), lambda part: write_videos(command, model, batches[part]))
+        options = command.seconds, command.seed, command.scale
+        parts.each("videos", len(batches), lambda part: write_videos(model, batches[part], *options))
     if missing := sum(not job.file.is_file() for job in jobs):
         print(f"{command.output}: this share is done; videos still to come from others: {missing}")
         return 0
@@ -288,18 +288,18 @@ def vbench(command: Vbench, watch: Stopwatch) -> int:
     return 0
 
 
-def write_videos(command: Vbench, model: DiCoDe, jobs: Sequence[Job]) -> None:
-    """Make one batch and write those of its videos that are not there.
+def write_videos(model: DiCoDe, jobs: Sequence[Job], seconds: float, seed: int, scale: int) -> None:
+    """Generate one batch and write those of its videos that are not there.
 
     Without metadata, since VBench takes every file in the folder, a .json too, for a video.
     """
     if all(job.file.is_file() for job in jobs):
         return
     prompts, numbers = [job.prompt for job in jobs], [job.number for job in jobs]
-    clips = model.generate_batch(prompts, seconds=command.seconds, seed=command.seed, sample_indices=numbers)
+    clips = model.generate_batch(prompts, seconds=seconds, seed=seed, sample_indices=numbers)
     for job, frames in zip(jobs, torch.cat(list(clips), dim=1).numpy(), strict=True):
         if not job.file.is_file():
-            with VideoWriter(job.file, model.tokenizer.config.fps, scale=command.scale) as writer:
+            with VideoWriter(job.file, model.tokenizer.config.fps, scale=scale) as writer:
                 writer.write(frames)
 
 
@@ -373,16 +373,9 @@ def digest(texts: Sequence[str]) -> str:
     return sha256(repr(list(texts)).encode()).hexdigest()[:16]
 
 
-def check_counts(command: Ucf101 | Msrvtt, samples: int, least: int) -> None:
+def check_counts(samples: int, least: int, fvd_clips: int) -> None:
     """Raise `ValueError` for counts that give no figure, before hours are spent on them."""
     if samples < least:
         raise ValueError(f"samples: expected {least} or more, got {samples}")
-    if command.fvd_clips < 2:
-        raise ValueError(f"fvd_clips: expected 2 or more, got {command.fvd_clips}")
-    check_batch_size(command.batch_size)
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise `ValueError` for a batch of nothing."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+    if fvd_clips < 2:
+        raise ValueError(f"fvd_clips: expected 2 or more, got {fvd_clips}")

@@ -100,8 +100,8 @@ def parts_of(command: Evaluate) -> tuple[str, ...]:
         raise ValueError(f"--quick: expected a part among {', '.join(QUICK_PARTS)}, got {', '.join(asked)}")
     left_out = [part for part in PARTS if part not in kept and part != "scorer"]
     print(
-        f"quick: {', '.join(kept)}, of {QUICK.validation} validation clips, {QUICK.prompts} captions and {QUICK.references} "
-        f"training clips; left out: {', '.join(left_out)}. Intervals are wide: for figures to compare, "
+        f"quick: {', '.join(kept)}, of {QUICK.validation} validation clips, {QUICK.prompts} captions and "
+        f"{QUICK.references} training clips; left out: {', '.join(left_out)}. Intervals are wide: for figures to compare, "
         "leave --quick out"
     )
     return kept
