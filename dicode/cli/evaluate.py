@@ -101,8 +101,8 @@ def parts_of(command: Evaluate) -> tuple[str, ...]:
     left_out = [part for part in PARTS if part not in kept and part != "scorer"]
     print(
         f"quick: {', '.join(kept)}, of {QUICK.validation} validation clips, {QUICK.prompts} captions and "
-        f"{QUICK.references} training clips; left out: {', '.join(left_out)}. Intervals are wide: for figures to compare, "
-        "leave --quick out"
+        f"{QUICK.references} training clips; left out: {', '.join(left_out)}. Intervals are wide: for figures to "
+        "compare, leave --quick out"
     )
     return kept
 
