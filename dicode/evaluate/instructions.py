@@ -111,7 +111,7 @@ def figures_of(clips: Sequence[Continuation], seed: int, device: str | torch.dev
     sets = {"own caption": own, "other caption": other, "first frame held": [hold_head(clip) for clip in real]}
     truth = extractor.features(real)
     features = {name: extractor.features(those) for name, those in sets.items()}
-    off = {name: np.linalg.norm(own.clips - truth.clips, axis=1) for name, own in features.items()}
+    off = {name: np.linalg.norm(those.vectors - truth.vectors, axis=1) for name, those in features.items()}
     by_features = (off["own caption"] < off["other caption"]).astype(float)
     by_pixels = (pixel_distances(own, real) < pixel_distances(other, real)).astype(float)
     changed, resampled = pixel_distances(own, other), pixel_distances(own, [one.sample for one in clips])

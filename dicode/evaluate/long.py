@@ -123,7 +123,7 @@ def over_time(
     clip = {"clip_frames": config.clip_frames, "repeated_frames": config.repeated_frames}
     clips = [clips_of(video, **clip) for video in videos]
     window = max(1, round(len(clips[0]) * WINDOW_SHARE))
-    features = [extractor.features(own).clips for own in tracked(clips, "features", "video")]
+    features = [extractor.features(own).vectors for own in tracked(clips, "features", "video")]
     return {
         "frames": [len(video) for video in videos],
         "window_s": window * config.clip_s,

@@ -131,9 +131,7 @@ def judged_by(samples: Samples, rows: Sequence[int], scorer: Scorer | None) -> t
     if reason is None:
 
         def by_caption(clips: Sequence[Video]) -> Float64[ndarray, "n"]:
-            vectors = network.features(clips).clips
-            assert vectors is not None
-            return percentile_rank(network.similarities(vectors, captions), own)
+            return percentile_rank(network.similarities(network.features(clips).vectors, captions), own)
 
         return "score: percentile rank of the right caption among all, by TinyVT (chance 50)", by_caption, 1
     print(reason)

@@ -30,6 +30,12 @@ class Features(NamedTuple):
     frames: Float[ndarray, "n f width"] | None = None  # for the Fréchet distance of single frames (FID)
     probabilities: Float[ndarray, "n classes"] | None = None  # for the Inception Score
 
+    @property
+    def vectors(self) -> Float[ndarray, "n width"]:
+        """`clips` of a network that gives them."""
+        assert self.clips is not None
+        return self.clips
+
 
 @runtime_checkable  # so that beartype can check it
 class Network(Protocol):
@@ -92,8 +98,7 @@ class EfficientNetLite0Features:
 
     def means(self, features: Features) -> Float[ndarray, "n width"]:
         """The half of these features that does not depend on motion: means over a clip's frames."""
-        assert features.clips is not None
-        return features.clips[:, : self.width]
+        return features.vectors[:, : self.width]
 
     def stage_features(self, pixels: Float32[Tensor, "b c h w"]) -> list[Tensor]:
         """Feature maps at 1/2, 1/4, 1/8 and 1/16 of `image_size`, with gradients, of pixels in −1…1 (127.5 is 0).

@@ -140,7 +140,7 @@ def measure(model: DiCoDe, stage: LanguageTraining, whole: FrameCache, features:
     validation = np.array([v.validation for v in whole.videos])
     captions = [v.captions[0] if v.captions else "" for v in whole.videos if not v.validation]
     control = text_control(extractor.means(generated), prompts, features[~validation], captions, seed=0)
-    distance = frechet_distance(extractor.features(real).clips, generated.clips)
+    distance = frechet_distance(extractor.features(real).vectors, generated.vectors)
     variants = {}
     for caption, rows in captions_with_variants([v.captions[0] for v in training], 4).items():
         frames = np.stack([first_clip(config, stage.cache, training[row])[0] for row in rows])

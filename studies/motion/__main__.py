@@ -50,7 +50,7 @@ def main(name: str, folder: str) -> None:
     for case, made in cases.items():
         ours = extractor.features(made)
         sides = {
-            "both": (true.clips, ours.clips),
+            "both": (true.vectors, ours.vectors),
             "mean": (extractor.means(true), extractor.means(ours)),
             "change": (true.clips[:, extractor.width :], ours.clips[:, extractor.width :]),
         }

@@ -77,7 +77,7 @@ def fvd(cache: FrameCache, tokenizer: VideoTokenizer | Linear, decoder: VideoTok
         through = tokenizer.key_latents(tokenizer.tokens_of(decoder.first_stage.encode(pixels)))
         clips.append(clip.numpy())
         made.append(decoder.frames_of(through[None])[0].numpy())
-    return frechet_distance(*(extractor.features(those).clips for those in (clips, made)))
+    return frechet_distance(*(extractor.features(those).vectors for those in (clips, made)))
 
 
 if __name__ == "__main__":
