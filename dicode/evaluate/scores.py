@@ -124,9 +124,9 @@ def alignment(network: Network, clips: Features, captions: Sequence[str], seed: 
     """Mean cosine of clip and caption; clips without a caption are left out. None as `caption_rank`."""
     rows = [i for i, caption in enumerate(captions) if caption]
     texts = [captions[i] for i in rows]
-    if not isinstance(network, TextNetwork) or clips.clips is None or len(set(texts)) < 2:
+    if not isinstance(network, TextNetwork) or len(set(texts)) < 2:
         return None
-    return mean_score(np.diagonal(network.similarities(clips.clips[rows], texts)), seed)
+    return mean_score(np.diagonal(network.similarities(clips.vectors[rows], texts)), seed)
 
 
 def caption_rank(network: Network, clips: Features, captions: Sequence[str], seed: int = 0) -> Score | None:
@@ -136,10 +136,10 @@ def caption_rank(network: Network, clips: Features, captions: Sequence[str], see
     """
     rows = [i for i, caption in enumerate(captions) if caption]
     different = sorted({captions[i] for i in rows})
-    if not isinstance(network, TextNetwork) or clips.clips is None or len(different) < 2:
+    if not isinstance(network, TextNetwork) or len(different) < 2:
         return None
     right = np.array([different.index(captions[i]) for i in rows])
-    return mean_score(percentile_rank(network.similarities(clips.clips[rows], different), right), seed)
+    return mean_score(percentile_rank(network.similarities(clips.vectors[rows], different), right), seed)
 
 
 def blindness(network: Network, real: Features, captions: Sequence[str], seed: int = 0) -> str | None:
