@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, UInt8
 from numpy import ndarray
 
 from dicode.evaluate.scores import Score, alignment, caption_rank, class_score, frechet_score, mean_score
@@ -119,7 +119,7 @@ def ssim(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
     return np.asarray(structural_similarity_index_measure(a, b, data_range=255.0, reduction="none"), dtype=np.float64)
 
 
-def two_frames(clip: Video) -> Video:
+def two_frames(clip: Video) -> UInt8[ndarray, "2 h w c"]:
     """The frames at a quarter and three quarters: SSIM of all sixteen takes a second of processor time."""
     return clip[[len(clip) // 4, 3 * len(clip) // 4]]
 
