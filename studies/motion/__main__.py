@@ -52,7 +52,7 @@ def main(name: str, folder: str) -> None:
         sides = {
             "both": (true.vectors, ours.vectors),
             "mean": (extractor.means(true), extractor.means(ours)),
-            "change": (true.clips[:, extractor.width :], ours.clips[:, extractor.width :]),
+            "change": (true.vectors[:, extractor.width :], ours.vectors[:, extractor.width :]),
         }
         values[case] = {f"Fréchet distance, {part}": frechet_distance(*both) for part, both in sides.items()}
         values[case]["motion"] = float(motion_ratio(made, list(real.numpy())).ratio)
