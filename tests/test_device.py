@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_runs import runs, write_cache
 
 import dicode.device
-from dicode.cli.flags import Encode
+from dicode.cli.data import Encode, encode
 from dicode.device import compute_dtype, has_bfloat16, pick_device
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig
@@ -77,12 +77,10 @@ def test_a_run_computes_in_bfloat16_only_where_the_device_has_it(
 def test_encoding_a_cache_computes_in_bfloat16_only_where_the_device_has_it(
     root: Path, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
-    from dicode.cli.data import encode
-
     monkeypatch.setattr(dicode.device, "has_bfloat16", lambda device: native)
     for kept in (*(root / "cache").glob("*.latents-*"), *(root / "cache").glob("*.tokens-*")):
         kept.unlink()
-    command = Encode(root / "cache", str(root / "key_frames/best"))
+    command = Encode(str(root / "cache"), str(root / "key_frames/best"))
     assert (torch.bfloat16 in dtypes_of(lambda: encode(command, Stopwatch()))) == native
 
 

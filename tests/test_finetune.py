@@ -19,7 +19,6 @@ from test_tokenizer import DENOISERS, conditioning, tiny_tokenizer
 from torch import Tensor, nn
 
 from dicode.checkpoint import load_state, read_config
-from dicode.cli.app import finetune as finetune_command
 from dicode.cli.app import parse
 from dicode.data.cache import FrameCache
 from dicode.lm.deep_lm import DeepTokenLM
@@ -261,7 +260,7 @@ def test_one_part_leaves_the_other_as_it_was(capsys, tmp_path: Path, tiny_model:
     [
         (["--parts", "resampler"], "resampler"),
         (["--rank", "0"], "--rank: expected 1"),
-        (["--parts"], "expected parts to train"),
+        (["--parts"], "--parts: expected 1 to 2 values, got 0"),
         (["--model", "nowhere"], "no checkpoint at 'nowhere'"),
         (["-o", "MODEL"], "a model is there already"),
         (["--targets", "q_prj", "--parts", "lm"], "did you mean 'q_proj'?"),
@@ -306,7 +305,7 @@ def test_a_repaired_file_is_taken_and_changed_ones_are_not_passed_over(
         folder.mkdir(parents=True)
         raise ValueError("training begins")
 
-    monkeypatch.setattr(finetune_command, "_train", training)
+    monkeypatch.setattr("dicode.train.finetune.train_part", training)
     code, _, err = finetune(capsys, *argv)
     assert (code, err) == (2, "dicode: training begins\n")
     assert [video.file for video in FrameCache.load(work / "cache").videos] == ["videos/0000.mp4", "videos/0001.gif"]

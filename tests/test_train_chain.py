@@ -11,7 +11,7 @@ from toy_runs import SHARD, write_cache
 
 from dicode.checkpoint import read_config
 from dicode.cli.app import main, parse
-from dicode.cli.flags import Train, TrainAll
+from dicode.cli.train import Train, TrainAll
 from dicode.pipeline import DiCoDe
 from dicode.train.chain import Chain, wired
 from dicode.train.lm import LanguageTraining

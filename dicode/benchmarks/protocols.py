@@ -28,14 +28,13 @@ from dicode.benchmarks.sets import (
 )
 from dicode.checkpoint import resolve
 from dicode.cli.evaluate_flags import Msrvtt, Ucf101, Vbench
-from dicode.cli.tokenize import origin
 from dicode.device import pick_device
 from dicode.evaluate.scores import class_score, frechet_score, inception_scores
 from dicode.features.metrics import bootstrap_interval
 from dicode.features.networks import C3D, I3D, Clip, clip_similarity
 from dicode.features.published import NetworkFile, c3d_file, check_confirmed, clip_file, i3d_file
 from dicode.pipeline import DiCoDe
-from dicode.provenance import write_result
+from dicode.provenance import model_origin, write_result
 from dicode.seeds import generator_for
 from dicode.stopwatch import Stopwatch
 from dicode.video.read import read_video
@@ -363,7 +362,7 @@ def counted(name: str, count: int, protocol: int, unit: str = "samples") -> dict
 def sampled_model(model: DiCoDe, folder: Path) -> dict[str, Any]:
     """Model, its weights and configuration, version, and how it is sampled: its own settings."""
     return {
-        **origin(folder, folder / "config.json", *folder.glob("*.safetensors")),
+        **model_origin(folder, folder / "config.json", *folder.glob("*.safetensors")),
         "settings": asdict(model.sampling),
     }
 

@@ -1,7 +1,7 @@
-"""The command line: its commands, their flags, and what becomes of errors.
+"""The command line: its commands, and what becomes of errors.
 
-A command is a dataclass of `flags`. The work is done by a function of the same name elsewhere (`COMMANDS`), imported
-when the command runs, so that `dicode --help` needs no torch.
+A command is a frozen dataclass whose fields are the flags and their comments the help. The function of the same name in
+lower case, in the same file, runs it. Files of commands import no torch, so that `dicode --help` comes at once.
 """
 
 import os
@@ -22,48 +22,39 @@ from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, arg
 from tyro.extras import SubcommandApp
 
 from dicode import __version__
+from dicode.cli.convert import Clip, Dynamicrafter, Official, Vae
+from dicode.cli.data import Cache, Check, Encode, Export, Index, Sheet, Verify
 from dicode.cli.evaluate_flags import Evaluate, Msrvtt, Tune, Ucf101, Vbench
-from dicode.cli.flags import (
-    Assemble,
-    Cache,
-    Check,
-    Clip,
-    Dynamicrafter,
-    Encode,
-    Export,
-    Finetune,
-    Generate,
-    Index,
-    Info,
-    Official,
-    Reconstruct,
-    Sheet,
-    Tokenize,
-    Train,
-    TrainAll,
-    Vae,
-    Verify,
-)
+from dicode.cli.generate import Generate
+from dicode.cli.info import Info
+from dicode.cli.tokenize import Reconstruct, Tokenize
+from dicode.cli.train import Assemble, Finetune, Train, TrainAll
 from dicode.config import check_ranges, raised_in
 from dicode.stopwatch import Stopwatch
 from dicode.train.recipe import load_run
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 USAGE_ERROR = 2  # as tyro and argparse
+NOT_FINITE = 1  # a training that met NaN or infinity
 BUG = 70  # EX_SOFTWARE
 GROUPS = re.compile(r"^(run|write|render)\.")  # of flags, whose names leave them out
 RECIPE = re.compile(r"\.py(:|$)")
 
-COMMANDS = {
-    "dicode.cli.generate": (Generate,),
-    "dicode.cli.train": (Tokenize, Reconstruct, Train, TrainAll, Assemble),
-    "dicode.cli.finetune": (Finetune,),
-    "dicode.cli.info": (Info,),
-    "dicode.cli.data": (Index, Cache, Check, Verify, Encode, Export, Sheet),
-    "dicode.cli.evaluate": (Evaluate,),
-    "dicode.evaluate.tune": (Tune,),
-    "dicode.benchmarks.protocols": (Ucf101, Msrvtt, Vbench),
-    "dicode.cli.convert": (Official, Dynamicrafter, Clip, Vae),
+COMMANDS = (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Tune, Info)
+ELSEWHERE = {
+    Evaluate: "dicode.cli.evaluate",
+    Tune: "dicode.evaluate.tune",
+    Ucf101: "dicode.benchmarks.protocols",
+    Msrvtt: "dicode.benchmarks.protocols",
+    Vbench: "dicode.benchmarks.protocols",
+}
+GROUPED = {
+    "benchmark": ("Measure a model on public benchmarks: UCF-101, MSR-VTT, VBench.", (Ucf101, Msrvtt, Vbench)),
+    "data": (
+        "Check, cache, encode, export or draw folders of clips.",
+        (Index, Cache, Check, Verify, Encode, Export, Sheet),
+    ),
+    "convert": ("Convert published weights into checkpoint folders.", (Official, Dynamicrafter, Clip, Vae)),
 }
 
 
@@ -85,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_by(signals), warnings.catch_warnings():
             warnings.showwarning = _warn_once()
             command, watch = parse(argv or ["--help"]), Stopwatch()
-            module = next(module for module, kinds in COMMANDS.items() if isinstance(command, kinds))
-            with watch.stage("load"):
-                work = getattr(import_module(module), type(command).__name__.lower())
-            return work(command, watch)
+            kind = type(command)
+            with watch.stage("load"):  # imports, and what else is in no other stage
+                run = getattr(import_module(ELSEWHERE.get(kind, kind.__module__)), kind.__name__.lower())
+                return run(command, watch) or 0
     except KeyboardInterrupt as interrupt:
         print(f"dicode: interrupted; {str(interrupt) or 'no unfinished file is left'}", file=sys.stderr)
         return 128 + signals[0] if signals else INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has seen enough, as in `dicode info | head -1`
+    except BrokenPipeError:  # the reader of our output has closed it, as in `dicode info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         return 0
     except Exception as error:
@@ -104,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explained(error: Exception) -> tuple[int, str]:
-    """The exit code of an error, and what to say of it: what users can cause names file and flag by itself."""
+    """The exit code of an error, and its text: what users can cause names file and flag by itself."""
+    if isinstance(error, FloatingPointError):
+        return NOT_FINITE, str(error)
     if isinstance(error, ValueError | OSError | ImportError):
         return USAGE_ERROR, str(error) or type(error).__name__
     if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory", str(error)):
@@ -118,7 +111,7 @@ def _explained(error: Exception) -> tuple[int, str]:
 
 @contextmanager
 def _ended_by(signals: list[int]) -> Iterator[None]:
-    """In here SIGTERM and SIGHUP act as Ctrl-C does, so that unfinished files are removed; their number is noted."""
+    """In here SIGTERM and SIGHUP act as Ctrl-C does, so that unfinished files are removed; appends their numbers."""
 
     def end(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one would stop the clearing up
@@ -138,19 +131,19 @@ def _ended_by(signals: list[int]) -> Iterator[None]:
 
 
 def _warn_once() -> Callable[..., None]:
-    """What prints a warning in one line, and each text but once."""
-    said: set[str] = set()
+    """A `warnings.showwarning` that prints a warning in one line, and each text once."""
+    printed: set[str] = set()
 
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:
-        if str(message) not in said:
-            said.add(str(message))
+        if str(message) not in printed:
+            printed.add(str(message))
             print(f"dicode: warning: {message}", file=sys.stderr)
 
     return warn
 
 
 def parse(argv: list[str]) -> Any:
-    """The command of these arguments, one of the dataclasses of `flags`, every number in its range."""
+    """The command of these arguments, one of the dataclasses above, every number in its range."""
     command = _parsed(argv)
     check_ranges(command, lambda path: "--" + GROUPS.sub("", path).replace("_", "-"))
     return command
@@ -162,23 +155,19 @@ def _parsed(argv: list[str]) -> Any:
         flags = argv[1:]
         flags.remove(recipes[0])
         return _parse_train(recipes[0], flags)
-    app, benchmark, data, convert = (SubcommandApp() for _ in range(4))
-    for command in (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Tune, Info):
+    app = SubcommandApp()
+    for command in COMMANDS:
         app.command(name=command.__name__.lower())(command)
-    for protocol in (Ucf101, Msrvtt, Vbench):
-        benchmark.command(name=protocol.__name__.lower())(protocol)
-    for part in (Index, Cache, Check, Verify, Encode, Export, Sheet):
-        data.command(name=part.__name__.lower())(part)
-    for source in (Official, Dynamicrafter, Clip, Vae):
-        convert.command(name=source.__name__.lower())(source)
-    app.command(benchmark, name="benchmark", help="Measure a model as the literature does: UCF-101, MSR-VTT, VBench.")
-    app.command(data, name="data", help="Check, cache, encode, export or look at folders of clips.")
-    app.command(convert, name="convert", help="Turn weights that others published into ours.")
-    description = "Text to video with a language model. `dicode --version` tells the version."
-    command = app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
-    if isinstance(command, Train):
-        load_run(command.recipe)  # which raises, or it would have been found
-    return command
+    for name, (text, commands) in GROUPED.items():
+        group = SubcommandApp()
+        for command in commands:
+            group.command(name=command.__name__.lower())(command)
+        app.command(group, name=name, help=text)
+    description = "Text to video with a language model. `dicode --version` prints the version."
+    parsed = app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
+    if isinstance(parsed, Train):
+        load_run(parsed.recipe)  # which raises, or it would have been found
+    return parsed
 
 
 def _parse_train(recipe: str, flags: list[str]) -> Train | TrainAll:

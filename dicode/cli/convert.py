@@ -1,65 +1,104 @@
-"""What `dicode convert …` does; its flags are in `flags.py`."""
+"""`dicode convert …`: published weights to checkpoint folders."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import torch
+from tyro.conf import Positional, arg
 
-from dicode.checkpoint import check_model_folder, downloaded
-from dicode.cli.flags import Clip, Dynamicrafter, Official, Vae
-from dicode.convert.official import Report, convert_official
-from dicode.convert.priors import convert_clip, convert_dynamicrafter, convert_vae
-from dicode.lm.text import TextTokenizer
+from dicode.cli import common
 from dicode.stopwatch import Stopwatch
 
-
-def official(command: Official, watch: Stopwatch) -> int:
-    """Tells what became of every tensor."""
-    check_model_folder(command.output)
-    with watch.stage("convert"):
-        report = convert_official(
-            command.output,
-            command.tokenizer,
-            command.lm,
-            clip=command.clip,
-            vocabulary=gpt2_vocabulary(command.vocabulary) if command.lm else None,
-            dtype=getattr(torch, command.dtype),
-        )
-    return _told(report, command.output, watch)
+Tower = Annotated[Path | None, arg(help="OpenCLIP ViT-H/14, file or folder, where the checkpoint lacks a tower")]
+Weights = Annotated[Positional[Path], arg(metavar="WEIGHTS")]
 
 
-def dynamicrafter(command: Dynamicrafter, watch: Stopwatch) -> int:
-    """Tells what became of every tensor."""
-    check_model_folder(command.output)
-    with watch.stage("convert"):
-        dtype = getattr(torch, command.dtype)
-        report = convert_dynamicrafter(
-            command.checkpoint, command.output, clip=command.clip, objective=command.objective, dtype=dtype
-        )
-    return _told(report, command.output, watch)
+@dataclass(frozen=True)
+class Official:
+    """Convert the published DiCoDe weights into a checkpoint folder. Every tensor is used, or named with the reason."""
+
+    output: common.OutputFolder
+    tokenizer: Path | None = None  # models/pytorch_model.bin
+    lm: Path | None = None  # models/gpt2_large.bin
+    clip: Tower = None
+    vocabulary: str = "openai-community/gpt2"  # GPT-2's: a folder with vocab.json and merges.txt, or an id on the Hub
+    dtype: common.StoredDtype = "float16"
 
 
-def clip(command: Clip, watch: Stopwatch) -> int:
-    """The direction is told by the names in the file."""
-    check_model_folder(command.output, own=())
-    with watch.stage("convert"):
-        report = convert_clip(command.weights, command.output, getattr(torch, command.dtype))
-    return _told(report, command.output, watch)
+@dataclass(frozen=True)
+class Dynamicrafter:
+    """Convert DynamiCrafter into a checkpoint folder from which to train a tokenizer (recipes/paper.py)."""
+
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]  # model.ckpt
+    output: common.OutputFolder
+    clip: Tower = None
+    objective: Literal["epsilon", "v_prediction"] | None = None  # training objective; default: by its betas
+    dtype: common.StoredDtype = "float16"
 
 
-def vae(command: Vae, watch: Stopwatch) -> int:
+@dataclass(frozen=True)
+class Clip:
+    """Convert OpenCLIP's weights into a folder of transformers, or those of transformers into a file of OpenCLIP."""
+
+    weights: Weights  # file, or folder with one
+    output: common.OutputFolder
+    dtype: common.StoredDtype = "float32"
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Convert CompVis' autoencoder, alone or within a larger checkpoint, into a folder of diffusers."""
+
+    weights: Weights  # torch or safetensors file
+    output: common.OutputFolder
+    dtype: common.StoredDtype = "float32"
+
+
+def official(command: Official, watch: Stopwatch) -> None:
+    """Reports what became of every tensor, as all of these commands do."""
+    from dicode.checkpoint import downloaded
+    from dicode.convert.official import convert_official
+    from dicode.lm.text import TextTokenizer
+
+    vocabulary = None
+    if command.lm is not None:
+        folder, files = Path(command.vocabulary), ("vocab.json", "merges.txt")
+        vocabulary = TextTokenizer.gpt2(folder if folder.is_dir() else downloaded(command.vocabulary, files))
+    named = {"clip": command.clip, "vocabulary": vocabulary}
+    _run(partial(convert_official, command.output, command.tokenizer, command.lm, **named), command, watch)
+
+
+def dynamicrafter(command: Dynamicrafter, watch: Stopwatch) -> None:
+    """Writes a checkpoint folder."""
+    from dicode.convert.priors import convert_dynamicrafter
+
+    named = {"clip": command.clip, "objective": command.objective}
+    _run(partial(convert_dynamicrafter, command.checkpoint, command.output, **named), command, watch)
+
+
+def clip(command: Clip, watch: Stopwatch) -> None:
+    """The names in the file determine the direction."""
+    from dicode.convert.priors import convert_clip
+
+    _run(partial(convert_clip, command.weights, command.output), command, watch, own=())
+
+
+def vae(command: Vae, watch: Stopwatch) -> None:
     """`FirstStage.from_diffusers` reads what it writes."""
-    check_model_folder(command.output, own=())
+    from dicode.convert.priors import convert_vae
+
+    _run(partial(convert_vae, command.weights, command.output), command, watch, own=())
+
+
+def _run(convert: Callable[..., Any], command: Any, watch: Stopwatch, own: tuple[str, ...] | None = None) -> None:
+    """Convert and report; `own` are the names in the output that may be replaced, by default those of a model."""
+    import torch
+
+    from dicode.checkpoint import HUB_FILES, check_model_folder
+
+    check_model_folder(command.output, own=HUB_FILES if own is None else own)
     with watch.stage("convert"):
-        report = convert_vae(command.weights, command.output, getattr(torch, command.dtype))
-    return _told(report, command.output, watch)
-
-
-def gpt2_vocabulary(name: str) -> TextTokenizer:
-    """GPT-2's vocabulary with the published entries for images, from a folder or the Hub."""
-    files = ("vocab.json", "merges.txt")
-    return TextTokenizer.gpt2(Path(name) if Path(name).is_dir() else downloaded(name, files))
-
-
-def _told(report: Report, output: Path, watch: Stopwatch) -> int:
-    print(f"{output}: {sum(report.used.values()):,} numbers\n{report.text()}\n{watch.text()}")
-    return 0
+        report = convert(dtype=getattr(torch, command.dtype))
+    print(f"{command.output}: {sum(report.used.values()):,} numbers\n{report.text()}\n{watch.text()}")

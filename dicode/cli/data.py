@@ -1,34 +1,115 @@
-"""What `dicode data index`, `cache`, `verify`, `encode`, `export` and `sheet` do; their flags are in `flags.py`.
-
-`index` and `sheet` need no torch: what does is imported by the commands that compute.
-"""
+"""`dicode data …`: index, cache, verify, check, encode, export and sheet."""
 
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
-from dicode.cli.flags import Cache, Check, Encode, Export, Index, Sheet, Verify
-from dicode.config import missing_extra
-from dicode.data.cache_folder import check_own
-from dicode.data.index import check_files, read_data, read_index
-from dicode.data.records import merged, validation_split
-from dicode.data.summary import Clip, table
-from dicode.files import check_file, check_parent, place, put_text
+from tyro.conf import arg
+
+from dicode.cli import common
+from dicode.config import Range, Seed, Side, UpTo1000
 from dicode.stopwatch import Progress, Stopwatch, tracked
-from dicode.video.read import DEFAULT_FPS, VideoReadError, read_video
-from dicode.video.sheet import check_sheet, save_sheet
-from dicode.video.timed import Video
 
 MOST_COUNTED = 125  # exit codes from 126 on mean other things to a shell
+ValidationBy = Annotated[
+    str | None,
+    arg(
+        metavar="KEY=VALUE",
+        help="validation clips, where lines have KEY, such as lab=f147f077; elsewhere every 15th video",
+    ),
+]
+Bits = Annotated[int, Range(0, 64)]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Read every file of data sets to its end; list the bad ones, and exit with their count (at most 125)."""
+
+    folders: common.Folders
+    validation_by: ValidationBy = None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keep all frames of data sets, with their times, in shards to train from; exits with the count of bad files.
+
+    The same command continues. Equal files and options give equal bytes, for any number of workers. Folders and output
+    may be URLs of object stores: s3://bucket/folder.
+    """
+
+    folders: common.Folders
+    output: common.Output  # folder to write, such as cache/sprites
+    size: Side = 64  # side of the frames in pixels, scaled to cover it and cropped at the centre
+    max_fps: UpTo1000 = 12.5  # frame rate above which frames are left out; what stays is no lower than this
+    loops: bool = False  # clips that repeat without a seam
+    scenes: common.Seconds | None = None  # cut videos where the scene changes; shortest scene to keep, in seconds
+    validation_by: ValidationBy = None
+    dedupe: Bits | None = None  # leave out copies; largest distance of perceptual hashes, of 64 bits; 4 is usual
+    files_per_shard: Annotated[int, Range(1, 65536)] = 64  # files a shard; a worker holds their frames in memory
+    workers: Annotated[int, Range(1, 1024)] = 1  # processes
+    ray: str | None = None  # Ray cluster to spread the work over: an address, auto, or local for one started here
+    encode: Annotated[str | None, arg(metavar="MODEL")] = None  # model for latents and deep tokens, as `data encode`
+    device: common.Device = "auto"
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Read all shards of a cache and compare their hashes with its index; exits with the count of bad ones."""
+
+    cache: common.CacheFolder
+
+
+@dataclass(frozen=True)
+class Check:
+    """Measure the clips of a cache, and recommend settings: lengths, captions, motion, first stages."""
+
+    cache: common.CacheFolder
+    json: common.ResultFile = None
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Compute the latents and deep tokens of a cache now, which training would compute when it first needs them."""
+
+    cache: common.CacheFolder
+    model: common.ModelName = "sprites"
+    device: common.Device = "auto"
+    mirror: bool = False  # also the latents of mirror images, for a tokenizer's training with --mirror
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a cache as WebDataset archives: a tar a shard, H.264 videos with .txt and .json beside them."""
+
+    cache: common.CacheFolder
+    output: common.Output  # folder to write
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Draw a contact sheet of a data set: random clips, one a row, with their captions."""
+
+    folder: common.Folder  # folder with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
+    output: common.OutputPath = Path("sheet.png")  # image file to write
+    count: Annotated[int, Range(1, 1000)] = 16  # clips
+    seed: Seed = 0  # random seed for the choice of clips
+    size: Side = 64  # side of a frame in pixels
 
 
 def index(command: Index, watch: Stopwatch) -> int:
     """An index that cannot be read counts as one bad file."""
-    total_bad, by = 0, _by(command.validation_by)
-    for folder in _named(command.folders):
+    from dicode.data.index import check_files, read_data
+    from dicode.data.records import validation_split
+    from dicode.data.summary import table
+    from dicode.files import place
+    from dicode.video.read import VideoReadError
+
+    total_bad, by = 0, _key_value(command.validation_by)
+    common.check_folders(command.folders)
+    for folder in command.folders:
         try:
             found = read_data(folder)
         except VideoReadError as error:
@@ -48,35 +129,45 @@ def index(command: Index, watch: Stopwatch) -> int:
 
 def cache(command: Cache, watch: Stopwatch) -> int:
     """Bad files are listed and left out; a cache with nothing in it is an error."""
+    from dicode.checkpoint import resolve
     from dicode.data.build import FULL, CacheOptions, build_cache
+    from dicode.data.cache_folder import check_own
+    from dicode.data.index import read_data
+    from dicode.data.records import merged
+    from dicode.data.summary import Clip, table
+    from dicode.files import place
 
     options = CacheOptions(**{field.name: getattr(command, field.name) for field in fields(CacheOptions)})
-    validation_by = _by(command.validation_by)
+    validation_by = _key_value(command.validation_by)
     if not command.output.strip():
         raise ValueError(f"-o: expected the name of a folder, got {command.output!r}")
     output = place(command.output)
     check_own(output)
-    if command.encode is not None and not isinstance(output, Path):
-        raise ValueError(f"--encode: expected -o on this machine, got {command.output}; copy the cache, then encode it")
-    found = [read_data(folder) for folder in _named(command.folders)]
-    encoder = None if command.encode is None else _encoder(command.encode, command.device, watch)
+    if command.encode is not None:
+        resolve(command.encode)  # before long work
+        if not isinstance(output, Path):
+            raise ValueError(
+                f"--encode: expected -o on this machine, got {command.output}; copy the cache, then encode it"
+            )
+    common.check_folders(command.folders)
+    found = [read_data(folder) for folder in command.folders]
     records = merged(record for each in found for record in each.records)
     kept = "finished shards are kept; the same command continues"
     try:
         with watch.stage("shards"):
-            made = build_cache(records, output, options, command.workers, command.ray, validation_by)
+            units = build_cache(records, output, options, command.workers, command.ray, validation_by)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(kept) from error
     except OSError as error:
         if error.errno in FULL:
             raise OSError(f"{output}: no space is left there; {kept} when there is some") from error
         raise
-    bad = [file for unit in made for file in unit.bad]
+    bad = [file for unit in units for file in unit.bad]
     for file in bad:
         print(f"bad: {file.reason}", file=sys.stderr)
-    videos = [entry.video for unit in made for entry in unit.entries if not entry.repeats]
-    copies = sum(bool(entry.repeats) for unit in made for entry in unit.entries)
-    shards = [unit.shard for unit in made if unit.shard]
+    videos = [entry.video for unit in units for entry in unit.entries if not entry.repeats]
+    copies = sum(bool(entry.repeats) for unit in units for entry in unit.entries)
+    shards = [unit.shard for unit in units if unit.shard]
     print(
         f"{command.output}: {len(videos)} clips ({sum(video.validation for video in videos)} for validation), "
         f"{sum(shard.frames for shard in shards)} frames of {command.size}×{command.size}, "
@@ -85,103 +176,88 @@ def cache(command: Cache, watch: Stopwatch) -> int:
     )
     clips = [Clip(video.count, video.period_s, video.captions, loops=video.loops) for video in videos]
     print(table(clips, found, len(bad), copies if command.dedupe is not None else None))
-    if encoder is not None:
-        encoder(command.output)
+    if command.encode is not None:
+        encode(Encode(command.output, command.encode, command.device), watch)
     return min(len(bad), MOST_COUNTED)
 
 
 def verify(command: Verify, watch: Stopwatch) -> int:
-    """Every shard is read; exits with the count of those that are not what the index says."""
+    """Every shard is read; exits with the count of those that differ from the index."""
     from dicode.data.cache import fault, read_cache_index
+    from dicode.files import place
 
     folder = place(command.cache)
     shards, videos = read_cache_index(folder, hashes=True)
-    faults = [
-        said
-        for shard in tracked(shards, f"reading {folder.name}", "shard")
-        if (said := fault(folder, shard, hashes=True))
-    ]
-    for said in faults:
-        print(f"bad: {said}")
+    faults = [fault(folder, shard, hashes=True) for shard in tracked(shards, f"reading {folder.name}", "shard")]
+    faults = [text for text in faults if text]
+    for text in faults:
+        print(f"bad: {text}")
     print(f"{command.cache}: {len(shards)} shards, {len(videos)} clips; {len(faults)} bad shards")
     return min(len(faults), MOST_COUNTED)
 
 
-def check(command: Check, watch: Stopwatch) -> int:
-    """Findings, then what follows of them."""
+def check(command: Check, watch: Stopwatch) -> None:
+    """Findings, then recommendations."""
     from dicode.data.cache import FrameCache
     from dicode.data.check import check_cache
+    from dicode.files import check_file, check_parent, put_text
 
     check_parent(command.json)
     check_file(command.json)
     findings = check_cache(FrameCache.load(command.cache))
-    for line in findings.lines():
-        print(line)
-    print("\nWhat follows:")
-    for line in findings.advice():
-        print(f"- {line}")
+    advice = [f"- {line}" for line in findings.advice()]
+    print("\n".join([*findings.lines(), "\nWhat follows:", *advice]))
     if command.json is not None:
         put_text(command.json, json.dumps(asdict(findings), indent=1) + "\n")
         print(f"{command.json}: the same, in numbers")
-    return 0
 
 
-def encode(command: Encode, watch: Stopwatch) -> int:
+def encode(command: Encode, watch: Stopwatch) -> None:
     """Written where training looks for them; what is there already is kept."""
-    encoder = _encoder(command.model, command.device, watch, command.mirror)
-    encoder(str(command.cache))
-    print(watch.text())
-    return 0
+    from dicode.checkpoint import resolve
+    from dicode.data.cache import FrameCache
+    from dicode.device import pick_device
 
-
-def _encoder(model: str, device: str, watch: Stopwatch, mirror: bool = False) -> Callable[[str], None]:
-    """What computes latents and tokens of a cache; the model is loaded by then."""
-    try:
-        from dicode.checkpoint import resolve
-        from dicode.data.cache import FrameCache
-        from dicode.device import pick_device
+    with common.needs_extra("train"):
         from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
         from dicode.train.lm import frame_tokens
         from dicode.train.tokenizer import first_stage_latents
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "train") from error
-    with watch.stage("load"):
-        source = resolve(model)
-        tokenizer = VideoTokenizer.from_pretrained(source).to(pick_device(device))
-
-    def of_cache(folder: str) -> None:
-        frames = FrameCache.load(folder)
-        with watch.stage("latents"):
-            latents = first_stage_latents(tokenizer, frames, source / FIRST_STAGE_WEIGHTS, mirror=mirror)
-        with watch.stage("tokens"):
-            tokens = frame_tokens(tokenizer, frames, source)
-        sides = "frames and mirror images" if mirror else "frames"
-        each = f"{tokens.shape[1]}×{tokens.shape[2]}"
-        print(f"{folder}: latents {tuple(latents.shape)} of {sides}, and {each} deep tokens of every key frame")
-
-    return of_cache
+    source = resolve(command.model)
+    tokenizer = VideoTokenizer.from_pretrained(source).to(pick_device(command.device))
+    frames = FrameCache.load(command.cache)
+    with watch.stage("latents"):
+        latents = first_stage_latents(tokenizer, frames, source / FIRST_STAGE_WEIGHTS, mirror=command.mirror)
+    with watch.stage("tokens"):
+        tokens = frame_tokens(tokenizer, frames, source)
+    sides = "frames and mirror images" if command.mirror else "frames"
+    shape = f"{tokens.shape[1]}×{tokens.shape[2]}"
+    print(f"{command.cache}: latents {tuple(latents.shape)} of {sides}, and {shape} deep tokens of every key frame")
+    print(watch.text())
 
 
-def export(command: Export, watch: Stopwatch) -> int:
+def export(command: Export, watch: Stopwatch) -> None:
     """One archive a shard."""
     from dicode.data.archives import check_export, write_tars
     from dicode.data.cache import FrameCache
+    from dicode.files import place
 
     output = place(command.output)
     check_export(output)
-    cache = FrameCache.load(command.cache)
-    archives = write_tars(cache, output)
-    print(f"{command.output}: {len(cache.videos)} clips in {len(archives)} archives")
-    return 0
+    frames = FrameCache.load(command.cache)
+    archives = write_tars(frames, output)
+    print(f"{command.output}: {len(frames.videos)} clips in {len(archives)} archives")
 
 
-def sheet(command: Sheet, watch: Stopwatch) -> int:
+def sheet(command: Sheet, watch: Stopwatch) -> None:
     """Bad files are listed and others take their place."""
+    from dicode.data.index import read_index
+    from dicode.video.read import DEFAULT_FPS, VideoReadError, read_video
+    from dicode.video.sheet import check_sheet, save_sheet
+
     check_sheet(command.output)
     records = read_index(command.folder)
     order = random.Random(command.seed).sample(range(len(records)), len(records))
-    clips: list[Video] = []
-    labels: list[str] = []
+    clips, labels = [], []
     with Progress("reading", command.count, "clip") as progress:
         for record in (records[i] for i in order):
             if len(clips) == command.count:
@@ -189,18 +265,17 @@ def sheet(command: Sheet, watch: Stopwatch) -> int:
             try:
                 with record.opened() as path:
                     video = read_video(path, DEFAULT_FPS, command.size, "pad", record.start_s, record.end_s)
-                    clips.append(video.frames)
             except (VideoReadError, OSError) as error:
                 print(f"bad: {error}", file=sys.stderr)
                 continue
+            clips.append(video.frames)
             labels.append(record.caption or record.path.name)
             progress.update()
     save_sheet(command.output, clips, labels)
     print(f"{command.output}: {len(clips)} of {len(records)} clips")
-    return 0
 
 
-def _by(text: str | None) -> tuple[str, str] | None:
+def _key_value(text: str | None) -> tuple[str, str] | None:
     """KEY=VALUE of a flag."""
     if text is None:
         return None
@@ -208,9 +283,3 @@ def _by(text: str | None) -> tuple[str, str] | None:
     if not (key and mark and value):
         raise ValueError(f"--validation-by: expected KEY=VALUE such as lab=f147f077, got {text!r}")
     return key, value
-
-
-def _named(folders: Sequence[str]) -> Sequence[str]:
-    if not folders or not all(folder.strip() for folder in folders):  # '' would be the current folder
-        raise ValueError(f"expected at least one folder of clips, got {' '.join(map(repr, folders)) or 'none'}")
-    return folders

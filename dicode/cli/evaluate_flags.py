@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from dicode.cli.flags import Dtype, Folder, Model, Scaling, Seconds
+from dicode.cli.common import Dtype, Folder, Model, Scaling, Seconds
 from dicode.config import BatchSize, Count, Factor, Guidance, Range, Seed, Side, Unicode
 
 

@@ -1,77 +1,102 @@
-"""What `dicode info` does; its flags are in `flags.py`."""
+"""`dicode info`: parameters, FLOPs, memory and training plans, counted from configurations."""
 
-import ast
-import dataclasses
-import shlex
-import sys
+import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
-from dicode.checkpoint import read_config, resolve
-from dicode.cli.flags import Info
-from dicode.config import CheckpointError, config_from_dict, nearest
-from dicode.device import GPUS
-from dicode.files import read_text
+from dicode.cli import common
+from dicode.config import CheckpointError, Count, Items, Range, nearest
 from dicode.lm.presets import SIZES, DeepLMConfig
-from dicode.provenance import write_result
-from dicode.sizing.count import Sizing, size_lm, size_tokenizer
 from dicode.stopwatch import Stopwatch, duration
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS
-from dicode.tokenizer.video_tokenizer import WEIGHTS
-from dicode.train.recipe import load_run
-from dicode.train.runs import LoopConfig
-
-if TYPE_CHECKING:
-    from dicode.sizing.plan import Plan  # needs what training needs
+from dicode.train.recipe import load_run, runs_of
 
 GIB, MIB = 2**30, 2**20
+Rows = Mapping[str, Mapping[str, Any]]  # of a table: values by column
+Configs = dict[str, TokenizerConfig | DeepLMConfig]  # by part of a model
 
 
-def info(command: Info, watch: Stopwatch) -> int:
+@dataclass(frozen=True)
+class Info:
+    """Show the requirements of a model, preset or recipe: parameters, FLOPs, memory; tokens and bits a second of video.
+
+    For a recipe (recipes/paper.py:gpt2, or all of recipes/paper.py) it plans the training, as the recipe is or as the
+    flags change it.
+    """
+
+    model: common.Model = "sprites"  # bundled model, checkpoint folder, id on the Hub, preset, FILE.py:RUN or FILE.py
+    revision: common.Revision = None
+    here: bool = False  # measured time of each stage on this machine, for a recipe file with STAGES
+    gpus: Annotated[tuple[Count, ...], Items(1, 64)] | None = None  # numbers of GPUs; default: 1, for models 1 and 8
+    batch_size: Count | None = None  # samples a GPU, default 1; for a recipe samples a step, default the recipe's
+    gpu: str = "a100-80gb"  # kind of GPU, for recipes
+    mfu: Annotated[float, Range(0, 1, above=True)] = 0.4  # assumed share of its peak FLOP/s, 0 to 1, for recipes
+    strategy: Literal["ddp", "fsdp"] | None = None  # all weights on each GPU, or a share; default: the recipe's
+    micro_batches: Count | None = None  # micro-batches of a batch; default: the recipe's
+    json: common.ResultFile = None
+
+
+def info(command: Info, watch: Stopwatch) -> None:
     """Everything is counted from configurations; no weights are read and no network takes memory.
 
-    Of a model, all in training is float32 but where activations are said to be bfloat16: see `TrainingBytes`. Of a
-    recipe, all is as the training loop has it: see `plans.py`.
+    For a model, training is in float32 except activations reported as bfloat16: see `TrainingBytes`. For a recipe it is
+    that of the training loop: see `sizing/plan.py`.
     """
-    is_recipe = command.model.rpartition(":")[0].endswith(".py") or command.model.endswith(".py")
-    batch_size = 1 if command.batch_size is None else command.batch_size
+    is_recipe = bool(re.search(r"\.py(:[^:]*)?$", command.model))
     gpus = command.gpus or ((1,) if is_recipe else (1, 8))
     if command.here and not is_recipe:
         raise ValueError(f"--here: measures the stages of a recipe file, such as recipes/small.py; got {command.model}")
     if command.here:
-        values = _paces(command)
+        values = _paces(command.model)
+    elif is_recipe:
+        values = _plans(command, gpus)
     else:
-        values = _plans(command, gpus) if is_recipe else _sizes(command, gpus, batch_size)
+        values = _sizes(command, gpus)
     if command.json is not None:
-        line, what = "dicode " + shlex.join(sys.argv[1:]), "plans" if is_recipe else "sizes"
-        write_result(command.json, f"{Path(command.model).name}: {what}", values, 1, 0, line, "meta")
+        from dicode.provenance import command_line, write_result
+
+        name = f"{Path(command.model).name}: {'plans' if is_recipe else 'sizes'}"
+        write_result(command.json, name, values, 1, 0, command_line(), "meta")
         print(f"\n{command.json}: the same, in bytes")
-    return 0
 
 
-def _sizes(command: Info, gpus: tuple[int, ...], batch_size: int) -> dict[str, Any]:
-    """Print what the parts of a model take, and return it."""
-    configs = _describe(command)
+def _sizes(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
+    """Print and return the requirements of a model's parts."""
+    from dicode.sizing.count import size_lm, size_tokenizer
+
+    batch_size = command.batch_size or 1
     values: dict[str, Any] = {"batch_size": batch_size}
-    for part, config in configs.items():
+    for part, config in _described(command).items():
         if isinstance(config, TokenizerConfig):
             sizing = size_tokenizer(config, batch_size)
-            values["a_second_of_video"] = rates(config)
+            values["a_second_of_video"] = _rates(config)
         else:
             sizing = size_lm(config, batch_size)
         training = {f"{n} GPU{'s' * (n > 1)}": sizing.training_bytes.on(n) for n in gpus}
-        values[part] = {**dataclasses.asdict(sizing), "training_bytes": training}
+        values[part] = {**asdict(sizing), "training_bytes": training}
         print(f"\n{part}")
-        _print_sizing(sizing, training, batch_size)
+        _print_table("parameters", {name: {"count": n} for name, n in _with_sum(sizing.parameters).items()}, "{:,}")
+        _print_table("FLOPs, one sample", {name: {"10⁹": n / 1e9} for name, n in sizing.flops.items()}, "{:,.3f}")
+        held = _with_sum(sizing.inference_bytes)
+        _print_bytes("to use it, one sample", {name: {"float32": n, "bfloat16": n // 2} for name, n in held.items()})
+        if sizing.bytes_a_token is not None:
+            read = {"weights and key/value cache": {"bfloat16": sizing.bytes_a_token}}
+            _print_bytes("read for a deep token", read)
+        _print_bytes(f"on a GPU to train it, batch of {batch_size}", _transposed(training))
+        print(
+            "  bfloat16: all activations; autocast adds copies of the weights, 2 bytes a number, and keeps some float32"
+        )
     if "a_second_of_video" in values:
         _print_table("a second of video", values["a_second_of_video"], "{:,.1f}")
     return values
 
 
 def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
-    """Print what it takes to train the runs of a recipe, and return it."""
+    """Print and return what it takes to train the runs of a recipe."""
+    from dicode.device import GPUS
     from dicode.sizing.plan import USABLE, Planner
 
     if command.gpu not in GPUS:
@@ -82,20 +107,40 @@ def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
     for name, run in _runs(command).items():
         planner = Planner(run)
         plans = {n: planner.plan(n, gpu, command.mfu) for n in gpus}
-        values[name] = {f"{n} GPU{'s' * (n > 1)}": dataclasses.asdict(plan) for n, plan in plans.items()}
+        values[name] = {f"{n} GPU{'s' * (n > 1)}": asdict(plan) for n, plan in plans.items()}
         print(f"\n{name}: {run.loop.optim.steps:,} steps with a batch of {run.loop.optim.batch_size}")
-        _print_plans({f"{n} × {command.gpu}": plan for n, plan in plans.items()})
+        by_column = {f"{n} × {command.gpu}": plan for n, plan in plans.items()}
+        counts = {c: {"trained": plan.trained, "frozen": plan.frozen} for c, plan in by_column.items()}
+        _print_table("parameters", _transposed(counts), "{:,}")
+        _print_bytes("on each GPU", _transposed({column: plan.memory() for column, plan in by_column.items()}))
+        _print_table("a step", _transposed({column: _step(plan) for column, plan in by_column.items()}), "{}")
     print(f"\nAssumed: {command.mfu:.0%} of {gpu.peak_flops / 1e12:g} TFLOP/s; {USABLE:.0%} of {gpu.memory_gib:g} GiB")
     return values
 
 
-def _paces(command: Info) -> dict[str, Any]:
-    """Measure how long the stages of a recipe take on this machine, print it, and return it."""
+def _step(plan: Any) -> dict[str, str]:
+    """A step of a `Plan`, in words."""
+    return {
+        "strategy": plan.strategy,
+        "micro-batches of a batch": f"{plan.micro_batches}",
+        "activations": "recomputed" if plan.recomputes else "kept",
+        "fits": "yes" if plan.fits else "no",
+        "fewest micro-batches that fit": f"{plan.fewest_micro_batches or 'none do'}",
+        "TFLOP": f"{plan.step_flops / 1e12:,.1f}",
+        "TFLOP with what is computed twice": f"{plan.computed_flops / 1e12:,.1f}",
+        "seconds": f"{plan.step_s:,.3f}",
+        "steps a day": f"{plan.steps_a_day:,.0f}",
+        "days": f"{plan.days:.2g}",
+    }
+
+
+def _paces(recipe: str) -> dict[str, Any]:
+    """Measure how long the stages of a recipe take on this machine; print and return it."""
     import torch
 
     from dicode.train.chain import Chain
 
-    file, _, only = command.model.rpartition(":") if ":" in command.model else (command.model, "", "")
+    file, _, only = recipe.rpartition(":") if ":" in recipe else (recipe, "", "")
     chain = Chain.of(file, None, Path("runs"))
     if only and only not in chain.stages:
         raise ValueError(f"{file}: STAGES has no {only!r}{nearest(only, list(chain.stages))}")
@@ -104,58 +149,36 @@ def _paces(command: Info) -> dict[str, Any]:
     for name, pace in paces.items():
         loop = chain.stages[name].loop
         seconds = loop.optim.steps * pace.step_s + loop.optim.steps // loop.evaluate_every * pace.evaluation_s
-        in_minute = 60 / pace.step_s
         rows[name] = {
             "steps": f"{loop.optim.steps:,}",
             "s a step": f"{pace.step_s:.3g}",
             "all steps": duration(seconds),
-            "a minute": f"{in_minute:,.0f} steps",
+            "a minute": f"{60 / pace.step_s:,.0f} steps",
         }
     print(f"\nOn this machine, {torch.get_num_threads()} threads; measured on drawn clips")
     _print_table("stage", rows, "{}")
-    return {name: dataclasses.asdict(pace) for name, pace in paces.items()}
+    return {name: asdict(pace) for name, pace in paces.items()}
 
 
 def _runs(command: Info) -> dict[str, Any]:
     """The runs of a recipe file, or the one named, changed by the flags that were given."""
+    from dicode.train.runs import LoopConfig
+
     file, _, name = command.model.rpartition(":")
     runs = runs_of(command.model) if command.model.endswith(".py") else {name: load_run(f"{file}:{name}")}
     for name, run in runs.items():
         if not isinstance(getattr(run, "loop", None), LoopConfig):
             raise ValueError(f"{file or command.model}:{name}: expected a run to plan, got {type(run).__name__}")
-        loop = run.loop
         changes = {"micro_batches": command.micro_batches, "strategy": command.strategy}
-        if command.checkpoint_activations:
-            changes["checkpoint_activations"] = True
-        loop = dataclasses.replace(loop, **{key: value for key, value in changes.items() if value is not None})
+        loop = replace(run.loop, **{key: value for key, value in changes.items() if value is not None})
         if command.batch_size is not None:
-            loop = dataclasses.replace(loop, optim=dataclasses.replace(loop.optim, batch_size=command.batch_size))
-        runs[name] = dataclasses.replace(run, loop=loop)
+            loop = replace(loop, optim=replace(loop.optim, batch_size=command.batch_size))
+        runs[name] = replace(run, loop=loop)
     return runs
 
 
-def runs_of(file: str) -> dict[str, Any]:
-    """All runs of a recipe file by their names, in its order: functions without parameters that return a …Run."""
-    try:
-        parts = ast.parse(read_text(Path(file)), file).body
-    except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{file}: not readable as Python ({error})") from error
-    names = [
-        part.name
-        for part in parts
-        if isinstance(part, ast.FunctionDef)
-        and not part.args.args
-        and part.returns is not None
-        and ast.unparse(part.returns).strip("'").endswith("Run")
-        and not part.name.startswith("_")
-    ]
-    if not names:
-        raise ValueError(f"{file}: expected functions that return a run, as 'def lm() -> LanguageRun:', found none")
-    return {name: load_run(f"{file}:{name}") for name in names}
-
-
-def rates(config: TokenizerConfig) -> dict[str, dict[str, float]]:
-    """Tokens, numbers and bits that stand for a second of video, as deep tokens, latents and pixels."""
+def _rates(config: TokenizerConfig) -> dict[str, dict[str, float]]:
+    """Tokens, numbers and bits of a second of video, as deep tokens, latents and pixels."""
     deep, latents = config.resampler, config.first_stage.latent_channels
     counts = {  # tokens a second, numbers a token, bits a number
         "deep tokens (float32)": (deep.queries / config.clip_s, deep.token_width, 32),
@@ -168,9 +191,12 @@ def rates(config: TokenizerConfig) -> dict[str, dict[str, float]]:
     }
 
 
-def _describe(command: Info) -> dict[str, TokenizerConfig | DeepLMConfig]:
-    """Print what a checkpoint folder or a preset is; returns the configurations of its parts."""
-    presets: dict[str, TokenizerConfig | DeepLMConfig] = {**SIZES, **TOKENIZERS}
+def _described(command: Info) -> Configs:
+    """Print a line or two about a checkpoint folder or a preset; returns the configurations of its parts."""
+    from dicode.checkpoint import read_config, read_section, resolve
+    from dicode.tokenizer.video_tokenizer import WEIGHTS
+
+    presets: Configs = {**SIZES, **TOKENIZERS}
     try:
         folder = resolve(command.model, command.revision)
     except CheckpointError as error:
@@ -184,20 +210,16 @@ def _describe(command: Info) -> dict[str, TokenizerConfig | DeepLMConfig]:
     if not {"tokenizer", "lm"} & sections.keys():
         raise CheckpointError(f"{folder}/config.json: expected sections tokenizer and lm, got {sorted(sections)}")
     print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 1e6:.1f} MB")
-    parts: dict[str, TokenizerConfig | DeepLMConfig] = {}
+    parts: Configs = {}
     # a language model's run keeps the configuration of the tokenizer that its tokens came from, not the tokenizer
     if "tokenizer" in sections and (folder / WEIGHTS).exists():
-        parts["tokenizer"] = tokenizer = config_from_dict(TokenizerConfig, sections["tokenizer"], "tokenizer")
-        print(_summary(tokenizer))
+        parts["tokenizer"] = tokenizer = read_section(folder, "tokenizer", TokenizerConfig)
     if "lm" in sections:
-        parts["language model"] = lm = config_from_dict(DeepLMConfig, sections["lm"], "lm")
-        print(_summary(lm))
+        parts["language model"] = lm = read_section(folder, "lm", DeepLMConfig)
+    print("\n".join(_summary(config) for config in parts.values()))
     if len(parts) == 2:
         print(f"up to {(lm.keyframe_limit - 1) * tokenizer.clip_s:g} s")
-        print(
-            "sampling: "
-            + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(tokenizer.sampling).items())
-        )
+        print("sampling: " + ", ".join(f"{name} {value}" for name, value in asdict(tokenizer.sampling).items()))
     print(f"licence: {_licence(folder)}")
     return parts
 
@@ -211,60 +233,31 @@ def _summary(config: TokenizerConfig | DeepLMConfig) -> str:
     return f"{body.kind}: {body.depth} layers × {body.width}, {config.text_length} text tokens, {tokens}"
 
 
-def _print_sizing(sizing: Sizing, training: dict[str, dict[str, int]], batch_size: int) -> None:
-    parameters = {**sizing.parameters, "together": sum(sizing.parameters.values())}
-    _print_table("parameters", {name: {"count": count} for name, count in parameters.items()}, "{:,}")
-    _print_table("FLOPs, one sample", {name: {"10⁹": count / 1e9} for name, count in sizing.flops.items()}, "{:,.3f}")
-    held = {**sizing.inference_bytes, "together": sum(sizing.inference_bytes.values())}
-    _print_bytes("to use it, one sample", {n: {"float32": c, "bfloat16": c // 2} for n, c in held.items()})
-    if sizing.bytes_a_token is not None:
-        read = {"weights and key/value cache": {"bfloat16": sizing.bytes_a_token}}
-        _print_bytes("read for a deep token", read)
-    names = next(iter(training.values()))
-    rows = {name.replace("_", " "): {column: held[name] for column, held in training.items()} for name in names}
-    _print_bytes(f"on a GPU to train it, batch of {batch_size}", rows)
-    print("  bfloat16: all activations; autocast adds copies of the weights, 2 bytes a number, and keeps some float32")
+def _licence(folder: Path) -> str:
+    card = folder / "README.md"
+    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("license:")), "see the model card")
 
 
-def _print_plans(plans: Mapping[str, "Plan"]) -> None:
-    """Tables of one run, a column for each number of GPUs."""
-    parameters = {"trained": "trained", "frozen": "frozen"}
-    counts = {row: {column: getattr(plan, name) for column, plan in plans.items()} for row, name in parameters.items()}
-    _print_table("parameters", counts, "{:,}")
-    memory = {column: plan.memory() for column, plan in plans.items()}
-    rows = max(memory.values(), key=len)  # a single GPU has less to hold
-    _print_bytes("on each GPU", {row: {column: memory[column].get(row, 0) for column in plans} for row in rows})
-    tell = {
-        "strategy": lambda plan: plan.strategy,
-        "micro-batches of a batch": lambda plan: f"{plan.micro_batches}",
-        "activations": lambda plan: "recomputed" if plan.recomputes else "kept",
-        "fits": lambda plan: "yes" if plan.fits else "no",
-        "fewest micro-batches that fit": lambda plan: f"{plan.fewest_micro_batches or 'none do'}",
-        "TFLOP": lambda plan: f"{plan.step_flops / 1e12:,.1f}",
-        "TFLOP with what is computed twice": lambda plan: f"{plan.computed_flops / 1e12:,.1f}",
-        "seconds": lambda plan: f"{plan.step_s:,.3f}",
-        "steps a day": lambda plan: f"{86_400 / plan.step_s:,.0f}",
-        "days": lambda plan: f"{plan.days:.2g}",
-    }
-    steps = {row: {column: told(plan) for column, plan in plans.items()} for row, told in tell.items()}
-    _print_table("a step", steps, "{}")
+def _with_sum(counts: Mapping[str, int]) -> dict[str, int]:
+    return {**counts, "together": sum(counts.values())}
 
 
-def _print_bytes(title: str, rows: Mapping[str, Mapping[str, int]]) -> None:
+def _transposed(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows by name of what is given by column; a number that a column lacks is 0."""
+    longest = max(columns.values(), key=len)  # a single GPU has less to hold
+    return {row.replace("_", " "): {name: values.get(row, 0) for name, values in columns.items()} for row in longest}
+
+
+def _print_bytes(title: str, rows: Rows) -> None:
     most = max(count for row in rows.values() for count in row.values())
     unit, size = ("GiB", GIB) if most >= GIB else ("MiB", MIB)
     scaled = {name: {column: count / size for column, count in row.items()} for name, row in rows.items()}
     _print_table(f"{unit} {title}", scaled, "{:,.2f}")
 
 
-def _print_table(title: str, rows: Mapping[str, Mapping[str, int | float | str]], form: str) -> None:
+def _print_table(title: str, rows: Rows, form: str) -> None:
     columns = next(iter(rows.values()))
     print(f"\n{title:<42}" + "".join(f"{column:>15}" for column in columns))
     for name, row in rows.items():
         print(f"  {name:<40}" + "".join(f"{form.format(value).removesuffix('.0'):>15}" for value in row.values()))
-
-
-def _licence(folder: Path) -> str:
-    card = folder / "README.md"
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("license:")), "see the model card")

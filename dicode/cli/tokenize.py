@@ -1,164 +1,136 @@
-"""What `dicode tokenize` and `reconstruct` do; their flags are in `flags.py`."""
+"""`dicode tokenize` and `dicode reconstruct`: videos to deep tokens, and back."""
 
-import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import safe_open
-from safetensors.torch import save
-
-from dicode import __version__
-from dicode.checkpoint import content_hash, model_name, read_tensors, resolve
-from dicode.cli.flags import Assemble, Generate, Reconstruct, Tokenize
-from dicode.device import pick_device
-from dicode.files import check_file, check_parent, printable, put
-from dicode.pipeline import trimmed
-from dicode.shapes import DeepTokens
+from dicode.cli import common
+from dicode.config import Seed
 from dicode.stopwatch import Progress, Stopwatch
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
-from dicode.video.read import read_video
-from dicode.video.timed import Video
-from dicode.video.write import VideoWriter, check_output
-
-WATCHED = 256  # pixels along a side, at least, of a file that nobody gave a scale
 
 
-TOKENS_SUFFIX = ".safetensors"
+@dataclass(frozen=True)
+class Tokenize:
+    """Encode a video into deep tokens: a tensor `tokens`, float32 k × n × d for k key frames of n tokens."""
+
+    input: common.Input  # video, animated image, or folder of frames
+    output: common.Output = "tokens.safetensors"  # .safetensors file to write
+    model: common.ModelName = "sprites"
+    revision: common.Revision = None
+    device: common.Device = "auto"
 
 
-def tokenize(command: Tokenize, watch: Stopwatch) -> int:
-    """The file's metadata says source, frames, fps and model."""
+@dataclass(frozen=True)
+class Reconstruct:
+    """Encode a video into deep tokens and decode them, or decode tokens that `dicode tokenize` saved.
+
+    Of 16·N + 1 frames the last is only the last clip's tail key frame: 16·N come back.
+    """
+
+    input: common.Input  # video, animated image, folder of frames, or tokens.safetensors
+    output: common.Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames
+    side_by_side: bool = False  # the input at the left, its reconstruction at the right
+    seed: Seed = 0  # random seed of the decoder
+    render: common.Render = common.RENDER
+    model: common.ModelName = "sprites"
+    revision: common.Revision = None
+    scale: common.Enlarged = None
+    device: common.Device = "auto"
+    dtype: common.WeightsDtype = "float32"
+
+
+def tokenize(command: Tokenize, watch: Stopwatch) -> None:
+    """The file's metadata names source, frames, fps and model."""
+    from dicode.files import check_file, check_parent
+    from dicode.tokenizer.token_file import SUFFIX, write_tokens
+
     output = Path(command.output)
-    if output.suffix != TOKENS_SUFFIX:
-        raise ValueError(f"{output}: expected a name ending in {TOKENS_SUFFIX}")
+    if output.suffix != SUFFIX:
+        raise ValueError(f"{output}: expected a name ending in {SUFFIX}")
     check_parent(output)
     check_file(output)
-    with watch.stage("load"):
-        tokenizer, model = _load_tokenizer(command)
-    with watch.stage("encode"):
-        frames, tokens = _encode(tokenizer, command.input)
+    tokenizer, origin = _loaded(command, None)
+    _, video = _encoded(tokenizer, command.input, watch)
     fps = tokenizer.config.fps
-    note = {"source": printable(Path(command.input).name), "frames": len(frames), "fps": fps, **model}
-    data = save({"tokens": tokens[0].cpu()}, {name: str(value) for name, value in note.items()})
-    put(output, lambda partial: partial.write_bytes(data))
-    k, n, d = tokens.shape[1:]
-    print(f"{output}: {k} key frames × {n} tokens × {d} numbers for {len(frames)} frames at {fps:g} fps")
+    write_tokens(output, video, fps, origin)
+    k, n, d = video.tokens.shape[1:]
+    print(f"{output}: {k} key frames × {n} tokens × {d} numbers for {video.num_frames} frames at {fps:g} fps")
     print(watch.text())
-    return 0
 
 
-def reconstruct(command: Reconstruct, watch: Stopwatch) -> int:
+def reconstruct(command: Reconstruct, watch: Stopwatch) -> None:
     """A video and its saved tokens give the same file."""
-    is_saved = Path(command.input).suffix == TOKENS_SUFFIX
+    import torch
+
+    from dicode.pipeline import trimmed
+    from dicode.render import default_scale, speed, summary, write_clips
+    from dicode.tokenizer.token_file import SUFFIX, read_tokens
+    from dicode.video.write import VideoWriter, check_output
+
+    is_saved = Path(command.input).suffix == SUFFIX
     if is_saved and command.side_by_side:
         raise ValueError(f"--side-by-side: {command.input} holds tokens, not the video to show beside them")
     check_output(command.output, scale=command.scale or 1)
-    with watch.stage("load"):
-        tokenizer, model = _load_tokenizer(command, getattr(torch, command.dtype))
-    frames: Video | None = None
-    with watch.stage("encode"):
-        if is_saved:
-            tokens, num_frames, source = _read_tokens(tokenizer, model, Path(command.input))
-        else:
-            frames, tokens = _encode(tokenizer, command.input)
-            num_frames, source = len(frames), printable(Path(command.input).name)
-    config = tokenizer.config
-    asked = dataclasses.asdict(command.render)
-    sampling = config.sampling.changed(**asked)
-    stacks = tokenizer.decode(tokens, seed=command.seed, sampling=sampling)
-    options = {
+    tokenizer, origin = _loaded(command, getattr(torch, command.dtype))
+    config, frames = tokenizer.config, None
+    if is_saved:
+        video = read_tokens(Path(command.input), config, origin)
+    else:
+        frames, video = _encoded(tokenizer, command.input, watch)
+    flags = asdict(command.render)
+    sampling = config.sampling.changed(**flags)
+    metadata = {
+        "source": video.source,
         "seed": command.seed,
-        **{name: getattr(sampling, name) for name in asked},
+        **{name: getattr(sampling, name) for name in flags},
         **({} if command.dtype == "float32" else {"dtype": command.dtype}),
+        **origin,
     }
-    metadata = {"source": source, **options, **model}
-    scale = command.scale or to_watch(config.size)
-    with written(command.output, config.fps, metadata, scale, num_frames, watch) as (writer, bar):
-        for (clip,) in watch.timed("decode", trimmed(stacks, num_frames)):
-            shown = clip.numpy()
-            if frames is not None and command.side_by_side:
-                original = frames[writer.num_frames : writer.num_frames + len(shown)]
-                shown = np.concatenate([original, shown], axis=2)
-            with watch.stage("write"):
-                writer.write(shown)
-            bar.update(len(shown))
-    return 0
-
-
-def origin(folder: Path, *weights: Path) -> dict[str, str]:
-    """What made a file, for its metadata: model, its weights, and version."""
-    return {"model": printable(model_name(folder)), "weights": content_hash(*weights), "dicode": __version__}
-
-
-def to_watch(size: int) -> int:
-    """How many times to enlarge frames of this side, to be watched: a 64×64 file would show a stamp, or a blur."""
-    return -(-WATCHED // size)
-
-
-@contextmanager
-def written(
-    path: str,
-    fps: float,
-    metadata: dict[str, Any],
-    scale: int,
-    num_frames: int,
-    watch: Stopwatch,
-    stream: bool = False,
-    lossless: bool = False,
-) -> Iterator[tuple[VideoWriter, Progress]]:
-    """A writer and a progress bar; at the end says where the file lies and what took how long."""
+    clips = trimmed(tokenizer.decode(video.tokens, seed=command.seed, sampling=sampling), video.num_frames)
+    if command.side_by_side:
+        clips = _beside(frames, clips)
+    scale = command.scale or default_scale(config)
     with (
-        VideoWriter(path, fps, metadata, scale=scale, stream=stream, lossless=lossless) as writer,
-        Progress("rendering", num_frames, "frame") as bar,
+        VideoWriter(command.output, config.fps, metadata, scale=scale) as writer,
+        Progress("rendering", video.num_frames, "frame") as bar,
     ):
-        yield writer, bar
-        with watch.stage("write"):
-            writer.close()
-    video_s = writer.num_frames / fps
-    worked_s = sum(seconds for name, seconds in watch.seconds.items() if name != "load")
-    beside = writer.path / "metadata.json" if writer.path.is_dir() else writer.path.with_suffix(".json")
-    print(f"{writer.path}: {video_s:g} s, {writer.num_frames} frames; prompt and options in {beside}")
-    print(watch.text())
-    print(f"real-time factor {video_s / worked_s:.2f}: {video_s:g} s of video in {worked_s:.2f} s, once loaded")
+        write_clips([writer], clips, watch, bar)
+    print(f"{summary(writer)}\n{speed(watch, writer.num_frames / config.fps)}")
 
 
-def asked_sampling(command: Generate | Assemble) -> dict[str, Any]:
-    """The flags of `SamplingConfig`; None where one was left out."""
-    return {**dataclasses.asdict(command.write), **dataclasses.asdict(command.render)}
+def _beside(frames: Any, clips: Any) -> Any:
+    """The frames of a video `f h w c`, with its reconstructed clips `1 f h w c` at their right."""
+    import torch
+
+    first = 0
+    for clip in clips:
+        original = torch.from_numpy(frames[None, first : first + clip.shape[1]])
+        yield torch.cat([original, clip], dim=3)
+        first += clip.shape[1]
 
 
-def _load_tokenizer(
-    command: Tokenize | Reconstruct, dtype: torch.dtype | None = None
-) -> tuple[VideoTokenizer, dict[str, str]]:
+def _loaded(command: Tokenize | Reconstruct, dtype: Any) -> tuple[Any, dict[str, str]]:
+    """The tokenizer, and its name and hash (`model_origin`)."""
+    from dicode.checkpoint import resolve
+    from dicode.device import pick_device
+    from dicode.provenance import model_origin
+    from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
+
     folder = resolve(command.model, command.revision)
     tokenizer = VideoTokenizer.from_pretrained(folder, dtype=dtype).to(pick_device(command.device))
-    return tokenizer, origin(folder, folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS)
+    return tokenizer, model_origin(folder, folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS)
 
 
-def _encode(tokenizer: VideoTokenizer, path: str) -> tuple[Video, DeepTokens]:
-    frames = read_video(path, tokenizer.config.fps, tokenizer.config.size, min_frames=2).frames
-    return frames, tokenizer.encode(torch.from_numpy(frames)[None]).float()
+def _encoded(tokenizer: Any, path: str, watch: Stopwatch) -> tuple[Any, Any]:
+    """The frames of a video, and its `VideoTokens`."""
+    import torch
 
+    from dicode.files import printable
+    from dicode.tokenizer.token_file import VideoTokens
+    from dicode.video.read import read_video
 
-def _read_tokens(tokenizer: VideoTokenizer, model: dict[str, str], path: Path) -> tuple[DeepTokens, int, str]:
-    """Tokens `1 k n d`, how many frames they stand for, and the name of the video they came from."""
-    tensors = read_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        note = file.metadata() or {}
     config = tokenizer.config
-    expected = (config.resampler.queries, config.resampler.token_width)
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if list(found) != ["tokens"] or len(found["tokens"]) != 3 or found["tokens"][1:] != expected:
-        raise ValueError(f"{path}: expected one tensor 'tokens' of k × {expected[0]} × {expected[1]}, got {found}")
-    if note.get("weights", model["weights"]) != model["weights"]:
-        raise ValueError(
-            f"{path}: made by model {note.get('model')!r} with weights {note['weights']}; this is {model['model']!r} "
-            f"with weights {model['weights']}: name the right one with --model"
-        )
-    tokens = tensors["tokens"][None].float()
-    num_frames = int(note.get("frames", (tokens.shape[1] - 1) * config.tail_frame + config.repeated_frames))
-    return tokens, num_frames, note.get("source", path.name)
+    with watch.stage("encode"):
+        frames = read_video(path, config.fps, config.size, min_frames=2).frames
+        tokens = tokenizer.encode(torch.from_numpy(frames)[None]).float()
+    return frames, VideoTokens(tokens, len(frames), printable(Path(path).name))

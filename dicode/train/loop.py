@@ -75,7 +75,7 @@ class Stage(Protocol):
     def export(self, folder: Path) -> None: ...  # writes this stage's part of a checkpoint folder
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FloatingPointError):
     """Training met NaN or infinity; nothing of that step was kept."""
 
 

@@ -1,5 +1,6 @@
 """Recipes: functions of a Python file that return a training run, by `FILE.py:FUNCTION`."""
 
+import ast
 import dataclasses
 import math
 from pathlib import Path
@@ -14,6 +15,28 @@ def load_run(recipe: str) -> Any:
     if not dataclasses.is_dataclass(run):
         raise RecipeError(f"{recipe}: expected it to return a run (a dataclass), got {type(run).__name__}")
     return run
+
+
+def runs_of(file: str) -> dict[str, Any]:
+    """All runs of a recipe file by their names, in its order: functions without parameters that return a …Run."""
+    from dicode.files import read_text  # brings fsspec, which help need not wait for
+
+    try:
+        parts = ast.parse(read_text(Path(file)), file).body
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise RecipeError(f"{file}: not readable as Python ({error})") from error
+    names = [
+        part.name
+        for part in parts
+        if isinstance(part, ast.FunctionDef)
+        and not part.args.args
+        and part.returns is not None
+        and ast.unparse(part.returns).strip("'").endswith("Run")
+        and not part.name.startswith("_")
+    ]
+    if not names:
+        raise RecipeError(f"{file}: expected functions that return a run, as 'def lm() -> LanguageRun:', found none")
+    return {name: load_run(f"{file}:{name}") for name in names}
 
 
 def stages_of(file: str) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:

@@ -26,7 +26,6 @@ from join import join_caches
 from laws import fit_power_law, t_interval
 from tyro.conf import Positional, arg
 
-from dicode.cli.info import runs_of
 from dicode.config import config_to_dict
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.files import put_text, read_json
@@ -37,6 +36,7 @@ from dicode.sizing.plan import Planner
 from dicode.train.lm import LanguageTraining, chunks
 from dicode.train.loop import train
 from dicode.train.parallel import Processes
+from dicode.train.recipe import runs_of
 from dicode.train.runs import LanguageRun
 from dicode.train.signals import StopSignal
 

@@ -73,6 +73,7 @@ SHORT = {
     "benchmark vbench": "--samples 1 --seconds 0.5 --model model",
 }
 SKIPPED = ("ray", "here", "work_folder", "all", "revision", "run")  # and what would leave the folder of the test
+POSITIONAL = ("prompt", "input", "folder", "folders", "recipe", "tokenizer", "lm", "caches", "checkpoint")
 WORDS = (
     "x",
     "",
@@ -212,22 +213,8 @@ def flags_of(kind: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(getattr(cli, kind)).items():
-        if dataclasses.is_dataclass(hint):
-            found |= typing.get_type_hints(hint)
-        elif name not in (
-            *SKIPPED,
-            "prompt",
-            "input",
-            "folder",
-            "folders",
-            "recipe",
-            "tokenizer",
-            "lm",
-            "caches",
-            "checkpoint",
-        ):
-            found[name] = hint
-    return found
+        found |= typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {name: hint}
+    return {name: hint for name, hint in found.items() if name not in (*SKIPPED, *POSITIONAL)}
 
 
 def value_of(hint: Any, draw: random.Random) -> list[str]:
