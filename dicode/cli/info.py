@@ -129,7 +129,7 @@ def _step(plan: Any) -> dict[str, str]:
         "TFLOP": f"{plan.step_flops / 1e12:,.1f}",
         "TFLOP with what is computed twice": f"{plan.computed_flops / 1e12:,.1f}",
         "seconds": f"{plan.step_s:,.3f}",
-        "steps a day": f"{plan.steps_a_day:,.0f}",
+        "steps a day": f"{86_400 / plan.step_s:,.0f}",
         "days": f"{plan.days:.2g}",
     }
 
