@@ -184,7 +184,7 @@ def test_only_a_file_known_as_the_published_one_gives_its_name(
         (["--i3d", "nowhere.pt"], "--i3d: expected i3d_torchscript.pt of StyleGAN-V"),
         (["--c3d", "nowhere.pt"], "--c3d: expected c3d_ucf101.pt of StyleGAN-V"),
         (["--samples", "9"], "samples: expected 10 or more, got 9"),
-        (["--fvd-clips", "1"], "fvd_clips: expected 2 or more, got 1"),
+        (["--fvd-clips", "1"], "--fvd-clips: expected 2 or more, got 1"),
         (["--batch-size", "0"], "--batch-size: expected 1 to 1,048,576, got 0"),
         (["--template", "a video"], "template: expected one {} where the class goes, got 'a video'"),
         (["--shard", "0/2"], "--shard: expected NUMBER/COUNT from 1/COUNT to COUNT/COUNT, got '0/2'"),

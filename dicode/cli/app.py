@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -22,9 +21,10 @@ from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, arg
 from tyro.extras import SubcommandApp
 
 from dicode import __version__
+from dicode.cli.benchmark import Msrvtt, Ucf101, Vbench
 from dicode.cli.convert import Clip, Dynamicrafter, Official, Vae
 from dicode.cli.data import Cache, Check, Encode, Export, Index, Sheet, Verify
-from dicode.cli.evaluate_flags import Evaluate, Msrvtt, Tune, Ucf101, Vbench
+from dicode.cli.evaluate import Evaluate, Tune
 from dicode.cli.generate import Generate
 from dicode.cli.info import Info
 from dicode.cli.tokenize import Reconstruct, Tokenize
@@ -41,13 +41,6 @@ GROUPS = re.compile(r"^(run|write|render)\.")  # of flags, whose names leave the
 RECIPE = re.compile(r"\.py(:|$)")
 
 COMMANDS = (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Tune, Info)
-ELSEWHERE = {
-    Evaluate: "dicode.cli.evaluate",
-    Tune: "dicode.evaluate.tune",
-    Ucf101: "dicode.benchmarks.protocols",
-    Msrvtt: "dicode.benchmarks.protocols",
-    Vbench: "dicode.benchmarks.protocols",
-}
 GROUPED = {
     "benchmark": ("Measure a model on public benchmarks: UCF-101, MSR-VTT, VBench.", (Ucf101, Msrvtt, Vbench)),
     "data": (
@@ -78,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command, watch = parse(argv or ["--help"]), Stopwatch()
             kind = type(command)
             with watch.stage("load"):  # imports, and what else is in no other stage
-                run = getattr(import_module(ELSEWHERE.get(kind, kind.__module__)), kind.__name__.lower())
-                return run(command, watch) or 0
+                return getattr(sys.modules[kind.__module__], kind.__name__.lower())(command, watch) or 0
     except KeyboardInterrupt as interrupt:
         print(f"dicode: interrupted; {str(interrupt) or 'no unfinished file is left'}", file=sys.stderr)
         return 128 + signals[0] if signals else INTERRUPTED

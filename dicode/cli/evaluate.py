@@ -1,204 +1,185 @@
-"""What `dicode evaluate` does; its flags are in `flags.py`."""
+"""`dicode evaluate` and `dicode tune`."""
 
-import shlex
-import sys
-from collections.abc import Callable, Mapping
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import torch
-from PIL import Image
+from tyro.conf import arg
 
-from dicode.checkpoint import resolve
-from dicode.cli.evaluate_flags import Evaluate
-from dicode.data.cache import FrameCache
-from dicode.device import pick_device
-from dicode.evaluate.estimate import measured_units, work_of
-from dicode.evaluate.generation import evaluate_generation
-from dicode.evaluate.instructions import IMAGES, evaluate_instructions
-from dicode.evaluate.long import measure_long
-from dicode.evaluate.own_scorer import clips_of_videos, evaluate_scorer
-from dicode.evaluate.reconstruction import evaluate_reconstruction
-from dicode.evaluate.report import write_report
-from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, split_rows
-from dicode.evaluate.scores import blindness, marked_blind, measured_with
-from dicode.evaluate.speed import check_length, evaluate_speed
-from dicode.features.extract import Network, load_networks
-from dicode.features.scorer import Scorer
-from dicode.pipeline import DiCoDe
-from dicode.provenance import read_result, write_result
-from dicode.stopwatch import Progress, Stopwatch, duration
+from dicode.cli import common
+from dicode.config import Count, Factor, Guidance, Range, Seed
+from dicode.stopwatch import Progress, Stopwatch
 
 PARTS = ("generation", "reconstruction", "instructions", "scorer", "speed", "long")
 QUICK_PARTS = ("generation", "reconstruction", "scorer")
-ONE_NETWORK = (
-    "Every figure named EffLite0, text control and the rank of the true clip are made with one network, "
-    "EfficientNet-lite0. Where the decoder was trained with the perceptual loss, as the model in the box was, earlier "
-    "layers of the same network trained it: these figures favour it over models that were not."
-)
-RANKED_CLIPS = 48  # whose captions a network must rank better than chance
-UNMEASURED = ("speed", "scorer")  # without a network
+CacheOption = Annotated[Path, arg(help="real clips, a folder written by `dicode data cache`")]
+ScorerFile = Annotated[
+    str | None,
+    arg(
+        metavar="FILE.py:FUNCTION",
+        help="your function of uint8 frames f h w c that returns a dict, compared with the keys of caption lines",
+    ),
+]
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How much is looked at."""
+class Evaluate:
+    """Measure a model against its training and validation clips: one JSON a part, written from this command alone.
 
-    prompts: int  # training captions, and videos of each split for a scorer
-    validation: int | None  # clips; None: all
-    references: int = MOST_VIDEOS  # training clips that text control looks among
-    scored: int = 100
+    The first line estimates the time on this machine; `long`, a minute's videos, takes longest.
+    """
+
+    model: common.Model = "sprites"  # bundled model, checkpoint folder, or owner/name on the Hub
+    cache: CacheOption = Path("cache/sprites")
+    output: common.OutputPath = Path("results")  # folder of the JSON files
+    sheets: Path | None = None  # folder for contact sheets; the report includes earlier ones there
+    report: Path | None = None  # HTML file of all results of this model in the folder
+    # parts of the evaluation
+    parts: tuple[Literal["generation", "reconstruction", "instructions", "speed", "long"], ...] = (
+        "generation",
+        "reconstruction",
+        "speed",
+    )
+    quick: bool = False  # a first look of about a minute: few clips, without speed, instructions, long
+    scorer: ScorerFile = None
+    # networks beside EffLite0: TinyVT, I3D=PATH, C3D=PATH, Inception=PATH, CLIP=ID_OR_FOLDER
+    features: tuple[str, ...] = ("EffLite0", "TinyVT")
+    prompts: Count = 100  # most training captions to generate from, and videos of each split for a scorer
+    long_prompts: Count = 8  # training captions for long videos
+    long_seconds: common.Seconds = 60.0  # length of long videos in seconds
+    repeats: Count = 5  # measurements of seconds and memory; fewer have no interval
+    seed: Seed = 0  # random seed
+    device: common.Device = "auto"
+    dtype: common.WeightsDtype = "float32"
 
 
-QUICK = Limits(prompts=8, validation=8, references=24, scored=8)
+@dataclass(frozen=True)
+class Tune:
+    """Choose a model's sampling on training captions: a table of settings, the best written into its config.json.
+
+    Settings are compared on the same captions and noise; where none is better beyond noise, the stored ones stay.
+    """
+
+    model: common.Model  # checkpoint folder; with -o also a bundled model or owner/name on the Hub
+    cache: CacheOption = Path("cache/sprites")
+    output: Annotated[Path | None, arg(aliases=("-o",))] = None  # new folder for the tuned model; default: in place
+    scorer: ScorerFile = None  # default: percentile rank of captions by TinyVT
+    prompts: Annotated[int, Range(8, 10_000)] = 32  # training captions
+    guidance: tuple[Guidance, ...] = (1.0, 2.0, 3.0)  # guidance scales of the language model
+    variance_scale: tuple[Factor, ...] = (0.1, 0.3, 1.0)  # variance scales, each with each guidance
+    decoder_guidance: tuple[Guidance, ...] = (1.0, 2.0)  # guidance scales of the decoder, with the best of these pairs
+    seed: Seed = 0  # random seed
+    device: common.Device = "auto"
+    dtype: common.WeightsDtype = "float32"
+    json: common.ResultFile = None
 
 
-def evaluate(command: Evaluate, watch: Stopwatch) -> int:
-    """One result file and one contact sheet a part: generation, reconstruction, instructions, speed, long."""
-    limits = QUICK if command.quick else Limits(command.prompts, None, scored=command.prompts)
-    parts = parts_of(command)
+def evaluate(command: Evaluate, watch: Stopwatch) -> None:
+    """One result file and one contact sheet a part."""
+    began_s = time.monotonic()
+    from dicode.data.cache import FrameCache
+    from dicode.evaluate import suite
+    from dicode.evaluate.samples import MOST_VIDEOS, Samples
+    from dicode.evaluate.speed import check_length
+    from dicode.features.extract import load_networks
+    from dicode.features.scorer import Scorer
+    from dicode.provenance import command_line, write_result
+
+    parts = _parts(command)
+    limits = suite.QUICK if command.quick else suite.Limits(
+        command.prompts, None, MOST_VIDEOS, command.repeats, command.long_prompts, command.long_seconds
+    )  # fmt: skip
     scorer = None if command.scorer is None else Scorer(command.scorer)
-    with watch.stage("load"):
-        device = pick_device(command.device)
-        model = DiCoDe.from_pretrained(command.model, device=str(device), dtype=getattr(torch, command.dtype))
-        cache = FrameCache.load(command.cache)
-        networks = load_networks(command.features, device)
+    model, folder = common.load_model(command)
+    device = model.tokenizer.device
+    cache, networks = FrameCache.load(command.cache), load_networks(command.features, device)
     if "long" in parts:
         check_length(model, command.long_seconds)  # before the other parts take their hours
-    made = Samples(model, cache, command.seed, Path(command.cache), limits.validation)
-    print(foretold(made, networks, parts, command, limits, watch))
-    command.output.mkdir(parents=True, exist_ok=True)
+    samples = Samples(model, cache, command.seed, command.cache, limits.validation)
+    start_s = time.monotonic() - began_s
+    with watch.stage("first clips"):
+        print(suite.estimated_time(samples, networks, parts, limits, start_s))
     name = f"{Path(command.model).name}{'-quick' * command.quick}"
-    sheets: dict[str, Image.Image] = {}
-    blind: dict[str, str] = {}
-    if set(parts) & {"generation", "reconstruction"}:
-        blind = blind_networks(made, networks)
-    work = work_by_part(command, made, networks, scorer, limits)
+    files = {part: command.output / f"{name}-{part}.json" for part in PARTS}
+    command.output.mkdir(parents=True, exist_ok=True)
+    blind = suite.blind_networks(samples, networks) if {"generation", "reconstruction"} & {*parts} else {}
+    print("".join(f"{reason}\n" for reason in blind.values()), end="")
+    sheets: dict[str, Any] = {}
     for part in parts:
         with watch.stage(part), Progress(part):
-            figures, sheet = work[part]()
-        write_part(command, name, part, figures, watch.seconds[part], device, blind)
+            figures, sheet = suite.evaluate_part(part, samples, networks, scorer, limits, folder)
+        values = {**suite.with_blindness(figures, blind), "measured_in_s": watch.seconds[part]}
+        n = {"speed": command.repeats, "long": command.long_prompts}.get(part) or figures["n"]
+        notes = [suite.ONE_NETWORK] * (part not in ("speed", "scorer"))
+        notes += ["Quick: few clips, for a first look."] * command.quick
+        write_result(files[part], f"{name}: {part}", values, n, command.seed, command_line(), device, " ".join(notes))
+        blind_here = ", ".join(values.get("blind", {}))
+        print(f"{files[part]}" + (f" (ignore the figures of {blind_here}, blind here)" if blind_here else ""))
         if sheet is not None:
             sheets[part] = sheet
             if command.sheets is not None:
                 command.sheets.mkdir(parents=True, exist_ok=True)
                 sheet.save(command.sheets / f"{name}-{part}.png")
     if command.report is not None:
-        report(command, name, sheets)
+        _report(command, name, files, sheets)
     print(watch.text())
-    return 0
 
 
-def parts_of(command: Evaluate) -> tuple[str, ...]:
-    """The parts asked for, each once; says which ones `--quick` leaves out. Raises `ValueError` where none is left."""
-    asked = tuple(dict.fromkeys([*command.parts, *(["scorer"] if command.scorer else [])]))
-    if not command.quick:
-        return asked
-    kept = tuple(part for part in asked if part in QUICK_PARTS)
-    if not kept:
-        raise ValueError(f"--quick: expected a part among {', '.join(QUICK_PARTS)}, got {', '.join(asked)}")
-    left_out = [part for part in PARTS if part not in kept and part != "scorer"]
-    print(
-        f"quick: {', '.join(kept)}, of {QUICK.validation} validation clips, {QUICK.prompts} captions and "
-        f"{QUICK.references} training clips; left out: {', '.join(left_out)}. Intervals are wide: for figures to "
-        "compare, leave --quick out"
-    )
-    return kept
+def _report(command: Evaluate, name: str, files: dict[str, Path], sheets: dict[str, Any]) -> None:
+    """Write a page of all results of this model, with contact sheets of this run and of earlier ones."""
+    from PIL import Image
 
+    from dicode.evaluate.report import write_report
+    from dicode.provenance import read_result
 
-def foretold(
-    made: Samples,
-    networks: Mapping[str, Network],
-    parts: tuple[str, ...],
-    command: Evaluate,
-    limits: Limits,
-    watch: Stopwatch,
-) -> str:
-    """How long the parts will take, from what the first clips take."""
-    with watch.stage("first clips"):
-        units = measured_units(made, networks, watch.seconds["load"])
-    config, cache = made.model.tokenizer.config, made.cache
-    training = made.training(limits.references)
-    splits = [len(split_rows(cache, held, captioned=True)) for held in (False, True)]
-    scored = clips_of_videos(made) * sum(min(limits.scored, own) for own in splits)
-    work = work_of(
-        parts,
-        validation=len(made.rows),
-        missing=made.real_clips.missing(made.extractor, training),
-        prompts=min(limits.prompts, splits[0]),
-        images=sum(min(IMAGES, own) for own in splits),
-        scored=scored,
-        repeats=command.repeats,
-        long=command.long_prompts * config.num_clips(made.model.num_frames(command.long_seconds)),
-    )
-    each = {part: own.seconds(units) for part, own in work.items()}
-    told = ", ".join(f"{part} {duration(max(1.0, seconds))}" for part, seconds in each.items())
-    return f"about {duration(max(1, sum(each.values())))} on this machine, by its first clips: {told}"
-
-
-def blind_networks(made: Samples, networks: Mapping[str, Network]) -> dict[str, str]:
-    """Networks that rank the captions of this cache's real clips no better than chance, and what is to be said of it.
-
-    Of validation clips, and of training clips where these are few. Also printed.
-    """
-    rows, found = made.rows + made.training(max(0, RANKED_CLIPS - len(made.rows))), {}
-    captions = [caption_of(made.cache.videos[row]) for row in rows]
-    for network in networks.values():
-        if reason := blindness(network, made.real_clips.features(network, rows), captions, made.seed):
-            found[network.name] = reason
-            print(reason)
-    return found
-
-
-def work_by_part(
-    command: Evaluate, made: Samples, networks: Mapping[str, Network], scorer: Scorer | None, limits: Limits
-) -> dict[str, Callable[[], tuple[dict[str, Any], Image.Image | None]]]:
-    """What each part does."""
-    model, cache, seed, folder = made.model, made.cache, command.seed, resolve(command.model)
-    seconds, repeats = command.long_seconds, command.repeats
-    work: dict[str, Callable[[], tuple[dict[str, Any], Image.Image | None]]] = {
-        "generation": lambda: evaluate_generation(made, limits.prompts, networks, limits.references),
-        "reconstruction": lambda: evaluate_reconstruction(made, networks),
-        "instructions": lambda: evaluate_instructions(model, cache, seed),
-        "speed": lambda: (evaluate_speed(model, folder, "a swirling ice vortex", repeats=repeats), None),
-        "long": lambda: measure_long(model, cache, folder, command.long_prompts, seed, seconds, repeats),
-    }
-    return work if scorer is None else {**work, "scorer": lambda: evaluate_scorer(made, scorer, limits.scored)}
-
-
-def write_part(
-    command: Evaluate,
-    name: str,
-    part: str,
-    figures: dict[str, Any],
-    took_s: float,
-    device: torch.device,
-    blind: Mapping[str, str],
-) -> None:
-    """The result file of a part, with what is said of networks that are blind to these clips beside their figures."""
-    counts = {"speed": command.repeats, "long": command.long_prompts}
-    metrics = [*figures, *figures.get("metrics", {})]
-    own = {network: why for network, why in blind.items() if any(measured_with(metric, network) for metric in metrics)}
-    values = {**marked_blind(figures, own), "measured_in_s": took_s}  # shared clips count in the first part
-    if own:
-        values["blind"] = own
-    notes = [] if part in UNMEASURED else [ONE_NETWORK]
-    notes += ["Quick: few clips, for a first look."] if command.quick else []
-    path, n = command.output / f"{name}-{part}.json", counts.get(part) or figures["n"]
-    line = "dicode " + shlex.join(sys.argv[1:])
-    write_result(path, f"{name}: {part}", values, n, command.seed, line, device, " ".join(notes))
-    told = f" (figures of {', '.join(own)}, blind here, say nothing)" if own else ""
-    print(f"{path}{told}")
-
-
-def report(command: Evaluate, name: str, sheets: dict[str, Image.Image]) -> None:
-    """The page of all results there are of this model, with contact sheets of this run and of earlier ones."""
     assert command.report is not None
-    files = {part: command.output / f"{name}-{part}.json" for part in PARTS}
     results = {part: read_result(path) for part, path in files.items() if path.is_file()}
     if command.sheets is not None:
         earlier = {part: command.sheets / f"{name}-{part}.png" for part in results.keys() - sheets.keys()}
         sheets |= {part: Image.open(path) for part, path in earlier.items() if path.is_file()}
     write_report(command.report, name, results, sheets)
     print(f"{command.report}")
+
+
+def _parts(command: Evaluate) -> tuple[str, ...]:
+    """The parts to evaluate, each once. Raises `ValueError` where `--quick` leaves none."""
+    parts = tuple(dict.fromkeys([*command.parts, *(["scorer"] if command.scorer else [])]))
+    if not command.quick:
+        return parts
+    kept = tuple(part for part in parts if part in QUICK_PARTS)
+    if not kept:
+        raise ValueError(f"--quick: expected a part among {', '.join(QUICK_PARTS)}, got {', '.join(parts)}")
+    left_out = ", ".join(part for part in PARTS if part not in kept and part != "scorer")
+    print(f"quick: {', '.join(kept)}; left out: {left_out}. Few clips and wide intervals: not for figures to compare")
+    return kept
+
+
+def tune(command: Tune, watch: Stopwatch) -> None:
+    """Try guidance × variance scale, then the decoder's guidance, each with the same prompts and noise."""
+    from dicode.checkpoint import resolve
+    from dicode.data.cache import FrameCache
+    from dicode.evaluate import tune as tuning
+    from dicode.evaluate.samples import Samples
+    from dicode.features.scorer import Scorer
+    from dicode.files import check_file
+    from dicode.provenance import command_line, write_result
+
+    check_file(command.json)
+    folder = resolve(command.model)
+    target = tuning.target_of(folder, command.output)
+    scorer = None if command.scorer is None else Scorer(command.scorer)
+    model, _ = common.load_model(command)
+    samples = Samples(model, FrameCache.load(command.cache), command.seed, command.cache)
+    with watch.stage("settings"):
+        chosen, values = tuning.tune(
+            samples, scorer, command.prompts, command.guidance, command.variance_scale, command.decoder_guidance
+        )
+    print(f"{tuning.table(model, values)}\n{values['decision']}")
+    if chosen or target != folder:
+        tuning.write_choice(folder, target, chosen)
+        print(f"{target}/config.json: {tuning.named(chosen) or 'as before'}")
+    if command.json is not None:
+        name, n = f"{Path(command.model).name}: tuned", values["real"]["n"]
+        write_result(command.json, name, values, n, command.seed, command_line(), model.tokenizer.device)
+        print(f"{command.json}")

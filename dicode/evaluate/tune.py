@@ -1,8 +1,6 @@
-"""What `dicode tune` does: sampling settings tried on training captions, a table, the best written into config.json."""
+"""A model's sampling, chosen on training captions: settings tried, a table, the best written into config.json."""
 
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float64
 from numpy import ndarray
 
-from dicode.checkpoint import CHECKPOINTS, resolve
-from dicode.cli.evaluate_flags import Tune
-from dicode.data.cache import FrameCache
+from dicode.checkpoint import CHECKPOINTS
 from dicode.data.columns import CachedVideo
-from dicode.device import pick_device
 from dicode.evaluate.generation import draw_prompts
 from dicode.evaluate.own_scorer import clips_of_videos, length_frames
 from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, generated_clips, split_rows, spread
@@ -28,10 +22,9 @@ from dicode.evaluate.scores import blindness, mean_score
 from dicode.features.metrics import motion, percentile_rank, similarities
 from dicode.features.scorer import Scorer, agrees, truth_of
 from dicode.features.tinyvt import TinyVT
-from dicode.files import check_file, put_text, read_json
+from dicode.files import put_text, read_json
 from dicode.pipeline import DiCoDe
-from dicode.provenance import write_result
-from dicode.stopwatch import Stopwatch, duration, tracked
+from dicode.stopwatch import duration, tracked
 from dicode.video.timed import Video
 
 LEAST_PROMPTS = 8
@@ -48,50 +41,41 @@ class Trial:
     motion: float
 
 
-def tune(command: Tune, watch: Stopwatch) -> int:
-    """Try guidance × variance scale, then the decoder's guidance, each with the same prompts and noise."""
-    check_file(command.json)
-    folder = resolve(command.model)
-    target = target_of(folder, command.output)
-    scorer = None if command.scorer is None else Scorer(command.scorer)
-    with watch.stage("load"):
-        device = pick_device(command.device)
-        model = DiCoDe.from_pretrained(folder, device=str(device), dtype=getattr(torch, command.dtype))
-        made = Samples(model, FrameCache.load(command.cache), command.seed, Path(command.cache))
-    rows = training_rows(made, command.prompts)
-    measured_by, judge, clips = judged_by(made, rows, scorer)
-    print(f"{measured_by}; {len(rows)} training captions, {len(rows)} clips a setting")
-    real = real_videos(made, rows, clips)
-    still = float(np.mean([motion(video) for video in real])) or 1.0
-    prompts = [caption_of(made.cache.videos[row]) for row in rows]
+def tune(
+    samples: Samples,
+    scorer: Scorer | None,
+    prompts: int,
+    guidance: Sequence[float],
+    variance_scale: Sequence[float],
+    decoder_guidance: Sequence[float],
+) -> tuple[Settings, dict[str, Any]]:
+    """Try guidance × variance scale, then the decoder's guidance, each with the same prompts and noise.
 
-    def tried(settings: Settings) -> Trial:
+    Returns what `decided` does; `prompts` is the number of training captions.
+    """
+    model, rows = samples.model, training_rows(samples, prompts)
+    measured_by, judge, clips = judged_by(samples, rows, scorer)
+    print(f"{measured_by}; {len(rows)} training captions, {len(rows)} clips a setting")
+    real = real_videos(samples, rows, clips)
+    real_motion = float(np.mean([motion(video) for video in real])) or 1.0
+    captions = [caption_of(samples.cache.videos[row]) for row in rows]
+    seconds = length_frames(samples, clips) / model.tokenizer.config.fps
+
+    def trial_of(settings: Settings) -> Trial:
         began_s = time.monotonic()
-        seconds = length_frames(made, clips) / model.tokenizer.config.fps
-        videos = generated_clips(model, prompts, command.seed, seconds, **settings)
-        trial = Trial(settings, judge(videos), float(np.mean([motion(video) for video in videos])) / still)
+        videos = generated_clips(model, captions, samples.seed, seconds, **settings)
+        trial = Trial(settings, judge(videos), float(np.mean([motion(video) for video in videos])) / real_motion)
         took = duration(time.monotonic() - began_s)
         print(f"{named(settings) or 'as stored'}: {trial.scores.mean():.1f}, in {took}", flush=True)
         return trial
 
-    with watch.stage("settings"):
-        grid = grid_of(model, command.guidance, command.variance_scale)
-        print(f"{len(grid) + 1 + len(command.decoder_guidance)} settings at the most", flush=True)
-        trials = [tried(settings) for settings in ({}, *grid)]
-        best = max(trials, key=lambda trial: trial.scores.mean())
-        further = [{**best.settings, "decoder_guidance": value} for value in command.decoder_guidance]
-        trials += [tried(settings) for settings in further if changes_of(model, settings) != best.settings]
-    chosen, values = decided(trials, judge(real), measured_by)
-    print(table(model, values))
-    print(values["decision"])
-    if target is not None and (chosen or target != folder):
-        write_choice(folder, target, chosen)
-        print(f"{target}/config.json: {named(chosen) or 'as before'}")
-    if command.json is not None:
-        line = "dicode " + shlex.join(sys.argv[1:])
-        write_result(command.json, f"{Path(command.model).name}: tuned", values, len(rows), command.seed, line, device)
-        print(f"{command.json}")
-    return 0
+    grid = grid_of(model, guidance, variance_scale)
+    print(f"{len(grid) + 1 + len(decoder_guidance)} settings at the most", flush=True)
+    trials = [trial_of(settings) for settings in ({}, *grid)]
+    best = max(trials, key=lambda trial: trial.scores.mean())
+    further = [{**best.settings, "decoder_guidance": value} for value in decoder_guidance]
+    trials += [trial_of(settings) for settings in further if changes_of(model, settings) != best.settings]
+    return decided(trials, judge(real), measured_by)
 
 
 def target_of(folder: Path, output: Path | None) -> Path:
