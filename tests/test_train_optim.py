@@ -8,7 +8,6 @@ import torch
 from test_device import Products
 from torch import nn
 
-from dicode.cli.app import load_run
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
@@ -17,6 +16,7 @@ from dicode.train.lm import LanguageRun
 from dicode.train.lora import LoRAConfig, add_adapters
 from dicode.train.optim import COEFFICIENTS, Muon, OptimConfig, decayed, make_optimizers, orthogonalised
 from dicode.train.order import sample_indices
+from dicode.train.recipe import load_run
 from dicode.train.tokenizer import TokenizerRun
 
 SHAPES = [(6, 6), (4, 9), (9, 4), (6, 6), (4, 9)]
@@ -75,7 +75,7 @@ def modules() -> dict[str, nn.Module]:
     """A module of every kind that the bundled recipes train, its tensors without memory."""
     made: dict[str, nn.Module] = {}
     for name in ("sprites:first_stage", "sprites:denoiser", "sprites:lm", "world:lm", "paper:paper_tokenizer_256",
-                 "paper:gpt2_mini", "heads:run", "scale:llama_200k"):  # fmt: skip
+                 "paper:gpt2_mini"):  # fmt: skip
         file, _, function = name.partition(":")
         run = load_run(f"{RECIPES / file}.py:{function}")
         with torch.device("meta"):
