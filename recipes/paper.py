@@ -6,17 +6,17 @@
     dicode train recipes/paper.py:gpt2
     dicode assemble runs/paper-paper_tokenizer_256/best runs/paper-gpt2/best -o paper
 
-Each is meant for four GPUs of 80 GB, and says the micro-batches and the strategy that fit there (docs/plans.md has
-memory and days; `dicode info recipes/paper.py:gpt2 --gpus 8 --micro-batches 16` plans another machine):
+Each is sized for four GPUs of 80 GB: it sets the micro-batches and the strategy that fit there (memory and days:
+docs/paper-scale.md; another machine: `dicode info recipes/paper.py:gpt2 --gpus 8 --micro-batches 16`):
 
     torchrun --nproc-per-node 4 -m dicode train recipes/paper.py:gpt2
 
-None of these runs has been made: steps, batch sizes and learning rates are the usual ones for such sizes, untested;
-hours and results are unknown. The tokenizer predicts v on a schedule of zero terminal SNR, as DynamiCrafter-512 does;
-from DynamiCrafter-256, which predicts epsilon, its run needs `--model.objective epsilon` and is refused
-without. Clips are drawn with frame strides of 1 to 6, as far as the cache has the frames: 24 a second are enough for 2
-to 6, and 8 for 6 alone, at a third of the size. A run reads its cache from disk, through memory maps: a frame takes 0.2
-MB, its latents 16 kB, its deep tokens 33 kB.
+None of these runs has been made. Steps, batch sizes and learning rates are common for such sizes and untested; hours
+and results are unknown. The tokenizer uses v-prediction and a schedule of zero terminal SNR, as DynamiCrafter-512 does.
+DynamiCrafter-256 predicts epsilon: starting from it needs `--model.objective epsilon` and is refused without. Clips are
+sampled with frame strides of 1 to 6, as far as the cache has the frames: a cache at 24 fps allows 2 to 6, one at 8 fps
+only 6, at a third of the size. A run reads its cache from disk through memory maps: a frame takes 0.2 MB, its latents
+16 kB, its deep tokens 33 kB.
 """
 
 from dicode.lm.presets import SIZES, DeepLMConfig
@@ -27,11 +27,11 @@ PRIOR = "checkpoints/dynamicrafter"
 
 
 def paper_tokenizer_256() -> TokenizerRun:
-    """Resampler and U-Net, 1.49 B parameters, from a video prior; CLIP ViT-H/14 and Stable Diffusion's VAE stay.
+    """Resampler and U-Net, 1.49 B parameters, from a video prior; CLIP ViT-H/14 and Stable Diffusion's VAE are frozen.
 
     `--init` and `--first-stage` also take the published tokenizer (`dicode convert official`). As published, tokens are
-    not normalised; `--normalize-tokens` would normalise them from the first step on, and so change them for a U-Net and
-    a language model that know the published ones.
+    not normalised. `--normalize-tokens` normalises them from the first step on, which changes the inputs of a U-Net or
+    a language model trained on the published ones.
     """
     return TokenizerRun(
         cache="cache/videos",
@@ -64,11 +64,11 @@ def distilgpt2() -> LanguageRun:
 def gpt2() -> LanguageRun:
     """GPT-2's 124 M parameters and 27 M for deep tokens, from scratch.
 
-    From its published weights, at a learning rate as untested:
+    From its published weights, at an equally untested learning rate:
 
         dicode train recipes/paper.py:gpt2 --body openai-community/gpt2 --loop.optim.lr 1e-4
 
-    `--vocabulary FOLDER` takes its vocabulary alone; without either, one is learnt from the captions.
+    `--vocabulary FOLDER` uses its vocabulary alone; without either, a vocabulary is learnt from the captions.
     """
     return _language_model(SIZES["gpt2"], lr=6e-4)
 
@@ -89,7 +89,7 @@ def llama_1b() -> LanguageRun:
 
 
 def llama_3b() -> LanguageRun:
-    """3.21 B and 123 M parameters; `--body meta-llama/Llama-3.2-3B`. FSDP: no GPU of 80 GB holds its state."""
+    """3.21 B and 123 M parameters; `--body meta-llama/Llama-3.2-3B`. FSDP: its state exceeds one GPU of 80 GB."""
     return _language_model(SIZES["llama-3b"], lr=1.6e-4, micro_batches=8, strategy="fsdp")
 
 

@@ -1,16 +1,16 @@
-"""A model of about a thousand plain clips of one's own, in an hour of any two processor cores, bfloat16 or none.
+"""A model of your own data, about a thousand clips, in an hour on any two CPU cores, with or without bfloat16.
 
     dicode data cache my_clips/ -o cache/mine
-    dicode data check cache/mine                                    # what suits these clips, and what does not
+    dicode data check cache/mine                                    # statistics, and settings that suit these clips
     dicode train recipes/small.py --all --cache cache/mine --minutes 55 -o my_model
     dicode generate "…" --model my_model
 
-64×64, 8 fps, clips of 16 frames. Every stage is told apart in docs/train.md, with what its log should say.
+64×64, 8 fps, clips of 16 frames. docs/train.md explains every stage and the figures that its log should show.
 
-`SIZE` is the one dial: every width is a multiple of it, time goes with its square. 16 suits the hour; 24 and twice the
-time, or 32 and four times, where there is a GPU or a night. Some fields must be the same in all stages, since each
-reads what those before it made: `MODEL` (first stage, encoder, resampler, denoiser) in the first three, its
-`token_width` and number of tokens in the language model too. All others may be changed stage by stage.
+`SIZE` is the one dial: every width is a multiple of it, and time grows with its square. 16 suits an hour; 24 takes
+twice the time, 32 four times, for a GPU or a night. Some fields must agree between stages, since each reads the output
+of those before it: `MODEL` (first stage, encoder, resampler, denoiser) in the first three, its `token_width` and number
+of tokens also in the language model. All others may be changed stage by stage.
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ SAMPLING = {"guidance": 2.0, "variance_scale": 0.5, "decoder_guidance": 2.0, "st
 
 
 def first_stage() -> FirstStageRun:
-    """Image autoencoder, 8× smaller along each side, 16 channels. PSNR on validation frames: 26 dB will do."""
+    """Image autoencoder, 8× smaller along each side, 16 channels. Good enough: 26 dB PSNR on validation frames."""
     return FirstStageRun(
         model=MODEL.first_stage,
         loop=_loop(OptimConfig(steps=1500, batch_size=24, lr=1.5e-3, decay_fraction=0.5, ema_decay=0.995)),
@@ -48,7 +48,7 @@ def first_stage() -> FirstStageRun:
 
 
 def key_frames() -> TokenizerRun:
-    """Encoder, resampler and key-frame head on single frames: fixes what the deep tokens are."""
+    """Encoder, resampler and key-frame head on single frames: defines the deep tokens."""
     return TokenizerRun(
         first_stage="runs/small-first_stage/best",
         model=MODEL,
@@ -71,7 +71,7 @@ def denoiser() -> TokenizerRun:
 
 
 def lm() -> LanguageRun:
-    """A small Llama on the deep tokens: what a caption means."""
+    """A small Llama that predicts deep tokens from a caption."""
     return LanguageRun(
         tokenizer="runs/small-key_frames/best",
         model=replace(
@@ -98,6 +98,6 @@ def lm() -> LanguageRun:
 
 
 def _loop(optim: OptimConfig) -> LoopConfig:
-    """Eight evaluations; AdamW, which on a processor without bfloat16 makes two steps where Muon makes one."""
+    """Eight evaluations; AdamW, which without bfloat16 units makes two steps in the time of one with Muon."""
     every = -(-optim.steps // 8)
     return LoopConfig(evaluate_every=every, checkpoint_every=every, optim=replace(optim, warmup_steps=50))

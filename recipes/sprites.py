@@ -3,17 +3,17 @@ r"""The default bundled model, `sprites`: 64×64, 8 fps, 16 frames a clip, train
     dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
     dicode train recipes/sprites.py:first_stage
     dicode train recipes/sprites.py:key_frames
-    dicode train recipes/sprites.py:denoiser            # these two need nothing of each other
+    dicode train recipes/sprites.py:denoiser            # these two are independent
     dicode train recipes/sprites.py:lm
     dicode train recipes/sprites.py:first_stage_decoder
     dicode assemble runs/sprites-denoiser/best runs/sprites-lm/best -o sprites \
         --first-stage runs/sprites-first_stage_decoder/best
 
 The bundled model was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 2.5
---decoder-temperature 0.95 --motion-scale 1.3 --context-key-frames 8` as well.
+--decoder-temperature 0.95 --motion-scale 1.3 --context-key-frames 8`.
 To train it further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
 
-Every run continues where it was stopped when its command is given again. Hours and results of each: docs/log.md.
+The same command resumes an interrupted run. Hours and results of each: docs/log.md.
 """
 
 from dataclasses import replace
@@ -44,11 +44,11 @@ def first_stage() -> FirstStageRun:
 
 
 def first_stage_decoder() -> FirstStageRun:
-    """The same autoencoder's decoder once more: sharp frames from the same latents, even from soft ones.
+    """The decoder of the same autoencoder, fine-tuned: sharp frames from the same latents, even from blurred ones.
 
-    Half of its images are frames as the tokenizer renders them, of the rest half are what deep tokens hold of a frame;
-    a perceptual distance and a discriminator compare them. The bundled decoder had 2,900 steps without discriminator
-    and rendered frames before these (docs/log.md).
+    Half of its inputs are frames rendered by the tokenizer; of the rest, half are frames decoded from deep tokens. The
+    loss adds a perceptual distance and a discriminator. The bundled decoder was first trained for 2,900 steps without
+    discriminator and rendered frames (docs/log.md).
     """
     return FirstStageRun(
         init="runs/sprites-first_stage/best",
@@ -74,9 +74,9 @@ def first_stage_decoder() -> FirstStageRun:
 
 
 def key_frames() -> TokenizerRun:
-    """Encoder, resampler and key-frame head on single frames: fixes what the deep tokens are.
+    """Encoder, resampler and key-frame head on single frames: defines the deep tokens.
 
-    They begin with a linear code fitted to the latents and learn what to add to it (studies/tokens).
+    They start from a linear code fitted to the latents and learn a correction to it (studies/tokens).
     """
     return TokenizerRun(
         model=MODEL,
@@ -118,9 +118,9 @@ def denoiser() -> TokenizerRun:
 def lm() -> LanguageRun:
     """A 2.9 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB.
 
-    Strong noise on the tokens it reads makes it read the caption, Muon learns captions by heart faster (docs/log.md).
-    Key frames by flow matching with swapped words are the best of ten arrangements (studies/heads); the bundled one was
-    trained before there were swaps.
+    Strong noise on input tokens makes it depend on the caption; Muon memorises captions faster (docs/log.md). Key
+    frames by flow matching with swapped words were the best of ten variants (studies/heads); the bundled model was
+    trained before word swaps were added.
     """
     return LanguageRun(
         tokenizer="runs/sprites-key_frames/best",

@@ -13,7 +13,7 @@ START, END = "<!-- figures -->", "<!-- end of figures -->"
 def main() -> int:
     """Rewrite the block between the marks in each file; returns 1 where `--check` finds a stale one."""
     table = figures("sprites")
-    tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/plans.md": plans()}
+    tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/paper-scale.md": plans()}
     tables |= {"studies/tokens/README.md": tokens(), "studies/widths/README.md": widths()}
     tables["docs/evaluation.md"] = tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
     tables["dicode/checkpoints/world/README.md"] = tables["docs/world.md"] = figures("world")
