@@ -67,7 +67,9 @@ def read_storyboard(path: Path) -> list[Shot]:
     """
     try:
         content = yaml.load(read_text(path, MAX_BYTES), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none
+    except RecursionError as error:
+        raise ValueError(f"{path}: expected YAML such as '{FILE_EXAMPLE}', got lists nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
         raise ValueError(f"{path}: expected YAML such as '{FILE_EXAMPLE}' ({error})") from error
     if isinstance(content, dict) and list(content) == ["shots"]:
         content = content["shots"]

@@ -121,7 +121,7 @@ def test_prompts_of_windows_tools_have_no_mark_and_no_carriage_return(tmp_path: 
     ("name", "content", "said"),
     [
         ("p.txt", b"a fox\ncaf\xe9\n", "p.txt, line 2: not UTF-8"),
-        ("p.json", b"[" * 200_000, "p.json: nested too deeply"),
+        ("p.json", b"[" * 200_000, "p.json: not JSON (nested too deeply)"),
         ("p.json", b"[" + b"9" * 5000 + b"]", "p.json: not JSON"),
         ("p.json", b'[{"prompt_en": 3}]', "p.json: expected a list of objects with prompt_en"),
         ("p.json", b"{", "p.json: not JSON"),

@@ -209,7 +209,7 @@ def random_line(draw: random.Random) -> list[str]:
 
 def flags_of(kind: str) -> dict[str, Any]:
     """The flags of a command and their types, those of its groups included."""
-    from dicode.cli.app import app as cli
+    from dicode.cli import app as cli
 
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(getattr(cli, kind)).items():
