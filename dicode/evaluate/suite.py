@@ -63,7 +63,7 @@ def estimated_time(
     )
     seconds = {part: clips.seconds(units) for part, clips in work.items()}
     each = ", ".join(f"{part} {duration(max(1.0, part_s))}" for part, part_s in seconds.items())
-    return f"about {duration(max(1, sum(seconds.values())))} on this machine, by its first clips: {each}"
+    return f"about {duration(max(1.0, sum(seconds.values())))} on this machine, by its first clips: {each}"
 
 
 def blind_networks(samples: Samples, networks: Mapping[str, Network]) -> dict[str, str]:
