@@ -145,8 +145,8 @@ def assert_allocates(training: Callable[[], object], expected: TrainingBytes) ->
 @pytest.mark.parametrize("name", NAMESAKES)
 def test_each_language_model_is_its_namesake_with_the_named_extra_layers(name):
     config = SIZES[name]
-    w, d, n = config.width, config.token_width, config.tokens_per_keyframe
-    numbers = 2 * config.components * d + config.components
+    w, d, n = config.body.width, config.token_width, config.tokens_per_keyframe
+    numbers = 2 * config.head.components * d + config.head.components
     embedding = d * w + w + w * w + w + (config.max_keyframes + n) * w
     head = w * w + w + w * numbers + numbers
     added = 66 * w  # rows of the vocabulary
@@ -163,9 +163,9 @@ def test_the_published_unet_has_1_44_billion_parameters():
 
 def test_flops_of_a_language_model_are_those_of_the_closed_form():
     config, sizing = GPT2, lm_sizing(GPT2, BATCH)
-    s, w, d = 80 + 7 * 17, config.width, config.token_width
-    attended = 2 * 2 * w * config.depth  # query by key, weights by value, for each pair of positions
-    body = 2 * 12 * w**2 * config.depth
+    s, w, d = 80 + 7 * 17, config.body.width, config.token_width
+    attended = 2 * 2 * w * config.body.depth  # query by key, weights by value, for each pair of positions
+    body = 2 * 12 * w**2 * config.body.depth
     ends = 2 * (d * w + w**2), 2 * (w**2 + w * (2 * 8 * d + 8))  # embedding, head
     read = s * body + s * s * attended + 7 * 16 * sum(ends)
     assert list(sizing.flops.values())[:2] == [read, body + s * attended + sum(ends)]
@@ -457,6 +457,9 @@ def test_info_of_a_recipe_plans_all_its_runs_as_flags_change_them(capsys, tmp_pa
         "from dataclasses import replace\n"
         "from dicode.lm.presets import SIZES\n"
         "from dicode.train.lm import LanguageRun\n\n\n"
+        "def of_depth(depth):\n"
+        "    config = SIZES['sprites']\n"
+        "    return replace(config, body=replace(config.body, depth=depth))\n\n\n"
         "def tiny() -> LanguageRun:\n"
         "    return LanguageRun(model=of_depth(1), longer=(), longer_share=())\n\n\n"
         "def small() -> LanguageRun:\n"

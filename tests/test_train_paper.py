@@ -297,7 +297,7 @@ def save_body(kind: str, folder: Path, entries: int) -> GPT2LMHeadModel | LlamaF
     return model.eval()
 
 
-def body_config(kind: str, entries: int, **changes: Any) -> DeepLMConfig:
+def body_config(kind: str, entries: int, /, **changes: Any) -> DeepLMConfig:
     config = DeepLMConfig(
         BodyConfig("gpt2", width=24, depth=2, heads=3),
         head=HeadConfig(components=2),
