@@ -1,7 +1,6 @@
 """Write README.md's table and heads.svg from results/heads.json."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,4 +66,4 @@ def plot(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

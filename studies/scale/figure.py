@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,4 +65,4 @@ def scaled(low: float, high: float, first: float, last: float) -> Callable[[floa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
