@@ -14,6 +14,7 @@ from dicode.seeds import generator_for
 from dicode.video.timed import Video
 
 Interval = tuple[float, float]
+LEVEL = 0.95  # of intervals
 Clips = Iterable[UInt8[ndarray, "_ _ _ _"]]  # clips `f h w c`, each of its own length
 
 
@@ -139,5 +140,5 @@ def bootstrap_interval(
         values = first[drawn].mean(axis=1)
     else:
         values = np.array([statistic(*map(resampled, samples)) for _ in range(resamples)], dtype=np.float64)
-    low, high = np.quantile(values, [0.025, 0.975])
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
