@@ -37,6 +37,7 @@ from dicode.tokenizer.video_tokenizer import VideoTokenizer
 DENOISERS = {
     "hourglass": DenoiserConfig(width=32, fine_width=16, fine_blocks=1, depth=1, heads=2),
     "unet3d": DenoiserConfig(kind="unet3d", channels=(32, 64), depth=1, heads=2, text_width=12, text_tokens=3),
+    "wan": DenoiserConfig(kind="wan", width=32, depth=1, heads=2),
 }
 
 

@@ -1,6 +1,7 @@
 """What is drawn of a cache: no key frame past a video's end, no clip of a still, and no more work for more clips."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,31 @@ def test_written_key_frames_are_drawn_as_the_model_is_sampled(
     stage.written(stage.cache.videos)
     stage.sheet()
     assert [options["sampling"] for options in given] == 2 * [dataclasses.replace(sampling, context_key_frames=0)]
+
+
+class Drawn:
+    """Tokens of 400 clips' first two key frames, whatever rows are asked for."""
+
+    def __init__(self, kept: float, drift: float):
+        start, step = (torch.randn(400, 1, 4, 6, generator=generator_for(i)) for i in range(2))
+        self.values = torch.cat([start, kept * start + drift * step], dim=1)
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.values
+
+
+@pytest.mark.parametrize(
+    ("kept", "drift", "residual", "whole", "end"), [(1, 0.1, 0.01, 1, "may not fit, try True"), (0, 2, 5, 4, "fits")]
+)
+def test_a_run_compares_the_variance_of_residuals_with_that_of_key_frames(
+    tiny_model: Path, cache: Path, kept: float, drift: float, residual: float, whole: float, end: str
+) -> None:
+    stage = language(tiny_model, cache)
+    stage.tokens = Drawn(kept, drift)  # type: ignore[assignment]
+    line = stage.residual_variance()
+    found = [float(number) for number in re.findall(r"(?<= )[\d.]+(?=,| \()", line)]
+    assert found == pytest.approx([whole, residual], rel=0.1)
+    assert line.endswith(f"model.predict_residual False {end}")
 
 
 def test_the_real_side_of_an_evaluation_has_no_clip_that_is_held_to_its_end(tiny_model: Path, cache: Path) -> None:

@@ -22,7 +22,7 @@ from dicode.config import (
 Widths = Annotated[tuple[Width, ...], Items(1, 8)]
 Depths = Annotated[tuple[Depth, ...], Items(1, 8)]
 Joins = Literal["chained", "parallel", "independent"]
-DenoiserName = Literal["hourglass", "unet3d"]  # the keys of `denoiser.DENOISERS`
+DenoiserName = Literal["hourglass", "unet3d", "wan"]  # the keys of `denoiser.DENOISERS`
 # `flow`: flow matching with logit-normal times. `v_prediction`: the published schedule, of zero terminal SNR.
 # `epsilon`: the same schedule before it is rescaled to zero terminal SNR; DynamiCrafter-256 was trained so.
 Objective = Literal["flow", "v_prediction", "epsilon"]

@@ -11,6 +11,7 @@ denoiser; docs/extend.md adds one.
 from collections.abc import Callable
 
 import torch
+from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from einops import rearrange
 from torch import Tensor, nn
@@ -149,4 +150,35 @@ def frames_convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     return rearrange(y, "(b f) c h w -> b f h w c", f=x.shape[1])
 
 
-DENOISERS: dict[str, Callable[[TokenizerConfig], nn.Module]] = {"hourglass": Hourglass, "unet3d": UNet3D}
+class Wan(nn.Module):
+    """diffusers' WanTransformer3DModel: full attention over all positions of a clip, deep tokens as its context.
+
+    To its cross-attention the context is a set, so tokens carry learned places: head or tail, and which of the n.
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = sizes = config.denoiser
+        resampler, latent_channels = config.resampler, config.first_stage.latent_channels
+        self.token_places = nn.Parameter(torch.randn(2, resampler.queries, resampler.token_width) * 0.5)
+        self.transformer = WanTransformer3DModel(
+            patch_size=(1, 1, 1),
+            num_attention_heads=sizes.heads,
+            attention_head_dim=sizes.width // sizes.heads,
+            in_channels=input_channels(sizes, latent_channels),
+            out_channels=latent_channels,
+            text_dim=resampler.token_width,
+            ffn_dim=sizes.width * 4,
+            num_layers=sizes.depth,
+        )
+
+    def forward(self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning) -> ClipLatents:
+        """As `Hourglass.forward`."""
+        noisy = noisy.to(self.token_places.dtype)
+        x = rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b c f h w")
+        tokens = rearrange(conditioning.tokens + self.token_places, "b two n d -> b (two n) d").to(x)
+        y = self.transformer(x, timestep, tokens, return_dict=False)[0]
+        return rearrange(y, "b c f h w -> b f c h w").float()
+
+
+DENOISERS: dict[str, Callable[[TokenizerConfig], nn.Module]] = {"hourglass": Hourglass, "unet3d": UNet3D, "wan": Wan}

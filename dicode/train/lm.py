@@ -22,6 +22,7 @@ from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, Video
 from dicode.train.augment import View, augmented_caption
 from dicode.train.first_stage import frames_to_pixels, pixels_to_frames
 from dicode.train.lora import add_adapters, merged
+from dicode.train.parallel import Processes
 from dicode.train.runs import VALIDATION_CLIPS, LanguageRun
 from dicode.train.tokenizer import at_once, latents_name
 from dicode.video.sheet import contact_sheet
@@ -31,6 +32,7 @@ RANKED_CLIPS = 48  # validation clips whose captions are matched with each other
 WRITTEN_CLIPS = 64  # captions of either split that the model generates from at every evaluation …
 WRITTEN_AMONG = 2048  # … and clips among which the result is looked up
 SCORED_CLIPS = 16  # validation captions whose generated videos are scored
+MEASURED_CLIPS = 512  # whose variances say whether residuals or whole key frames are easier to predict
 MOST_READ = 200_000  # training videos whose captions the vocabulary is learnt from
 BODY_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
 
@@ -122,6 +124,22 @@ class LanguageTraining:
             add_adapters(self.module, run.lora, run.loop.seed)
         if run.loop.compile:
             self.module.compile(dynamic=False)
+        if Processes().first and (line := self.residual_variance()):
+            print(line, flush=True)
+
+    def residual_variance(self) -> str:
+        """A line that compares `model.predict_residual` with the data; empty where key frames stand alone."""
+        videos = self.cache.columns.lasting(self.tokenizer.config.clip_s).spread(MEASURED_CLIPS)
+        if len(videos) < 2 or max((self.run.key_frames, *self.run.longer)) < 2:
+            return ""
+        tokens = self.tokens[torch.stack([self.key_frame_rows(video, 2) for video in videos])].float()
+        residual = (tokens[:, 1] - tokens[:, 0]).square().mean().item()
+        whole = (tokens[:, 1] - tokens[:, 1].mean(0)).square().mean().item()
+        chosen, fits = self.run.model.predict_residual, residual < whole
+        return (
+            f"variance of key frames {whole:.3g}, of their residuals {residual:.3g} ({len(videos)} clips): "
+            f"model.predict_residual {chosen} {'fits' if chosen == fits else 'may not fit, try ' + str(fits)}"
+        )
 
     def _scorer(self, spec: str, folder: Path) -> Scorer:
         """The scorer. Raises `ValueError` where this tokenizer renders no clips to score."""

@@ -1,6 +1,7 @@
 """Containers through PyAV: frames with their times, and whether the file is whole."""
 
 import math
+import re
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -203,6 +204,11 @@ def _shortfall(path: Path, container: InputContainer, stream: VideoStream, count
     slack_s = 2 * tick_s + 0.05 if "matroska" in kind else 0.5 * tick_s  # the last frame of a .mkv may be longer
     if declared_s is not None and declared_s - end_s > slack_s:
         return f"{end_s:.2f} s of the {declared_s:.2f} s its header names"
+    if counts.packets < stream.frames and (kind == "avi" or "mp4" in kind):
+        start_s = _seconds(stream.start_time, stream.time_base) or 0.0
+        mean_s = (end_s - start_s) / counts.packets  # an AVI counts frames that repeat the one before, too
+        if end_s + (0.5 * tick_s if mean_s < 1.1 * tick_s else 2 * mean_s) < start_s + stream.frames * tick_s:
+            return f"{counts.packets} of the {stream.frames} its header names"
     if kind == "mpegts" and all(size % step for step in (188, 192, 204)):
         return "it ends within a packet"
     if declared_size > size:
@@ -221,6 +227,9 @@ def _declared_end_s(container: InputContainer, stream: VideoStream) -> float | N
     kind = container.format.name
     if kind == "mxf":
         return _seconds(stream.duration, stream.time_base)
+    if "matroska" in kind and (tag := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))):
+        hours, minutes, seconds = tag.groups()
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     if container.duration and len(container.streams) == 1 and ("matroska" in kind or kind == "flv"):
         return container.duration / av.time_base
     return None  # with sound, it may be the sound's
