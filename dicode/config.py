@@ -105,7 +105,7 @@ def config_from_dict(kind: type[T], values: Any, where: str = "config") -> T:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in values:
             raise CheckpointError(f"{where}: missing key {key!r}")
-    hints = _hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     built = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     try:
         return kind(**built)
@@ -126,7 +126,7 @@ def check_ranges(config: Any, name: Callable[[str], str] = str, inside: str = ""
     `name` turns a field's path (loop.optim.lr) into the error's name for it.
     """
     try:
-        hints = _hints(type(config))
+        hints = _hints(type(config))  # type: ignore[arg-type]
     except NameError:  # of a user's own dataclass, whose annotations cannot be resolved
         return
     for field in dataclasses.fields(config):

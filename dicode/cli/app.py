@@ -152,8 +152,8 @@ def _parsed(argv: list[str]) -> Any:
         app.command(name=command.__name__.lower())(command)
     for name, (text, commands) in GROUPED.items():
         group = SubcommandApp()
-        for command in commands:
-            group.command(name=command.__name__.lower())(command)
+        for part in commands:
+            group.command(name=part.__name__.lower())(part)
         app.command(group, name=name, help=text)
     description = "Text to video with a language model. `dicode --version` prints the version."
     parsed = app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))

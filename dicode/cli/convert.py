@@ -66,7 +66,7 @@ def official(command: Official, watch: Stopwatch) -> None:
     if command.lm is not None:
         folder, files = Path(command.vocabulary), ("vocab.json", "merges.txt")
         vocabulary = TextTokenizer.gpt2(folder if folder.is_dir() else downloaded(command.vocabulary, files))
-    named = {"clip": command.clip, "vocabulary": vocabulary}
+    named: dict[str, Any] = {"clip": command.clip, "vocabulary": vocabulary}
     _run(partial(convert_official, command.output, command.tokenizer, command.lm, **named), command, watch)
 
 
@@ -74,7 +74,7 @@ def dynamicrafter(command: Dynamicrafter, watch: Stopwatch) -> None:
     """Writes a checkpoint folder."""
     from dicode.convert.priors import convert_dynamicrafter
 
-    named = {"clip": command.clip, "objective": command.objective}
+    named: dict[str, Any] = {"clip": command.clip, "objective": command.objective}
     _run(partial(convert_dynamicrafter, command.checkpoint, command.output, **named), command, watch)
 
 

@@ -5,7 +5,7 @@ import random
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -257,7 +257,8 @@ def sheet(command: Sheet, watch: Stopwatch) -> None:
     check_sheet(command.output)
     records = read_index(command.folder)
     order = random.Random(command.seed).sample(range(len(records)), len(records))
-    clips, labels = [], []
+    clips: list[Any] = []
+    labels: list[str] = []
     with Progress("reading", command.count, "clip") as progress:
         for record in (records[i] for i in order):
             if len(clips) == command.count:

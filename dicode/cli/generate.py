@@ -1,5 +1,6 @@
 """`dicode generate`: one video from a prompt, or one from each line of a file."""
 
+from collections.abc import Sequence
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,9 @@ def _prompts(command: Generate) -> list[tuple[Any, dict[str, Any]]]:
 
     if command.storyboard is not None:
         return [(read_storyboard(command.storyboard), {})]
-    texts = [(str(command.prompt), {})] if command.prompts is None else read_prompts(command.prompts)
+    texts: Sequence[tuple[str, dict[str, Any]]] = [(str(command.prompt), {})]
+    if command.prompts is not None:
+        texts = read_prompts(command.prompts)
     return [(parse_storyboard(text) or text, keys) for text, keys in texts]
 
 

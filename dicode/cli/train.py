@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from tyro.conf import Positional, Suppress, arg
 
@@ -151,17 +151,17 @@ def finetune(command: Finetune, watch: Stopwatch) -> None:
         raise ValueError(f"none of {len(records)} clips has a caption to learn from; --parts denoiser needs none")
     work_on.claim_folder(work, command.output, base, records, command.loops)
     with watch.stage("cache"):
-        size = runs["denoiser"].model.size
+        size = cast(Any, runs["denoiser"].model).size
         cache(Cache(command.folders, str(work / "cache"), size=size, loops=command.loops), watch)
         videos = FrameCache.load(work / "cache").videos
         held = work_on.check_split(work / "cache", videos)
     trained = len(videos) - held
-    chosen = {part: run for part, run in runs.items() if part in command.parts}
+    chosen: dict[str, Any] = {part: run for part, run in runs.items() if part in command.parts}
     figures = work_on.train_parts(chosen, work, command.minutes, watch)
-    best = [work / part / "best" if part in chosen else base for part in runs]
+    best_tokenizer, best_lm = (work / part / "best" if part in chosen else base for part in ("denoiser", "lm"))
     card = work_on.model_card(command.output, base, prompt or "a prompt", command_line(), (trained, held), figures)
     with watch.stage("assemble"):
-        join(*best, command.output, dtype=getattr(torch, command.dtype), card=card)
+        join(best_tokenizer, best_lm, command.output, dtype=getattr(torch, command.dtype), card=card)
     if command.json is not None:
         values = {**figures, "clips": len(videos), "lora": lora, "seconds": watch.seconds}
         values |= {"processor_s": time.process_time(), "peak_memory_mib": peak_memory_mib()}

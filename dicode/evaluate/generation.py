@@ -108,7 +108,7 @@ def validation_scores(
         )
     order = torch.randperm(len(training), generator=generator_for(samples.seed, "real clips"))
     drawn = [training[i] for i in order[: len(rows)].tolist()]
-    scores = {}
+    scores: dict[str, Any] = {}
     for network in networks:
         real, others = (samples.real_clips.features(network, those) for those in (rows, drawn))
         own = scores_of_sets(network, real, {"generated": generated[network.name]}, captions, samples.seed)

@@ -6,7 +6,7 @@ network. All parts of `dicode evaluate` and the report read these tables (docs/e
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -81,8 +81,8 @@ def scores_of_sets(
         sets = {"real": real, **candidates} if metric.of_real else candidates
         found = {key: metric.score(SetComparison(network, real, own, captions, seed)) for key, own in sets.items()}
         if own := {key: score for key, score in found.items() if score is not None}:
-            with_text = name == "alignment" and isinstance(network, TextNetwork)
-            scores[network.alignment if with_text else f"{name}-{network.name}"] = own
+            is_alignment = name == "alignment" and isinstance(network, TextNetwork)
+            scores[cast(TextNetwork, network).alignment if is_alignment else f"{name}-{network.name}"] = own
     return scores
 
 

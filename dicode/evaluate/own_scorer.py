@@ -70,7 +70,7 @@ def videos_of(samples: Samples, videos: Sequence[CachedVideo], clips: int) -> di
         rows = [cache.clip_rows(video, 0.0, clips * config.tail_frame + 1, config.fps) for video in part]
         real = torch.stack([cache.frames[own] for own in rows])
         decoded = model.tokenizer.decode(model.tokenizer.encode(real), seed=samples.seed, sample_indices=indices)
-        options = {"seconds": length / config.fps, "seed": samples.seed + 3, "sample_indices": indices}
+        options: dict[str, Any] = {"seconds": length / config.fps, "seed": samples.seed + 3, "sample_indices": indices}
         generated = model.generate_batch([caption_of(video) for video in part], **options)
         for case, frames in zip(cases, ([real], decoded, generated), strict=True):
             by_case[case] += list(torch.cat([own.cpu() for own in frames], dim=1)[:, :length].numpy())

@@ -110,7 +110,7 @@ def chosen_clips(whole: FrameCache) -> FrameCache:
 
 
 def trained_and_measured(
-    folder: Path, stage: LanguageTraining, budget: int, sprites: DiCoDe, whole: FrameCache, features: Any
+    folder: Path, stage: LanguageTraining, budget: float, sprites: DiCoDe, whole: FrameCache, features: Any
 ) -> dict[str, Any]:
     """Figures of one run of `budget` FLOPs."""
     flops = Planner(stage.run).step_flops()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -153,7 +153,7 @@ def counted(run: LanguageRun) -> Figures:
     """Parameters and training FLOPs, without data or weights."""
     planner = Planner(run)
     module = planner.stages[False].module
-    every, text = count_parameters(module), count_parameters(module.backbone.body.get_input_embeddings())
+    every, text = count_parameters(module), count_parameters(cast(Any, module).backbone.body.get_input_embeddings())
     return {
         "parameters": every,
         "without_text": every - text,  # the text's embedding table is looked up, not computed with
