@@ -1,7 +1,7 @@
 """`dicode generate`: one video from a prompt, or one from each line of a file."""
 
-from collections.abc import Sequence
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any

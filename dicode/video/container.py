@@ -1,8 +1,8 @@
 """Containers through PyAV: frames with their times, and whether the file is whole."""
 
 import math
-import re
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
