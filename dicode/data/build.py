@@ -284,8 +284,9 @@ def write_cache(notes: Sequence[ShardNote], output: Place) -> None:
         if old.name.partition(".")[0] not in names:
             old.unlink()
     shards = [note.shard for note in notes if note.shard]
-    firsts = accumulate((note.shard.frames if note.shard else 0 for note in notes), initial=0)
-    entries = [(first, entry) for first, note in zip(firsts, notes, strict=False) for entry in note.entries]
+    counts = [note.shard.frames if note.shard else 0 for note in notes]
+    firsts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
+    entries = [(first, entry) for first, note in zip(firsts, notes, strict=True) for entry in note.entries]
     videos = [replace(e.video, first=first + e.video.first) for first, e in entries if not e.repeats]
     copies = [(e.video, e.repeats) for _, e in entries if e.repeats]
     lines = [{"source": v.source, "file": v.file, "start_s": v.start_s, "repeats": repeats} for v, repeats in copies]

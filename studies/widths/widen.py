@@ -45,7 +45,8 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
     assert wide.linear_code is not None
     fitted = latents[rows.spread(MOST_FITTED), 0].float()
     mean, variance = extend(wide.linear_code, held.linear_code, held.normalizer, fitted)
-    wide.normalizer.load_state_dict({"running_mean": mean, "running_var": variance}, strict=False)
+    fitted_state = {**wide.normalizer.state_dict(), "running_mean": mean, "running_var": variance}
+    wide.normalizer.load_state_dict(fitted_state)
     grow(wide.denoiser, held.denoiser.state_dict(), OF_DENOISER)
     wide_lm = DeepTokenLM(replace(lm.config, token_width=token_width), lm.text)
     grow(wide_lm, lm.state_dict(), OF_LANGUAGE_MODEL)
