@@ -1,4 +1,4 @@
-# make demo | test | lint | clean.  Needs Python 3.11 or newer and nothing else: everything is installed into .venv.
+# make demo | test | lint | docs | clean.  Needs Python 3.11 or newer and nothing else: everything is installed into .venv.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ PROBE := import sys, urllib.request as u; \
 	sys.platform == "linux" and u.urlopen(u.Request("$(CPU_TORCH)/torch/", method="HEAD"), timeout=3) and print("$(CPU_TORCH)")
 TORCH_INDEX ?= $(eval TORCH_INDEX := $(shell $(PYTHON) -c '$(PROBE)' 2>/dev/null))$(TORCH_INDEX)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -30,6 +30,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python tools/figures.py --check
+
+# Pages of every module's docstrings, build/docs/index.html
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m pdoc --no-show-source -o build/docs dicode '!dicode.cli'
 
 clean:
 	rm -rf $(VENV) build dist demo.mp4 demo.json demo.png .pytest_cache .mypy_cache .ruff_cache

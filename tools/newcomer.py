@@ -45,15 +45,15 @@ def main() -> None:
     held = [row["caption"] for row in rows[::15]]
     prompts = trained[:: max(1, len(trained) // PROMPTS)][:PROMPTS] + held[:: max(1, len(held) // HELD)][:HELD]
     (asked.work / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
-    seconds = {}
+    seconds, recipe = {}, Path("recipes/small.py")
     for line in (
         "dicode data index clips",
         "dicode data cache clips -o cache --loops",
         "dicode data check cache",
-        f"dicode train {Path('recipes/small.py').resolve()} --all --cache cache --minutes {asked.minutes:g} -o model",
+        f"dicode train {recipe} --all --cache cache --minutes {asked.minutes:g} -o model",
         "dicode generate --prompts prompts.txt --seconds 2 --scale 1 --model model -o video.mp4",
     ):
-        seconds[line] = timed(line, asked.work)
+        seconds[line] = timed(line.replace(str(recipe), str(recipe.resolve())), asked.work)
     runs = {folder.name: read_plan(folder) for folder in sorted((asked.work / "runs").iterdir())}
     minutes = {name: spent_minutes(asked.work / "runs" / name) for name in runs}  # of all starts
     best = {name: last_validation(asked.work / "runs" / name) for name in runs}
