@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dicode.train.checkpoint import TrainState
+from dicode.train.distributed import Processes, Strategy, full
 from dicode.train.lm import LanguageRun
 from dicode.train.loop import Training, draw_batches, train_step
 from dicode.train.optim import Muon
-from dicode.train.parallel import Processes, Strategy, full
-from dicode.train.recipe import load_run
+from dicode.train.runs import load_run
 from dicode.train.stages import Run, stage_of
 
 STEPS, MICRO_BATCHES = 3, 2

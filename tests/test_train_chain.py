@@ -14,12 +14,11 @@ from dicode.cli.app import main, parse
 from dicode.cli.train import Train, TrainAll
 from dicode.pipeline import DiCoDe
 from dicode.train.chain import Chain, wired
+from dicode.train.distributed import Processes
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Stage
-from dicode.train.pace import Pace, measured_pace, plan_of
-from dicode.train.parallel import Processes
 from dicode.train.runs import LanguageRun, LoopConfig
-from dicode.train.stages import stage_of
+from dicode.train.stages import Pace, measured_pace, plan_of, stage_of
 
 RECIPE = """
 from dataclasses import replace
@@ -143,15 +142,14 @@ def test_minutes_become_steps_that_stay_as_they_are(
 ) -> None:
     """On another day, at another speed, the same command goes on to the same end."""
     command = ["train", f"{root}/toy.py:first_stage", "--cache", str(root / "cache"), "--run-folder", str(tmp_path)]
-    monkeypatch.setattr("dicode.train.pace.measured_pace", lambda *_: Pace(step_s=0.5, evaluation_s=0.25))
-    for module in ("pace", "stages"):
-        monkeypatch.setattr(f"dicode.train.{module}.time", FrozenTime())
+    monkeypatch.setattr("dicode.train.stages.measured_pace", lambda *_: Pace(step_s=0.5, evaluation_s=0.25))
+    monkeypatch.setattr("dicode.train.stages.time", FrozenTime())
     assert main([*command, "--minutes", "0.1"]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["steps"] == 10 and plan["evaluate_every"] == 4  # 6 s: 10 steps and 3 evaluations
     last = {p.name for p in tmp_path.glob("step-*")}
     assert "step-00000010" in last
-    monkeypatch.setattr("dicode.train.pace.measured_pace", lambda *_: Pace(step_s=0.01, evaluation_s=0.25))
+    monkeypatch.setattr("dicode.train.stages.measured_pace", lambda *_: Pace(step_s=0.01, evaluation_s=0.25))
     assert main([*command, "--minutes", "0.1"]) == 0 and main(command) == 0
     assert {p.name for p in tmp_path.glob("step-*")} == last
     assert main([*command, "--minutes", "0.2"]) == 2

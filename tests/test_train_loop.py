@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dicode.train.checkpoint import TrainState
+from dicode.train.distributed import Processes
 from dicode.train.loop import Training, draw_batches, train_step
-from dicode.train.parallel import Processes
 from dicode.train.runs import LoopConfig, OptimConfig
 
 TERMS = torch.tensor([1, 5, 2, 0, 4, 1, 3, 0])  # key frames of each sample

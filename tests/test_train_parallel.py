@@ -21,8 +21,8 @@ from torch import nn
 from toy_runs import loop, runs, write_cache
 
 from dicode.seeds import generator_for
+from dicode.train.distributed import Processes, StepModule, blocks_of, recompute_activations
 from dicode.train.loop import Training
-from dicode.train.parallel import Processes, StepModule, blocks_of, recompute_activations
 from dicode.train.stages import run_recipe, stage_of
 
 HERE = Path(__file__).parent

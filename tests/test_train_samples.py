@@ -19,11 +19,12 @@ from dicode.seeds import generator_for
 from dicode.tokenizer.config import SamplingConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.augment import augmented_caption
+from dicode.train.cached import first_stage_latents, frame_tokens, key_frames_of, latents_name
 from dicode.train.first_stage import validation_rows
-from dicode.train.lm import LanguageTraining, frame_tokens, key_frames_of
+from dicode.train.lm import LanguageTraining
 from dicode.train.loop import train
 from dicode.train.runs import VALIDATION_CLIPS, AugmentConfig, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
-from dicode.train.tokenizer import TokenizerTraining, first_stage_latents, latents_name
+from dicode.train.tokenizer import TokenizerTraining
 
 LENGTHS = [1, 8, 16, 32, 72, 30]  # frames at 8 fps: a still, 1 s, a clip of 2 s, 4 s, 9 s, 3.75 s
 LM = DeepLMConfig(

@@ -26,8 +26,8 @@ from dicode.data.columns import Videos
 from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.provenance import write_result
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.distributed import Processes
 from dicode.train.loop import Training
-from dicode.train.parallel import Processes
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import stage_of
 

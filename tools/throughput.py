@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from dicode.provenance import write_result
+from dicode.train.distributed import Processes
 from dicode.train.loop import Training
-from dicode.train.parallel import Processes
-from dicode.train.recipe import load_run
+from dicode.train.runs import load_run
 from dicode.train.stages import stage_of
 
 RECIPES = Path(__file__).parents[1] / "recipes/sprites.py"

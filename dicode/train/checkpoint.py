@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from dicode.checkpoint import is_finite
 from dicode.config import CheckpointError
 from dicode.files import PARTIAL, flush, sha256_of
-from dicode.train.parallel import Processes, local
+from dicode.train.distributed import Processes, local
 
 KEPT = 2
 SUMS, STATE = "SHA256SUMS", "state.json"

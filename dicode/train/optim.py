@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from dicode.train.distributed import local
 from dicode.train.lora import LowRank
-from dicode.train.parallel import local
 from dicode.train.runs import OptimConfig
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -23,7 +23,7 @@ from dicode.pipeline import DiCoDe
 from dicode.shapes import DeepTokens
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import WEIGHTS
-from dicode.train.first_stage import frames_to_pixels
+from dicode.train.cached import frames_to_pixels
 from dicode.train.lm import LanguageTraining
 from dicode.train.runs import LanguageRun, TokenizerRun
 from dicode.train.tokenizer import TokenizerTraining
