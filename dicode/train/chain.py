@@ -50,10 +50,17 @@ class Chain:
     def of(cls, file: str, cache: str | None, runs: Path, first_stage: str | None = None) -> "Chain":
         """Read a recipe file; `cache` is where the clips lie (default: its own), `runs` the folder of run folders.
 
-        `first_stage` is a model, bundled or a folder, whose first stage is taken as it is.
+        `first_stage` is a model, bundled or a folder, whose first stage is taken as it is. Raises `ValueError` where
+        the stages do not give a whole model, or `SAMPLING` names no options of it.
         """
         stages, shares, sampling = stages_of(file)
-        check_stages(file, stages, sampling)
+        renders = any(isinstance(run, TokenizerRun) and run.train_denoiser for run in stages.values())
+        if not renders or not any(isinstance(run, LanguageRun) for run in stages.values()):
+            raise ValueError(f"{file}: expected STAGES with a TokenizerRun that denoises, and a LanguageRun")
+        try:
+            SamplingConfig().changed(**sampling)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: SAMPLING: {error}") from error
         trained = resolve(first_stage) if first_stage else None
         folders = {name: runs / f"{Path(file).stem}-{name}" for name in stages}
         best: dict[str, Path] = {}  # of the stages before
@@ -120,18 +127,6 @@ class Chain:
                     found[name] = measured_pace(stage, run.loop, processes)
                 stage.export(own.folders[name] / "best")  # for the stages after it
         return found
-
-
-def check_stages(file: str, stages: Mapping[str, Run], sampling: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where the stages of a file do not give a whole model, or its `SAMPLING` is none."""
-    runs = stages.values()
-    renders = any(isinstance(run, TokenizerRun) and run.train_denoiser for run in runs)
-    if not renders or not any(isinstance(run, LanguageRun) for run in runs):
-        raise ValueError(f"{file}: expected STAGES with a TokenizerRun that denoises, and a LanguageRun")
-    try:
-        SamplingConfig().changed(**sampling)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: SAMPLING: {error}") from error
 
 
 def wired(run: Run, best: Mapping[str, Path]) -> Run:

@@ -8,7 +8,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from types import FrameType
@@ -183,14 +183,6 @@ def recompute_activations(module: nn.Module) -> None:
     for block in blocks_of(module):
         if getattr(block.forward, "func", None) is not checkpoint:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def gradients_shared(step: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Backward passes in here average gradients over all processes if `last`; else they wait for the last.
-
-    FSDP averages every one: to wait would be to hold gradients whole.
-    """
-    return step.no_sync() if isinstance(step, DistributedDataParallel) and not last else nullcontext()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
@@ -21,6 +21,7 @@ from numpy import ndarray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from dicode.checkpoint import content_hash, is_finite
@@ -159,56 +160,48 @@ class Training:
         return name, sign
 
 
-def train(
-    stage: Stage, config: LoopConfig, folder: Path, recipe: dict[str, Any], source: Path | None = None
-) -> dict[str, float]:
-    """Train to `config.optim.steps` in `folder`, continuing from its newest whole checkpoint; returns the best metrics.
-
-    `recipe` and the file `source` are copied there. A SIGTERM or SIGINT finishes the step, writes a checkpoint and
-    raises `SystemExit(75)`. Raises `NonFiniteLossError`, and `CheckpointError` for checkpoints that cannot be read or
-    written.
-    """
-    with session(folder, stage.run, config) as (processes, stop):
-        return train_within(processes, stop, stage, config, folder, recipe, source)
-
-
 @contextmanager
 def session(folder: Path, run: Any, config: LoopConfig) -> Iterator[tuple[Processes, StopSignal]]:
-    """In here the processes of this run, and no others, train in `folder`; a signal asks them to stop."""
+    """In here the processes of this run, and no others, train in `folder`. Raises `ValueError` as `claimed`."""
     with StopSignal() as stop, Processes() as processes, claimed(folder, data_of(run), config, processes):
         yield processes, stop
 
 
-def train_within(
-    processes: Processes,
-    stop: StopSignal,
+def train(
     stage: Stage,
     config: LoopConfig,
     folder: Path,
     recipe: dict[str, Any],
     source: Path | None = None,
+    within: tuple[Processes, StopSignal] | None = None,
 ) -> dict[str, float]:
-    """As `train`, within its `session`."""
-    run, state = Training.of(stage, config, processes), TrainState()
-    if newest := newest_checkpoint(folder, processes):
-        state = load_checkpoint(newest, run.tensors(), processes)
-    if processes.first:
-        if newest:
-            print(f"continuing {folder} from step {state.step}", flush=True)
-        environment = {
-            "device": describe_device(run.device),
-            "dtype": name_of(compute_dtype(run.device, config.precision)),
-            "threads": torch.get_num_threads(),
-            "processes": processes.count,
-            "data": data_of(stage.run),
-        }
-        note_start(folder, state.step, {"recipe": recipe, "loop": config_to_dict(config)}, source, environment)
-    log = RunLog(folder, state.step, config.tracker, recipe, processes.first)
-    with log, sdpa_kernel(attention_on(run.device)):
-        if config.best and state.step == 0:
-            log.write("validation", 0, _first_metrics(run, stop))
-        _loop(run, state, folder, log, stop)
-    return {} if state.best is None else state.best
+    """Train to `config.optim.steps` in `folder`, continuing from its newest whole checkpoint; returns the best metrics.
+
+    `recipe` and the file `source` are copied there; `within` is a `session` that was begun. A SIGTERM or SIGINT
+    finishes the step, writes a checkpoint and raises `SystemExit(75)`. Raises `NonFiniteLossError`, and
+    `CheckpointError` for checkpoints that cannot be read or written.
+    """
+    with nullcontext(within) if within else session(folder, stage.run, config) as (processes, stop):
+        run, state = Training.of(stage, config, processes), TrainState()
+        if newest := newest_checkpoint(folder, processes):
+            state = load_checkpoint(newest, run.tensors(), processes)
+        if processes.first:
+            if newest:
+                print(f"continuing {folder} from step {state.step}", flush=True)
+            environment = {
+                "device": describe_device(run.device),
+                "dtype": name_of(compute_dtype(run.device, config.precision)),
+                "threads": torch.get_num_threads(),
+                "processes": processes.count,
+                "data": data_of(stage.run),
+            }
+            note_start(folder, state.step, {"recipe": recipe, "loop": config_to_dict(config)}, source, environment)
+        log = RunLog(folder, state.step, config.tracker, recipe, processes.first)
+        with log, sdpa_kernel(attention_on(run.device)):
+            if config.best and state.step == 0:
+                log.write("validation", 0, _first_metrics(run, stop))
+            _loop(run, state, folder, log, stop)
+    return state.best or {}
 
 
 def data_of(run: Any) -> str:
@@ -291,7 +284,9 @@ def train_step(run: Training, state: TrainState, batches: dict[int, Any]) -> dic
     scalars, terms = [], torch.tensor([run.stage.weight(batch) for batch in batches.values()], dtype=torch.float64)
     shares = terms / run.processes.mean(terms.sum()).clamp(min=1)  # gradients and logs are means over processes
     for share, (i, batch) in zip(shares.tolist(), batches.items(), strict=True):
-        with distributed.gradients_shared(run.step, last=i == run.own_micro_batches[-1]):
+        # DDP averages gradients with the last one; FSDP with each, since to wait would be to hold them whole
+        waits = isinstance(run.step, DistributedDataParallel) and i != run.own_micro_batches[-1]
+        with run.step.no_sync() if waits else nullcontext():
             loss, values = run.loss(step, i, batch)
             (loss * share).backward()
         scalars.append({"loss": loss.detach(), **values})

@@ -26,13 +26,13 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from dicode.device import compute_dtype, pick_device
+from dicode.device import compute_dtype, describe_device, measured_flops, pick_device
 from dicode.files import alone_with, put, put_text
 from dicode.provenance import describe_commit, versions
 from dicode.stopwatch import EVERY_S, duration
 from dicode.train.distributed import Processes
 from dicode.train.runs import LoopConfig, Tracker
-from dicode.train.speed import described
+from dicode.train.speed import name_of
 
 ABOUT_SPEED = ("trained_s", "samples_per_s", "data_share", "eta_s", "memory_gib", "mfu")
 UNSURE = ("device", "dtype", "threads", "processes")  # what the last digits of a run depend on
@@ -50,7 +50,7 @@ def claimed(folder: Path, data: str, config: LoopConfig, processes: Processes) -
             try:
                 import_tracker(config.tracker)
                 folder.mkdir(parents=True, exist_ok=True)
-                _lock(folder, stack)
+                lock(folder / ".lock", stack)
                 begun = [session["data"] for session in records(folder / "sessions.jsonl") if "data" in session]
                 if begun and begun[-1] != data:
                     problem = (
@@ -63,26 +63,26 @@ def claimed(folder: Path, data: str, config: LoopConfig, processes: Processes) -
             raise ValueError(problem)
         if processes.first:
             device = pick_device(config.device)
-            print(f"{folder}: {described(device, compute_dtype(device, config.precision))}", flush=True)
+            dtype = compute_dtype(device, config.precision)
+            rate = f"{name_of(dtype)}, matrix products at {measured_flops(device, dtype) / 1e9:,.0f} GFLOP/s"
+            print(f"{folder}: {describe_device(device)}; {rate}", flush=True)
         yield
 
 
-def _lock(folder: Path, stack: ExitStack) -> None:
-    """Hold `.lock` until the stack is closed or this process ends. Raises `ValueError` where another holds it."""
-    lock = folder / ".lock"
-    lock.touch()
+def lock(file: Path, stack: ExitStack) -> None:
+    """Hold a file until the stack is closed or this process ends. Raises `ValueError` where another holds it."""
+    file.touch()
     try:
-        alone = stack.enter_context(alone_with(lock, wait=False))
+        alone = stack.enter_context(alone_with(file, wait=False))
     except OSError as error:  # a file system without locks
-        print(f"{lock}: cannot be locked ({error}); make sure that no second process trains here", flush=True)
+        print(f"{file}: cannot be locked ({error}); make sure that no second process trains here", flush=True)
         return
     if not alone:
-        holder = lock.read_text().strip()
+        holder = f" ({text})" if (text := file.read_text().strip()) else ""
         raise ValueError(
-            f"{folder}: another process trains here{holder and f' ({holder})'}; wait for its end, or name another "
-            "--run-folder"
+            f"{file.parent}: another process trains here{holder}; wait for its end, or name another --run-folder"
         )
-    lock.write_text(f"process {os.getpid()} on {platform.node()}\n")
+    file.write_text(f"process {os.getpid()} on {platform.node()}\n")
 
 
 def records(path: Path) -> list[dict[str, Any]]:

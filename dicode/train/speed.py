@@ -12,19 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dicode.device import compute_dtype, describe_device, measured_flops, peak_flops, peak_memory_gib
+from dicode.device import compute_dtype, measured_flops, peak_flops, peak_memory_gib
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig
 
 ESTIMATED_FROM = 20  # steps, before the time to go is estimated
 MOST_KINDS = 8  # of batches whose operations are counted, by their shapes
 FLOAT32, BFLOAT16 = 4, 2  # bytes a number
-
-
-def described(device: torch.device, dtype: torch.dtype) -> str:
-    """The device of a run, and how fast it multiplies matrices now."""
-    rate = f"{measured_flops(device, dtype) / 1e9:,.0f} GFLOP/s"
-    return f"{describe_device(device)}; {name_of(dtype)}, matrix products at {rate}"
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ from dicode.files import put_text, read_json
 from dicode.stopwatch import Progress, duration
 from dicode.train.checkpoint import TrainState, checkpoints
 from dicode.train.distributed import Processes
-from dicode.train.loop import Stage, Training, attention_on, draw_batches, session, train_step, train_within
+from dicode.train.loop import Stage, Training, attention_on, draw_batches, session, train, train_step
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, TokenizerRun
 
 WARM_STEPS, TIMED_STEPS = 3, 10
@@ -56,7 +56,7 @@ def run_recipe(
         with stop.cutting(), Progress(f"preparing {folder.name}"):
             stage = stage_of(run)
             loop = planned(stage, run.loop, folder, minutes, began_s, processes)
-        return train_within(processes, stop, stage, loop, folder, recipe, source)
+        return train(stage, loop, folder, recipe, source, (processes, stop))
 
 
 @dataclass(frozen=True)

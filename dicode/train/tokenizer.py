@@ -245,7 +245,13 @@ class TokenizerTraining:
         return torch.where(mirrored[:, None, None, None] == 1, pixels.flip(-1), pixels)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        self._eval_frozen()
+        # in eval mode what is not trained: the loop puts everything in training mode
+        self.module.first_stage.eval()
+        if not self.run.model.encoder.reads_latents:
+            self.module.encoder.eval()
+        # the linear code is exact only for the statistics it was fitted with, not those of a batch
+        if self.run.freeze_key_frames or not self.run.normalize_tokens or self.module.linear_code is not None:
+            self.module.normalizer.eval()
         clips, keys, key_latents = (batch[name].to(self.module.device) for name in ("clips", "keys", "key_latents"))
         tokens = self.module.tokens_of(keys)
         level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
@@ -267,15 +273,6 @@ class TokenizerTraining:
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         return 1.0
-
-    def _eval_frozen(self) -> None:
-        """Put parts that are not trained in eval mode; the loop puts everything in training mode."""
-        self.module.first_stage.eval()
-        if not self.run.model.encoder.reads_latents:
-            self.module.encoder.eval()
-        # the linear code is exact only for the statistics it was fitted with, not those of a batch
-        if self.run.freeze_key_frames or not self.run.normalize_tokens or self.module.linear_code is not None:
-            self.module.normalizer.eval()
 
     def training_condition(
         self, tokens: Tensor, key_latents: Tensor, clips: Tensor, batch: dict[str, Tensor], generator: torch.Generator
