@@ -82,7 +82,7 @@ class LanguageTraining:
         videos = self.cache.columns.lasting(self.tokenizer.config.clip_s).spread(MEASURED_CLIPS)
         if len(videos) < 2 or max((self.run.key_frames, *self.run.longer)) < 2:
             return ""
-        tokens = self.tokens[torch.stack([self.key_frame_rows(video, 2) for video in videos])].float()
+        tokens = self.tokens[torch.stack([self.key_frames(video, 2)[0] for video in videos])].float()
         residual = (tokens[:, 1] - tokens[:, 0]).square().mean().item()
         whole = (tokens[:, 1] - tokens[:, 1].mean(0)).square().mean().item()
         chosen, fits = self.run.model.predict_residual, residual < whole
@@ -129,7 +129,7 @@ class LanguageTraining:
         for i in indices:
             video = self.cache.videos[int(i)]
             start_s = 0.0 if chance() < self.run.from_start else self.later_start_s(video, key_frames, chance())
-            rows, real = self.key_frame_rows(video, key_frames, start_s), self.is_real(video, key_frames, start_s)
+            rows, real = self.key_frames(video, key_frames, start_s)
             text, source = augmented_caption(video.captions, self.run.augment, self.words, generator), self.tokens
             if self.views and chance() < self.run.augment.view_share:
                 number = int(chance() * len(self.views))
@@ -160,17 +160,16 @@ class LanguageTraining:
         beyond = key_frames_of(video, clip_s) - key_frames
         return clip_s * (1 + int(drawn * beyond)) if beyond > 0 else 0.0
 
-    def key_frame_rows(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
-        """Cache rows of `key_frames` frames, one clip apart; past the end of a video the last real one again."""
-        rows = self.cache.clip_rows(video, start_s, key_frames, 1 / self.tokenizer.config.clip_s)
-        return rows[torch.arange(key_frames).clamp(max=int(self.is_real(video, key_frames, start_s).sum()) - 1)]
+    def key_frames(self, video: CachedVideo, count: int, start_s: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Cache rows of `count` key frames, one clip apart, and which of them are real.
 
-    def is_real(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
-        """Which of `key_frame_rows` are not past the end of a video that does not loop; of a still image the first."""
-        clip_s = self.tokenizer.config.clip_s
-        if video.loops and video.count > 1:
-            return torch.full((key_frames,), True)
-        return torch.arange(key_frames) < max(1, key_frames_of(video, clip_s) - round(start_s / clip_s))
+        Past the end of a video that does not loop the last real one comes again; of a still image the first is real.
+        """
+        clip_s, numbers = self.tokenizer.config.clip_s, torch.arange(count)
+        endless = video.loops and video.count > 1
+        held = count if endless else max(1, key_frames_of(video, clip_s) - round(start_s / clip_s))
+        rows = self.cache.clip_rows(video, start_s, count, 1 / clip_s)
+        return rows[numbers.clamp(max=held - 1)], numbers < held
 
     def encode(self, texts: list[str]) -> Tensor:
         """Text ids, cut to the model's length: long captions exceed it, and their beginning matters most."""
@@ -210,7 +209,7 @@ class LanguageTraining:
         """Mean loss of the key frames that videos have, from their start."""
         losses, counts = [], []
         for part in chunks(videos, 32):
-            real = torch.stack([self.is_real(video, self.run.key_frames) for video in part])
+            real = torch.stack([self.key_frames(video, self.run.key_frames)[1] for video in part])
             ids, tokens = self.sample_of(part)
             losses.append(self.module(ids, tokens, real.to(ids.device)).loss.float().cpu() * real.sum())
             counts.append(real.sum())
@@ -219,7 +218,7 @@ class LanguageTraining:
     def sample_of(self, videos: Sequence[CachedVideo], key_frames: int | None = None) -> tuple[Tensor, Tensor]:
         """Short captions and tokens of videos from their start, without augmentation."""
         device = next(self.module.parameters()).device
-        rows = torch.stack([self.key_frame_rows(v, key_frames or self.run.key_frames) for v in videos])
+        rows = torch.stack([self.key_frames(v, key_frames or self.run.key_frames)[0] for v in videos])
         return self.encode([caption_of(v) for v in videos]).to(device), self.tokens[rows].float().to(device)
 
     def caption_rank(self) -> float:

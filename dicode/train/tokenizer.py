@@ -183,7 +183,7 @@ class TokenizerTraining:
         strides = [self.stride_of(video, generator) for video in videos]
         places = list(zip(videos, starts.tolist(), strides, strict=True))
         rows = torch.stack([self.clip_rows(*place) for place in places])
-        before_s = [self.start_s(*place) - self.head / self.fps_of(place[2]) for place in places]
+        first_s = [self.first_s(*place) for place in places]
         images = self.run.images_per_step // self.run.loop.micro_batches
         keys = self.rows[torch.randint(len(self.rows), (images,), generator=generator)]
         flips = torch.randint(1 + self.run.mirror, (len(keys),), generator=generator)
@@ -195,7 +195,7 @@ class TokenizerTraining:
             "keys": self.sources(keys, flips),  # of the clips, then single frames
             "key_latents": self.latents[keys, flips].float(),
             # False where nothing was recorded before the clip
-            "has_context": torch.tensor([v.loops or s >= 0 for v, s in zip(videos, before_s, strict=True)]),
+            "has_context": torch.tensor([v.loops or s >= 0 for v, s in zip(videos, first_s, strict=True)]),
             "frame_stride": torch.tensor(strides, dtype=torch.float32),
         }
 
@@ -229,13 +229,14 @@ class TokenizerTraining:
 
         The clip begins at `start`, 0…1 of where it may: anywhere in a loop, elsewhere where it still lasts to its end.
         """
-        fps, count = self.fps_of(stride), max(self.head + self.run.model.clip_frames, self.tail + 1)
-        return self.cache.clip_rows(video, self.start_s(video, start, stride) - self.head / fps, count, fps)
+        count = max(self.head + self.run.model.clip_frames, self.tail + 1)
+        return self.cache.clip_rows(video, self.first_s(video, start, stride), count, self.fps_of(stride))
 
-    def start_s(self, video: CachedVideo, start: float, stride: int | None) -> float:
-        """The moment that is `start`, 0…1, of where a clip may begin."""
-        clip_s = self.run.model.tail_frame / self.fps_of(stride)
-        return (1 + start) * video.period_s if video.loops else start * max(0.0, video.period_s - clip_s)
+    def first_s(self, video: CachedVideo, start: float, stride: int | None) -> float:
+        """The moment of the first of `clip_rows`."""
+        fps = self.fps_of(stride)
+        latest_s = max(0.0, video.period_s - self.run.model.tail_frame / fps)
+        return ((1 + start) * video.period_s if video.loops else start * latest_s) - self.head / fps
 
     def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
         """The encoder's input of cached frames, mirrored where `mirrored` is 1."""

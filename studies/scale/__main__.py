@@ -176,7 +176,7 @@ def likelihoods(stage: LanguageTraining) -> dict[str, float]:
     """
     videos = stage.validation.videos
     losses = torch.cat([stage.module(*stage.sample_of(part)).keyframe_loss.cpu() for part in chunks(videos, 32)])
-    real = torch.stack([stage.is_real(video, losses.shape[1]) for video in videos])
+    real = torch.stack([stage.key_frames(video, losses.shape[1])[1] for video in videos])
     figures = {"nll": losses[real].mean().item()}
     for k in range(losses.shape[1]):
         figures[f"nll/key frame {k}"] = losses[:, k][real[:, k]].mean().item()
