@@ -23,7 +23,7 @@ from dicode.train.optim import Muon
 from dicode.train.runs import load_run
 from dicode.train.stages import Run, stage_of
 
-STEPS, MICRO_BATCHES = 3, 2
+STEPS, MICRO_BATCHES = 3, 4  # two of a process: weights that only the first of them reaches have a gradient too
 NAMES = (
     "sprites:first_stage", "sprites:first_stage_decoder", "sprites:key_frames", "sprites:denoiser", "sprites:lm",
     "world:first_stage", "world:first_stage_decoder", "world:key_frames", "world:denoiser", "world:lm", "world:lm_own",
@@ -44,7 +44,7 @@ def recipe(name: str, root: Path, strategy: Strategy = "ddp") -> Run:
     run = toy(load_run(f"{RECIPES / name.partition(':')[0]}.py:{name.partition(':')[2]}"), root)
     if isinstance(run, LanguageRun):
         run = dataclasses.replace(run, end_frame_prob=0.5 * run.model.end_frame_conditioning)
-    optim = dataclasses.replace(run.loop.optim, batch_size=4 * MICRO_BATCHES)
+    optim = dataclasses.replace(run.loop.optim, batch_size=2 * MICRO_BATCHES)
     precision = "bfloat16" if strategy == "fsdp" else "float32"
     return dataclasses.replace(
         run,

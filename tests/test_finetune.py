@@ -302,7 +302,8 @@ def test_a_repaired_file_is_taken_and_changed_ones_are_not_passed_over(
     (clips / "videos/0000.mp4").write_bytes(whole)
 
     def training(part: str, run: object, folder: Path, minutes: float | None) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sessions.jsonl").touch()
         raise ValueError("training begins")
 
     monkeypatch.setattr("dicode.train.finetune.train_part", training)

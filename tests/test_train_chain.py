@@ -1,5 +1,6 @@
 """`dicode train FILE.py --all`: stages in order, fed with each other, continued, assembled; steps from minutes."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -176,6 +177,8 @@ def test_a_plan_fills_its_time() -> None:
         assert 60 * minutes - pace.step_s - pace.evaluation_s < spent_s <= 60 * minutes
         assert evaluations == 1 or evaluations * pace.evaluation_s <= 0.15 * 60 * minutes
     assert plan_of(1.0, 100.0, Pace(1.0, 1.0), config).steps == 1
+    once = plan_of(1.0, 0.0, Pace(1.0, 5.0), dataclasses.replace(config, evaluate_every=config.optim.steps, best="loss"))
+    assert once.steps == once.evaluate_every == 50  # evaluated before the first step and after the last
 
 
 def test_time_left_over_by_a_stage_goes_to_those_after_it(

@@ -100,7 +100,7 @@ def claim_folder(work: Path, output: Path, base: Path, records: Sequence[ClipRec
         raise ValueError(f"{output}: a model is there already, and {work} did not make it; name another -o")
     elif work.exists() and (not work.is_dir() or any(work.iterdir())):
         raise ValueError(f"{work}: expected a folder of this command's, or none; name another --work-folder")
-    begun_parts = [str(work / part) for part in SHARES if (work / part).exists()]
+    begun_parts = [str(work / part) for part in SHARES if (work / part / "sessions.jsonl").exists()]
     differing = ", ".join(name for name, value in found.items() if begun.get(name) != value)
     if differing and begun_parts:
         raise ValueError(
