@@ -177,7 +177,8 @@ def test_a_plan_fills_its_time() -> None:
         assert 60 * minutes - pace.step_s - pace.evaluation_s < spent_s <= 60 * minutes
         assert evaluations == 1 or evaluations * pace.evaluation_s <= 0.15 * 60 * minutes
     assert plan_of(1.0, 100.0, Pace(1.0, 1.0), config).steps == 1
-    once = plan_of(1.0, 0.0, Pace(1.0, 5.0), dataclasses.replace(config, evaluate_every=config.optim.steps, best="loss"))
+    config = dataclasses.replace(config, evaluate_every=config.optim.steps, best="loss")
+    once = plan_of(1.0, 0.0, Pace(1.0, 5.0), config)
     assert once.steps == once.evaluate_every == 50  # evaluated before the first step and after the last
 
 

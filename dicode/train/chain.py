@@ -134,12 +134,12 @@ def wired(run: Run, best: Mapping[str, Path]) -> Run:
 
     Names are runs/STAGE/best or runs/FILE-STAGE/best, of whatever file: a recipe that was copied has another name.
     """
-    changes: dict[str, Any] = {}
-    for field in fields(run):
-        value = getattr(run, field.name)
-        named = re.fullmatch(r"runs/(.+)/best", value) if isinstance(value, str) else None
-        if named and (stage := next((n for n in best if named[1] == n or named[1].endswith(f"-{n}")), None)):
-            changes[field.name] = str(best[stage])
+    changes: dict[str, Any] = {
+        field.name: str(folder)
+        for field in fields(run)
+        for name, folder in best.items()
+        if re.fullmatch(rf"runs/(.+-)?{re.escape(name)}/best", str(getattr(run, field.name)))
+    }
     return replace(run, **changes)
 
 

@@ -231,10 +231,8 @@ class FirstStageTraining:
 
     def compare(self, decoded: Tensor, real: Tensor, *stats: ReconstructionStats) -> None:
         """Add images to statistics, where this run has feature maps to compare them by."""
-        if self.feature_maps is None:
-            return
         device = self.first_stage.latent_mean.device
-        for pair in zip(decoded.split(64), real.split(64), strict=True):
+        for pair in zip(decoded.split(64), real.split(64), strict=True) if self.feature_maps else ():
             maps = [self.feature_maps(pixels.to(device)) for pixels in pair]
             for each in stats:
                 each.add(*maps)
@@ -249,15 +247,13 @@ class ReconstructionStats:
 
     def __init__(self) -> None:
         self.distances: list[Tensor] = []
-        self.predicted: list[ndarray] = []
-        self.real: list[ndarray] = []
+        self.pooled: list[list[ndarray]] = []  # of the predicted, and of the real
 
     def add(self, predicted: list[Tensor], real: list[Tensor]) -> None:
         """`FeatureMaps` of as many images of either kind."""
         self.distances.append(perceptual_distance(predicted, real).cpu())
-        for features, maps in ((self.predicted, predicted), (self.real, real)):
-            pooled = [reduce(x, "b c y x -> b c", "mean") for x in maps]
-            features.append(torch.cat(pooled, dim=1).cpu().numpy())
+        pooled = [[reduce(x, "b c y x -> b c", "mean") for x in maps] for maps in (predicted, real)]
+        self.pooled.append([torch.cat(features, dim=1).cpu().numpy() for features in pooled])
 
     def figures(self) -> dict[str, float]:
         """Mean `perceptual` distance, and the `frechet` distance of the two sets' maps, averaged over places.
@@ -266,7 +262,7 @@ class ReconstructionStats:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # biased by few images, but by as many every time
-            distance = frechet_distance(np.concatenate(self.predicted), np.concatenate(self.real))
+            distance = frechet_distance(*map(np.concatenate, zip(*self.pooled, strict=True)))
         return {"perceptual": torch.stack(self.distances).mean().item(), "frechet": distance}
 
 
