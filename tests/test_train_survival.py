@@ -20,7 +20,6 @@ from toy_runs import SHARD, runs
 
 import dicode.train.loop
 from dicode.config import CheckpointError
-from dicode.stopwatch import Stopwatch
 from dicode.train.checkpoint import checkpoints
 from dicode.train.loop import NonFiniteLossError, train
 from dicode.train.run_log import RunLog, duration, records
@@ -264,7 +263,7 @@ def test_lines_that_are_torn_are_passed_over(tmp_path: Path) -> None:
 
 def test_operations_are_counted_once_and_steps_are_timed_without_counting() -> None:
     a = torch.ones(64, 64)
-    speed = Speed(short_config(), torch.device("cpu"), 0, Stopwatch())
+    speed = Speed(short_config(), torch.device("cpu"), 0)
     for _ in range(3):
         with speed.working({0: {"tokens": a, "goal": torch.tensor(True)}}):
             a @ a
@@ -275,7 +274,7 @@ def test_operations_are_counted_once_and_steps_are_timed_without_counting() -> N
 
 
 def test_more_than_the_peak_is_never_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    speed = Speed(short_config(), torch.device("cpu"), 0, Stopwatch())
+    speed = Speed(short_config(), torch.device("cpu"), 0)
     speed.computed, speed.computing_s = 10**9, 1.0
     measured = []
     for peaks, expected in (([0.5e9, 4e9], 0.25), ([4e9, 4e9], 0.25), ([0.5e9, 0.5e9], None)):

@@ -29,7 +29,7 @@ from dicode.config import config_to_dict
 from dicode.device import autocast, compute_dtype, describe_device, pick_device
 from dicode.files import flush, whole_folder
 from dicode.seeds import generator_for
-from dicode.stopwatch import Progress, Stopwatch
+from dicode.stopwatch import Progress
 from dicode.train import distributed
 from dicode.train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from dicode.train.distributed import Processes, Stopped, StopSignal, copy_into, full, local
@@ -217,8 +217,8 @@ def attention_on(device: torch.device) -> list[SDPBackend]:
 
 
 def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: StopSignal) -> None:
-    config, steps, watch = run.config, run.config.optim.steps, Stopwatch()
-    speed = Speed(config, run.device, state.step, watch)
+    config, steps = run.config, run.config.optim.steps
+    speed = Speed(config, run.device, state.step)
     batches = draw_batches(run, state.step)
     kept = (state.step, state.evaluated)
     began_s = time.monotonic() - state.trained_s
@@ -226,13 +226,11 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: Sto
         state.trained_s = time.monotonic() - began_s
         finished = state.step >= steps
         due = state.step > state.evaluated and (finished or state.step % config.evaluate_every == 0)
-        with watch.stage("evaluate"):
-            cut = due and not _evaluate(run, state, folder, log, stop)
+        cut = due and not _evaluate(run, state, folder, log, stop)
         stopping = run.processes.any(stop.asked)
         keeping = finished or stopping or state.step % config.checkpoint_every == 0
         if keeping and (state.step, state.evaluated) != kept:
-            with watch.stage("checkpoint"):
-                save_checkpoint(folder, state, run.tensors(), run.processes)
+            save_checkpoint(folder, state, run.tensors(), run.processes)
             kept = (state.step, state.evaluated)
         if finished and not cut:
             return
@@ -240,10 +238,10 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: Sto
             if run.processes.first:
                 print(f"stopped at step {state.step}; the same command continues", flush=True)
             raise Stopped
-        with watch.stage("data"):
+        with speed.watch.stage("data"):
             batch = next(batches)
         logs = (state.step + 1) % config.log_every == 0 or state.step == 0
-        with watch.stage("step"), speed.working(batch):
+        with speed.watch.stage("step"), speed.working(batch):
             scalars = train_step(run, state, batch)
         state.step += 1
         if config.log_samples:

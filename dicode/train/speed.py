@@ -29,12 +29,11 @@ def name_of(dtype: torch.dtype) -> str:
 class Speed:
     """The speed of a run, between one log line and the next."""
 
-    def __init__(self, config: LoopConfig, device: torch.device, step: int, watch: Stopwatch):
-        self.config, self.device, self.watch = config, device, watch
+    def __init__(self, config: LoopConfig, device: torch.device, step: int):
+        self.config, self.device, self.watch = config, device, Stopwatch()
         self.dtype = compute_dtype(device, config.precision)
         self.first = self.step = step
         self.began_s = time.monotonic()
-        self.seconds: dict[str, float] = {}
         self.flops: dict[Any, int] = {}  # of a step of each kind of batch
         self.computed, self.computing_s = 0, 0.0  # FLOPs, and their time, since the last log line
 
@@ -72,21 +71,19 @@ class Speed:
 
     def since_last(self, step: int) -> dict[str, float]:
         """Samples a second, share of time spent waiting for data, seconds to go, most memory so far, and MFU."""
-        steps, now = step - self.step, time.monotonic()
-        spent = {name: s - self.seconds.get(name, 0.0) for name, s in self.watch.seconds.items()}
-        computing_s = spent["data"] + spent["step"]
-        left = self.config.optim.steps - step
+        data_s, left = self.watch.seconds["data"], self.config.optim.steps - step
+        computing_s = data_s + self.watch.seconds["step"]
         values = {
-            "samples_per_s": steps * self.config.optim.batch_size / computing_s,
-            "data_share": spent["data"] / computing_s,
+            "samples_per_s": (step - self.step) * self.config.optim.batch_size / computing_s,
+            "data_share": data_s / computing_s,
             "memory_gib": peak_memory_gib(self.device),
         }
-        if step - self.first >= ESTIMATED_FROM or not left:  # the first steps are slow
-            values["eta_s"] = left * (now - self.began_s) / (step - self.first)  # with evaluations and checkpoints
+        if step - self.first >= ESTIMATED_FROM or not left:  # the first steps are slow; evaluations count too
+            values["eta_s"] = left * (time.monotonic() - self.began_s) / (step - self.first)
         if (share := self.mfu()) is not None:
             values["mfu"] = share
-        self.computed, self.computing_s = 0, 0.0
-        self.step, self.seconds = step, dict(self.watch.seconds)
+        self.step, self.computed, self.computing_s = step, 0, 0.0
+        self.watch.seconds.clear()
         return values
 
 
