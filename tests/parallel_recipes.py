@@ -58,7 +58,7 @@ def first_steps(run: Run, processes: Processes) -> dict[str, Any]:
     """Losses and gradient norms of its first steps, how far it moved, and all-gathers of the optimizers by matrix."""
     with processes.one_first():
         stage = stage_of(run)
-    training = Training.of(stage, run.loop, processes)
+    training = Training(stage, run.loop, processes)
     state, lines = TrainState(), []
     batches = draw_batches(training, 0)
     start = {name: full(p.detach()).clone() for name, p in training.trained.items()}

@@ -48,7 +48,7 @@ class Masked:
 def gradient(micro_batches: int) -> tuple[float, list[Tensor]]:
     stage = Masked()
     optim = OptimConfig(batch_size=8, lr=0.0, clip_norm=1e9)
-    run = Training.of(stage, LoopConfig(precision="float32", micro_batches=micro_batches, optim=optim), Processes())
+    run = Training(stage, LoopConfig(precision="float32", micro_batches=micro_batches, optim=optim), Processes())
     found = train_step(run, TrainState(), next(draw_batches(run, 0)))
     assert found is not None
     return found["loss"], [p.grad.clone() for p in stage.module.parameters() if p.grad is not None]

@@ -170,4 +170,4 @@ def test_a_batch_that_cannot_be_shared_out_is_an_error(root: Path, micro_batches
     processes = Processes()
     processes.count = 2
     with pytest.raises(ValueError, match=f"batch_size {batch_size}.*2 processes.*micro_batches 3"):
-        Training.of(stage, config, processes)
+        Training(stage, config, processes)

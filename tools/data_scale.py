@@ -89,7 +89,7 @@ def measure(root: Path, name: str) -> dict[str, float]:
     began_s = time.process_time()
     stage = stage_of(runs(root)[name])
     found["prepare_s"] = time.process_time() - began_s
-    training = Training.of(stage, stage.run.loop, Processes())
+    training = Training(stage, stage.run.loop, Processes())
     batch_s = step_s = 0.0
     for step in range(STEPS):
         began_s = time.process_time()

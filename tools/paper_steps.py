@@ -60,7 +60,7 @@ def micro_batch_of(run: LanguageRun) -> LanguageRun:
 def measure(run: LanguageRun) -> dict[str, Any]:
     """Median seconds of a step, the most memory, and both as they are counted."""
     plan = Planner(run).plan(1, GPUS["h100-80gb"], 0.4)
-    training, state, spent_s = Training.of(RandomTokens(run), run.loop, Processes()), TrainState(), []
+    training, state, spent_s = Training(RandomTokens(run), run.loop, Processes()), TrainState(), []
     on_gpu = training.device.type != "cpu"
     if on_gpu:
         torch.accelerator.reset_peak_memory_stats()

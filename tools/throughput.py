@@ -31,7 +31,7 @@ def measure(name: str, cache: str) -> dict[str, Any]:
     """Seconds of each part of a step, means over as many as fit."""
     run = load_run(f"{RECIPES}:{name}")
     run = dataclasses.replace(run, cache=cache, **{f: BOX for f in FOLDERS if getattr(run, f, None)})
-    training = Training.of(stage_of(run), run.loop, Processes())
+    training = Training(stage_of(run), run.loop, Processes())
     training.stage.module.train()
     spent = dict.fromkeys(("data", "forward", "backward", "update"), 0.0)
     steps, began_s = 0, time.perf_counter()

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -73,38 +72,27 @@ class NonFiniteLossError(FloatingPointError):
     """Training met NaN or infinity; nothing of that step was kept."""
 
 
-@dataclass(frozen=True)
 class Training:
-    """What changes as a run trains."""
+    """What changes as a run trains. Raises `ValueError` where its batch cannot be shared out as asked."""
 
-    stage: Stage
-    config: LoopConfig
-    processes: Processes
-    step: nn.Module  # computes the stage's loss, as the processes share it
-    copy: nn.Module | None  # of the stage's module, for validation where FSDP shards the weights
-    trained: dict[str, nn.Parameter]
-    ema: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    optimizers: list[torch.optim.Optimizer]
-
-    @classmethod
-    def of(cls, stage: Stage, config: LoopConfig, processes: Processes) -> "Training":
-        """A run before its first step. Raises `ValueError` where the batch cannot be shared out as asked."""
+    def __init__(self, stage: Stage, config: LoopConfig, processes: Processes) -> None:
+        self.stage, self.config, self.processes = stage, config, processes
         if config.micro_batches % processes.count or config.optim.batch_size % config.micro_batches:
             raise ValueError(
                 f"batch_size {config.optim.batch_size}: expected a multiple of micro_batches, and those of the "
                 f"{processes.count} processes; got micro_batches {config.micro_batches}"
             )
-        copy = deepcopy(stage.module).cpu() if config.strategy == "fsdp" and processes.count > 1 else None
+        shards = config.strategy == "fsdp" and processes.count > 1
+        self.copy = deepcopy(stage.module).cpu() if shards else None  # for validation
         module = stage.module.to(device := pick_device(config.device))
         dtype = compute_dtype(device, config.precision)
         if config.checkpoint_activations:
             distributed.recompute_activations(module)
-        step = processes.arrange(distributed.StepModule(stage), config.strategy, dtype)
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        ema = {name: p.detach().clone() for name, p in trained.items()}
-        optimizers = make_optimizers(module, config.optim, dtype)
-        return cls(stage, config, processes, step, copy, trained, ema, dict(module.named_buffers()), optimizers)
+        self.step = processes.arrange(distributed.StepModule(stage), config.strategy, dtype)  # computes the loss
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.buffers = dict(module.named_buffers())
+        self.optimizers = make_optimizers(module, config.optim, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +170,7 @@ def train(
     `CheckpointError` for checkpoints that cannot be read or written.
     """
     with nullcontext(within) if within else session(folder, stage.run, config) as (processes, stop):
-        run, state = Training.of(stage, config, processes), TrainState()
+        run, state = Training(stage, config, processes), TrainState()
         if newest := newest_checkpoint(folder, processes):
             state = load_checkpoint(newest, run.tensors(), processes)
         if processes.first:
@@ -283,8 +271,8 @@ def train_step(run: Training, state: TrainState, batches: dict[int, Any]) -> dic
     shares = terms / run.processes.mean(terms.sum()).clamp(min=1)  # gradients and logs are means over processes
     for share, (i, batch) in zip(shares.tolist(), batches.items(), strict=True):
         # DDP averages gradients with the last one; FSDP with each, since to wait would be to hold them whole
-        waits = isinstance(run.step, DistributedDataParallel) and i != run.own_micro_batches[-1]
-        with run.step.no_sync() if waits else nullcontext():
+        last = i == run.own_micro_batches[-1]
+        with run.step.no_sync() if isinstance(run.step, DistributedDataParallel) and not last else nullcontext():
             loss, values = run.loss(step, i, batch)
             (loss * share).backward()
         scalars.append({"loss": loss.detach(), **values})

@@ -127,7 +127,7 @@ def planned(
 def measured_pace(stage: Stage, config: LoopConfig, processes: Processes, timed: int = TIMED_STEPS) -> Pace:
     """Time some training steps and an evaluation, then put weights and buffers back."""
     before = {name: value.detach().clone() for name, value in stage.module.state_dict().items()}
-    run, state = Training.of(stage, config, processes), TrainState()
+    run, state = Training(stage, config, processes), TrainState()
     with Progress("measuring the speed"), sdpa_kernel(attention_on(run.device)):
         batches = draw_batches(run, 0)
         spent_s = []
