@@ -140,7 +140,7 @@ def _paces(recipe: str) -> dict[str, Any]:
     from dicode.train.chain import Chain
 
     file, _, only = recipe.rpartition(":") if ":" in recipe else (recipe, "", "")
-    chain = Chain.of(file, None, Path("runs"))
+    chain = Chain(file, None, Path("runs"))
     if only and only not in chain.stages:
         raise ValueError(f"{file}: STAGES has no {only!r}{nearest(only, list(chain.stages))}")
     paces = chain.paces(only or None)

@@ -113,7 +113,7 @@ def trainall(command: TrainAll, watch: Stopwatch) -> None:
         from dicode.train.distributed import Processes
     check_parent(command.output)
     check_model_folder(command.output)  # before hours of training
-    chain = Chain.of(command.recipe, command.cache, command.runs, command.first_stage)
+    chain = Chain(command.recipe, command.cache, command.runs, command.first_stage)
     chain.train(command.minutes)
     if Processes().first:
         chain.assemble(command.output, command.dtype)

@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +35,27 @@ LEAST_SHARE = 0.5  # of the time planned for a stage, where those before it took
 NOISE_CLIPS, NOISE_FRAMES, NOISE_FPS = 48, 40, 8  # to measure on: enough for a batch, and little to encode
 
 
-@dataclass(frozen=True)
 class Chain:
     """The stages of a recipe file, to be trained on one cache."""
 
-    file: str
-    stages: dict[str, Run]  # by name, in order
-    shares: dict[str, float]
-    sampling: dict[str, Any]
-    folders: dict[str, Path]  # of the runs
-    first_stage: str | None  # a trained one, in place of the stages that would train it
-
-    @classmethod
-    def of(cls, file: str, cache: str | None, runs: Path, first_stage: str | None = None) -> "Chain":
+    def __init__(self, file: str, cache: str | None, runs: Path, first_stage: str | None = None) -> None:
         """Read a recipe file; `cache` is where the clips lie (default: its own), `runs` the folder of run folders.
 
-        `first_stage` is a model, bundled or a folder, whose first stage is taken as it is. Raises `ValueError` where
-        the stages do not give a whole model, or `SAMPLING` names no options of it.
+        `first_stage` is a model, bundled or a folder, whose first stage is taken as it is, in place of the stages that
+        would train it. Raises `ValueError` where the stages do not give a whole model, or for another `SAMPLING`.
         """
-        stages, shares, sampling = stages_of(file)
+        stages, shares, self.sampling = stages_of(file)
         renders = any(isinstance(run, TokenizerRun) and run.train_denoiser for run in stages.values())
         if not renders or not any(isinstance(run, LanguageRun) for run in stages.values()):
             raise ValueError(f"{file}: expected STAGES with a TokenizerRun that denoises, and a LanguageRun")
         try:
-            SamplingConfig().changed(**sampling)
+            SamplingConfig().changed(**self.sampling)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: SAMPLING: {error}") from error
-        trained = resolve(first_stage) if first_stage else None
-        folders = {name: runs / f"{Path(file).stem}-{name}" for name in stages}
+        self.file, self.first_stage, trained = file, first_stage, resolve(first_stage) if first_stage else None
+        self.folders = {name: runs / f"{Path(file).stem}-{name}" for name in stages}
+        self.stages: dict[str, Run] = {}  # by name, in order
         best: dict[str, Path] = {}  # of the stages before
-        chosen: dict[str, Run] = {}
         for name, run in stages.items():
             if trained and isinstance(run, FirstStageRun) and not run.freeze_encoder:
                 best[name] = trained
@@ -73,8 +64,8 @@ class Chain:
             if trained and isinstance(run, TokenizerRun):
                 held = read_section(trained, "tokenizer", TokenizerConfig).first_stage
                 run = replace(run, model=replace(run.model, first_stage=held))
-            chosen[name], best[name] = run, folders[name] / "best"
-        return cls(file, chosen, {name: shares[name] for name in chosen}, sampling, folders, first_stage)
+            self.stages[name], best[name] = run, self.folders[name] / "best"
+        self.shares = {name: shares[name] for name in self.stages}
 
     def train(self, minutes: float | None) -> None:
         """Train every stage that is not finished; `minutes` are for all of them together.
@@ -120,7 +111,7 @@ class Chain:
         with tempfile.TemporaryDirectory() as place, Processes() as processes:
             size = next(run.model.size for run in self.stages.values() if isinstance(run, TokenizerRun))
             noise_cache(Path(place) / "cache", size)
-            own = Chain.of(self.file, str(Path(place) / "cache"), Path(place), self.first_stage)
+            own = Chain(self.file, str(Path(place) / "cache"), Path(place), self.first_stage)
             for name, run in own.stages.items():
                 stage = stage_of(run)
                 if only in (None, name):

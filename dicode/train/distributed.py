@@ -196,12 +196,11 @@ def whole(stage: Any, copy: nn.Module | None) -> Iterator[None]:
         return
     shared = stage.module
     weights, buffers = dict(shared.named_parameters()), dict(shared.named_buffers())
-    copy.to(next(iter(weights.values())).device)
+    copy.to(next(iter(weights.values())).device).train(shared.training)
     with torch.no_grad():
         for name, p in copy.named_parameters():
             p.copy_(full(weights[name]))
     copy_into(dict(copy.named_buffers()), buffers)
-    copy.train(shared.training)
     stage.module = copy
     try:
         yield

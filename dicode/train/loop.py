@@ -325,8 +325,7 @@ def _not_finite(run: Training, step: int, batches: dict[int, Any]) -> str:
     outputs: list[str] = []
 
     def note(name: str, output: Any) -> None:
-        values = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value.is_floating_point()]
-        if not all(is_finite(value) for value in values):
+        if not all(is_finite(value) for value in tree_leaves(output) if isinstance(value, Tensor)):
             outputs.append(name)
 
     hooks = [
