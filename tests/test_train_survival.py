@@ -126,7 +126,7 @@ def test_what_a_killed_run_left_unfinished_is_removed(root: Path, tmp_path: Path
     shutil.copytree(root / "whole", tmp_path / "run")
     (tmp_path / "run/.best.1234.part").mkdir()
     (tmp_path / "run/.plan.json.1234.part").touch()
-    (tmp_path / "run/.writing-00000009/part").mkdir(parents=True)
+    (tmp_path / "run/.step-00000009.1234.part/shard").mkdir(parents=True)
     run_recipe(short_run(root), tmp_path / "run", {})
     assert not [path.name for path in (tmp_path / "run").glob(".*") if path.name != ".lock"]
 
@@ -152,7 +152,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in (tmp_path / "run").glob("*step-*")] == ["step-00000002"]
-    assert not list((tmp_path / "run").glob(".writing*"))
+    assert not list((tmp_path / "run").glob(".*.part"))
     monkeypatch.undo()
     run_recipe(short_run(root), tmp_path / "run", {})
     assert differences(tmp_path / "run", root / "whole", STEPS) == []
