@@ -16,14 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dicode.train.checkpoint import TrainState
+from dicode.train.distributed import Processes, Strategy, full
 from dicode.train.lm import LanguageRun
 from dicode.train.loop import Training, draw_batches, train_step
 from dicode.train.optim import Muon
-from dicode.train.parallel import Processes, Strategy, full
-from dicode.train.recipe import load_run
+from dicode.train.runs import load_run
 from dicode.train.stages import Run, stage_of
 
-STEPS, MICRO_BATCHES = 3, 2
+STEPS, MICRO_BATCHES = 3, 4  # two of a process: weights that only the first of them reaches have a gradient too
 NAMES = (
     "sprites:first_stage", "sprites:first_stage_decoder", "sprites:key_frames", "sprites:denoiser", "sprites:lm",
     "world:first_stage", "world:first_stage_decoder", "world:key_frames", "world:denoiser", "world:lm", "world:lm_own",
@@ -44,7 +44,7 @@ def recipe(name: str, root: Path, strategy: Strategy = "ddp") -> Run:
     run = toy(load_run(f"{RECIPES / name.partition(':')[0]}.py:{name.partition(':')[2]}"), root)
     if isinstance(run, LanguageRun):
         run = dataclasses.replace(run, end_frame_prob=0.5 * run.model.end_frame_conditioning)
-    optim = dataclasses.replace(run.loop.optim, batch_size=4 * MICRO_BATCHES)
+    optim = dataclasses.replace(run.loop.optim, batch_size=2 * MICRO_BATCHES)
     precision = "bfloat16" if strategy == "fsdp" else "float32"
     return dataclasses.replace(
         run,
@@ -58,7 +58,7 @@ def first_steps(run: Run, processes: Processes) -> dict[str, Any]:
     """Losses and gradient norms of its first steps, how far it moved, and all-gathers of the optimizers by matrix."""
     with processes.one_first():
         stage = stage_of(run)
-    training = Training.of(stage, run.loop, processes)
+    training = Training(stage, run.loop, processes)
     state, lines = TrainState(), []
     batches = draw_batches(training, 0)
     start = {name: full(p.detach()).clone() for name, p in training.trained.items()}

@@ -19,10 +19,9 @@ from toy_runs import loop, runs, variants
 
 import dicode.train.loop
 from dicode.train.checkpoint import TrainState
+from dicode.train.distributed import Processes, Stopped
 from dicode.train.loop import Training
-from dicode.train.parallel import Processes
 from dicode.train.runs import Strategy
-from dicode.train.signals import Stopped
 from dicode.train.stages import Run, run_recipe
 
 STEPS = 20

@@ -13,7 +13,7 @@ from dicode.data.cache import CachedVideo, FrameCache
 from dicode.features.scorer import ALL, Scorer, agrees, scorer_metrics
 from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.pipeline import DiCoDe
-from dicode.train.assemble import assemble
+from dicode.train.chain import assemble
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
 from dicode.train.stages import run_recipe, stage_of
 

@@ -301,8 +301,9 @@ def test_a_repaired_file_is_taken_and_changed_ones_are_not_passed_over(
     assert code == 2 and "got 0 and 1; for validation is what says so in its line, else every 15th video" in err
     (clips / "videos/0000.mp4").write_bytes(whole)
 
-    def training(run: object, folder: Path, minutes: float | None) -> None:
-        folder.mkdir(parents=True)
+    def training(part: str, run: object, folder: Path, minutes: float | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sessions.jsonl").touch()
         raise ValueError("training begins")
 
     monkeypatch.setattr("dicode.train.finetune.train_part", training)

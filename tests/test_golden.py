@@ -20,8 +20,7 @@ from toy_runs import runs, write_cache
 
 from dicode.lm.presets import DeepLMConfig
 from dicode.tokenizer.config import DenoiserConfig, TokenizerConfig
-from dicode.train.recipe import load_run
-from dicode.train.runs import FirstStageRun, TokenizerRun
+from dicode.train.runs import FirstStageRun, TokenizerRun, load_run
 from dicode.train.stages import Run, run_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 from dicode.features.perceptual import FeatureMaps, perceptual_distance
-from dicode.train.adversarial import FeatureDiscriminator, ReconstructionStats, adversarial_losses
-from dicode.train.first_stage import frames_to_pixels
+from dicode.train.cached import frames_to_pixels
+from dicode.train.first_stage import FeatureDiscriminator, ReconstructionStats, adversarial_losses
 
 
 class Scale(nn.Module):

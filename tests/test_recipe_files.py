@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dicode.config import RecipeError, load_function, run_own
-from dicode.train.recipe import load_run
+from dicode.train.runs import load_run
 
 RUN = "from dataclasses import dataclass\n@dataclass\nclass Run:\n    steps: int = 3\ndef run():\n    return Run()\n"
 

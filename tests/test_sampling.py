@@ -12,7 +12,7 @@ from dicode.checkpoint import read_config
 from dicode.config import config_from_dict, config_to_dict
 from dicode.pipeline import DiCoDe
 from dicode.tokenizer.config import SamplingConfig
-from dicode.train.assemble import assemble
+from dicode.train.chain import assemble
 
 
 @pytest.mark.parametrize("name", [name for name in SamplingConfig.__dataclass_fields__ if name != "joins"])

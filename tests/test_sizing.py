@@ -39,8 +39,7 @@ from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import Stage
 from dicode.train.optim import make_optimizers
-from dicode.train.recipe import load_run
-from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, TokenizerRun, load_run
 from dicode.train.stages import stage_of
 
 NAMESAKES = {

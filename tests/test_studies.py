@@ -26,8 +26,7 @@ from dicode.lm.text import TextTokenizer
 from dicode.pipeline import DiCoDe
 from dicode.tokenizer.linear import LinearCode
 from dicode.train.loop import train
-from dicode.train.recipe import runs_of
-from dicode.train.runs import LoopConfig, OptimConfig
+from dicode.train.runs import LoopConfig, OptimConfig, runs_of
 
 STUDIES = Path(__file__).parents[1] / "studies"
 FAMILY = """

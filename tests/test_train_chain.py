@@ -1,5 +1,6 @@
 """`dicode train FILE.py --all`: stages in order, fed with each other, continued, assembled; steps from minutes."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -14,12 +15,11 @@ from dicode.cli.app import main, parse
 from dicode.cli.train import Train, TrainAll
 from dicode.pipeline import DiCoDe
 from dicode.train.chain import Chain, wired
+from dicode.train.distributed import Processes
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Stage
-from dicode.train.pace import Pace, measured_pace, plan_of
-from dicode.train.parallel import Processes
 from dicode.train.runs import LanguageRun, LoopConfig
-from dicode.train.stages import stage_of
+from dicode.train.stages import Pace, measured_pace, plan_of, stage_of
 
 RECIPE = """
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_all_stages_train_in_order_and_an_interrupted_one_goes_on(
     model = DiCoDe.from_pretrained(tmp_path / "parts-model")
     assert (model.tokenizer.config.sampling.guidance, model.tokenizer.config.sampling.steps) == (1.75, 2)
     (tmp_path / "parts/toy-lm/sessions.jsonl").write_text('{"data": "of other clips"}\n')
-    chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path / "parts")
+    chain = Chain(str(root / "toy.py"), str(root / "cache"), tmp_path / "parts")
     assert not finished_of(chain, "lm") and finished_of(chain, "denoiser")
 
 
@@ -91,7 +91,7 @@ def finished_of(chain: Chain, name: str) -> bool:
 
 
 def test_a_first_stage_can_be_taken_from_a_model(root: Path, tmp_path: Path, tiny_model: Path) -> None:
-    chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path, str(tiny_model))
+    chain = Chain(str(root / "toy.py"), str(root / "cache"), tmp_path, str(tiny_model))
     assert list(chain.stages) == ["key_frames", "denoiser", "lm"]
     assert chain.stages["key_frames"].first_stage == chain.stages["denoiser"].first_stage == str(tiny_model)  # type: ignore[union-attr]
     assert chain.stages["lm"].tokenizer == str(tmp_path / "toy-key_frames/best")  # type: ignore[union-attr]
@@ -112,7 +112,7 @@ def test_a_stage_that_is_finished_on_other_weights_is_refused(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where what feeds it was trained anew; what does not feed it may be."""
-    chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path)
+    chain = Chain(str(root / "toy.py"), str(root / "cache"), tmp_path)
     trained: list[str] = []
     monkeypatch.setattr("dicode.train.chain.run_recipe", lambda run, folder, *_: trained.append(folder.name))
     monkeypatch.setattr("dicode.train.chain.finished", lambda folder, run: folder.name != "toy-denoiser")
@@ -129,7 +129,7 @@ def test_a_stage_that_is_finished_on_other_weights_is_refused(
 
 def test_measuring_leaves_weights_and_statistics_as_they_were(root: Path, tmp_path: Path) -> None:
     for name in ("first_stage", "key_frames", "denoiser", "lm"):
-        chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path)
+        chain = Chain(str(root / "toy.py"), str(root / "cache"), tmp_path)
         stage: Stage = stage_of(chain.stages[name])
         before = {key: value.clone() for key, value in stage.module.state_dict().items()}
         pace = measured_pace(stage, chain.stages[name].loop, Processes(), timed=1)
@@ -143,15 +143,14 @@ def test_minutes_become_steps_that_stay_as_they_are(
 ) -> None:
     """On another day, at another speed, the same command goes on to the same end."""
     command = ["train", f"{root}/toy.py:first_stage", "--cache", str(root / "cache"), "--run-folder", str(tmp_path)]
-    monkeypatch.setattr("dicode.train.pace.measured_pace", lambda *_: Pace(step_s=0.5, evaluation_s=0.25))
-    for module in ("pace", "stages"):
-        monkeypatch.setattr(f"dicode.train.{module}.time", FrozenTime())
+    monkeypatch.setattr("dicode.train.stages.measured_pace", lambda *_: Pace(step_s=0.5, evaluation_s=0.25))
+    monkeypatch.setattr("dicode.train.stages.time", FrozenTime())
     assert main([*command, "--minutes", "0.1"]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["steps"] == 10 and plan["evaluate_every"] == 4  # 6 s: 10 steps and 3 evaluations
     last = {p.name for p in tmp_path.glob("step-*")}
     assert "step-00000010" in last
-    monkeypatch.setattr("dicode.train.pace.measured_pace", lambda *_: Pace(step_s=0.01, evaluation_s=0.25))
+    monkeypatch.setattr("dicode.train.stages.measured_pace", lambda *_: Pace(step_s=0.01, evaluation_s=0.25))
     assert main([*command, "--minutes", "0.1"]) == 0 and main(command) == 0
     assert {p.name for p in tmp_path.glob("step-*")} == last
     assert main([*command, "--minutes", "0.2"]) == 2
@@ -178,12 +177,15 @@ def test_a_plan_fills_its_time() -> None:
         assert 60 * minutes - pace.step_s - pace.evaluation_s < spent_s <= 60 * minutes
         assert evaluations == 1 or evaluations * pace.evaluation_s <= 0.15 * 60 * minutes
     assert plan_of(1.0, 100.0, Pace(1.0, 1.0), config).steps == 1
+    config = dataclasses.replace(config, evaluate_every=config.optim.steps, best="loss")
+    once = plan_of(1.0, 0.0, Pace(1.0, 5.0), config)
+    assert once.steps == once.evaluate_every == 50  # evaluated before the first step and after the last
 
 
 def test_time_left_over_by_a_stage_goes_to_those_after_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chain = Chain.of(str(root / "toy.py"), str(root / "cache"), tmp_path)
+    chain = Chain(str(root / "toy.py"), str(root / "cache"), tmp_path)
     assert [chain.minutes_for(name, 8.0) for name in ("first_stage", "key_frames", "lm")] == pytest.approx(
         [1, 8 / 7, 8]
     )
@@ -229,7 +231,7 @@ def test_what_cannot_be_is_said_before_any_work(
 def test_the_bundled_recipes_with_stages_agree_over_them() -> None:
     """Whatever the dial: one tokenizer in all stages, and tokens of its shape in the language model."""
     for name in ("small", "sprites", "world"):
-        chain = Chain.of(f"recipes/{name}.py", "cache/mine", Path("runs"))
+        chain = Chain(f"recipes/{name}.py", "cache/mine", Path("runs"))
         models = [run.model for run in chain.stages.values()]
         tokenizer = next(model for model in models if hasattr(model, "resampler"))
         for model in models:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dicode.train.checkpoint import TrainState
+from dicode.train.distributed import Processes
 from dicode.train.loop import Training, draw_batches, train_step
-from dicode.train.parallel import Processes
 from dicode.train.runs import LoopConfig, OptimConfig
 
 TERMS = torch.tensor([1, 5, 2, 0, 4, 1, 3, 0])  # key frames of each sample
@@ -48,7 +48,7 @@ class Masked:
 def gradient(micro_batches: int) -> tuple[float, list[Tensor]]:
     stage = Masked()
     optim = OptimConfig(batch_size=8, lr=0.0, clip_norm=1e9)
-    run = Training.of(stage, LoopConfig(precision="float32", micro_batches=micro_batches, optim=optim), Processes())
+    run = Training(stage, LoopConfig(precision="float32", micro_batches=micro_batches, optim=optim), Processes())
     found = train_step(run, TrainState(), next(draw_batches(run, 0)))
     assert found is not None
     return found["loss"], [p.grad.clone() for p in stage.module.parameters() if p.grad is not None]

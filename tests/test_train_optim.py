@@ -11,12 +11,11 @@ from torch import nn
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.first_stage import FirstStageRun
 from dicode.train.lm import LanguageRun
+from dicode.train.loop import sample_indices
 from dicode.train.lora import LoRAConfig, add_adapters
 from dicode.train.optim import COEFFICIENTS, Muon, OptimConfig, decayed, make_optimizers, orthogonalised
-from dicode.train.order import sample_indices
-from dicode.train.recipe import load_run
+from dicode.train.runs import FirstStageRun, load_run
 from dicode.train.tokenizer import TokenizerRun
 
 SHAPES = [(6, 6), (4, 9), (9, 4), (6, 6), (4, 9)]

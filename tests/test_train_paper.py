@@ -25,10 +25,9 @@ from dicode.seeds import generator_for
 from dicode.tokenizer.config import EncoderConfig, ResamplerConfig, TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
-from dicode.train.first_stage import frames_to_pixels
+from dicode.train.cached import frames_to_pixels
 from dicode.train.lm import LanguageTraining
-from dicode.train.recipe import load_run
-from dicode.train.runs import LanguageRun, TokenizerRun
+from dicode.train.runs import LanguageRun, TokenizerRun, load_run
 from dicode.train.stages import run_recipe
 from dicode.train.tokenizer import TokenizerTraining
 

@@ -21,8 +21,8 @@ from torch import nn
 from toy_runs import loop, runs, write_cache
 
 from dicode.seeds import generator_for
+from dicode.train.distributed import Processes, StepModule, blocks_of, recompute_activations
 from dicode.train.loop import Training
-from dicode.train.parallel import Processes, StepModule, blocks_of, recompute_activations
 from dicode.train.stages import run_recipe, stage_of
 
 HERE = Path(__file__).parent
@@ -170,4 +170,4 @@ def test_a_batch_that_cannot_be_shared_out_is_an_error(root: Path, micro_batches
     processes = Processes()
     processes.count = 2
     with pytest.raises(ValueError, match=f"batch_size {batch_size}.*2 processes.*micro_batches 3"):
-        Training.of(stage, config, processes)
+        Training(stage, config, processes)

@@ -19,11 +19,13 @@ from dicode.seeds import generator_for
 from dicode.tokenizer.config import SamplingConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.augment import augmented_caption
+from dicode.train.cached import first_stage_latents, frame_tokens, key_frames_of, latents_name
 from dicode.train.first_stage import validation_rows
-from dicode.train.lm import LanguageTraining, frame_tokens, key_frames_of
+from dicode.train.lm import LanguageTraining
 from dicode.train.loop import train
+from dicode.train.run_log import records
 from dicode.train.runs import VALIDATION_CLIPS, AugmentConfig, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
-from dicode.train.tokenizer import TokenizerTraining, first_stage_latents, latents_name
+from dicode.train.tokenizer import TokenizerTraining
 
 LENGTHS = [1, 8, 16, 32, 72, 30]  # frames at 8 fps: a still, 1 s, a clip of 2 s, 4 s, 9 s, 3.75 s
 LM = DeepLMConfig(
@@ -229,6 +231,8 @@ def test_best_goes_by_the_metric_asked_for_and_last_is_kept_beside_it(
     stage.validate = validate  # type: ignore[method-assign]
     assert train(stage, loop, tmp_path / "run", {}) == {"training_loss": 2.0, "rank": 1.0, "step": 4.0}
     assert looks.item() == 3  # the first look has left nothing behind
+    logged = [record for record in records(tmp_path / "run/log.jsonl") if record["kind"] == "validation"]
+    assert [(record["step"], record["training_loss"]) for record in logged] == [(0, 9), (2, 3), (4, 2), (6, 5)]
     best, last = (content_hash(tmp_path / "run" / name / "lm.safetensors") for name in ("best", "last"))
     assert best != last
     stage.validate = lambda: ({"training_loss": 1.0, "rank": 1.0}, None)  # type: ignore[method-assign]

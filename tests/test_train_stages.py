@@ -24,8 +24,8 @@ from dicode.seeds import generator_for
 from dicode.tokenizer.denoiser import ResidualDenoiser
 from dicode.tokenizer.first_stage import DECODER
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
-from dicode.train.assemble import assemble, last_of
 from dicode.train.augment import augmented_caption
+from dicode.train.chain import assemble, last_of
 from dicode.train.first_stage import FirstStageTraining
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import NonFiniteLossError, sample_indices, train

@@ -20,7 +20,6 @@ from toy_runs import SHARD, runs
 
 import dicode.train.loop
 from dicode.config import CheckpointError
-from dicode.stopwatch import Stopwatch
 from dicode.train.checkpoint import checkpoints
 from dicode.train.loop import NonFiniteLossError, train
 from dicode.train.run_log import RunLog, duration, records
@@ -127,7 +126,7 @@ def test_what_a_killed_run_left_unfinished_is_removed(root: Path, tmp_path: Path
     shutil.copytree(root / "whole", tmp_path / "run")
     (tmp_path / "run/.best.1234.part").mkdir()
     (tmp_path / "run/.plan.json.1234.part").touch()
-    (tmp_path / "run/.writing-00000009/part").mkdir(parents=True)
+    (tmp_path / "run/.step-00000009.1234.part/shard").mkdir(parents=True)
     run_recipe(short_run(root), tmp_path / "run", {})
     assert not [path.name for path in (tmp_path / "run").glob(".*") if path.name != ".lock"]
 
@@ -153,7 +152,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in (tmp_path / "run").glob("*step-*")] == ["step-00000002"]
-    assert not list((tmp_path / "run").glob(".writing*"))
+    assert not list((tmp_path / "run").glob(".*.part"))
     monkeypatch.undo()
     run_recipe(short_run(root), tmp_path / "run", {})
     assert differences(tmp_path / "run", root / "whole", STEPS) == []
@@ -264,7 +263,7 @@ def test_lines_that_are_torn_are_passed_over(tmp_path: Path) -> None:
 
 def test_operations_are_counted_once_and_steps_are_timed_without_counting() -> None:
     a = torch.ones(64, 64)
-    speed = Speed(short_config(), torch.device("cpu"), 0, Stopwatch())
+    speed = Speed(short_config(), torch.device("cpu"), 0)
     for _ in range(3):
         with speed.working({0: {"tokens": a, "goal": torch.tensor(True)}}):
             a @ a
@@ -275,7 +274,7 @@ def test_operations_are_counted_once_and_steps_are_timed_without_counting() -> N
 
 
 def test_more_than_the_peak_is_never_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    speed = Speed(short_config(), torch.device("cpu"), 0, Stopwatch())
+    speed = Speed(short_config(), torch.device("cpu"), 0)
     speed.computed, speed.computing_s = 10**9, 1.0
     measured = []
     for peaks, expected in (([0.5e9, 4e9], 0.25), ([4e9, 4e9], 0.25), ([0.5e9, 0.5e9], None)):

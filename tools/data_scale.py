@@ -26,8 +26,8 @@ from dicode.data.columns import Videos
 from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.provenance import write_result
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.distributed import Processes
 from dicode.train.loop import Training
-from dicode.train.parallel import Processes
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import stage_of
 
@@ -89,7 +89,7 @@ def measure(root: Path, name: str) -> dict[str, float]:
     began_s = time.process_time()
     stage = stage_of(runs(root)[name])
     found["prepare_s"] = time.process_time() - began_s
-    training = Training.of(stage, stage.run.loop, Processes())
+    training = Training(stage, stage.run.loop, Processes())
     batch_s = step_s = 0.0
     for step in range(STEPS):
         began_s = time.process_time()

@@ -22,7 +22,7 @@ from dicode.device import compute_dtype, pick_device
 from dicode.provenance import write_result
 from dicode.stopwatch import duration
 from dicode.train.chain import spent_minutes
-from dicode.train.pace import read_plan
+from dicode.train.stages import read_plan
 from dicode.video.read import read_video
 from dicode.video.sheet import contact_sheet
 

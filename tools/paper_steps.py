@@ -22,11 +22,10 @@ from dicode.lm.deep_lm import DeepTokenLM
 from dicode.provenance import write_result
 from dicode.sizing.plan import Planner, blank_batches
 from dicode.train.checkpoint import TrainState
+from dicode.train.distributed import Processes
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Training, attention_on, train_step
-from dicode.train.parallel import Processes
-from dicode.train.recipe import load_run
-from dicode.train.runs import LanguageRun
+from dicode.train.runs import LanguageRun, load_run
 
 RECIPES = Path(__file__).parents[1] / "recipes/paper.py"
 SAMPLES, STEPS, WARM_UP = 16, 25, 8
@@ -61,7 +60,7 @@ def micro_batch_of(run: LanguageRun) -> LanguageRun:
 def measure(run: LanguageRun) -> dict[str, Any]:
     """Median seconds of a step, the most memory, and both as they are counted."""
     plan = Planner(run).plan(1, GPUS["h100-80gb"], 0.4)
-    training, state, spent_s = Training.of(RandomTokens(run), run.loop, Processes()), TrainState(), []
+    training, state, spent_s = Training(RandomTokens(run), run.loop, Processes()), TrainState(), []
     on_gpu = training.device.type != "cpu"
     if on_gpu:
         torch.accelerator.reset_peak_memory_stats()

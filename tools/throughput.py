@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from dicode.provenance import write_result
+from dicode.train.distributed import Processes
 from dicode.train.loop import Training
-from dicode.train.parallel import Processes
-from dicode.train.recipe import load_run
+from dicode.train.runs import load_run
 from dicode.train.stages import stage_of
 
 RECIPES = Path(__file__).parents[1] / "recipes/sprites.py"
@@ -31,7 +31,7 @@ def measure(name: str, cache: str) -> dict[str, Any]:
     """Seconds of each part of a step, means over as many as fit."""
     run = load_run(f"{RECIPES}:{name}")
     run = dataclasses.replace(run, cache=cache, **{f: BOX for f in FOLDERS if getattr(run, f, None)})
-    training = Training.of(stage_of(run), run.loop, Processes())
+    training = Training(stage_of(run), run.loop, Processes())
     training.stage.module.train()
     spent = dict.fromkeys(("data", "forward", "backward", "update"), 0.0)
     steps, began_s = 0, time.perf_counter()

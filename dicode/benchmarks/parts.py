@@ -18,7 +18,7 @@ from torch import Tensor
 from dicode.checkpoint import kept_tensors, read_tensors
 from dicode.files import put_text, read_json
 from dicode.stopwatch import tracked
-from dicode.train.parallel import Processes
+from dicode.train.distributed import Processes
 
 RUN_FILE = "run.json"
 

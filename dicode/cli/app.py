@@ -31,7 +31,6 @@ from dicode.cli.tokenize import Reconstruct, Tokenize
 from dicode.cli.train import Assemble, Finetune, Train, TrainAll
 from dicode.config import check_ranges, raised_in
 from dicode.stopwatch import Stopwatch
-from dicode.train.recipe import load_run
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 USAGE_ERROR = 2  # as tyro and argparse
@@ -158,6 +157,8 @@ def _parsed(argv: list[str]) -> Any:
     description = "Text to video with a language model. `dicode --version` prints the version."
     parsed = app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
     if isinstance(parsed, Train):
+        from dicode.train.runs import load_run
+
         load_run(parsed.recipe)  # which raises, or it would have been found
     return parsed
 
@@ -169,6 +170,8 @@ def _parse_train(recipe: str, flags: list[str]) -> Train | TrainAll:
         return tyro.cli(TrainAll, prog="dicode train --all", args=rest, config=(FlagCreatePairsOff,))
     if recipe.endswith(".py"):
         raise ValueError(f"recipe: expected FILE.py:RUN, or FILE.py and --all for every stage in order, got {recipe!r}")
+    from dicode.train.runs import load_run
+
     default = load_run(recipe)
     kind = type(default)
 

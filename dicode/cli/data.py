@@ -220,8 +220,7 @@ def encode(command: Encode, watch: Stopwatch) -> None:
 
     with common.needs_extra("train"):
         from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
-        from dicode.train.lm import frame_tokens
-        from dicode.train.tokenizer import first_stage_latents
+        from dicode.train.cached import first_stage_latents, frame_tokens
     source = resolve(command.model)
     tokenizer = VideoTokenizer.from_pretrained(source).to(pick_device(command.device))
     frames = FrameCache.load(command.cache)

@@ -12,7 +12,6 @@ from dicode.lm.presets import SIZES, DeepLMConfig
 from dicode.stopwatch import Stopwatch, duration
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS
-from dicode.train.recipe import load_run, runs_of
 
 GIB, MIB = 2**30, 2**20
 Rows = Mapping[str, Mapping[str, Any]]  # of a table: values by column
@@ -141,7 +140,7 @@ def _paces(recipe: str) -> dict[str, Any]:
     from dicode.train.chain import Chain
 
     file, _, only = recipe.rpartition(":") if ":" in recipe else (recipe, "", "")
-    chain = Chain.of(file, None, Path("runs"))
+    chain = Chain(file, None, Path("runs"))
     if only and only not in chain.stages:
         raise ValueError(f"{file}: STAGES has no {only!r}{nearest(only, list(chain.stages))}")
     paces = chain.paces(only or None)
@@ -162,7 +161,7 @@ def _paces(recipe: str) -> dict[str, Any]:
 
 def _runs(command: Info) -> dict[str, Any]:
     """The runs of a recipe file, or the one named, changed by the flags that were given."""
-    from dicode.train.runs import LoopConfig
+    from dicode.train.runs import LoopConfig, load_run, runs_of
 
     file, _, name = command.model.rpartition(":")
     runs = runs_of(command.model) if command.model.endswith(".py") else {name: load_run(f"{file}:{name}")}

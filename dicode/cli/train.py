@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, Suppress, arg
 
@@ -92,7 +92,7 @@ def train(command: Train, watch: Stopwatch) -> None:
     from dicode.config import config_to_dict
 
     with common.needs_extra("train"):
-        from dicode.train.parallel import Processes
+        from dicode.train.distributed import Processes
         from dicode.train.stages import run_recipe
     file, _, name = command.recipe.rpartition(":")
     folder = command.run_folder or Path("runs") / f"{Path(file).stem}-{name}"
@@ -110,10 +110,10 @@ def trainall(command: TrainAll, watch: Stopwatch) -> None:
 
     with common.needs_extra("train"):
         from dicode.train.chain import Chain
-        from dicode.train.parallel import Processes
+        from dicode.train.distributed import Processes
     check_parent(command.output)
     check_model_folder(command.output)  # before hours of training
-    chain = Chain.of(command.recipe, command.cache, command.runs, command.first_stage)
+    chain = Chain(command.recipe, command.cache, command.runs, command.first_stage)
     chain.train(command.minutes)
     if Processes().first:
         chain.assemble(command.output, command.dtype)
@@ -135,14 +135,15 @@ def finetune(command: Finetune, watch: Stopwatch) -> None:
 
     with common.needs_extra("train"):
         from dicode.train import finetune as work_on
-        from dicode.train.assemble import assemble as join
-        from dicode.train.runs import LoRAConfig
+        from dicode.train.chain import assemble as join
+        from dicode.train.runs import LoopConfig, LoRAConfig, OptimConfig
     check_file(command.json)
     common.check_folders(command.folders)
     base = resolve(command.model, command.revision)
     work = command.work_folder or command.output.with_name(f"{command.output.name}.work")
     lora = LoRAConfig(command.rank, command.alpha, command.dropout, command.targets)
-    loop = work_on.loop_of(command.steps, command.batch_size, command.lr, command.seed, command.device)
+    optim = OptimConfig(steps=command.steps, batch_size=command.batch_size, lr=command.lr)
+    loop = LoopConfig(seed=command.seed, device=command.device, optim=optim)
     runs = work_on.finetune_runs(base, work / "cache", lora, loop, command.key_frames)
     check_model_folder(command.output)
     records = merged(record for folder in command.folders for record in read_index(folder))
@@ -151,14 +152,18 @@ def finetune(command: Finetune, watch: Stopwatch) -> None:
         raise ValueError(f"none of {len(records)} clips has a caption to learn from; --parts denoiser needs none")
     work_on.claim_folder(work, command.output, base, records, command.loops)
     with watch.stage("cache"):
-        size = cast(Any, runs["denoiser"].model).size
-        cache(Cache(command.folders, str(work / "cache"), size=size, loops=command.loops), watch)
-        videos = FrameCache.load(work / "cache").videos
-        held = work_on.check_split(work / "cache", videos)
+        size, folder = runs["denoiser"].model.size, str(work / "cache")
+        cache(Cache(command.folders, folder, size=size, loops=command.loops), watch)
+        videos = FrameCache.load(folder).videos
+        held = work_on.check_split(folder, videos)
     trained = len(videos) - held
-    chosen: dict[str, Any] = {part: run for part, run in runs.items() if part in command.parts}
-    figures = work_on.train_parts(chosen, work, command.minutes, watch)
-    best_tokenizer, best_lm = (work / part / "best" if part in chosen else base for part in ("denoiser", "lm"))
+    figures = {}
+    for part in (part for part in runs if part in command.parts):
+        share = work_on.SHARES[part] / sum(work_on.SHARES[other] for other in set(command.parts))
+        minutes = None if command.minutes is None else command.minutes * share
+        with watch.stage(part):
+            figures[part] = work_on.train_part(part, runs[part], work / part, minutes)
+    best_tokenizer, best_lm = (work / part / "best" if part in figures else base for part in ("denoiser", "lm"))
     card = work_on.model_card(command.output, base, prompt or "a prompt", command_line(), (trained, held), figures)
     with watch.stage("assemble"):
         join(best_tokenizer, best_lm, command.output, dtype=getattr(torch, command.dtype), card=card)
@@ -176,8 +181,8 @@ def assemble(command: Assemble, watch: Stopwatch) -> None:
     import torch
 
     from dicode.cli.info import Info, info
-    from dicode.train.assemble import assemble as join
-    from dicode.train.assemble import last_of
+    from dicode.train.chain import assemble as join
+    from dicode.train.chain import last_of
 
     dtype, options = getattr(torch, command.dtype), common.sampling_flags(command.write, command.render)
     folders = [last_of(path) if command.last else path for path in (command.tokenizer, command.lm)]

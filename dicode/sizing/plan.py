@@ -16,10 +16,10 @@ from dicode.device import Gpu
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.sizing.count import MicroBatchCost, batch_flops, count_parameters, micro_batch_cost
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.distributed import blocks_of, recompute_activations
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Stage
 from dicode.train.optim import make_optimizers
-from dicode.train.parallel import blocks_of, recompute_activations
 from dicode.train.runs import LanguageRun, LoopConfig, Strategy, TokenizerRun
 from dicode.train.speed import FLOAT32
 from dicode.train.tokenizer import TokenizerTraining

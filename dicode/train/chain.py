@@ -8,65 +8,64 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dicode import __version__
-from dicode.checkpoint import read_section, resolve
-from dicode.config import config_to_dict
+from dicode.checkpoint import check_model_folder, load_weights, model_folder, read_config, read_section, resolve
+from dicode.config import CheckpointError, config_to_dict
 from dicode.data.cache import CachedVideo, FrameCache
+from dicode.lm.deep_lm import DeepTokenLM
+from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
-from dicode.train.assemble import assemble
+from dicode.tokenizer.first_stage import DECODER, FirstStage
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.checkpoint import STATE, checkpoints
+from dicode.train.distributed import Processes
 from dicode.train.loop import data_of
-from dicode.train.pace import Pace, measured_pace, read_plan
-from dicode.train.parallel import Processes
-from dicode.train.recipe import stages_of
 from dicode.train.run_log import records
-from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
-from dicode.train.stages import Run, run_recipe, stage_of
+from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun, stages_of
+from dicode.train.stages import Pace, Run, measured_pace, read_plan, run_recipe, stage_of
 
 LEAST_SHARE = 0.5  # of the time planned for a stage, where those before it took longer than planned
 NOISE_CLIPS, NOISE_FRAMES, NOISE_FPS = 48, 40, 8  # to measure on: enough for a batch, and little to encode
 
 
-@dataclass(frozen=True)
 class Chain:
     """The stages of a recipe file, to be trained on one cache."""
 
-    file: str
-    stages: dict[str, Run]  # by name, in order
-    shares: dict[str, float]
-    sampling: dict[str, Any]
-    folders: dict[str, Path]  # of the runs
-    first_stage: str | None  # a trained one, in place of the stages that would train it
-
-    @classmethod
-    def of(cls, file: str, cache: str | None, runs: Path, first_stage: str | None = None) -> "Chain":
+    def __init__(self, file: str, cache: str | None, runs: Path, first_stage: str | None = None) -> None:
         """Read a recipe file; `cache` is where the clips lie (default: its own), `runs` the folder of run folders.
 
-        `first_stage` is a model, bundled or a folder, whose first stage is taken as it is.
+        `first_stage` is a model, bundled or a folder, whose first stage is taken as it is, in place of the stages that
+        would train it. Raises `ValueError` where the stages do not give a whole model, or for another `SAMPLING`.
         """
-        stages, shares, sampling = stages_of(file)
-        check_stages(file, stages, sampling)
-        trained = resolve(first_stage) if first_stage else None
-        folders = {name: runs / f"{Path(file).stem}-{name}" for name in stages}
+        stages, shares, self.sampling = stages_of(file)
+        renders = any(isinstance(run, TokenizerRun) and run.train_denoiser for run in stages.values())
+        if not renders or not any(isinstance(run, LanguageRun) for run in stages.values()):
+            raise ValueError(f"{file}: expected STAGES with a TokenizerRun that denoises, and a LanguageRun")
+        try:
+            SamplingConfig().changed(**self.sampling)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: SAMPLING: {error}") from error
+        self.file, self.first_stage, trained = file, first_stage, resolve(first_stage) if first_stage else None
+        self.folders = {name: runs / f"{Path(file).stem}-{name}" for name in stages}
+        self.stages: dict[str, Run] = {}  # by name, in order
         best: dict[str, Path] = {}  # of the stages before
-        chosen: dict[str, Run] = {}
         for name, run in stages.items():
-            if trained is not None and isinstance(run, FirstStageRun) and not run.freeze_encoder:
+            if trained and isinstance(run, FirstStageRun) and not run.freeze_encoder:
                 best[name] = trained
                 continue
-            chosen[name] = wired(run if cache is None else replace(run, cache=cache), best)
-            best[name] = folders[name] / "best"
-            if trained is not None and isinstance(ready := chosen[name], TokenizerRun):
+            run = wired(run if cache is None else replace(run, cache=cache), best)
+            if trained and isinstance(run, TokenizerRun):
                 held = read_section(trained, "tokenizer", TokenizerConfig).first_stage
-                chosen[name] = replace(ready, model=replace(ready.model, first_stage=held))
-        return cls(file, chosen, {name: shares[name] for name in chosen}, sampling, folders, first_stage)
+                run = replace(run, model=replace(run.model, first_stage=held))
+            self.stages[name], best[name] = run, self.folders[name] / "best"
+        self.shares = {name: shares[name] for name in self.stages}
 
     def train(self, minutes: float | None) -> None:
         """Train every stage that is not finished; `minutes` are for all of them together.
@@ -99,13 +98,12 @@ class Chain:
 
     def assemble(self, output: Path, dtype: str) -> None:
         """Join what the stages trained into one checkpoint folder."""
-        runs = self.stages.items()
-        tokenizers = [n for n, run in runs if isinstance(run, TokenizerRun) and run.train_denoiser]
-        decoders = [n for n, run in runs if isinstance(run, FirstStageRun) and run.freeze_encoder]
-        lms = [n for n, run in runs if isinstance(run, LanguageRun)]
-        decoder = self.folders[decoders[-1]] / "best" if decoders else None
-        parts = self.folders[tokenizers[-1]] / "best", self.folders[lms[-1]] / "best"
-        assemble(*parts, output, decoder, getattr(torch, dtype), **self.sampling)
+        runs = [(self.folders[name] / "best", run) for name, run in self.stages.items()]
+        tokenizers = [folder for folder, run in runs if isinstance(run, TokenizerRun) and run.train_denoiser]
+        decoders = [folder for folder, run in runs if isinstance(run, FirstStageRun) and run.freeze_encoder]
+        lms = [folder for folder, run in runs if isinstance(run, LanguageRun)]
+        decoder = decoders[-1] if decoders else None
+        assemble(tokenizers[-1], lms[-1], output, decoder, getattr(torch, dtype), **self.sampling)
 
     def paces(self, only: str | None = None) -> dict[str, Pace]:
         """How fast each stage goes here: a few steps at its real sizes, on noise, with random weights."""
@@ -113,7 +111,7 @@ class Chain:
         with tempfile.TemporaryDirectory() as place, Processes() as processes:
             size = next(run.model.size for run in self.stages.values() if isinstance(run, TokenizerRun))
             noise_cache(Path(place) / "cache", size)
-            own = Chain.of(self.file, str(Path(place) / "cache"), Path(place), self.first_stage)
+            own = Chain(self.file, str(Path(place) / "cache"), Path(place), self.first_stage)
             for name, run in own.stages.items():
                 stage = stage_of(run)
                 if only in (None, name):
@@ -122,29 +120,17 @@ class Chain:
         return found
 
 
-def check_stages(file: str, stages: Mapping[str, Run], sampling: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where the stages of a file do not give a whole model, or its `SAMPLING` is none."""
-    runs = stages.values()
-    renders = any(isinstance(run, TokenizerRun) and run.train_denoiser for run in runs)
-    if not renders or not any(isinstance(run, LanguageRun) for run in runs):
-        raise ValueError(f"{file}: expected STAGES with a TokenizerRun that denoises, and a LanguageRun")
-    try:
-        SamplingConfig().changed(**sampling)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: SAMPLING: {error}") from error
-
-
 def wired(run: Run, best: Mapping[str, Path]) -> Run:
     """The run with the `best` of a stage before it in place of each field that names it.
 
     Names are runs/STAGE/best or runs/FILE-STAGE/best, of whatever file: a recipe that was copied has another name.
     """
-    changes: dict[str, Any] = {}
-    for field in fields(run):
-        value = getattr(run, field.name)
-        named = re.fullmatch(r"runs/(.+)/best", value) if isinstance(value, str) else None
-        if named and (stage := next((n for n in best if named[1] == n or named[1].endswith(f"-{n}")), None)):
-            changes[field.name] = str(best[stage])
+    changes: dict[str, Any] = {
+        field.name: str(folder)
+        for field in fields(run)
+        for name, folder in best.items()
+        if re.fullmatch(rf"runs/(.+-)?{re.escape(name)}/best", str(getattr(run, field.name)))
+    }
     return replace(run, **changes)
 
 
@@ -154,8 +140,9 @@ def finished(folder: Path, run: Run) -> bool:
     if not state or not (folder / "best").is_dir():
         return False
     asked = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["recipe"]["run"]
-    same = asked == json.loads(json.dumps(config_to_dict(run), default=str))
-    same = same and [s.get("data") for s in records(folder / "sessions.jsonl")][-1:] == [data_of(run)]
+    same = asked == config_to_dict(run) and [data_of(run)] == [
+        session.get("data") for session in records(folder / "sessions.jsonl")[-1:]
+    ]
     steps = run.loop.optim.steps if plan is None else plan.steps
     return same and state["step"] >= steps and state["evaluated"] == state["step"]
 
@@ -185,3 +172,49 @@ def noise_cache(folder: Path, size: int) -> None:
     frames = torch.randint(256, shape, dtype=torch.uint8, generator=generator_for(0, "noise"))
     times_s = torch.arange(count, dtype=torch.float64).repeat(NOISE_CLIPS) / NOISE_FPS
     FrameCache(tuple(videos), frames, times_s).save(folder)
+
+
+def assemble(
+    tokenizer: Path,
+    lm: Path,
+    output: Path,
+    first_stage: Path | None = None,
+    dtype: torch.dtype = torch.float16,
+    card: str | None = None,
+    **options: object,
+) -> DiCoDe:
+    """Join a tokenizer run's and a language model run's weights; returns the model as loaded back from `output`.
+
+    `first_stage` names a later run of the same first stage, of which only the decoder may differ. float16 keeps three
+    more bits than bfloat16, and weights fit it. The tokenizer's sampling is kept but for `options`, fields of
+    `SamplingConfig`; `card` is its README.md. Raises `CheckpointError` where the deep tokens would change, or the
+    language model was trained on others.
+    """
+    check_model_folder(output)  # before any work
+    parts = VideoTokenizer.from_pretrained(tokenizer)
+    if (trained_on := read_config(lm).get("deep_tokens")) != parts.token_hash():
+        raise CheckpointError(
+            f"{lm} was trained on the deep tokens {trained_on}, {tokenizer} encodes {parts.token_hash()}"
+        )
+    if first_stage is not None:
+        later = FirstStage(parts.config.first_stage)
+        load_weights(later, first_stage / FIRST_STAGE_WEIGHTS)
+        for name, value in parts.first_stage.state_dict().items():
+            if not name.startswith(DECODER) and not torch.equal(value, later.state_dict()[name]):
+                raise CheckpointError(f"{first_stage}: {name} differs from {tokenizer}; the deep tokens would change")
+        parts.first_stage.load_state_dict(later.state_dict())
+    parts.config = replace(parts.config, sampling=parts.config.sampling.changed(**options))
+    whole = DiCoDe(parts, DeepTokenLM.from_pretrained(lm))
+    with model_folder(output) as folder:
+        whole.save_pretrained(folder, dtype)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    return DiCoDe.from_pretrained(output)
+
+
+def last_of(best: Path) -> Path:
+    """RUN/last, the averaged weights of a run's last evaluation, for RUN/best. Raises `CheckpointError` without one."""
+    last = best.with_name("last")
+    if best.name != "best" or not last.is_dir():
+        raise CheckpointError(f"--last: expected RUN/best with RUN/last beside it, got {best}")
+    return last

@@ -13,6 +13,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from dicode.checkpoint import is_finite
 from dicode.config import CheckpointError
-from dicode.files import PARTIAL, flush, sha256_of
-from dicode.train.parallel import Processes, local
+from dicode.files import PARTIAL, flush, sha256_of, whole_folder
+from dicode.train.distributed import Processes, local
 
 KEPT = 2
 SUMS, STATE = "SHA256SUMS", "state.json"
@@ -46,7 +47,7 @@ class TrainState:
 
 
 def save_checkpoint(folder: Path, state: TrainState, tensors: Mapping[str, Tensor], processes: Processes) -> Path:
-    """Write `folder/step-…` under a temporary name, flush it, sum it, rename it; keep the two newest.
+    """Write `folder/step-…`, sums of its files included, whole or not at all; keep the two newest.
 
     Raises `CheckpointError`, leaving earlier checkpoints as they are, where a tensor is not finite or the disk is full.
     """
@@ -55,26 +56,29 @@ def save_checkpoint(folder: Path, state: TrainState, tensors: Mapping[str, Tenso
         raise CheckpointError(
             f"step {state.step}: NaN or infinity in {unfit[:5] or 'another process'}; nothing written"
         )
-    final, temporary = folder / f"step-{state.step:08d}", folder / f".writing-{state.step:08d}"
-    if processes.first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    processes.wait()
-    failure = ""
+    final, failure = folder / f"step-{state.step:08d}", ""
     try:
-        _write(temporary, tensors, processes)
-        if processes.first:
-            _publish(temporary, final, state)
+        with whole_folder(final) if processes.first else nullcontext(final) as own:
+            place = processes.from_first(own)
+            _write(place, tensors, processes)
+            if processes.first:
+                (place / STATE).write_text(json.dumps(asdict(state)))
+                sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in sorted(place.iterdir()))
+                (place / SUMS).write_text(sums)
+                flush(place / STATE)
+                flush(place / SUMS)
     except CheckpointException as error:  # which is no Exception
         failure = "; ".join(f"{cause}" for cause, _ in error.failures.values())
     except OSError as error:
         failure = str(error)
     if processes.any(bool(failure)):
-        if processes.first:
-            shutil.rmtree(temporary, ignore_errors=True)
         left = checkpoints(folder)
         kept = f"{left[-1].name} is whole: make room, and the same command continues" if left else "there is no other"
         raise CheckpointError(f"{final}: cannot be written ({failure or 'in another process'}); {kept}")
+    if processes.first:
+        flush(folder)
+        for old in checkpoints(folder)[:-KEPT]:
+            shutil.rmtree(old)
     return final
 
 
@@ -84,20 +88,6 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) ->
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=ALONE)
         save(packed, storage_writer=writer, no_dist=processes.count == 1)
-
-
-def _publish(temporary: Path, final: Path, state: TrainState) -> None:
-    """Add state and sums to what all processes wrote, and give it its name."""
-    (temporary / STATE).write_text(json.dumps(asdict(state)))
-    sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
-    (temporary / SUMS).write_text(sums)
-    for path in (temporary / STATE, temporary / SUMS):
-        flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    flush(final.parent)
-    for old in checkpoints(final.parent)[:-KEPT]:
-        shutil.rmtree(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -113,7 +103,7 @@ def newest_checkpoint(folder: Path, processes: Processes) -> Path | None:
     found: Path | None = None
     problem = ""
     if processes.first:
-        for rest in (*folder.glob(".writing-*"), *folder.glob(f".*{PARTIAL}")):  # of a run that was killed
+        for rest in folder.glob(f".*{PARTIAL}"):  # of a run that was killed
             shutil.rmtree(rest, ignore_errors=True)
             rest.unlink(missing_ok=True)
         for path in reversed(checkpoints(folder)):

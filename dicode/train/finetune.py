@@ -6,29 +6,22 @@ clips ─► WORK/cache ─► adapters: WORK/denoiser, WORK/lm ─► merged: W
 import hashlib
 import json
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from dicode import __version__
 from dicode.checkpoint import content_hash, model_name, read_section
 from dicode.config import config_to_dict
 from dicode.data.columns import CachedVideo
 from dicode.data.records import VALIDATION_EVERY, ClipRecord
-from dicode.device import pick_device
-from dicode.files import put_text, state_of
+from dicode.files import put_text, read_json, state_of
 from dicode.lm.presets import DeepLMConfig
-from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.config import TokenizerConfig
-from dicode.train.loop import NonFiniteLossError, data_of, train
-from dicode.train.pace import planned
-from dicode.train.parallel import Processes
-from dicode.train.run_log import claimed
-from dicode.train.runs import LanguageRun, LoopConfig, LoRAConfig, OptimConfig, TokenizerRun
-from dicode.train.stages import stage_of
+from dicode.train.loop import NonFiniteLossError
+from dicode.train.run_log import records
+from dicode.train.runs import LanguageRun, LoopConfig, LoRAConfig, TokenizerRun
+from dicode.train.stages import Run, run_recipe
 
 Figures = dict[str, dict[str, float]]  # "before" and "after": validation metrics
 NOTE = "finetune.json"  # of a working folder: model and clips that it was begun with
@@ -63,29 +56,26 @@ cannot generate. The licences of `{base}` and of the clips apply.
 """
 
 
-def loop_of(steps: int, batch_size: int, lr: float, seed: int, device: str) -> LoopConfig:
-    """How either part is trained.
-
-    It is evaluated once, at the end: the best of several would be early weights where few clips tell no difference.
-    """
-    optim = OptimConfig(
-        steps=steps, batch_size=batch_size, lr=lr, warmup_steps=min(20, steps // 5), decay_fraction=0.5,
-        weight_decay=0.0, ema_decay=0.98,
-    )  # fmt: skip
-    return LoopConfig(seed=seed, device=device, evaluate_every=steps, checkpoint_every=100, optim=optim)
-
-
 def finetune_runs(
     base: Path, cache: Path, lora: LoRAConfig, loop: LoopConfig, key_frames: int
 ) -> dict[str, TokenizerRun | LanguageRun]:
-    """The run of each part, in order. Raises `CheckpointError` for a folder that lacks one of them."""
+    """The run of each part, in order, with this seed, device, batch size and learning rate for so many steps.
+
+    Each is evaluated before its first step and after its last: the best of several would be early weights where few
+    clips tell no difference. Raises `CheckpointError` for a folder that lacks one of the parts.
+    """
     tokenizer, lm = read_section(base, "tokenizer", TokenizerConfig), read_section(base, "lm", DeepLMConfig)
+    steps = loop.optim.steps
+    optim = replace(loop.optim, warmup_steps=min(20, steps // 5), decay_fraction=0.5, weight_decay=0.0, ema_decay=0.98)
+    loop = replace(loop, evaluate_every=steps, checkpoint_every=100, optim=optim)
     denoiser_run = TokenizerRun(
         str(cache), first_stage=str(base), init=str(base), freeze_key_frames=True, images_per_step=0, model=tokenizer,
-        lora=lora, loop=loop,
+        lora=lora, loop=replace(loop, best="-denoising_loss"),
     )  # fmt: skip
     lm_run = LanguageRun(
-        str(cache), tokenizer=str(base), init=str(base), model=lm, lora=lora, loop=loop, longer=(), longer_share=(),
+        str(cache), tokenizer=str(base), init=str(base), model=lm, lora=lora, longer=(), longer_share=(),
+        # the share of captions met, by which runs are compared otherwise, is 0 for long where captions say little
+        loop=replace(loop, best="-validation_loss"),
         key_frames=min(key_frames, lm.most_keyframes(lm.end_frame_conditioning)),
         end_frame_prob=END_FRAME_PROB if lm.end_frame_conditioning else 0.0,
     )  # fmt: skip
@@ -103,15 +93,14 @@ def claim_folder(work: Path, output: Path, base: Path, records: Sequence[ClipRec
         facts = (str(r.path), r.captions, r.start_s, r.end_s, r.validation, r.inside and r.inside.span)
         clips.update(json.dumps([*facts, state_of(r.inside.archive if r.inside else r.path)]).encode())
     found = {"model": content_hash(*base.glob("*.safetensors")), "loops": loops, "clips": clips.hexdigest()}
-    note = work / NOTE
-    begun = found
+    note, begun = work / NOTE, found
     if note.is_file():
-        begun = json.loads(note.read_text(encoding="utf-8"))
+        begun = read_json(note)
     elif (output / "config.json").exists():
         raise ValueError(f"{output}: a model is there already, and {work} did not make it; name another -o")
     elif work.exists() and (not work.is_dir() or any(work.iterdir())):
         raise ValueError(f"{work}: expected a folder of this command's, or none; name another --work-folder")
-    begun_parts = [str(work / part) for part in SHARES if (work / part).exists()]
+    begun_parts = [str(work / part) for part in SHARES if (work / part / "sessions.jsonl").exists()]
     differing = ", ".join(name for name, value in found.items() if begun.get(name) != value)
     if differing and begun_parts:
         raise ValueError(
@@ -121,7 +110,7 @@ def claim_folder(work: Path, output: Path, base: Path, records: Sequence[ClipRec
     put_text(note, json.dumps(found))
 
 
-def check_split(cache: Path, videos: Sequence[CachedVideo]) -> int:
+def check_split(cache: str, videos: Sequence[CachedVideo]) -> int:
     """The number of validation videos. Raises `ValueError` unless there are videos to train on, too."""
     held = sum(video.validation for video in videos)
     if not 0 < held < len(videos):
@@ -133,39 +122,14 @@ def check_split(cache: Path, videos: Sequence[CachedVideo]) -> int:
     return held
 
 
-def train_parts(
-    runs: Mapping[str, TokenizerRun | LanguageRun], work: Path, minutes: float | None, watch: Stopwatch
-) -> dict[str, Figures]:
-    """Train parts in order, or continue; `minutes` are for all of them together."""
-    figures: dict[str, Figures] = {}
-    for part, run in runs.items():
-        share = SHARES[part] / sum(SHARES[other] for other in runs)
-        with watch.stage(part):
-            try:
-                figures[part] = train_part(run, work / part, None if minutes is None else minutes * share)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"{part}: {error}; try a lower --lr") from error
-    return figures
-
-
-def train_part(run: TokenizerRun | LanguageRun, folder: Path, minutes: float | None) -> Figures:
+def train_part(part: str, run: Run, folder: Path, minutes: float | None) -> Figures:
     """Train one part, or continue; returns its validation metrics as the base model and as trained."""
-    began_s, stage = time.monotonic(), stage_of(run)
-    if isinstance(run, LanguageRun):
-        # the share of captions met, by which runs are compared otherwise, is 0 for long where captions say little
-        stage.best = "-validation_loss"
-    first = folder / "before.json"
-    if not first.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        stage.module.to(pick_device(run.loop.device)).eval()
-        with torch.no_grad():
-            before = stage.validate()[0]  # adapters do nothing yet
-        put_text(first, json.dumps(before))
-    recipe = {"recipe": "dicode finetune", "run": config_to_dict(run)}
-    with Processes() as processes, claimed(folder, data_of(run), run.loop, processes):
-        loop = planned(stage, run.loop, folder, minutes, began_s, processes)
-        best = train(stage, replace(loop, evaluate_every=loop.optim.steps), folder, recipe)
-    return {"before": json.loads(first.read_text()), "after": best}
+    try:
+        after = run_recipe(run, folder, {"recipe": "dicode finetune", "run": config_to_dict(run)}, None, minutes)
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"{part}: {error}; try a lower --lr") from error
+    first = (line for line in records(folder / "log.jsonl") if line["kind"] == "validation" and line["step"] == 0)
+    return {"before": {k: v for k, v in next(first, {}).items() if k not in ("kind", "step")}, "after": after}
 
 
 def model_card(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
+from numpy import ndarray
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
 
 from dicode.checkpoint import content_hash, kept_tensors, load_weights, save_weights, write_config
 from dicode.config import config_to_dict
@@ -19,15 +23,17 @@ from dicode.data.cache import FrameCache
 from dicode.data.cache_folder import INDEX
 from dicode.data.columns import FrameRows, Videos
 from dicode.device import autocast, pick_device
-from dicode.features.perceptual import FeatureMaps, perceptual_distance
+from dicode.features.extract import STAGE_WIDTHS
+from dicode.features.metrics import frechet_distance
+from dicode.features.perceptual import FeatureMaps, mean, perceptual_distance
 from dicode.shapes import ImageLatents, KeyFramePixels
 from dicode.stopwatch import tracked
 from dicode.tokenizer.first_stage import FirstStage
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
 from dicode.tokenizer.video_tokenizer import WEIGHTS as TOKENIZER_WEIGHTS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.adversarial import FeatureDiscriminator, ReconstructionStats, adversarial_losses
-from dicode.train.parallel import Processes
+from dicode.train.cached import frames_to_pixels, pixels_to_frames, psnr_db, splits
+from dicode.train.distributed import Processes
 from dicode.train.runs import FirstStageRun
 
 L1_WEIGHT = 0.1  # beside the squared error: keeps flat areas of pixel art flat
@@ -35,22 +41,70 @@ LATENT_NOISE = 0.05  # of the batch's latent deviation: latents will be imperfec
 MOST_RENDERED = 4096  # clips whose rendered frames a decoder learns from: hours of work for a processor
 VALIDATION_FRAMES = 2048  # of all sources together …
 LEAST_FRAMES = 16  # … but at least so many of each
+SLOPE = 0.2  # of the discriminator's leaky rectifiers
 
 
-def frames_to_pixels(frames: Tensor) -> Tensor:
-    """uint8 `… h w c` → float32 `… c h w` in −1…1."""
-    return rearrange(frames, "... h w c -> ... c h w").float() / 127.5 - 1
+class ReconstructionStats:
+    """How predicted images compare with real ones, batch by batch."""
+
+    def __init__(self) -> None:
+        self.distances: list[Tensor] = []
+        self.pooled: list[list[ndarray]] = []  # of the predicted, and of the real
+
+    def add(self, predicted: list[Tensor], real: list[Tensor]) -> None:
+        """`FeatureMaps` of as many images of either kind."""
+        self.distances.append(perceptual_distance(predicted, real).cpu())
+        pooled = [[reduce(x, "b c y x -> b c", "mean") for x in maps] for maps in (predicted, real)]
+        self.pooled.append([torch.cat(features, dim=1).cpu().numpy() for features in pooled])
+
+    def figures(self) -> dict[str, float]:
+        """Mean `perceptual` distance, and the `frechet` distance of the two sets' maps, averaged over places.
+
+        A discriminator trades the first, which is least for blurred images, for the second.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # biased by few images, but by as many every time
+            distance = frechet_distance(*map(np.concatenate, zip(*self.pooled, strict=True)))
+        return {"perceptual": torch.stack(self.distances).mean().item(), "frechet": distance}
 
 
-def pixels_to_frames(pixels: Tensor) -> Tensor:
-    """Float `… c h w` → uint8 `… h w c`, clamped."""
-    return rearrange((pixels * 127.5 + 127.5).round().clamp(0, 255).byte(), "... c h w -> ... h w c")
+class FeatureDiscriminator(nn.Module):
+    """Logits at every second place of each of the `FeatureMaps`; larger is more real.
+
+    Projected GANs (Sauer et al. 2021): features of an image network separate real from generated with far fewer images
+    than pixels do. Theirs mix the maps at random first and have deeper heads.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, width, 1),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(width, width, 3, stride=2, padding=1),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(width, 1, 1),
+            )
+            for channels in STAGE_WIDTHS
+        )
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Feature maps of `b` images → logits `b 1 y x` of each map."""
+        return [head(x * x.shape[1] ** 0.5) for head, x in zip(self.heads, maps, strict=True)]
 
 
-def psnr_db(pixels: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, for pixels in −1…1 (clamped first)."""
-    error = ((pixels.clamp(-1, 1) - target) / 2).square().mean((1, 2, 3))
-    return -10 * error.clamp_min(1e-10).log10()
+def adversarial_losses(discriminator: nn.Module, predicted: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Losses of the decoder and of the discriminator, from feature maps: the hinge losses of Lim & Ye 2017.
+
+    All maps weigh the same. Gradients stay apart, so that one optimizer may step both: the first loss reaches
+    `predicted` alone, the second the discriminator alone.
+    """
+    fixed = {name: p.detach() for name, p in discriminator.named_parameters()}
+    generator_loss = -mean(functional_call(discriminator, fixed, (predicted,)))
+    on_predicted = discriminator([x.detach() for x in predicted])
+    on_real = discriminator([x.detach() for x in real])
+    hinge = mean([functional.relu(1 + x) for x in on_predicted]) + mean([functional.relu(1 - x) for x in on_real])
+    return generator_loss, hinge
 
 
 class Rendered(NamedTuple):
@@ -120,8 +174,7 @@ class FirstStageTraining:
         self.tokenizer = VideoTokenizer.from_pretrained(run.tokenizer).requires_grad_(False) if run.tokenizer else None
         self.best = "-frechet" if run.adversarial_weight else "-perceptual" if run.perceptual_weight else "psnr_db"
         self.feature_maps = FeatureMaps() if run.perceptual_weight else None
-        cache = FrameCache.load(run.cache)
-        training, validation = cache.subset(validation=False), cache.subset(validation=True)
+        cache, training, validation = splits(run.cache)
         self.frames, self.rows = cache.frames, training.frame_rows()
         self.validation = validation_rows(validation.columns)
         torch.manual_seed(run.loop.seed)
@@ -136,11 +189,9 @@ class FirstStageTraining:
         self.rendered: Rendered | None = None
         if run.rendered_share and self.tokenizer is not None:
             self.tokenizer.to(pick_device(run.loop.device))
+            options = {"decoder_guidance": run.rendered_guidance, "motion_scale": run.rendered_motion_scale}
             config = self.tokenizer.config
-            sampling = config.sampling.changed(
-                decoder_guidance=run.rendered_guidance, motion_scale=run.rendered_motion_scale
-            )
-            self.tokenizer.config = replace(config, sampling=sampling)
+            self.tokenizer.config = replace(config, sampling=config.sampling.changed(**options))
             self.rendered = rendered_clips(self.tokenizer, training, run)
             self.rendered_validation = rendered_clips(self.tokenizer, validation, run)
 
@@ -243,10 +294,8 @@ class FirstStageTraining:
 
     def compare(self, decoded: Tensor, real: Tensor, *stats: ReconstructionStats) -> None:
         """Add images to statistics, where this run has feature maps to compare them by."""
-        if self.feature_maps is None:
-            return
         device = self.first_stage.latent_mean.device
-        for pair in zip(decoded.split(64), real.split(64), strict=True):
+        for pair in zip(decoded.split(64), real.split(64), strict=True) if self.feature_maps else ():
             maps = [self.feature_maps(pixels.to(device)) for pixels in pair]
             for each in stats:
                 each.add(*maps)

@@ -3,28 +3,26 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from dicode.checkpoint import content_hash, downloaded, load_weights, read_config, write_config
-from dicode.data.cache import CachedVideo, FrameCache, Rows
+from dicode.checkpoint import downloaded, load_weights, read_config, write_config
+from dicode.data.cache import CachedVideo
 from dicode.data.columns import CAPTIONED, Videos, spread_numbers
-from dicode.device import Precision, autocast, pick_device
-from dicode.features.scorer import ALL, Scorer, scorer_metrics, truth_of
+from dicode.device import pick_device
 from dicode.files import read_json
-from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
-from dicode.lm.deep_lm import DeepTokenLM
+from dicode.lm.deep_lm import WEIGHTS, DeepTokenLM
 from dicode.lm.text import TextTokenizer
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.augment import View, augmented_caption
-from dicode.train.first_stage import frames_to_pixels, pixels_to_frames
+from dicode.train.cached import at_once, frame_tokens, key_frames_of, pixels_to_frames, splits
+from dicode.train.distributed import Processes
 from dicode.train.lora import add_adapters, merged
-from dicode.train.parallel import Processes
 from dicode.train.runs import VALIDATION_CLIPS, LanguageRun
-from dicode.train.tokenizer import at_once, latents_name
 from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 
@@ -35,55 +33,6 @@ SCORED_CLIPS = 16  # validation captions whose generated videos are scored
 MEASURED_CLIPS = 512  # whose variances say whether residuals or whole key frames are easier to predict
 MOST_READ = 200_000  # training videos whose captions the vocabulary is learnt from
 BODY_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
-
-
-def frame_tokens(
-    tokenizer: VideoTokenizer, cache: FrameCache, source: Path, view: View | None = None, precision: Precision = "auto"
-) -> Rows:
-    """Deep tokens of the frames that can be key frames, or of a view of them, float16 `f n d`.
-
-    Those are all frames of a loop, and those a whole number of clips after the start of another video. Computed once
-    and kept beside the shards, under a hash of the tokenizer's weights in `source`; from first-stage latents where a
-    tokenizer's training left them there.
-    """
-    clip_s, reads_latents = tokenizer.config.clip_s, tokenizer.config.encoder.reads_latents
-    names = [latents_name(source / FIRST_STAGE_WEIGHTS, mirror) for mirror in (False, True)]
-
-    def chosen(rows: range) -> Tensor:
-        found = [torch.empty(0, dtype=torch.long)]
-        for video in cache.of_rows(rows):
-            every = torch.arange(video.first, video.first + video.count)
-            count = key_frames_of(video, clip_s)
-            found.append(every if video.loops else cache.clip_rows(video, 0.0, count, 1 / clip_s))
-        return torch.cat(found).unique()
-
-    def tokens(rows: Tensor) -> Tensor:
-        latents = next((kept for name in names if (kept := cache.kept(name, rows)) is not None), None)
-        device, resampler = tokenizer.device, tokenizer.config.resampler
-        parts = [torch.empty(0, resampler.queries, resampler.token_width, dtype=torch.half)]
-        with torch.no_grad(), autocast(device, precision):
-            for at in torch.arange(len(rows)).split(at_once(128, tokenizer.config.size)):
-                if reads_latents and view is None and latents is not None:
-                    read = latents[at, 0].float().to(device)
-                else:
-                    frames = cache.frames[rows[at]] if view is None else view.of_frames(cache.frames[rows[at]])
-                    read = tokenizer.source_of(frames_to_pixels(frames).to(device))
-                parts.append(tokenizer.tokens_of(read).half().cpu())
-        return torch.cat(parts)
-
-    name = f"tokens-{content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)}-{clip_s:g}s"
-    return cache.computed_of(name if view is None else f"{name}-{view.name}", chosen, tokens)
-
-
-def key_frames_of(video: CachedVideo, clip_s: float) -> int:
-    """Number of key frames, one clip apart from its start on, of a video that does not loop; 1 of a still image."""
-    count = 1 + int(video.period_s / clip_s)
-    return 1 if video.count == 1 else count + video.lasts(count * clip_s)
-
-
-def body_folder(name: str) -> Path:
-    """The folder of a `transformers` model: one on disk, or downloaded by its id. Raises `CheckpointError`."""
-    return Path(name) if Path(name).is_dir() else downloaded(name, BODY_FILES)
 
 
 class LanguageTraining:
@@ -97,11 +46,12 @@ class LanguageTraining:
             raise ValueError("lora: name in init the trained language model that is to be adapted")
         self.run = run
         folder, precision = Path(run.tokenizer), run.loop.precision
-        self.scorer = None if run.scorer is None else self._scorer(run.scorer, folder)
+        self.scorer: Any = None if run.scorer is None else self._scorer(run.scorer, folder)
         self.tokenizer = VideoTokenizer.from_pretrained(folder).to(pick_device(run.loop.device))
-        cache = FrameCache.load(run.cache)
-        self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
-        body = body_folder(run.body) if run.body else None
+        cache, self.cache, self.validation = splits(run.cache)
+        body = None
+        if run.body:
+            body = Path(run.body) if Path(run.body).is_dir() else downloaded(run.body, BODY_FILES)
         captions = [video.captions for video in self.cache.columns.having(CAPTIONED).spread(MOST_READ)]
         self.text = self._text(body, captions)
         if self.text.vocab_size > run.model.vocab_size:
@@ -117,7 +67,7 @@ class LanguageTraining:
         config = replace(run.model, pad_id=self.text.pad_id, begin_id=self.text.begin_id)
         self.module = DeepTokenLM(config, self.text)
         if run.init:
-            load_weights(self.module, Path(run.init) / LM_WEIGHTS)
+            load_weights(self.module, Path(run.init) / WEIGHTS)
         if body:
             self.module.backbone.load_pretrained(body)
         if run.lora.rank:
@@ -132,7 +82,7 @@ class LanguageTraining:
         videos = self.cache.columns.lasting(self.tokenizer.config.clip_s).spread(MEASURED_CLIPS)
         if len(videos) < 2 or max((self.run.key_frames, *self.run.longer)) < 2:
             return ""
-        tokens = self.tokens[torch.stack([self.key_frame_rows(video, 2) for video in videos])].float()
+        tokens = self.tokens[torch.stack([self.key_frames(video, 2)[0] for video in videos])].float()
         residual = (tokens[:, 1] - tokens[:, 0]).square().mean().item()
         whole = (tokens[:, 1] - tokens[:, 1].mean(0)).square().mean().item()
         chosen, fits = self.run.model.predict_residual, residual < whole
@@ -141,8 +91,10 @@ class LanguageTraining:
             f"model.predict_residual {chosen} {'fits' if chosen == fits else 'may not fit, try ' + str(fits)}"
         )
 
-    def _scorer(self, spec: str, folder: Path) -> Scorer:
-        """The scorer. Raises `ValueError` where this tokenizer renders no clips to score."""
+    def _scorer(self, spec: str, folder: Path) -> Any:
+        """The `Scorer`. Raises `ValueError` where this tokenizer renders no clips to score."""
+        from dicode.features.scorer import Scorer
+
         note = folder.parent / "recipe.json"
         if note.is_file() and read_json(note)["recipe"].get("run", {}).get("train_denoiser") is False:
             raise ValueError(
@@ -177,7 +129,7 @@ class LanguageTraining:
         for i in indices:
             video = self.cache.videos[int(i)]
             start_s = 0.0 if chance() < self.run.from_start else self.later_start_s(video, key_frames, chance())
-            rows, real = self.key_frame_rows(video, key_frames, start_s), self.is_real(video, key_frames, start_s)
+            rows, real = self.key_frames(video, key_frames, start_s)
             text, source = augmented_caption(video.captions, self.run.augment, self.words, generator), self.tokens
             if self.views and chance() < self.run.augment.view_share:
                 number = int(chance() * len(self.views))
@@ -208,17 +160,16 @@ class LanguageTraining:
         beyond = key_frames_of(video, clip_s) - key_frames
         return clip_s * (1 + int(drawn * beyond)) if beyond > 0 else 0.0
 
-    def key_frame_rows(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
-        """Cache rows of `key_frames` frames, one clip apart; past the end of a video the last real one again."""
-        rows = self.cache.clip_rows(video, start_s, key_frames, 1 / self.tokenizer.config.clip_s)
-        return rows[torch.arange(key_frames).clamp(max=int(self.is_real(video, key_frames, start_s).sum()) - 1)]
+    def key_frames(self, video: CachedVideo, count: int, start_s: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Cache rows of `count` key frames, one clip apart, and which of them are real.
 
-    def is_real(self, video: CachedVideo, key_frames: int, start_s: float = 0.0) -> Tensor:
-        """Which of `key_frame_rows` are not past the end of a video that does not loop; of a still image the first."""
-        clip_s = self.tokenizer.config.clip_s
-        if video.loops and video.count > 1:
-            return torch.full((key_frames,), True)
-        return torch.arange(key_frames) < max(1, key_frames_of(video, clip_s) - round(start_s / clip_s))
+        Past the end of a video that does not loop the last real one comes again; of a still image the first is real.
+        """
+        clip_s, numbers = self.tokenizer.config.clip_s, torch.arange(count)
+        endless = video.loops and video.count > 1
+        held = count if endless else max(1, key_frames_of(video, clip_s) - round(start_s / clip_s))
+        rows = self.cache.clip_rows(video, start_s, count, 1 / clip_s)
+        return rows[numbers.clamp(max=held - 1)], numbers < held
 
     def encode(self, texts: list[str]) -> Tensor:
         """Text ids, cut to the model's length: long captions exceed it, and their beginning matters most."""
@@ -258,7 +209,7 @@ class LanguageTraining:
         """Mean loss of the key frames that videos have, from their start."""
         losses, counts = [], []
         for part in chunks(videos, 32):
-            real = torch.stack([self.is_real(video, self.run.key_frames) for video in part])
+            real = torch.stack([self.key_frames(video, self.run.key_frames)[1] for video in part])
             ids, tokens = self.sample_of(part)
             losses.append(self.module(ids, tokens, real.to(ids.device)).loss.float().cpu() * real.sum())
             counts.append(real.sum())
@@ -267,7 +218,7 @@ class LanguageTraining:
     def sample_of(self, videos: Sequence[CachedVideo], key_frames: int | None = None) -> tuple[Tensor, Tensor]:
         """Short captions and tokens of videos from their start, without augmentation."""
         device = next(self.module.parameters()).device
-        rows = torch.stack([self.key_frame_rows(v, key_frames or self.run.key_frames) for v in videos])
+        rows = torch.stack([self.key_frames(v, key_frames or self.run.key_frames)[0] for v in videos])
         return self.encode([caption_of(v) for v in videos]).to(device), self.tokens[rows].float().to(device)
 
     def caption_rank(self) -> float:
@@ -309,6 +260,8 @@ class LanguageTraining:
         """
         if self.scorer is None:
             return {}
+        from dicode.features.scorer import ALL, scorer_metrics, truth_of
+
         captioned = self.validation.columns.having(CAPTIONED).spread(SCORED_CLIPS)
         videos: list[Video] = []
         self.tokenizer.to(next(self.module.parameters()).device)  # until they are rendered

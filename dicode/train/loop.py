@@ -5,22 +5,22 @@ continued is bit-equal to one that was not. The same command continues a run, wi
 """
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy import ndarray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from dicode.checkpoint import content_hash, is_finite
@@ -28,24 +28,17 @@ from dicode.config import config_to_dict
 from dicode.device import autocast, compute_dtype, describe_device, pick_device
 from dicode.files import flush, whole_folder
 from dicode.seeds import generator_for
-from dicode.stopwatch import Progress, Stopwatch
+from dicode.stopwatch import Progress
+from dicode.train import distributed
 from dicode.train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
+from dicode.train.distributed import Processes, Stopped, StopSignal, copy_into, full, local
 from dicode.train.optim import make_optimizers
-from dicode.train.order import sample_indices
-from dicode.train.parallel import (
-    Processes,
-    StepModule,
-    copy_into,
-    full,
-    gradients_shared,
-    local,
-    recompute_activations,
-    whole,
-)
 from dicode.train.run_log import RunLog, claimed, note_start
 from dicode.train.runs import LoopConfig
-from dicode.train.signals import Stopped, StopSignal
 from dicode.train.speed import Speed, name_of
+
+ROUNDS = 8  # of the network that orders samples
+LEAST_BITS = 3  # of half a number: among fewer than 64 places the rounds would mix too little
 
 
 @runtime_checkable
@@ -79,38 +72,27 @@ class NonFiniteLossError(FloatingPointError):
     """Training met NaN or infinity; nothing of that step was kept."""
 
 
-@dataclass(frozen=True)
 class Training:
-    """What changes as a run trains."""
+    """What changes as a run trains. Raises `ValueError` where its batch cannot be shared out as asked."""
 
-    stage: Stage
-    config: LoopConfig
-    processes: Processes
-    step: nn.Module  # computes the stage's loss, as the processes share it
-    copy: nn.Module | None  # of the stage's module, for validation where FSDP shards the weights
-    trained: dict[str, nn.Parameter]
-    ema: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    optimizers: list[torch.optim.Optimizer]
-
-    @classmethod
-    def of(cls, stage: Stage, config: LoopConfig, processes: Processes) -> "Training":
-        """A run before its first step. Raises `ValueError` where the batch cannot be shared out as asked."""
+    def __init__(self, stage: Stage, config: LoopConfig, processes: Processes) -> None:
+        self.stage, self.config, self.processes = stage, config, processes
         if config.micro_batches % processes.count or config.optim.batch_size % config.micro_batches:
             raise ValueError(
                 f"batch_size {config.optim.batch_size}: expected a multiple of micro_batches, and those of the "
                 f"{processes.count} processes; got micro_batches {config.micro_batches}"
             )
-        copy = deepcopy(stage.module).cpu() if config.strategy == "fsdp" and processes.count > 1 else None
+        shards = config.strategy == "fsdp" and processes.count > 1
+        self.copy = deepcopy(stage.module).cpu() if shards else None  # for validation
         module = stage.module.to(device := pick_device(config.device))
         dtype = compute_dtype(device, config.precision)
         if config.checkpoint_activations:
-            recompute_activations(module)
-        step = processes.arrange(StepModule(stage), config.strategy, dtype)
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        ema = {name: p.detach().clone() for name, p in trained.items()}
-        optimizers = make_optimizers(module, config.optim, dtype)
-        return cls(stage, config, processes, step, copy, trained, ema, dict(module.named_buffers()), optimizers)
+            distributed.recompute_activations(module)
+        self.step = processes.arrange(distributed.StepModule(stage), config.strategy, dtype)  # computes the loss
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.buffers = dict(module.named_buffers())
+        self.optimizers = make_optimizers(module, config.optim, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +136,7 @@ class Training:
     def validating(self) -> Iterator[None]:
         """In here the stage's module is whole, in eval mode, and not compiled anew for the shapes of validation."""
         self.stage.module.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), whole(self.stage, self.copy):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), distributed.whole(self.stage, self.copy):
             yield
 
     def best_metric(self, metrics: dict[str, float]) -> tuple[str, float]:
@@ -166,42 +148,48 @@ class Training:
         return name, sign
 
 
+@contextmanager
+def session(folder: Path, run: Any, config: LoopConfig) -> Iterator[tuple[Processes, StopSignal]]:
+    """In here the processes of this run, and no others, train in `folder`. Raises `ValueError` as `claimed`."""
+    with StopSignal() as stop, Processes() as processes, claimed(folder, data_of(run), config, processes):
+        yield processes, stop
+
+
 def train(
     stage: Stage,
     config: LoopConfig,
     folder: Path,
     recipe: dict[str, Any],
     source: Path | None = None,
-    stop: StopSignal | None = None,
+    within: tuple[Processes, StopSignal] | None = None,
 ) -> dict[str, float]:
     """Train to `config.optim.steps` in `folder`, continuing from its newest whole checkpoint; returns the best metrics.
 
-    `recipe` and the file `source` are copied there. A SIGTERM or SIGINT finishes the step, writes a checkpoint and
-    raises `SystemExit(75)`. Raises `NonFiniteLossError`, and `CheckpointError` for checkpoints that cannot be read or
-    written.
+    `recipe` and the file `source` are copied there; `within` is a `session` that was begun. A SIGTERM or SIGINT
+    finishes the step, writes a checkpoint and raises `SystemExit(75)`. Raises `NonFiniteLossError`, and
+    `CheckpointError` for checkpoints that cannot be read or written.
     """
-    data = data_of(stage.run)
-    with stop or StopSignal() as stop, Processes() as processes, claimed(folder, data, config, processes):
-        run, state = Training.of(stage, config, processes), TrainState()
+    with nullcontext(within) if within else session(folder, stage.run, config) as (processes, stop):
+        run, state = Training(stage, config, processes), TrainState()
         if newest := newest_checkpoint(folder, processes):
             state = load_checkpoint(newest, run.tensors(), processes)
         if processes.first:
             if newest:
                 print(f"continuing {folder} from step {state.step}", flush=True)
-            session = {
+            environment = {
                 "device": describe_device(run.device),
                 "dtype": name_of(compute_dtype(run.device, config.precision)),
                 "threads": torch.get_num_threads(),
                 "processes": processes.count,
-                "data": data,
+                "data": data_of(stage.run),
             }
-            note_start(folder, state.step, {"recipe": recipe, "loop": config_to_dict(config)}, source, session)
-        if config.best and state.step == 0:
-            _check_best(run, stop)
+            note_start(folder, state.step, {"recipe": recipe, "loop": config_to_dict(config)}, source, environment)
         log = RunLog(folder, state.step, config.tracker, recipe, processes.first)
         with log, sdpa_kernel(attention_on(run.device)):
+            if config.best and state.step == 0:
+                log.write("validation", 0, _first_metrics(run, stop))
             _loop(run, state, folder, log, stop)
-    return {} if state.best is None else state.best
+    return state.best or {}
 
 
 def data_of(run: Any) -> str:
@@ -217,8 +205,8 @@ def attention_on(device: torch.device) -> list[SDPBackend]:
 
 
 def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: StopSignal) -> None:
-    config, steps, watch = run.config, run.config.optim.steps, Stopwatch()
-    speed = Speed(config, run.device, state.step, watch)
+    config, steps = run.config, run.config.optim.steps
+    speed = Speed(config, run.device, state.step)
     batches = draw_batches(run, state.step)
     kept = (state.step, state.evaluated)
     began_s = time.monotonic() - state.trained_s
@@ -226,13 +214,11 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: Sto
         state.trained_s = time.monotonic() - began_s
         finished = state.step >= steps
         due = state.step > state.evaluated and (finished or state.step % config.evaluate_every == 0)
-        with watch.stage("evaluate"):
-            cut = due and not _evaluate(run, state, folder, log, stop)
+        cut = due and not _evaluate(run, state, folder, log, stop)
         stopping = run.processes.any(stop.asked)
         keeping = finished or stopping or state.step % config.checkpoint_every == 0
         if keeping and (state.step, state.evaluated) != kept:
-            with watch.stage("checkpoint"):
-                save_checkpoint(folder, state, run.tensors(), run.processes)
+            save_checkpoint(folder, state, run.tensors(), run.processes)
             kept = (state.step, state.evaluated)
         if finished and not cut:
             return
@@ -240,10 +226,10 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: Sto
             if run.processes.first:
                 print(f"stopped at step {state.step}; the same command continues", flush=True)
             raise Stopped
-        with watch.stage("data"):
+        with speed.watch.stage("data"):
             batch = next(batches)
         logs = (state.step + 1) % config.log_every == 0 or state.step == 0
-        with watch.stage("step"), speed.working(batch):
+        with speed.watch.stage("step"), speed.working(batch):
             scalars = train_step(run, state, batch)
         state.step += 1
         if config.log_samples:
@@ -284,7 +270,9 @@ def train_step(run: Training, state: TrainState, batches: dict[int, Any]) -> dic
     scalars, terms = [], torch.tensor([run.stage.weight(batch) for batch in batches.values()], dtype=torch.float64)
     shares = terms / run.processes.mean(terms.sum()).clamp(min=1)  # gradients and logs are means over processes
     for share, (i, batch) in zip(shares.tolist(), batches.items(), strict=True):
-        with gradients_shared(run.step, last=i == run.own_micro_batches[-1]):
+        # DDP averages gradients with the last one; FSDP with each, since to wait would be to hold them whole
+        last = i == run.own_micro_batches[-1]
+        with run.step.no_sync() if isinstance(run.step, DistributedDataParallel) and not last else nullcontext():
             loss, values = run.loss(step, i, batch)
             (loss * share).backward()
         scalars.append({"loss": loss.detach(), **values})
@@ -337,8 +325,7 @@ def _not_finite(run: Training, step: int, batches: dict[int, Any]) -> str:
     outputs: list[str] = []
 
     def note(name: str, output: Any) -> None:
-        values = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value.is_floating_point()]
-        if not all(is_finite(value) for value in values):
+        if not all(is_finite(value) for value in tree_leaves(output) if isinstance(value, Tensor)):
             outputs.append(name)
 
     hooks = [
@@ -384,37 +371,60 @@ def _keep_evaluation(
     better = state.best is None or name not in state.best or sign * metrics[name] >= sign * state.best[name]
     if better:
         state.best = {**metrics, "step": float(state.step)}
-    if run.processes.first:
-        _export(run.stage, folder / "last")
-        if better:
-            _export(run.stage, folder / "best", folder / "last")
+    for target in ("last", "best")[: 1 + better] if run.processes.first else ():
+        with whole_folder(folder / target) as new:  # a run killed here repeats it
+            run.stage.export(new)
+            for path in new.rglob("*"):
+                flush(path)
     run.processes.wait()
 
 
-def _check_best(run: Training, stop: StopSignal) -> None:
+def _first_metrics(run: Training, stop: StopSignal) -> dict[str, float]:
     """Validate before the first step where `best` is asked for, to see that this metric exists.
 
     Statistics that validation fits are put back, so that a run is the same with `best` and without.
     """
     before = {name: local(buffer).clone() for name, buffer in run.buffers.items()}
     with run.validating(), stop.cutting():
-        run.best_metric(run.stage.validate()[0])
+        metrics = run.stage.validate()[0]
+        run.best_metric(metrics)
     copy_into(run.buffers, before)
+    return metrics
 
 
-def _export(stage: Stage, target: Path, same: Path | None = None) -> None:
-    """Replace a folder by what the stage writes now, or by links to the `same` files; a run killed here repeats it."""
-    with whole_folder(target) as new:
-        if same is None:
-            stage.export(new)
-        else:
-            shutil.copytree(same, new, copy_function=_linked, dirs_exist_ok=True)
-        for path in new.rglob("*"):
-            flush(path)
+def sample_indices(num_samples: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Sample numbers of one step: consecutive parts of one permutation an epoch, each epoch in another order.
+
+    Computed from the step's number alone, in the same time and memory for ten samples as for ten million.
+    """
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_samples)
+    picked = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(epochs).tolist():
+        keys = torch.randint(2**62, (ROUNDS,), generator=generator_for(seed, "epoch", epoch)).numpy().astype(np.uint64)
+        own = epochs == epoch
+        picked[own] = permuted(places[own], num_samples, keys)
+    return torch.from_numpy(picked)
 
 
-def _linked(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)
+def permuted(places: ndarray, total: int, keys: ndarray) -> ndarray:
+    """Entries of a permutation of `total` numbers at some places: a Feistel network, applied until in range."""
+    half = np.uint64(max(LEAST_BITS, ((total - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+
+    def network(numbers: ndarray) -> ndarray:
+        left, right = numbers >> half, numbers & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        return (left << half) | right
+
+    found = network(places.astype(np.uint64))
+    while (beyond := found >= total).any():
+        found[beyond] = network(found[beyond])
+    return found.astype(np.int64)
+
+
+def _mixed(numbers: ndarray) -> ndarray:
+    """SplitMix64's finaliser: every output bit depends on every input bit."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))

@@ -6,9 +6,8 @@ the output adapter of `nn.MultiheadAttention` twice, and torch's fused encoder l
 (docs/finetune.md).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,25 +46,21 @@ def add_adapters(module: nn.Module, config: LoRAConfig, seed: int) -> None:
     if config.rank < 1 or not 0 <= config.dropout < 1:
         raise ValueError(f"lora: expected rank ≥ 1 and 0 ≤ dropout < 1, got {config.rank} and {config.dropout}")
     layers = [
-        (layer_name, layer, name)
+        (f".{layer_name}", layer, name)
         for layer_name, layer in module.named_modules()
         for name, weight in layer.named_parameters(recurse=False)
         if name.endswith("weight") and weight.ndim >= 2
     ]
     names = sorted({name.rpartition(".")[2] for name, _, _ in layers})
     for target in config.targets:
-        if not any(_ends(name, target) for name, _, _ in layers):
+        if not any(name.endswith(f".{target}") for name, _, _ in layers):
             raise ValueError(f"lora.targets: no layer {target!r}{nearest(target, names)}; there are {', '.join(names)}")
     generator = generator_for(seed, "lora")
     module.requires_grad_(False)
+    ends = tuple(f".{target}" for target in config.targets) or ""
     for layer_name, layer, name in layers:
-        if not config.targets or any(_ends(layer_name, target) for target in config.targets):
-            adapter = LowRank(getattr(layer, name), config, generator)
-            parametrize.register_parametrization(layer, name, adapter)
-
-
-def _ends(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
+        if layer_name.endswith(ends):
+            parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), config, generator))
 
 
 @contextmanager
@@ -73,21 +68,17 @@ def merged(module: nn.Module) -> Iterator[None]:
     """In here the module's `state_dict` has the sums under the weights' own names, as if there were no adapters."""
     if module.training:
         raise ValueError("merged() in training mode would drop parts of the adapters out: call .eval() first")
+
+    def merge(layer: Any, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}parametrizations.")]:
+            del state[name]
+        with torch.no_grad():
+            state.update({prefix + name: getattr(layer, name) for name in layer.parametrizations})
+
     layers = [layer for layer in module.modules() if parametrize.is_parametrized(layer)]
-    hooks = [layer.register_state_dict_post_hook(partial(_merge, _sums(layer))) for layer in layers]
+    hooks = [layer.register_state_dict_post_hook(merge) for layer in layers]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@torch.no_grad()
-def _sums(layer: Any) -> dict[str, Tensor]:
-    return {name: getattr(layer, name) for name in layer.parametrizations}
-
-
-def _merge(sums: Mapping[str, Tensor], layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}parametrizations.")]:
-        del state[name]
-    state.update({prefix + name: value for name, value in sums.items()})

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from dicode.train.distributed import local
 from dicode.train.lora import LowRank
-from dicode.train.parallel import local
 from dicode.train.runs import OptimConfig
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -36,6 +36,8 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p).detach()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -56,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         """Update matrices of one shape."""
         weights = [local(p) for p in matrices]
         gradients = [local(p.grad) for p in matrices if p.grad is not None]
-        moments = [local(self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))) for p in matrices]
+        moments = [local(self.state[p]["momentum_buffer"]) for p in matrices]
         torch._foreach_lerp_(moments, gradients, 1 - momentum)
         ahead = torch.stack(torch._foreach_lerp(gradients, moments, momentum)).to(self.dtype)
         shape, mesh = matrices[0].shape, matrices[0].device_mesh if isinstance(matrices[0], DTensor) else None
@@ -83,12 +85,6 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-STATE_OF: dict[type, tuple[str, ...]] = {
-    torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"),
-    Muon: ("momentum_buffer",),
-}
-
-
 def make_optimizers(
     module: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
@@ -104,13 +100,11 @@ def make_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if others := [group for group in groups if group["params"]]:
         optimizers.append(torch.optim.AdamW(others, config.lr, (config.beta1, config.beta2), fused=True))
+        for p in (p for group in others for p in group["params"]):  # from the start, as every checkpoint has it
+            moments = {name: torch.zeros_like(p).detach() for name in ("exp_avg", "exp_avg_sq")}
+            optimizers[0].state[p] = {**moments, "step": torch.zeros((), device=p.device)}
     if matrices:
         optimizers.append(Muon(matrices, config.lr, config.weight_decay, config.beta2, dtype))
-    for optimizer in optimizers:  # as at their first step, so that every checkpoint has all of their state
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            for key in STATE_OF[type(optimizer)]:
-                like = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p).detach()
-                optimizer.state[p][key] = like
     return optimizers
 
 

@@ -26,35 +26,31 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from dicode.device import compute_dtype, pick_device
+from dicode.device import compute_dtype, describe_device, measured_flops, pick_device
 from dicode.files import alone_with, put, put_text
 from dicode.provenance import describe_commit, versions
 from dicode.stopwatch import EVERY_S, duration
-from dicode.train.parallel import Processes
+from dicode.train.distributed import Processes
 from dicode.train.runs import LoopConfig, Tracker
-from dicode.train.speed import described
+from dicode.train.speed import name_of
 
 ABOUT_SPEED = ("trained_s", "samples_per_s", "data_share", "eta_s", "memory_gib", "mfu")
-HELD: set[Path] = set()  # run folders that this process trains in
 UNSURE = ("device", "dtype", "threads", "processes")  # what the last digits of a run depend on
 
 
 @contextmanager
 def claimed(folder: Path, data: str, config: LoopConfig, processes: Processes) -> Iterator[None]:
-    """In here no other process trains in `folder`; prints what it computes on. May be entered again further in.
+    """In here no other process trains in `folder`; prints what it computes on.
 
     Raises `ValueError` where one does, where the run was begun with other data, or where its tracker is missing.
     """
-    place, problem = folder.resolve(), ""
-    if place in HELD:
-        yield
-        return
     with ExitStack() as stack:
+        problem = ""
         if processes.first:
             try:
                 import_tracker(config.tracker)
                 folder.mkdir(parents=True, exist_ok=True)
-                _lock(folder, stack)
+                lock(folder / ".lock", stack)
                 begun = [session["data"] for session in records(folder / "sessions.jsonl") if "data" in session]
                 if begun and begun[-1] != data:
                     problem = (
@@ -65,30 +61,28 @@ def claimed(folder: Path, data: str, config: LoopConfig, processes: Processes) -
                 problem = str(error)
         if problem := processes.from_first(problem):
             raise ValueError(problem)
-        HELD.add(place)
-        stack.callback(HELD.discard, place)
         if processes.first:
             device = pick_device(config.device)
-            print(f"{folder}: {described(device, compute_dtype(device, config.precision))}", flush=True)
+            dtype = compute_dtype(device, config.precision)
+            rate = f"{name_of(dtype)}, matrix products at {measured_flops(device, dtype) / 1e9:,.0f} GFLOP/s"
+            print(f"{folder}: {describe_device(device)}; {rate}", flush=True)
         yield
 
 
-def _lock(folder: Path, stack: ExitStack) -> None:
-    """Hold `.lock` until the stack is closed or this process ends. Raises `ValueError` where another holds it."""
-    lock = folder / ".lock"
-    lock.touch()
+def lock(file: Path, stack: ExitStack) -> None:
+    """Hold a file until the stack is closed or this process ends. Raises `ValueError` where another holds it."""
+    file.touch()
     try:
-        alone = stack.enter_context(alone_with(lock, wait=False))
+        alone = stack.enter_context(alone_with(file, wait=False))
     except OSError as error:  # a file system without locks
-        print(f"{lock}: cannot be locked ({error}); make sure that no second process trains here", flush=True)
+        print(f"{file}: cannot be locked ({error}); make sure that no second process trains here", flush=True)
         return
     if not alone:
-        holder = lock.read_text().strip()
+        holder = f" ({text})" if (text := file.read_text().strip()) else ""
         raise ValueError(
-            f"{folder}: another process trains here{holder and f' ({holder})'}; wait for its end, or name another "
-            "--run-folder"
+            f"{file.parent}: another process trains here{holder}; wait for its end, or name another --run-folder"
         )
-    lock.write_text(f"process {os.getpid()} on {platform.node()}\n")
+    file.write_text(f"process {os.getpid()} on {platform.node()}\n")
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -112,10 +106,13 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int, tracker: Tracker, recipe: Mapping[str, Any], writes: bool = True):
         path, self.sheets, self.writes = folder / "log.jsonl", folder / "sheets", writes
+        self.tracker: TensorBoard | Hosted | None = None
         if writes:
-            kept = [record for record in records(path) if record.get("step", 0) <= step]
+            kept = [record for record in records(path) if record.get("step", 0) <= step] if step else []
             put_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.tracker = open_tracker(tracker, folder, step, recipe) if writes else None
+            if tracker != "none":
+                board = tracker == "tensorboard"
+                self.tracker = TensorBoard(folder, step) if board else Hosted(tracker, folder, recipe)
         self.file = (path if writes else Path(os.devnull)).open("a")
         self.printed_s = time.monotonic()
 
@@ -206,13 +203,6 @@ def import_tracker(kind: Tracker) -> None:
         raise ValueError(
             f"tracker {kind}: {error}; pip install {package}, or choose another (--loop.tracker {other})"
         ) from error
-
-
-def open_tracker(kind: Tracker, folder: Path, step: int, recipe: Mapping[str, Any]) -> TensorBoard | Hosted | None:
-    """The tracker of this name, whose library is there."""
-    if kind == "none":
-        return None
-    return TensorBoard(folder, step) if kind == "tensorboard" else Hosted(kind, folder, recipe)
 
 
 def note_start(

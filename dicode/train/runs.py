@@ -1,7 +1,13 @@
-"""Runs of the stages, as plain values: what recipes return. Importing it needs no torch, so that help comes at once."""
+"""Runs of the stages, as plain values, and the recipes that return them: functions of a Python file, `FILE.py:RUN`.
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+Importing it needs no torch, so that help comes at once.
+"""
+
+import math
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from types import FunctionType
+from typing import Annotated, Any, Literal
 
 from dicode.config import (
     BatchSize,
@@ -12,10 +18,14 @@ from dicode.config import (
     Positive,
     Precision,
     Range,
+    RecipeError,
     Seed,
     Share,
     TrainingSteps,
     Whole,
+    load_file,
+    load_function,
+    run_own,
 )
 from dicode.lm.presets import SIZES, DeepLMConfig
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
@@ -170,3 +180,42 @@ class LanguageRun:
     # probability of beginning where the video does; else anywhere in a loop, or whole clips into a longer video
     from_start: Share = 0.75
     scorer: str | None = None  # FILE.py:FUNCTION, as `dicode evaluate` takes it, on videos of a few validation captions
+
+
+def load_run(recipe: str) -> Any:
+    """Call RUN of `FILE.py:RUN`; raises `ValueError` where it is no function that returns a dataclass."""
+    run = run_own(load_function(recipe, "recipe", "FILE.py:RUN, as in recipes/sprites.py:lm", "train"), recipe)
+    if not is_dataclass(run):
+        raise RecipeError(f"{recipe}: expected it to return a run (a dataclass), got {type(run).__name__}")
+    return run
+
+
+def runs_of(file: str) -> dict[str, Any]:
+    """All runs of a recipe file by their names, in its order: functions without parameters that return a …Run."""
+    module = load_file(Path(file), "recipe", "train")
+    names = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, FunctionType) and value.__module__ == module.__name__ and not name.startswith("_")
+        if not value.__code__.co_argcount and str(value.__annotations__.get("return")).rstrip("'>").endswith("Run")
+    ]
+    if not names:
+        raise RecipeError(f"{file}: expected functions that return a run, as 'def lm() -> LanguageRun:', found none")
+    return {name: load_run(f"{file}:{name}") for name in names}
+
+
+def stages_of(file: str) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
+    """Runs of a recipe file in the order of its `STAGES`, their shares of the time, and its `SAMPLING` if it has one.
+
+    Raises `RecipeError` where the file does not say how to train it whole.
+    """
+    module = load_file(Path(file), "recipe", "train")
+    shares, sampling = getattr(module, "STAGES", None), getattr(module, "SAMPLING", {})
+    given = shares.values() if isinstance(shares, dict) else ()
+    if not given or not all(isinstance(share, int | float) and 0 < share < math.inf for share in given):
+        raise RecipeError(
+            f"{file}: expected STAGES, a dict of its runs in order with their shares of the time, such as "
+            f"{{'first_stage': 0.3, 'lm': 0.7}}, got {shares!r}; or name one run, as in {file}:lm"
+        )
+    runs = {name: load_run(f"{file}:{name}") for name in shares}
+    return runs, {name: float(share) for name, share in shares.items()}, dict(sampling)

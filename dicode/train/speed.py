@@ -12,19 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dicode.device import compute_dtype, describe_device, measured_flops, peak_flops, peak_memory_gib
+from dicode.device import compute_dtype, measured_flops, peak_flops, peak_memory_gib
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig
 
 ESTIMATED_FROM = 20  # steps, before the time to go is estimated
 MOST_KINDS = 8  # of batches whose operations are counted, by their shapes
 FLOAT32, BFLOAT16 = 4, 2  # bytes a number
-
-
-def described(device: torch.device, dtype: torch.dtype) -> str:
-    """The device of a run, and how fast it multiplies matrices now."""
-    rate = f"{measured_flops(device, dtype) / 1e9:,.0f} GFLOP/s"
-    return f"{describe_device(device)}; {name_of(dtype)}, matrix products at {rate}"
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -35,12 +29,11 @@ def name_of(dtype: torch.dtype) -> str:
 class Speed:
     """The speed of a run, between one log line and the next."""
 
-    def __init__(self, config: LoopConfig, device: torch.device, step: int, watch: Stopwatch):
-        self.config, self.device, self.watch = config, device, watch
+    def __init__(self, config: LoopConfig, device: torch.device, step: int):
+        self.config, self.device, self.watch = config, device, Stopwatch()
         self.dtype = compute_dtype(device, config.precision)
         self.first = self.step = step
         self.began_s = time.monotonic()
-        self.seconds: dict[str, float] = {}
         self.flops: dict[Any, int] = {}  # of a step of each kind of batch
         self.computed, self.computing_s = 0, 0.0  # FLOPs, and their time, since the last log line
 
@@ -78,21 +71,19 @@ class Speed:
 
     def since_last(self, step: int) -> dict[str, float]:
         """Samples a second, share of time spent waiting for data, seconds to go, most memory so far, and MFU."""
-        steps, now = step - self.step, time.monotonic()
-        spent = {name: s - self.seconds.get(name, 0.0) for name, s in self.watch.seconds.items()}
-        computing_s = spent["data"] + spent["step"]
-        left = self.config.optim.steps - step
+        data_s, left = self.watch.seconds["data"], self.config.optim.steps - step
+        computing_s = data_s + self.watch.seconds["step"]
         values = {
-            "samples_per_s": steps * self.config.optim.batch_size / computing_s,
-            "data_share": spent["data"] / computing_s,
+            "samples_per_s": (step - self.step) * self.config.optim.batch_size / computing_s,
+            "data_share": data_s / computing_s,
             "memory_gib": peak_memory_gib(self.device),
         }
-        if step - self.first >= ESTIMATED_FROM or not left:  # the first steps are slow
-            values["eta_s"] = left * (now - self.began_s) / (step - self.first)  # with evaluations and checkpoints
+        if step - self.first >= ESTIMATED_FROM or not left:  # the first steps are slow; evaluations count too
+            values["eta_s"] = left * (time.monotonic() - self.began_s) / (step - self.first)
         if (share := self.mfu()) is not None:
             values["mfu"] = share
-        self.computed, self.computing_s = 0, 0.0
-        self.step, self.seconds = step, dict(self.watch.seconds)
+        self.step, self.computed, self.computing_s = step, 0, 0.0
+        self.watch.seconds.clear()
         return values
 
 

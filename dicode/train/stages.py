@@ -1,29 +1,44 @@
-"""From a recipe's dataclass to its training stage."""
+"""From a recipe's dataclass to its training: its stage, and how many of its steps a time allows on this machine.
 
+runs/NAME/plan.json     the steps that `--minutes` became when the run began, which stay as they are from then on
+"""
+
+import json
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from statistics import median
+from typing import Any
 
-from dicode.stopwatch import Progress
-from dicode.train.first_stage import FirstStageTraining
-from dicode.train.lm import LanguageTraining
-from dicode.train.loop import Stage, data_of, train
-from dicode.train.pace import planned
-from dicode.train.parallel import Processes
-from dicode.train.run_log import claimed
-from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun
-from dicode.train.signals import StopSignal
-from dicode.train.tokenizer import TokenizerTraining
+from torch.nn.attention import sdpa_kernel
 
+from dicode.config import config_from_dict
+from dicode.files import put_text, read_json
+from dicode.stopwatch import Progress, duration
+from dicode.train.checkpoint import TrainState, checkpoints
+from dicode.train.distributed import Processes
+from dicode.train.loop import Stage, Training, attention_on, draw_batches, session, train, train_step
+from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, TokenizerRun
+
+WARM_STEPS, TIMED_STEPS = 3, 10
+MOST_EVALUATIONS, EVALUATION_SHARE = 8, 0.15  # of a run of so many minutes: how often, and of its time
+CHECKPOINT_EVERY_S = 120.0
+PLAN = "plan.json"
 Run = FirstStageRun | TokenizerRun | LanguageRun
 
 
 def stage_of(run: Run) -> Stage:
-    """The stage that a run trains; loads its data."""
+    """The stage that a run trains; loads its data. Raises `ValueError` for a run of another kind."""
     if isinstance(run, FirstStageRun):
+        from dicode.train.first_stage import FirstStageTraining
+
         return FirstStageTraining(run)
     if isinstance(run, TokenizerRun):
+        from dicode.train.tokenizer import TokenizerTraining
+
         return TokenizerTraining(run)
+    from dicode.train.lm import LanguageTraining
+
     return LanguageTraining(run)
 
 
@@ -32,15 +47,114 @@ def run_recipe(
 ) -> dict[str, float]:
     """Train a recipe in `folder`, or continue there; returns the validation metrics of its best weights.
 
-    With `minutes`, the number of steps follows from the speed of this machine; see `planned`.
+    With `minutes`, the number of steps follows from the speed of this machine; see `planned`. Else as `train`.
     """
     if not isinstance(run, Run):
-        kinds = ", ".join(kind.__name__ for kind in get_args(Run))
-        raise ValueError(f"expected a run of one of the kinds {kinds}, got {type(run).__name__}")
+        raise ValueError(f"expected a FirstStageRun, TokenizerRun or LanguageRun, got {type(run).__name__}")
     began_s = time.monotonic()
-    with StopSignal() as stop, Processes() as processes, claimed(folder, data_of(run), run.loop, processes):
+    with session(folder, run, run.loop) as (processes, stop):
         with stop.cutting(), Progress(f"preparing {folder.name}"):
             stage = stage_of(run)
-        with stop.cutting():
             loop = planned(stage, run.loop, folder, minutes, began_s, processes)
-        return train(stage, loop, folder, recipe, source, stop)
+        return train(stage, loop, folder, recipe, source, (processes, stop))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that a stage takes here."""
+
+    step_s: float
+    evaluation_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps that a number of minutes became."""
+
+    minutes: float
+    prepared_s: float  # until the first step: latents, tokens, measuring
+    pace: Pace
+    steps: int
+    warmup_steps: int
+    evaluate_every: int
+    checkpoint_every: int
+
+    def applied(self, config: LoopConfig) -> LoopConfig:
+        """The loop with these steps in place of its recipe's."""
+        optim = replace(config.optim, steps=self.steps, warmup_steps=self.warmup_steps)
+        return replace(config, optim=optim, evaluate_every=self.evaluate_every, checkpoint_every=self.checkpoint_every)
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The plan of a run, if it was begun with `--minutes`."""
+    path = folder / PLAN
+    return config_from_dict(Plan, read_json(path), str(path)) if path.is_file() else None
+
+
+def planned(
+    stage: Stage, config: LoopConfig, folder: Path, minutes: float | None, began_s: float, processes: Processes
+) -> LoopConfig:
+    """The loop of a run that may last so many minutes, counted from `began_s` of `time.monotonic`.
+
+    The number of steps follows from the speed of the first ones and is then kept in the run's folder, so that a
+    continued run is the same. Raises `ValueError` where it was begun with other minutes.
+    """
+    plan = read_plan(folder)
+    if minutes is None or plan is not None:
+        if plan is not None and minutes not in (None, plan.minutes):
+            raise ValueError(
+                f"{folder / PLAN}: this run has {plan.steps} steps, fixed when it began with --minutes "
+                f"{plan.minutes:g}, got {minutes:g}; leave the flag out, or give another --run-folder"
+            )
+        return config if plan is None else plan.applied(config)
+    if checkpoints(folder):
+        raise ValueError(f"{folder}: begun without --minutes; leave the flag out, or give another --run-folder")
+    if config.strategy == "fsdp" and processes.count > 1:
+        raise ValueError("--minutes: needs loop.strategy 'ddp'; give FSDP its steps (loop.optim.steps)")
+    pace = processes.from_first(measured_pace(stage, config, processes))
+    plan = plan_of(minutes, processes.from_first(time.monotonic() - began_s), pace, config)
+    if processes.first:
+        put_text(folder / PLAN, json.dumps(asdict(plan), indent=1) + "\n")
+        about = duration(plan.steps * pace.step_s + -(-plan.steps // plan.evaluate_every) * pace.evaluation_s)
+        print(
+            f"{plan.steps:,} steps of {pace.step_s:.3g} s, an evaluation of {pace.evaluation_s:.3g} s every "
+            f"{plan.evaluate_every:,}: about {about}",
+            flush=True,
+        )
+    return plan.applied(config)
+
+
+def measured_pace(stage: Stage, config: LoopConfig, processes: Processes, timed: int = TIMED_STEPS) -> Pace:
+    """Time some training steps and an evaluation, then put weights and buffers back."""
+    before = {name: value.detach().clone() for name, value in stage.module.state_dict().items()}
+    run, state = Training(stage, config, processes), TrainState()
+    with Progress("measuring the speed"), sdpa_kernel(attention_on(run.device)):
+        batches = draw_batches(run, 0)
+        spent_s = []
+        for _ in range(WARM_STEPS + timed):
+            began_s = time.perf_counter()
+            train_step(run, state, next(batches))
+            state.step += 1
+            spent_s.append(time.perf_counter() - began_s)
+        began_s = time.perf_counter()
+        with run.validating():
+            stage.validate()
+        evaluation_s = time.perf_counter() - began_s
+    stage.module.zero_grad(set_to_none=True)
+    stage.module.load_state_dict(before)
+    return Pace(median(spent_s[WARM_STEPS:]), evaluation_s)  # a moment in which others computed does not count
+
+
+def plan_of(minutes: float, prepared_s: float, pace: Pace, config: LoopConfig) -> Plan:
+    """Steps for what is left of these minutes, evaluated up to eight times in up to 15 % of the time.
+
+    A recipe that is evaluated at its last step alone is so here too; one with a metric as `best`, before the first too.
+    """
+    left_s = max(0.0, 60 * minutes - prepared_s - bool(config.best) * pace.evaluation_s)
+    evaluations = min(MOST_EVALUATIONS, max(1, int(EVALUATION_SHARE * left_s / max(pace.evaluation_s, 1e-6))))
+    if config.evaluate_every == config.optim.steps:
+        evaluations = 1
+    steps = max(1, int((left_s - evaluations * pace.evaluation_s) / pace.step_s))
+    warmup_steps, evaluate_every = min(config.optim.warmup_steps, steps // 10), -(-steps // evaluations)
+    checkpoint_every = max(1, min(steps, int(CHECKPOINT_EVERY_S / pace.step_s)))
+    return Plan(minutes, prepared_s, pace, steps, warmup_steps, evaluate_every, checkpoint_every)

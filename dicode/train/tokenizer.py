@@ -13,26 +13,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dicode.checkpoint import (
-    content_hash,
-    load_state,
-    load_weights,
-    read_config,
-    read_section,
-    read_tensors,
-    write_config,
-)
+from dicode.checkpoint import load_state, load_weights, read_config, read_section, read_tensors, write_config
 from dicode.config import config_from_dict
 from dicode.data.cache import CachedVideo, FrameCache, Rows
 from dicode.data.columns import FrameRows, Videos
-from dicode.device import Precision, autocast, pick_device
+from dicode.device import pick_device
 from dicode.seeds import generator_for
 from dicode.tokenizer.conditioning import ClipConditioning
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import ResidualDenoiser
 from dicode.tokenizer.diffusion import noised
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
-from dicode.train.first_stage import frames_to_pixels, pixels_to_frames, psnr_db
+from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, pixels_to_frames, psnr_db, splits
 from dicode.train.lora import add_adapters, merged
 from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
 
@@ -40,36 +32,7 @@ DROP_CONTEXT = 0.5  # probability of a clip without context, as the first of a v
 MOST_FITTED = 20_000  # frames that a linear code is fitted to
 FITTED_FRAMES = 4096  # that the statistics of tokens are fitted to
 MEASURED_CLIPS = 512  # from which a residual denoiser's deviation is fitted
-
-
-def first_stage_latents(
-    tokenizer: VideoTokenizer, cache: FrameCache, weights: Path, precision: Precision = "auto", mirror: bool = False
-) -> Rows:
-    """Latents of all cached frames, float16 `f 1 z y x`, or of them and their mirror images, `f 2 z y x`.
-
-    Computed once and kept beside the shards, under a hash of the first stage's `weights` file.
-    """
-    sides, device = 2 if mirror else 1, tokenizer.device
-
-    def latents(frames: Tensor) -> Tensor:
-        parts = []
-        with torch.no_grad(), autocast(device, precision):
-            for part in frames.split(at_once(128, frames.shape[1])):
-                pixels = frames_to_pixels(part).to(device)
-                parts.append(tokenizer.first_stage.encode(torch.cat([pixels, pixels.flip(-1)][:sides])).half().cpu())
-        return torch.cat([rearrange(part, "(side f) c h w -> f side c h w", side=sides) for part in parts])
-
-    return cache.computed(latents_name(weights, mirror), latents)
-
-
-def latents_name(weights: Path, mirror: bool) -> str:
-    """Name of cached latents: of a first stage, with those of mirror images or without."""
-    return f"latents-{content_hash(weights)}" + ("-mirrored" if mirror else "")
-
-
-def at_once(count: int, size: int) -> int:
-    """How many images of `size`×`size` to handle at a time: `count`, fewer of those above 64×64."""
-    return max(1, min(count, count * 64**2 // size**2))
+DENOISER = "denoiser."  # what the names of its tensors in a checkpoint begin with
 
 
 @torch.no_grad()
@@ -115,6 +78,52 @@ def check(run: TokenizerRun) -> None:
         raise ValueError(f"uses_key_latents is False: expected images_per_step 0 and train_denoiser True, got {found}")
 
 
+def load_first_stage(tokenizer: VideoTokenizer, folder: Path) -> None:
+    """Fill the first stage from a run or model. Raises `ValueError` where its configuration is another."""
+    section, ours = read_config(folder), tokenizer.config.first_stage
+    section = section["first_stage"] if "first_stage" in section else section["tokenizer"]["first_stage"]
+    if (held := config_from_dict(FirstStageConfig, section)) != ours:
+        raise ValueError(f"{folder} holds {held}, the recipe names {ours}")
+    load_weights(tokenizer.first_stage, folder / FIRST_STAGE_WEIGHTS)
+
+
+def start_from(tokenizer: VideoTokenizer, folder: Path, strict: bool) -> None:
+    """Take another run's weights, all of them; where its denoiser is another network, ours starts afresh.
+
+    Raises `ValueError` for that if `strict`, and where the denoiser predicts another thing.
+    """
+    held, parts = read_section(folder, "tokenizer", TokenizerConfig), TokenizerParts(tokenizer)
+    ours = tokenizer.config.denoiser
+    if replace(held.denoiser, frame_stride=ours.frame_stride) == ours:  # a stride is an input, no other network
+        check_objective(tokenizer.config, held, folder)
+        load_weights(parts, folder / WEIGHTS)
+        return
+    if strict:
+        raise ValueError(f"lora: {folder} holds {held.denoiser}, the recipe names {ours}")
+    print(f"{folder} holds another denoiser ({held.denoiser.kind}): this one starts with random weights", flush=True)
+    own = {name: t for name, t in parts.state_dict().items() if name.startswith(DENOISER)}
+    theirs = {name: t for name, t in read_tensors(folder / WEIGHTS).items() if not name.startswith(DENOISER)}
+    load_state(parts, {**theirs, **own}, str(folder / WEIGHTS))
+
+
+def take_denoiser(tokenizer: VideoTokenizer, folder: Path) -> None:
+    """Begin with the denoiser of a model of other videos. Raises `CheckpointError` where it is another network."""
+    check_objective(tokenizer.config, read_section(folder, "tokenizer", TokenizerConfig), folder)
+    tensors = read_tensors(folder / WEIGHTS).items()
+    theirs = {name.removeprefix(DENOISER): t for name, t in tensors if name.startswith(DENOISER)}
+    load_state(tokenizer.denoiser, theirs, str(folder / WEIGHTS))
+
+
+def check_objective(ours: TokenizerConfig, held: TokenizerConfig, folder: Path) -> None:
+    """Raise `ValueError` where a denoiser to begin with predicts another thing than this run trains."""
+    if ours.objective != held.objective:
+        raise ValueError(
+            f"{folder}: its denoiser predicts {held.objective}, the run trains {ours.objective}; what it has learnt "
+            f"would be lost: train with --model.objective {held.objective}, or begin with one that predicts "
+            f"{ours.objective}"
+        )
+
+
 class TokenizerTraining:
     """The `Stage` of a `TokenizerRun`."""
 
@@ -125,47 +134,34 @@ class TokenizerTraining:
         self.tail = self.head + run.model.tail_frame  # … and its tail key frame lies
         self.best = "-denoising_loss" if run.train_denoiser else "-key_frame_error"
         torch.manual_seed(run.loop.seed)
-        self.module = VideoTokenizer(run.model)
+        self.module = module = VideoTokenizer(run.model)
         weights = Path(run.first_stage) / FIRST_STAGE_WEIGHTS
-        self._load(weights)
-        self._freeze()
+        load_first_stage(module, Path(run.first_stage))
+        if run.init:
+            start_from(module, Path(run.init), strict=bool(run.lora.rank))
+        if run.init_denoiser:
+            take_denoiser(module, Path(run.init_denoiser))
+        key_frames = (module.encoder, module.resampler, module.key_head, module.linear_code)
+        for part in key_frames if run.freeze_key_frames else ():
+            if part is not None:
+                part.requires_grad_(False)
+        if not run.train_denoiser:
+            module.denoiser.requires_grad_(False)
         if run.lora.rank:
-            add_adapters(self.module.denoiser, run.lora, run.loop.seed)
-        self.module.to(pick_device(run.loop.device))
-        cache = FrameCache.load(run.cache)
-        self.cache, self.validation = cache.subset(validation=False), cache.subset(validation=True)
+            add_adapters(module.denoiser, run.lora, run.loop.seed)
+        module.to(pick_device(run.loop.device))
+        cache, self.cache, self.validation = splits(run.cache)
         self.rows = self.cache.frame_rows()
         self.videos = self._lasting("training", self.cache)
         self.validated = self._lasting("validation", self.validation).spread(VALIDATION_CLIPS)
-        self.latents = first_stage_latents(self.module, cache, weights, run.loop.precision, run.mirror)
-        if self.module.linear_code is not None and not run.init:
-            fit_linear_code(self.module, self.latents, self.rows)
+        self.latents = first_stage_latents(module, cache, weights, run.loop.precision, run.mirror)
+        if module.linear_code is not None and not run.init:
+            fit_linear_code(module, self.latents, self.rows)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
-        if isinstance(self.module.denoiser, ResidualDenoiser) and not run.lora.rank:
+        if isinstance(module.denoiser, ResidualDenoiser) and not run.lora.rank:
             rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(MEASURED_CLIPS)])
             clips = self.latents[rows[:, self.head :], 0].float()
-            self.module.denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
-
-    def _load(self, weights: Path) -> None:
-        """Begin with the weights that the run names."""
-        run, section = self.run, read_config(Path(self.run.first_stage))
-        section = section["first_stage"] if "first_stage" in section else section["tokenizer"]["first_stage"]
-        if (held := config_from_dict(FirstStageConfig, section)) != run.model.first_stage:
-            raise ValueError(f"{run.first_stage} holds {held}, the recipe names {run.model.first_stage}")
-        load_weights(self.module.first_stage, weights)
-        if run.init:
-            self._start_from(Path(run.init))
-        if run.init_denoiser:
-            self._take_denoiser(Path(run.init_denoiser))
-
-    def _freeze(self) -> None:
-        module = self.module
-        key_frames = (module.encoder, module.resampler, module.key_head, module.linear_code)
-        for part in key_frames if self.run.freeze_key_frames else ():
-            if part is not None:
-                part.requires_grad_(False)
-        if not self.run.train_denoiser:
-            module.denoiser.requires_grad_(False)
+            module.denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
 
     def _lasting(self, split: str, cache: FrameCache) -> Videos:
         """Videos of a split to take clips from. Raises `ValueError` where there are none."""
@@ -177,39 +173,6 @@ class TokenizerTraining:
             raise ValueError(f"{self.run.cache}: none of its {split} videos lasts {clip_s:g} s, as a clip does")
         return videos
 
-    def _start_from(self, folder: Path) -> None:
-        """Take another run's weights, all of them; where its denoiser is another network, ours starts afresh."""
-        held, parts = read_section(folder, "tokenizer", TokenizerConfig), TokenizerParts(self.module)
-        ours = self.run.model.denoiser
-        if replace(held.denoiser, frame_stride=ours.frame_stride) == ours:  # a stride is an input, no other network
-            self._check_objective(held, folder)
-            load_weights(parts, folder / WEIGHTS)
-            return
-        if self.run.lora.rank:
-            raise ValueError(f"lora: {folder} holds {held.denoiser}, the recipe names {ours}")
-        print(
-            f"{folder} holds another denoiser ({held.denoiser.kind}): this one starts with random weights", flush=True
-        )
-        own = {n: t for n, t in parts.state_dict().items() if n.startswith("denoiser.")}
-        theirs = {n: t for n, t in read_tensors(folder / WEIGHTS).items() if not n.startswith("denoiser.")}
-        load_state(parts, {**theirs, **own}, str(folder / WEIGHTS))
-
-    def _take_denoiser(self, folder: Path) -> None:
-        """Begin with the denoiser of a model of other videos. Raises `CheckpointError` where it is another network."""
-        self._check_objective(read_section(folder, "tokenizer", TokenizerConfig), folder)
-        tensors = read_tensors(folder / WEIGHTS).items()
-        theirs = {name.removeprefix("denoiser."): t for name, t in tensors if name.startswith("denoiser.")}
-        load_state(self.module.denoiser, theirs, str(folder / WEIGHTS))
-
-    def _check_objective(self, held: TokenizerConfig, folder: Path) -> None:
-        """Raise `ValueError` where a denoiser to begin with predicts another thing than this run trains."""
-        ours, theirs = self.run.model.objective, held.objective
-        if ours != theirs:
-            raise ValueError(
-                f"{folder}: its denoiser predicts {theirs}, the run trains {ours}; what it has learnt would be lost: "
-                f"train with --model.objective {theirs}, or begin with one that predicts {ours}"
-            )
-
     def num_samples(self) -> int:
         return len(self.videos)
 
@@ -220,7 +183,7 @@ class TokenizerTraining:
         strides = [self.stride_of(video, generator) for video in videos]
         places = list(zip(videos, starts.tolist(), strides, strict=True))
         rows = torch.stack([self.clip_rows(*place) for place in places])
-        before_s = [self.start_s(*place) - self.head / self.fps_of(place[2]) for place in places]
+        first_s = [self.first_s(*place) for place in places]
         images = self.run.images_per_step // self.run.loop.micro_batches
         keys = self.rows[torch.randint(len(self.rows), (images,), generator=generator)]
         flips = torch.randint(1 + self.run.mirror, (len(keys),), generator=generator)
@@ -232,7 +195,7 @@ class TokenizerTraining:
             "keys": self.sources(keys, flips),  # of the clips, then single frames
             "key_latents": self.latents[keys, flips].float(),
             # False where nothing was recorded before the clip
-            "has_context": torch.tensor([v.loops or s >= 0 for v, s in zip(videos, before_s, strict=True)]),
+            "has_context": torch.tensor([v.loops or s >= 0 for v, s in zip(videos, first_s, strict=True)]),
             "frame_stride": torch.tensor(strides, dtype=torch.float32),
         }
 
@@ -266,13 +229,14 @@ class TokenizerTraining:
 
         The clip begins at `start`, 0…1 of where it may: anywhere in a loop, elsewhere where it still lasts to its end.
         """
-        fps, count = self.fps_of(stride), max(self.head + self.run.model.clip_frames, self.tail + 1)
-        return self.cache.clip_rows(video, self.start_s(video, start, stride) - self.head / fps, count, fps)
+        count = max(self.head + self.run.model.clip_frames, self.tail + 1)
+        return self.cache.clip_rows(video, self.first_s(video, start, stride), count, self.fps_of(stride))
 
-    def start_s(self, video: CachedVideo, start: float, stride: int | None) -> float:
-        """The moment that is `start`, 0…1, of where a clip may begin."""
-        clip_s = self.run.model.tail_frame / self.fps_of(stride)
-        return (1 + start) * video.period_s if video.loops else start * max(0.0, video.period_s - clip_s)
+    def first_s(self, video: CachedVideo, start: float, stride: int | None) -> float:
+        """The moment of the first of `clip_rows`."""
+        fps = self.fps_of(stride)
+        latest_s = max(0.0, video.period_s - self.run.model.tail_frame / fps)
+        return ((1 + start) * video.period_s if video.loops else start * latest_s) - self.head / fps
 
     def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
         """The encoder's input of cached frames, mirrored where `mirrored` is 1."""
@@ -282,7 +246,13 @@ class TokenizerTraining:
         return torch.where(mirrored[:, None, None, None] == 1, pixels.flip(-1), pixels)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        self._eval_frozen()
+        # in eval mode what is not trained: the loop puts everything in training mode
+        self.module.first_stage.eval()
+        if not self.run.model.encoder.reads_latents:
+            self.module.encoder.eval()
+        # the linear code is exact only for the statistics it was fitted with, not those of a batch
+        if self.run.freeze_key_frames or not self.run.normalize_tokens or self.module.linear_code is not None:
+            self.module.normalizer.eval()
         clips, keys, key_latents = (batch[name].to(self.module.device) for name in ("clips", "keys", "key_latents"))
         tokens = self.module.tokens_of(keys)
         level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
@@ -304,15 +274,6 @@ class TokenizerTraining:
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         return 1.0
-
-    def _eval_frozen(self) -> None:
-        """Put parts that are not trained in eval mode; the loop puts everything in training mode."""
-        self.module.first_stage.eval()
-        if not self.run.model.encoder.reads_latents:
-            self.module.encoder.eval()
-        # the linear code is exact only for the statistics it was fitted with, not those of a batch
-        if self.run.freeze_key_frames or not self.run.normalize_tokens or self.module.linear_code is not None:
-            self.module.normalizer.eval()
 
     def training_condition(
         self, tokens: Tensor, key_latents: Tensor, clips: Tensor, batch: dict[str, Tensor], generator: torch.Generator

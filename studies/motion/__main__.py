@@ -20,7 +20,7 @@ from dicode.features.metrics import frechet_distance
 from dicode.provenance import write_result
 from dicode.tokenizer.diffusion import scale_motion
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.first_stage import frames_to_pixels
+from dicode.train.cached import frames_to_pixels
 
 SCALES = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 CLIPS = 120

@@ -33,12 +33,10 @@ from dicode.provenance import write_result
 from dicode.seeds import generator_for
 from dicode.sizing.count import count_parameters
 from dicode.sizing.plan import Planner
+from dicode.train.distributed import Processes, StopSignal
 from dicode.train.lm import LanguageTraining, chunks
 from dicode.train.loop import train
-from dicode.train.parallel import Processes
-from dicode.train.recipe import runs_of
-from dicode.train.runs import LanguageRun
-from dicode.train.signals import StopSignal
+from dicode.train.runs import LanguageRun, runs_of
 
 RIVALS = 8  # captions of other clips of the same folder that a clip's own is compared with
 RANKED = 192  # training clips for which this is done too
@@ -130,7 +128,7 @@ def seeds_of(
             with stop.cutting():
                 stage = LanguageTraining(seeded)
             stage.validate = partial(validated, stage, (likelihoods, *extra))  # type: ignore[method-assign]
-            metrics = train(stage, seeded.loop, folder, {"run": asked}, stop=stop)
+            metrics = train(stage, seeded.loop, folder, {"run": asked})
             if processes.first:
                 put_text(kept, json.dumps({"run": asked, "trained_s": trained_s(folder), **metrics}))
                 for checkpoint in folder.glob("step-*"):
@@ -178,7 +176,7 @@ def likelihoods(stage: LanguageTraining) -> dict[str, float]:
     """
     videos = stage.validation.videos
     losses = torch.cat([stage.module(*stage.sample_of(part)).keyframe_loss.cpu() for part in chunks(videos, 32)])
-    real = torch.stack([stage.is_real(video, losses.shape[1]) for video in videos])
+    real = torch.stack([stage.key_frames(video, losses.shape[1])[1] for video in videos])
     figures = {"nll": losses[real].mean().item()}
     for k in range(losses.shape[1]):
         figures[f"nll/key frame {k}"] = losses[:, k][real[:, k]].mean().item()

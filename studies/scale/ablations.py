@@ -23,7 +23,7 @@ from dicode.pipeline import DiCoDe
 from dicode.shapes import DeepTokens
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import WEIGHTS
-from dicode.train.first_stage import frames_to_pixels
+from dicode.train.cached import frames_to_pixels
 from dicode.train.lm import LanguageTraining
 from dicode.train.runs import LanguageRun, TokenizerRun
 from dicode.train.tokenizer import TokenizerTraining
@@ -80,10 +80,10 @@ def in_latents(stage: LanguageTraining) -> dict[str, float]:
     key frames, without guidance: of the first, of the third, and of the third given the true two before it ("told").
     `rank`: percentile rank (100 best, 50 chance) of the true first key frame by its distance to the samples' mean.
     """
-    lasting = [v for v in stage.validation.videos if v.captions and stage.is_real(v, 3).all()]
+    lasting = [v for v in stage.validation.videos if v.captions and stage.key_frames(v, 3)[1].all()]
     videos = tuple(lasting[:: max(1, len(lasting) // CONDITIONS)][:CONDITIONS])
     ids, tokens = stage.sample_of(videos, key_frames=3)
-    frames = stage.cache.frames[torch.stack([stage.key_frame_rows(v, 3) for v in videos]).flatten()]
+    frames = stage.cache.frames[torch.stack([stage.key_frames(v, 3)[0] for v in videos]).flatten()]
     truth = stage.tokenizer.first_stage.encode(frames_to_pixels(frames)).float().unflatten(0, (-1, 3)).flatten(2)
     decoded = latents_of(stage, tokens)
     module, many = stage.module, ids.repeat_interleave(SAMPLES, 0)

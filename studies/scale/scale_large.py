@@ -10,8 +10,7 @@ run of it: README.md.
 from dataclasses import replace
 from pathlib import Path
 
-from dicode.train.recipe import load_run
-from dicode.train.runs import LanguageRun
+from dicode.train.runs import LanguageRun, load_run
 
 BASE = f"{Path(__file__).with_name('scale.py')}:llama_19m"
 

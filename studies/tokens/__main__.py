@@ -17,7 +17,7 @@ from dicode.features.metrics import frechet_distance
 from dicode.provenance import write_result
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
-from dicode.train.tokenizer import first_stage_latents
+from dicode.train.cached import first_stage_latents
 
 NOISE = (0.0, 0.1, 0.2, 0.4)  # deviation, where the tokens' is 1
 

@@ -20,7 +20,7 @@ from dicode.provenance import write_result
 from dicode.shapes import ImageLatents
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.first_stage import frames_to_pixels, psnr_db
+from dicode.train.cached import frames_to_pixels, psnr_db
 
 WIDTHS = (16, 24, 32, 40, 48, 56, 64)
 FITTED, SHOWN = 10_000, 300  # training frames that codes are fitted to, and other frames of either split to decode

@@ -21,7 +21,8 @@ from dicode.pipeline import DiCoDe
 from dicode.shapes import ImageLatents
 from dicode.tokenizer.linear import LinearCode
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
-from dicode.train.tokenizer import MOST_FITTED, first_stage_latents, fit_linear_code
+from dicode.train.cached import first_stage_latents
+from dicode.train.tokenizer import MOST_FITTED, fit_linear_code
 
 # Weights with an axis over the numbers of one deep token
 OF_DENOISER = ("tokens.weight", "network.tokens.weight")

@@ -1,14 +1,17 @@
-"""The processes of one training run: `torchrun --nproc-per-node 4 -m dicode train …`, or just this one.
+"""The processes of one training run: `torchrun --nproc-per-node 4 -m dicode train …`, or just this one; its signals.
 
 A step's batch is cut into micro-batches, each with random numbers of its own; process r of n takes r, r + n, …,
 and gradients are averaged over all. So batch and losses are the same whatever the number of processes.
 """
 
 import os
+import signal
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +28,49 @@ from dicode.train.runs import Strategy
 
 T = TypeVar("T")
 TIMEOUT = timedelta(days=1)  # one process may compute latents or validate; one that dies ends all at once
+RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, with everything kept; the same command continues
+
+
+class Stopped(SystemExit):
+    """Leaves the process with the exit code for "resume me"."""
+
+    def __init__(self) -> None:
+        super().__init__(RESUME_EXIT_CODE)
+
+
+class StopSignal:
+    """While active, the first SIGTERM or SIGINT only sets `asked`; a second one acts as it would without us."""
+
+    def __init__(self) -> None:
+        self.asked = self._cuts = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def cutting(self) -> Iterator[None]:
+        """In here a signal raises `Stopped` at once: for long work that leaves nothing half done behind it."""
+        self._cuts = True
+        try:
+            if self.asked:
+                raise Stopped
+            yield
+        finally:
+            self._cuts = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(number, self._before[number])
+            os.kill(os.getpid(), number)
+        self.asked = True
+        if self._cuts:
+            raise Stopped
 
 
 class Processes:
@@ -93,8 +139,12 @@ class Processes:
             return step
         device = next(step.parameters()).device
         if strategy == "ddp":
+            # a batch may give some weights no gradient, and the reducer warns where it found none of these
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             places = None if device.type == "cpu" else [device.index]
-            return DistributedDataParallel(step, device_ids=places, gradient_as_bucket_view=True)
+            return DistributedDataParallel(
+                step, device_ids=places, gradient_as_bucket_view=True, find_unused_parameters=True
+            )
         for parameter in step.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP takes no channels-last
         mesh = init_device_mesh(device.type, (self.count,))
@@ -114,27 +164,7 @@ class StepModule(nn.Module):
         self.stage = [stage]  # in a list: a stage is no part of the module
 
     def forward(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, values = self.stage[0].loss(batch, generator)
-        if dist.is_available() and dist.is_initialized():
-            # all processes expect a gradient of every weight, also where this batch gives none
-            reached = leaves_of(loss)
-            unused = [p for p in self.module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-            loss = loss + sum(0.0 * p.sum() for p in unused if p not in reached)
-        return loss, values
-
-
-def leaves_of(loss: Tensor) -> set[Tensor]:
-    """The leaf tensors that a backward pass reaches."""
-    found: set[Tensor] = set()
-    visited, ahead = set(), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in visited:
-            visited.add(node)
-            ahead += [before for before, _ in node.next_functions]
-            if isinstance(leaf := getattr(node, "variable", None), Tensor):
-                found.add(leaf)
-    return found
+        return self.stage[0].loss(batch, generator)
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -151,22 +181,8 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 def recompute_activations(module: nn.Module) -> None:
     """Keep only the inputs of each block, and recompute the rest in the backward pass; idempotent."""
     for block in blocks_of(module):
-        if getattr(block.forward, "func", None) is checkpoint:
-            continue
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-@contextmanager
-def gradients_shared(step: nn.Module, last: bool) -> Iterator[None]:
-    """Backward passes in here average gradients over all processes if `last`; else they wait for the last.
-
-    FSDP averages every one: to wait would be to hold gradients whole.
-    """
-    if isinstance(step, DistributedDataParallel) and not last:
-        with step.no_sync():
-            yield
-    else:
-        yield
+        if getattr(block.forward, "func", None) is not checkpoint:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 @contextmanager
@@ -180,12 +196,11 @@ def whole(stage: Any, copy: nn.Module | None) -> Iterator[None]:
         return
     shared = stage.module
     weights, buffers = dict(shared.named_parameters()), dict(shared.named_buffers())
-    copy.to(next(iter(weights.values())).device)
+    copy.to(next(iter(weights.values())).device).train(shared.training)
     with torch.no_grad():
         for name, p in copy.named_parameters():
             p.copy_(full(weights[name]))
     copy_into(dict(copy.named_buffers()), buffers)
-    copy.train(shared.training)
     stage.module = copy
     try:
         yield
