@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from dicode.features.extract import STAGE_WIDTHS
+from dicode.features.extract import STAGE_WIDTHS, mean, perceptual_distance
 from dicode.features.metrics import frechet_distance
-from dicode.features.perceptual import mean, perceptual_distance
 
 SLOPE = 0.2  # of the leaky rectifier
 

@@ -19,7 +19,7 @@ from dicode.data.cache import FrameCache
 from dicode.data.cache_folder import INDEX
 from dicode.data.columns import FrameRows, Videos
 from dicode.device import autocast, pick_device
-from dicode.features.perceptual import FeatureMaps, perceptual_distance
+from dicode.features.extract import FeatureMaps, perceptual_distance
 from dicode.shapes import ImageLatents, KeyFramePixels
 from dicode.stopwatch import tracked
 from dicode.tokenizer.first_stage import FirstStage
