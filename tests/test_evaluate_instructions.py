@@ -15,7 +15,8 @@ from dicode.evaluate.instructions import (
     evaluate_instructions,
     figures_of,
 )
-from dicode.evaluate.reference import first_clip
+from dicode.evaluate.samples import Samples, first_clip
+from dicode.features.extract import EfficientNetLite0Features
 from dicode.pipeline import DiCoDe
 
 pytestmark = [
@@ -37,12 +38,13 @@ def drawn(number: int) -> np.ndarray:
 def test_figures_differ_between_captions_with_and_without_effect() -> None:
     followed = [Continuation(drawn(i), drawn(i), drawn(i + 9), drawn(i + 90), ("a", "b")) for i in range(4)]
     ignored = [Continuation(drawn(i), drawn(i + 9), drawn(i + 9), drawn(i + 90), ("a", "b")) for i in range(4)]
+    extractor = EfficientNetLite0Features()
     for clips, nearer, effect in ((followed, 1.0, 1.0), (ignored, 0.0, 0.0)):
-        figures = figures_of(clips, seed=0)
-        assert figures["nearer_by_pixels"]["own caption"]["value"] == nearer
-        assert figures["nearer_by_features-EffLite0"]["own caption"]["value"] == nearer
-        assert figures["effect"]["other caption"]["value"] == pytest.approx(effect, abs=0.05)
-    assert figures_of(followed, seed=0)["FVD-EffLite0"]["own caption"].value == pytest.approx(0, abs=1e-6)
+        figures = figures_of(clips, extractor)
+        assert figures["nearer_by_pixels"]["own caption"].value == nearer
+        assert figures["nearer_by_features-EffLite0"]["own caption"].value == nearer
+        assert figures["effect"]["other caption"].value == pytest.approx(effect, abs=0.05)
+    assert figures_of(followed, extractor)["FVD-EffLite0"]["own caption"].value == pytest.approx(0, abs=1e-6)
 
 
 def test_the_other_caption_is_of_the_same_data_set(cache: FrameCache) -> None:
@@ -57,7 +59,7 @@ def test_the_other_caption_is_of_the_same_data_set(cache: FrameCache) -> None:
 def test_clips_of_one_image_are_what_generate_makes_of_it_alone(tiny_model: Path, cache: FrameCache) -> None:
     model, videos = DiCoDe.from_pretrained(tiny_model), list(cache.videos[:2])
     others = [another_caption(cache.videos, video, 0, i) for i, video in enumerate(videos)]
-    made = continuations(model, cache, videos, others, seed=3, first=5)
+    made = continuations(model, cache, videos, others, seed=3, indices=[5, 6])
     for i, (video, one) in enumerate(zip(videos, made, strict=True)):
         assert one.captions[0] != one.captions[1]
         given = model.given(image=first_clip(model.tokenizer.config, cache, video)[:1])
@@ -68,7 +70,7 @@ def test_clips_of_one_image_are_what_generate_makes_of_it_alone(tiny_model: Path
 
 
 def test_both_splits_are_measured_and_shown(tiny_model: Path, cache: FrameCache) -> None:
-    figures, sheet = evaluate_instructions(DiCoDe.from_pretrained(tiny_model), cache, count=3)
+    figures, sheet = evaluate_instructions(Samples(DiCoDe.from_pretrained(tiny_model), cache), count=3)
     assert figures["n"] == 3 + 2  # clips 0 and 6 of twelve are held out
     assert figures["motion"].keys() == {"training: own caption", "validation: own caption"}
     assert "validation: first frame held" in figures["FVD-EffLite0"]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from scipy.spatial.distance import pdist
 from scipy.stats import rankdata
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -16,7 +15,6 @@ from dicode.features.metrics import (
     bootstrap_interval,
     frame_steps,
     frechet_distance,
-    mean_pair_distance,
     motion,
     percentile_rank,
     similarities,
@@ -150,15 +148,3 @@ def test_joins_lie_where_one_clip_ends_and_the_next_begins() -> None:
     assert np.flatnonzero(ours).tolist() == [15, 31, 47] and len(ours) == 48
     # published: 16 frames, then 15 a clip, for the first of each has been shown
     assert np.flatnonzero(published).tolist() == [15, 30, 45]
-
-
-def test_mean_pair_distance_is_that_of_all_pairs() -> None:
-    points = np.random.default_rng(5).normal(size=(9, 4))
-    assert mean_pair_distance(points) == pytest.approx(pdist(points).mean(), rel=1e-12)
-    with pytest.raises(ValueError, match="at least 2 points, got 1"):
-        mean_pair_distance(points[:1])
-
-
-def test_interval_of_a_mean_is_that_of_any_statistic_on_the_same_draws() -> None:
-    for sample in (np.random.default_rng(0).normal(size=23), np.arange(7) > 4):
-        assert bootstrap_interval(np.mean, sample, seed=3) == bootstrap_interval(lambda x: x.mean(), sample, seed=3)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from dicode.config import CheckpointError
-from dicode.features.networks import C3D, I3D, Clip, Inception, clip_similarity
+from dicode.features.networks import Clip, ClipNetwork, Inception, clip_similarity
 
 
 class StandIn3D(nn.Module):
@@ -57,7 +57,7 @@ def clips() -> list[np.ndarray]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_i3d_is_called_as_published(clips: list[np.ndarray], tmp_path: Path) -> None:
-    network = I3D(saved(StandIn3D(), tmp_path / "i3d.pt"))
+    network = ClipNetwork("I3D", saved(StandIn3D(), tmp_path / "i3d.pt"))
     vector = network.clip_vector(clips[0])
     expected = StandIn3D()(torch.from_numpy(clips[0]).permute(3, 0, 1, 2)[None].float(), True, True, True)
     np.testing.assert_allclose(vector, expected[0].numpy(), rtol=1e-6)
@@ -67,7 +67,7 @@ def test_i3d_is_called_as_published(clips: list[np.ndarray], tmp_path: Path) -> 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_c3d_gives_probabilities_of_clips_of_sixteen_frames(clips: list[np.ndarray], tmp_path: Path) -> None:
-    network = C3D(saved(StandInC3D(), tmp_path / "c3d.pt"))
+    network = ClipNetwork("C3D", saved(StandInC3D(), tmp_path / "c3d.pt"))
     assert network.clip_vector(clips[0]).sum() == pytest.approx(1, abs=1e-5)
     with pytest.raises(ValueError, match="expected clips of 16 frames, got 15"):
         network.clip_vector(clips[0][:15])
@@ -87,12 +87,12 @@ def test_inception_gives_features_and_unbiased_probabilities(clips: list[np.ndar
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_files_that_are_not_such_networks_are_refused(clips: list[np.ndarray], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere\.pt: expected a TorchScript file, found none"):
-        I3D(tmp_path / "nowhere.pt")
+        ClipNetwork("I3D", tmp_path / "nowhere.pt")
     (tmp_path / "text.pt").write_text("no network")
     with pytest.raises(CheckpointError, match=r"text\.pt: not a TorchScript file"):
-        I3D(tmp_path / "text.pt")
+        ClipNetwork("I3D", tmp_path / "text.pt")
     with pytest.raises(CheckpointError, match=r"I3D: expected 400 numbers a clip, its file gave \(1, 101\)"):
-        I3D(saved(Narrow(), tmp_path / "narrow.pt")).clip_vector(clips[0])
+        ClipNetwork("I3D", saved(Narrow(), tmp_path / "narrow.pt")).clip_vector(clips[0])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Real clips: features are computed only where needed, once; errors where it moves; blindness."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from toy_runs import write_cache
 from dicode.data.cache import FrameCache
 from dicode.evaluate.metrics import scores_of_pairs
 from dicode.evaluate.reconstruction import hold_head, psnr_score
-from dicode.evaluate.reference import RealClips
 from dicode.evaluate.report import page
-from dicode.evaluate.scores import Score, blindness, marked_blind
+from dicode.evaluate.samples import RealClips
+from dicode.evaluate.scores import Score, blindness, with_blindness
 from dicode.features.extract import EfficientNetLite0Features, Features
 from dicode.features.tinyvt import TinyVT
 
@@ -38,36 +39,42 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Made:
 def test_features_are_of_the_clips_asked_for_and_kept_in_the_cache_folder(tmp_path: Path, counted: Made) -> None:
     write_cache(tmp_path, count=8)
     config, network = tiny_config(), EfficientNetLite0Features()
-    real_clips = RealClips(FrameCache.load(tmp_path), config, tmp_path)
-    assert real_clips.missing(network, [0, 6]) == 2
-    first = real_clips.features(network, [0, 6])
-    assert counted == [16, 16] and real_clips.missing(network, [0, 6]) == 0
+    cache = FrameCache.load(tmp_path)
+    real_clips, videos = RealClips(cache, config, tmp_path), [cache.videos[0], cache.videos[6]]
+    assert real_clips.missing(network, videos) == 2
+    first = real_clips.features(network, videos)
+    assert counted == [16, 16] and real_clips.missing(network, videos) == 0
     (kept,) = tmp_path.glob("features-EffLite0-*.safetensors")
     assert {name: tuple(value.shape) for name, value in load_file(kept).items()} == {
         "clips": (2, 2560),
         "probabilities": (2, 1000),
     }
-    again = RealClips(FrameCache.load(tmp_path), config, tmp_path).features(network, [0, 6])
+    again = RealClips(FrameCache.load(tmp_path), config, tmp_path).features(network, videos)
     assert counted == [16, 16]
     np.testing.assert_array_equal(first.clips, again.clips)
     np.testing.assert_array_equal(first.probabilities, again.probabilities)
     assert FrameCache.load(tmp_path).videos  # the cache is still one
     save_file({"mean": torch.zeros(2, 1280)}, kept)  # as written before 0.2
-    RealClips(FrameCache.load(tmp_path), config, tmp_path).features(network, [0, 6])
+    RealClips(FrameCache.load(tmp_path), config, tmp_path).features(network, videos)
     assert counted == [16] * 4
 
 
 def test_features_of_another_cache_or_network_are_never_taken(tmp_path: Path, counted: Made) -> None:
     write_cache(tmp_path, count=8)
     network = EfficientNetLite0Features()
-    RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path).features(network, [0])
+
+    def compute(**changes: float) -> None:
+        cache = FrameCache.load(tmp_path)
+        RealClips(cache, tiny_config(**changes), tmp_path).features(network, cache.videos[:1])
+
+    compute()
     index = tmp_path / "index.json"
     index.write_text(index.read_text() + "\n")
-    RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path).features(network, [0])
-    RealClips(FrameCache.load(tmp_path), tiny_config(fps=4.0), tmp_path).features(network, [0])
+    compute()
+    compute(fps=4.0)
     with torch.no_grad():
         next(iter(network._network.parameters())).add_(1)
-    RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path).features(network, [0])
+    compute()
     assert counted == [16] * 4 and len(list(tmp_path.glob("features-*"))) == 4
 
 
@@ -90,15 +97,13 @@ def test_blindness_stands_beside_every_figure_of_that_network_and_no_other() -> 
     figures: dict[str, Any] = {
         "FVD-TinyVT": {"generated": Score(1.0, (0.5, 1.5), 9)},
         "FVD-EffLite0": {"generated": Score(2.0, (1.5, 2.5), 9)},
-        "metrics": {"caption rank-TinyVT": {"better": "higher", "cases": {"real": Score(50.0, None, 9), "noise": "-"}}},
     }
-    made = marked_blind(figures, {"TinyVT"})
-    assert made["FVD-TinyVT"]["generated"]["blind"] is True
-    assert made["metrics"]["caption rank-TinyVT"]["cases"]["real"]["blind"] is True
-    assert made["FVD-EffLite0"] == {"generated": {"value": 2.0, "interval": (1.5, 2.5), "n": 9}}
-    made.pop("metrics")
-    result = {"values": {**made, "blind": {"TinyVT": "it sees nothing"}}, "n": 9, "command": ""}
-    text = page("tiny", {"generation": result}, {})
+    made = with_blindness(figures, {"TinyVT": "it sees nothing", "CLIP": "it measured nothing"})
+    assert made["FVD-TinyVT"] == {"generated": {"value": 1.0, "interval": (0.5, 1.5), "n": 9, "blind": True}}
+    assert made["FVD-EffLite0"] == figures["FVD-EffLite0"] and made["blind"] == {"TinyVT": "it sees nothing"}
+    assert with_blindness({"FVD-EffLite0": {}}, {"TinyVT": "it sees nothing"}) == {"FVD-EffLite0": {}}
+    made["FVD-EffLite0"] = {"generated": dataclasses.asdict(made["FVD-EffLite0"]["generated"])}
+    text = page("tiny", {"generation": {"values": made, "n": 9, "command": ""}}, {})
     assert text.count("it sees nothing") == 1 and text.count("The network is blind here") == 1
 
 
@@ -113,7 +118,7 @@ def test_errors_count_where_the_real_clip_moves() -> None:
     scores = scores_of_pairs([clip], candidates, network)["psnr_in_motion"]
     assert scores is not None and scores["shifted"].value == pytest.approx(10 * np.log10(255**2 / 100))
     assert scores["away"].value == 60.0
-    assert scores["held"].value < psnr_score([clip], [hold_head(clip)]).mean_db - 8
+    assert scores["held"].value < psnr_score([clip], [hold_head(clip)])["mean_db"] - 8
     assert scores_of_pairs([hold_head(clip)], {"a": [clip]}, network)["psnr_in_motion"] is None
     both = scores_of_pairs([hold_head(clip), clip], {"a": [clip, clip]}, network)["psnr_in_motion"]
     assert both is not None and (both["a"].value, both["a"].n) == (60.0, 1)
@@ -121,7 +126,8 @@ def test_errors_count_where_the_real_clip_moves() -> None:
 
 def test_features_go_with_the_cache_that_they_are_of(tmp_path: Path, counted: Made) -> None:
     write_cache(tmp_path, count=8)
-    RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path).features(EfficientNetLite0Features(), [0])
+    cache = FrameCache.load(tmp_path)
+    RealClips(cache, tiny_config(), tmp_path).features(EfficientNetLite0Features(), cache.videos[:1])
     (tmp_path / "features-mine.safetensors").touch()
     write_cache(tmp_path, count=9)
     assert [path.name for path in tmp_path.glob("features-*")] == ["features-mine.safetensors"]
@@ -134,8 +140,9 @@ def test_a_cache_that_may_only_be_read_is_evaluated_all_the_same(
         raise PermissionError(13, "Permission denied")
 
     write_cache(tmp_path, count=8)
-    monkeypatch.setattr("dicode.evaluate.reference.put", refused)
-    real_clips = RealClips(FrameCache.load(tmp_path), tiny_config(), tmp_path)
+    monkeypatch.setattr("dicode.evaluate.samples.put", refused)
+    cache = FrameCache.load(tmp_path)
+    real_clips = RealClips(cache, tiny_config(), tmp_path)
     with pytest.warns(UserWarning, match=r"features of real clips are not kept there \(.*Permission denied"):
-        features = real_clips.features(EfficientNetLite0Features(), [0, 6])
+        features = real_clips.features(EfficientNetLite0Features(), cache.videos[:2])
     assert features.clips is not None and features.clips.shape == (2, 2560)

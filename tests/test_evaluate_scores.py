@@ -11,8 +11,7 @@ from test_evaluate_networks import StandIn3D, StandInC3D, StandInInception, clip
 
 from dicode.evaluate.metrics import scores_of_pairs, scores_of_sets
 from dicode.evaluate.scores import Score, class_score, frechet_score, mean_score, repeats_score, set_score
-from dicode.features.extract import EfficientNetLite0Features, load_networks
-from dicode.features.perceptual import FeatureMaps, perceptual_distance
+from dicode.features.extract import EfficientNetLite0Features, FeatureMaps, load_networks, perceptual_distance
 
 
 def clips_of_noise(count: int, seed: int = 0) -> list[np.ndarray]:

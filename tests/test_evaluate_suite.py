@@ -17,8 +17,8 @@ from dicode.data.cache import FrameCache
 from dicode.evaluate import speed
 from dicode.evaluate.generation import evaluate_generation
 from dicode.evaluate.long import JOINS
-from dicode.evaluate.reference import first_clip
-from dicode.evaluate.samples import Samples, generated_clips
+from dicode.evaluate.samples import Samples, first_clip, generated_clips
+from dicode.evaluate.suite import Limits, Work, work_of
 from dicode.features.extract import EfficientNetLite0Features, load_networks
 from dicode.features.networks import Clip, clip_similarity
 from dicode.pipeline import DiCoDe
@@ -190,9 +190,8 @@ def test_networks_asked_for_measure_beside_efflite(
 ) -> None:
     model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
     networks = load_networks(["EffLite0", f"CLIP={clip_folder}"])
-    clips = Samples(model, frames, folder=cache)
-    made = evaluate_generation(clips, count=2, networks=networks)[0]
-    alone = evaluate_generation(clips, count=2)[0]
+    made = evaluate_generation(Samples(model, frames, folder=cache, networks=networks.values()), count=2)[0]
+    alone = evaluate_generation(Samples(model, frames, folder=cache), count=2)[0]
     clipsim = f"CLIPSIM-{clip_folder.name}"
     assert made.keys() - alone.keys() == {"FVD-CLIP", clipsim, "caption rank-CLIP"}
     assert {key: made[key] for key in alone} == alone
@@ -221,3 +220,13 @@ def test_first_clip_starts_with_the_video_and_ends_on_its_tail_key_frame(tiny_mo
 def test_a_whole_process_is_timed_with_its_memory(tiny_model: Path) -> None:
     one = speed.whole_process(DiCoDe.from_pretrained(tiny_model), tiny_model, "a red square", 2.0)
     assert 0.1 < one.peak_memory_gib < 4 and one.took_s > 0
+
+
+def test_work_of_a_part_is_counted_in_clips(tiny_model: Path, cache: Path) -> None:
+    samples, limits = Samples(DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)), Limits(prompts=4, repeats=3)
+    training = len(samples.training())  # none of whose features are known
+    assert work_of("generation", samples, limits) == Work(generated=4 + 2, measured=training + 4 + 2)
+    assert work_of("reconstruction", samples, limits) == Work(reconstructed=2, measured=12)
+    assert work_of("scorer", samples, limits) == Work(generated=4 + 2, reconstructed=4 + 2)
+    assert work_of("speed", samples, limits) == Work(generated=14, processes=3)
+    assert Work(3, 2, 10, 1).seconds(Work(0.5, 0.25, 0.125, 4.0)) == pytest.approx(1.5 + 0.5 + 1.25 + 4.0)

@@ -10,7 +10,7 @@ from toy_runs import write_cache
 
 from dicode.checkpoint import resolve
 from dicode.cli.app import main
-from dicode.evaluate.tune import Trial, changes_of, decided, grid_of, write_choice
+from dicode.evaluate.tune import Trial, decided, grid_of, write_choice
 from dicode.pipeline import DiCoDe
 
 SCORER = "def found(frames):\n    return {'caption': 'x' if frames.std() > 1 else 'y'}\n"
@@ -61,7 +61,6 @@ def test_the_grid_leaves_out_what_is_stored_and_sets_both_variance_scales(tiny_m
     sprites = DiCoDe.from_pretrained("sprites")
     if sprites.sampling.first_variance_scale is not None:
         assert all(s["first_variance_scale"] == s["variance_scale"] for s in grid_of(sprites, [2.0], [0.25, 0.75]))
-    assert changes_of(model, {"guidance": 1.0}) == {}
 
 
 @pytest.mark.filterwarnings("ignore:.*lose their end")  # the tiny model reads 12 text tokens

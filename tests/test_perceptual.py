@@ -6,7 +6,7 @@ from synthetic import draw_clip
 from torch import nn
 from torch.nn import functional
 
-from dicode.features.perceptual import FeatureMaps, perceptual_distance
+from dicode.features.extract import FeatureMaps, perceptual_distance
 from dicode.train.cached import frames_to_pixels
 from dicode.train.first_stage import FeatureDiscriminator, ReconstructionStats, adversarial_losses
 

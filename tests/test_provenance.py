@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from dicode import provenance
-from dicode.evaluate.generation import MotionRatio
+from dicode.evaluate.scores import Score
 from dicode.provenance import read_result, write_result
 
 
 def test_result_round_trips_with_everything_needed_to_repeat_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / "motion.json"
-    ratio = MotionRatio(ratio=0.9, interval=(0.8, 1.0), generated=4.5, real=5.0, n=7)
-    values = {"motion": ratio, "share": np.float32(0.5), "ranks": np.array([1, 2]), "loss": torch.tensor(0.25)}
+    score = Score(0.9, (0.8, 1.0), 7)
+    values = {"motion": score, "share": np.float32(0.5), "ranks": np.array([1, 2]), "loss": torch.tensor(0.25)}
     written = write_result(path, "motion of sprites", values, n=7, seed=3, command="dicode evaluate — é", device="cpu")
     result = read_result(path)
     assert result == written
     assert '"interval": [0.8, 1.0]' in path.read_text() and '"ranks": [1, 2]' in path.read_text()
     assert result["values"] == {
-        "motion": {"ratio": 0.9, "interval": [0.8, 1.0], "generated": 4.5, "real": 5.0, "n": 7},
+        "motion": {"value": 0.9, "interval": [0.8, 1.0], "n": 7},
         "share": 0.5,
         "ranks": [1, 2],
         "loss": 0.25,

@@ -75,13 +75,13 @@ def measure(run: LanguageRun) -> dict[str, Any]:
             spent_s.append(time.perf_counter() - began_s)
     median_s = statistics.median(spent_s[WARM_UP:])
     return {
-        "parameters": plan.trained,
+        "parameters": plan["trained"],
         "samples": SAMPLES,
         "median_s": median_s,
         "memory_gib": peak_memory_gib(training.device),
-        "counted_gib": plan.memory()["together"] / 2**30,
-        "tflop": plan.step_flops / 1e12,
-        "mfu": plan.step_flops / median_s / peak_flops(training.device),
+        "counted_gib": sum(plan["bytes_held"].values()) / 2**30,
+        "tflop": plan["step_flops"] / 1e12,
+        "mfu": plan["step_flops"] / median_s / peak_flops(training.device),
     }
 
 

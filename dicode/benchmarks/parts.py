@@ -7,7 +7,6 @@ parts were shared out, on equal devices and numbers of threads.
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,37 +22,28 @@ from dicode.train.distributed import Processes
 RUN_FILE = "run.json"
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The share of one process: parts `index`, `index + count`, …"""
-
-    index: int = 0
-    count: int = 1
-
-    def own(self, parts: int) -> range:
-        """The numbers of its parts, of `parts` in all."""
-        return range(self.index, parts, self.count)
-
-
-def shard_of(text: str | None) -> Shard:
-    """`--shard 2/4`, the second of four; without it the process that torchrun started, which takes its own GPU."""
+def shard_of(text: str | None) -> tuple[int, int]:
+    """The share of this process, (1, 4) of `--shard 2/4`; without it that of torchrun, each process on its own GPU."""
     processes = Processes()
     if text is None:
         if processes.count > 1 and torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        return Shard(processes.rank, processes.count)
+        return processes.rank, processes.count
     if processes.count > 1:
         raise ValueError(f"--shard {text}: torchrun shares the work out already; leave one of them out")
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise ValueError(f"--shard: expected NUMBER/COUNT from 1/COUNT to COUNT/COUNT, got {text!r}")
-    return Shard(int(number) - 1, int(count))
+    return int(number) - 1, int(count)
 
 
 class Parts:
-    """A folder of what was computed so far, and `run.json`, the settings that it belongs to."""
+    """A folder of what was computed so far, and `run.json`, the settings that it belongs to.
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], shard: Shard) -> None:
+    A process's `shard`, (index, count), are the parts index, index + count, …
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], shard: tuple[int, int]) -> None:
         """Raises `ValueError` where the folder belongs to another run, naming what differs."""
         self.folder, self.shard = folder, shard
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +68,7 @@ class Parts:
     def each(self, kind: str, count: int, work: Callable[[int], object]) -> None:
         """Work on this process's parts, with a progress bar."""
         try:
-            for number in tracked(self.shard.own(count), kind, "part"):
+            for number in tracked(range(self.shard[0], count, self.shard[1]), kind, "part"):
                 work(number)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt("finished parts are kept; the same command continues") from error

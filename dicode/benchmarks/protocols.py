@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dicode.benchmarks.parts import Parts, Shard
+from dicode.benchmarks.parts import Parts, shard_of
 from dicode.benchmarks.sets import shuffled, vbench_prompts
 from dicode.checkpoint import resolve
+from dicode.device import pick_device
 from dicode.evaluate.scores import frechet_score
-from dicode.features.networks import I3D
-from dicode.features.published import NetworkFile, check_confirmed
+from dicode.features.networks import ClipNetwork, NetworkFile, checked_file
 from dicode.pipeline import DiCoDe
 from dicode.provenance import command_line, model_origin, write_result
 from dicode.seeds import generator_for
@@ -32,60 +32,40 @@ MSRVTT_VIDEOS, MSRVTT_CAPTIONS = 2990, 59_794
 VBENCH_SAMPLES = 5
 SAMPLES_APART = 1000  # sample numbers between two prompts of VBench, so that more videos a prompt leave the first ones
 
-Measure = Callable[[Video, str], Tensor]  # a clip and its prompt → one row of numbers
+Measure = Callable[[Video, str], np.ndarray]  # a clip and its prompt → one row of numbers
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is measured: samples of prompts, and real videos."""
+    """What is measured: the FVD of samples of prompts against real videos, and one measure more."""
 
     name: str
     prompts: Sequence[str]  # of each sample, in order
     videos: Sequence[Path]
-    measures: Mapping[str, Measure]  # of a sample; `i3d` also of a real clip
-    networks: Sequence[NetworkFile]  # I3D's first
-    protocol_clips: int  # of the FVD, in the literature
+    fvd_clips: int  # on either side of the FVD …
+    protocol_clips: int  # … and in the literature
+    measured: str  # what the measure's rows are called
+    network: Callable[[torch.device], tuple[Measure, NetworkFile]]  # loads what the measure is made with
+    figures: Callable[[np.ndarray, NetworkFile], dict[str, Any]]  # of the rows
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How a benchmark runs: flags of `dicode benchmark`."""
+def measure(benchmark: Benchmark, flags: Any, output: Path, watch: Stopwatch) -> None:
+    """Do this process's share; the one that finds all parts done writes the result.
 
-    output: Path
-    fvd_clips: int  # on either side of the FVD
-    confirm: Sequence[str]
-    model: str
-    revision: str | None
-    size: int  # of real clips
-    seed: int
-    batch_size: int
-    shard: Shard
-    work_folder: Path | None
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video for VBench."""
-
-    prompt: str
-    file: Path
-    number: int  # of the sample
-
-
-def measure(
-    benchmark: Benchmark,
-    setup: Setup,
-    figures: Callable[[Mapping[str, np.ndarray]], dict[str, Any]],
-    watch: Stopwatch,
-) -> None:
-    """Do this process's share; the one that finds all parts done writes the result: FVD, and `figures` of the rows."""
-    networks, seed, batch = benchmark.networks, setup.seed, setup.batch_size
-    check_confirmed(setup.confirm, networks)
-    folder = resolve(setup.model, setup.revision)
-    model = DiCoDe.from_pretrained(folder, device=str(setup.device))
+    `flags` are those that UCF-101 and MSR-VTT have in common (`dicode.cli.benchmark.RunFlags`).
+    """
+    i3d_path, i3d_file = checked_file("I3D", flags.i3d, flags.confirm)
+    shard, seed, batch = shard_of(flags.shard), flags.seed, flags.batch_size
+    device = pick_device(flags.device)  # after the shard: torchrun's processes take a GPU each
+    measure_of, network = benchmark.network(device)
+    networks = (i3d_file, network)
+    if stray := set(flags.confirm) - {file.sha256 for file in networks}:  # a slip
+        sums = ", ".join(f"{file.network} {file.sha256}" for file in networks)
+        raise ValueError(f"--confirm {stray.pop()}: expected the SHA-256 of a file given, which are {sums}")
+    i3d, folder = ClipNetwork("I3D", i3d_path, device), resolve(flags.model, flags.revision)
+    model = DiCoDe.from_pretrained(folder, device=str(device))
     config, samples = model.tokenizer.config, len(benchmark.prompts)
-    clips = min(setup.fvd_clips, len(benchmark.videos))
+    clips = min(benchmark.fvd_clips, len(benchmark.videos))
     run = {
         **sampled_model(model, folder),
         "benchmark": benchmark.name,
@@ -93,35 +73,36 @@ def measure(
         "prompts": digest(benchmark.prompts),
         "videos": digest([f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in benchmark.videos]),
         "real_clips": clips,
-        "real_size": setup.size,
+        "real_size": flags.size,
         "fps": config.fps,
         "frames": FRAMES,
         "seed": seed,
         "batch_size": batch,
         "networks": {file.network: file.sha256 for file in networks},
-        "device": setup.device.type,
+        "device": device.type,
     }
-    parts = Parts(setup.work_folder or setup.output.with_suffix(".work"), run, setup.shard)
+    parts = Parts(flags.work_folder or output.with_suffix(".work"), run, shard)
     counts = {"real": -(-clips // batch), "samples": -(-samples // batch)}
     with watch.stage("real clips"):
-        parts.make("real", counts["real"], lambda part: real_rows(benchmark, setup, config.fps, clips, part))
+        parts.make("real", counts["real"], lambda part: real_rows(benchmark, flags, i3d, config.fps, clips, part))
     with watch.stage("samples"):
-        parts.make("samples", counts["samples"], lambda part: sample_rows(benchmark, setup, model, part))
+        measures = {"i3d": lambda clip, _: i3d.clip_vector(clip), benchmark.measured: measure_of}
+        parts.make("samples", counts["samples"], lambda part: sample_rows(benchmark, flags, measures, model, part))
     if missing := sum(parts.missing(kind, count) for kind, count in counts.items()):
         print(f"{parts.folder}: this share is done; parts still to come from others: {missing}")
         return
     real, rows = (joined(parts.read(kind, count)) for kind, count in counts.items())
     values = {
-        **fvd(networks[0].figure("FVD"), real["i3d"], rows["i3d"][: setup.fvd_clips], benchmark.protocol_clips, seed),
-        **figures(rows),
+        **fvd(i3d_file.figure("FVD"), real["i3d"], rows["i3d"][: benchmark.fvd_clips], benchmark.protocol_clips, seed),
+        **benchmark.figures(rows[benchmark.measured], network),
         "real_videos_too_short": clips - len(real["i3d"]),
         "networks": [asdict(file) for file in networks],
         **{key: run[key] for key in ("model", "weights", "settings", "fps", "frames", "real_size", "batch_size")},
         "size": config.size,
     }
     name = f"{run['model']}: zero-shot {benchmark.name}"
-    write_result(setup.output, name, values, samples, seed, command_line(), setup.device)
-    print(f"{summary(values)}{setup.output}\n{watch.text()}")
+    write_result(output, name, values, samples, seed, command_line(), device)
+    print(f"{summary(values)}{output}\n{watch.text()}")
 
 
 def joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, np.ndarray]:
@@ -141,91 +122,91 @@ def summary(values: Mapping[str, Any]) -> str:
     return "".join(lines)
 
 
-def vbench_videos(
-    prompts_file: Path,
-    output: Path,
-    folder: Path,
-    shard: Shard,
-    device: torch.device,
-    samples: int,
-    seconds: float,
-    scale: int,
-    seed: int,
-    batch_size: int,
-) -> dict[str, Any] | None:
-    """Write this process's share of the videos for VBench; returns what describes them, None while others' are missing.
+def vbench(flags: Any, watch: Stopwatch) -> None:
+    """Write this process's share of the videos for VBench, and where none is missing what describes them.
 
-    `folder` is the model's. As VBench's `prompts/README.md` asks: `<prompt>-<index>.mp4`, index from 0, random numbers
-    of its own for every video.
+    `flags` are those of the command. As VBench's `prompts/README.md` asks: `<prompt>-<index>.mp4`, index from 0, random
+    numbers of its own for every video.
     """
-    prompts = vbench_prompts(prompts_file)
+    prompts, output, samples = vbench_prompts(flags.prompts), flags.output, flags.samples
     work = output.with_name(f"{output.name}.work")
     if output.is_dir() and any(output.iterdir()) and not work.is_dir():
         raise FileExistsError(f"{output}: holds files that this command did not write; name a new folder")
+    shard = shard_of(flags.shard)
+    device = pick_device(flags.device)  # after the shard: torchrun's processes take a GPU each
+    folder = resolve(flags.model, flags.revision)
     model = DiCoDe.from_pretrained(folder, device=str(device))
-    flags = {"samples": samples, "seconds": seconds, "scale": scale, "seed": seed}
-    run = {**sampled_model(model, folder), **flags, "batch_size": batch_size, "device": device.type}
+    asked = {name: getattr(flags, name) for name in ("samples", "seconds", "scale", "seed", "batch_size")}
+    run = {**sampled_model(model, folder), **asked, "device": device.type}
     parts = Parts(work, {"benchmark": "vbench", "prompts": digest(prompts), **run}, shard)
     if len({prompt.casefold() for prompt in prompts}) < len(prompts) and (work / "RUN.JSON").is_file():
-        raise ValueError(f"{prompts_file}: prompts that differ only in case are one file on this disk; use another")
+        raise ValueError(f"{flags.prompts}: prompts that differ only in case are one file on this disk; use another")
     output.mkdir(parents=True, exist_ok=True)
     jobs = [
-        Job(prompt, output / f"{prompt}-{index}.mp4", SAMPLES_APART * place + index)
+        (prompt, output / f"{prompt}-{index}.mp4", SAMPLES_APART * place + index)
         for place, prompt in enumerate(prompts)
         for index in range(samples)
     ]
-    batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
-    parts.each("videos", len(batches), lambda part: write_videos(model, batches[part], seconds, seed, scale))
-    if missing := sum(not job.file.is_file() for job in jobs):
+    batches = [jobs[first : first + flags.batch_size] for first in range(0, len(jobs), flags.batch_size)]
+    with watch.stage("samples"):
+        parts.each("videos", len(batches), lambda part: write_videos(model, batches[part], flags))
+    if missing := sum(not file.is_file() for _, file, _ in jobs):
         print(f"{output}: this share is done; videos still to come from others: {missing}")
-        return None
-    return {
+        return
+    values = {
         **run,
         **counted("VBench, every prompt", samples, VBENCH_SAMPLES),
         "prompts": len(prompts),
         "sample_numbers": f"{SAMPLES_APART} × place of the prompt + index",
     }
+    name, result = f"{run['model']}: videos for VBench", output.with_name(f"{output.name}.json")
+    write_result(result, name, values, len(jobs), flags.seed, command_line(), device)
+    print(f"{output}: {len(jobs)} videos of {len(prompts)} prompts\n{result}\n{watch.text()}")
 
 
-def write_videos(model: DiCoDe, jobs: Sequence[Job], seconds: float, seed: int, scale: int) -> None:
-    """Generate one batch and write those of its videos that are not there.
+def write_videos(model: DiCoDe, jobs: Sequence[tuple[str, Path, int]], flags: Any) -> None:
+    """Generate one batch of prompts, files and sample numbers, and write those of its videos that are not there.
 
     Without metadata, since VBench takes every file in the folder, a .json too, for a video.
     """
-    if all(job.file.is_file() for job in jobs):
+    prompts, files, numbers = map(list, zip(*jobs, strict=True))
+    if all(file.is_file() for file in files):
         return
-    prompts, numbers = [job.prompt for job in jobs], [job.number for job in jobs]
-    clips = model.generate_batch(prompts, seconds=seconds, seed=seed, sample_indices=numbers)
-    for job, frames in zip(jobs, torch.cat(list(clips), dim=1).numpy(), strict=True):
-        if not job.file.is_file():
-            with VideoWriter(job.file, model.tokenizer.config.fps, scale=scale) as writer:
+    clips = model.generate_batch(prompts, seconds=flags.seconds, seed=flags.seed, sample_indices=numbers)
+    for file, frames in zip(files, torch.cat(list(clips), dim=1).numpy(), strict=True):
+        if not file.is_file():
+            with VideoWriter(file, model.tokenizer.config.fps, scale=flags.scale) as writer:
                 writer.write(frames)
 
 
-def sample_rows(benchmark: Benchmark, setup: Setup, model: DiCoDe, part: int) -> dict[str, Tensor]:
+def sample_rows(
+    benchmark: Benchmark, flags: Any, measures: Mapping[str, Measure], model: DiCoDe, part: int
+) -> dict[str, Tensor]:
     """Generate one batch of clips and measure each: a tensor a measure, one row a clip."""
-    first = part * setup.batch_size
-    prompts = list(benchmark.prompts[first : first + setup.batch_size])
+    first = part * flags.batch_size
+    prompts = list(benchmark.prompts[first : first + flags.batch_size])
     seconds, indices = FRAMES / model.tokenizer.config.fps, list(range(first, first + len(prompts)))
-    parts = model.generate_batch(prompts, seconds=seconds, seed=setup.seed, sample_indices=indices)
+    parts = model.generate_batch(prompts, seconds=seconds, seed=flags.seed, sample_indices=indices)
     clips = torch.cat(list(parts), dim=1).numpy()
     return {
-        key: torch.stack([numbers_of(clip, prompt) for clip, prompt in zip(clips, prompts, strict=True)])
-        for key, numbers_of in benchmark.measures.items()
+        name: torch.from_numpy(np.stack([row_of(*pair) for pair in zip(clips, prompts, strict=True)]))
+        for name, row_of in measures.items()
     }
 
 
-def real_rows(benchmark: Benchmark, setup: Setup, fps: float, clips: int, part: int) -> dict[str, Tensor]:
+def real_rows(
+    benchmark: Benchmark, flags: Any, i3d: ClipNetwork, fps: float, clips: int, part: int
+) -> dict[str, Tensor]:
     """I3D's vectors of one batch of real clips; a clip whose videos are all too short is left out.
 
     Clip i has the videos i, i + clips, … of a shuffled list, and is of the first that is long enough.
     """
-    order, vectors = shuffled(benchmark.videos, setup.seed, "real clips"), []
-    for i in range(part * setup.batch_size, min(clips, (part + 1) * setup.batch_size)):
-        candidates = (real_clip(path, fps, setup.size, setup.seed) for path in order[i::clips])
+    order, vectors = shuffled(benchmark.videos, flags.seed, "real clips"), []
+    for i in range(part * flags.batch_size, min(clips, (part + 1) * flags.batch_size)):
+        candidates = (real_clip(path, fps, flags.size, flags.seed) for path in order[i::clips])
         clip = next((clip for clip in candidates if clip is not None), None)
-        vectors += [] if clip is None else [benchmark.measures["i3d"](clip, "")]
-    return {"i3d": torch.stack(vectors) if vectors else torch.zeros(0, I3D.width)}
+        vectors += [] if clip is None else [i3d.clip_vector(clip)]
+    return {"i3d": torch.from_numpy(np.array(vectors, np.float32).reshape(-1, i3d.width))}
 
 
 def real_clip(path: Path, fps: float, size: int, seed: int) -> Video | None:

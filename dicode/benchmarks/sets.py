@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -20,8 +19,7 @@ CAPTION_FILES = ("test_videodatainfo.json", "videodatainfo.json")
 VIDEO_FOLDERS = ("TestVideo", "videos/all")
 
 
-@dataclass(frozen=True)
-class CaptionedVideo:
+class CaptionedVideo(NamedTuple):
     """One test video of MSR-VTT and all sentences that people wrote of it."""
 
     path: Path
@@ -43,19 +41,13 @@ def ucf101_videos(folder: Path, split: Split = "all") -> dict[str, list[Path]]:
         raise FileNotFoundError(f"{folder}: expected UCF-101/<ClassName>/v_*.avi in it, found no such file")
     if (lists / "classInd.txt").is_file():
         named = [line.split()[-1] for line in _lines(lists / "classInd.txt")]  # "1 ApplyEyeMakeup"
-        if missing := [name for name in named if name not in videos]:
-            raise FileNotFoundError(
-                f"{root}: expected the {len(named)} classes of {lists / 'classInd.txt'}, "
-                f"{len(missing)} have no videos, the first being {missing[0]}: unpack the archive again"
-            )
+        missing = [name for name in named if name not in videos]
+        _check_none(missing, f"{root}: expected the {len(named)} classes of {lists / 'classInd.txt'}", "have no videos")
     if split == "all":
         return videos
     listed = [line.split()[0] for line in _lines(lists / f"{split}list01.txt")]  # train lists end in a class number
-    if absent := [name for name in listed if not (root / name).is_file()]:
-        raise FileNotFoundError(
-            f"{root}: expected the {len(listed)} videos of {split}list01.txt, {len(absent)} are missing, the first "
-            f"being {absent[0]}"
-        )
+    missing = [name for name in listed if not (root / name).is_file()]
+    _check_none(missing, f"{root}: expected the {len(listed)} videos of {split}list01.txt")
     chosen: dict[str, list[Path]] = {}
     for name in listed:
         chosen.setdefault(Path(name).parent.name, []).append(root / name)
@@ -126,11 +118,8 @@ def msrvtt_videos(folder: Path) -> list[CaptionedVideo]:
     if not names:
         raise ValueError(f"{notes}: expected videos of the split test, found none among {len(info['videos'])}")
     videos = [CaptionedVideo(root / f"{name}.mp4", tuple(captions[name])) for name in names]
-    if absent := [video.path for video in videos if not video.path.is_file()]:
-        raise FileNotFoundError(
-            f"{root}: expected the {len(videos)} test videos of {notes.name}, {len(absent)} are missing, "
-            f"the first being {absent[0].name}"
-        )
+    missing = [video.path.name for video in videos if not video.path.is_file()]
+    _check_none(missing, f"{root}: expected the {len(videos)} test videos of {notes.name}")
     return sorted(videos, key=lambda video: natural_key(video.path))
 
 
@@ -138,7 +127,8 @@ def drawn_captions(videos: Sequence[CaptionedVideo], seed: int, all_captions: bo
     """One caption a video, drawn by the seed and the video's name, or all of all."""
     if all_captions:
         return [caption for video in videos for caption in video.captions]
-    return [video.captions[_draw(len(video.captions), seed, "caption", video.path.stem)] for video in videos]
+    generators = (generator_for(seed, "caption", path.stem) for path, _ in videos)
+    return [c[int(torch.randint(len(c), (1,), generator=g))] for (_, c), g in zip(videos, generators, strict=True)]
 
 
 def vbench_prompts(file: Path) -> list[str]:
@@ -169,8 +159,11 @@ def shuffled(items: Sequence[T], seed: int, *place: str) -> list[T]:
     return [items[i] for i in torch.randperm(len(items), generator=generator_for(seed, *place)).tolist()]
 
 
-def _draw(count: int, seed: int, *place: int | str) -> int:
-    return int(torch.randint(count, (1,), generator=generator_for(seed, *place)))
+def _check_none(missing: Sequence[str], expected: str, what: str = "are missing") -> None:
+    if missing:
+        raise FileNotFoundError(
+            f"{expected}, {len(missing)} {what}, the first being {missing[0]}: unpack the archive again"
+        )
 
 
 def _lines(file: Path) -> list[str]:

@@ -3,7 +3,6 @@
 Where the literature differs, the docstring of a command names the usage that it follows.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,24 +13,21 @@ from dicode.cli import common
 from dicode.config import BatchSize, Range, Seed, Side, Unicode
 from dicode.stopwatch import Stopwatch
 
-Result = Annotated[common.OutputPath, arg(help="JSON file of the figures")]
-I3d = Annotated[Path | None, arg(help="i3d_torchscript.pt of StyleGAN-V")]
 FvdClips = Annotated[int, Range(2, 2**31 - 1), arg(help="clips on either side of the FVD")]
-Shard = Annotated[str | None, arg(help="this process's share of the work: 2/4 is the second of four")]
-Batch = Annotated[BatchSize, arg(help="samples generated at once")]
 
 
 @dataclass(frozen=True)
 class RunFlags:
     """What UCF-101 and MSR-VTT have in common."""
 
+    i3d: Path | None = None  # i3d_torchscript.pt of StyleGAN-V
     confirm: tuple[str, ...] = ()  # SHA-256 of network files that you know to be the published ones
     model: common.ModelName = "sprites"
     revision: common.Revision = None
     size: Side = 256  # side of the real clips in pixels, scaled to cover it and cropped at the centre
     seed: Seed = 0  # random seed
-    batch_size: Batch = 10
-    shard: Shard = None
+    batch_size: BatchSize = 10  # samples generated at once
+    shard: str | None = None  # this process's share of the work: 2/4 is the second of four
     work_folder: Path | None = None  # folder of finished parts; default: OUTPUT.work, which may be deleted afterwards
     device: common.Device = "auto"
 
@@ -49,7 +45,6 @@ class Ucf101:
 
     folder: common.Folder  # folder with UCF-101/<ClassName>/v_*.avi and, for --split, ucfTrainTestlist/
     output: common.OutputPath  # JSON file of the figures
-    i3d: I3d = None
     c3d: Path | None = None  # c3d_ucf101.pt of StyleGAN-V
     samples: Annotated[int, Range(10, 2**31 - 1)] = 10_000  # videos to generate, classes as often as among real ones
     fvd_clips: FvdClips = 2048
@@ -68,7 +63,6 @@ class Msrvtt:
 
     folder: common.Folder  # folder with TestVideo/ or videos/all/, and test_videodatainfo.json or videodatainfo.json
     output: common.OutputPath  # JSON file of the figures
-    i3d: I3d = None
     clip: str = "openai/clip-vit-base-patch32"  # CLIP: a folder, or owner/name on the Hub
     samples: Annotated[int, Range(2, 2**31 - 1)] | None = None  # videos to generate; default: one for every caption
     all_captions: bool = False  # every caption of a test video, in place of a random one
@@ -91,8 +85,8 @@ class Vbench:
     seconds: common.Seconds = 2.0  # length in seconds
     scale: common.Scaling = 1  # enlargement of every pixel along each side, 1 to 64
     seed: Seed = 0
-    batch_size: Batch = 10
-    shard: Shard = None
+    batch_size: BatchSize = 10  # samples generated at once
+    shard: str | None = None  # this process's share of the work: 2/4 is the second of four
     device: common.Device = "auto"
 
 
@@ -112,36 +106,32 @@ def ucf101(command: Ucf101, watch: Stopwatch) -> None:
     from dicode.benchmarks import protocols
     from dicode.benchmarks.sets import class_prompts, share_out, shuffled, ucf101_videos
     from dicode.evaluate.scores import class_score, inception_scores
-    from dicode.features.networks import C3D, I3D
-    from dicode.features.published import c3d_file, i3d_file
+    from dicode.features.networks import ClipNetwork, NetworkFile, checked_file
 
+    run = command.run
     classes = ucf101_videos(Path(command.folder), command.split)
     sentences = class_prompts(list(classes), command.template, command.prompts)
     shares = share_out(command.samples, {name: len(videos) for name, videos in classes.items()})
-    prompts = shuffled([sentences[name] for name, n in shares.items() for _ in range(n)], command.run.seed, "samples")
-    i3d_path, i3d_known = i3d_file(command.i3d, command.run.confirm)
-    c3d_path, c3d_known = c3d_file(command.c3d, command.run.confirm)
-    setup = _setup(command)
-    i3d, c3d = I3D(i3d_path, setup.device), C3D(c3d_path, setup.device)
-    measures = {
-        "i3d": lambda clip, _: torch.from_numpy(i3d.clip_vector(clip)),
-        "c3d": lambda clip, _: torch.from_numpy(c3d.clip_vector(clip)),
-    }
-    videos = [video for files in classes.values() for video in files]
+    prompts = shuffled([sentences[name] for name, n in shares.items() for _ in range(n)], run.seed, "samples")
 
-    def figures(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        score, name = class_score(rows["c3d"], command.run.seed, protocols.SPLITS), c3d_known.figure("Inception Score")
-        deviation = inception_scores(rows["c3d"], protocols.SPLITS).std()
+    def c3d(device: torch.device) -> tuple[protocols.Measure, NetworkFile]:
+        path, file = checked_file("C3D", command.c3d, run.confirm)
+        network = ClipNetwork("C3D", path, device)
+        return lambda clip, _: network.clip_vector(clip), file
+
+    def figures(rows: np.ndarray, file: NetworkFile) -> dict[str, Any]:
+        score, name = class_score(rows, run.seed, protocols.SPLITS), file.figure("Inception Score")
+        deviation = inception_scores(rows, protocols.SPLITS).std()
         return {
             name: {"value": score.value, "interval": score.interval, "deviation": deviation, "splits": protocols.SPLITS}
-            | protocols.counted(name, len(rows["c3d"]), protocols.UCF101_SAMPLES),
+            | protocols.counted(name, len(rows), protocols.UCF101_SAMPLES),
             **protocols.counted("UCF-101", len(classes), protocols.UCF101_CLASSES, "classes"),
             "split": command.split,
         }
 
-    networks = [i3d_known, c3d_known]
-    benchmark = protocols.Benchmark("ucf101", prompts, videos, measures, networks, protocols.UCF101_CLIPS)
-    protocols.measure(benchmark, setup, figures, watch)
+    videos, clips = [video for files in classes.values() for video in files], protocols.UCF101_CLIPS
+    benchmark = protocols.Benchmark("ucf101", prompts, videos, command.fvd_clips, clips, "c3d", c3d, figures)
+    protocols.measure(benchmark, run, command.output, watch)
 
 
 def msrvtt(command: Msrvtt, watch: Stopwatch) -> None:
@@ -158,67 +148,36 @@ def msrvtt(command: Msrvtt, watch: Stopwatch) -> None:
     from dicode.benchmarks import protocols
     from dicode.benchmarks.sets import drawn_captions, msrvtt_videos, shuffled
     from dicode.features.metrics import bootstrap_interval
-    from dicode.features.networks import I3D, Clip, clip_similarity
-    from dicode.features.published import clip_file, i3d_file
+    from dicode.features.networks import Clip, NetworkFile, clip_file, clip_similarity
 
+    run = command.run
     captioned = msrvtt_videos(Path(command.folder))
-    captions = shuffled(drawn_captions(captioned, command.run.seed, command.all_captions), command.run.seed, "samples")
+    captions = shuffled(drawn_captions(captioned, run.seed, command.all_captions), run.seed, "samples")
     samples = len(captions) if command.samples is None else command.samples
     if samples > len(captions):
         raise ValueError(f"--samples: expected at most the {len(captions)} captions, got {samples}")
-    i3d_path, i3d_known = i3d_file(command.i3d, command.run.confirm)
-    clip_folder, clip_known = clip_file(command.clip, command.run.confirm)
-    setup = _setup(command)
-    i3d, network = I3D(i3d_path, setup.device), Clip(clip_folder, setup.device)
-    measures = {
-        "i3d": lambda clip, _: torch.from_numpy(i3d.clip_vector(clip)),
-        "clipsim": lambda clip, prompt: torch.tensor([clip_similarity(network, clip, prompt)], dtype=torch.float64),
-    }
     protocol = protocols.MSRVTT_CAPTIONS if command.all_captions else protocols.MSRVTT_VIDEOS
 
-    def figures(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        similarities, name = rows["clipsim"][:, 0], clip_known.figure("CLIPSIM")
-        interval = bootstrap_interval(np.mean, similarities, seed=command.run.seed)
+    def clip(device: torch.device) -> tuple[protocols.Measure, NetworkFile]:
+        path, file = clip_file(command.clip, run.confirm)
+        network = Clip(path, device)
+        return lambda clip, prompt: np.array(clip_similarity(network, clip, prompt)), file
+
+    def figures(rows: np.ndarray, file: NetworkFile) -> dict[str, Any]:
+        name, interval = file.figure("CLIPSIM"), bootstrap_interval(np.mean, rows, seed=run.seed)
         return {
-            name: {"value": similarities.mean(), "interval": interval}
-            | protocols.counted(name, len(similarities), protocol),
+            name: {"value": rows.mean(), "interval": interval} | protocols.counted(name, len(rows), protocol),
             "captions": "all" if command.all_captions else "one a video",
         }
 
-    networks, videos = [i3d_known, clip_known], [video.path for video in captioned]
-    benchmark = protocols.Benchmark("msrvtt", captions[:samples], videos, measures, networks, protocols.MSRVTT_VIDEOS)
-    protocols.measure(benchmark, setup, figures, watch)
-
-
-def _setup(command: Ucf101 | Msrvtt) -> Any:
-    """The `Setup` that flags describe."""
-    from dicode.benchmarks.parts import shard_of
-    from dicode.benchmarks.protocols import Setup
-    from dicode.device import pick_device
-
-    shard = shard_of(command.run.shard)  # first: torchrun's processes take a GPU each
-    flags = {**vars(command.run), "shard": shard, "device": pick_device(command.run.device)}
-    return Setup(command.output, command.fvd_clips, **flags)
+    videos, clips = [video.path for video in captioned], protocols.MSRVTT_VIDEOS
+    prompts = captions[:samples]
+    benchmark = protocols.Benchmark("msrvtt", prompts, videos, command.fvd_clips, clips, "clipsim", clip, figures)
+    protocols.measure(benchmark, run, command.output, watch)
 
 
 def vbench(command: Vbench, watch: Stopwatch) -> None:
-    """Videos under the names that VBench (arXiv 2311.17982) looks for, five a prompt, nothing else in their folder.
+    """Videos under the names that VBench (arXiv 2311.17982) looks for, five a prompt, nothing else in their folder."""
+    from dicode.benchmarks import protocols
 
-    As its `prompts/README.md` asks: `<prompt>-<index>.mp4`, index from 0, random numbers of its own for every video.
-    """
-    from dicode.benchmarks.parts import shard_of
-    from dicode.benchmarks.protocols import vbench_videos
-    from dicode.checkpoint import resolve
-    from dicode.device import pick_device
-    from dicode.provenance import command_line, write_result
-
-    shard = shard_of(command.shard)  # first: torchrun's processes take a GPU each
-    output, device, folder = command.output, pick_device(command.device), resolve(command.model, command.revision)
-    flags = {name: getattr(command, name) for name in ("samples", "seconds", "scale", "seed", "batch_size")}
-    with watch.stage("samples"):
-        values = vbench_videos(command.prompts, output, folder, shard, device, **flags)
-    if values is not None:
-        count, result = values["prompts"] * command.samples, output.with_name(f"{output.name}.json")
-        name = f"{values['model']}: videos for VBench"
-        write_result(result, name, values, count, command.seed, command_line(), device)
-        print(f"{output}: {count} videos of {values['prompts']} prompts\n{result}\n{watch.text()}")
+    protocols.vbench(command, watch)

@@ -80,36 +80,36 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     began_s = time.monotonic()
     from dicode.data.cache import FrameCache
     from dicode.evaluate import suite
-    from dicode.evaluate.samples import MOST_VIDEOS, Samples
+    from dicode.evaluate.samples import Samples
+    from dicode.evaluate.scores import with_blindness
     from dicode.evaluate.speed import check_length
     from dicode.features.extract import load_networks
     from dicode.features.scorer import Scorer
     from dicode.provenance import command_line, write_result
 
     parts = _parts(command)
-    limits = suite.QUICK if command.quick else suite.Limits(
-        command.prompts, None, MOST_VIDEOS, command.repeats, command.long_prompts, command.long_seconds
-    )  # fmt: skip
+    flags = {name: getattr(command, name) for name in ("prompts", "repeats", "long_prompts", "long_seconds")}
+    limits = suite.QUICK if command.quick else suite.Limits(**flags)
     scorer = None if command.scorer is None else Scorer(command.scorer)
     model, folder = common.load_model(command)
     device = model.tokenizer.device
-    cache, networks = FrameCache.load(command.cache), load_networks(command.features, device)
+    cache, networks = FrameCache.load(command.cache), load_networks(command.features, device).values()
     if "long" in parts:
         check_length(model, command.long_seconds)  # before the other parts take their hours
-    samples = Samples(model, cache, command.seed, command.cache, limits.validation)
+    samples = Samples(model, cache, command.seed, command.cache, limits.validation, networks)
     start_s = time.monotonic() - began_s
     with watch.stage("first clips"):
-        print(suite.estimated_time(samples, networks, parts, limits, start_s))
+        print(suite.estimated_time(samples, parts, limits, start_s))
     name = f"{Path(command.model).name}{'-quick' * command.quick}"
     files = {part: command.output / f"{name}-{part}.json" for part in PARTS}
     command.output.mkdir(parents=True, exist_ok=True)
-    blind = suite.blind_networks(samples, networks) if {"generation", "reconstruction"} & {*parts} else {}
+    blind = suite.blind_networks(samples) if {"generation", "reconstruction"} & {*parts} else {}
     print("".join(f"{reason}\n" for reason in blind.values()), end="")
     sheets: dict[str, Any] = {}
     for part in parts:
         with watch.stage(part), Progress(part):
-            figures, sheet = suite.evaluate_part(part, samples, networks, scorer, limits, folder)
-        values = {**suite.with_blindness(figures, blind), "measured_in_s": watch.seconds[part]}
+            figures, sheet = suite.evaluate_part(part, samples, scorer, limits, folder)
+        values = {**with_blindness(figures, blind), "measured_in_s": watch.seconds[part]}
         n = {"speed": command.repeats, "long": command.long_prompts}.get(part) or figures["n"]
         notes = [suite.ONE_NETWORK] * (part not in ("speed", "scorer"))
         notes += ["Quick: few clips, for a first look."] * command.quick

@@ -41,8 +41,7 @@ class Info:
 def info(command: Info, watch: Stopwatch) -> None:
     """Everything is counted from configurations; no weights are read and no network takes memory.
 
-    For a model, training is in float32 except activations reported as bfloat16: see `TrainingBytes`. For a recipe it is
-    that of the training loop: see `sizing/plan.py`.
+    Training is that of the training loop: see `sizing/plan.py`.
     """
     is_recipe = bool(re.search(r"\.py(:[^:]*)?$", command.model))
     gpus = command.gpus or ((1,) if is_recipe else (1, 8))
@@ -65,29 +64,29 @@ def info(command: Info, watch: Stopwatch) -> None:
 def _sizes(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
     """Print and return the requirements of a model's parts."""
     from dicode.sizing.count import size_lm, size_tokenizer
+    from dicode.sizing.plan import training_needs
 
     batch_size = command.batch_size or 1
     values: dict[str, Any] = {"batch_size": batch_size}
     for part, config in _described(command).items():
+        flops, needs = training_needs(config, batch_size, gpus)
+        training = {f"{n} GPU{'s' * (n > 1)}": held for n, held in needs.items()}
         if isinstance(config, TokenizerConfig):
-            sizing = size_tokenizer(config, batch_size)
-            values["a_second_of_video"] = _rates(config)
+            sizing: dict[str, Any] = size_tokenizer(config)
+            sample, values["a_second_of_video"] = "clip", _rates(config)
         else:
-            sizing = size_lm(config, batch_size)
-        training = {f"{n} GPU{'s' * (n > 1)}": sizing.training_bytes.on(n) for n in gpus}
-        values[part] = {**asdict(sizing), "training_bytes": training}
+            sizing, sample = size_lm(config), "sequence"
+        sizing["flops"][f"{sample} trained on"] = flops
+        values[part] = {**sizing, "training_bytes": training}
         print(f"\n{part}")
-        _print_table("parameters", {name: {"count": n} for name, n in _with_sum(sizing.parameters).items()}, "{:,}")
-        _print_table("FLOPs, one sample", {name: {"10⁹": n / 1e9} for name, n in sizing.flops.items()}, "{:,.3f}")
-        held = _with_sum(sizing.inference_bytes)
+        _print_table("parameters", {name: {"count": n} for name, n in _with_sum(sizing["parameters"]).items()}, "{:,}")
+        _print_table("FLOPs, one sample", {name: {"10⁹": n / 1e9} for name, n in sizing["flops"].items()}, "{:,.3f}")
+        held = _with_sum(sizing["inference_bytes"])
         _print_bytes("to use it, one sample", {name: {"float32": n, "bfloat16": n // 2} for name, n in held.items()})
-        if sizing.bytes_a_token is not None:
-            read = {"weights and key/value cache": {"bfloat16": sizing.bytes_a_token}}
+        if "bytes_a_token" in sizing:
+            read = {"weights and key/value cache": {"bfloat16": sizing["bytes_a_token"]}}
             _print_bytes("read for a deep token", read)
         _print_bytes(f"on a GPU to train it, batch of {batch_size}", _transposed(training))
-        print(
-            "  bfloat16: all activations; autocast adds copies of the weights, 2 bytes a number, and keeps some float32"
-        )
     if "a_second_of_video" in values:
         _print_table("a second of video", values["a_second_of_video"], "{:,.1f}")
     return values
@@ -106,30 +105,39 @@ def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
     for name, run in _runs(command).items():
         planner = Planner(run)
         plans = {n: planner.plan(n, gpu, command.mfu) for n in gpus}
-        values[name] = {f"{n} GPU{'s' * (n > 1)}": asdict(plan) for n, plan in plans.items()}
+        values[name] = {f"{n} GPU{'s' * (n > 1)}": plan for n, plan in plans.items()}
         print(f"\n{name}: {run.loop.optim.steps:,} steps with a batch of {run.loop.optim.batch_size}")
         by_column = {f"{n} × {command.gpu}": plan for n, plan in plans.items()}
-        counts = {c: {"trained": plan.trained, "frozen": plan.frozen} for c, plan in by_column.items()}
+        counts = {c: {name: plan[name] for name in ("trained", "frozen")} for c, plan in by_column.items()}
         _print_table("parameters", _transposed(counts), "{:,}")
-        _print_bytes("on each GPU", _transposed({column: plan.memory() for column, plan in by_column.items()}))
+        _print_bytes("on each GPU", _transposed({column: _memory(plan) for column, plan in by_column.items()}))
         _print_table("a step", _transposed({column: _step(plan) for column, plan in by_column.items()}), "{}")
     print(f"\nAssumed: {command.mfu:.0%} of {gpu.peak_flops / 1e12:g} TFLOP/s; {USABLE:.0%} of {gpu.memory_gib:g} GiB")
     return values
 
 
-def _step(plan: Any) -> dict[str, str]:
-    """A step of a `Plan`, in words."""
+def _memory(plan: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes on each GPU: each part, their sum, and activations kept or recomputed."""
     return {
-        "strategy": plan.strategy,
-        "micro-batches of a batch": f"{plan.micro_batches}",
-        "activations": "recomputed" if plan.recomputes else "kept",
-        "fits": "yes" if plan.fits else "no",
-        "fewest micro-batches that fit": f"{plan.fewest_micro_batches or 'none do'}",
-        "TFLOP": f"{plan.step_flops / 1e12:,.1f}",
-        "TFLOP with what is computed twice": f"{plan.computed_flops / 1e12:,.1f}",
-        "seconds": f"{plan.step_s:,.3f}",
-        "steps a day": f"{86_400 / plan.step_s:,.0f}",
-        "days": f"{plan.days:.2g}",
+        **_with_sum(plan["bytes_held"]),
+        **{f"activations, if {how}": count for how, count in plan["activations"].items()},
+        "in validation, before activations": plan["validation_bytes"],
+    }
+
+
+def _step(plan: Mapping[str, Any]) -> dict[str, str]:
+    """A step of a plan, in words."""
+    return {
+        "strategy": plan["strategy"],
+        "micro-batches of a batch": f"{plan['micro_batches']}",
+        "activations": "recomputed" if plan["recomputes"] else "kept",
+        "fits": "yes" if plan["fits"] else "no",
+        "fewest micro-batches that fit": f"{plan['fewest_micro_batches'] or 'none do'}",
+        "TFLOP": f"{plan['step_flops'] / 1e12:,.1f}",
+        "TFLOP with what is computed twice": f"{plan['computed_flops'] / 1e12:,.1f}",
+        "seconds": f"{plan['step_s']:,.3f}",
+        "steps a day": f"{86_400 / plan['step_s']:,.0f}",
+        "days": f"{plan['days']:.2g}",
     }
 
 

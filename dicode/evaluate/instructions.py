@@ -1,7 +1,6 @@
 """Given the first image, does the caption decide what happens? The same image with its own and with other captions."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,14 +12,12 @@ from dicode.data.cache import CachedVideo, FrameCache
 from dicode.evaluate.generation import motion_ratio
 from dicode.evaluate.metrics import scores_of_sets
 from dicode.evaluate.reconstruction import hold_head
-from dicode.evaluate.reference import first_clip
-from dicode.evaluate.samples import BATCH, MOST_VIDEOS, one_clip_s, split_rows, spread
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, batches, first_clip, one_clip_s, split_videos
 from dicode.evaluate.scores import mean_score
 from dicode.features.extract import EfficientNetLite0Features
 from dicode.features.metrics import Clips
 from dicode.pipeline import DiCoDe, Given
 from dicode.seeds import generator_for
-from dicode.stopwatch import tracked
 from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 
@@ -38,34 +35,30 @@ class Continuation(NamedTuple):
     captions: tuple[str, str]
 
 
-def evaluate_instructions(
-    model: DiCoDe, cache: FrameCache, seed: int = 0, count: int = IMAGES
-) -> tuple[dict[str, Any], Image.Image]:
+def evaluate_instructions(samples: Samples, count: int = IMAGES) -> tuple[dict[str, Any], Image.Image]:
     """Clips that go on from the first frames of up to `count` videos of each split, for their own and other captions.
 
     `nearer` is the share of images whose own caption's clip comes nearer to the real one than another caption's of the
     same noise does: chance is a half. `effect` is how much another caption changes of a clip, over what another sample
     of the same caption does: 0 where captions have no effect.
     """
+    cache, seed = samples.cache, samples.seed
     figures: dict[str, Any] = {}
     total, rows = 0, []
     for split, validation in (("training", False), ("validation", True)):
-        videos = [cache.videos[row] for row in spread(split_rows(cache, validation, captioned=True), MOST_VIDEOS)]
-        picked = [videos[i] for i in spread(range(len(videos)), count)]
+        found = split_videos(cache, validation, captioned=True, most=MOST_VIDEOS)
+        videos, picked = list(found), found.spread(count)
         clips: list[Continuation] = []
-        for first in tracked(range(0, len(picked), BATCH), f"{split} images", "batch"):
-            part = picked[first : first + BATCH]
-            others = [another_caption(videos, video, seed, first + i) for i, video in enumerate(part)]
-            clips += continuations(model, cache, part, others, seed, first)
+        for part, indices in batches(picked, f"{split} images"):
+            others = [another_caption(videos, video, seed, i) for video, i in zip(part, indices, strict=True)]
+            clips += continuations(samples.model, cache, part, others, seed, indices)
         total += len(clips)
-        for metric, values in figures_of(clips, seed, model.tokenizer.device).items():
-            by_case = {f"{split}: {case}": value for case, value in values.items()}
-            figures[metric] = figures.get(metric, {}) | by_case
+        for metric, values in figures_of(clips, samples.extractor, seed).items():
+            figures.setdefault(metric, {}).update({f"{split}: {case}": value for case, value in values.items()})
         for one in clips[:: max(1, len(clips) // ON_SHEET)][:ON_SHEET]:
             rows += [(one.real, f"real: {one.captions[0]}"), (one.own, f"own caption: {one.captions[0]}")]
             rows += [(one.other, f"other caption: {one.captions[1]}")]
-    figures["n"] = total
-    return figures, contact_sheet([clip for clip, _ in rows], [label for _, label in rows])
+    return {**figures, "n": total}, contact_sheet([clip for clip, _ in rows], [label for _, label in rows])
 
 
 def another_caption(videos: Sequence[CachedVideo], video: CachedVideo, seed: int, index: int) -> str:
@@ -81,16 +74,20 @@ def another_caption(videos: Sequence[CachedVideo], video: CachedVideo, seed: int
 
 
 def continuations(
-    model: DiCoDe, cache: FrameCache, videos: Sequence[CachedVideo], others: Sequence[str], seed: int, first: int
+    model: DiCoDe,
+    cache: FrameCache,
+    videos: Sequence[CachedVideo],
+    others: Sequence[str],
+    seed: int,
+    indices: Sequence[int],
 ) -> list[Continuation]:
     """The first images of videos with both captions and the same noise, and once more with their own and other noise.
 
-    The first of them is sample `first`.
+    `indices` are the numbers of the samples.
     """
     config, own = model.tokenizer.config, [video.captions[0] for video in videos]
     real = [first_clip(config, cache, video)[: config.clip_frames] for video in videos]
     images = rearrange(model.tokenizer.encode_frames(np.stack([clip[0] for clip in real])), "1 b n d -> b 1 n d")
-    indices = list(range(first, first + len(videos)))
     parts = model.generate_batch(
         [*own, *others, *own],
         seconds=one_clip_s(model),
@@ -99,28 +96,25 @@ def continuations(
         given=Given(images.repeat(3, 1, 1, 1)),
     )
     clips = torch.cat(list(parts), dim=1).numpy().reshape(3, len(videos), *real[0].shape)
-    return [
-        Continuation(clip, clips[0, i], clips[1, i], clips[2, i], (own[i], others[i])) for i, clip in enumerate(real)
-    ]
+    return [Continuation(*made) for made in zip(real, *clips, zip(own, others, strict=True), strict=True)]
 
 
-def figures_of(clips: Sequence[Continuation], seed: int, device: str | torch.device = "cpu") -> dict[str, Any]:
+def figures_of(clips: Sequence[Continuation], extractor: EfficientNetLite0Features, seed: int = 0) -> dict[str, Any]:
     """The figures of one split, a metric with one value or several."""
-    extractor = EfficientNetLite0Features(device=device)
-    real, own, other = ([getattr(one, name) for one in clips] for name in ("real", "own", "other"))
+    real, own, other, again = ([one[i] for one in clips] for i in range(4))
     sets = {"own caption": own, "other caption": other, "first frame held": [hold_head(clip) for clip in real]}
     truth = extractor.features(real)
     features = {name: extractor.features(those) for name, those in sets.items()}
     off = {name: np.linalg.norm(those.vectors - truth.vectors, axis=1) for name, those in features.items()}
     by_features = (off["own caption"] < off["other caption"]).astype(float)
     by_pixels = (pixel_distances(own, real) < pixel_distances(other, real)).astype(float)
-    changed, resampled = pixel_distances(own, other), pixel_distances(own, [one.sample for one in clips])
+    changed, resampled = pixel_distances(own, other), pixel_distances(own, again)
     ratios = changed[resampled > 0] / resampled[resampled > 0]
     return {
-        "nearer_by_pixels": {"own caption": asdict(mean_score(by_pixels, seed))},
-        f"nearer_by_features-{extractor.name}": {"own caption": asdict(mean_score(by_features, seed))},
-        "effect": {"other caption": asdict(mean_score(ratios, seed))},
-        "motion": {"own caption": asdict(motion_ratio(own, real, seed=seed))},
+        "nearer_by_pixels": {"own caption": mean_score(by_pixels, seed)},
+        f"nearer_by_features-{extractor.name}": {"own caption": mean_score(by_features, seed)},
+        "effect": {"other caption": mean_score(ratios, seed)},
+        "motion": {"own caption": motion_ratio(own, real, seed)},
         **scores_of_sets(extractor, truth, features, seed=seed),
     }
 

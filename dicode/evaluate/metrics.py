@@ -6,16 +6,24 @@ network. All parts of `dicode evaluate` and the report read these tables (docs/e
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float64, UInt8
 from numpy import ndarray
 
+from dicode.config import missing_extra
 from dicode.evaluate.scores import Score, alignment, caption_rank, class_score, frechet_score, mean_score
-from dicode.features.extract import EfficientNetLite0Features, Features, Network, TextNetwork
-from dicode.features.perceptual import FeatureMaps, perceptual_distance
+from dicode.features.extract import (
+    EfficientNetLite0Features,
+    FeatureMaps,
+    Features,
+    Network,
+    TextNetwork,
+    perceptual_distance,
+)
 from dicode.video.timed import Video
 
 # Mean PSNR counts a frame at most this much. Rounding to uint8 alone leaves 59 dB, so more says nothing; without a
@@ -81,8 +89,8 @@ def scores_of_sets(
         sets = {"real": real, **candidates} if metric.of_real else candidates
         found = {key: metric.score(SetComparison(network, real, own, captions, seed)) for key, own in sets.items()}
         if own := {key: score for key, score in found.items() if score is not None}:
-            is_alignment = name == "alignment" and isinstance(network, TextNetwork)
-            scores[cast(TextNetwork, network).alignment if is_alignment else f"{name}-{network.name}"] = own
+            alias = network.alignment if name == "alignment" and isinstance(network, TextNetwork) else None
+            scores[alias or f"{name}-{network.name}"] = own
     return scores
 
 
@@ -102,8 +110,7 @@ def psnr_in_motion(real: Video, candidate: Video, _: EfficientNetLite0Features) 
     weights = np.square(frames - frames.mean(axis=0)).mean(axis=-1)
     if not weights.any():
         return None
-    error = (np.square(frames - candidate).mean(axis=-1) * weights).sum() / weights.sum()
-    return min(PSNR_CEILING_DB, float(10 * np.log10(255**2 / max(error, 1e-9))))
+    return float(psnr_db((np.square(frames - candidate).mean(axis=-1) * weights).sum() / weights.sum()))
 
 
 def ssim(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
@@ -114,7 +121,7 @@ def ssim(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ModuleNotFoundError as error:
-        raise ImportError("SSIM needs torchmetrics, which is not installed: pip install 'dicode[evaluate]'") from error
+        raise missing_extra(error, "evaluate") from error
     a, b = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).double() for x in (candidate, reference))
     return np.asarray(structural_similarity_index_measure(a, b, data_range=255.0, reduction="none"), dtype=np.float64)
 
@@ -135,14 +142,10 @@ def perceptual(real: Video, candidate: Video, extractor: EfficientNetLite0Featur
     return float(perceptual_distance(pixels, target))
 
 
-def frechet_of(kind: str) -> Callable[[SetComparison], Score | None]:
+def frechet_of(kind: str, sets: SetComparison) -> Score | None:
     """The Fréchet distance of these `Features`, where a network gives them."""
-
-    def score(sets: SetComparison) -> Score | None:
-        real, candidate = getattr(sets.real, kind), getattr(sets.candidate, kind)
-        return None if real is None else frechet_score(real, candidate, sets.seed)
-
-    return score
+    real, candidate = getattr(sets.real, kind), getattr(sets.candidate, kind)
+    return None if real is None else frechet_score(real, candidate, sets.seed)
 
 
 def inception_score(sets: SetComparison) -> Score | None:
@@ -168,12 +171,12 @@ PAIR_METRICS = {
 SET_METRICS = {
     "FVD": SetMetric(
         "Squared Fréchet distance to the real clips of the same number. Lower is better.",
-        frechet_of("clips"),
+        partial(frechet_of, "clips"),
         of_real=False,
     ),
     "FID": SetMetric(
         "Squared Fréchet distance of single frames to those of the real clips. Lower is better.",
-        frechet_of("frames"),
+        partial(frechet_of, "frames"),
         of_real=False,
     ),
     "IS": SetMetric("Inception Score in one split; grows with the number of clips. Higher is better.", inception_score),

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dicode.data.columns import CachedVideo, Videos
-from dicode.evaluate.samples import BATCH, Samples, caption_of, split_rows, spread
+from dicode.data.columns import CachedVideo
+from dicode.evaluate.samples import Samples, batches, caption_of, split_videos
 from dicode.evaluate.scores import Score
 from dicode.features.scorer import Scorer, scorer_metrics, truth_of
 from dicode.stopwatch import tracked
@@ -28,8 +28,7 @@ def evaluate_scorer(samples: Samples, scorer: Scorer, count: int = 100) -> tuple
     figures: dict[str, Any] = {"seconds": length_frames(samples, clips) / samples.model.tokenizer.config.fps}
     rows, labels, total = [], [], 0
     for split, validation in (("training", False), ("validation", True)):
-        rows_of_split = spread(split_rows(samples.cache, validation, captioned=True), count)
-        videos = [samples.cache.videos[row] for row in rows_of_split]
+        videos = list(split_videos(samples.cache, validation, captioned=True, most=count))
         if not videos:
             continue
         total += len(videos)
@@ -48,7 +47,7 @@ def evaluate_scorer(samples: Samples, scorer: Scorer, count: int = 100) -> tuple
 
 def clips_of_videos(samples: Samples) -> int:
     """Clips that hold the median video of a cache, at most `MOST_CLIPS` and what the language model holds."""
-    length_s = float(np.median(Videos.of(samples.cache.videos).column("period_s")))
+    length_s = float(np.median(samples.cache.columns.column("period_s")))
     most = min(MOST_CLIPS, samples.model.lm.config.keyframe_limit - 1)
     return max(1, min(most, round(length_s / samples.model.tokenizer.config.clip_s)))
 
@@ -64,9 +63,7 @@ def videos_of(samples: Samples, videos: Sequence[CachedVideo], clips: int) -> di
     model, cache, config = samples.model, samples.cache, samples.model.tokenizer.config
     length, cases = length_frames(samples, clips), ("real", "reconstruction", "generated")
     by_case: dict[str, list[Video]] = {case: [] for case in cases}
-    for first in tracked(range(0, len(videos), BATCH), "videos to score", "batch"):
-        part = videos[first : first + BATCH]
-        indices = list(range(first, first + len(part)))
+    for part, indices in batches(videos, "videos to score"):
         rows = [cache.clip_rows(video, 0.0, clips * config.tail_frame + 1, config.fps) for video in part]
         real = torch.stack([cache.frames[own] for own in rows])
         decoded = model.tokenizer.decode(model.tokenizer.encode(real), seed=samples.seed, sample_indices=indices)

@@ -1,7 +1,6 @@
 """Clips decoded from their own tokens, against the real ones and against baselines."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,45 +13,29 @@ from dicode.evaluate.generation import motion_ratio
 from dicode.evaluate.metrics import psnr_db, scores_of_pairs, scores_of_sets
 from dicode.evaluate.samples import Samples
 from dicode.evaluate.scores import Score
-from dicode.features.extract import Network
-from dicode.features.metrics import Clips, Interval, bootstrap_interval, squared_error
-from dicode.pipeline import DiCoDe
-from dicode.shapes import KeyFrameTokens
+from dicode.features.metrics import Clips, bootstrap_interval, squared_error
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 
 
-@dataclass(frozen=True)
-class PsnrScore:
-    """Pixel by pixel agreement with the real clips."""
-
-    mean_db: float  # mean over frames, each at most PSNR_CEILING_DB, then over clips
-    interval_db: Interval  # 95 %, over clips
-    of_mean_error_db: float  # PSNR of the mean squared error of all frames: hard clips weigh more
-    of_mean_error_interval_db: Interval
-    n: int
-
-
-def evaluate_reconstruction(
-    samples: Samples, networks: Mapping[str, Network] | None = None
-) -> tuple[dict[str, Any], Image.Image]:
-    """Validation clips through tokens and back, beside five baselines. `networks` measure beside EffLite0."""
+def evaluate_reconstruction(samples: Samples) -> tuple[dict[str, Any], Image.Image]:
+    """Validation clips through tokens and back, beside five baselines."""
     seed, clips, captions = samples.seed, samples.clips, samples.captions
     candidates = reconstructions(samples)
     distances: dict[str, dict[str, Score]] = {}
-    for network in samples.networks(networks):
-        real = samples.real_clips.features(network, samples.rows)
+    for network in samples.networks:
+        real = samples.real_clips.features(network, samples.videos)
         features = {name: network.features(those) for name, those in candidates.items()}
         distances |= scores_of_sets(network, real, features, captions, seed)
     first_stage, through = {}, candidates["first_stage"]
     for source in sorted({video.source for video in samples.videos}):
         own = [i for i, video in enumerate(samples.videos) if video.source == source]
-        first_stage[source] = asdict(psnr_score([clips[i] for i in own], [through[i] for i in own], seed))
+        first_stage[source] = psnr_score([clips[i] for i in own], [through[i] for i in own], seed)
     figures = {
-        "psnr": {name: asdict(psnr_score(clips, those, seed)) for name, those in candidates.items()},
+        "psnr": {name: psnr_score(clips, those, seed) for name, those in candidates.items()},
         "first_stage_psnr": first_stage,
-        "motion": asdict(motion_ratio(candidates["reconstruction"], clips, seed=seed)),
+        "motion": motion_ratio(candidates["reconstruction"], clips, seed),
         "n": len(clips),
         **scores_of_pairs(clips, candidates, samples.extractor, seed),
         **distances,
@@ -64,20 +47,23 @@ def evaluate_reconstruction(
     return figures, contact_sheet(rows[:20], labels[:20])
 
 
+@torch.no_grad()
 def reconstructions(samples: Samples) -> dict[str, Sequence[Video]]:
     """Validation clips through their tokens, and five baselines."""
-    model, config = samples.model, samples.model.tokenizer.config
-    rendered, tokens = samples.reconstructed
-    keys = [key_frames_of(model, pair) for pair in tokens]  # head and tail
+    tokenizer, config = samples.model.tokenizer, samples.model.tokenizer.config
     count, tail = config.clip_frames, config.tail_frame
+    rendered, tokens = samples.reconstructed
+    # head and tail key frame by the key-frame head alone, and every frame through the first stage alone
+    keys = [tokenizer.frames_of(tokenizer.key_latents(pair)[None])[0].cpu().numpy() for pair in tokens]
+    pixels = (torch.from_numpy(clip).permute(0, 3, 1, 2).float() / 127.5 - 1 for clip in samples.clips)
+    latents = (tokenizer.first_stage.encode(images.to(tokenizer.device)) for images in pixels)
     return {
         "reconstruction": rendered,
         "hold_head": [hold_head(clip) for clip in samples.clips],
         "cross_fade": [cross_fade(clip[0], clip[tail], count, tail) for clip in samples.real],
-        # the same baselines from tokens, and every frame through the first stage alone
         "hold_head_of_tokens": [np.repeat(pair[:1], count, axis=0) for pair in keys],
         "cross_fade_of_tokens": [cross_fade(pair[0], pair[1], count, tail) for pair in keys],
-        "first_stage": [through_first_stage(model, clip) for clip in samples.clips],
+        "first_stage": [tokenizer.frames_of(of_clip[None])[0].cpu().numpy() for of_clip in latents],
     }
 
 
@@ -98,21 +84,12 @@ def cross_fade(
     return np.rint((1 - weights) * head + weights * tail).astype(np.uint8)
 
 
-@torch.no_grad()
-def key_frames_of(model: DiCoDe, tokens: KeyFrameTokens) -> Video:
-    """Key frames decoded by the key-frame head alone, without diffusion."""
-    return model.tokenizer.frames_of(model.tokenizer.key_latents(tokens)[None])[0].cpu().numpy()
+def psnr_score(real: Clips, candidates: Clips, seed: int = 0) -> dict[str, Any]:
+    """PSNR in dB of clips against the real clips they reconstruct, in the same order; 95 % intervals over clips.
 
-
-@torch.no_grad()
-def through_first_stage(model: DiCoDe, clip: Video) -> Video:
-    """A clip encoded and decoded by the first stage alone."""
-    pixels = torch.from_numpy(clip).permute(0, 3, 1, 2).float().to(model.tokenizer.device) / 127.5 - 1
-    return model.tokenizer.frames_of(model.tokenizer.first_stage.encode(pixels)[None])[0].cpu().numpy()
-
-
-def psnr_score(real: Clips, candidates: Clips, seed: int = 0) -> PsnrScore:
-    """PSNR of clips against the real clips they reconstruct, in the same order. `seed` is the bootstrap's."""
+    `mean_db` is the mean over frames, each at most PSNR_CEILING_DB, then over clips; `of_mean_error_db` that of the
+    mean squared error of all frames: hard clips weigh more.
+    """
     errors = [squared_error(clip, candidate) for clip, candidate in zip(real, candidates, strict=True)]
     per_clip = np.array([psnr_db(error).mean() for error in errors])
     sums_and_counts = np.array([(error.sum(), len(error)) for error in errors])
@@ -121,13 +98,13 @@ def psnr_score(real: Clips, candidates: Clips, seed: int = 0) -> PsnrScore:
         total, frames = drawn.sum(axis=0)
         return float(psnr_db(total / frames))
 
-    return PsnrScore(
-        mean_db=float(per_clip.mean()),
-        interval_db=bootstrap_interval(np.mean, per_clip, seed=seed),
-        of_mean_error_db=of_mean_error(sums_and_counts),
-        of_mean_error_interval_db=bootstrap_interval(of_mean_error, sums_and_counts, seed=seed),
-        n=len(per_clip),
-    )
+    return {
+        "mean_db": float(per_clip.mean()),
+        "interval_db": bootstrap_interval(np.mean, per_clip, seed=seed),
+        "of_mean_error_db": of_mean_error(sums_and_counts),
+        "of_mean_error_interval_db": bootstrap_interval(of_mean_error, sums_and_counts, seed=seed),
+        "n": len(per_clip),
+    }
 
 
 def token_rate(config: TokenizerConfig) -> dict[str, float]:

@@ -67,8 +67,7 @@ def page(name: str, results: Mapping[str, Mapping[str, Any]], sheets: Mapping[st
     """The whole page: `report.html`, filled in."""
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.undefined = StrictUndefined
-    environment.filters |= {"short": short, "words": words}
+    environment.undefined, environment.filters["short"] = StrictUndefined, short
     sections = [section(part, result, sheets.get(part)) for part, result in results.items()]
     notes = {result["notes"]: None for result in results.values() if result.get("notes")}
     return environment.get_template("report.html").render(name=name, notes=list(notes), sections=sections)
@@ -157,11 +156,6 @@ def meaning(key: str) -> str:
     """What a metric means, and that it compares with no published one where it is of a stand-in network."""
     text = MEANINGS.get(key) or MEANINGS.get(key.split("-")[0].split(" of ")[0], "")
     return f"{text} {STAND_INS.get(key.split('-')[-1], '')}".strip()
-
-
-def words(key: str) -> str:
-    """A key as words."""
-    return key.replace("_", " ")
 
 
 def short(value: Any) -> str:

@@ -1,8 +1,9 @@
 """Values with intervals: means over clips, statistics of whole sets of clips, and networks that are blind to some."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -120,17 +121,8 @@ def inception_scores(probabilities: Float[ndarray, "n classes"], splits: int = 1
     return np.array(scores)
 
 
-def alignment(network: Network, clips: Features, captions: Sequence[str], seed: int = 0) -> Score | None:
-    """Mean cosine of clip and caption; clips without a caption are left out. None as `caption_rank`."""
-    rows = [i for i, caption in enumerate(captions) if caption]
-    texts = [captions[i] for i in rows]
-    if not isinstance(network, TextNetwork) or len(set(texts)) < 2:
-        return None
-    return mean_score(np.diagonal(network.similarities(clips.vectors[rows], texts)), seed)
-
-
-def caption_rank(network: Network, clips: Features, captions: Sequence[str], seed: int = 0) -> Score | None:
-    """Mean percentile rank of the right caption among all different ones (chance 50).
+def caption_cosines(network: Network, clips: Features, captions: Sequence[str]) -> tuple[ndarray, ndarray] | None:
+    """Cosines `n texts` of the clips that have a caption with all different captions, and the number of the right one.
 
     None for a network without texts, and where fewer than two captions differ.
     """
@@ -139,7 +131,21 @@ def caption_rank(network: Network, clips: Features, captions: Sequence[str], see
     if not isinstance(network, TextNetwork) or len(different) < 2:
         return None
     right = np.array([different.index(captions[i]) for i in rows])
-    return mean_score(percentile_rank(network.similarities(clips.vectors[rows], different), right), seed)
+    return network.similarities(clips.vectors[rows], different), right
+
+
+def alignment(network: Network, clips: Features, captions: Sequence[str], seed: int = 0) -> Score | None:
+    """Mean cosine of clip and caption; None as `caption_cosines`."""
+    if (found := caption_cosines(network, clips, captions)) is None:
+        return None
+    cosines, right = found
+    return mean_score(cosines[np.arange(len(right)), right], seed)
+
+
+def caption_rank(network: Network, clips: Features, captions: Sequence[str], seed: int = 0) -> Score | None:
+    """Mean percentile rank of the right caption among all different ones (chance 50); None as `caption_cosines`."""
+    found = caption_cosines(network, clips, captions)
+    return None if found is None else mean_score(percentile_rank(*found), seed)
 
 
 def blindness(network: Network, real: Features, captions: Sequence[str], seed: int = 0) -> str | None:
@@ -157,17 +163,11 @@ def blindness(network: Network, real: Features, captions: Sequence[str], seed: i
     )
 
 
-def marked_blind(values: Any, blind: Collection[str], own: bool = False) -> Any:
-    """The figures with `blind: true` beside each that was measured with one of these networks."""
-    if is_dataclass(values) and not isinstance(values, type):
-        values = asdict(values)
-    if not isinstance(values, Mapping):
-        return values
-    theirs = {key: own or any(measured_with(str(key), name) for name in blind) for key in values}
-    marked = {key: marked_blind(value, blind, theirs[key]) for key, value in values.items()}
-    return {**marked, "blind": True} if own and "value" in values else marked
-
-
-def measured_with(metric: str, network: str) -> bool:
-    """Whether a metric's name says that it is measured with this network."""
-    return metric.endswith(f"-{network}") or metric.startswith(f"{network}SIM-")
+def with_blindness(figures: Mapping[str, Any], blind: Mapping[str, str]) -> dict[str, Any]:
+    """The figures, `blind: true` beside each score of a blind network, and the reasons under the key `blind`."""
+    marked, reasons = dict(figures), {}
+    for metric, (name, reason) in product(figures, blind.items()):
+        if metric.endswith(f"-{name}") or metric.startswith(f"{name}SIM-"):
+            marked[metric] = {case: {**asdict(score), "blind": True} for case, score in figures[metric].items()}
+            reasons[name] = reason
+    return {**marked, "blind": reasons} if reasons else marked

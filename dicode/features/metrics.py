@@ -14,7 +14,6 @@ from dicode.seeds import generator_for
 from dicode.video.timed import Video
 
 Interval = tuple[float, float]
-LEVEL = 0.95  # of intervals
 Clips = Iterable[UInt8[ndarray, "_ _ _ _"]]  # clips `f h w c`, each of its own length
 
 
@@ -85,15 +84,6 @@ def at_joins(num_frames: int, clip_frames: int, repeated_frames: int = 0) -> Boo
     return (opens >= clip_frames) & ((opens - repeated_frames) % (clip_frames - repeated_frames) == 0)
 
 
-def mean_pair_distance(points: Float[ndarray, "n width"]) -> float:
-    """Mean Euclidean distance over all pairs of different points: the unbiased estimate of E‖X-X'‖."""
-    if len(points) < 2:
-        raise ValueError(f"expected at least 2 points, got {len(points)}: one has no distance to another")
-    points = points.astype(np.float64)
-    rows = [np.linalg.norm(points[i + 1 :] - point, axis=1) for i, point in enumerate(points[:-1])]
-    return float(np.concatenate(rows).mean())
-
-
 def similarities(queries: Float[ndarray, "q width"], references: Float[ndarray, "n width"]) -> Float64[ndarray, "q n"]:
     """Cosine of each query with each reference, both centred on the references' mean.
 
@@ -134,11 +124,6 @@ def bootstrap_interval(
         # As a numpy array: numpy takes a tensor of one number for a number, and would return a row, not a sample of one
         return sample[torch.randint(len(sample), (len(sample),), generator=generator).numpy()]
 
-    first = samples[0]
-    if len(samples) == 1 and first.ndim == 1 and statistic is np.mean:  # the same draws and means, all at once
-        drawn = torch.randint(len(first), (resamples, len(first)), generator=generator).numpy()
-        values = first[drawn].mean(axis=1)
-    else:
-        values = np.array([statistic(*map(resampled, samples)) for _ in range(resamples)], dtype=np.float64)
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    values = np.array([statistic(*map(resampled, samples)) for _ in range(resamples)], dtype=np.float64)
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -1,11 +1,14 @@
 """The networks whose names published figures carry, loaded from a file or a hub id: I3D, C3D, Inception, CLIP.
 
-None of their weights come with this package. Each class says which file the literature uses; a figure of another
-network must not carry its name.
+None of their weights come with this package. Each class says which file the literature uses, and `checked_file` and
+`clip_file` whether a given one is that: a figure of another must not carry its name.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,57 +21,54 @@ from dicode.checkpoint import downloaded
 from dicode.config import CheckpointError
 from dicode.features.extract import Features, mean_and_change
 from dicode.features.metrics import Clips
+from dicode.files import sha256_of
 from dicode.tokenizer.encoder import CLIP_DEVIATION, CLIP_MEAN
 from dicode.video.timed import Video
 
 CLIP_FILES = ["config.json", "*.safetensors", "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"]
+FILES = {
+    "I3D": "i3d_torchscript.pt of StyleGAN-V (https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt)",
+    "C3D": "c3d_ucf101.pt of StyleGAN-V (https://www.dropbox.com/s/jxpu7avzdc9n97q/c3d_ucf101.pt)",
+    "CLIP": "openai/clip-vit-base-patch32",
+}
+# As public repositories, ten or so each, pin them for these files. No such sum is known here for C3D.
+PUBLISHED = {"I3D": "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"}
+CLIP_PICKLE_SHA256 = "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f"
 
 
-class I3D:
-    """I3D, trained on Kinetics-400: 400 numbers before the softmax, the features of the published FVD.
+class ClipNetwork:
+    """I3D or C3D, which take whole clips, as StyleGAN-V (arXiv 2112.14683) translated them to TorchScript.
 
-    `path` is `i3d_torchscript.pt` of StyleGAN-V (arXiv 2112.14683), the TorchScript translation of Google's original;
-    it scales and resizes frames itself (bilinear, to 224×224). The published protocol takes clips of 16 frames.
+    I3D, `i3d_torchscript.pt`, is Google's original, trained on Kinetics-400: 400 numbers before the softmax, the
+    features of the published FVD. C3D, `c3d_ucf101.pt`, is TGANv2's (arXiv 1811.09245), fine-tuned on UCF-101:
+    probabilities of its 101 classes, for the published Inception Score. Both scale and resize frames themselves; the
+    protocols take clips of 16 frames.
     """
 
-    name, width, least_frames = "I3D", 400, 10
-
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(self, name: Literal["I3D", "C3D"], path: str | Path, device: str | torch.device = "cpu") -> None:
+        self.name, self.width = name, 400 if name == "I3D" else 101
         self._network, self._device = _torchscript(path, device), torch.device(device)
 
-    def clip_vector(self, clip: Video) -> Float32[ndarray, "400"]:
-        """The vector of one clip, uint8 `f h w c`. Raises `ValueError` for clips too short for its strides."""
-        if len(clip) < self.least_frames:
-            raise ValueError(f"I3D: expected clips of {self.least_frames} frames or more, got {len(clip)}")
-        options = {"rescale": True, "resize": True, "return_features": True}
-        return _vector_of_clip(self._network, clip, self._device, self.width, self.name, **options)
+    @torch.no_grad()
+    def clip_vector(self, clip: Video) -> Float32[ndarray, "width"]:
+        """The vector of one clip, uint8 `f h w c`. Raises `ValueError` for a clip of another length than it takes."""
+        is_i3d = self.name == "I3D"
+        if len(clip) < 10 if is_i3d else len(clip) != 16:  # I3D's strides need ten
+            expected = "10 frames or more" if is_i3d else "16 frames"
+            raise ValueError(f"{self.name}: expected clips of {expected}, got {len(clip)}")
+        options = {"rescale": True, "resize": True, "return_features": True} if is_i3d else {}
+        video = torch.from_numpy(np.ascontiguousarray(clip)).permute(3, 0, 1, 2)[None].float().to(self._device)
+        output = self._network(video, **options)
+        if tuple(output.shape) != (1, self.width):
+            found = tuple(output.shape)
+            raise CheckpointError(f"{self.name}: expected {self.width} numbers a clip, its file gave {found}")
+        vector: ndarray = output[0].float().cpu().numpy()
+        return vector
 
     def features(self, clips: Clips) -> Features:
-        """As `Network.features`: vectors of clips."""
-        return Features(np.stack([self.clip_vector(clip) for clip in clips]))
-
-
-class C3D:
-    """C3D, fine-tuned on UCF-101: probabilities of its 101 classes, for the published Inception Score.
-
-    `path` is `c3d_ucf101.pt` of StyleGAN-V, the TorchScript translation of TGANv2's network (arXiv 1811.09245); it
-    scales and resizes frames itself, and takes 16 of them.
-    """
-
-    name, width, frames = "C3D", 101, 16
-
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
-        self._network, self._device = _torchscript(path, device), torch.device(device)
-
-    def clip_vector(self, clip: Video) -> Float32[ndarray, "101"]:
-        """The probabilities of one clip, uint8 `f h w c`. Raises `ValueError` for clips of another length."""
-        if len(clip) != self.frames:
-            raise ValueError(f"C3D: expected clips of {self.frames} frames, got {len(clip)}")
-        return _vector_of_clip(self._network, clip, self._device, self.width, self.name)
-
-    def features(self, clips: Clips) -> Features:
-        """As `Network.features`: class probabilities."""
-        return Features(probabilities=np.stack([self.clip_vector(clip) for clip in clips]))
+        """As `Network.features`: vectors of clips, or class probabilities."""
+        vectors = np.stack([self.clip_vector(clip) for clip in clips])
+        return Features(vectors) if self.name == "I3D" else Features(probabilities=vectors)
 
 
 class Inception:
@@ -151,11 +151,9 @@ class Clip:
     def _input(self, images: Tensor) -> Tensor:
         scale = self._size / min(images.shape[-2:])
         size = [max(self._size, round(side * scale)) for side in images.shape[-2:]]
-        resized = functional.interpolate(images.float().to(self._device), size, mode="bicubic", antialias=True).clamp(
-            0, 255
-        )
+        resized = functional.interpolate(images.float().to(self._device), size, mode="bicubic", antialias=True)
         top, left = ((side - self._size) // 2 for side in size)
-        square = resized[:, :, top : top + self._size, left : left + self._size].round() / 255
+        square = resized[:, :, top : top + self._size, left : left + self._size].clamp(0, 255).round() / 255
         mean, deviation = (torch.tensor(of, device=self._device)[:, None, None] for of in (CLIP_MEAN, CLIP_DEVIATION))
         return (square - mean) / deviation
 
@@ -175,13 +173,56 @@ def _torchscript(path: str | Path, device: str | torch.device) -> torch.jit.Scri
     return network
 
 
-@torch.no_grad()
-def _vector_of_clip(
-    network: torch.jit.ScriptModule, clip: Video, device: torch.device, width: int, name: str, **options: bool
-) -> Float32[ndarray, "width"]:
-    video = torch.from_numpy(np.ascontiguousarray(clip)).permute(3, 0, 1, 2)[None].float().to(device)
-    output = network(video, **options)
-    if tuple(output.shape) != (1, width):
-        raise CheckpointError(f"{name}: expected {width} numbers a clip, its file gave {tuple(output.shape)}")
-    vector: ndarray = output[0].float().cpu().numpy()
-    return vector
+@dataclass(frozen=True)
+class NetworkFile:
+    """The file of one network, and whether it is known to be the one that the literature uses (`expected`)."""
+
+    network: str
+    expected: str
+    sha256: str
+    confirmed: bool
+
+    def figure(self, metric: str) -> str:
+        """The name of its figure of a metric: the published one only for the published file."""
+        return metric if self.confirmed else f"{metric}-unconfirmed-{self.network}"
+
+
+def checked_file(
+    network: str, path: Path | None, confirm: Collection[str], known: Collection[str] = ()
+) -> tuple[Path, NetworkFile]:
+    """The file that `--i3d`, `--c3d` or `--clip` names; a warning where nothing says that it is the published one.
+
+    That are `PUBLISHED`, further `known` sums, and those that the user confirms.
+    """
+    if path is None or not path.is_file():
+        given = "nothing" if path is None else f"{path}, where no file is"
+        raise FileNotFoundError(f"--{network.lower()}: expected {FILES[network]}, got {given}; see docs/benchmarks.md")
+    found = sha256_of(path)
+    file = NetworkFile(network, FILES[network], found, found in {PUBLISHED.get(network), *known, *confirm})
+    if not file.confirmed:
+        warnings.warn(
+            f"{path}: not known to be {file.expected}; figures made with it get another name. If you know that it is, "
+            f"add --confirm {file.sha256}",
+            stacklevel=2,
+        )
+    return path, file
+
+
+def clip_file(source: str, confirm: Collection[str]) -> tuple[Path, NetworkFile]:
+    """The folder that `--clip` names, or that of the Hub: what comes from the published place is the published one.
+
+    Where there are no safetensors (as at that place's older commits), pytorch_model.bin is read if it is the published
+    one: a pickle, of which `transformers` takes tensors only.
+    """
+    on_disk = Path(source).is_dir()
+    folder = Path(source) if on_disk else downloaded(source, CLIP_FILES)
+    weights, known = folder / "model.safetensors", [CLIP_PICKLE_SHA256]
+    if not weights.is_file():
+        folder = folder if on_disk else downloaded(source, [*CLIP_FILES, "pytorch_model.bin"])
+        pickle = folder / "pytorch_model.bin"
+        if pickle.is_file() and sha256_of(pickle) == CLIP_PICKLE_SHA256:
+            weights = pickle
+    elif source == FILES["CLIP"] and not on_disk:
+        known = [sha256_of(weights)]
+    _, file = checked_file("CLIP", weights, confirm, known)
+    return weights.parent, file

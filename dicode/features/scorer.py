@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +16,7 @@ RELATIVE_TOLERANCE = 0.1  # of answers, where the true number is no integer
 Answers = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Accuracy:
+class Accuracy(NamedTuple):
     """Share of videos (0…1) whose answer is right, beside chance."""
 
     value: float
@@ -49,6 +47,8 @@ def scorer_metrics(scorer: Scorer, videos: Iterable[Video], truths: Sequence[Ans
     Video i is compared with `truths[i]`, and is left out of a key that this lacks. Raises `RecipeError` where they
     share no key. A run may take its best weights by any of these.
     """
+    from scipy.stats import binomtest
+
     found = [scorer(frames) for frames in videos]
     answered, written = ({key for one in those for key in one} for those in (found, truths))
     keys = sorted(answered & written)
@@ -57,24 +57,18 @@ def scorer_metrics(scorer: Scorer, videos: Iterable[Video], truths: Sequence[Ans
             f"{scorer.spec}: expected a key of the caption lines, which have {', '.join(sorted(written)) or 'none'}; "
             f"it returned {', '.join(sorted(answered)) or 'none'}"
         )
-    by_name = {key: [key] for key in keys} | ({ALL: keys} if len(keys) > 1 else {})
     accuracies = {}
-    for name, own in by_name.items():
+    for name, own in [*((key, [key]) for key in keys), *([(ALL, keys)] if len(keys) > 1 else [])]:
         rows = [i for i, truth in enumerate(truths) if all(key in truth for key in own)]
-        if rows:
-            right = np.array([[all(agrees(found[i].get(k), truths[j][k]) for k in own) for j in rows] for i in rows])
-            accuracies[name] = _accuracy(right)
+        if not rows:
+            continue
+        # whether the answers about video i (row) are right of video j (column)
+        right = np.array([[all(agrees(found[i].get(k), truths[j][k]) for k in own) for j in rows] for i in rows])
+        n, hits = len(rows), int(np.trace(right))
+        low, high = binomtest(hits, n).proportion_ci(method="wilson")
+        chance = (right.sum() - hits) / max(1, n * (n - 1))
+        accuracies[name] = Accuracy(hits / n, (float(low), float(high)), float(chance), n)
     return accuracies
-
-
-def _accuracy(right: np.ndarray) -> Accuracy:
-    """Of a table: whether the answers about video i (row) are right of video j (column)."""
-    from scipy.stats import binomtest
-
-    n, hits = len(right), int(np.trace(right))
-    others = right[~np.eye(n, dtype=bool)]
-    low, high = binomtest(hits, n).proportion_ci(method="wilson")
-    return Accuracy(hits / n, (float(low), float(high)), float(others.mean()) if others.size else 0.0, n)
 
 
 def agrees(found: Any, true: Any) -> bool:

@@ -49,7 +49,7 @@ class TinyVTConfig:
 
 
 class Block(nn.Module):
-    """Convolve in space, then in time, beside a shortcut; `b f h w c` in and out."""
+    """Convolve in space, then in time, beside a shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class Narrow(nn.Module):
-    """Half the height and width, and a `frames`-th of the frames; `b f h w c` in and out."""
+    """Half the height and width, and a `frames`-th of the frames."""
 
     def __init__(self, width: int, width_out: int, frames: int) -> None:
         super().__init__()
@@ -106,17 +106,11 @@ class TinyVT(nn.Module):
         self.words = nn.Embedding(config.vocab_size, config.text_width)
         self.places = nn.Parameter(0.02 * torch.randn(config.text_length + 1, config.text_width))
         nn.init.normal_(self.words.weight, std=0.02)
+        width = config.text_width
         layer = nn.TransformerEncoderLayer(
-            config.text_width,
-            config.text_heads,
-            2 * config.text_width,
-            config.dropout,
-            batch_first=True,
-            norm_first=True,
+            width, config.text_heads, 2 * width, config.dropout, batch_first=True, norm_first=True
         )
-        self.reader = nn.TransformerEncoder(
-            layer, config.text_depth, nn.LayerNorm(config.text_width), enable_nested_tensor=False
-        )
+        self.reader = nn.TransformerEncoder(layer, config.text_depth, nn.LayerNorm(width), enable_nested_tensor=False)
         self.texts_centred = nn.BatchNorm1d(config.text_width, affine=False)
         self.of_text = nn.Linear(config.text_width, config.joint_width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.3))  # of cosines in training, e^2.3 = 10

@@ -6,11 +6,9 @@ memory. Not counted: work space of kernels such as cuDNN's, and what an allocato
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
@@ -21,91 +19,57 @@ from torch.overrides import TorchFunctionMode
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import Head
 from dicode.lm.presets import DeepLMConfig
-from dicode.shapes import ClipLatents
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import Stage
 from dicode.train.speed import BFLOAT16, FLOAT32, Meter
 
 
-@dataclass(frozen=True)
-class TrainingBytes:
-    """Bytes held by a training step of `train/loop.py` with AdamW, float32 but where a name says otherwise."""
+def size_tokenizer(config: TokenizerConfig) -> dict[str, dict[str, int]]:
+    """Parameters of a tokenizer, FLOPs (a multiply-add is two) to encode a key frame and to decode a clip, and bytes.
 
-    weights: int  # frozen ones and buffers too
-    moving_average: int
-    gradients: int
-    optimizer: int  # AdamW's two moments
-    activations_float32: int  # of the whole batch, with attention as plain products, as on CPUs
-    activations_bfloat16: int  # with fused attention; autocast adds copies of weights and keeps some float32
-
-    def on(self, gpus: int) -> dict[str, int]:
-        """Bytes on each of this many GPUs, with all but activations sharded (FSDP)."""
-        held = {name: -(-count // gpus) for name, count in asdict(self).items() if not name.startswith("activations")}
-        shared = sum(held.values())
-        return {
-            **held,
-            "activations_float32": self.activations_float32,
-            "together_float32": shared + self.activations_float32,
-            "activations_bfloat16": self.activations_bfloat16,
-            "together_bfloat16": shared + self.activations_bfloat16,
-        }
-
-
-@dataclass(frozen=True)
-class Sizing:
-    """Counts of one model: parameters, FLOPs (a multiply-add is two) and bytes."""
-
-    parameters: dict[str, int]
-    flops: dict[str, int]
-    inference_bytes: dict[str, int]  # one sample, float32; half of it where all is bfloat16
-    training_bytes: TrainingBytes
-    bytes_a_token: int | None = None  # language model: read for one deep token, all bfloat16
-
-
-def size_tokenizer(config: TokenizerConfig, batch_size: int = 1) -> Sizing:
-    """Count a tokenizer: encoding a key frame, decoding a clip, a training step on cached latents."""
+    Bytes are of one sample in float32; half of it where all is bfloat16.
+    """
     with torch.device("meta"):
         used = VideoTokenizer(config).eval().requires_grad_(False)
         key_frame = torch.empty(1, 3, config.size, config.size)
         pair = torch.empty(1, 2, config.resampler.queries, config.resampler.token_width)
-        clip = _clips(config, 1)
+        side = config.latent_size
+        clip = torch.empty(1, config.clip_frames, config.first_stage.latent_channels, side, side)
         encode = cost(lambda: used.tokens_of(used.source_of(key_frame)))
         condition = cost(lambda: used.conditioning(pair))
         denoise = cost(lambda: used.denoiser(clip, torch.empty(1), used.conditioning(pair)))
         first_stage = cost(lambda: used.frames_of(clip))
-        model = VideoTokenizer(config).train()
-        flops, training = training_cost(model, lambda: _denoising_loss(model, batch_size))
-    parts = {name: count_parameters(part) for name, part in model.named_children()}
+    parts = {name: count_parameters(part) for name, part in used.named_children()}
     forwards = config.sampling.steps * (1 if config.sampling.decoder_guidance == 1.0 else 2)
     once, null = denoise.flops - condition.flops, encode.flops if config.null_tokens == "grey_image" else 0
     around = condition.flops + first_stage.flops + null
-    return Sizing(
-        parameters={name: count for name, count in parts.items() if count},
-        flops={
+    return {
+        "parameters": {name: count for name, count in parts.items() if count},
+        "flops": {
             "key frame encoded": encode.flops,
             "denoiser once on a clip": once,
             f"clip decoded: {forwards} × denoiser, first stage": forwards * once + around,
-            "clip trained on": flops // batch_size,
         },
-        inference_bytes={
-            "weights": training.weights,
+        "inference_bytes": {
+            "weights": weight_bytes(used),
             "activations": max(encode.peak_bytes, denoise.peak_bytes, first_stage.peak_bytes),
         },
-        training_bytes=training,
-    )
+    }
 
 
-def size_lm(config: DeepLMConfig, batch_size: int = 1) -> Sizing:
-    """Count a language model at its full length: a forward pass, its last token, a training step.
+def size_lm(config: DeepLMConfig) -> dict[str, Any]:
+    """As `size_tokenizer` for a language model at its full length: a forward pass, and its last token.
 
-    Embedding tables are no part of the bytes a token: they are looked up. Of a flow head one Euler step counts.
+    `bytes_a_token` are those read for one deep token, all bfloat16, without embedding tables, which are looked up. Of a
+    flow head one Euler step counts.
     """
     length = config.text_length + config.keyframe_limit * config.block_length
     with torch.device("meta"):
         used = DeepTokenLM(config).eval().requires_grad_(False)
-        texts = _texts(config, 1)
-        read = cost(lambda: used(*texts))
+        ids = torch.zeros(1, config.text_length, dtype=torch.long)
+        tokens = torch.empty(1, config.keyframe_limit, config.tokens_per_keyframe, config.token_width)
+        read = cost(lambda: used(ids, tokens))
         ahead = used.tokens_per_step  # positions computed for as many tokens
         prompt = cost(lambda: _next_tokens(used, used.backbone.new_cache(), config.text_length + ahead))
         with Meter() as meter, FusedAttention():
@@ -113,50 +77,25 @@ def size_lm(config: DeepLMConfig, batch_size: int = 1) -> Sizing:
             used.backbone(torch.empty(1, length - ahead, config.body.width), past)
             meter.flops, meter.peak_bytes = 0, meter.bytes
             _next_tokens(used, past, ahead)
-        model = DeepTokenLM(config).train()
-        batch = _texts(config, batch_size)
-        flops, training = training_cost(model, lambda: model(*batch).loss)
     body = config.body
     cached = 2 * body.depth * (body.key_value_heads or body.heads) * (body.width // body.heads) * length
-    looked_up = sum(count_parameters(m) for m in model.modules() if isinstance(m, nn.Embedding))
-    text = count_parameters(model.backbone.body.get_input_embeddings())
-    return Sizing(
-        parameters={
-            "body": count_parameters(model.backbone) - text,
+    looked_up = sum(count_parameters(m) for m in used.modules() if isinstance(m, nn.Embedding))
+    text = count_parameters(used.backbone.body.get_input_embeddings())
+    return {
+        "parameters": {
+            "body": count_parameters(used.backbone) - text,
             "text embedding": text,
-            "deep-token embedding": count_parameters(model.embedding),
-            "head": count_parameters(model.head),
+            "deep-token embedding": count_parameters(used.embedding),
+            "head": count_parameters(used.head),
         },
-        flops={
-            f"sequence of {length} read": read.flops,
-            f"deep token{'s' * (ahead > 1)} written": meter.flops,
-            "sequence trained on": flops // batch_size,
-        },
-        inference_bytes={
-            "weights": training.weights,
+        "flops": {f"sequence of {length} read": read.flops, f"deep token{'s' * (ahead > 1)} written": meter.flops},
+        "inference_bytes": {
+            "weights": weight_bytes(used),
             "key/value cache": FLOAT32 * cached,
             "activations": max(meter.peak_bytes, prompt.peak_bytes) - FLOAT32 * cached,
         },
-        training_bytes=training,
-        bytes_a_token=BFLOAT16 * (count_parameters(model) - looked_up + cached),
-    )
-
-
-def training_cost(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, TrainingBytes]:
-    """FLOPs and memory of a training step; as in the loop, the last gradients stay until the loss is known."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    flops, activations = [], []
-    for float_bytes, attention in ((FLOAT32, nullcontext()), (BFLOAT16, FusedAttention())):
-        model.zero_grad(set_to_none=True)
-        with Meter(float_bytes) as meter, attention:
-            value = loss()
-            forward_peak = meter.peak_bytes
-            value.backward()
-        flops.append(meter.flops)
-        activations.append(max(forward_peak, meter.peak_bytes - float_bytes * trained))
-    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    one = FLOAT32 * trained
-    return flops[0], TrainingBytes(weights, one, one, 2 * one, *activations)
+        "bytes_a_token": BFLOAT16 * (count_parameters(used) - looked_up + cached),
+    }
 
 
 def batch_flops(stage: Stage, batch: Any, fake: FakeTensorMode) -> int:
@@ -168,8 +107,7 @@ def batch_flops(stage: Stage, batch: Any, fake: FakeTensorMode) -> int:
     return meter.flops
 
 
-@dataclass(frozen=True)
-class MicroBatchCost:
+class MicroBatchCost(NamedTuple):
     """Cost of one micro-batch, beside weights, gradients and optimizer."""
 
     flops: int  # with recomputation in the backward pass, of blocks and of fused attention
@@ -199,6 +137,11 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
 class FusedAttention(TorchFunctionMode):
     """Keeps attention of meta tensors one operation, as on CPUs and GPUs."""
 
@@ -225,24 +168,6 @@ def cost(work: Callable[[], object]) -> Meter:
     with Meter() as meter, FusedAttention():
         work()
     return meter
-
-
-def _clips(config: TokenizerConfig, batch_size: int) -> ClipLatents:
-    side = config.latent_size
-    return torch.empty(batch_size, config.clip_frames, config.first_stage.latent_channels, side, side)
-
-
-def _denoising_loss(model: VideoTokenizer, batch_size: int) -> Tensor:
-    """The loss of stage 1, without single frames beside the clips."""
-    clips, encoder = _clips(model.config, batch_size), model.config.encoder
-    tokens = model.tokens_of(torch.empty(2 * batch_size, encoder.channels, encoder.size, encoder.size))
-    condition = model.conditioning(rearrange(tokens, "(b two) n d -> b two n d", two=2))
-    return functional.mse_loss(model.denoiser(clips, torch.empty(batch_size), condition), torch.empty_like(clips))
-
-
-def _texts(config: DeepLMConfig, batch_size: int) -> tuple[Tensor, Tensor]:
-    ids = torch.zeros(batch_size, config.text_length, dtype=torch.long)
-    return ids, torch.empty(batch_size, config.keyframe_limit, config.tokens_per_keyframe, config.token_width)
 
 
 def _next_tokens(model: DeepTokenLM, past: Any, positions: int) -> Tensor:

@@ -5,7 +5,7 @@ parameters: what DDP and FSDP2 hold beside. Assumed: the share of a GPU's peak t
 of its memory that can be used (`USABLE`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,49 +14,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dicode.device import Gpu
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.sizing.count import MicroBatchCost, batch_flops, count_parameters, micro_batch_cost
+from dicode.lm.presets import DeepLMConfig
+from dicode.sizing.count import MicroBatchCost, batch_flops, count_parameters, micro_batch_cost, weight_bytes
+from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.distributed import blocks_of, recompute_activations
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Stage
 from dicode.train.optim import make_optimizers
-from dicode.train.runs import LanguageRun, LoopConfig, Strategy, TokenizerRun
+from dicode.train.runs import LanguageRun, LoopConfig, TokenizerRun
 from dicode.train.speed import FLOAT32
 from dicode.train.tokenizer import TokenizerTraining
 
 USABLE = 0.9  # of a GPU's memory: CUDA and its libraries take 1 to 2 GiB, an allocator's fragments the rest
 DAY_S = 86_400
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One run on some GPUs, with the micro-batches of its recipe."""
-
-    strategy: Strategy
-    trained: int  # parameters
-    frozen: int
-    steps: int
-    batch_size: int  # samples a step, of all GPUs together
-    micro_batches: int
-    recomputes: bool  # blocks' activations in the backward pass
-    bytes_held: dict[str, int]  # on each GPU while it trains …
-    validation_bytes: int  # … and while it validates, before what that computes
-    activations: dict[str, int]  # of the longest micro-batch, the most at one time: kept, and recomputed
-    fits: bool
-    fewest_micro_batches: int | None  # that would fit; None: not even one sample at a time does
-    step_flops: int
-    computed_flops: int  # with what is computed twice
-    step_s: float
-    days: float
-
-    def memory(self) -> dict[str, int]:
-        """Bytes on each GPU: each part, their sum, and activations kept or recomputed."""
-        return {
-            **self.bytes_held,
-            "together": sum(self.bytes_held.values()),
-            **{f"activations, if {how}": count for how, count in self.activations.items()},
-            "in validation, before activations": self.validation_bytes,
-        }
 
 
 class Planner:
@@ -84,8 +55,11 @@ class Planner:
         flops = sum(share * batch_flops(self.stages[False], batch, self.fake) for share, batch in batches)
         return self.loop.micro_batches * flops
 
-    def plan(self, gpus: int, gpu: Gpu, mfu: float) -> Plan:
-        """The run on this many GPUs. Raises `ValueError` where its batch cannot be shared out among them."""
+    def plan(self, gpus: int, gpu: Gpu, mfu: float) -> dict[str, Any]:
+        """The run on this many GPUs, with the micro-batches of its recipe.
+
+        Raises `ValueError` where its batch cannot be shared out among them.
+        """
         loop, module, size = self.loop, self.stages[False].module, self.loop.optim.batch_size
         if loop.micro_batches % gpus or size % loop.micro_batches:
             raise ValueError(
@@ -103,24 +77,51 @@ class Planner:
         computed = flops * used.flops / kept.flops
         step_s = computed / (gpus * gpu.peak_flops * mfu)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        return Plan(
-            strategy=loop.strategy,
-            trained=trained,
-            frozen=count_parameters(module) - trained,
-            steps=loop.optim.steps,
-            batch_size=size,
-            micro_batches=loop.micro_batches,
-            recomputes=recomputes,
-            bytes_held={**state, "activations": used.peak_bytes},
-            validation_bytes=validation,
-            activations={"kept": kept.peak_bytes, "recomputed": recomputed.peak_bytes},
-            fits=max(held + used.peak_bytes, validation) <= room,
-            fewest_micro_batches=next(fitting, None),
-            step_flops=round(flops),
-            computed_flops=round(computed),
-            step_s=step_s,
-            days=loop.optim.steps * step_s / DAY_S,
-        )
+        return {
+            "strategy": loop.strategy,
+            "trained": trained,  # parameters
+            "frozen": count_parameters(module) - trained,
+            "steps": loop.optim.steps,
+            "batch_size": size,  # samples a step, of all GPUs together
+            "micro_batches": loop.micro_batches,
+            "recomputes": recomputes,  # blocks' activations in the backward pass
+            "bytes_held": {**state, "activations": used.peak_bytes},  # on each GPU while it trains …
+            "validation_bytes": validation,  # … and while it validates, before what that computes
+            # of the longest micro-batch, the most at one time
+            "activations": {"kept": kept.peak_bytes, "recomputed": recomputed.peak_bytes},
+            "fits": max(held + used.peak_bytes, validation) <= room,
+            "fewest_micro_batches": next(fitting, None),  # that would fit; None: not even one sample at a time does
+            "step_flops": round(flops),
+            "computed_flops": round(computed),  # with what is computed twice
+            "step_s": step_s,
+            "days": loop.optim.steps * step_s / DAY_S,
+        }
+
+
+def training_needs(
+    config: TokenizerConfig | DeepLMConfig, samples: int, gpus: Sequence[int]
+) -> tuple[int, dict[int, dict[str, int]]]:
+    """FLOPs of a training sample, the longest there is; and bytes on each of so many GPUs that shard the state (FSDP2).
+
+    Each GPU takes this many samples at a time. Activations are with fused attention, `float32` or under autocast.
+    """
+    loop = LoopConfig(strategy="fsdp")
+    if isinstance(config, TokenizerConfig):
+        run: TokenizerRun | LanguageRun = TokenizerRun(model=config, loop=loop, images_per_step=0)
+    else:
+        run = LanguageRun(model=config, loop=loop, key_frames=config.keyframe_limit, longer=(), longer_share=())
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    stage = blank_stage(run, fake)
+    with fake:
+        ((_, batch),) = blank_batches(run, samples)
+        costs = {name: micro_batch_cost(stage, batch, name == "bfloat16") for name in ("float32", "bfloat16")}
+    needs = {}
+    for n in gpus:
+        held = {name.replace(" ", "_"): count for name, count in state_bytes(stage.module, loop, n).items()}
+        shared, needs[n] = sum(held.values()), held
+        for name, cost in costs.items():
+            held |= {f"activations_{name}": cost.peak_bytes, f"together_{name}": shared + cost.peak_bytes}
+    return batch_flops(stage, batch, fake) // samples, needs
 
 
 def state_bytes(module: nn.Module, loop: LoopConfig, gpus: int) -> dict[str, int]:
@@ -150,7 +151,7 @@ def validation_bytes(module: nn.Module, loop: LoopConfig, gpus: int) -> int:
 
 def _sizes(module: nn.Module, loop: LoopConfig) -> tuple[int, int, int]:
     """Bytes of all weights with buffers, of trained weights, and of the state of their optimizers."""
-    weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    weights = weight_bytes(module)
     trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     states = [state for optimizer in make_optimizers(module, loop.optim) for state in optimizer.state.values()]
     return weights, trained, sum(value.nbytes for state in states for value in state.values())

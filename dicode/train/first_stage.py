@@ -23,9 +23,8 @@ from dicode.data.cache import FrameCache
 from dicode.data.cache_folder import INDEX
 from dicode.data.columns import FrameRows, Videos
 from dicode.device import autocast, pick_device
-from dicode.features.extract import STAGE_WIDTHS
+from dicode.features.extract import STAGE_WIDTHS, FeatureMaps, mean, perceptual_distance
 from dicode.features.metrics import frechet_distance
-from dicode.features.perceptual import FeatureMaps, mean, perceptual_distance
 from dicode.shapes import ImageLatents, KeyFramePixels
 from dicode.stopwatch import tracked
 from dicode.tokenizer.first_stage import FirstStage

@@ -15,13 +15,13 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from scipy.spatial.distance import pdist
 
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.evaluate.generation import draw_prompts, plain_caption, text_control
-from dicode.evaluate.reference import RealClips, first_clip
-from dicode.evaluate.samples import generated_clips
+from dicode.evaluate.samples import RealClips, first_clip, generated_clips
 from dicode.features.extract import EfficientNetLite0Features
-from dicode.features.metrics import bootstrap_interval, frechet_distance, mean_pair_distance
+from dicode.features.metrics import bootstrap_interval, frechet_distance
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import SIZES, BodyConfig, HeadName, Order
 from dicode.pipeline import DiCoDe
@@ -77,7 +77,7 @@ def main(cache: str) -> None:
         chosen_clips(whole).save(CACHE)
     reference = RealClips(whole, sprites.tokenizer.config, Path(cache))
     extractor = EfficientNetLite0Features()
-    features = extractor.means(reference.features(extractor, range(len(whole.videos))))
+    features = extractor.means(reference.features(extractor, whole.videos))
     budget = STEPS * Planner(arrangement("mixture", "token", 0)).step_flops()
     values: dict[str, Any] = {}
     kinds = [(head, order, False) for order in ORDERS for head in HEADS] + [(*pair, True) for pair in SWAPS]
@@ -148,8 +148,8 @@ def measure(model: DiCoDe, stage: LanguageTraining, whole: FrameCache, features:
     variants = {caption: own for caption, own in variants.items() if own.std(0).any()}  # some share their first frame
     sampled = [key_frame_features(model, extractor, caption, seed) for caption in variants]
     return {
-        "text_control": control.share,
-        "text_control_interval": control.interval,
+        "text_control": control["share"],
+        "text_control_interval": control["interval"],
         "frechet": {"generated": {f"FVD-{extractor.name}": distance}},
         "diversity": diversity(sampled, list(variants.values())),
         "energy_validation": scored(model, stage, tuple(stage.validation.videos), seed),
@@ -182,7 +182,7 @@ def energy_score(samples: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
     """
     root = np.sqrt(truths.shape[1])
     errors = np.linalg.norm(samples.astype(np.float64) - truths[:, None], axis=2).mean(1) / root
-    spreads = np.array([mean_pair_distance(drawn) for drawn in samples]) / root
+    spreads = np.array([pdist(drawn).mean() for drawn in samples]) / root
     scores = errors - spreads / 2
     spread, interval = float(spreads.mean()), bootstrap_interval(np.mean, scores)
     return {
@@ -193,7 +193,7 @@ def energy_score(samples: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
 
 def diversity(features: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, Any]:
     """Mean distance of two samples of a caption over that of two real clips of it: 1 as diverse as they are."""
-    rows = np.array([[mean_pair_distance(a), mean_pair_distance(b)] for a, b in zip(features, real, strict=True)])
+    rows = np.array([[pdist(a).mean(), pdist(b).mean()] for a, b in zip(features, real, strict=True)])
     interval = bootstrap_interval(lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), rows)
     generated, of_real = rows.mean(axis=0).tolist()
     ratio = float(rows[:, 0].sum() / rows[:, 1].sum())

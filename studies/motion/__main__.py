@@ -55,7 +55,7 @@ def main(name: str, folder: str) -> None:
             "change": (true.vectors[:, extractor.width :], ours.vectors[:, extractor.width :]),
         }
         values[case] = {f"Fréchet distance, {part}": frechet_distance(*both) for part, both in sides.items()}
-        values[case]["motion"] = float(motion_ratio(made, list(real.numpy())).ratio)
+        values[case]["motion"] = motion_ratio(made, list(real.numpy()))["ratio"]
         print(case, values[case], flush=True)
     path, command = Path("results") / f"{Path(name).name}-motion-scale.json", f"python studies/motion {name} {folder}"
     write_result(path, "motion scale, training clips", values, len(real), 0, command)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from dicode.data.cache import FrameCache
+from dicode.data.columns import spread_numbers
 from dicode.evaluate.metrics import psnr_db, scores_of_pairs, scores_of_sets
-from dicode.evaluate.samples import Samples, spread
+from dicode.evaluate.samples import Samples
 from dicode.evaluate.scores import Score, mean_score
 from dicode.features.extract import EfficientNetLite0Features, Network, load_networks
 from dicode.features.metrics import Interval, percentile_rank, similarities, squared_error
@@ -60,7 +61,7 @@ def main(name: str, cache: str) -> None:
     other real clips the order of "real" and "reconstruction" is open: 505 and 481 of 32 clips (FVD-EffLite0).
     """
     samples = Samples(DiCoDe.from_pretrained(name), FrameCache.load(cache), folder=Path(cache))
-    chosen = spread(samples.captioned, RANKED_CLIPS)
+    chosen = [samples.captioned[i] for i in spread_numbers(len(samples.captioned), RANKED_CLIPS)]
     sets = (samples.clips, samples.reconstructed[0], samples.generated)
     real, reconstruction, generation = ([clips[i] for i in chosen] for clips in sets)
     captions = [samples.captions[i] for i in chosen]

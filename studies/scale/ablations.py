@@ -4,12 +4,13 @@ Losses over different tokens, or of different heads, cannot be compared. All run
 latents, which every tokenizer decodes to.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.spatial.distance import pdist
 from torch import Tensor
 
 from dicode.checkpoint import read_config
@@ -17,7 +18,6 @@ from dicode.config import config_from_dict
 from dicode.data.cache import FrameCache
 from dicode.evaluate.generation import draw_prompts
 from dicode.evaluate.long import JOINS, join_score, long_video
-from dicode.features.metrics import mean_pair_distance
 from dicode.lm.presets import HeadName
 from dicode.pipeline import DiCoDe
 from dicode.shapes import DeepTokens
@@ -105,7 +105,7 @@ def energy_score(samples: np.ndarray, truths: np.ndarray) -> float:
     Gneiting & Raftery 2007, equation 22. A proper score: it does not reward the mean.
     """
     errors = np.linalg.norm(samples - truths[:, None], axis=2).mean(1)
-    spreads = np.array([mean_pair_distance(drawn) for drawn in samples])
+    spreads = np.array([pdist(drawn).mean() for drawn in samples])
     return float((errors - spreads / 2).mean() / np.sqrt(truths.shape[1]))
 
 
@@ -121,5 +121,5 @@ def joins(folder: Path, cache: Path) -> dict[str, Any]:
     config, scores = model.tokenizer.config, {}
     for kind in JOINS:
         made = [long_video(model, prompt, JOIN_S, 0, i, kind) for i, prompt in enumerate(prompts)]
-        scores[kind] = asdict(join_score(made, config.clip_frames, config.repeated_frames, seed=0))
+        scores[kind] = join_score(made, config.clip_frames, config.repeated_frames, seed=0)
     return {"seconds": JOIN_S, "prompts": prompts, "scores": scores}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dicode.data.cache import FrameCache
 from dicode.evaluate.metrics import PERCEPTUAL
-from dicode.features.perceptual import FeatureMaps, perceptual_distance
+from dicode.features.extract import FeatureMaps, perceptual_distance
 from dicode.provenance import write_result
 from dicode.shapes import ImageLatents
 from dicode.tokenizer.linear import LinearCode
