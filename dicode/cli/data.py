@@ -3,10 +3,9 @@
 import json
 import random
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -117,7 +116,8 @@ def index(command: Index, watch: Stopwatch) -> int:
             total_bad += 1
             continue
         checked, bad = check_files(tracked(found.records, f"reading {place(folder).name}", "clip"))
-        _list_bad(reason for _, reason in bad)
+        for _, reason in bad:
+            print(f"bad: {reason}")
         good = [record for record, _ in checked]
         captions, held_out = sum(bool(record.captions) for record in good), sum(validation_split(good, by))
         print(f"{folder}: {len(good)} clips, {captions} with captions, {held_out} for validation; {len(bad)} bad files")
@@ -159,7 +159,8 @@ def cache(command: Cache, watch: Stopwatch) -> int:
             raise OSError(f"{output}: no space is left there; {kept} when there is some") from error
         raise
     bad = [file.reason for unit in units for file in unit.bad]
-    _list_bad(bad, sys.stderr)
+    for reason in bad:
+        print(f"bad: {reason}", file=sys.stderr)
     videos = [entry.video for unit in units for entry in unit.entries if not entry.repeats]
     shards = [unit.shard for unit in units if unit.shard]
     copies = sum(len(unit.entries) for unit in units) - len(videos) if command.dedupe is not None else None
@@ -185,7 +186,8 @@ def verify(command: Verify, watch: Stopwatch) -> int:
     shards, videos = read_cache_index(folder, hashes=True)
     found = (fault(folder, shard, hashes=True) for shard in tracked(shards, f"reading {folder.name}", "shard"))
     faults = [text for text in found if text]
-    _list_bad(faults)
+    for text in faults:
+        print(f"bad: {text}")
     print(f"{command.cache}: {len(shards)} shards, {len(videos)} clips; {len(faults)} bad shards")
     return min(len(faults), MOST_COUNTED)
 
@@ -259,18 +261,13 @@ def sheet(command: Sheet, watch: Stopwatch) -> None:
                 with record.opened() as path:
                     video = read_video(path, DEFAULT_FPS, command.size, "pad", record.start_s, record.end_s)
             except (VideoReadError, OSError) as error:
-                _list_bad([str(error)], sys.stderr)
+                print(f"bad: {error}", file=sys.stderr)
                 continue
             clips.append(video.frames)
             labels.append(record.caption or record.path.name)
             progress.update()
     save_sheet(command.output, clips, labels)
     print(f"{command.output}: {len(clips)} of {len(records)} clips")
-
-
-def _list_bad(reasons: Iterable[str], file: TextIO | None = None) -> None:
-    for reason in reasons:
-        print(f"bad: {reason}", file=file)
 
 
 def _key_value(text: str | None) -> tuple[str, str] | None:
