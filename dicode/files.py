@@ -152,13 +152,20 @@ def decoded(data: bytes, name: str) -> str:
 
 def read_json(source: Place, max_bytes: int = MAX_TEXT_BYTES) -> Any:
     """The value of a JSON file, read as by `read_text`. Raises `TextError` for other text and for duplicate keys."""
-    text = read_text(source, max_bytes)
+    return json_value(read_text(source, max_bytes), str(source))
+
+
+def json_value(text: str, name: str) -> Any:
+    """The value of a JSON text, in which no object has a key twice; errors, `TextError`, call it `name`.
+
+    NaN is a number here, as many programs write it.
+    """
     try:
         return json.loads(text, object_pairs_hook=unique)
     except RecursionError as error:
-        raise TextError(f"{source}: not JSON (nested too deeply)") from error
+        raise TextError(f"{name}: not JSON (nested too deeply)") from error
     except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
-        raise TextError(f"{source}: not JSON ({error})") from error
+        raise TextError(f"{name}: not JSON ({error})") from error
 
 
 @contextmanager
@@ -214,15 +221,20 @@ def whole_folder(output: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)  # mkdtemp creates folders for their owner alone
-        if output.exists():
-            old = Path(tempfile.mkdtemp(PARTIAL, f".{output.name}.old.", parent))
-            output.replace(old / "old")
-            folder.replace(output)
-            shutil.rmtree(old)
-        else:
-            folder.replace(output)
+        replace_folder(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename a folder to `target`; what has that name is removed."""
+    if not target.exists():
+        source.replace(target)
+        return
+    old = Path(tempfile.mkdtemp(PARTIAL, f".{target.name}.old.", target.absolute().parent))
+    target.replace(old / "old")
+    source.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256_of(source: Place) -> str:

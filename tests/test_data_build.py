@@ -21,15 +21,13 @@ from test_cli import spoilt_clips as spoilt_clips  # a fixture
 from dicode.cli.app import main
 from dicode.data import build
 from dicode.data import cache as shards
-from dicode.data.build import CacheOptions, build_cache
+from dicode.data.build import COLOUR_LEVELS, CacheOptions, build_cache, look_of, repeats, scenes
 from dicode.data.cache import FrameCache
-from dicode.data.dedupe import COLOUR_LEVELS, look_of, repeats, scenes
 from dicode.data.index import read_index
 from dicode.data.records import ClipRecord
 from dicode.files import place, put_text
-from dicode.video.encode import FORMATS
 from dicode.video.read import VideoReadError, native_frames
-from dicode.video.write import VideoWriter
+from dicode.video.write import FORMATS, VideoWriter
 
 OPTIONS = CacheOptions(size=16, files_per_shard=2)
 # A worker that kills itself in the second unit, the first time; then the command as anybody would run it.

@@ -331,14 +331,14 @@ def test_checking_goes_on_after_bad_files(tmp_path):
     assert (good[0][1].frames, good[0][1].seconds) == (len(kept), seconds)
     half_s = seconds / 2
     spans = [replace(records[1], start_s=half_s), replace(records[1], end_s=half_s), replace(records[1], start_s=1e3)]
-    cut, (late,) = check_files(spans)
+    cut, ((_, late),) = check_files(spans)
     assert [clip.frames for _, clip in cut] == [
         len(native_frames(r.path, start_s=r.start_s, end_s=r.end_s)[0]) for r in spans[:2]
     ]
-    assert "expected frames from 1000 s on" in late.reason
-    assert [file.record for file in bad] == [records[0], records[2]]
-    assert "empty file" in bad[0].reason
-    assert "no such file" in bad[1].reason
+    assert "expected frames from 1000 s on" in late
+    assert [record for record, _ in bad] == [records[0], records[2]]
+    assert "empty file" in bad[0][1]
+    assert "no such file" in bad[1][1]
 
 
 def lerobot(folder: Path, version: str, **info: object) -> dict[str, object]:

@@ -25,6 +25,11 @@ def cache(tmp_path: Path, drawn_clips: Path) -> Path:
     return tmp_path / "cache"
 
 
+def rows_of(whole: torch.Tensor, sizes: list[int]) -> Rows:
+    parts = whole.split(sizes)
+    return Rows(lambda number: {"values": parts[number]}, "values", sizes)
+
+
 @pytest.mark.parametrize(
     "at",
     [
@@ -42,7 +47,7 @@ def cache(tmp_path: Path, drawn_clips: Path) -> Path:
 )
 def test_rows_of_several_tensors_are_those_of_one(at: object) -> None:
     whole = torch.arange(9 * 2 * 5).reshape(9, 2, 5)
-    rows = Rows(whole.split([3, 1, 5]))
+    rows = rows_of(whole, [3, 1, 5])
     assert rows.shape == whole.shape and len(rows) == 9
     assert torch.equal(rows[at], whole[at])
 
@@ -50,7 +55,7 @@ def test_rows_of_several_tensors_are_those_of_one(at: object) -> None:
 @pytest.mark.parametrize("at", [9, -1, [0, 9]])
 def test_a_row_that_is_not_there_is_an_error(at: object) -> None:
     with pytest.raises(IndexError, match="expected rows from 0 to 8"):
-        Rows(torch.zeros(9, 2).split(4))[at]
+        rows_of(torch.zeros(9, 2), [4, 4, 1])[at]
 
 
 def test_a_cache_in_shards_is_the_one_in_memory(tmp_path: Path, cache: Path, drawn_clips: Path) -> None:
@@ -74,7 +79,7 @@ def test_opening_a_cache_takes_no_memory_for_its_frames(tmp_path: Path) -> None:
         pytest.skip("no list of memory maps on this system")
     (line,) = (line for line in maps.read_text().splitlines() if str(cache.files[0]) in line)
     first, last = (int(address, 16) for address in line.split()[0].split("-"))
-    assert first <= cache.frames.parts[0].data_ptr() < last
+    assert first <= cache.frames.part(0).data_ptr() < last
 
 
 def test_what_is_computed_of_frames_is_kept_by_shards_and_an_interrupt_loses_one(cache: Path) -> None:

@@ -17,9 +17,8 @@ from synthetic import draw_clip
 
 from dicode import __version__
 from dicode.video import write as writer_module
-from dicode.video.encode import FORMATS
 from dicode.video.read import read_metadata, read_video
-from dicode.video.write import VideoWriter
+from dicode.video.write import FORMATS, VideoWriter
 
 NAMES = ["out.mp4", "out.webm", "out.gif", "frames/", "frames"]
 STREAMED = ["out.mp4", "out.webm", "frames/"]

@@ -101,9 +101,8 @@ class Sheet:
 
 def index(command: Index, watch: Stopwatch) -> int:
     """An index that cannot be read counts as one bad file."""
-    from dicode.data.index import check_files, read_data
+    from dicode.data.index import check_files, read_data, table
     from dicode.data.records import validation_split
-    from dicode.data.summary import table
     from dicode.files import place
     from dicode.video.read import VideoReadError
 
@@ -117,10 +116,10 @@ def index(command: Index, watch: Stopwatch) -> int:
             total_bad += 1
             continue
         checked, bad = check_files(tracked(found.records, f"reading {place(folder).name}", "clip"))
-        for file in bad:
-            print(f"bad: {file.reason}")
+        for _, reason in bad:
+            print(f"bad: {reason}")
         good = [record for record, _ in checked]
-        captions, held_out = (sum(flags) for flags in ((bool(r.captions) for r in good), validation_split(good, by)))
+        captions, held_out = sum(bool(record.captions) for record in good), sum(validation_split(good, by))
         print(f"{folder}: {len(good)} clips, {captions} with captions, {held_out} for validation; {len(bad)} bad files")
         print(table([clip for _, clip in checked], [found], len(bad)))
         total_bad += len(bad)
@@ -132,9 +131,8 @@ def cache(command: Cache, watch: Stopwatch) -> int:
     from dicode.checkpoint import resolve
     from dicode.data.build import FULL, CacheOptions, build_cache
     from dicode.data.cache_folder import check_own
-    from dicode.data.index import read_data
+    from dicode.data.index import Clip, read_data, table
     from dicode.data.records import merged
-    from dicode.data.summary import Clip, table
     from dicode.files import place
 
     options = CacheOptions(**{field.name: getattr(command, field.name) for field in fields(CacheOptions)})
@@ -146,9 +144,7 @@ def cache(command: Cache, watch: Stopwatch) -> int:
     if command.encode is not None:
         resolve(command.encode)  # before long work
         if not isinstance(output, Path):
-            raise ValueError(
-                f"--encode: expected -o on this machine, got {command.output}; copy the cache, then encode it"
-            )
+            raise ValueError(f"--encode: expected -o on this machine, got {output}; copy the cache, then encode it")
     common.check_folders(command.folders)
     found = [read_data(folder) for folder in command.folders]
     records = merged(record for each in found for record in each.records)
@@ -162,20 +158,20 @@ def cache(command: Cache, watch: Stopwatch) -> int:
         if error.errno in FULL:
             raise OSError(f"{output}: no space is left there; {kept} when there is some") from error
         raise
-    bad = [file for unit in units for file in unit.bad]
-    for file in bad:
-        print(f"bad: {file.reason}", file=sys.stderr)
+    bad = [file.reason for unit in units for file in unit.bad]
+    for reason in bad:
+        print(f"bad: {reason}", file=sys.stderr)
     videos = [entry.video for unit in units for entry in unit.entries if not entry.repeats]
-    copies = sum(bool(entry.repeats) for unit in units for entry in unit.entries)
     shards = [unit.shard for unit in units if unit.shard]
+    copies = sum(len(unit.entries) for unit in units) - len(videos) if command.dedupe is not None else None
     print(
         f"{command.output}: {len(videos)} clips ({sum(video.validation for video in videos)} for validation), "
         f"{sum(shard.frames for shard in shards)} frames of {command.size}×{command.size}, "
         f"{sum(shard.bytes for shard in shards) / 1e6:.0f} MB in {len(shards)} shards; {len(bad)} bad files"
-        + (f"; {copies} copies left out" if command.dedupe is not None else "")
+        + ("" if copies is None else f"; {copies} copies left out")
     )
     clips = [Clip(video.count, video.period_s, video.captions, loops=video.loops) for video in videos]
-    print(table(clips, found, len(bad), copies if command.dedupe is not None else None))
+    print(table(clips, found, len(bad), copies))
     if command.encode is not None:
         encode(Encode(command.output, command.encode, command.device), watch)
     return min(len(bad), MOST_COUNTED)
@@ -188,8 +184,8 @@ def verify(command: Verify, watch: Stopwatch) -> int:
 
     folder = place(command.cache)
     shards, videos = read_cache_index(folder, hashes=True)
-    faults = [fault(folder, shard, hashes=True) for shard in tracked(shards, f"reading {folder.name}", "shard")]
-    faults = [text for text in faults if text]
+    found = (fault(folder, shard, hashes=True) for shard in tracked(shards, f"reading {folder.name}", "shard"))
+    faults = [text for text in found if text]
     for text in faults:
         print(f"bad: {text}")
     print(f"{command.cache}: {len(shards)} shards, {len(videos)} clips; {len(faults)} bad shards")
@@ -243,8 +239,7 @@ def export(command: Export, watch: Stopwatch) -> None:
     output = place(command.output)
     check_export(output)
     frames = FrameCache.load(command.cache)
-    archives = write_tars(frames, output)
-    print(f"{command.output}: {len(frames.videos)} clips in {len(archives)} archives")
+    print(f"{command.output}: {len(frames.videos)} clips in {len(write_tars(frames, output))} archives")
 
 
 def sheet(command: Sheet, watch: Stopwatch) -> None:
@@ -255,11 +250,10 @@ def sheet(command: Sheet, watch: Stopwatch) -> None:
 
     check_sheet(command.output)
     records = read_index(command.folder)
-    order = random.Random(command.seed).sample(range(len(records)), len(records))
     clips: list[Any] = []
     labels: list[str] = []
     with Progress("reading", command.count, "clip") as progress:
-        for record in (records[i] for i in order):
+        for record in random.Random(command.seed).sample(records, len(records)):
             if len(clips) == command.count:
                 break
             try:
@@ -277,9 +271,7 @@ def sheet(command: Sheet, watch: Stopwatch) -> None:
 
 def _key_value(text: str | None) -> tuple[str, str] | None:
     """KEY=VALUE of a flag."""
-    if text is None:
-        return None
-    key, mark, value = text.partition("=")
-    if not (key and mark and value):
+    key, _, value = (text or "").partition("=")
+    if text is not None and not (key and value):
         raise ValueError(f"--validation-by: expected KEY=VALUE such as lab=f147f077, got {text!r}")
-    return key, value
+    return (key, value) if text is not None else None

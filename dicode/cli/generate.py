@@ -55,7 +55,7 @@ class Generate:
 def generate(command: Generate, watch: Stopwatch) -> None:
     """Write clips as they come; the file appears with the last one, or with the first one (`--stream`)."""
     prompts = _prompts(command)
-    from dicode.data.prompts import Asked, write_captions
+    from dicode.data.prompts import write_captions
     from dicode.device import peak_memory_mib
     from dicode.pipeline import Given, length_s
     from dicode.render import Job, beside, is_folder, numbered_jobs, render_jobs, speed
@@ -83,7 +83,7 @@ def generate(command: Generate, watch: Stopwatch) -> None:
             seconds += len(batch) * render_jobs(model, batch, given, options, watch, bar)
             if in_folder:
                 done = jobs[: first + size]
-                captions = [Asked(job.text, job.keys) for job in done]
+                captions = [(job.text, job.keys) for job in done]
                 write_captions(Path(command.output) / LIST, [Path(job.output).name for job in done], captions)
     if in_folder:
         print(f"{command.output}: {len(jobs)} videos, {seconds:g} s; prompts in {LIST}")

@@ -5,6 +5,7 @@ import json
 import re
 import tarfile
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dicode.data.cache import CachedVideo, FrameCache, Rows
+from dicode.data.columns import Videos
 from dicode.files import Place, put, whole_folder
 from dicode.video.timed import Video
 from dicode.video.write import VideoWriter
@@ -27,10 +29,12 @@ def write_tars(cache: FrameCache, output: Place) -> list[Place]:
     `ValueError` where it holds other files.
     """
     check_export(output)
-    if not isinstance(output, Path):
-        return _write_tars(cache, output)
-    with whole_folder(output) as folder:
-        return [output / path.name for path in _write_tars(cache, folder)]
+    assert isinstance(cache.frames, Rows)
+    with whole_folder(output) if isinstance(output, Path) else nullcontext(output) as folder:
+        for file, (start, stop) in zip(cache.files, pairwise(cache.frames.starts), strict=True):
+            videos, prefix = cache.of_rows(range(start, stop)), file.stem.removeprefix("shard-")
+            put(folder / f"{file.stem}.tar", partial(_write_tar, cache=cache, videos=videos, prefix=prefix))
+    return [output / f"{file.stem}.tar" for file in cache.files]
 
 
 def check_export(output: Place) -> None:
@@ -48,16 +52,7 @@ def _is_own(path: Place) -> bool:
         return re.fullmatch(rb"\d{5,}-\d{5,}\.mp4\0+", file.read(100)) is not None
 
 
-def _write_tars(cache: FrameCache, output: Place) -> list[Place]:
-    assert isinstance(cache.frames, Rows)
-    archives: list[Place] = [output / f"{file.stem}.tar" for file in cache.files]
-    for archive, (start, stop) in zip(archives, pairwise(cache.frames.starts), strict=True):
-        own = [v for v in cache.videos if start <= v.first < stop]
-        put(archive, partial(_write_tar, cache=cache, videos=own, prefix=archive.stem.removeprefix("shard-")))
-    return archives
-
-
-def _write_tar(path: Path, cache: FrameCache, videos: list[CachedVideo], prefix: str) -> None:
+def _write_tar(path: Path, cache: FrameCache, videos: Videos, prefix: str) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar, tempfile.TemporaryDirectory() as folder:
         for number, video in enumerate(videos):
             frames, fps = _even(cache, video)

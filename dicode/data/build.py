@@ -9,18 +9,19 @@ import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from dicode.config import config_from_dict
-from dicode.data.cache import Shard, fault, remove_index, shard_name, write_index, write_shard
-from dicode.data.cache_folder import INDEX, check_own, shard_files, stale_files
+from dicode.config import config_from_dict, missing_extra
+from dicode.data.cache import Shard, fault, shard_name, write_index, write_shard
+from dicode.data.cache_folder import INDEX, check_own, remove_index, shard_files, stale_files
 from dicode.data.columns import CachedVideo
-from dicode.data.dedupe import look_of, repeats, scenes
 from dicode.data.parallel_map import parallel_map
 from dicode.data.records import ClipRecord, validation_split
 from dicode.files import Place, put_text, state_of
@@ -31,6 +32,11 @@ from dicode.video.timed import Video
 QUARANTINE, COPIES = "quarantine.jsonl", "copies.jsonl"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_LACKING_S = 0.5  # of a span, at the end of its file: times of lists are rounded
+SIXTHS = (1, 3, 5)  # of a video, where its frames are compared: its ends are often blank, and the same in many
+THUMBNAIL = 4  # side; for colours, which a perceptual hash does not have
+# Levels of 255 within which the colours of copies lie. Of 1,798 spells and emoji, hashes alone at 4 bits call 199
+# copies, hearts of other colours and hands of other skin among them; with the colours, at 4 to 12 levels, one.
+COLOUR_LEVELS = 8
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class Unit:
 class Entry:
     """A video of a unit: its rows counted from the first of the shard, and whether it is left out as a copy."""
 
-    video: CachedVideo  # in notes without captions, split and further values; see `with_lines`
+    video: CachedVideo  # in notes without captions, split and further values; see `_with_lines`
     look: str = ""  # see `look_of`
     repeats: str = ""  # the video it is a copy of
     record: int = 0  # of the unit's
@@ -134,30 +140,26 @@ def build_cache(
     size = options.files_per_shard
     parts = [tuple(records[i : i + size]) for i in range(0, len(records), size)]
     units = [Unit(number, part, options, output) for number, part in enumerate(parts)]
-    notes = _make_shards(units, workers, ray)
+    notes = make_shards(units, workers, ray)
+    copies: list[dict[int, str]] = [{} for _ in units]
     if options.dedupe is not None:
         copies = _copies(notes, options.dedupe)
-        changed = [
-            replace(unit, copies=own)
-            for unit, note, own in zip(units, notes, copies, strict=True)
-            if own.keys() != {j for j, entry in enumerate(note.entries) if entry.repeats}
-        ]
-        for note in _make_shards(changed, workers, ray):
+        left_out = [{j for j, entry in enumerate(note.entries) if entry.repeats} for note in notes]
+        changed = [replace(units[i], copies=own) for i, own in enumerate(copies) if own.keys() != left_out[i]]
+        for note in make_shards(changed, workers, ray):
             notes[note.number] = note
-        notes = [_named(note, own) for note, own in zip(notes, copies, strict=True)]
-    notes = with_lines(notes, units, validation_by)
+    notes = _with_lines(notes, units, copies, validation_by)
     put_text(output / QUARANTINE, _jsonl(dataclasses.asdict(file) for note in notes for file in note.bad))
     write_cache(notes, output)
     return notes
 
 
-def _make_shards(units: Sequence[Unit], workers: int, ray: str | None) -> list[ShardNote]:
+def make_shards(units: Sequence[Unit], workers: int, ray: str | None) -> list[ShardNote]:
     """The notes of units in their order, whose shards are there then."""
     notes: dict[int, ShardNote] = {}
     sizes = {unit.number: len(unit.records) for unit in units}
     with Progress("caching", sum(sizes.values()), "clip") as progress:
-        for text in parallel_map(make_shard, units, workers, ray):
-            note = ShardNote.parse(text)
+        for note in map(ShardNote.parse, parallel_map(make_shard, units, workers, ray)):
             notes[note.number] = note
             progress.update(sizes[note.number])
     return [notes[unit.number] for unit in units]
@@ -166,12 +168,8 @@ def _make_shards(units: Sequence[Unit], workers: int, ray: str | None) -> list[S
 def make_shard(unit: Unit) -> str:
     """The note of a unit as JSON: of the shard there, if these files and options give the same, or of a new one."""
     name, inputs = shard_name(unit.number), unit.inputs()
-    path = unit.output / f"{name}.json"
-    if unit.copies is None and path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if _is_current(text, inputs, unit.output):
-            return text
-    _remove_shard(unit.output, name)
+    if (text := finished_note(unit.output, name, inputs if unit.copies is None else "")) is not None:
+        return text
     entries: list[Entry] = []
     frames: list[Video] = []
     times_s: list[Times] = []
@@ -197,12 +195,17 @@ def make_shard(unit: Unit) -> str:
     return ShardNote(unit.number, inputs, shard, tuple(entries), tuple(bad)).write(unit.output)
 
 
-def _is_current(text: str, inputs: str, output: Place) -> bool:
-    try:
+def finished_note(output: Place, name: str, inputs: str) -> str | None:
+    """The note of a shard that is there, of these inputs and whole; any other goes, and the index, which lists it."""
+    path = output / f"{name}.json"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    with suppress(ValueError):
         note = ShardNote.parse(text)
-    except ValueError:
-        return False
-    return note.inputs == inputs and (note.shard is None or not fault(output, note.shard, hashes=True))
+        if note.inputs == inputs and (note.shard is None or not fault(output, note.shard, hashes=True)):
+            return text
+    for old in [output / INDEX, *shard_files(output, name)]:
+        old.unlink(missing_ok=True)
+    return None
 
 
 def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, Video, Times]]:
@@ -223,26 +226,60 @@ def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, V
     for (start, stop), length_s in zip(spans, lengths_s, strict=True):
         if length_s < least_s:
             continue
-        video = CachedVideo(
-            source=record.source,
-            file=record.file,
-            captions=(),
-            validation=False,
-            loops=options.loops,
-            first=0,
-            count=stop - start,
-            period_s=float(length_s),
-            start_s=record.start_s + float(times_s[start]),
-        )
-        own = frames[start:stop]
+        own, count, begins_s = frames[start:stop], stop - start, record.start_s + float(times_s[start])
+        facts = (record.source, record.file, (), False, options.loops, 0, count, float(length_s), begins_s)
         look = "" if options.dedupe is None else look_of(own)
-        yield Entry(video, look), own, times_s[start:stop] - times_s[start]
+        yield Entry(CachedVideo(*facts), look), own, times_s[start:stop] - times_s[start]
 
 
-def _remove_shard(output: Place, name: str) -> None:
-    """Remove a shard with all that was computed of it, and the index, which lists it."""
-    for old in [output / INDEX, *shard_files(output, name)]:
-        old.unlink(missing_ok=True)
+def scenes(frames: Video) -> list[tuple[int, int]]:
+    """First frame of every scene and the one after its last, by PySceneDetect's `AdaptiveDetector`.
+
+    It compares a change with those around it, so that fast motion, and a low rate, make no cuts.
+    """
+    try:
+        from scenedetect import AdaptiveDetector, FrameTimecode
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "data") from error
+    detector, cuts = AdaptiveDetector(min_scene_len=1), []
+    for i, frame in enumerate(frames):
+        bgr = np.ascontiguousarray(frame[..., ::-1])
+        cuts += [at.frame_num for at in detector.process_frame(FrameTimecode(i, fps=1.0), bgr)]
+    return list(pairwise([0, *cuts, len(frames)]))
+
+
+def look_of(frames: Video) -> str:
+    """Perceptual hashes (64 bits) and thumbnails of three frames, as hexadecimal digits."""
+    try:
+        from imagehash import phash
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "data") from error
+    images = [Image.fromarray(frames[len(frames) * sixths // 6]) for sixths in SIXTHS]
+    bits = np.concatenate([np.packbits(phash(image).hash) for image in images])
+    small = [np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)) for image in images]
+    return (bits.tobytes() + np.stack(small).tobytes()).hex()
+
+
+def repeats(looks: Sequence[str], most_bits: int) -> dict[int, int]:
+    """Of looks that repeat an earlier one, which one: hashes differ in at most so many of 64 bits, in each frame.
+
+    What repeats another is not itself compared with, so the first of several alike is kept whatever their number. Takes
+    time with the square of their number: 2 minutes for 100,000.
+    """
+    if not looks:
+        return {}
+    raw = np.frombuffer(bytes.fromhex("".join(looks)), dtype=np.uint8).reshape(len(looks), -1)
+    split = 8 * len(SIXTHS)
+    hashes, colours = raw[:, :split].copy().view(np.uint64), raw[:, split:].astype(np.int16)
+    is_kept, found = np.zeros(len(looks), dtype=bool), {}
+    for i in range(len(looks)):
+        alike = np.flatnonzero(is_kept[:i])
+        alike = alike[(np.bitwise_count(hashes[alike] ^ hashes[i]) <= most_bits).all(axis=1)]
+        alike = alike[(np.abs(colours[alike] - colours[i]) <= COLOUR_LEVELS).all(axis=1)]
+        is_kept[i] = not len(alike)
+        if len(alike):
+            found[i] = int(alike[0])
+    return found
 
 
 def _copies(notes: Sequence[ShardNote], most_bits: int) -> list[dict[int, str]]:
@@ -256,25 +293,23 @@ def _copies(notes: Sequence[ShardNote], most_bits: int) -> list[dict[int, str]]:
     return copies
 
 
-def _named(note: ShardNote, copies: Mapping[int, str]) -> ShardNote:
-    """The note with the present names of the videos that its copies repeat."""
-    return replace(note, entries=tuple(replace(e, repeats=copies.get(j, "")) for j, e in enumerate(note.entries)))
-
-
-def with_lines(
-    notes: Sequence[ShardNote], units: Sequence[Unit], validation_by: tuple[str, str] | None = None
+def _with_lines(
+    notes: Sequence[ShardNote], units: Sequence[Unit], copies: Sequence[dict[int, str]], by: tuple[str, str] | None
 ) -> list[ShardNote]:
-    """The same with the values of each video's line, and the split, which is over videos that can be read."""
+    """The same with the values of each video's line, what it repeats, and the split of those that can be read."""
     kept = dict.fromkeys((note.number, e.record) for note in notes for e in note.entries if not e.repeats)
     records = [units[number].records[record] for number, record in kept]
-    split = dict(zip(kept, validation_split(records, validation_by), strict=True))
+    split = dict(zip(kept, validation_split(records, by), strict=True))
 
-    def with_line(number: int, entry: Entry) -> Entry:
+    def with_line(number: int, j: int, entry: Entry) -> Entry:
         record, held_out = units[number].records[entry.record], split.get((number, entry.record), False)
         video = replace(entry.video, captions=record.captions, validation=held_out, extra=dict(record.extra))
-        return replace(entry, video=video)
+        return replace(entry, video=video, repeats=copies[number].get(j, ""))
 
-    return [replace(note, entries=tuple(with_line(note.number, entry) for entry in note.entries)) for note in notes]
+    return [
+        replace(note, entries=tuple(with_line(note.number, j, entry) for j, entry in enumerate(note.entries)))
+        for note in notes
+    ]
 
 
 def write_cache(notes: Sequence[ShardNote], output: Place) -> None:
@@ -283,19 +318,23 @@ def write_cache(notes: Sequence[ShardNote], output: Place) -> None:
     for old in (*shard_files(output), *stale_files(output)):
         if old.name.partition(".")[0] not in names:
             old.unlink()
-    shards = [note.shard for note in notes if note.shard]
-    counts = [note.shard.frames if note.shard else 0 for note in notes]
-    firsts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
-    entries = [(first, entry) for first, note in zip(firsts, notes, strict=True) for entry in note.entries]
-    videos = [replace(e.video, first=first + e.video.first) for first, e in entries if not e.repeats]
-    copies = [(e.video, e.repeats) for _, e in entries if e.repeats]
-    lines = [{"source": v.source, "file": v.file, "start_s": v.start_s, "repeats": repeats} for v, repeats in copies]
-    put_text(output / COPIES, _jsonl(lines))
+    videos: list[CachedVideo] = []
+    copies: list[dict[str, Any]] = []
+    first = 0
+    for note in notes:
+        for video, original in ((entry.video, entry.repeats) for entry in note.entries):
+            if original:
+                facts = {"source": video.source, "file": video.file, "start_s": video.start_s}
+                copies.append({**facts, "repeats": original})
+            else:
+                videos.append(replace(video, first=first + video.first))
+        first += note.shard.frames if note.shard else 0
+    put_text(output / COPIES, _jsonl(copies))
     if not videos:
         remove_index(output)
         bad = [file for note in notes for file in note.bad]
         raise VideoReadError(f"none of {len(bad)} files can be read; see {output / QUARANTINE}; {bad[0].reason}")
-    write_index(output, shards, videos)
+    write_index(output, [note.shard for note in notes if note.shard], videos)
 
 
 def _jsonl(values: Iterable[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ cache/videos.safetensors               the videos; see `dicode.data.columns`
 """
 
 import dataclasses
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -18,12 +19,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from dicode.checkpoint import read_tensors
 from dicode.config import CheckpointError, config_from_dict
-from dicode.data.cache_folder import INDEX, VIDEOS, check_own, shard_files, whole_files
+from dicode.data.cache_folder import INDEX, VIDEOS, check_own, remove_index, shard_files
 from dicode.data.columns import DTYPES, VALIDATION, FrameRows, Videos
 from dicode.data.columns import CachedVideo as CachedVideo  # which other modules import from here
 from dicode.files import Place, alone_with, fetched, place, put, put_text, sha256_of
@@ -47,42 +48,30 @@ class CacheError(ValueError):
     """A cache that cannot be read: says which file, what was expected and what was found."""
 
 
-class LazyTensors(Sequence[Tensor]):
-    """One tensor of each of many safetensors files; the last ones read stay mapped.
-
-    `read` is shared by the tensors of the same files.
-    """
-
-    def __init__(self, files: Sequence[Path], name: str, read: Callable[[Path], dict[str, Tensor]]) -> None:
-        self.files, self.name, self.read = files, name, read
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, at: Any) -> Any:
-        return self.read(self.files[at])[self.name]
-
-
-def mapped_reader() -> Callable[[Path], dict[str, Tensor]]:
-    """`read_tensors` that keeps the last files mapped."""
-    return lru_cache(MOST_OPEN)(read_tensors)
+def mapped(files: Sequence[Path]) -> Callable[[int], dict[str, Tensor]]:
+    """The tensors of each of many safetensors files, by its number; the last files read stay mapped."""
+    read = lru_cache(MOST_OPEN)(read_tensors)
+    return lambda number: read(files[number])
 
 
 class Rows:
-    """Tensors of equal width beneath each other, indexed by row as if they were one; none is copied whole."""
+    """Tensors of equal width beneath each other, indexed by row as if they were one; none is copied whole.
+
+    `read` gives the tensors of a part, of which `name` is the one that these rows are of; `sizes` are the parts'
+    numbers of rows. If `partly`, some rows are left out: a part's tensor `rows` has the numbers of those there are.
+    """
 
     def __init__(
-        self, parts: Sequence[Any], sizes: Sequence[int] | None = None, held: Sequence[Any] | None = None
+        self, read: Callable[[int], dict[str, Tensor]], name: str, sizes: Sequence[int], partly: bool = False
     ) -> None:
-        """`parts` are tensors, `sizes` their numbers of rows where they are not to be opened for it.
-
-        `held` are tensors too: which rows of each part there are, in order, where some are left out. (`Any`, since a
-        check of types would open one.)
-        """
-        self.parts, self.held = parts, held
-        self.starts = [0, *accumulate(sizes or [len(part) for part in parts])]
-        self.shape = torch.Size([self.starts[-1], *parts[0].shape[1:]])
+        self.read, self.name, self.partly = read, name, partly
+        self.starts = [0, *accumulate(sizes)]
+        self.shape = torch.Size([self.starts[-1], *self.part(0).shape[1:]])
         self._bounds = torch.tensor(self.starts[1:])
+
+    def part(self, number: int) -> Tensor:
+        """The rows of one part."""
+        return self.read(number)[self.name]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -91,31 +80,26 @@ class Rows:
         """As `torch.cat(parts)[at]`, for a slice within one part, or integers, lists or tensors counted from 0."""
         if isinstance(at, slice):
             start, stop, step = at.indices(len(self))
-            i = min(bisect_right(self.starts, start), len(self.parts)) - 1
-            if self.held is None and stop <= self.starts[i + 1]:
-                return self.parts[i][start - self.starts[i] : stop - self.starts[i] : step]
+            i = min(bisect_right(self.starts, start), len(self._bounds)) - 1
+            if not self.partly and stop <= self.starts[i + 1]:
+                return self.part(i)[start - self.starts[i] : stop - self.starts[i] : step]
             at = torch.arange(start, stop, step)
         given = torch.broadcast_tensors(*map(torch.as_tensor, at if isinstance(at, tuple) else (at,)))
         rows, *others = (index.flatten().contiguous() for index in given)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"expected rows from 0 to {len(self) - 1}, got {rows.min()} to {rows.max()}")
-        values = torch.empty(len(rows), *self.shape[1 + len(others) :], dtype=self.parts[0].dtype)
+        values = torch.empty(len(rows), *self.shape[1 + len(others) :], dtype=self.part(0).dtype)
         part_of = torch.bucketize(rows, self._bounds, right=True)
         for i in part_of.unique().tolist():
             own = part_of == i
-            values[own] = self.parts[i][(self._within(i, rows[own]), *(index[own] for index in others))]
+            within = wanted = rows[own] - self.starts[i]
+            if self.partly:
+                held = self.read(i)["rows"]
+                within = torch.searchsorted(held, wanted).clamp(max=max(0, len(held) - 1))
+                if len(held) == 0 or not torch.equal(held[within], wanted):
+                    raise IndexError(f"rows {rows[own].tolist()[:8]}: some were left out, as no key frames")
+            values[own] = self.part(i)[(within, *(index[own] for index in others))]
         return values.reshape(*given[0].shape, *values.shape[1:])
-
-    def _within(self, part: int, rows: Tensor) -> Tensor:
-        """Where rows lie in the part that they belong to."""
-        local = rows - self.starts[part]
-        if self.held is None:
-            return local
-        held = self.held[part]
-        found = torch.searchsorted(held, local).clamp(max=max(0, len(held) - 1))
-        if len(held) == 0 or not torch.equal(held[found], local):
-            raise IndexError(f"rows {rows.tolist()[:8]}: some were left out, as no key frames")
-        return found
 
 
 @dataclass(frozen=True)
@@ -145,9 +129,8 @@ class FrameCache:
         if wrong := next((w for shard in shards if (w := fault(where, shard, hashes=False))), ""):
             raise CacheError(f"{wrong}; make the cache again with the same `dicode data cache`, or copy it again")
         files, sizes = tuple(where / shard.file for shard in shards), [shard.frames for shard in shards]
-        read = mapped_reader()
-        frames, times_s = (Rows(LazyTensors(files, name, read), sizes) for name in ("frames", "times_s"))
-        return cls(videos, frames, times_s, files)
+        read = mapped(files)
+        return cls(videos, Rows(read, "frames", sizes), Rows(read, "times_s", sizes), files)
 
     def save(self, folder: str | Path) -> None:
         """Write the videos of a cache in memory as one shard.
@@ -186,9 +169,9 @@ class FrameCache:
         shards = [range(start, stop) for start, stop in pairwise(self._starts)]
         sizes = [len(rows) for rows in shards]
         if not self.files:
-            values = tensors(shards[0])
-            return Rows([values["values"]], sizes, [values["rows"]] if partly else None)
-        paths, read = [self._computed_file(number, name) for number in range(len(shards))], mapped_reader()
+            made = tensors(shards[0])
+            return Rows(lambda _: made, "values", sizes, partly)
+        paths = [self._computed_file(number, name) for number in range(len(shards))]
         missing = [number for number, path in enumerate(paths) if not path.is_file()]
         with Progress(f"computing {name.split('-')[0]}", sum(sizes[n] for n in missing), "frame") as progress:
             for wait in (False, True):  # shards that other processes have begun come last, and are done by then, or not
@@ -197,7 +180,7 @@ class FrameCache:
                         if alone and not paths[number].is_file():
                             put(paths[number], partial(save_file, tensors(shards[number])))
                             progress.update(sizes[number])
-        return Rows(LazyTensors(paths, "values", read), sizes, LazyTensors(paths, "rows", read) if partly else None)
+        return Rows(mapped(paths), "values", sizes, partly)
 
     def _computed_file(self, number: int, name: str) -> Path:
         return self.files[number].with_suffix(f".{name}.safetensors")
@@ -244,21 +227,14 @@ def shard_name(number: int) -> str:
 def write_shard(folder: Place, name: str, frames: Tensor, times_s: Tensor) -> Shard:
     """Write one shard, whole or not at all; equal tensors give equal bytes."""
     path = folder / f"{name}.safetensors"
-    tensors = {"frames": frames.contiguous(), "times_s": times_s.contiguous()}
-    return Shard(path.name, len(frames), *_put_tensors(path, tensors))
-
-
-def _put_tensors(path: Place, tensors: dict[str, Tensor], check: Callable[[str], object] = str) -> tuple[int, str]:
-    """Write a file, and give its size and SHA-256, on which `check` is called before the file appears."""
     facts: list[tuple[int, str]] = []
 
     def write(partial: Path) -> None:
-        save_file(tensors, partial)
+        save_file({"frames": frames.contiguous(), "times_s": times_s.contiguous()}, partial)
         facts.append((partial.stat().st_size, sha256_of(partial)))
-        check(facts[0][1])
 
     put(path, write)
-    return facts[0]
+    return Shard(path.name, len(frames), *facts[0])
 
 
 def fault(folder: Place, shard: "Shard | VideosFile", hashes: bool) -> str:
@@ -290,27 +266,16 @@ def write_index(folder: Place, shards: Sequence[Shard], videos: Iterable[CachedV
     Where the cache changes, files computed of the whole of it go; interrupted, it leaves no index.
     """
     columns, index = Videos.of(videos), folder / INDEX
-
-    def remove_other_index(sha256: str) -> None:
-        if index.is_file() and sha256 not in index.read_text(encoding="utf-8"):
-            index.unlink()
-
-    facts = _put_tensors(folder / VIDEOS, columns.tensors(), remove_other_index)
-    file = VideosFile(VIDEOS, len(columns), len(columns.having(VALIDATION)), *facts)
+    data, held_out = save(columns.tensors()), len(columns.having(VALIDATION))
+    file = VideosFile(VIDEOS, len(columns), held_out, len(data), hashlib.sha256(data).hexdigest())
     values = {"format": FORMAT, "videos": dataclasses.asdict(file), "sources": list(columns.sources)}
     values["shards"] = [dataclasses.asdict(shard) for shard in shards]
     text = json.dumps(values, indent=0, ensure_ascii=False) + "\n"
-    if index.is_file() and index.read_text(encoding="utf-8") == text:
+    if index.is_file() and index.read_text(encoding="utf-8") == text and not fault(folder, file, hashes=True):
         return
     remove_index(folder)
+    put(folder / VIDEOS, lambda partial: partial.write_bytes(data))
     put_text(index, text)
-
-
-def remove_index(folder: Place) -> None:
-    """Leave the shards of a cache alone, with what was computed of each."""
-    for old in whole_files(folder):
-        old.unlink()
-    (folder / INDEX).unlink(missing_ok=True)
 
 
 def read_cache_index(folder: Place, hashes: bool = False) -> tuple[tuple[Shard, ...], Videos]:

@@ -8,9 +8,8 @@ from typing import Any
 from dicode.files import PARTIAL, Place
 
 INDEX, VIDEOS = "index.json", "videos.safetensors"
-SHARD = re.compile(r"shard-\d{5,}")
 NAMES = re.compile(
-    rf"{INDEX}|quarantine\.jsonl|copies\.jsonl|{re.escape(VIDEOS)}|shard-\d{{5,}}\.(json|safetensors|[\w.+-]+\.safetensors)"
+    r"index\.json|(quarantine|copies)\.jsonl|videos\.safetensors|shard-\d{5,}\.(json|([\w.+-]+\.)?safetensors)"
 )
 UNFINISHED = re.compile(rf"\.({NAMES.pattern})\..*{re.escape(PARTIAL)}")
 # Computed of a whole cache, and stale when that changes.
@@ -39,9 +38,12 @@ def shard_files(folder: Place, name: str = "shard-*") -> Iterator[Place]:
     return (path for path in [*folder.glob(f"{name}.*")] if is_own(path))
 
 
-def whole_files(folder: Place) -> Iterator[Place]:
-    """Files computed of a whole cache as it was."""
-    return (path for path in [*folder.glob("*.safetensors")] if OF_THE_WHOLE.fullmatch(path.name))
+def remove_index(folder: Place) -> None:
+    """Leave the shards of a cache alone, with what was computed of each; what was computed of the whole of it goes."""
+    for path in [*folder.glob("*.safetensors")]:
+        if OF_THE_WHOLE.fullmatch(path.name):
+            path.unlink()
+    (folder / INDEX).unlink(missing_ok=True)
 
 
 def stale_files(folder: Place) -> Iterator[Place]:
@@ -56,20 +58,14 @@ def is_own(path: Place) -> bool:
         return True
     if not NAMES.fullmatch(name) or not path.is_file():
         return False
-    if name == INDEX:
-        return {"format", "shards"} <= _keys(path.read_bytes())
-    if SHARD.match(name) and name.endswith(".json"):
-        return _keys(path.read_bytes()) >= OF_A_NOTE
-    if SHARD.match(name):
-        return _tensor_names(path) in TENSORS
-    return name != VIDEOS or _tensor_names(path) >= OF_VIDEOS
-
-
-def _tensor_names(path: Place) -> set[str]:
-    """The names of a safetensors file's tensors, as far as one of ours may have them."""
     with path.open("rb") as file:
+        if name == INDEX:
+            return _keys(file.read()) >= {"format", "shards"}
+        if not name.endswith(".safetensors"):
+            return name.endswith(".jsonl") or _keys(file.read()) >= OF_A_NOTE
         size = int.from_bytes(file.read(8), "little")
-        return _keys(file.read(size)) - {"__metadata__"} if size <= MOST_HEADER else set()
+        names = _keys(file.read(size)) - {"__metadata__"} if size <= MOST_HEADER else set()
+    return names >= OF_VIDEOS if name == VIDEOS else names in TENSORS
 
 
 def _keys(data: bytes) -> set[str]:

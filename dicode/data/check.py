@@ -11,10 +11,11 @@ from torch import Tensor
 from dicode.checkpoint import resolve
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.data.columns import LOOPS, VALIDATION
-from dicode.data.summary import CLIP_S
+from dicode.data.index import CLIP_S
 from dicode.lm.text import TextTokenizer
 from dicode.stopwatch import tracked
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.video.images import resized
 from dicode.video.timed import Video
 
 LOOKED_AT, THROUGH_NETWORKS = 256, 96  # clips
@@ -110,10 +111,11 @@ def check_cache(cache: FrameCache) -> Findings:
         if not video.loops:
             seamless.append(ends_where_it_begins(frames))
     chosen = some[:: max(1, len(some) // THROUGH_NETWORKS)]
-    figures = {
-        name: through(tokenizer, cache, chosen) for name, tokenizer in tracked(list(tokenizers.items()), "first stages")
-    }
-    best = max(figures, key=lambda name: figures[name][0])
+    whole_db: dict[str, float] = {}
+    moving_db: dict[str, float] = {}
+    for name, tokenizer in tracked(list(tokenizers.items()), "first stages"):
+        whole_db[name], moving_db[name] = through(tokenizer, cache, chosen)
+    best = max(BUNDLED, key=lambda name: whole_db[name])
     return Findings(
         clips=len(videos),
         validation=len(videos.having(VALIDATION)),
@@ -128,8 +130,8 @@ def check_cache(cache: FrameCache) -> Findings:
         text_tokens=text_tokens(captions),
         sided=mean([bool({"left", "right"} & set(caption.lower().split())) for caption in captions]),
         changing=float(np.median(changing)),
-        psnr_db={name: whole for name, (whole, _) in figures.items()},
-        moving_db={name: inside for name, (_, inside) in figures.items()},
+        psnr_db=whole_db,
+        moving_db=moving_db,
         change_variance=change_variance(tokenizers[best], cache, chosen),
     )
 
@@ -144,6 +146,11 @@ def frames_of(cache: FrameCache, video: CachedVideo) -> Video:
     return cache.frames[video.first : video.first + video.count].numpy()
 
 
+def scaled(frames: Video, size: int) -> Video:
+    """Frames brought to the side of a tokenizer's."""
+    return np.stack([resized(frame, size, size) for frame in frames])
+
+
 def moving(frames: Video) -> np.ndarray:
     """Which pixels `h w` of a clip leave its mean frame by more than a tenth of the range at some time."""
     away = np.abs(frames - frames.mean(0, dtype=np.float32)).max((0, 3))
@@ -156,9 +163,8 @@ def ends_where_it_begins(frames: Video) -> bool:
         return False
     signed = frames.astype(np.float32)
     steps = np.abs(np.diff(signed, axis=0)).mean((1, 2, 3))
-    away = np.abs(signed - signed[0]).mean((1, 2, 3)).max()
-    seam = np.abs(signed[-1] - signed[0]).mean()
-    return bool(away > 0.5 and seam < 0.75 * away and seam <= 2 * steps.max())
+    away = np.abs(signed - signed[0]).mean((1, 2, 3))
+    return bool(away.max() > 0.5 and away[-1] < 0.75 * away.max() and away[-1] <= 2 * steps.max())
 
 
 def text_tokens(captions: Sequence[str]) -> int:
@@ -173,26 +179,16 @@ def text_tokens(captions: Sequence[str]) -> int:
 @torch.no_grad()
 def through(tokenizer: VideoTokenizer, cache: FrameCache, videos: Sequence[CachedVideo]) -> tuple[float, float]:
     """Mean PSNR in dB of the middle frames through a first stage: all over, and of the pixels that change."""
-    size, whole, inside = tokenizer.config.size, [], []
+    whole, inside = [], []
     for video in videos:
-        frames = frames_of(cache, video)
-        pixels = to_pixels(torch.from_numpy(frames[len(frames) // 2]), size)
+        frames = scaled(frames_of(cache, video), tokenizer.config.size)
+        pixels = torch.from_numpy(frames[len(frames) // 2]).permute(2, 0, 1)[None] / 127.5 - 1
         decoded = tokenizer.first_stage.decode(tokenizer.first_stage.encode(pixels)).clamp(-1, 1)
         error = ((decoded - pixels) / 2).square().mean(1)[0]
-        mask = torch.from_numpy(moving(frames))[None, None].float()
-        inside_mask = torch.nn.functional.interpolate(mask, size=(size, size))[0, 0] > 0
         whole.append(psnr_db(error))
-        if inside_mask.any():
-            inside.append(psnr_db(error[inside_mask]))
+        if (mask := torch.from_numpy(moving(frames))).any():
+            inside.append(psnr_db(error[mask]))
     return mean(whole), mean(inside or whole)
-
-
-def to_pixels(frame: Tensor, size: int) -> Tensor:
-    """A uint8 frame `h w c` as pixels `1 c size size` in −1…1."""
-    pixels = frame.permute(2, 0, 1)[None].float() / 127.5 - 1
-    if pixels.shape[-1] == size:
-        return pixels
-    return torch.nn.functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
 
 
 def psnr_db(squared_errors: Tensor) -> float:
@@ -200,15 +196,12 @@ def psnr_db(squared_errors: Tensor) -> float:
     return float(-10 * squared_errors.mean().clamp_min(1e-10).log10())
 
 
-@torch.no_grad()
 def change_variance(tokenizer: VideoTokenizer, cache: FrameCache, videos: Sequence[CachedVideo]) -> float:
     """Variance of key frame tokens less those of the key frame before, over that of tokens; 0 where no clip has two."""
-    config = tokenizer.config
-    long = [video for video in videos if video.lasts(config.clip_s)]
-    if len(long) < 2:
+    size, clip_s = tokenizer.config.size, tokenizer.config.clip_s
+    pairs = [cache.frames[cache.clip_rows(v, 0.0, 2, 1 / clip_s)].numpy() for v in videos if v.lasts(clip_s)]
+    if len(pairs) < 2:
         return 0.0
-    pairs = [cache.frames[cache.clip_rows(video, 0.0, 2, 1 / config.clip_s)] for video in long]
-    pixels = [torch.cat([to_pixels(frame, config.size) for frame in pair]) for pair in pairs]
-    tokens = torch.stack([tokenizer.tokens_of(tokenizer.source_of(pair)) for pair in pixels])
+    tokens = torch.cat([tokenizer.encode_frames(scaled(pair, size)) for pair in pairs])
     change = tokens[:, 1] - tokens[:, 0]
     return float(change.var(0).mean() / tokens[:, 0].var(0).mean().clamp_min(1e-8))

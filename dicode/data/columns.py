@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DTYPES = {
-    "first": torch.int64,
-    "count": torch.int32,
-    "period_s": torch.float64,
-    "start_s": torch.float64,
-    "flags": torch.uint8,
-    "source": torch.int32,
-    "text_end": torch.int64,
-}
+    "first": torch.int64, "count": torch.int32, "period_s": torch.float64, "start_s": torch.float64,
+    "flags": torch.uint8, "source": torch.int32, "text_end": torch.int64,
+}  # fmt: skip
 VALIDATION, LOOPS, CAPTIONED = 1, 2, 4  # bits of `flags`
 
 
@@ -75,11 +70,7 @@ class Videos(Sequence[CachedVideo]):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    @overload
-    def __getitem__(self, at: int) -> CachedVideo: ...
-    @overload
-    def __getitem__(self, at: "slice | NDArray[Any]") -> "Videos": ...
-    def __getitem__(self, at: Any) -> "CachedVideo | Videos":
+    def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
             return Videos(self.columns, self.sources, self.chosen[at])
         if isinstance(at, np.ndarray) and at.ndim:
@@ -117,9 +108,8 @@ class Videos(Sequence[CachedVideo]):
 
     def last(self, seconds: float) -> NDArray[np.bool_]:
         """Whether `CachedVideo.lasts` holds, for each."""
-        count, period_s = self.column("count"), self.column("period_s")
-        long = (self.column("flags") & LOOPS != 0) | (period_s * (1 + 0.5 / count) >= seconds)
-        return long & (count > 1)
+        count, loops = self.column("count"), self.column("flags") & LOOPS != 0
+        return (count > 1) & (loops | (self.column("period_s") * (1 + 0.5 / count) >= seconds))
 
     def lasting(self, seconds: float) -> "Videos":
         """Those for which `CachedVideo.lasts` holds."""

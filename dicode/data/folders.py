@@ -1,22 +1,24 @@
 """What a folder of clips holds: list files, videos with texts beside them, archives, folders of frames."""
 
+import io
 import os
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import IO
 
 from dicode.data.cache_folder import INDEX, is_own
-from dicode.data.lerobot import is_lerobot, read_lerobot
-from dicode.data.lists import NAMES, PROMPTS, SUFFIXES, VIDEOS, json_value, read_list, read_pairs
+from dicode.data.lists import NAMES, PROMPTS, SUFFIXES, VIDEOS, is_lerobot, read_lerobot, read_list, read_pairs
 from dicode.data.records import ClipRecord, Member, described, faulty
-from dicode.data.tars import MOST_NOTE, TAR_SUFFIX, read_member, read_members
-from dicode.files import Place, TextError, is_utf8, read_text
+from dicode.files import Place, TextError, decoded, is_utf8, json_value, read_text
 from dicode.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoReadError, natural_key
 from dicode.video.write import FOLDER_METADATA
 
+TAR_SUFFIX = ".tar"
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
 STILLS = tuple(sorted(IMAGE_SUFFIXES - {".gif", ".apng"}))
 MOVING = tuple(VIDEO_SUFFIXES - {*STILLS})
@@ -24,6 +26,8 @@ MEDIA = (TAR_SUFFIX, *PACKED, *VIDEO_SUFFIXES)
 NOTES = (".json", ".txt")
 NOTE_FOLDERS = ("labels", "captions")  # beside a folder `videos`
 SYSTEM_NAMES = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # left behind by systems, beside names with a dot
+MOST_NOTE = 2**24  # bytes of a text beside a clip
+END_MARK = 2 * tarfile.BLOCKSIZE  # of zeros, and nothing but zeros after them (POSIX.1-2017, pax, ustar)
 LEAST_AMONG_OTHERS = 5  # numbered images that are taken for frames although other images lie among them
 LEAST_OF_FRAMES = 0.5  # of the numbers from the first to the last: where more are missing, images are no video's frames
 
@@ -79,22 +83,30 @@ def scan(folder: Place) -> DataSet:
     tree = Tree(folder, lambda path: read_text(path, MOST_NOTE))
     _read_tree(tree, found.left_out)
     clips: list[tuple[Place, list[ClipRecord]]] = []
-    stack = [folder]
+    stack: list[tuple[Place, Place | None]] = [(folder, None)]
+    listed: set[str] = set()  # by the list of the folder that is the second in the stack
     while stack:
-        here = stack.pop()
-        records = _listed(here, tree, found)
-        if records is not None:
-            clips.append((here, records))
-            continue
+        here, owner = stack.pop()
         directory = tree.inside[here]
+        if INDEX in directory.files and is_own(directory.files[INDEX]):
+            continue  # a cache, which may lie among the clips
+        if owner is None and (records := _listed(here, tree, found)) is not None:
+            clips.append((here, records))
+            owner, listed = here, {os.path.normpath(str(record.path)) for record in records}
+        stack += [(path, owner) for path in directory.folders]
+        if owner is not None:
+            paths = {os.path.normpath(str(path)) for path in directory.ending_in(TAR_SUFFIX, *PACKED, *MOVING)}
+            found.left_out["videos and archives that no list names"] += len(paths - listed)
+            if here != owner and here.name != "meta":
+                reason = f"(the list of {owner} is; name {here} itself)"
+                found.unread += [f"{tree.name(here)}{name} {reason}" for name in NAMES if name in directory.files]
+            continue
         for path in directory.ending_in(TAR_SUFFIX):
             found.lists.append(f"{tree.name(here)}{path.name}")
             clips.append((path, scan_archive(path, folder, found)))
         reason = "a compressed archive, which cannot be read in places; unpack it"
         packed = [faulty(path, folder, reason) for path in directory.ending_in(*PACKED)]
-        records = [*packed, *directory.unreadable, *_media(here, tree, found)]
-        clips += [(record.path, [record]) for record in records]
-        stack += [path for path in directory.folders if path in tree.inside]
+        clips += [(r.path, [r]) for r in (*packed, *directory.unreadable, *_media(here, tree, found))]
     clips.sort(key=lambda clip: natural_key(clip[0]))
     found.records = [record for _, records in clips for record in records]
     found.lists.sort()
@@ -105,9 +117,17 @@ def scan(folder: Place) -> DataSet:
 def scan_archive(path: Place, folder: Place, found: DataSet) -> list[ClipRecord]:
     """The clips of a plain tar, in its order, with the texts beside them; what is damaged is a clip with a fault."""
     with path.open("rb") as file:
-        members, damage = read_members(file)
+        members, damage = _read_members(file)
         spans = {path / name: span for name, span in members}
-        tree = Tree(folder, lambda member: read_member(file, member.name, spans[member]), archive=True)
+
+        def text_of(member: Place) -> str:
+            start, length = spans[member]
+            if length > MOST_NOTE:
+                raise TextError(f"{member.name}: expected a text of at most {MOST_NOTE:,} bytes, got {length:,}")
+            file.seek(start)
+            return decoded(file.read(length), member.name)
+
+        tree = Tree(folder, text_of, archive=True)
         for name, count in Counter(name for name, _ in members).items():
             member = path / name
             directory = tree.inside.setdefault(member.parent, Directory())
@@ -121,9 +141,35 @@ def scan_archive(path: Place, folder: Place, found: DataSet) -> list[ClipRecord]
     records = [r if r.fault else replace(r, inside=Member(path, spans[r.path])) for r in records]
     records.sort(key=lambda record: spans.get(record.path, (0, 0)))
     if damage:
-        reason = f"not a whole, uncompressed tar ({damage}); unpack it, or copy it again"
-        records.append(faulty(path, folder, reason))
+        records.append(faulty(path, folder, f"not a whole, uncompressed tar ({damage}); unpack it, or copy it again"))
     return records
+
+
+def _read_members(file: IO[bytes]) -> tuple[list[tuple[str, tuple[int, int]]], Exception | None]:
+    """Names of a plain tar's files, each with offset and length, up to the first damage; and that."""
+    members: list[tuple[str, tuple[int, int]]] = []
+    size, before = file.seek(0, io.SEEK_END), -1
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
+            for entry in tar:
+                start, length = entry.offset_data, entry.size
+                if length < 0 or entry.offset <= before or (entry.isfile() and start + length > size):
+                    raise tarfile.ReadError(f"{entry.name!r} claims {length:,} bytes, and {size:,} are there")
+                before = entry.offset
+                if entry.isfile() and not entry.issparse():
+                    members.append((str(PurePosixPath(entry.name.lstrip("/"))), (start, length)))
+            file.seek(tar.offset)
+            block = file.read(END_MARK)
+            if len(block) < END_MARK:
+                raise tarfile.ReadError("its end is missing")
+            while block:
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError("data after its end, as of two archives in one file")
+                block = file.read(MOST_NOTE)
+    except (tarfile.TarError, OSError, MemoryError, OverflowError, ValueError, RecursionError) as error:
+        return members, error
+    return members, None
 
 
 def _read_tree(tree: Tree, left_out: Counter[str]) -> None:
@@ -175,8 +221,6 @@ def _listed(here: Place, tree: Tree, found: DataSet) -> list[ClipRecord] | None:
     """The clips that the list file of a folder names, None where it has no list."""
     directory, where = tree.inside[here], tree.name(here)
     files = {name.lower(): path for name, path in directory.files.items()}
-    if INDEX in files and is_own(files[INDEX]):  # a cache, which may lie among the clips
-        return []
     lists = [files[name] for name in NAMES if name in files]
     prompts = next((files[name] for name in PROMPTS if name in files), None)
     chosen, records = "", None
@@ -186,30 +230,14 @@ def _listed(here: Place, tree: Tree, found: DataSet) -> list[ClipRecord] | None:
         chosen, records = lists[0].name, read_list(lists[0], tree.folder)
     elif prompts is not None and VIDEOS in files:
         chosen, records = f"{prompts.name} + {VIDEOS}", read_pairs(prompts, files[VIDEOS], tree.folder)
+    found.lists += [f"{where}{chosen}"] if chosen else []
     stems = Counter(path.stem for path in files.values())
-    why = f"{chosen} is" if records is not None else f"call it {NAMES[0]} or {NAMES[1]}, or name the file itself"
+    why = f"{chosen} is" if chosen else f"call it {NAMES[0]} or {NAMES[1]}, or name the file itself"
     for path in directory.ending_in(*SUFFIXES):
         is_note = path.suffix.lower() == ".json" and (stems[path.stem] > 1 or path.stem in directory.files)  # of a clip
         if not is_note and path.name not in (chosen, FOLDER_METADATA):
             found.unread.append(f"{where}{path.name} ({why})")
-    if records is not None:
-        found.lists.append(f"{where}{chosen}")
-        _count_unlisted(here, tree, records, found)
     return records
-
-
-def _count_unlisted(here: Place, tree: Tree, records: list[ClipRecord], found: DataSet) -> None:
-    """Note what lies under a folder and is not in its list."""
-    listed = {os.path.normpath(str(record.path)) for record in records}
-    stack = [here]
-    while stack:
-        directory, folder = tree.inside[stack[-1]], stack.pop()
-        paths = {os.path.normpath(str(path)) for path in directory.ending_in(TAR_SUFFIX, *PACKED, *MOVING)}
-        found.left_out["videos and archives that no list names"] += len(paths - listed)
-        if folder != here and folder.name != "meta":
-            reason = f"(the list of {here} is; name {folder} itself)"
-            found.unread += [f"{tree.name(folder)}{name} {reason}" for name in NAMES if name in directory.files]
-        stack += [path for path in directory.folders if path in tree.inside]
 
 
 def _media(here: Place, tree: Tree, found: DataSet) -> Iterator[ClipRecord]:
@@ -227,9 +255,8 @@ def _media(here: Place, tree: Tree, found: DataSet) -> Iterator[ClipRecord]:
         left_out["folders with the frames of a video that is read"] += 1
         return
     if frames:
-        texts = {".json": directory.files[FOLDER_METADATA]} if FOLDER_METADATA in directory.files else {}
-        texts |= _notes(here.parent, tree).get(here.name, {})
-        yield _noted(here, texts, tree, found)
+        own = {".json": directory.files[FOLDER_METADATA]} if FOLDER_METADATA in directory.files else {}
+        yield _noted(here, own | _notes(here.parent, tree).get(here.name, {}), tree, found)
         return
     if are_beside and not tree.archive:
         videos += [path for path in stills if _is_animated(path)]
@@ -243,8 +270,8 @@ def _media(here: Place, tree: Tree, found: DataSet) -> Iterator[ClipRecord]:
         suffix = f".{name.rpartition('.')[2].lower()}" if "." in name else name
         if suffix not in (*NOTES, *SUFFIXES) and not name.lower().endswith(MEDIA):
             left_out[f"{suffix} files"] += 1
-    for path, own in texts_of.items():
-        yield faulty(path, tree.folder, own) if isinstance(own, str) else _noted(path, own, tree, found)
+    for path, texts in texts_of.items():
+        yield faulty(path, tree.folder, texts) if isinstance(texts, str) else _noted(path, texts, tree, found)
 
 
 def _matched(

@@ -1,14 +1,15 @@
-"""List files: a line, an entry or a row for every clip, from JSON, CSV, Parquet or plain text."""
+"""List files, a line, an entry or a row for every clip, from JSON, CSV, Parquet or plain text; folders of LeRobot."""
 
 import csv
 import io
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from dicode.config import missing_extra, unique
-from dicode.data.records import CAPTION_KEYS, FILE_KEYS, ClipRecord, record_of
-from dicode.files import Place, TextError, fetched, read_text
+from dicode.config import missing_extra
+from dicode.data.records import CAPTION_KEYS, FILE_KEYS, SPAN_KEYS, ClipRecord, record_of
+from dicode.files import Place, fetched, json_value, read_json, read_text
 from dicode.video.read import VIDEO_SUFFIXES, VideoReadError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
@@ -18,17 +19,20 @@ NAMES = (
     *(f"metadata{suffix}" for suffix in SUFFIXES if suffix != ".json"),  # metadata.json describes frames beside it
 )
 PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt"), "videos.txt"  # a line a clip in both, as trainers of CogVideoX read
+# A folder of LeRobot's, versions 2 and 3, and keys of version 3.
+INFO = "meta/info.json"
+PLACE_KEYS, TIME_KEYS = ("chunk_index", "file_index"), ("from_timestamp", "to_timestamp")
 Row = tuple[str, dict[str, Any]]  # where it stands, and its values
 
 
 def read_list(path: Place, folder: Place) -> list[ClipRecord]:
-    """The clips of a list file, one a line. Raises `VideoReadError` naming file and line."""
+    """The clips of a list file, one a line. Raises `VideoReadError` or `TextError` naming file and line."""
     return [record_of(row, where, path.parent, folder) for where, row in rows(path)]
 
 
 def read_pairs(prompts: Place, videos: Place, folder: Place) -> list[ClipRecord]:
     """The clips of two text files, of which one has the captions and one the files, a line each."""
-    texts, files = (_text(path).splitlines() for path in (prompts, videos))
+    texts, files = (read_text(path).splitlines() for path in (prompts, videos))
     while files and not files[-1].strip():
         files.pop()
     if not any(text.strip() for text in texts[len(files) :]):
@@ -46,59 +50,40 @@ def rows(path: Place) -> Iterator[Row]:
     """The rows of a list file, each with where it stands."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(read_parquet(path)))
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(_read_parquet(path)))
     elif suffix in (".csv", ".tsv"):
         yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".json":
-        yield from ((where, _object(entry, where)) for where, entry in _json_entries(path))
+        yield from _json_rows(path)
     else:
-        lines = enumerate(_text(path).split("\n"), 1)
-        named = ((f"{path}, line {line}", text) for line, text in lines if text.strip())
-        yield from ((where, json_object(text, where)) for where, text in named)
-
-
-def json_object(text: str, where: str) -> dict[str, Any]:
-    """An object of JSON. Raises `VideoReadError` naming `where`."""
-    return _object(json_value(text, where), where)
-
-
-def json_value(text: str, where: str) -> Any:
-    """A value of JSON, in which no object has a key twice. NaN is a number here, as many programs write it."""
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError as error:
-        raise VideoReadError(f"{where}: not JSON (brackets within brackets, too many)") from error
-    except ValueError as error:
-        raise VideoReadError(f"{where}: not JSON ({error})") from error
+        for line, text in enumerate(read_text(path).split("\n"), 1):
+            if text.strip():
+                where = f"{path}, line {line}"
+                yield where, _object(json_value(text, where), where)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
+    """The same value, if it is an object of JSON. Raises `VideoReadError` naming `where`."""
     if not isinstance(value, dict):
         raise VideoReadError(f"{where}: expected an object, got {str(value)[:60]!r}")
     return value
 
 
-def _text(path: Place) -> str:
-    try:
-        return read_text(path)
-    except (TextError, OSError) as error:
-        raise VideoReadError(str(error)) from error
-
-
-def _json_entries(path: Place) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: Place) -> Iterator[Row]:
     """A list of objects, or an object that names captions, or an object, for every file."""
-    value = json_value(_text(path), str(path))
+    value = read_json(path)
     if isinstance(value, dict) and not any(key in value for key in FILE_KEYS):
         for file, entry in value.items():
             yield f"{path}, {file!r}", {"file": file, **(entry if isinstance(entry, dict) else {"caption": entry})}
-    else:
-        for i, entry in enumerate(value if isinstance(value, list) else [value]):
-            yield f"{path}, entry {i} (counting from 0)", entry
+        return
+    for i, entry in enumerate(value if isinstance(value, list) else [value]):
+        where = f"{path}, entry {i} (counting from 0)"
+        yield where, _object(entry, where)
 
 
 def _csv_rows(path: Place, delimiter: str) -> Iterator[Row]:
     """Rows with as many values as there are columns; quotes are closed, and begin where the value does."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, delimiter=delimiter)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
     columns: list[str] = []
     while True:
         where = f"{path}, line {reader.line_num + 1}"
@@ -112,7 +97,8 @@ def _csv_rows(path: Place, delimiter: str) -> Iterator[Row]:
         if values and not columns:
             columns = _columns(values, where, delimiter)
         elif values:
-            _check_values(values, len(columns), where, delimiter)
+            if wrong := _misread(values, len(columns), delimiter):
+                raise VideoReadError(f"{where}: {wrong}")
             yield where, dict(zip(columns, values, strict=True))
 
 
@@ -127,24 +113,22 @@ def _columns(values: list[str], where: str, delimiter: str) -> list[str]:
     return columns
 
 
-def _check_values(values: list[str], num_columns: int, where: str, delimiter: str) -> None:
-    """Raise `VideoReadError` for a row that a comma or a quote has made of other values than were meant."""
+def _misread(values: list[str], num_columns: int, delimiter: str) -> str:
+    """Why a row has other values than were meant, by a comma or a quote; '' where nothing looks so."""
     if len(values) != num_columns:
-        kind = "more" if len(values) > num_columns else "fewer"
-        raise VideoReadError(
-            f"{where}: {kind} values than columns ({len(values)}, {num_columns}); put a text that holds"
-            f" {'tabs' if delimiter != ',' else 'commas'} in double quotes, with no space before the first"
-        )
+        kind, separators = "more" if len(values) > num_columns else "fewer", "tabs" if delimiter != "," else "commas"
+        hint = f"put a text that holds {separators} in double quotes, with no space before the first"
+        return f"{kind} values than columns ({len(values)}, {num_columns}); {hint}"
     if any(value[:1].isspace() and value.lstrip().startswith('"') for value in values):
-        raise VideoReadError(f"{where}: a space before a double quote, which so is part of the text; take it out")
-    inner_lines = [line for value in values for line in value.splitlines()[1:]]
+        return "a space before a double quote, which so is part of the text; take it out"
     # A line within a text that begins with a video's name is a row that an open quote has swallowed.
-    cells = ((line, cell.strip(' "').lower()) for line in inner_lines for cell in line.split(delimiter)[:-1])
-    if row := next((line for line, cell in cells if cell.endswith(tuple(VIDEO_SUFFIXES))), None):
-        raise VideoReadError(f"{where}: a text in quotes that holds a row ({row[:60]!r}); is a quote left open?")
+    for line in (line for value in values for line in value.splitlines()[1:]):
+        if any(cell.strip(' "').lower().endswith(tuple(VIDEO_SUFFIXES)) for cell in line.split(delimiter)[:-1]):
+            return f"a text in quotes that holds a row ({line[:60]!r}); is a quote left open?"
+    return ""
 
 
-def read_parquet(path: Place, columns: list[str] | None = None) -> list[dict[str, Any]]:
+def _read_parquet(path: Place, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a Parquet file, of all columns or those of these that it has."""
     try:
         import pyarrow
@@ -159,8 +143,76 @@ def read_parquet(path: Place, columns: list[str] | None = None) -> list[dict[str
             raise VideoReadError(f"{path}: not a Parquet file that can be read ({error})") from error
 
 
-def whole_number(value: Any, where: str) -> int:
+def is_lerobot(folder: Place) -> bool:
+    """Whether a folder is one of LeRobot's."""
+    return (folder / INFO).is_file() and "codebase_version" in read_text(folder / INFO)
+
+
+def read_lerobot(folder: Place, root: Place) -> list[ClipRecord]:
+    """A clip of each camera for every episode of a folder in the data set `root`, the task as caption.
+
+    Raises `VideoReadError` or `TextError` for what is missing.
+    """
+    info_path = str(folder / INFO)
+    info = _object(read_json(folder / INFO), info_path)
+    cameras, version = _cameras(info, info_path), str(info.get("codebase_version"))
+    if not (major := re.match(r"v?([23])(?!\d)", version)):
+        expected = f"expected codebase_version v2 or v3, got {version!r}"
+        raise VideoReadError(f"{info_path}: {expected}; convert it with lerobot")
+    chunk_size = _whole_number({"chunks_size": 1000, **info}, "chunks_size", info_path) or 1000
+    clips = []
+    for where, row in _episodes(folder, major[1], cameras):
+        number = _whole_number(row, "episode_index", where)
+        for camera in cameras:
+            own = {key.removeprefix(f"videos/{camera}/"): value for key, value in row.items()}
+            span = dict(zip(SPAN_KEYS, map(own.get, TIME_KEYS), strict=True))
+            if major[1] == "3" and None in span.values():
+                raise VideoReadError(f"{where}: expected {' and '.join(TIME_KEYS)} of {camera}")
+            fields = {**own, "video_key": camera, "episode_chunk": number // chunk_size}
+            file, extra = _filled(info["video_path"], fields, where), {"episode_index": number, "camera": camera}
+            line = {"file": file, "caption": row.get("tasks"), **span, **extra}
+            clips.append(replace(record_of(line, where, folder, root), episode=f"{folder}, episode {number}"))
+    return clips
+
+
+def _cameras(info: dict[str, Any], where: str) -> list[str]:
+    held = info.get("features")
+    features = {k: v for k, v in held.items() if isinstance(v, dict)} if isinstance(held, dict) else {}
+    cameras = [name for name, feature in features.items() if feature.get("dtype") == "video" and not _is_depth(feature)]
+    if not cameras or not isinstance(info.get("video_path"), str):
+        images = ", ".join(name for name, feature in features.items() if feature.get("dtype") == "image")
+        found = f"images inside of data/*.parquet ({images}): convert them to videos" if images else "none"
+        raise VideoReadError(f"{where}: expected features of dtype video and a video_path, got {found}")
+    return cameras
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    facts = feature.get("info") or feature.get("video_info") or {}
+    return isinstance(facts, dict) and facts.get("video.is_depth_map") is True
+
+
+def _episodes(folder: Place, version: str, cameras: list[str]) -> list[Row]:
+    if version == "2":
+        return list(rows(folder / "meta/episodes.jsonl"))
+    columns = ["episode_index", "tasks", *(f"videos/{c}/{key}" for c in cameras for key in (*PLACE_KEYS, *TIME_KEYS))]
+    files: list[Place] = sorted((folder / "meta/episodes").rglob("*.parquet"), key=str)
+    return [(f"{file}, row {i}", row) for file in files for i, row in enumerate(_read_parquet(file, columns))]
+
+
+def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
+    """`str.format` for the camera's name, and for numbers and their widths, alone."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        text = fields[name] if name == "video_key" else str(_whole_number(fields, name, f"{where}: {template!r}"))
+        return text.rjust(int(match[2] or 0), "0")
+
+    return re.sub(r"\{(\w+)(?::0(\d)d)?\}", value, template)
+
+
+def _whole_number(fields: Mapping[str, Any], key: str, where: str) -> int:
     """An integer from 0 on."""
+    value = fields.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1 != 0:
-        raise VideoReadError(f"{where}: expected a number from 0 on, got {value!r}")
+        raise VideoReadError(f"{where}: expected a number from 0 on for {key!r}, got {value!r}")
     return int(value)

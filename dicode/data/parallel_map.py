@@ -38,10 +38,8 @@ def _by_processes(work: Callable[[A], B], units: Sequence[A], workers: int) -> I
             for done in as_completed([pool.submit(_run, work, unit) for unit in units]):
                 yield done.result()
         except BrokenProcessPool as error:
-            raise OSError(
-                "a worker process was killed, perhaps for want of memory: the same command continues, and with fewer"
-                " workers or files in a shard it needs less"
-            ) from error
+            advice = "the same command continues, and with fewer workers or files in a shard it needs less"
+            raise OSError(f"a worker process was killed, perhaps for want of memory: {advice}") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
@@ -57,29 +55,20 @@ def _prepare_process() -> None:
         signal.signal(number, _leave)
 
 
-_running = _leaving = False
-
-
-def _run(work: Callable[[A], B], unit: A) -> B:
-    global _running
-    if _leaving:  # a unit that was handed over before
-        raise SystemExit(1)
-    _running = True
-    try:
-        return work(unit)
-    finally:
-        _running = False
-
-
 def _leave(*_: object) -> None:
-    """End a worker; what it is writing is removed first."""
-    global _leaving
-    if not _running:
-        os._exit(1)
-    _leaving = True
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise SystemExit(1)
+
+
+def _run(work: Callable[[A], B], unit: A) -> B:
+    """Do a unit; a worker that was told to leave removes what it is writing, and begins no other."""
+    try:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+            raise SystemExit(1)
+        return work(unit)
+    except SystemExit:
+        os._exit(1)  # the pool would catch it, and go on with the next unit
 
 
 def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: str) -> Iterator[B]:

@@ -3,34 +3,32 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dicode.data.lists import SUFFIXES, rows
-from dicode.data.records import described, file_key
 from dicode.files import put_text, read_text
 
 MOST_BYTES = 2**26  # of a text file
 MOST = 100_000
+PromptLine = tuple[str, dict[str, Any]]  # a prompt, and the further keys of its line, which its video keeps
 
 
-class Asked(NamedTuple):
-    """A prompt, and the further keys of its line, which its video keeps."""
-
-    prompt: str
-    keys: dict[str, Any]
-
-
-def read_prompts(path: Path) -> list[Asked]:
+def read_prompts(path: Path) -> list[PromptLine]:
     """The prompts of a file. Raises `ValueError` naming file and line where one has none.
 
     Of a list of captions (.jsonl, .csv, .tsv, .json, .parquet) the first caption of every line is the prompt; the files
     that it names are not opened.
     """
+    from dicode.data.lists import SUFFIXES, rows  # which most commands with a prompt do not need
+    from dicode.data.records import described
+
     if path.suffix.lower() in SUFFIXES:
-        prompts = [_prompt(row, where, path) for where, row in rows(path)]
+        records = [(where, described(row, where, path.parent, path)) for where, row in rows(path)]
+        if without := next((where for where, record in records if not record.captions), ""):
+            raise ValueError(f"{without}: expected a caption to make a video of, found none")
+        prompts = [(record.caption, dict(record.extra)) for _, record in records]
     else:
         lines = (" ".join(line.split()) for line in read_text(path, MOST_BYTES).splitlines())
-        prompts = [Asked(line, {}) for line in lines if line]
+        prompts = [(line, {}) for line in lines if line]
     if not prompts:
         raise ValueError(f"{path}: expected a prompt a line, found none")
     if len(prompts) > MOST:
@@ -38,14 +36,7 @@ def read_prompts(path: Path) -> list[Asked]:
     return prompts
 
 
-def write_captions(path: Path, videos: Sequence[str], prompts: Sequence[Asked]) -> None:
+def write_captions(path: Path, videos: Sequence[str], prompts: Sequence[PromptLine]) -> None:
     """A list of videos with the prompts that they were generated from, to cache or score them as any data set."""
-    lines = [{"file": file, "caption": p.prompt, **p.keys} for file, p in zip(videos, prompts, strict=True)]
+    lines = [{"file": file, "caption": text, **keys} for file, (text, keys) in zip(videos, prompts, strict=True)]
     put_text(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
-
-
-def _prompt(row: dict[str, Any], where: str, path: Path) -> Asked:
-    record = described(row, where, path.parent, path, file_key(row))
-    if not record.captions:
-        raise ValueError(f"{where}: expected a caption to make a video of, found none")
-    return Asked(record.captions[0], dict(record.extra))

@@ -29,9 +29,7 @@ FOREIGN_KEYS = {
     **dict.fromkeys(("start_frame", "end_frame", "timestamp", "timestamps"), "start_s, end_s"),
     **dict.fromkeys(("split", "val", "is_validation"), "validation"),
 }
-BOOLEANS = dict.fromkeys(("true", "1", "1.0", "yes"), True) | dict.fromkeys(
-    ("false", "0", "0.0", "no"), False
-)  # pandas
+TRUE, FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # pandas writes 1.0
 SIMILARITY = 0.85  # of a mistyped key: captoin, end_ms, but not start, caption_en
 VALIDATION_EVERY = 15
 MOST_NESTING = 20  # of further values; what is deeper is null
@@ -80,9 +78,7 @@ class ClipRecord:
     @property
     def video(self) -> str:
         """Identifies the video, however many clips are spans of it."""
-        if self.episode:
-            return self.episode
-        return os.path.normpath(self.path) if isinstance(self.path, Path) else str(self.path)
+        return self.episode or (os.path.normpath(self.path) if isinstance(self.path, Path) else str(self.path))
 
     @contextmanager
     def opened(self) -> Iterator[Path]:
@@ -102,20 +98,16 @@ def _name_of(folder: Place) -> str:
     return folder.resolve().name
 
 
-def escaped(name: str) -> str:
-    """A file's name as text; bytes of it that are not UTF-8 become \\xNN."""
-    return name if name.isascii() else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
 def faulty(path: Place, folder: Place, reason: str) -> ClipRecord:
-    """A clip that cannot be read, and why."""
-    path, folder = (place(escaped(str(each))) for each in (path, folder))
+    """A clip that cannot be read, and why; bytes of its name that are not UTF-8 become \\xNN."""
+    names = (str(each).encode(errors="surrogateescape") for each in (path, folder))
+    path, folder = (place(name.decode(errors="backslashreplace")) for name in names)
     return ClipRecord(path, (), folder, fault=f"{path}: {reason}")
 
 
 def record_of(row: Mapping[str, Any], where: str, base: Place, folder: Place) -> ClipRecord:
     """The clip of a list's line; its file is relative to `base`. Raises `VideoReadError` naming `where`."""
-    key = file_key(row)
+    key = _file_key(row)
     file = row[key] if key else None
     if not isinstance(file, str):
         found = shortened(file) if key else f"the keys {', '.join(map(str, row))[:60] or 'none'}"
@@ -130,16 +122,11 @@ def record_of(row: Mapping[str, Any], where: str, base: Place, folder: Place) ->
             _ = path.fs  # whose package may be missing
     except (ValueError, OSError, ImportError) as error:
         raise VideoReadError(f"{where}: {file!r} names no file that can be reached ({error})") from error
-    return described(row, where, folder, path, key)
+    return described(row, where, folder, path)
 
 
-def file_key(row: Mapping[str, Any]) -> str:
-    """The key under which a line names its file; '' where it names none."""
-    return next((key for key in FILE_KEYS if row.get(key) not in (None, "")), "")
-
-
-def described(row: Mapping[str, Any], where: str, folder: Place, path: Place, file_key: str = "") -> ClipRecord:
-    """The clip at `path` with the values of a line; the file that the line names under `file_key` is no extra."""
+def described(row: Mapping[str, Any], where: str, folder: Place, path: Place) -> ClipRecord:
+    """The clip at `path` with the values of a line, other than the file that it names."""
     for key, known in _misspelt(tuple(row)):
         raise VideoReadError(f"{where}: unknown key {key!r} (did you mean {known!r}?)")
     texts = next((found for key in CAPTION_KEYS if (found := _texts(row, key, where))), ())
@@ -151,9 +138,14 @@ def described(row: Mapping[str, Any], where: str, folder: Place, path: Place, fi
     if end_s is not None and end_s <= start_s:
         raise VideoReadError(f"{where}: expected end_s after start_s, got {start_s:g} and {end_s:g}")
     caption_key = next((key for key in CAPTION_KEYS if row.get(key)), "caption")
-    used = {file_key, caption_key, "caption", "captions", "expanded", "validation", *SPAN_KEYS}
+    used = {_file_key(row), caption_key, "caption", "captions", "expanded", "validation", *SPAN_KEYS}
     extra = {str(key): _plain(value, 0) for key, value in row.items() if key not in used}
     return ClipRecord(path, tuple(dict.fromkeys(captions)), folder, start_s, end_s, _boolean(row, where), extra)
+
+
+def _file_key(row: Mapping[str, Any]) -> str:
+    """The key under which a line names its file; '' where it names none."""
+    return next((key for key in FILE_KEYS if row.get(key) not in (None, "")), "")
 
 
 @lru_cache
@@ -185,8 +177,7 @@ def _is_text(text: str) -> bool:
 
 
 def _seconds(row: Mapping[str, Any], key: str, where: str) -> float | None:
-    value = row.get(key)
-    if value is None or value == "":
+    if (value := row.get(key)) in (None, ""):
         return None
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
@@ -198,13 +189,12 @@ def _seconds(row: Mapping[str, Any], key: str, where: str) -> float | None:
 
 
 def _boolean(row: Mapping[str, Any], where: str) -> bool | None:
-    value = row.get("validation")
-    if value is None or value == "":
+    if (value := row.get("validation")) in (None, ""):
         return None
     word = str(value).strip().lower() if isinstance(value, bool | int | float | str) else ""
-    if word not in BOOLEANS:
+    if word not in (*TRUE, *FALSE):
         raise VideoReadError(f"{where}: expected true or false for 'validation', got {shortened(value)}")
-    return BOOLEANS[word]
+    return word in TRUE
 
 
 def _plain(value: Any, depth: int) -> Any:
@@ -233,14 +223,14 @@ def merged(records: Iterable[ClipRecord]) -> list[ClipRecord]:
         if (before := found.get(key)) is None:
             found[key] = record
             continue
-        splits = {each.validation for each in (before, record)} - {None}
-        if len(splits) > 1:
+        if {before.validation, record.validation} == {True, False}:
             raise VideoReadError(f"{record.path}: one line says that it is for validation, another that it is not")
         captions = tuple(dict.fromkeys((*before.captions, *record.captions)))
         if len(captions) > MOST_CAPTIONS:
             raise VideoReadError(f"{record.path}: expected at most {MOST_CAPTIONS} captions of a clip, got more")
+        split = record.validation if before.validation is None else before.validation
         extra, fault = {**record.extra, **before.extra}, before.fault or record.fault
-        found[key] = replace(before, captions=captions, validation=next(iter(splits), None), extra=extra, fault=fault)
+        found[key] = replace(before, captions=captions, validation=split, extra=extra, fault=fault)
     return list(found.values())
 
 
@@ -250,8 +240,13 @@ def validation_split(records: Sequence[ClipRecord], by: tuple[str, str] | None =
     Clips of one video stay together, unless there is no other. `by`, a key and a value: in data sets whose lines have
     that key, the clips with that value instead.
     """
-    if by and not any(str(record.extra.get(by[0])) == by[1] for record in records):
+
+    def has_value(record: ClipRecord) -> bool:
+        return by is not None and str(record.extra.get(by[0])) == by[1]
+
+    if by and not any(map(has_value, records)):
         raise ValueError(f"--validation-by {by[0]}={by[1]}: no line has that")
+    keyed = {record.folder for record in records if by and by[0] in record.extra}
     videos: dict[Place, set[str]] = defaultdict(set)
     for record in records:
         videos[record.folder].add(record.video)
@@ -262,15 +257,11 @@ def validation_split(records: Sequence[ClipRecord], by: tuple[str, str] | None =
         numbers[record.folder].setdefault(unit, len(numbers[record.folder]))
         if record.validation is not None:
             explicit.setdefault(unit, record.validation)
-    keyed = {record.folder for record in records if by and by[0] in record.extra}
 
     def chosen(record: ClipRecord, unit: Any) -> bool:
-        if record.validation is not None:
-            return record.validation
-        if unit in explicit:
-            return explicit[unit]
-        if by and record.folder in keyed:
-            return str(record.extra.get(by[0])) == by[1]
-        return numbers[record.folder][unit] % VALIDATION_EVERY == 0
+        is_held = explicit.get(unit) if record.validation is None else record.validation
+        if is_held is None and record.folder in keyed:
+            is_held = has_value(record)
+        return numbers[record.folder][unit] % VALIDATION_EVERY == 0 if is_held is None else is_held
 
     return [chosen(record, unit) for record, unit in zip(records, units, strict=True)]

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -17,36 +17,23 @@ from av.container import InputContainer
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
-from dicode.video.fit import resized
 from dicode.video.hdr import HDR_TRANSFERS, tone_mapped
-from dicode.video.images import over_white
+from dicode.video.images import over_white, resized
 from dicode.video.timed import DEFAULT_FPS, MOST_PIXELS, Frame, Picture, VideoReadError, check_pixels, check_work
 
-CONTAINER_SUFFIXES = frozenset(
-    f".{name}"
-    for name in (
-        *("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "m2v", "vob", "ts", "mts", "m2ts", "wmv", "asf"),
-        *("flv", "f4v", "3gp", "3g2", "ogv", "mxf", "mjpeg", "mjpg", "ivf"),
-    )
-)
+CONTAINER_SUFFIXES = frozenset({
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".wmv",
+    ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".mxf", ".mjpeg", ".mjpg", ".ivf",
+})  # fmt: skip
 # swscale's default loses 1 to 3 levels of colour each time a file is read; these flags round without bias and place
 # colour samples where the file says. (POINT, which would undo our own writing exactly, shifts everyone else's colours.)
 EXACT_COLOURS = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 # Real containers only: FFmpeg would also open playlists, which read other files, and draw plain text as video.
-_FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf,h264,hevc,ivf,m4v,mp3,wav,flac"
-    ",mxf,mjpeg,dv,nut"
-)
+_FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf,h264,hevc,ivf,m4v,mp3,wav,flac,mxf,mjpeg,dv,nut"
 _SEEKABLE = ("mp4", "matroska")  # their index holds every key frame with its time
 _SEEK_FROM_S, _SEEK_BEFORE_S = 2.0, 1.0
 _MOST_WAITING = 32  # frames without a time that are held until one with a time comes
-_ADVICE = "copy or download it again, or pass allow_partial=True to take these frames"
-
-
-class _Decoded(NamedTuple):
-    frame: av.VideoFrame
-    time_s: float
-    duration_s: float
+ADVICE = "copy or download it again, or pass allow_partial=True to take these frames"
 
 
 class _Counts:
@@ -65,9 +52,8 @@ def container_frames(path: Path, start_s: float = 0.0) -> Iterator[Frame]:
         stream = _video_stream(path, container)
         origin_s = _seek(path, container, stream, start_s)
         sought, counts, end_s = origin_s is not None, _Counts(), 0.0
-        for number, (frame, time_s, duration_s) in enumerate(
-            _timed(_decoded(path, container, stream, counts), _tick_s(stream))
-        ):
+        decoded = _timed(_decoded(path, container, stream, counts), _tick_s(stream))
+        for number, (frame, time_s, duration_s) in enumerate(decoded):
             origin_s = time_s if origin_s is None else origin_s
             if not number and time_s > origin_s + start_s:
                 yield from container_frames(path)  # the index led past the moment: from the beginning
@@ -79,7 +65,7 @@ def container_frames(path: Path, start_s: float = 0.0) -> Iterator[Frame]:
             yield Frame(from_s, from_s + duration_s, partial(_to_rgb, path, frame, stream), hdr)
         fault = counts.fault or ("" if sought else _shortfall(path, container, stream, counts, end_s))
         if counts.frames and fault:
-            raise VideoReadError(f"{path}: breaks off after {counts.frames} frames: {fault}; {_ADVICE}")
+            raise VideoReadError(f"{path}: breaks off after {counts.frames} frames: {fault}; {ADVICE}")
 
 
 def container_comment(path: Path) -> str:
@@ -106,9 +92,8 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
     if not streams:
         kinds = " and ".join(sorted({s.type for s in container.streams})) or "nothing"
-        raise VideoReadError(
-            f"{path}: expected a video stream, found only {kinds}; a file cut off early looks like this too"
-        )
+        found = f"expected a video stream, found only {kinds}; a file cut off early looks like this too"
+        raise VideoReadError(f"{path}: {found}")
     best = container.streams.best("video")
     stream = max(streams, key=lambda s: (s.frames, s is best))  # covers may be streams like any other, of one frame
     check_pixels(path, stream.width, stream.height)
@@ -145,9 +130,8 @@ def _decoded(path: Path, container: InputContainer, stream: VideoStream, counts:
             if frame.is_corrupt and not counts.frames and "mpegts" in container.format.name:
                 continue  # recordings of broadcasts begin anywhere
             if frame.is_corrupt:
-                raise VideoReadError(
-                    f"{path}: breaks off after {counts.frames} frames: the next one is damaged; {_ADVICE}"
-                )
+                after = f"breaks off after {counts.frames} frames: the next one is damaged"
+                raise VideoReadError(f"{path}: {after}; {ADVICE}")
             counts.frames += 1
             frame.time_base = frame.time_base or stream.time_base  # of those that waited
             yield frame
@@ -157,9 +141,8 @@ def _decoded(path: Path, container: InputContainer, stream: VideoStream, counts:
 
 def _decoder_name(stream: VideoStream) -> str | None:
     """The decoder to take in place of FFmpeg's own, whose VP8 and VP9 drop transparency."""
-    if stream.metadata.get("alpha_mode") != "1":
-        return None
-    return {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    decoders = {"vp8": "libvpx", "vp9": "libvpx-vp9"} if stream.metadata.get("alpha_mode") == "1" else {}
+    return decoders.get(stream.codec_context.name)
 
 
 def _tick_s(stream: VideoStream) -> float:
@@ -171,27 +154,25 @@ def _seconds(ticks: int | None, tick: Fraction | None) -> float | None:
     return None if ticks is None or tick is None else float(ticks * tick)
 
 
-def _timed(frames: Iterator[av.VideoFrame], tick_s: float) -> Iterator[_Decoded]:
-    """Give every frame a time: one without follows the frame before; those at the beginning lead up to the first time.
+def _timed(frames: Iterator[av.VideoFrame], tick_s: float) -> Iterator[tuple[av.VideoFrame, float, float]]:
+    """Every frame with its time and duration in seconds, `tick_s` where the file has none.
 
-    Frames without a duration last for `tick_s`.
+    One without a time follows the frame before; those at the beginning lead up to the first time.
     """
-
-    def duration_s(frame: av.VideoFrame) -> float:
-        return _seconds(frame.duration, frame.time_base) or tick_s
-
     leading: list[av.VideoFrame] = []
     for frame in islice(frames, _MOST_WAITING):
         leading.append(frame)
         if frame.pts is not None:
             break
+    durations_s = [_seconds(frame.duration, frame.time_base) or tick_s for frame in leading[:-1]]
     first_s = _seconds(leading[-1].pts, leading[-1].time_base) if leading else None
-    next_s = 0.0 if first_s is None else first_s - sum(map(duration_s, leading[:-1]))
+    next_s = 0.0 if first_s is None else first_s - sum(durations_s)
     for frame in chain(leading, frames):
         time_s = _seconds(frame.pts, frame.time_base)
         time_s = next_s if time_s is None else time_s
-        next_s = time_s + duration_s(frame)
-        yield _Decoded(frame, time_s, duration_s(frame))
+        duration_s = _seconds(frame.duration, frame.time_base) or tick_s
+        yield frame, time_s, duration_s
+        next_s = time_s + duration_s
 
 
 def _shortfall(path: Path, container: InputContainer, stream: VideoStream, counts: _Counts, end_s: float) -> str:
@@ -213,13 +194,13 @@ def _shortfall(path: Path, container: InputContainer, stream: VideoStream, count
         return "it ends within a packet"
     if declared_size > size:
         return f"{size:,} of the {declared_size:,} bytes its header names"
-    if kind == "ogg" and not _ogg_ends(path):
+    with path.open("rb") as file:
+        file.seek(max(0, size - 2**17))
+        tail = file.read()
+    if kind == "ogg" and not _ogg_ends(tail):
         return "its last page is missing"
-    if kind in ("mpegvideo", "mpeg2video") and counts.packets > counts.frames:
-        return "its last frame is incomplete"
-    if kind == "mjpeg" and b"\xff\xd9" not in _tail(path, 64):
-        return "its last frame is incomplete"
-    return ""
+    is_cut = kind in ("mpegvideo", "mpeg2video") and counts.packets > counts.frames
+    return "its last frame is incomplete" if is_cut or (kind == "mjpeg" and b"\xff\xd9" not in tail[-64:]) else ""
 
 
 def _declared_end_s(container: InputContainer, stream: VideoStream) -> float | None:
@@ -276,20 +257,13 @@ def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
     return width, int.from_bytes(data[at : at + width], "big") & (128**width - 1)
 
 
-def _ogg_ends(path: Path) -> bool:
+def _ogg_ends(tail: bytes) -> bool:
     """Whether the last page is marked as the last one of its stream, and whole (RFC 3533, section 6)."""
-    tail = _tail(path, 2**17)
     at = tail.rfind(b"OggS")
     if at < 0 or at + 27 > len(tail):
         return False
     lengths = tail[at + 27 : at + 27 + tail[at + 26]]
     return bool(tail[at + 5] & 4) and at + 27 + len(lengths) + sum(lengths) <= len(tail)
-
-
-def _tail(path: Path, most_bytes: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - most_bytes))
-        return file.read()
 
 
 def _to_rgb(path: Path, frame: av.VideoFrame, stream: VideoStream) -> Picture:

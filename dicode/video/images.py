@@ -1,4 +1,4 @@
-"""Still and animated images, and folders of them, through Pillow: FFmpeg cannot decode animated WebP."""
+"""Still and animated images, and pictures brought to one size; by Pillow: FFmpeg cannot decode animated WebP."""
 
 import mmap
 import warnings
@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dicode.video.timed import Frame, Picture, VideoReadError, check_pixels, check_work
+
+Fit = Literal["crop", "pad"]
+Size = int | tuple[int, int]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".apng", ".avif"})
 # Browsers show a frame of an animated image that asks for 10 ms or less for 100 ms; so do we.
@@ -27,8 +31,7 @@ def image_format(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(32)
     if head[4:8] == b"ftyp":
-        brands = {head[8:12], *(head[i : i + 4] for i in range(16, len(head), 4))}
-        if brands & {b"avif", b"avis"}:
+        if {head[8:12], *(head[i : i + 4] for i in range(16, len(head), 4))} & {b"avif", b"avis"}:
             return "AVIF"
         if head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
             raise VideoReadError(f"{path}: is a HEIC image, which is not read; convert it to PNG or JPEG")
@@ -57,10 +60,8 @@ def image_frames(path: Path, form: str, still_s: float) -> Iterator[Frame]:
             yield Frame(time_s, time_s + delay_s, partial(np.asarray, _to_rgb(image)))
             time_s += delay_s
     if form == "GIF" and not _gif_ends(path):
-        raise VideoReadError(
-            f"{path}: breaks off after {count - first} frames: its end is missing; copy it again, or pass"
-            " allow_partial=True to take these frames"
-        )
+        advice = "copy it again, or pass allow_partial=True to take these frames"
+        raise VideoReadError(f"{path}: breaks off after {count - first} frames: its end is missing; {advice}")
 
 
 def image_comment(path: Path, form: str) -> str:
@@ -68,14 +69,6 @@ def image_comment(path: Path, form: str) -> str:
     with _opened(path, form) as image:
         comment = image.info.get("comment", "")
     return comment.decode("utf-8", "replace") if isinstance(comment, bytes) else str(comment)
-
-
-def over_white(rgba: Picture) -> Picture:
-    """Lay a picture with transparency over white."""
-    if rgba[..., 3].min(initial=255) == 255:
-        return np.ascontiguousarray(rgba[..., :3])
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 @contextmanager
@@ -115,3 +108,47 @@ def _to_rgb(image: Image.Image) -> Picture:
     if upright.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
         upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     return over_white(np.asarray(upright.convert("RGBA")))
+
+
+def over_white(rgba: Picture) -> Picture:
+    """Lay a picture with transparency over white."""
+    if rgba[..., 3].min(initial=255) == 255:
+        return np.ascontiguousarray(rgba[..., :3])
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def fitted(path: Path, picture: Picture, size: Size | None, fit: Fit) -> Picture:
+    """A picture scaled to cover (height, width) and cropped at the centre, or scaled to fit and padded with white."""
+    if size is None:
+        return picture
+    height, width = (size, size) if isinstance(size, int) else size
+    if fit == "crop":
+        scaled = resized(picture, *covering(path, picture, (height, width)))
+        top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
+        return scaled[top : top + height, left : left + width]
+    scale = min(height / picture.shape[0], width / picture.shape[1])
+    own_height, own_width = (max(1, round(side * scale)) for side in picture.shape[:2])
+    padded = Image.new("RGB", (width, height), "white")
+    shrunk = Image.fromarray(picture).resize((own_width, own_height), Image.Resampling.BILINEAR)  # without torch
+    padded.paste(shrunk, ((width - own_width) // 2, (height - own_height) // 2))
+    return np.asarray(padded)
+
+
+def covering(path: Path, picture: Picture, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a picture scaled to cover a size. Raises `VideoReadError` for those of a strip."""
+    scale = max(side / own for side, own in zip(size, picture.shape[:2], strict=True))
+    height, width = (max(side, round(own * scale)) for side, own in zip(size, picture.shape[:2], strict=True))
+    check_pixels(path, width, height)
+    return height, width
+
+
+def resized(picture: Picture, height: int, width: int) -> Picture:
+    """Bilinear, averaging over the area when shrinking (torch on uint8: unbiased, ten times as fast as float)."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    import torch  # here: `dicode data index` resizes nothing, and would take three times as long
+
+    pixels = torch.from_numpy(np.require(picture, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    scaled = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    return np.ascontiguousarray(scaled[0].permute(1, 2, 0).numpy())

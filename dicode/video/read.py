@@ -4,9 +4,8 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -14,10 +13,9 @@ from numpy import ndarray
 from upath import UPath
 
 from dicode.files import read_text
-from dicode.video.container import CONTAINER_SUFFIXES, container_comment, container_frames
-from dicode.video.fit import Fit, Size, covering, fitted
+from dicode.video.container import ADVICE, CONTAINER_SUFFIXES, container_comment, container_frames
 from dicode.video.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
-from dicode.video.images import image_comment, image_format, image_frames
+from dicode.video.images import Fit, Size, covering, fitted, image_comment, image_format, image_frames
 from dicode.video.timed import DEFAULT_FPS as DEFAULT_FPS
 from dicode.video.timed import MOST_BYTES, MOST_PIXELS, TIME_TOLERANCE_S, Frame, Picture, Video, checked_fps, contiguous
 from dicode.video.timed import VideoReadError as VideoReadError
@@ -29,16 +27,14 @@ VIDEO_SUFFIXES = IMAGE_SUFFIXES | CONTAINER_SUFFIXES
 THINNED_TO = 1.05  # of 1/max_fps: what is left comes no slower than that, but for films, whose 24 a second become 12
 
 
-@dataclass(frozen=True)
-class VideoFrames:
+class VideoFrames(NamedTuple):
     """Frames in memory with the true rate they are to be shown at."""
 
     frames: Video
     fps: float
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What a file holds, all of it decoded; HDR is PQ or HLG."""
 
     height: int
@@ -78,18 +74,15 @@ def read_video(
         buffer.add(frame, times)
     count = len(buffer.pictures)
     if count < max(min_frames, 1):
-        rate = f" at {fps:g} fps" if fps else ""
-        raise VideoReadError(
-            f"{path}: too short: expected at least {max(min_frames, 1)} frame(s){rate} from {start_s:g} s on,"
-            f" got {count} in {length_s:.3g} s"
-        )
+        wanted = f"at least {max(min_frames, 1)} frame(s)" + (f" at {fps:g} fps" if fps else "")
+        got = f"from {start_s:g} s on, got {count} in {length_s:.3g} s"
+        raise VideoReadError(f"{path}: too short: expected {wanted} {got}")
     return VideoFrames(buffer.frames(), fps or count / max(length_s, TIME_TOLERANCE_S))
 
 
 def native_frames(
     path: str | Path,
     size: Size | None = None,
-    fit: Fit = "crop",
     *,
     max_fps: float = math.inf,
     start_s: float = 0.0,
@@ -102,9 +95,10 @@ def native_frames(
     frame kept. Of a span from `start_s` to `end_s`, these are the frames shown in it, timed from its beginning; the
     period is its length, or what the file has of it.
     """
-    buffer, period_s = _FrameBuffer(Path(path), size, fit), 0.0
+    path, period_s = Path(path), 0.0
+    buffer = _FrameBuffer(path, size, "crop")
     times_s: list[float] = []
-    for frame in _span(Path(path), start_s, end_s):
+    for frame in _span(path, start_s, end_s):
         if not times_s or max_fps == math.inf or frame.end_s - times_s[-1] > THINNED_TO / max_fps:
             buffer.add(frame)
             times_s.append(frame.start_s)
@@ -114,30 +108,29 @@ def native_frames(
 
 def check_frames(path: str | Path, size: int, start_s: float = 0.0, end_s: float | None = None) -> Facts:
     """What `native_frames` would find of a file or span, scaled to this size; every frame is decoded, none kept."""
-    height, width, count, length_s, hdr = 0, 0, 0, 0.0, False
-    for frame in _span(Path(path), start_s, end_s):
+    path, found = Path(path), Facts(0, 0, 0, 0.0, False)
+    for frame in _span(path, start_s, end_s):
         picture = frame.render()
-        covering(Path(path), picture, (size, size))
-        height, width = (height, width) if count else picture.shape[:2]
-        count, length_s, hdr = count + 1, _length_s(frame, start_s, end_s), hdr or frame.hdr
-    return Facts(height, width, count, length_s, hdr)
+        covering(path, picture, (size, size))
+        height, width = found[:2] if found.num_frames else picture.shape[:2]
+        length_s, hdr = _length_s(frame, start_s, end_s), found.hdr or frame.hdr
+        found = Facts(height, width, found.num_frames + 1, length_s, hdr)
+    return found
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """What `VideoWriter` wrote about a file: from the file itself, else from the .json beside it, else {}."""
     path = Path(path)
     _check_kind(path)
-    texts: list[str] = []
-    note = path / FOLDER_METADATA if path.is_dir() else path.with_suffix(".json")
+    note, comment = path / FOLDER_METADATA, ""
     if path.is_file():
+        note = path.with_suffix(".json")
         try:
             form = image_format(path)
-            texts.append(image_comment(path, form) if form else container_comment(path))
+            comment = image_comment(path, form) if form else container_comment(path)
         except Exception as error:
             raise VideoReadError(f"{path}: not a readable video or image ({error})") from error
-    if note.is_file():
-        texts.append(read_text(note))
-    for text in texts:
+    for text in (comment, read_text(note) if note.is_file() else ""):
         try:
             values = json.loads(text)
         except (json.JSONDecodeError, RecursionError):
@@ -168,18 +161,16 @@ class _FrameBuffer:
             return
         picture = fitted(self.path, frame.render(), self.size, self.fit)
         first = self.pictures[0] if self.pictures else picture
-        (height, width), (first_height, first_width) = picture.shape[:2], first.shape[:2]
-        if picture.shape != first.shape:
-            raise VideoReadError(
-                f"{self.path}: frame {len(self.pictures)} is {width}x{height}, the first one"
-                f" {first_width}x{first_height}; pass a size to bring them to one"
-            )
+        size, first_size = (f"{p.shape[1]}x{p.shape[0]}" for p in (picture, first))
+        if size != first_size:
+            unlike = f"frame {len(self.pictures)} is {size}, the first one {first_size}"
+            raise VideoReadError(f"{self.path}: {unlike}; pass a size to bring them to one")
         count = len(self.pictures) + times
-        if count * picture.nbytes > MOST_BYTES:
+        if (held := count * picture.nbytes) > MOST_BYTES:
             raise VideoReadError(
-                f"{self.path}: {count} frames of {width}x{height} and more, up to {frame.start_s:.1f} s, would fill"
-                f" {count * picture.nbytes / 2**30:.1f} GiB; expected at most {MOST_BYTES / 2**30:.1f}: read them"
-                " smaller (size, --size), or a span (start_s, end_s)"
+                f"{self.path}: {count} frames of {size} and more, up to {frame.start_s:.1f} s, would fill"
+                f" {held / 2**30:.1f} GiB; expected at most {MOST_BYTES / 2**30:.1f}: read them smaller (size, --size),"
+                " or a span (start_s, end_s)"
             )
         self.pictures += [picture] * times
 
@@ -237,15 +228,10 @@ def _frames(path: Path, start_s: float, still_s: float, allow_partial: bool) -> 
             raise
     except Exception as error:  # PyAV and Pillow raise a dozen kinds for damaged files, IndexError among them
         if not count:
-            raise VideoReadError(
-                f"{path}: expected a video, an image or a folder of images; the file is damaged or of another kind"
-                f" ({error})"
-            ) from error
+            expected = "expected a video, an image or a folder of images; the file is damaged or of another kind"
+            raise VideoReadError(f"{path}: {expected} ({error})") from error
         if not allow_partial:
-            raise VideoReadError(
-                f"{path}: breaks off after {count} frames ({error}); copy or download it again,"
-                " or pass allow_partial=True to take these frames"
-            ) from error
+            raise VideoReadError(f"{path}: breaks off after {count} frames ({error}); {ADVICE}") from error
     if not count:
         raise VideoReadError(f"{path}: opens as a video but holds no frame that can be decoded")
 
@@ -264,9 +250,8 @@ def _folder_frames(folder: Path) -> Iterator[Frame]:
     """A frame of every image of a folder in order, at its rate."""
     images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not images:
-        raise VideoReadError(
-            f"{folder}: expected a folder of frame images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none"
-        )
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise VideoReadError(f"{folder}: expected a folder of frame images ({suffixes}), got none")
     try:
         fps = checked_fps(read_metadata(folder).get("fps", DEFAULT_FPS), f"{folder / FOLDER_METADATA}: fps")
     except ValueError as error:
@@ -275,8 +260,7 @@ def _folder_frames(folder: Path) -> Iterator[Frame]:
         try:
             if not image.is_file():
                 raise ValueError("no regular file")
-            form = image_format(image)
-            if form is None:
+            if (form := image_format(image)) is None:
                 raise ValueError("its content is that of no image")
             frame = next(image_frames(image, form, 1 / fps))
         except Exception as error:

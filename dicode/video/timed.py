@@ -42,32 +42,30 @@ def contiguous(path: Path, frames: Iterator[Frame]) -> Iterator[Frame]:
 
     Raises `VideoReadError` for a clock that jumps, runs backwards, or does not end.
     """
+
+    def checked(index: int, frame: Frame) -> Frame:
+        if (length_s := frame.end_s - frame.start_s) > LONGEST_FRAME_S:
+            raise VideoReadError(
+                f"{path}: its clock jumps: frame {index}, at {frame.start_s:g} s, stays for {length_s:g} s; expected at"
+                f" most {LONGEST_FRAME_S:g} s; write it anew, e.g. with ffmpeg -vf setpts=N/FR/TB -r RATE"
+            )
+        return frame
+
     last, count = next(frames), 0
     for frame in frames:
         count += 1
-        if last.start_s - frame.start_s > max(last.end_s - last.start_s, 0.1):
+        back_s = max(0.0, last.start_s - frame.start_s)
+        if back_s > max(last.end_s - last.start_s, 0.1):
             raise VideoReadError(
                 f"{path}: damaged, its clock runs backwards: frame {count} is to appear at {frame.start_s:.3f} s, the"
                 f" one before at {last.start_s:.3f} s; write it anew, e.g. with ffmpeg -fflags +genpts"
             )
-        back_s = max(0.0, last.start_s - frame.start_s)
         frame = frame._replace(start_s=max(frame.start_s, last.start_s), end_s=frame.end_s + back_s)
-        yield _checked(path, count - 1, last._replace(end_s=frame.start_s))
+        yield checked(count - 1, last._replace(end_s=frame.start_s))
         if count >= MOST_FRAMES:
             raise VideoReadError(f"{path}: expected at most {MOST_FRAMES:,} frames, got more; cut it into parts")
         last = frame
-    yield _checked(path, count, last)
-
-
-def _checked(path: Path, index: int, frame: Frame) -> Frame:
-    length_s = frame.end_s - frame.start_s
-    if length_s > LONGEST_FRAME_S:
-        raise VideoReadError(
-            f"{path}: frame {index}, at {frame.start_s:g} s, stays for {length_s:g} s; expected at most"
-            f" {LONGEST_FRAME_S:g} s: the clock of the file jumps. Write it anew with a steady rate, e.g."
-            " ffmpeg -vf setpts=N/FR/TB -r RATE"
-        )
-    return frame
+    yield checked(count, last)
 
 
 def checked_fps(fps: object, name: str) -> float:
@@ -80,16 +78,13 @@ def checked_fps(fps: object, name: str) -> float:
 def check_work(path: Path, pixels: int) -> None:
     """Raise `VideoReadError` for more pixels than a file of its size may hold: hours of work for a few kilobytes."""
     size = path.stat().st_size
-    most = FREE_WORK + MOST_WORK * size
-    if pixels > most:
-        raise VideoReadError(
-            f"{path}: {size:,} bytes that unfold to more than {most / 1e6:.0f} million pixels; make it smaller"
-        )
+    if pixels > (most := FREE_WORK + MOST_WORK * size):
+        unfolds = f"{size:,} bytes that unfold to more than {most / 1e6:.0f} million pixels"
+        raise VideoReadError(f"{path}: {unfolds}; make it smaller")
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raise `VideoReadError` before a picture of that size is decoded if it is larger than `MOST_PIXELS`."""
+    """Raise `VideoReadError` for a picture larger than `MOST_PIXELS`, before it is decoded."""
     if width * height > MOST_PIXELS:
-        raise VideoReadError(
-            f"{path}: claims pictures of {width}x{height}; expected at most {MOST_PIXELS:,} pixels: make it smaller"
-        )
+        claim = f"claims pictures of {width}x{height}; expected at most {MOST_PIXELS:,} pixels"
+        raise VideoReadError(f"{path}: {claim}: make it smaller")
