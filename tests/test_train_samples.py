@@ -288,5 +288,5 @@ def test_a_run_compares_the_variance_of_residuals_with_that_of_key_frames(
 def test_the_real_side_of_an_evaluation_has_no_clip_that_is_held_to_its_end(tiny_model: Path, cache: Path) -> None:
     model, frames = DiCoDe.from_pretrained(tiny_model), FrameCache.load(cache)
     made = Samples(model, frames)
-    assert [frames.videos[row].count for row in made.rows] == [16, 32, 72, 30]
-    assert [frames.videos[row].count for row in made.training(3)] == [16, 72, 30]
+    assert [video.count for video in made.videos] == [16, 32, 72, 30]
+    assert [video.count for video in made.training(3)] == [16, 72, 30]

@@ -51,7 +51,8 @@ def evaluate_generation(
 def validation_scores(samples: Samples, generated: Mapping[str, Features]) -> dict[str, dict[str, Score]]:
     """`SET_METRICS` of the validation captions' clips, and of as many real training clips: the bias of few clips."""
     count, training = len(samples.captioned), samples.training()
-    videos, captions = ([of[i] for i in samples.captioned] for of in (samples.videos, samples.captions))
+    videos = [samples.videos[i] for i in samples.captioned]
+    captions = [samples.captions[i] for i in samples.captioned]
     if count > len(training):
         raise ValueError(
             f"expected at least {count} training clips to compare as many validation clips with, got {len(training)}"

@@ -101,7 +101,7 @@ def continuations(
 
 def figures_of(clips: Sequence[Continuation], extractor: EfficientNetLite0Features, seed: int = 0) -> dict[str, Any]:
     """The figures of one split, a metric with one value or several."""
-    real, own, other, again = ([one[i] for one in clips] for i in range(4))
+    real, own, other, again = ([getattr(one, name) for one in clips] for name in Continuation._fields[:4])
     sets = {"own caption": own, "other caption": other, "first frame held": [hold_head(clip) for clip in real]}
     truth = extractor.features(real)
     features = {name: extractor.features(those) for name, those in sets.items()}

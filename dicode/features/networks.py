@@ -46,7 +46,8 @@ class ClipNetwork:
     """
 
     def __init__(self, name: Literal["I3D", "C3D"], path: str | Path, device: str | torch.device = "cpu") -> None:
-        self.name, self.width = name, 400 if name == "I3D" else 101
+        self.name: str = name
+        self.width = 400 if name == "I3D" else 101
         self._network, self._device = _torchscript(path, device), torch.device(device)
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ and gradients are averaged over all. So batch and losses are the same whatever t
 
 import os
 import signal
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -139,12 +138,8 @@ class Processes:
             return step
         device = next(step.parameters()).device
         if strategy == "ddp":
-            # a batch may give some weights no gradient, and the reducer warns where it found none of these
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             places = None if device.type == "cpu" else [device.index]
-            return DistributedDataParallel(
-                step, device_ids=places, gradient_as_bucket_view=True, find_unused_parameters=True
-            )
+            return DistributedDataParallel(step, device_ids=places, gradient_as_bucket_view=True)
         for parameter in step.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP takes no channels-last
         mesh = init_device_mesh(device.type, (self.count,))
@@ -164,7 +159,27 @@ class StepModule(nn.Module):
         self.stage = [stage]  # in a list: a stage is no part of the module
 
     def forward(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.stage[0].loss(batch, generator)
+        loss, values = self.stage[0].loss(batch, generator)
+        if dist.is_available() and dist.is_initialized():
+            # all processes expect a gradient of every weight that is whole here, also where this batch gives none
+            reached = leaves_of(loss)
+            unused = [p for p in self.module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+            loss = loss + sum(0.0 * p.sum() for p in unused if p not in reached)
+        return loss, values
+
+
+def leaves_of(loss: Tensor) -> set[Tensor]:
+    """The leaf tensors that a backward pass reaches."""
+    found: set[Tensor] = set()
+    visited, ahead = set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in visited:
+            visited.add(node)
+            ahead += [before for before, _ in node.next_functions]
+            if isinstance(leaf := getattr(node, "variable", None), Tensor):
+                found.add(leaf)
+    return found
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
