@@ -29,9 +29,10 @@ from dicode.cli.generate import Generate
 from dicode.cli.info import Info
 from dicode.cli.tokenize import Reconstruct, Tokenize
 from dicode.cli.train import Assemble, Finetune, Train, TrainAll
-from dicode.config import check_ranges, raised_in
+from dicode.config import check_ranges
 from dicode.stopwatch import Stopwatch
 from dicode.train.recipe import load_run
+from dicode.user_code import raised_in
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 USAGE_ERROR = 2  # as tyro and argparse

@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dicode.checkpoint import downloaded
 from dicode.features.networks import CLIP_FILES
 from dicode.files import sha256_of
+from dicode.hub import downloaded
 
 I3D_FILE = "i3d_torchscript.pt of StyleGAN-V (https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt)"
 C3D_FILE = "c3d_ucf101.pt of StyleGAN-V (https://www.dropbox.com/s/jxpu7avzdc9n97q/c3d_ucf101.pt)"

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from dicode.checkpoint import check_model_folder, load_weights, model_folder, read_config
+from dicode.checkpoint import load_weights, read_config
 from dicode.config import CheckpointError
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
-from dicode.tokenizer.first_stage import DECODER, FirstStage
+from dicode.saving import check_model_folder, model_folder
+from dicode.tokenizer.encoder import DECODER, FirstStage
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 
 

@@ -20,7 +20,7 @@ from dicode.data.columns import CachedVideo
 from dicode.data.records import VALIDATION_EVERY, ClipRecord
 from dicode.device import pick_device
 from dicode.files import put_text, state_of
-from dicode.lm.presets import DeepLMConfig
+from dicode.lm.config import DeepLMConfig
 from dicode.stopwatch import Stopwatch
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.train.loop import NonFiniteLossError, data_of, train

@@ -9,15 +9,18 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from dicode.checkpoint import content_hash, downloaded, load_weights, read_config, write_config
+from dicode.checkpoint import content_hash, load_weights, read_config
 from dicode.data.cache import CachedVideo, FrameCache, Rows
 from dicode.data.columns import CAPTIONED, Videos, spread_numbers
 from dicode.device import Precision, autocast, pick_device
 from dicode.features.scorer import ALL, Scorer, scorer_metrics, truth_of
 from dicode.files import read_json
+from dicode.hub import downloaded
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
+from dicode.lm.pretrained import load_pretrained
 from dicode.lm.text import TextTokenizer
+from dicode.saving import write_config
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
 from dicode.train.augment import View, augmented_caption
 from dicode.train.first_stage import frames_to_pixels, pixels_to_frames
@@ -119,7 +122,7 @@ class LanguageTraining:
         if run.init:
             load_weights(self.module, Path(run.init) / LM_WEIGHTS)
         if body:
-            self.module.backbone.load_pretrained(body)
+            load_pretrained(self.module.backbone, body)
         if run.lora.rank:
             add_adapters(self.module, run.lora, run.loop.seed)
         if run.loop.compile:
@@ -341,7 +344,7 @@ class LanguageTraining:
 
     def export(self, folder: Path) -> None:
         with merged(self.module):
-            section = self.module.save_part(folder)
+            section = self.module.save_pretrained(folder)
         tokenizer = read_config(Path(self.run.tokenizer))["tokenizer"]
         write_config(folder, {"lm": section, "tokenizer": tokenizer, "deep_tokens": self.tokenizer.token_hash()})
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dicode.config import RecipeError, load_file, load_function, run_own
+from dicode.user_code import RecipeError, load_file, load_function, run_own
 
 
 def load_run(recipe: str) -> Any:

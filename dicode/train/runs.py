@@ -17,7 +17,8 @@ from dicode.config import (
     TrainingSteps,
     Whole,
 )
-from dicode.lm.presets import SIZES, DeepLMConfig
+from dicode.lm.config import DeepLMConfig
+from dicode.lm.presets import SIZES
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 
 Strategy = Literal["ddp", "fsdp"]

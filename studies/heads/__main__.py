@@ -22,8 +22,9 @@ from dicode.evaluate.reference import RealClips, first_clip
 from dicode.evaluate.samples import generated_clips
 from dicode.features.extract import EfficientNetLite0Features
 from dicode.features.metrics import bootstrap_interval, frechet_distance, mean_pair_distance
+from dicode.lm.config import BodyConfig, HeadName, Order
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.presets import SIZES, BodyConfig, HeadName, Order
+from dicode.lm.presets import SIZES
 from dicode.pipeline import DiCoDe
 from dicode.provenance import write_result
 from dicode.sizing.plan import Planner
