@@ -264,7 +264,7 @@ def _decode(shared: Shared, jobs: Sequence[Job], key_frames: Iterator[Any], leng
     command, watch, bar, config = shared.command, shared.watch, shared.bar, shared.model.tokenizer.config
     clips = shared.model.render(key_frames, length, sample_indices=[job.sample for job in jobs], **shared.draws)
     scale = command.scale or default_scale(config)
-    writing = {"scale": scale, "stream": command.stream, "lossless": command.lossless}
+    writing: dict[str, Any] = {"scale": scale, "stream": command.stream, "lossless": command.lossless}
     rows: list[Any] = []  # of the contact sheet
     before = dict(watch.seconds)
     with ExitStack() as stack:
