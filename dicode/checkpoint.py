@@ -1,53 +1,39 @@
-"""A checkpoint is a folder: `config.json`, `*.safetensors`, `README.md`. It loads strictly, runs no code of its own."""
+"""A checkpoint is a folder: `config.json`, `*.safetensors`, `README.md`. It loads strictly, runs no code of its own.
+
+`dicode.saving` writes checkpoints, `dicode.hub` exchanges them with the Hugging Face Hub.
+"""
 
 import hashlib
 import json
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dicode import __version__
 from dicode.config import CheckpointError, config_from_dict, nearest, shortened
-from dicode.files import TextError, put, read_json, whole_folder
+from dicode.files import TextError, printable, read_json
 
 FORMAT = 2
 SECTIONS = ("first_stage", "tokenizer", "lm", "deep_tokens", "video_text")  # of config.json
 MAX_CONFIG_BYTES = 2**20
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-DEFAULT_MODEL = "sprites"
+FILES = ("config.json", "*.safetensors", "tokenizer.json", "README.md")  # nothing that could run
 # as safetensors' headers name them; each is cast to the module's own type
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 SEAL = "content"  # key of a weight file's metadata: see `check_seal`
 SCALES = ".int8_scales"  # suffix of the name of a quantized tensor's scales
-HUB_FILES = ("config.json", "*.safetensors", "tokenizer.json", "README.md")  # nothing that could run
-CARD = """---
-library_name: dicode
-pipeline_tag: text-to-video
----
-
-# {repo_id}
-
-A text-to-video model: `dicode generate "a prompt" --model {repo_id}`
-"""
 INITIALISERS = ("torch.nn.init", "transformers.initialization")  # the latter wraps the former
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
-
-
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json` of a checkpoint folder, with the format number that `read_config` checks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
+Header = tuple[tuple[int, ...], str]  # of a tensor: its shape, and its type as safetensors names it
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -82,7 +68,7 @@ def resolve(name_or_folder: str | Path | None = None, revision: str | None = Non
     A repository is downloaded once and then read from the Hub's cache, offline too; `revision` is its branch, tag or
     commit (default: main). A `Path` is never looked up on the Hub.
     """
-    name_or_folder = DEFAULT_MODEL if name_or_folder is None else name_or_folder
+    name_or_folder = "sprites" if name_or_folder is None else name_or_folder
     for folder in (Path(name_or_folder), CHECKPOINTS / name_or_folder):
         if (folder / "config.json").is_file():
             if revision is not None:
@@ -95,35 +81,12 @@ def resolve(name_or_folder: str | Path | None = None, revision: str | None = Non
             f"no checkpoint at {str(name_or_folder)!r}: expected a folder with config.json, one of {bundled}, "
             "or owner/name on the Hub"
         )
-    folder = downloaded(str(name_or_folder), HUB_FILES, revision)
+    from dicode.hub import downloaded
+
+    folder = downloaded(str(name_or_folder), FILES, revision)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{str(name_or_folder)!r}: no config.json in it, so this is no dicode checkpoint")
     return folder
-
-
-def downloaded(repo_id: str, files: Sequence[str], revision: str | None = None) -> Path:
-    """These files (patterns) of a repository on the Hub, as a folder of its cache; without a network, the cached ones.
-
-    Every failure is a `CheckpointError` with what to do.
-    """
-    from huggingface_hub import constants, errors, snapshot_download
-
-    url = f"{constants.ENDPOINT}/{repo_id}"
-    advice = {  # in this order: GatedRepoError is a RepositoryNotFoundError too
-        errors.GatedRepoError: f"gated; ask for access at {url}, then run `hf auth login`",
-        errors.RepositoryNotFoundError: f"no folder here and no repository at {url}; if private, run `hf auth login`",
-        errors.RevisionNotFoundError: f"no such branch, tag or commit; see {url}",
-        errors.LocalEntryNotFoundError: f"no folder here, not in the cache {constants.HF_HUB_CACHE}, and the Hub "
-        "cannot be reached; connect once, or unset HF_HUB_OFFLINE",
-    }
-    try:
-        # the first pattern would match in folders too, where training runs keep files that the model does not need
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"]))
-    except Exception as error:  # errors of the Hub's HTTP library share no stable base class
-        other = f"download failed, try again ({type(error).__name__}: {error})"
-        reason = next((text for kind, text in advice.items() if isinstance(error, kind)), other)
-        name = f"{repo_id!r}" if revision is None else f"{repo_id!r} at revision {revision!r}"
-        raise CheckpointError(f"{name}: {reason}") from error
 
 
 def model_name(folder: Path) -> str:
@@ -134,81 +97,9 @@ def model_name(folder: Path) -> str:
     return commit
 
 
-def push_folder(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
-    commit_message: str = "Upload a dicode model",
-    card: str | None = None,
-) -> str:
-    """Upload a checkpoint folder to the Hub; returns its address.
-
-    Creates the repository and the branch `revision` (default: main) where missing. `card` is the text of README.md;
-    without one the repository's card stays, or a short one is written. Raises `ValueError` for a public repository
-    where `private` is requested.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    repo_id = url.repo_id  # with the owner, where none was named
-    if private and api.model_info(repo_id).private is False:
-        raise ValueError(f"{repo_id} exists and is public: make it private at {url}/settings, or push another name")
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if card is not None or not api.file_exists(repo_id, "README.md", revision=revision):
-        (folder / "README.md").write_text(CARD.format(repo_id=repo_id) if card is None else card, encoding="utf-8")
-    api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
-    return str(url)
-
-
-def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None, beside: Path | None = None) -> None:
-    """Write a module's state as one safetensors file, floating-point tensors as `dtype` where given.
-
-    `int8` stores 8 bits a number and a scale a row for matrices, float16 for the rest; loading gives floats again.
-    `beside` is the text tokenizer that belongs to the weights: the seal covers it too.
-    """
-    state = {}
-    for name, value in module.state_dict().items():
-        stored, scales = as_stored(value.detach().cpu(), dtype)
-        state[name] = stored.contiguous()
-        if scales is not None:
-            state[name + SCALES] = scales.contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unknown = "0" * (32 if beside else 16)
-    save_file(state, path, metadata={SEAL: unknown})  # a single key: the order of several varies
-    content = content_of(path, beside)[0]
-    with path.open("r+b") as file:
-        head = file.read(2**16)
-        file.seek(0)
-        file.write(head.replace(f'"{SEAL}":"{unknown}"'.encode(), f'"{SEAL}":"{content}"'.encode(), 1))
-    path.chmod(0o644)  # safetensors creates files for their owner alone
-
-
-def as_stored(value: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """A tensor as `save_weights` stores it, and the float32 scales, one a row, to multiply int8 with."""
-    if dtype is None or not value.is_floating_point():
-        return value, None
-    if dtype != torch.int8 or value.ndim < 2:
-        return value.to(torch.float16 if dtype == torch.int8 else dtype), None
-    scales = value.float().abs().amax(tuple(range(1, value.ndim)), keepdim=True).clamp_min(1e-12) / 127
-    return (value.float() / scales).round().to(torch.int8), scales
-
-
-def as_saved(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor as it is read back from a file of `save_weights`."""
-    stored, scales = as_stored(value, dtype)
-    return stored if scales is None else stored.float() * scales
-
-
-def kept_tensors(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file, which is written from `make` where it is missing."""
-    if not path.is_file():
-        put(path, lambda partial: save_file(make(), partial))
-    return read_tensors(path)
+def model_origin(folder: Path, *weights: Path) -> dict[str, str]:
+    """Which model made a file, for its metadata: name, hash of its weights, version of dicode."""
+    return {"model": printable(model_name(folder)), "weights": content_hash(*weights), "dicode": __version__}
 
 
 def content_hash(*files: Path) -> str:
@@ -316,22 +207,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: _read(file, name) for name in _names(file)}
 
 
-class TensorHeader(NamedTuple):
-    """A tensor's entry in a safetensors header."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def headers_of(state: Mapping[str, Tensor]) -> dict[str, TensorHeader]:
+def headers_of(state: Mapping[str, Tensor]) -> dict[str, Header]:
     """The header that a file of these tensors would have."""
-    return {
-        name: TensorHeader(tuple(value.shape), FLOATS.get(value.dtype, str(value.dtype)))
-        for name, value in state.items()
-    }
+    return {name: (tuple(value.shape), FLOATS.get(value.dtype, str(value.dtype))) for name, value in state.items()}
 
 
-def mismatches(module: nn.Module, headers: Mapping[str, TensorHeader]) -> list[str]:
+def mismatches(module: nn.Module, headers: Mapping[str, Header]) -> list[str]:
     """A line for each difference between these names, shapes and types and those of the module's state."""
     own = module.state_dict()
     problems = [f"missing {name} {tuple(value.shape)}" for name, value in own.items() if name not in headers]
@@ -355,7 +236,7 @@ def is_finite(value: Tensor) -> bool:
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
 
 
-def _fill(module: nn.Module, headers: Mapping[str, TensorHeader], read: Callable[[str], Tensor], source: str) -> None:
+def _fill(module: nn.Module, headers: Mapping[str, Header], read: Callable[[str], Tensor], source: str) -> None:
     own = module.state_dict()
     problems = mismatches(module, headers)
     fits = not problems
@@ -395,7 +276,7 @@ def _names(file: Any) -> list[str]:
     return [name for name in names if not (name.endswith(SCALES) and name.removesuffix(SCALES) in names)]
 
 
-def _header(file: Any) -> dict[str, TensorHeader]:
+def _header(file: Any) -> dict[str, Header]:
     """The header of an open file; a quantized tensor counts as float."""
     headers, names = {}, set(file.keys())
     for name in _names(file):
@@ -406,43 +287,10 @@ def _header(file: Any) -> dict[str, TensorHeader]:
             one_a_row = (shape[0], *[1] * (len(shape) - 1)) if shape else ()
             fits = tuple(scales.get_shape()) == one_a_row and scales.get_dtype() in FLOATS.values()
             dtype = "F32" if fits else f"I8 with scales {scales.get_dtype()} {tuple(scales.get_shape())}"
-        headers[name] = TensorHeader(shape, dtype)
+        headers[name] = shape, dtype
     return headers
 
 
 def _read(file: Any, name: str) -> Tensor:
     value = file.get_tensor(name)
     return value.float() * file.get_tensor(name + SCALES) if value.dtype == torch.int8 else value
-
-
-@contextmanager
-def model_folder(output: Path, own: Sequence[str] = HUB_FILES, *, keep: bool = False) -> Iterator[Path]:
-    """An empty folder for a checkpoint, which takes the place of `output` when the block ends: whole, or not at all.
-
-    A model card that is there stays; with `keep` so do all files that the block does not write. Raises as
-    `check_model_folder`.
-    """
-    check_model_folder(output, own)
-    with whole_folder(output) as folder:
-        yield folder
-        for path in output.iterdir() if output.is_dir() else ():
-            if (keep or path.name == "README.md") and not (folder / path.name).exists():
-                shutil.copy2(path, folder)
-
-
-def check_model_folder(output: Path, own: Sequence[str] = HUB_FILES) -> None:
-    """Raise `CheckpointError` unless a folder is missing, empty, or a dicode checkpoint with files of these names."""
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output}: expected a folder to write, or none yet, got a file")
-    names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
-    if names and not foreign:
-        try:
-            read_config(output)
-        except CheckpointError:
-            foreign = names
-    if foreign:
-        raise CheckpointError(
-            f"{output}: holds {', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''}, which this command did not "
-            "write and would not keep: name another folder"
-        )

@@ -1,4 +1,4 @@
-"""Plain values ⇄ frozen dataclasses, with each field's range in its annotation; and users' own Python files.
+"""Plain values ⇄ frozen dataclasses, with each field's range in its annotation.
 
 Imports no torch, so that `dicode --help` is fast.
 """
@@ -8,15 +8,11 @@ import difflib
 import json
 import math
 import reprlib
-import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -28,7 +24,7 @@ class CheckpointError(ValueError):
     """A configuration or checkpoint that cannot be loaded: names file and key, what was expected and what was given."""
 
 
-class RangeError(ValueError):
+class RangeError(CheckpointError):
     """A number out of its field's range: names the field and the range."""
 
 
@@ -133,15 +129,12 @@ def check_ranges(config: Any, name: Callable[[str], str] = str, inside: str = ""
         path, value = f"{inside}.{field.name}" if inside else field.name, getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             check_ranges(value, name, path)
-            continue
-        try:
+        else:
             _check(hints[field.name], value, name(path))
-        except CheckpointError as error:
-            raise RangeError(str(error)) from error
 
 
 def _check(hint: Any, value: Any, where: str) -> None:
-    """Raise `CheckpointError` where a value of the right type is out of its annotation's range."""
+    """Raise `RangeError` where a value of the right type is out of its annotation's range."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if value is None:
         return
@@ -149,11 +142,11 @@ def _check(hint: Any, value: Any, where: str) -> None:
         for note in arguments[1:]:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if isinstance(note, Range) and is_number and (problem := note.problem(value)):
-                raise CheckpointError(f"{where}: {problem}")
+                raise RangeError(f"{where}: {problem}")
             if isinstance(note, Items) and not note.least <= len(value) <= note.most:
-                raise CheckpointError(f"{where}: expected {note.least} to {note.most} values, got {len(value)}")
+                raise RangeError(f"{where}: expected {note.least} to {note.most} values, got {len(value)}")
             if note is Unicode and any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise CheckpointError(f"{where}: expected text in UTF-8, got {value!r}")
+                raise RangeError(f"{where}: expected text in UTF-8, got {value!r}")
         _check(arguments[0], value, where)
     elif origin in (typing.Union, types.UnionType):
         _check(next(a for a in arguments if a is not type(None)), value, where)
@@ -161,9 +154,9 @@ def _check(hint: Any, value: Any, where: str) -> None:
         for item in value:
             _check(arguments[0] if arguments else type(item), item, where)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise CheckpointError(f"{where}: expected a finite number, got {value}")
+        raise RangeError(f"{where}: expected a finite number, got {value}")
     elif isinstance(value, int) and abs(value) > MOST_INTEGER:
-        raise CheckpointError(f"{where}: expected a number of at most 64 bits, got {shortened(value)}")
+        raise RangeError(f"{where}: expected a number of at most 64 bits, got {shortened(value)}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -223,56 +216,3 @@ def missing_extra(error: ModuleNotFoundError, extra: str) -> ImportError:
     if error.name and error.name.split(".")[0] == "dicode":
         return error
     return ImportError(f"this needs the package {error.name!r}, not installed: pip install 'dicode[{extra}]'")
-
-
-class RecipeError(ValueError):
-    """A user's Python file that raises or lacks something: names file, line and exception."""
-
-
-def load_function(spec: str, kind: str, form: str, extra: str) -> Callable[..., Any]:
-    """The function that `FILE.py:NAME` names, of a user's recipe or scorer (`kind`).
-
-    An error shows the expected `form`, and the package `extra` to install where the file needs one that is missing.
-    """
-    file, _, name = spec.rpartition(":")
-    if not file.endswith(".py") or not name.isidentifier():
-        raise RecipeError(f"{kind}: expected {form}, got {spec!r}")
-    module = load_file(Path(file), kind, extra)
-    values = vars(module).items()
-    own = [n for n, value in values if callable(value) and getattr(value, "__module__", "") == module.__name__]
-    if name not in own:
-        raise RecipeError(f"{file}: no function {name!r}{nearest(name, own)}; it has {', '.join(own)}")
-    return getattr(module, name)
-
-
-def load_file(file: Path, kind: str, extra: str) -> types.ModuleType:
-    """Run a Python file as a module, under a name that no library has: `tokenizers.py` must not replace one."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such {kind} file")
-    name = f"dicode_{kind}_{sha256(str(file.resolve()).encode()).hexdigest()[:8]}_{file.stem}"
-    module = sys.modules[name] = types.ModuleType(name)  # dataclasses look their module up there
-    module.__file__ = str(file)
-    try:
-        exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, extra) from error
-    except SyntaxError as error:
-        raise RecipeError(f"{file}, line {error.lineno}: {error.msg}") from error
-    except (Exception, SystemExit) as error:
-        raise raised_in(str(file), error) from error
-    return module
-
-
-def run_own(function: Callable[..., Any], spec: str, *arguments: Any) -> Any:
-    """Call a function of a user's file. Raises `RecipeError` for whatever it raises."""
-    try:
-        return function(*arguments)
-    except (Exception, SystemExit) as error:
-        raise raised_in(spec.rpartition(":")[0], error) from error
-
-
-def raised_in(file: str, error: BaseException) -> RecipeError:
-    """An exception of a user's file in one line: file, line number and text, exception."""
-    inside = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == Path(file)]
-    where = f", line {inside[-1].lineno} ({inside[-1].line})" if inside else ""
-    return RecipeError(f"{file}{where}: {type(error).__name__}: {error}")

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dicode.checkpoint import push_folder, resolve, write_config
+from dicode.checkpoint import resolve
+from dicode.hub import push_folder
 from dicode.lm.deep_lm import DeepTokenLM
+from dicode.saving import write_config
 from dicode.seeds import SeedPlan
 from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens
 from dicode.storyboard import Shot, key_frames_of
@@ -66,7 +68,7 @@ class DiCoDe:
         """Write a checkpoint folder (weights and `config.json`, without a model card)."""
         sections = {
             "tokenizer": self.tokenizer.save_pretrained(folder, dtype),
-            "lm": self.lm.save_part(Path(folder), dtype),
+            "lm": self.lm.save_pretrained(folder, dtype),
             "deep_tokens": self.tokenizer.token_hash(dtype),
         }
         write_config(Path(folder), sections)
@@ -119,27 +121,12 @@ class DiCoDe:
             goal,
         )
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        seconds: float | None = None,
-        seed: int | SeedPlan = 0,
-        sample_index: int = 0,
-        given: Given | None = None,
-        sampling: SamplingConfig | None = None,
-        **options: object,
-    ) -> Iterator[Video]:
+    def generate(self, prompt: Prompt, *, sample_index: int = 0, **options: Any) -> Iterator[Video]:
         """Clips of one video, uint8 `f h w c`, each rendered when asked for; together exactly `seconds` (default: 4).
 
-        The shots of a storyboard bring their own seconds. `options` change fields of `sampling` (default: the model's
-        own). Raises `ValueError` at the call for an empty prompt, an unknown option, or more seconds than the language
-        model has positions for.
+        Options are those of `generate_batch`: seconds, seed, given, and fields of `SamplingConfig`.
         """
-        indices = [sample_index]
-        clips = self.generate_batch(
-            [prompt], seconds=seconds, seed=seed, sample_indices=indices, given=given, sampling=sampling, **options
-        )
+        clips = self.generate_batch([prompt], sample_indices=[sample_index], **options)
         return (clip[0].numpy() for clip in clips)
 
     def generate_batch(
@@ -150,16 +137,17 @@ class DiCoDe:
         seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
         given: Given | None = None,
-        sampling: SamplingConfig | None = None,
         **options: object,
     ) -> Iterator[FrameStack]:
-        """As `generate` for several prompts: clips uint8 `b f h w c`; a sample does not depend on its batch."""
-        sampling = (sampling or self.sampling).changed(**options)
-        length = length_s(prompts, seconds)
-        key_frames = self.write(
-            prompts, seconds=seconds, seed=seed, sample_indices=sample_indices, given=given, sampling=sampling
-        )
-        return self.render(key_frames, length, seed=seed, sample_indices=sample_indices, given=given, sampling=sampling)
+        """As `generate` for several prompts: clips uint8 `b f h w c`; a sample does not depend on its batch.
+
+        The shots of a storyboard bring their own seconds. `options` change fields of the model's own `sampling`. Raises
+        `ValueError` at the call for an empty prompt, an unknown option, or more seconds than the language model has
+        positions for.
+        """
+        draws: dict[str, Any] = {"seed": seed, "sample_indices": sample_indices, "given": given}
+        draws["sampling"] = self.sampling.changed(**options)
+        return self.render(self.write(prompts, seconds=seconds, **draws), length_s(prompts, seconds), **draws)
 
     def write(
         self,
@@ -170,13 +158,11 @@ class DiCoDe:
         sample_indices: Sequence[int] | None = None,
         given: Given | None = None,
         sampling: SamplingConfig | None = None,
-        **options: object,
     ) -> Iterator[KeyFrameTokens]:
         """The language model's half of `generate_batch`: key frames, from the first clip's head to the last one's tail.
 
         A storyboard's prompt changes after the key frame that ends its shot. Everything is checked at the call.
         """
-        sampling = (sampling or self.sampling).changed(**options)
         given, config, length = given or Given(), self.tokenizer.config, length_s(prompts, seconds)
         scripts = [[Shot(p, length)] if isinstance(p, str) else list(p) for p in prompts]
         start = 0 if given.key_frames is None else given.key_frames.shape[1]
@@ -195,7 +181,7 @@ class DiCoDe:
                 goal_keyframe=None if given.goal is None else start + sum(counts) - 1,
                 seed=seed,
                 sample_indices=sample_indices,
-                sampling=sampling,
+                sampling=sampling or self.sampling,
             )
 
         def shots() -> Iterator[KeyFrameTokens]:
@@ -219,13 +205,12 @@ class DiCoDe:
         sample_indices: Sequence[int] | None = None,
         given: Given | None = None,
         sampling: SamplingConfig | None = None,
-        **options: object,
     ) -> Iterator[FrameStack]:
         """The decoder's half of `generate_batch`: the clips between key frames, each rendered when asked for."""
         given = given or Given()
         clips = self.tokenizer.decode_pairs(
             consecutive(key_frames),
-            sampling=(sampling or self.sampling).changed(**options),
+            sampling=sampling or self.sampling,
             seed=seed,
             sample_indices=sample_indices,
             before=given.before,

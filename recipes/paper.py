@@ -19,7 +19,8 @@ only 6, at a third of the size. A run reads its cache from disk through memory m
 16 kB, its deep tokens 33 kB.
 """
 
-from dicode.lm.presets import SIZES, DeepLMConfig
+from dicode.lm.config import DeepLMConfig
+from dicode.lm.presets import SIZES
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.train.runs import AugmentConfig, LanguageRun, LoopConfig, OptimConfig, Strategy, TokenizerRun
 

@@ -15,7 +15,8 @@ of tokens also in the language model. All others may be changed stage by stage.
 
 from dataclasses import replace
 
-from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
+from dicode.lm.config import BodyConfig, HeadConfig
+from dicode.lm.presets import SIZES
 from dicode.tokenizer.config import DenoiserConfig, EncoderConfig, FirstStageConfig, TokenizerConfig
 from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 

@@ -18,7 +18,8 @@ The same command resumes an interrupted run. Hours and results of each: docs/log
 
 from dataclasses import replace
 
-from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
+from dicode.lm.config import BodyConfig, HeadConfig
+from dicode.lm.presets import SIZES
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 

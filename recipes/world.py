@@ -24,7 +24,8 @@ docs/log.md.
 
 from dataclasses import replace
 
-from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
+from dicode.lm.config import BodyConfig, HeadConfig
+from dicode.lm.presets import SIZES
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 

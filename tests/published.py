@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
-from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
+from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.tokenizer.config import (
     DenoiserConfig,
     EncoderConfig,
@@ -58,7 +58,7 @@ def reference_resampler_config(features: int = 257) -> ResamplerConfig:
     return ResamplerConfig(
         width=values["dim"], depth=values["depth"], heads=values["heads"], head_width=values["dim_head"],
         queries=values["num_queries"], feature_width=values["embedding_dim"], features=features,
-        token_width=values["output_dim"], feedforward_factor=values["ff_mult"],
+        token_width=values["output_dim"], feedforward_factor=values["ff_mult"], grid_queries=False,
     )  # fmt: skip
 
 

@@ -20,28 +20,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_lm_deep_lm import CONFIG, build
+from test_lm_deep_lm import CONFIG, build, saved
 from test_tokenizer import DENOISERS, tiny_config, tiny_tokenizer
 from torch import Tensor, nn
 
 from dicode import checkpoint as hub
-from dicode.checkpoint import (
-    CHECKPOINTS,
-    SEAL,
-    check_model_folder,
-    check_seal,
-    load_state,
-    load_weights,
-    model_folder,
-    read_config,
-    resolve,
-    save_weights,
-    write_config,
-)
+from dicode.checkpoint import CHECKPOINTS, SEAL, check_seal, load_state, load_weights, read_config, resolve
 from dicode.cli.app import main
 from dicode.config import CheckpointError
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
+from dicode.saving import check_model_folder, model_folder, save_weights, write_config
 from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, SamplingConfig
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.video.read import read_metadata
@@ -444,7 +433,7 @@ def test_tokenizers_are_bit_equal_without_initialisation(poisoned, tmp_path, nam
     ids=["llama", "gpt2", "rope_factor", "regression"],
 )
 def test_language_models_are_bit_equal_without_initialisation(poisoned, tmp_path, changes):
-    build(**changes).save_pretrained(tmp_path)
+    saved(build(**changes), tmp_path)
     assert_same(DeepTokenLM.from_pretrained(tmp_path), loaded_with_initialisation(DeepTokenLM, tmp_path))
 
 
@@ -499,7 +488,7 @@ def test_every_tokenizer_works_in_bfloat16_as_in_float32(tmp_path, name):
 
 @pytest.mark.parametrize("changes", [{}, {"body": "gpt2"}, {"head": "regression"}], ids=str)
 def test_every_language_model_works_in_bfloat16_as_in_float32(tmp_path, changes):
-    build(**changes).save_pretrained(tmp_path)
+    saved(build(**changes), tmp_path)
     whole, halved = (DeepTokenLM.from_pretrained(tmp_path, dtype=dtype) for dtype in (None, torch.bfloat16))
     assert whole.text is not None
     ids = whole.text.encode(["a red square"], whole.config.text_length)

@@ -20,7 +20,8 @@ from dicode.config import (
     config_to_dict,
     shortened,
 )
-from dicode.lm.presets import SIZES, DeepLMConfig
+from dicode.lm.config import DeepLMConfig
+from dicode.lm.presets import SIZES
 from dicode.pipeline import DiCoDe
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS

@@ -17,11 +17,10 @@ from torch import Tensor
 from dicode.checkpoint import load_state
 from dicode.convert.names import unet_state, vae_state
 from dicode.convert.priors import first_stage_of
-from dicode.tokenizer.conditioning import ClipConditioning
 from dicode.tokenizer.config import SamplingConfig
-from dicode.tokenizer.diffusion import sample
-from dicode.tokenizer.first_stage import FirstStage
-from dicode.tokenizer.unet3d import UNet3D
+from dicode.tokenizer.denoiser import ClipConditioning, sample
+from dicode.tokenizer.encoder import FirstStage
+from dicode.tokenizer.library import UNet3D
 
 
 @pytest.fixture(scope="module")

@@ -33,14 +33,13 @@ from dicode.cli.app import main
 from dicode.config import CheckpointError
 from dicode.convert.files import read_weights, write_tensors
 from dicode.convert.names import clip_state
-from dicode.convert.official import convert_official, null_text
-from dicode.convert.priors import convert_clip, convert_dynamicrafter, convert_vae
+from dicode.convert.official import convert_dynamicrafter, convert_official, null_text
+from dicode.convert.priors import convert_clip, convert_vae, diffusers_first_stage
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import MixtureHead
 from dicode.lm.text import TextTokenizer
 from dicode.tokenizer.config import EncoderConfig, SamplingConfig
-from dicode.tokenizer.encoder import ClipEncoder
-from dicode.tokenizer.first_stage import FirstStage
+from dicode.tokenizer.library import ClipEncoder
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
@@ -290,7 +289,6 @@ def test_parts_converted_one_after_the_other_make_one_folder(
     with pytest.raises(TypeError):  # after the weights
         convert_official(tmp_path / "out", lm=path, vocabulary=vocabulary, lm_config=reference_lm_config())
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
-    monkeypatch.setattr("dicode.convert.priors.write_config", None)
     with pytest.raises(TypeError):
         convert_dynamicrafter(
             saved(published, tmp_path / "d.bin"), tmp_path / "other", config=reference_config(), objective="epsilon"
@@ -377,7 +375,7 @@ def test_dynamicrafter_keeps_what_it_predicts_and_on_which_schedule(
 
 def test_compvis_autoencoder_becomes_a_diffusers_folder(published: dict[str, Tensor], tmp_path: Path) -> None:
     report = convert_vae(saved({"state_dict": published}, tmp_path / "sd.ckpt"), tmp_path / "vae")
-    stage = FirstStage.from_diffusers(tmp_path / "vae").eval()
+    stage = diffusers_first_stage(tmp_path / "vae").eval()
     v = vectors_of("vae")
     with torch.no_grad():
         decoded = stage.decode(v["latent_mode"] * 0.18215)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from dicode.config import RecipeError
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.features.scorer import ALL, Scorer, agrees, scorer_metrics
-from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
+from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.pipeline import DiCoDe
 from dicode.train.chain import assemble
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
 from dicode.train.stages import run_recipe, stage_of
+from dicode.user_code import RecipeError
 
 
 def scorer_of(folder: Path, body: str) -> Scorer:

@@ -15,7 +15,7 @@ from dicode.pipeline import DiCoDe, Given
 from dicode.seeds import SeedPlan
 from dicode.storyboard import Shot
 from dicode.tokenizer.config import SamplingConfig
-from dicode.tokenizer.first_stage import FirstStage
+from dicode.tokenizer.encoder import FirstStage
 from dicode.video.read import read_metadata, read_video
 
 SIZE = 32

@@ -18,7 +18,7 @@ import torch
 from test_tokenizer import tiny_config
 from toy_runs import runs, write_cache
 
-from dicode.lm.presets import DeepLMConfig
+from dicode.lm.config import DeepLMConfig
 from dicode.tokenizer.config import DenoiserConfig, TokenizerConfig
 from dicode.train.runs import FirstStageRun, TokenizerRun, load_run
 from dicode.train.stages import Run, run_recipe

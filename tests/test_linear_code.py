@@ -10,7 +10,8 @@ from test_tokenizer import tiny_config
 from torch import Tensor
 from toy_runs import loop, write_cache
 
-from dicode.tokenizer.linear import LinearCode
+from dicode.tokenizer.encoder import LinearCode
+from dicode.tokenizer.linear import fit_projections
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.runs import FirstStageRun, TokenizerRun
 from dicode.train.stages import run_recipe
@@ -28,13 +29,13 @@ def pictures(count: int, rank: int, seed: int = 0) -> Tensor:
     return (weights @ directions + 0.5).unflatten(1, (CHANNELS, SIDE, SIDE))
 
 
-def fitted(latents: Tensor) -> tuple[LinearCode, Tensor, Tensor]:
+def fitted(latents: Tensor) -> tuple[LinearCode, Tensor]:
     code = LinearCode(TOKENS, WIDTH, CHANNELS, SIDE)
-    return code, *code.fit(latents)
+    return code, fit_projections(code, latents)
 
 
-def normalised(code: LinearCode, latents: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    return ((code.tokens(latents).flatten(1) - mean) / variance.sqrt()).unflatten(1, (TOKENS, WIDTH))
+def normalised(code: LinearCode, latents: Tensor, variance: Tensor) -> Tensor:
+    return (code.tokens(latents).flatten(1) / variance.sqrt()).unflatten(1, (TOKENS, WIDTH))
 
 
 def error(code: LinearCode, tokens: Tensor, latents: Tensor) -> float:
@@ -43,25 +44,25 @@ def error(code: LinearCode, tokens: Tensor, latents: Tensor) -> float:
 
 @torch.no_grad()
 def test_what_fits_into_the_tokens_comes_back() -> None:
-    code, mean, variance = fitted(pictures(500, TOKENS * WIDTH))
+    code, variance = fitted(pictures(500, TOKENS * WIDTH))
     unseen = pictures(20, TOKENS * WIDTH, seed=1)
-    assert error(code, normalised(code, unseen, mean, variance), unseen) < 1e-6 * unseen.var()
+    assert error(code, normalised(code, unseen, variance), unseen) < 1e-6 * unseen.var()
 
 
 @torch.no_grad()
 def test_of_what_does_not_fit_the_leading_components_are_kept() -> None:
     latents = pictures(500, 40)
-    code, mean, variance = fitted(latents)
+    code, variance = fitted(latents)
     flat = latents.flatten(1)
     left = torch.linalg.svdvals(flat - flat.mean(0))[TOKENS * WIDTH :].square().sum() / flat.numel()
-    assert error(code, normalised(code, latents, mean, variance), latents) == pytest.approx(float(left), rel=1e-3)
+    assert error(code, normalised(code, latents, variance), latents) == pytest.approx(float(left), rel=1e-3)
 
 
 @torch.no_grad()
 def test_noise_costs_what_the_best_linear_code_loses_and_less_than_whitening_does() -> None:
     latents = pictures(2000, TOKENS * WIDTH)
-    code, mean, variance = fitted(latents)
-    tokens = normalised(code, latents, mean, variance)
+    code, variance = fitted(latents)
+    tokens = normalised(code, latents, variance)
     assert tokens.flatten(1).var(0) == pytest.approx(torch.ones(TOKENS * WIDTH), rel=0.01)
     noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2))
     lost = error(code, tokens + 0.3 * noise, latents)
@@ -75,8 +76,8 @@ def test_noise_costs_what_the_best_linear_code_loses_and_less_than_whitening_doe
 @torch.no_grad()
 def test_every_token_tells_most_of_what_is_under_it() -> None:
     latents = pictures(1000, TOKENS * WIDTH)
-    code, mean, variance = fitted(latents)
-    tokens = normalised(code, latents, mean, variance)
+    code, variance = fitted(latents)
+    tokens = normalised(code, latents, variance)
     cells = rearrange(latents, "f c (h i) (w j) -> (h w) f (c i j)", h=2, w=2)
     told = torch.zeros(TOKENS, TOKENS)
     for token in range(TOKENS):
@@ -89,9 +90,9 @@ def test_every_token_tells_most_of_what_is_under_it() -> None:
 
 def test_sizes_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="tokens of 24 numbers: expected at most 192, of at least 24 images"):
-        LinearCode(TOKENS, WIDTH, CHANNELS, SIDE).fit(pictures(20, 10))
+        fit_projections(LinearCode(TOKENS, WIDTH, CHANNELS, SIDE), pictures(20, 10))
     with pytest.raises(ValueError, match="3 tokens are no square grid over 8×8 latents"):
-        LinearCode(3, WIDTH, CHANNELS, SIDE).fit(pictures(50, 30))
+        fit_projections(LinearCode(3, WIDTH, CHANNELS, SIDE), pictures(50, 30))
     no_keys = dataclasses.replace(tiny_config(linear_code=True).denoiser, uses_key_latents=False)
     with pytest.raises(ValueError, match="linear_code: projects latents to latents"):
         VideoTokenizer(tiny_config(linear_code=True, denoiser=no_keys))
@@ -120,11 +121,9 @@ def test_training_begins_with_the_linear_code_and_the_networks_learn_beside_it(p
     stage = TokenizerTraining(key_frames(prepared))
     latents = stage.latents[stage.rows[:], 0].float()
     code = LinearCode(4, 6, 5, 8)
-    mean, variance = code.fit(latents)
+    variance = fit_projections(code, latents)
     with torch.no_grad():
-        expected = code.latents(
-            ((code.tokens(latents).flatten(1) - mean) / (variance + 1e-5).sqrt()).unflatten(1, (4, 6))
-        )
+        expected = code.latents((code.tokens(latents).flatten(1) / (variance + 1e-5).sqrt()).unflatten(1, (4, 6)))
         module = stage.module.eval()
         torch.testing.assert_close(module.key_latents(module.tokens_of(latents)), expected, rtol=1e-4, atol=1e-4)
     before = module.token_hash()

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dicode.checkpoint import FORMAT
 from dicode.config import CheckpointError
-from dicode.lm.deep_lm import DeepLMConfig, DeepTokenLM, _noised
-from dicode.lm.presets import SIZES, BodyConfig, HeadConfig
+from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
+from dicode.lm.deep_lm import DeepTokenLM, _noised
+from dicode.lm.presets import SIZES
 from dicode.lm.text import TextTokenizer
+from dicode.saving import write_config
 from dicode.tokenizer.config import SamplingConfig
 
 # Of tokens that are written one after the other: sums are taken in another order, and what differs is read again
@@ -58,6 +59,17 @@ def written(model: DeepTokenLM, prompts: Tensor = PROMPTS, num_keyframes: int = 
     return torch.stack(list(generated(model, prompts, num_keyframes, **options)), dim=1)
 
 
+def uncached(model: DeepTokenLM) -> DeepTokenLM:
+    """The model computes the whole sequence again for every token."""
+    model.backbone.new_cache = lambda: None  # type: ignore[method-assign]
+    return model
+
+
+def saved(model: DeepTokenLM, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint of nothing but a language model."""
+    write_config(folder, {"lm": model.save_pretrained(folder, dtype)})
+
+
 def generated(model: DeepTokenLM, prompts: Tensor, num_keyframes: int, **options: Any) -> Iterator[Tensor]:
     """`generate`, with fields of `SamplingConfig` among its options."""
     fields = {name: options.pop(name) for name in SamplingConfig.__dataclass_fields__ if name in options}
@@ -69,7 +81,7 @@ def generated(model: DeepTokenLM, prompts: Tensor, num_keyframes: int, **options
 def test_cached_generation_equals_uncached(changes: dict, guidance: float) -> None:
     model = build(**changes)
     cached = written(model, guidance=guidance, variance_scale=0.5)
-    torch.testing.assert_close(cached, written(model, guidance=guidance, variance_scale=0.5, use_cache=False), **NEAR)
+    torch.testing.assert_close(cached, written(uncached(model), guidance=guidance, variance_scale=0.5), **NEAR)
     assert cached.shape == (3, 3, 5, 7) and cached.dtype == torch.float32
 
 
@@ -259,25 +271,23 @@ def test_four_captions_are_memorised_and_written_back() -> None:
 
 def test_saved_model_loads_as_the_same(tmp_path: Path) -> None:
     model = build(body=dataclasses.replace(CONFIG.body, feed_forward=40, key_value_heads=1), input_noise=0.25)
-    (tmp_path / "config.json").write_text(json.dumps({"format": FORMAT, "tokenizer": {"left": "alone"}}))
-    model.save_pretrained(tmp_path)
+    saved(model, tmp_path)
     again = DeepTokenLM.from_pretrained(tmp_path)
     assert again.config == model.config and not again.training and again.text is not None
     assert torch.equal(written(again, again.text.encode(CAPTIONS[:3], 12)), written(model))
-    assert json.loads((tmp_path / "config.json").read_text())["tokenizer"] == {"left": "alone"}
 
 
 def test_halved_checkpoint_is_half_as_large_and_loads_in_float32(tmp_path: Path) -> None:
     model = build()
-    model.save_pretrained(tmp_path / "full")
-    model.save_pretrained(tmp_path / "half", torch.bfloat16)
+    saved(model, tmp_path / "full")
+    saved(model, tmp_path / "half", torch.bfloat16)
     full, half = ((tmp_path / name / "lm.safetensors").stat().st_size for name in ("full", "half"))
     assert half < 0.6 * full
     assert all(p.dtype == torch.float32 for p in DeepTokenLM.from_pretrained(tmp_path / "half").parameters())
 
 
 def test_damaged_checkpoints_name_what_is_wrong(tmp_path: Path) -> None:
-    build().save_pretrained(tmp_path)
+    saved(build(), tmp_path)
     weights, config = tmp_path / "lm.safetensors", json.loads((tmp_path / "config.json").read_text())
     state = load_file(weights)
 
@@ -303,7 +313,7 @@ def test_damaged_checkpoints_name_what_is_wrong(tmp_path: Path) -> None:
         ({**config["lm"], "begin_id": 7}, "text tokenizer"),
         (None, "no section 'lm'"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps({"format": FORMAT} | ({"lm": section} if section else {})))
+        write_config(tmp_path, {"lm": section} if section else {})
         refused(message)
 
 

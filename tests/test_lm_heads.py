@@ -7,6 +7,7 @@ import torch
 from torch import distributions as D
 from torch import nn
 
+from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig, HeadName
 from dicode.lm.heads import (
     HEADS,
     FlowHead,
@@ -17,7 +18,6 @@ from dicode.lm.heads import (
     mixture_nll,
     split_mixture,
 )
-from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig, HeadName
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import SamplingConfig
 

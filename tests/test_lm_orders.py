@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lm_deep_lm import CAPTIONS, CONFIG, NEAR, PROMPTS, TEXT, build, fit, generated, written
+from test_lm_deep_lm import CAPTIONS, CONFIG, NEAR, PROMPTS, TEXT, build, fit, generated, uncached, written
 
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import SeedPlan
@@ -22,7 +22,7 @@ def test_cached_generation_equals_uncached(head: str, order: str, guidance: floa
     model = build(head=head, order=order, end_frame_conditioning=True)
     options: dict[str, Any] = {"guidance": guidance, "variance_scale": 0.5, "goal": torch.randn(3, 5, 7)}
     cached = written(model, num_keyframes=4, **options)
-    torch.testing.assert_close(cached, written(model, num_keyframes=4, use_cache=False, **options), **NEAR)
+    torch.testing.assert_close(cached, written(uncached(model), num_keyframes=4, **options), **NEAR)
     assert cached.shape == (3, 4, 5, 7) and cached.dtype == torch.float32
 
 

@@ -17,11 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from toy_runs import write_cache
 
-from dicode.checkpoint import write_config
 from dicode.cli.app import main
-from dicode.device import GPUS, Gpu, peak_flops
+from dicode.hardware import GPUS, Gpu, peak_flops
+from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.presets import SIZES, BodyConfig, DeepLMConfig, HeadConfig
+from dicode.lm.presets import SIZES
+from dicode.saving import write_config
 from dicode.seeds import generator_for
 from dicode.sizing.count import count_parameters, micro_batch_cost, size_lm, size_tokenizer
 from dicode.sizing.plan import Planner, blank_batches, blank_stage, state_bytes, training_needs
@@ -67,7 +68,7 @@ UNET = TokenizerConfig(  # the published arrangement: no key-frame head, two key
     null_tokens="grey_image",
     first_stage=FirstStageConfig("kl", (32, 64), 4, (1,), (1,)),
     encoder=EncoderConfig("clip", width=64, depth=2, heads=2, size=56, patch=14, channels=3),
-    resampler=ResamplerConfig(64, 2, 2, 32, 16, 64, 17, 48),
+    resampler=ResamplerConfig(64, 2, 2, 32, 16, 64, 17, 48, grid_queries=False),
     denoiser=DenoiserConfig(
         "unet3d", context_frames=0, uses_key_latents=False, depth=1, heads=2, channels=(64, 96), text_width=32
     ),
@@ -420,7 +421,7 @@ def test_info_of_one_part_says_what_that_takes(capsys, tmp_path, tiny_model) -> 
     assert f"{count_parameters(tokenizer):,}" in out and "language model" not in out
     lm = DeepTokenLM.from_pretrained(tiny_model)
     # as a language model's run leaves it: the tokenizer's configuration, not its weights
-    write_config(tmp_path / "lm", {"lm": lm.save_part(tmp_path / "lm"), "tokenizer": section})
+    write_config(tmp_path / "lm", {"lm": lm.save_pretrained(tmp_path / "lm"), "tokenizer": section})
     assert main(["info", str(tmp_path / "lm")]) == 0
     out = capsys.readouterr().out
     assert f"{count_parameters(lm):,}" in out and "key frame encoded" not in out

@@ -18,15 +18,15 @@ from test_tokenizer import conditioning, tiny_tokenizer
 from torch import nn
 from toy_runs import FLOW, write_cache
 
-from dicode.config import load_file
 from dicode.data.cache import FrameCache
 from dicode.features.tinyvt import TinyVT
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.text import TextTokenizer
 from dicode.pipeline import DiCoDe
-from dicode.tokenizer.linear import LinearCode
+from dicode.tokenizer.encoder import LinearCode
 from dicode.train.loop import train
 from dicode.train.runs import LoopConfig, OptimConfig, runs_of
+from dicode.user_code import load_file
 
 STUDIES = Path(__file__).parents[1] / "studies"
 FAMILY = """

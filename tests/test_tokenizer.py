@@ -12,11 +12,12 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from published import reference_resampler_config, vectors_of, weights_of
 from safetensors.torch import load_file
 
-from dicode.checkpoint import read_config, write_config
+from dicode.checkpoint import read_config
 from dicode.config import CheckpointError
+from dicode.convert.priors import diffusers_first_stage
+from dicode.saving import write_config
 from dicode.seeds import SeedPlan, generator_for
 from dicode.tokenizer.boundaries import BLEND_FRAMES, blended
-from dicode.tokenizer.conditioning import ClipConditioning, cross_faded
 from dicode.tokenizer.config import (
     DenoiserConfig,
     EncoderConfig,
@@ -27,11 +28,17 @@ from dicode.tokenizer.config import (
     SamplingConfig,
     TokenizerConfig,
 )
-from dicode.tokenizer.denoiser import ResidualDenoiser, build_denoiser
-from dicode.tokenizer.diffusion import noised, sample, scale_motion
-from dicode.tokenizer.encoder import ClipEncoder, KeyFrameHead
-from dicode.tokenizer.first_stage import FirstStage
-from dicode.tokenizer.resampler import Resampler
+from dicode.tokenizer.denoiser import (
+    ClipConditioning,
+    ResidualDenoiser,
+    build_denoiser,
+    cross_faded,
+    noised,
+    sample,
+    scale_motion,
+)
+from dicode.tokenizer.encoder import FirstStage, KeyFrameHead, Resampler
+from dicode.tokenizer.library import ClipEncoder
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
 DENOISERS = {
@@ -497,7 +504,7 @@ def test_a_diffusers_autoencoder_gives_its_own_scaled_latents(tmp_path: Path, ki
             up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=3,
         )  # fmt: skip
     library.save_pretrained(tmp_path)
-    stage = FirstStage.from_diffusers(tmp_path)
+    stage = diffusers_first_stage(tmp_path)
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     encoded = library.encode(pixels)
     raw = encoded.latents if kind == "tiny" else encoded.latent_dist.mode()
@@ -510,7 +517,7 @@ def test_a_diffusers_autoencoder_gives_its_own_scaled_latents(tmp_path: Path, ki
 def test_a_folder_of_another_class_is_no_first_stage(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderDC"}))
     with pytest.raises(CheckpointError, match="expected AutoencoderKL or AutoencoderTiny, got 'AutoencoderDC'"):
-        FirstStage.from_diffusers(tmp_path)
+        diffusers_first_stage(tmp_path)
 
 
 @pytest.mark.parametrize("objective", ["flow", "v_prediction", "epsilon"])

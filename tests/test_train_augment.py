@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_runs import loop, write_cache
 
-from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
+from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.seeds import generator_for
 from dicode.train.augment import SMALLEST_CROP, View
 from dicode.train.lm import LanguageTraining

@@ -9,7 +9,7 @@ from test_device import Products
 from torch import nn
 
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.tokenizer.first_stage import FirstStage
+from dicode.tokenizer.encoder import FirstStage
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.lm import LanguageRun
 from dicode.train.loop import sample_indices

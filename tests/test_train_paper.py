@@ -15,12 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from toy_runs import SIZE, assert_same_checkpoint, loop, train_in_parts, write_cache
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dicode.checkpoint import write_config
 from dicode.config import CheckpointError
-from dicode.lm.backbone import Backbone, body_differences
+from dicode.lm.backbone import Backbone
+from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.presets import SIZES, BodyConfig, DeepLMConfig, HeadConfig
+from dicode.lm.presets import SIZES
+from dicode.lm.pretrained import body_differences, load_pretrained
 from dicode.lm.text import IMAGE_ENTRIES, TextTokenizer
+from dicode.saving import write_config
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import EncoderConfig, ResamplerConfig, TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS
@@ -47,7 +49,7 @@ def published_config(**changes: Any) -> TokenizerConfig:
         null_tokens=published.null_tokens,
         encoder=EncoderConfig("clip", width=16, depth=1, heads=2, size=14, patch=7, channels=3),
         resampler=ResamplerConfig(
-            width=24, depth=1, heads=2, head_width=12, queries=4, feature_width=16, token_width=6
+            width=24, depth=1, heads=2, head_width=12, queries=4, feature_width=16, token_width=6, grid_queries=False
         ),
         denoiser=dataclasses.replace(DENOISERS["unet3d"], channels=(16, 32), context_frames=0, uses_key_latents=False),
         objective=published.objective,
@@ -329,7 +331,7 @@ def body_config(kind: str, entries: int, /, **changes: Any) -> DeepLMConfig:
 def test_a_body_of_transformers_says_what_it_said_and_new_entries_are_the_mean(kind: str, tmp_path: Path) -> None:
     theirs = save_body(kind, tmp_path, entries=50).base_model
     model = DeepTokenLM(body_config(kind, 50)).eval()
-    model.backbone.load_pretrained(tmp_path)
+    load_pretrained(model.backbone, tmp_path)
     ids = torch.randint(50, (2, 12))
     with torch.no_grad():
         hidden = model.backbone(model.backbone.embed_text(ids))
@@ -359,7 +361,7 @@ def test_another_body_is_an_error_that_names_what_differs(
 ) -> None:
     save_body(kind, tmp_path, entries=50)
     with pytest.raises(CheckpointError, match=said):
-        DeepTokenLM(body_config(kind, 50, **changes)).backbone.load_pretrained(tmp_path)
+        load_pretrained(DeepTokenLM(body_config(kind, 50, **changes)).backbone, tmp_path)
 
 
 def test_a_body_without_one_of_its_tensors_or_files_is_an_error(tmp_path: Path) -> None:
@@ -369,10 +371,10 @@ def test_a_body_without_one_of_its_tensors_or_files_is_an_error(tmp_path: Path) 
     state.pop("transformer.h.1.mlp.c_fc.bias")
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.c_fc\.bias"):
-        model.backbone.load_pretrained(tmp_path)
+        load_pretrained(model.backbone, tmp_path)
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        model.backbone.load_pretrained(tmp_path)
+        load_pretrained(model.backbone, tmp_path)
 
 
 def test_llamas_vocabulary_gets_the_image_entries_and_no_begin_of_text(tmp_path: Path) -> None:

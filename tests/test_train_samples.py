@@ -13,7 +13,7 @@ from dicode.checkpoint import content_hash
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.data.columns import Videos
 from dicode.evaluate.samples import Samples
-from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
+from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import SamplingConfig

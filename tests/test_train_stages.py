@@ -22,7 +22,7 @@ from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.tokenizer.denoiser import ResidualDenoiser
-from dicode.tokenizer.first_stage import DECODER
+from dicode.tokenizer.encoder import DECODER
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.train.augment import augmented_caption
 from dicode.train.chain import assemble, last_of
@@ -127,7 +127,7 @@ def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_continues(trained: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from dicode.tokenizer.first_stage import FirstStageConfig\n"
+        "from dicode.tokenizer.config import FirstStageConfig\n"
         "from dicode.train.first_stage import FirstStageRun\n"
         "from dicode.train.loop import LoopConfig\n"
         "from dicode.train.optim import OptimConfig\n"

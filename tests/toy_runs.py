@@ -10,7 +10,7 @@ from synthetic import draw_clip
 from test_tokenizer import tiny_config
 
 from dicode.data.cache import CachedVideo, FrameCache
-from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
+from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.tokenizer.config import FirstStageConfig
 from dicode.train.loop import train
 from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dicode.checkpoint import kept_tensors, read_tensors
+from dicode.checkpoint import read_tensors
 from dicode.files import put_text, read_json
+from dicode.saving import kept_tensors
 from dicode.stopwatch import tracked
 from dicode.train.distributed import Processes
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dicode.benchmarks.parts import Parts, shard_of
 from dicode.benchmarks.sets import shuffled, vbench_prompts
-from dicode.checkpoint import resolve
+from dicode.checkpoint import model_origin, resolve
 from dicode.device import pick_device
 from dicode.evaluate.scores import frechet_score
 from dicode.features.networks import ClipNetwork, NetworkFile, checked_file
 from dicode.pipeline import DiCoDe
-from dicode.provenance import command_line, model_origin, write_result
+from dicode.provenance import command_line, write_result
 from dicode.seeds import generator_for
 from dicode.stopwatch import Stopwatch
 from dicode.video.read import read_video

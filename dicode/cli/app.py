@@ -29,8 +29,10 @@ from dicode.cli.generate import Generate
 from dicode.cli.info import Info
 from dicode.cli.tokenize import Reconstruct, Tokenize
 from dicode.cli.train import Assemble, Finetune, Train, TrainAll
-from dicode.config import check_ranges, raised_in
+from dicode.config import check_ranges
 from dicode.stopwatch import Stopwatch
+from dicode.train.runs import load_run
+from dicode.user_code import raised_in
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 USAGE_ERROR = 2  # as tyro and argparse
@@ -170,7 +172,6 @@ def _parse_train(recipe: str, flags: list[str]) -> Train | TrainAll:
         return tyro.cli(TrainAll, prog="dicode train --all", args=rest, config=(FlagCreatePairsOff,))
     if recipe.endswith(".py"):
         raise ValueError(f"recipe: expected FILE.py:RUN, or FILE.py and --all for every stage in order, got {recipe!r}")
-    from dicode.train.runs import load_run
 
     default = load_run(recipe)
     kind = type(default)

@@ -58,8 +58,8 @@ class Vae:
 
 def official(command: Official, watch: Stopwatch) -> None:
     """Reports what became of every tensor, as all of these commands do."""
-    from dicode.checkpoint import downloaded
     from dicode.convert.official import convert_official
+    from dicode.hub import downloaded
     from dicode.lm.text import TextTokenizer
 
     vocabulary = None
@@ -72,7 +72,7 @@ def official(command: Official, watch: Stopwatch) -> None:
 
 def dynamicrafter(command: Dynamicrafter, watch: Stopwatch) -> None:
     """Writes a checkpoint folder."""
-    from dicode.convert.priors import convert_dynamicrafter
+    from dicode.convert.official import convert_dynamicrafter
 
     named: dict[str, Any] = {"clip": command.clip, "objective": command.objective}
     _run(partial(convert_dynamicrafter, command.checkpoint, command.output, **named), command, watch)
@@ -86,7 +86,7 @@ def clip(command: Clip, watch: Stopwatch) -> None:
 
 
 def vae(command: Vae, watch: Stopwatch) -> None:
-    """`FirstStage.from_diffusers` reads what it writes."""
+    """`diffusers_first_stage` reads what it writes."""
     from dicode.convert.priors import convert_vae
 
     _run(partial(convert_vae, command.weights, command.output), command, watch, own=())
@@ -96,9 +96,10 @@ def _run(convert: Callable[..., Any], command: Any, watch: Stopwatch, own: tuple
     """Convert and report; `own` are the names in the output that may be replaced, by default those of a model."""
     import torch
 
-    from dicode.checkpoint import HUB_FILES, check_model_folder
+    from dicode.checkpoint import FILES
+    from dicode.saving import check_model_folder
 
-    check_model_folder(command.output, own=HUB_FILES if own is None else own)
+    check_model_folder(command.output, own=FILES if own is None else own)
     with watch.stage("convert"):
         report = convert(dtype=getattr(torch, command.dtype))
     print(f"{command.output}: {sum(report.used.values()):,} numbers\n{report.text()}\n{watch.text()}")

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from dicode.cli import common
 from dicode.config import CheckpointError, Count, Items, Range, nearest
-from dicode.lm.presets import SIZES, DeepLMConfig
+from dicode.lm.config import DeepLMConfig
+from dicode.lm.presets import SIZES
 from dicode.stopwatch import Stopwatch, duration
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS
@@ -94,7 +95,7 @@ def _sizes(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
 
 def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
     """Print and return what it takes to train the runs of a recipe."""
-    from dicode.device import GPUS
+    from dicode.hardware import GPUS
     from dicode.sizing.plan import USABLE, Planner
 
     if command.gpu not in GPUS:

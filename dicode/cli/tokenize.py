@@ -8,6 +8,8 @@ from dicode.cli import common
 from dicode.config import Seed
 from dicode.stopwatch import Progress, Stopwatch
 
+SUFFIX = ".safetensors"  # of a file of tokens
+
 
 @dataclass(frozen=True)
 class Tokenize:
@@ -41,8 +43,9 @@ class Reconstruct:
 
 def tokenize(command: Tokenize, watch: Stopwatch) -> None:
     """The file's metadata names source, frames, fps and model."""
-    from dicode.files import check_file, check_parent
-    from dicode.tokenizer.token_file import SUFFIX, write_tokens
+    from safetensors.torch import save
+
+    from dicode.files import check_file, check_parent, put
 
     output = Path(command.output)
     if output.suffix != SUFFIX:
@@ -50,11 +53,12 @@ def tokenize(command: Tokenize, watch: Stopwatch) -> None:
     check_parent(output)
     check_file(output)
     tokenizer, origin = _loaded(command, None)
-    _, video = _encoded(tokenizer, command.input, watch)
+    frames, tokens, source = _encoded(tokenizer, command.input, watch)
     fps = tokenizer.config.fps
-    write_tokens(output, video, fps, origin)
-    k, n, d = video.tokens.shape[1:]
-    print(f"{output}: {k} key frames × {n} tokens × {d} numbers for {video.num_frames} frames at {fps:g} fps")
+    data = save({"tokens": tokens[0].cpu()}, {"source": source, "frames": str(len(frames)), "fps": str(fps), **origin})
+    put(output, lambda partial: partial.write_bytes(data))
+    k, n, d = tokens.shape[1:]
+    print(f"{output}: {k} key frames × {n} tokens × {d} numbers for {len(frames)} frames at {fps:g} fps")
     print(watch.text())
 
 
@@ -62,9 +66,8 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> None:
     """A video and its saved tokens give the same file."""
     import torch
 
+    from dicode.cli.generate import default_scale, speed, summary, write_clips
     from dicode.pipeline import trimmed
-    from dicode.render import default_scale, speed, summary, write_clips
-    from dicode.tokenizer.token_file import SUFFIX, read_tokens
     from dicode.video.write import VideoWriter, check_output
 
     is_saved = Path(command.input).suffix == SUFFIX
@@ -74,25 +77,26 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> None:
     tokenizer, origin = _loaded(command, getattr(torch, command.dtype))
     config, frames = tokenizer.config, None
     if is_saved:
-        video = read_tokens(Path(command.input), config, origin)
+        tokens, num_frames, source = _read_tokens(Path(command.input), config, origin)
     else:
-        frames, video = _encoded(tokenizer, command.input, watch)
+        frames, tokens, source = _encoded(tokenizer, command.input, watch)
+        num_frames = len(frames)
     flags = asdict(command.render)
     sampling = config.sampling.changed(**flags)
     metadata = {
-        "source": video.source,
+        "source": source,
         "seed": command.seed,
         **{name: getattr(sampling, name) for name in flags},
         **({} if command.dtype == "float32" else {"dtype": command.dtype}),
         **origin,
     }
-    clips = trimmed(tokenizer.decode(video.tokens, seed=command.seed, sampling=sampling), video.num_frames)
+    clips = trimmed(tokenizer.decode(tokens, seed=command.seed, sampling=sampling), num_frames)
     if command.side_by_side:
         clips = _beside(frames, clips)
     scale = command.scale or default_scale(config)
     with (
         VideoWriter(command.output, config.fps, metadata, scale=scale) as writer,
-        Progress("rendering", video.num_frames, "frame") as bar,
+        Progress("rendering", num_frames, "frame") as bar,
     ):
         write_clips([writer], clips, watch, bar)
     print(f"{summary(writer)}\n{speed(watch, writer.num_frames / config.fps)}")
@@ -111,9 +115,8 @@ def _beside(frames: Any, clips: Any) -> Any:
 
 def _loaded(command: Tokenize | Reconstruct, dtype: Any) -> tuple[Any, dict[str, str]]:
     """The tokenizer, and its name and hash (`model_origin`)."""
-    from dicode.checkpoint import resolve
+    from dicode.checkpoint import model_origin, resolve
     from dicode.device import pick_device
-    from dicode.provenance import model_origin
     from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
 
     folder = resolve(command.model, command.revision)
@@ -121,16 +124,37 @@ def _loaded(command: Tokenize | Reconstruct, dtype: Any) -> tuple[Any, dict[str,
     return tokenizer, model_origin(folder, folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS)
 
 
-def _encoded(tokenizer: Any, path: str, watch: Stopwatch) -> tuple[Any, Any]:
-    """The frames of a video, and its `VideoTokens`."""
+def _encoded(tokenizer: Any, path: str, watch: Stopwatch) -> tuple[Any, Any, str]:
+    """The frames of a video, their tokens `1 k n d`, and the name of its file."""
     import torch
 
     from dicode.files import printable
-    from dicode.tokenizer.token_file import VideoTokens
     from dicode.video.read import read_video
 
     config = tokenizer.config
     with watch.stage("encode"):
         frames = read_video(path, config.fps, config.size, min_frames=2).frames
-        tokens = tokenizer.encode(torch.from_numpy(frames)[None]).float()
-    return frames, VideoTokens(tokens, len(frames), printable(Path(path).name))
+        return frames, tokenizer.encode(torch.from_numpy(frames)[None]).float(), printable(Path(path).name)
+
+
+def _read_tokens(path: Path, config: Any, origin: dict[str, str]) -> tuple[Any, int, str]:
+    """A file's tokens `1 k n d`, the video's frames and name. Raises `ValueError` for those of another model."""
+    from safetensors import safe_open
+
+    from dicode.checkpoint import read_tensors
+
+    tensors = read_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        note = file.metadata() or {}
+    expected = (config.resampler.queries, config.resampler.token_width)
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if list(found) != ["tokens"] or len(found["tokens"]) != 3 or found["tokens"][1:] != expected:
+        raise ValueError(f"{path}: expected one tensor 'tokens' of k × {expected[0]} × {expected[1]}, got {found}")
+    if note.get("weights", origin["weights"]) != origin["weights"]:
+        raise ValueError(
+            f"{path}: made by model {note.get('model')!r} with weights {note['weights']}; this is {origin['model']!r} "
+            f"with weights {origin['weights']}: name the right one with --model"
+        )
+    tokens = tensors["tokens"][None].float()
+    num_frames = int(note.get("frames", (tokens.shape[1] - 1) * config.tail_frame + config.repeated_frames))
+    return tokens, num_frames, note.get("source", path.name)

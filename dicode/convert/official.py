@@ -1,24 +1,26 @@
-"""The published weights → a checkpoint folder of ours. Every tensor is used, or named with the reason why not."""
+"""The published weights and DynamiCrafter's → a checkpoint folder of ours; a report names every unused tensor."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dicode import __version__
-from dicode.checkpoint import headers_of, load_state, mismatches, model_folder, read_config, write_config
+from dicode.checkpoint import headers_of, load_state, mismatches, read_config
 from dicode.config import CheckpointError, config_to_dict
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import clip_state, lm_state, unet_state, vae_state
+from dicode.lm.config import DeepLMConfig
 from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.presets import SIZES, DeepLMConfig
+from dicode.lm.presets import SIZES
 from dicode.lm.text import TextTokenizer
+from dicode.saving import model_folder, write_config
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import (
@@ -33,6 +35,7 @@ LATENT_SCALE = 0.18215  # of Stable Diffusion's autoencoder
 EXACT = ("latent_", "normalizer.", "denoiser.null_text")  # float32 whatever the rest is
 START_OF_TEXT, END_OF_TEXT = 49_406, 49_407  # of CLIP's vocabulary; padding is 0 in OpenCLIP
 CLIP_HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H/14: 16 heads in either tower
+Prior = Literal["epsilon", "v_prediction"]  # the objectives of DynamiCrafter
 UNET, VAE, RESAMPLER = "model.diffusion_model.", "first_stage_model.", "image_proj_model."
 IMAGE_TOWER, TEXT_TOWER, LM = "embedder.model.visual.", "cond_stage_model.model.", "llm_agent."
 TOKENIZER_PARTS = (UNET, VAE, RESAMPLER, IMAGE_TOWER, TEXT_TOWER)
@@ -94,61 +97,106 @@ def convert_official(
     """
     report = Report()
     sections: dict[str, Any] = {}
-    writes: list[tuple[str, State]] = []
-    resampler: State | None = None
+    states: dict[str, State] = {}
     if tokenizer is not None:
         config = config or TOKENIZERS["paper_tokenizer_256"]
-        first_stage, parts = tokenizer_states(tokenizer, config, clip, report)
-        resampler = {n.removeprefix("resampler."): t for n, t in parts.items() if n.startswith("resampler.")}
-        writes += [(FIRST_STAGE_WEIGHTS, first_stage), (WEIGHTS, parts)]
-        sections |= tokenizer_sections(config, first_stage, parts, dtype)
+        state = without_prefix(read_weights(tokenizer), TOKENIZER_PARTS, str(tokenizer))
+        report.leave("the language model: name this file as --lm too", list(taken(state, LM)))
+        public = {part: taken(state, part) for part in TOKENIZER_PARTS}
+        drop_unused(state, str(tokenizer), report)
+        states, sections = joined(public, config, clip, str(tokenizer), dtype, report)
     if lm is not None:
         if vocabulary is None:
             raise CheckpointError("the language model needs GPT-2's vocabulary: a folder with vocab.json, merges.txt")
-        state = language_state(lm, resampler, report)
+        state = language_state(lm, states.get(WEIGHTS), report)
         lm_config = lm_config or lm_size_of(state)
         lm_config = replace(lm_config, pad_id=vocabulary.pad_id, begin_id=vocabulary.begin_id)
         with torch.device("meta"):
-            writes.append((LM_WEIGHTS, fitted(state, DeepTokenLM(lm_config), str(lm))))
+            states[LM_WEIGHTS] = fitted(state, DeepTokenLM(lm_config), str(lm))
         sections["lm"] = config_to_dict(lm_config)
-    if not writes:
+    if not states:
         raise CheckpointError("nothing to convert: name the tokenizer's file, the language model's, or both")
-    with model_folder(output, keep=True) as folder:
-        for name, state in writes:
-            write_tensors(folder / name, state, dtype, EXACT)
-        if lm is not None and vocabulary is not None:
-            vocabulary.save(folder)
-        others = read_config(output) if (output / "config.json").is_file() else {}
-        write_config(folder, {**others, **sections})
-        write_card(folder, output, [path.name for path in (tokenizer, lm, clip) if path is not None], report)
+    if (output / "config.json").is_file():
+        sections = {**read_config(output), **sections}
+    sources = [path for path in (tokenizer, lm, clip) if path is not None]
+    _write(output, states, sections, dtype, sources, report, vocabulary if lm else None, keep=True)
     return report
 
 
-def write_card(folder: Path, output: Path, sources: list[str], report: Report) -> None:
-    """Write README.md with sources and report; a card that is in `output` stays."""
-    if not (output / "README.md").exists():
-        head = f"---\nlibrary_name: dicode\npipeline_tag: text-to-video\n---\n\n# {output.resolve().name}\n\n"
-        text = f"Converted by dicode {__version__} from {', '.join(sources)}, whose licence holds for these weights too"
-        (folder / "README.md").write_text(f"{head}{text}.\n\n```\n{report.text()}\n```\n", encoding="utf-8")
+def convert_dynamicrafter(
+    path: Path,
+    output: Path,
+    *,
+    clip: Path | None = None,
+    config: TokenizerConfig | None = None,
+    objective: Prior | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Report:
+    """DynamiCrafter's checkpoint → a folder from which to train a tokenizer of the published arrangement.
 
-
-def tokenizer_sections(config: TokenizerConfig, first_stage: State, parts: State, dtype: torch.dtype) -> dict[str, Any]:
-    """The sections of `config.json` for a tokenizer whose states are written in `dtype`."""
-    encoding = {name: value for name, value in parts.items() if not name.startswith("denoiser.")}
-    stage, encoding = (
-        {name: value if name.startswith(EXACT) else value.to(dtype) for name, value in part.items()}
-        for part in (first_stage, encoding)
-    )
-    return {"tokenizer": config_to_dict(config), "deep_tokens": hash_of_tokens(stage, encoding)}
-
-
-def tokenizer_states(path: Path, config: TokenizerConfig, clip: Path | None, report: Report) -> tuple[State, State]:
-    """The published tokenizer's file → the states of our first stage and of our `TokenizerParts`."""
+    The U-Net keeps its objective and schedule, `objective` or by the betas: DynamiCrafter-256 predicts epsilon on
+    the plain schedule, 512 and 1024 v on that of zero terminal SNR. Its first convolution loses the half for latents of
+    a given image; of its resampler's 16 queries for each of 16 frames those of the first stay.
+    """
+    config, report = config or TOKENIZERS["paper_tokenizer_256"], Report()
     state = without_prefix(read_weights(path), TOKENIZER_PARTS, str(path))
-    report.leave("the language model: name this file as --lm too", list(taken(state, LM)))
     public = {part: taken(state, part) for part in TOKENIZER_PARTS}
+    if objective is None:
+        if "betas" not in state:
+            raise CheckpointError(
+                f"{path}: expected 'betas', which determine the objective; name --objective epsilon for "
+                "DynamiCrafter-256, v_prediction for 512 and 1024"
+            )
+        # zero terminal SNR has a last beta of 1 (Lin et al. 2024, algorithm 1), the plain schedule one of 0.012
+        objective = "v_prediction" if float(state["betas"][-1]) > 0.999 else "epsilon"
+    sampling = config.sampling if objective == "v_prediction" else config.sampling.changed(guidance_rescale=0.0)
+    config = replace(config, objective=objective, sampling=sampling)
+    if state.pop("scale_arr", None) is not None:
+        report.leave("its latents shrink with the time step (dynamic rescale), ours do not", ["scale_arr"])
     drop_unused(state, str(path), report)
-    return joined(public, config, clip, str(path), report)
+    unet, resampler = public[UNET], public[RESAMPLER]
+    first, channels = "input_blocks.0.0.weight", config.first_stage.latent_channels
+    if first not in unet or "latents" not in resampler:
+        raise CheckpointError(f"{path}: expected DynamiCrafter's {UNET}{first} and {RESAMPLER}latents")
+    if unet[first].shape[1] > channels:
+        report.leave("reads the latents of a given image", [f"{UNET}{first}, input channels from {channels}"])
+        unet[first] = unet[first][:, :channels]
+    queries = config.resampler.queries
+    if resampler["latents"].shape[1] > queries:
+        report.leave("queries of later frames", [f"{RESAMPLER}latents, from {queries}"])
+        resampler["latents"] = resampler["latents"][:, :queries]
+    for name in [name for name in unet if name.endswith("attn2.to_k_ip.weight")]:
+        unet.setdefault(name.replace("to_k_ip.weight", "alpha"), torch.zeros(()))  # scale 1 there; tanh(0) + 1 here
+    states, sections = joined(public, config, clip, str(path), dtype, report)
+    _write(output, states, sections, dtype, [path], report)
+    return report
+
+
+def _write(
+    output: Path,
+    states: Mapping[str, State],
+    sections: Mapping[str, Any],
+    dtype: torch.dtype,
+    sources: Sequence[Path],
+    report: Report,
+    vocabulary: TextTokenizer | None = None,
+    keep: bool = False,
+) -> None:
+    """Write a checkpoint folder, with the report in a model card where there is none yet; `keep` its other files."""
+    with model_folder(output, keep=keep) as folder:
+        for name, state in states.items():
+            write_tensors(folder / name, state, dtype, EXACT)
+        if vocabulary is not None:
+            vocabulary.save(folder)
+        write_config(folder, sections)
+        if not (output / "README.md").exists():
+            names = ", ".join(path.name for path in sources)
+            (folder / "README.md").write_text(
+                f"---\nlibrary_name: dicode\npipeline_tag: text-to-video\n---\n\n# {output.resolve().name}\n\n"
+                f"Converted by dicode {__version__} from {names}, whose licence holds for these weights too.\n\n"
+                f"```\n{report.text()}\n```\n",
+                encoding="utf-8",
+            )
 
 
 def drop_unused(state: State, source: str, report: Report, known: Mapping[str, str] = UNUSED) -> None:
@@ -163,9 +211,17 @@ def drop_unused(state: State, source: str, report: Report, known: Mapping[str, s
 
 
 def joined(
-    public: Mapping[str, State], config: TokenizerConfig, clip: Path | None, source: str, report: Report
-) -> tuple[State, State]:
-    """Public parts under their public names → our two states, checked against the networks of `config`."""
+    public: Mapping[str, State],
+    config: TokenizerConfig,
+    clip: Path | None,
+    source: str,
+    dtype: torch.dtype,
+    report: Report,
+) -> tuple[dict[str, State], dict[str, Any]]:
+    """Public parts under their public names → our two states by their files, and the tokenizer's sections.
+
+    Raises `CheckpointError` where they do not fit the networks of `config`.
+    """
     image, text = towers(public[IMAGE_TOWER], public[TEXT_TOWER], clip, source, report)
     autoencoder = vae_state(public[VAE], len(config.first_stage.channels))
     denoiser = unet_state(public[UNET], config.denoiser.depth)
@@ -196,7 +252,13 @@ def joined(
     report.use("denoiser", denoiser)
     report.notes.append(f"the denoiser's objective is {config.objective}")
     report.leave("text tower, of which the 77 null tokens are kept", list(text))
-    return first_stage, parts
+    encoding = {name: value for name, value in parts.items() if not name.startswith("denoiser.")}
+    stage, encoding = (
+        {name: value if name.startswith(EXACT) else value.to(dtype) for name, value in part.items()}
+        for part in (first_stage, encoding)
+    )
+    sections = {"tokenizer": config_to_dict(config), "deep_tokens": hash_of_tokens(stage, encoding)}
+    return {FIRST_STAGE_WEIGHTS: first_stage, WEIGHTS: parts}, sections
 
 
 def towers(image: State, text: State, clip: Path | None, source: str, report: Report) -> tuple[State, State]:
@@ -257,10 +319,10 @@ def null_text(tower: Mapping[str, Tensor]) -> Tensor:
     return model(input_ids=ids).last_hidden_state
 
 
-def language_state(path: Path, resampler: State | None, report: Report) -> State:
+def language_state(path: Path, tokenizer: State | None, report: Report) -> State:
     """The published language model's file → the state of our `DeepTokenLM`.
 
-    The file's second copy of the tokenizer's `resampler` has to equal that.
+    The file's second copy of the resampler has to equal that of the `tokenizer` (the state of `TokenizerParts`).
     """
     state = read_weights(path)
     if any(f".{LM}" in f".{name}" for name in state):
@@ -271,11 +333,11 @@ def language_state(path: Path, resampler: State | None, report: Report) -> State
     else:
         state = without_prefix(state, LM_PARTS, str(path))
     copy = taken(state, "pre_input_resampler.")
-    first = resampler or copy
+    first = {} if tokenizer is None else taken(dict(tokenizer), "resampler.")
     differing = [n for n, t in first.items() if n not in copy or not torch.equal(copy[n].float(), t.float())]
     if copy and differing:
         raise CheckpointError(f"{path} was trained on another tokenizer: its resampler differs in {differing[:5]}")
-    equal = "equal to the first" if resampler else "no tokenizer was named to compare it with"
+    equal = "equal to the first" if first else "no tokenizer was named to compare it with"
     report.leave(f"second copy of the resampler, {equal}", list(copy))
     scale = state.pop("pre_normalizer", None)
     if scale is not None and not torch.equal(scale, torch.ones_like(scale)):

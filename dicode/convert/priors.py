@@ -1,102 +1,34 @@
-"""Models that others published, to start from: DynamiCrafter, CompVis' autoencoders, OpenCLIP."""
+"""Single networks that others published: CompVis' and diffusers' autoencoders, OpenCLIP."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from dicode.checkpoint import model_folder, write_config
+from dicode.checkpoint import load_state
 from dicode.config import CheckpointError
-from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
+from dicode.convert.files import State, read_weights, write_tensors
 from dicode.convert.names import open_clip_state, vae_state
 from dicode.convert.official import (
-    EXACT,
     LATENT_SCALE,
-    RESAMPLER,
-    TOKENIZER_PARTS,
-    UNET,
     VAE,
     Report,
     drop_unused,
     fitted,
-    joined,
     read_clip,
-    tokenizer_sections,
     tower_sizes,
-    write_card,
 )
-from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
-from dicode.tokenizer.first_stage import FirstStage
-from dicode.tokenizer.presets import TOKENIZERS
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS
+from dicode.files import read_json
+from dicode.saving import model_folder
+from dicode.tokenizer.config import FirstStageConfig
+from dicode.tokenizer.encoder import FirstStage
 
-Objective = Literal["epsilon", "v_prediction"]
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 VAE_UNUSED = {r"(loss\..*|model_ema\..*)": "the autoencoder's own training"}
-
-
-def convert_dynamicrafter(
-    path: Path,
-    output: Path,
-    *,
-    clip: Path | None = None,
-    config: TokenizerConfig | None = None,
-    objective: Objective | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Report:
-    """DynamiCrafter's checkpoint → a folder from which to train a tokenizer of the published arrangement.
-
-    The U-Net keeps its objective and schedule: `objective`, or by the file's betas. Its first convolution loses the
-    half for latents of a given image; of its resampler's 16 queries for each of 16 frames those of the first stay.
-    """
-    config, report = config or TOKENIZERS["paper_tokenizer_256"], Report()
-    state = without_prefix(read_weights(path), TOKENIZER_PARTS, str(path))
-    public = {part: taken(state, part) for part in TOKENIZER_PARTS}
-    objective = objective or objective_of(state, path)
-    sampling = config.sampling if objective == "v_prediction" else config.sampling.changed(guidance_rescale=0.0)
-    config = replace(config, objective=objective, sampling=sampling)
-    if state.pop("scale_arr", None) is not None:
-        report.leave("its latents shrink with the time step (dynamic rescale), ours do not", ["scale_arr"])
-    drop_unused(state, str(path), report)
-    unet, resampler = public[UNET], public[RESAMPLER]
-    first, channels = "input_blocks.0.0.weight", config.first_stage.latent_channels
-    if first not in unet or "latents" not in resampler:
-        raise CheckpointError(f"{path}: expected DynamiCrafter's {UNET}{first} and {RESAMPLER}latents")
-    if unet[first].shape[1] > channels:
-        report.leave("reads the latents of a given image", [f"{UNET}{first}, input channels from {channels}"])
-        unet[first] = unet[first][:, :channels]
-    queries = config.resampler.queries
-    if resampler["latents"].shape[1] > queries:
-        report.leave("queries of later frames", [f"{RESAMPLER}latents, from {queries}"])
-        resampler["latents"] = resampler["latents"][:, :queries]
-    for name in [name for name in unet if name.endswith("attn2.to_k_ip.weight")]:
-        unet.setdefault(name.replace("to_k_ip.weight", "alpha"), torch.zeros(()))  # scale 1 there; tanh(0) + 1 here
-    first_stage, parts = joined(public, config, clip, str(path), report)
-    with model_folder(output) as folder:
-        write_tensors(folder / FIRST_STAGE_WEIGHTS, first_stage, dtype, EXACT)
-        write_tensors(folder / WEIGHTS, parts, dtype, EXACT)
-        write_config(folder, tokenizer_sections(config, first_stage, parts, dtype))
-        write_card(folder, output, [path.name], report)
-    return report
-
-
-def objective_of(state: State, path: Path) -> Objective:
-    """DynamiCrafter-256 predicts epsilon on the plain schedule; 512 and 1024 predict v on one of zero terminal SNR.
-
-    The latter's last beta is 1 (Lin et al. 2024, algorithm 1), the former's 0.012.
-    """
-    if "betas" not in state:
-        raise CheckpointError(
-            f"{path}: expected 'betas', which determine the objective; name --objective epsilon for "
-            "DynamiCrafter-256, v_prediction for 512 and 1024"
-        )
-    return "v_prediction" if float(state["betas"][-1]) > 0.999 else "epsilon"
 
 
 def convert_vae(path: Path, output: Path, dtype: torch.dtype = torch.float32) -> Report:
@@ -127,6 +59,32 @@ def first_stage_of(state: Mapping[str, Tensor]) -> FirstStageConfig:
     blocks = (len({name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")}),)
     channels = tuple(len(state[f"encoder.down.{level}.block.0.conv1.weight"]) for level in range(levels))
     return FirstStageConfig("kl", channels, len(state["post_quant_conv.weight"]), blocks, blocks)
+
+
+def diffusers_first_stage(folder: Path) -> FirstStage:
+    """A first stage from a diffusers folder of an AutoencoderKL or AutoencoderTiny (as Stable Diffusion's `vae/`).
+
+    Latents are scaled by its `scaling_factor` and `shift_factor`. Raises `CheckpointError` for another class and for an
+    architecture that `FirstStageConfig` cannot describe.
+    """
+    path = folder / "config.json"
+    kind = read_json(path).get("_class_name")
+    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise CheckpointError(f"{path}: expected AutoencoderKL or AutoencoderTiny, got {kind!r}")
+    library = AutoencoderKL if kind == "AutoencoderKL" else AutoencoderTiny
+    loaded = library.from_pretrained(folder, local_files_only=True)
+    own = loaded.config
+    if kind == "AutoencoderKL":
+        channels, blocks = tuple(own.block_out_channels), (own.layers_per_block,)
+        config = FirstStageConfig("kl", channels, own.latent_channels, blocks, blocks)
+    else:
+        channels, blocks = tuple(own.encoder_block_out_channels), tuple(own.num_encoder_blocks)
+        config = FirstStageConfig("tiny", channels, own.latent_channels, blocks, tuple(own.num_decoder_blocks))
+    stage = FirstStage(config)
+    load_state(stage.autoencoder, loaded.state_dict(), str(folder))
+    stage.latent_mean.fill_(own.get("shift_factor") or 0.0)
+    stage.latent_deviation.fill_(1 / own.scaling_factor)
+    return stage
 
 
 def convert_clip(path: Path, output: Path, dtype: torch.dtype = torch.float32) -> Report:

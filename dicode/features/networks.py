@@ -17,12 +17,12 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional
 
-from dicode.checkpoint import downloaded
 from dicode.config import CheckpointError
 from dicode.features.extract import Features, mean_and_change
 from dicode.features.metrics import Clips
 from dicode.files import sha256_of
-from dicode.tokenizer.encoder import CLIP_DEVIATION, CLIP_MEAN
+from dicode.hub import downloaded
+from dicode.tokenizer.library import CLIP_DEVIATION, CLIP_MEAN
 from dicode.video.timed import Video
 
 CLIP_FILES = ["config.json", "*.safetensors", "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"]

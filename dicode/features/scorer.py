@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dicode.config import RecipeError, load_function, run_own
 from dicode.data.columns import CachedVideo
+from dicode.user_code import RecipeError, load_function, run_own
 from dicode.video.timed import Video
 
 ALL = "all keys"

@@ -1,17 +1,56 @@
-"""The transformer between embeddings and hidden states: GPT-2 or Llama of `transformers`, built from configuration."""
+"""The transformer, GPT-2 or Llama of `transformers`, and its input: padded text, then blocks of `n` deep tokens.
 
-from pathlib import Path
-from typing import Any, cast
+`token` order (published): every block begins with a begin-of-image token, all is causal, and the hidden state at a
+position predicts the deep token at the next one.
+
+`keyframe` order: a block attends to all of itself and of what came before it, and its hidden states predict the next
+block's tokens, place by place; the first block, which predicts the first key frame, is begin-of-image embeddings alone.
+
+A *goal* is a later key frame given beforehand. Its block stands right after the first key frame's and predicts nothing
+of itself; in `keyframe` order the second key frame is predicted from it.
+"""
+
+from typing import cast
 
 import torch
-from jaxtyping import Bool
+from einops import rearrange
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AutoConfig, DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+from transformers import DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
-from dicode.checkpoint import load_state
-from dicode.config import CheckpointError
-from dicode.lm.presets import DeepLMConfig
-from dicode.shapes import Hidden, TextIds
+from dicode.lm.config import DeepLMConfig, Order
+from dicode.shapes import DeepTokens, Hidden, KeyFrameTokens, TextIds
+
+KeyFrameHidden = Float[Tensor, "b k n width"]
+BeginHidden = Float[Tensor, "b 1 width"]
+
+
+class DeepTokenEmbedding(nn.Module):
+    """Deep tokens as inputs of the transformer: an MLP, plus learned embeddings of key frame and place in it."""
+
+    def __init__(self, config: DeepLMConfig) -> None:
+        super().__init__()
+        width = config.body.width
+        self.mlp = nn.Sequential(nn.Linear(config.token_width, width), nn.GELU(), nn.Linear(width, width))
+        self.keyframe = nn.Parameter(torch.empty(config.max_keyframes, width))
+        self.place = nn.Parameter(torch.empty(config.tokens_per_keyframe, width))
+        self.goal = nn.Parameter(torch.empty(width)) if config.end_frame_conditioning else None
+
+    def forward(self, tokens: DeepTokens, first_keyframe: int = 0, first_place: int = 0) -> KeyFrameHidden:
+        """Embed tokens that begin at the given key frame and place; a single token is `b 1 1 d`."""
+        _, k, n, _ = tokens.shape
+        keyframe = rearrange(self.keyframe[first_keyframe : first_keyframe + k], "k width -> k 1 width")
+        place = self.place[first_place : first_place + n]
+        return self.mlp(tokens.to(keyframe.dtype)) + keyframe + place
+
+    def of_goal(self, tokens: KeyFrameTokens, keyframe: int) -> KeyFrameHidden:
+        """Embed a goal's tokens, one block; a goal beyond the last key frame embedding takes the last one."""
+        assert self.goal is not None, "the model was built without end_frame_conditioning"
+        return self(tokens.unsqueeze(1), min(keyframe, len(self.keyframe) - 1)) + self.goal
+
+    def start(self, begin: BeginHidden) -> KeyFrameHidden:
+        """The block that predicts the first key frame in `keyframe` order."""
+        return (begin + self.place).unsqueeze(1)
 
 
 class Backbone(nn.Module):
@@ -26,7 +65,7 @@ class Backbone(nn.Module):
         """Look text ids up; the begin-of-image token is one of them."""
         return cast(nn.Embedding, self.body.get_input_embeddings())(text_ids)
 
-    def new_cache(self) -> DynamicCache:
+    def new_cache(self) -> DynamicCache | None:
         """An empty key/value cache for `forward`."""
         return DynamicCache(config=self.body.config)
 
@@ -58,39 +97,16 @@ class Backbone(nn.Module):
         if self.body.config._attn_implementation != wanted:
             self.body.set_attn_implementation(wanted)
 
-    def load_pretrained(self, folder: Path) -> None:
-        """Load the weights of a GPT-2 or Llama that `transformers` saved; text entries it lacks get its entries' mean.
-
-        Raises `CheckpointError` that names every size in which it differs, and where tensors are missing or unknown.
-        """
-        what = {"local_files_only": True}
-        try:
-            theirs = AutoConfig.from_pretrained(folder, **what)
-            if problems := body_differences(self.body.config, theirs, self.positions):
-                raise CheckpointError(f"{folder} holds another network: {'; '.join(problems)}")
-            loaded, report = type(self.body).from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **what
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise error if isinstance(error, CheckpointError) else CheckpointError(f"{folder}: {error}") from error
-        unused = report["unexpected_keys"] - {"lm_head.weight"}  # predicts words, where ours predicts deep tokens
-        if problems := sorted(report["missing_keys"] | unused):
-            raise CheckpointError(f"{folder}: tensors missing or unknown: {', '.join(problems[:8])}")
-        entries = loaded.get_input_embeddings().weight.detach().float()
-        further = entries.mean(0).expand(self.body.config.vocab_size - len(entries), -1)
-        loaded.get_input_embeddings().weight = nn.Parameter(torch.cat([entries, further]))
-        load_state(self.body, loaded.state_dict(), str(folder))
-
 
 class CachedSequence:
-    """A sequence as it grows: appended positions pass the transformer once, with a key/value cache or without.
+    """A sequence as it grows: appended positions pass the transformer once, with a key/value cache.
 
-    `blockwise`: what is appended at once attends to all of itself (after the text, with which a sequence begins).
+    In `keyframe` order what is appended at once attends to all of itself (after the text, with which it begins).
     """
 
-    def __init__(self, backbone: Backbone, text: Hidden, use_cache: bool, blockwise: bool) -> None:
-        self.backbone, self.batch, self.blockwise = backbone, len(text), blockwise
-        self.cache = backbone.new_cache() if use_cache else None
+    def __init__(self, backbone: Backbone, text: Hidden, order: Order) -> None:
+        self.backbone, self.batch, self.order = backbone, len(text), order
+        self.cache = backbone.new_cache()
         self.waiting = text  # positions that are not in the cache yet
         self.blocks = torch.arange(text.shape[1])  # the block of every position, the number of its last one
 
@@ -103,10 +119,10 @@ class CachedSequence:
     def last(self, count: int) -> Hidden:
         """Hidden states of the last `count` positions; call it once for each position."""
         mask = None
-        if self.blockwise:
+        if self.order == "keyframe":
             mask = (self.blocks[-self.waiting.shape[1] :, None] >= self.blocks).to(self.waiting.device)
         hidden = self.backbone(self.waiting, self.cache, mask)
-        if self.cache is not None:
+        if self.cache is not None:  # None: all of the sequence again for every token, to compare with
             self.waiting = self.waiting[:, :0]
         return hidden[:, -count:]
 
@@ -155,38 +171,3 @@ def _llama(config: DeepLMConfig) -> LlamaConfig:
         bos_token_id=None,
         eos_token_id=None,
     )
-
-
-BODY_SIZES = {
-    "gpt2": (
-        "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "layer_norm_epsilon", "activation_function",
-        "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
-    ),
-    "llama": (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "intermediate_size", "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
-    ),
-}  # fmt: skip
-
-
-def body_differences(ours: Any, theirs: Any, positions: int) -> list[str]:
-    """What keeps the weights of one `transformers` configuration from another, each with both values."""
-    if theirs.model_type != ours.model_type:
-        return [f"model_type: expected {ours.model_type}, got {theirs.model_type}"]
-    names = BODY_SIZES[ours.model_type]
-    found = {name: (_body_size(ours, name), _body_size(theirs, name)) for name in names}
-    problems = [f"{name}: expected {own}, got {other}" for name, (own, other) in found.items() if own != other]
-    if theirs.vocab_size > ours.vocab_size:
-        problems.append(f"vocab_size: expected at most {ours.vocab_size}, got {theirs.vocab_size}")
-    if theirs.max_position_embeddings < positions:
-        problems.append(f"max_position_embeddings: expected {positions} or more, got {theirs.max_position_embeddings}")
-    return problems
-
-
-def _body_size(config: Any, name: str) -> Any:
-    value = getattr(config, name)
-    if name == "n_inner" and value is None:
-        return 4 * config.n_embd
-    if name == "rope_parameters":
-        return {key: part for key, part in value.items() if part is not None}
-    return "gelu_pytorch_tanh" if value == "gelu_new" else value  # two codes of one function

@@ -10,28 +10,18 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dicode.checkpoint import load_model, read_config, read_section, resolve, save_weights, write_config
+from dicode.checkpoint import load_model, read_section, resolve
 from dicode.config import CheckpointError, check_ranges, config_to_dict
-from dicode.lm.backbone import Backbone, CachedSequence
+from dicode.lm.backbone import Backbone, BeginHidden, CachedSequence, DeepTokenEmbedding, KeyFrameHidden
+from dicode.lm.config import DeepLMConfig
 from dicode.lm.heads import HEADS, Head
-from dicode.lm.presets import DeepLMConfig
-from dicode.lm.sequence import (
-    BeginHidden,
-    DeepTokenEmbedding,
-    KeyFrameHidden,
-    appended,
-    arrange,
-    attention_mask,
-    predicting,
-)
 from dicode.lm.text import FILE, TextTokenizer
+from dicode.saving import save_weights
 from dicode.seeds import SeedPlan, generator_for, seed_of_clip
 from dicode.shapes import DeepTokens, KeyFrameMask, KeyFrameTokens, TextIds
 from dicode.tokenizer.config import SamplingConfig
 
-__all__ = ["DeepLMConfig", "DeepLMOutput", "DeepTokenLM"]
 WEIGHTS = "lm.safetensors"
-SECTION = "lm"  # of config.json
 DEFAULT_SAMPLING = SamplingConfig()
 
 
@@ -69,10 +59,7 @@ class DeepTokenLM(nn.Module):
         self.backbone = Backbone(config)
         self.embedding = DeepTokenEmbedding(config)
         self.head: nn.Module = HEADS[config.head.kind](config)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Normal of deviation 0.02 and zero biases, as published; the body initialises itself the same way."""
+        # normal of deviation 0.02 and zero biases, as published; the body initialises itself the same way
         head = [] if getattr(self.head, "initialises_itself", False) else self.head.modules()
         for module in (*self.embedding.modules(), *head):
             if isinstance(module, nn.Linear):
@@ -126,12 +113,19 @@ class DeepTokenLM(nn.Module):
     def _hidden(self, text_ids: TextIds, blocks: KeyFrameHidden) -> KeyFrameHidden:
         """The hidden states that predict each block."""
         text, begin = self.backbone.embed_text(text_ids), self._begin(len(text_ids))
-        length, n = self.config.text_length, self.config.tokens_per_keyframe
+        length, k, mask = text.shape[1], blocks.shape[1], None
         if self.config.order == "token":
-            return predicting(self.backbone(arrange(text, begin, blocks)), length, n)
-        sequence = appended(text, torch.cat([self.embedding.start(begin), blocks[:, :-1]], dim=1))
-        hidden = self.backbone(sequence, mask=attention_mask(length, blocks.shape[1], n, sequence.device))
-        return rearrange(hidden[:, length:], "b (k n) width -> b k n width", n=n)
+            begins = begin.unsqueeze(1).expand(-1, k, -1, -1)
+            blocks = torch.cat([begins, blocks.to(begins.dtype)], dim=2)
+        else:
+            blocks = torch.cat([self.embedding.start(begin), blocks[:, :-1]], dim=1)
+            number = torch.arange(k, device=text.device).repeat_interleave(blocks.shape[2]) + length
+            group = torch.cat([torch.arange(length, device=text.device), number])
+            mask = group[:, None] >= group  # text is causal, a block is not
+        sequence = torch.cat([text, rearrange(blocks.to(text.dtype), "b k n width -> b (k n) width")], dim=1)
+        hidden = self.backbone(sequence, mask=mask)[:, length:]
+        hidden = rearrange(hidden, "b (k n) width -> b k n width", k=k)
+        return hidden[:, :, :-1] if self.config.order == "token" else hidden
 
     @property
     def tokens_per_step(self) -> int:
@@ -149,7 +143,6 @@ class DeepTokenLM(nn.Module):
         seed: int | SeedPlan = 0,
         sample_indices: Sequence[int] | None = None,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
-        use_cache: bool = True,
     ) -> Iterator[KeyFrameTokens]:
         """Yield `num_keyframes` new key frames after the prompt and `prefix`, each generated only when asked for.
 
@@ -159,8 +152,7 @@ class DeepTokenLM(nn.Module):
         `goal` is the key frame that the video ends on: key frame `goal_keyframe` (default: the last one asked for) is
         yielded as given, and those before it lead there (needs `end_frame_conditioning`); "first" ends on key frame 0,
         a loop. `sampling.context_key_frames` limits the sequence, the key frame being generated included: beyond it
-        text and the later half are computed anew as if the video began there, for any length. `use_cache=False`
-        computes the whole sequence again for every token.
+        text and the later half are computed anew as if the video began there, for any length.
 
         Raises at the call, before anything is generated: `ValueError` when the key frames do not fit (see
         `DeepLMConfig.keyframe_limit`), when shapes do not match, or in training mode.
@@ -173,10 +165,9 @@ class DeepTokenLM(nn.Module):
         last, window = start + num_keyframes - 1, sampling.context_key_frames
         target = None if goal is None else self._goal(goal, last, goal_keyframe, len(prompt_ids))
         beside = target is not None and target.keyframe > 1  # else nothing lies between the first key frame and it
-        if window and not 2 <= window <= self.config.most_keyframes(beside):
-            raise ValueError(
-                f"context_key_frames: expected 2 to {self.config.most_keyframes(beside)}, or 0, got {window}"
-            )
+        most = self.config.most_keyframes(beside)
+        if window and not 2 <= window <= most:
+            raise ValueError(f"context_key_frames: expected 2 to {most}, or 0, got {window}")
         self._check(prompt_ids, prefix, min(last + 1, window) if window else last + 1, beside)
         indices = range(len(prompt_ids)) if sample_indices is None else sample_indices
         if len(indices) != len(prompt_ids):
@@ -185,7 +176,7 @@ class DeepTokenLM(nn.Module):
             prompt_ids = torch.cat([prompt_ids, torch.full_like(prompt_ids, self.config.pad_id)])
         written = [] if prefix is None else list(prefix.unbind(1))
         keyframes = range(start, start + num_keyframes)
-        return self._generate(prompt_ids, keyframes, written, target, seed, indices, sampling, use_cache)
+        return self._generate(prompt_ids, keyframes, written, target, seed, indices, sampling)
 
     def _goal(self, goal: KeyFrameTokens | Literal["first"], last: int, keyframe: int | None, batch: int) -> Goal:
         found = Goal(None if isinstance(goal, str) else goal, last if keyframe is None else keyframe)
@@ -206,7 +197,6 @@ class DeepTokenLM(nn.Module):
         seed: int | SeedPlan,
         indices: Sequence[int],
         sampling: SamplingConfig,
-        use_cache: bool,
     ) -> Iterator[KeyFrameTokens]:
         # `written` are the key frames of the transformer's sequence, the first of them being number `first`
         sequence: CachedSequence | None = None
@@ -218,7 +208,9 @@ class DeepTokenLM(nn.Module):
             start = _window_start(keyframe, sampling.context_key_frames)
             if sequence is None or start > first:
                 written, first = written[start - first :], start
-                sequence = self._begin_sequence(text_ids, use_cache)
+                sequence = CachedSequence(self.backbone, self.backbone.embed_text(text_ids), self.config.order)
+                if self.config.order == "keyframe":
+                    sequence.append(self.embedding.start(self._begin(len(text_ids)))[:, 0])
                 for number, tokens in enumerate(written):
                     self._append(sequence, self.embedding(self._repeated(tokens[:, None], sequence), number))
                     if number == 0:
@@ -235,13 +227,6 @@ class DeepTokenLM(nn.Module):
                 self._append_goal(sequence, goal, first)
             written.append(tokens)
             yield tokens
-
-    def _begin_sequence(self, text_ids: TextIds, use_cache: bool) -> CachedSequence:
-        blockwise = self.config.order == "keyframe"
-        sequence = CachedSequence(self.backbone, self.backbone.embed_text(text_ids), use_cache, blockwise)
-        if blockwise:
-            sequence.append(self.embedding.start(self._begin(len(text_ids)))[:, 0])
-        return sequence
 
     def _append_goal(self, sequence: CachedSequence, goal: Goal | None, first: int) -> None:
         """Append the goal's block, unless it is the very next key frame."""
@@ -303,19 +288,14 @@ class DeepTokenLM(nn.Module):
                 "context_key_frames"
             )
 
-    def save_part(self, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Write weights and text tokenizer into a checkpoint folder; returns this part's section of `config.json`."""
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Write weights and text tokenizer into a checkpoint folder; returns what belongs under "lm" in its config."""
         if self.text is None:
             raise ValueError("a checkpoint needs the text tokenizer too: set DeepTokenLM.text before saving")
+        folder = Path(folder)
         self.text.save(folder)
         save_weights(self, folder / WEIGHTS, dtype, beside=folder / FILE)
         return config_to_dict(self.config)
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write this part of a checkpoint folder, leaving other parts of its `config.json` as they are."""
-        folder = Path(folder)
-        others = read_config(folder) if (folder / "config.json").exists() else {}
-        write_config(folder, {**others, SECTION: self.save_part(folder, dtype)})
 
     @classmethod
     def from_pretrained(
@@ -326,7 +306,7 @@ class DeepTokenLM(nn.Module):
     ) -> "DeepTokenLM":
         """Load the language model of what `DiCoDe.from_pretrained` takes: strict, in eval mode, as `dtype`."""
         folder = resolve(name_or_folder, revision)
-        config, text = read_section(folder, SECTION, DeepLMConfig), TextTokenizer.load(folder)
+        config, text = read_section(folder, "lm", DeepLMConfig), TextTokenizer.load(folder)
         if (text.pad_id, text.begin_id) != (config.pad_id, config.begin_id) or text.vocab_size > config.vocab_size:
             raise CheckpointError(
                 f"{folder}: text tokenizer (vocabulary {text.vocab_size}, pad {text.pad_id}, begin {text.begin_id}) "

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dicode.lm.presets import DeepLMConfig
+from dicode.lm.config import DeepLMConfig
 from dicode.tokenizer.config import SamplingConfig
 
 GroupHidden = Float[Tensor, "*group p width"]  # p tokens predicted together …
@@ -110,7 +110,10 @@ class MixtureHead(nn.Module):
         mean = mixture_mean(means, log_weights)
         drawn = mean
         if sampling.variance_scale > 0:
-            weights = tempered(log_weights, sampling.temperature)
+            if sampling.temperature == 0:
+                weights = torch.zeros_like(log_weights).scatter(-1, log_weights.argmax(-1, keepdim=True), 1.0)
+            else:
+                weights = (log_weights / sampling.temperature).softmax(-1)
             drawn = _draw(means, variances * sampling.variance_scale, weights, generators)
         return drawn if null_hidden is None else drawn + (sampling.guidance - 1) * (mean - self.mean(null_hidden))
 
@@ -256,13 +259,6 @@ def mixture_nll(means: Components, variances: Components, log_weights: LogWeight
 def mixture_mean(means: Components, log_weights: LogWeights) -> GroupTokens:
     """The components' means, weighted."""
     return (log_weights.exp()[..., None, :, None] * means).sum(-2)
-
-
-def tempered(log_weights: Float[Tensor, "b m"], temperature: float) -> Float[Tensor, "b m"]:
-    """Weights raised to 1/temperature and normalised; at 0 all weight is on the likeliest component."""
-    if temperature == 0:
-        return torch.zeros_like(log_weights).scatter(-1, log_weights.argmax(-1, keepdim=True), 1.0)
-    return (log_weights / temperature).softmax(-1)
 
 
 def _draw(

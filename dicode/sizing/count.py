@@ -16,9 +16,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from dicode.lm.config import DeepLMConfig
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.heads import Head
-from dicode.lm.presets import DeepLMConfig
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import Stage

@@ -67,18 +67,18 @@ class FirstStageConfig:
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """Published: width 1024, depth 4, 12 heads of 64, 16 queries, features 1280, tokens 1024."""
+    """A Perceiver resampler; the published one's sizes are in `TOKENIZERS`."""
 
-    width: Width = 1024
-    depth: Depth = 4
-    heads: Width = 12
+    width: Width = 192
+    depth: Depth = 2
+    heads: Width = 3
     head_width: Width = 64
     queries: Width = 16
-    feature_width: Width = 1280
-    features: Width = 257  # features a key frame, for `grid_queries`
-    token_width: Width = 1024
+    feature_width: Width = 192
+    features: Width = 64  # features a key frame, for `grid_queries`
+    token_width: Width = 32
     feedforward_factor: Annotated[int, Range(1, 64)] = 4
-    grid_queries: bool = False  # start each query from the features of its own cell of the image (not published)
+    grid_queries: bool = True  # start each query from the features of its own cell of the image; published: False
 
 
 @dataclass(frozen=True)
@@ -156,19 +156,7 @@ class TokenizerConfig:
     linear_code: bool = False  # tokens and key latents get a linear part (`LinearCode`), fitted before training
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    resampler: ResamplerConfig = field(
-        default_factory=lambda: ResamplerConfig(
-            width=192,
-            depth=2,
-            heads=3,
-            head_width=64,
-            queries=16,
-            feature_width=192,
-            features=64,
-            token_width=32,
-            grid_queries=True,
-        )
-    )
+    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     objective: Objective = "flow"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the defaults of generation

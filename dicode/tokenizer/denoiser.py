@@ -1,26 +1,64 @@
-"""Denoisers behind one interface: noisy clip latents, time and conditioning → a prediction of the latents' shape.
+"""A denoiser, its conditioning, and the diffusion that trains and drives it.
 
-    denoiser(noisy, timestep, conditioning)
+    denoiser(noisy, timestep, conditioning) → a prediction of the latents' shape
 
-`UNet3D` is the published network (diffusers' UNet3DConditionModel), `Hourglass` a small convolution–transformer for two
-CPU cores: on 16×8×8 clips it trains 5 to 34 times as fast as diffusers' networks of two to five times its size, because
-all its arithmetic is dense bf16 matrix products (docs/log.md). `DENOISERS` at the end of this file names every
-denoiser; docs/extend.md adds one.
+`Hourglass` is a small convolution–transformer for two CPU cores: on 16×8×8 clips it trains 5 to 34 times as fast as
+diffusers' networks of two to five times its size, because all its arithmetic is dense bf16 matrix products
+(docs/log.md); those are in library.py. `DENOISERS` at the end of this file names all; docs/extend.md adds one.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.embeddings import get_timestep_embedding
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from dicode.shapes import ClipLatents
-from dicode.tokenizer.conditioning import ClipConditioning, cross_faded, input_channels
-from dicode.tokenizer.config import TokenizerConfig
+from dicode.tokenizer.config import DenoiserConfig, Objective, SamplingConfig, TokenizerConfig
 from dicode.tokenizer.encoder import grid_positions, transformer
-from dicode.tokenizer.unet3d import UNet3D
+
+Predict = Callable[[ClipLatents, Tensor], ClipLatents]
+
+
+@dataclass(frozen=True)
+class ClipConditioning:
+    """The denoiser's inputs beside noisy latents and time, a clip a batch entry."""
+
+    tokens: Tensor  # b 2 n d: of the head and of the tail key frame; null tokens where dropped for guidance
+    key_latents: Tensor  # b 2 c h w: the coarse latents of both, predicted from the tokens; zeros where dropped
+    keys_mask: Tensor  # b: 1 where tokens and key latents are given, 0 where dropped
+    context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent
+    context_mask: Tensor  # b: 1 where the context is given
+    frame_stride: Tensor  # b: frames of the source video from one frame of the clip to the next, for `unet3d`
+
+    def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> Tensor:
+        """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""
+        f, h, w = noisy.shape[1], *noisy.shape[-2:]
+        parts = [noisy]
+        if config.uses_key_latents:
+            parts.append(repeat(self.key_latents.to(noisy), "b two c h w -> b f (two c) h w", f=f))
+        if config.context_frames:
+            parts.append(repeat(self.context.to(noisy), "b p c h w -> b f (p c) h w", f=f))
+            parts.append(repeat(self.context_mask.to(noisy), "b -> b f 1 h w", f=f, h=h, w=w))
+        return torch.cat(parts, dim=2)
+
+
+def input_channels(config: DenoiserConfig, latent_channels: int) -> int:
+    """Channels of `ClipConditioning.channels`."""
+    keys = 2 * latent_channels if config.uses_key_latents else 0
+    context = config.context_frames * latent_channels + 1 if config.context_frames else 0
+    return latent_channels + keys + context
+
+
+def cross_faded(keys: Tensor, frames: int) -> ClipLatents:
+    """The simplest clip between head and tail latents `b 2 c h w`: frame i is i/f of the tail, the rest is head."""
+    share = torch.arange(frames).to(keys)[:, None, None, None] / frames
+    return (1 - share) * keys[:, :1] + share * keys[:, 1:]
 
 
 def build_denoiser(config: TokenizerConfig) -> nn.Module:
@@ -150,35 +188,100 @@ def frames_convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     return rearrange(y, "(b f) c h w -> b f h w c", f=x.shape[1])
 
 
-class Wan(nn.Module):
-    """diffusers' WanTransformer3DModel: full attention over all positions of a clip, deep tokens as its context.
+def ddim_scheduler(objective: Objective) -> DDIMScheduler:
+    """Published: `v_prediction` on zero terminal SNR, which agrees with the public sampler to 1e-5 relative."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=objective,
+        rescale_betas_zero_snr=objective == "v_prediction",
+        timestep_spacing="leading",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
 
-    To its cross-attention the context is a set, so tokens carry learned places: head or tail, and which of the n.
+
+def noised(
+    objective: Objective, latents: ClipLatents, noise: ClipLatents, generator: torch.Generator
+) -> tuple[ClipLatents, Tensor, ClipLatents]:
+    """Latents at a random time: (noisy latents, timestep `b` in 0…1000, the denoiser's target)."""
+    b = len(latents)
+    if objective == "flow":
+        sigma = torch.sigmoid(torch.randn(b, generator=generator)).to(latents.device)
+        mix = sigma[:, None, None, None, None]
+        return (1 - mix) * latents + mix * noise, sigma * 1000, noise - latents
+    timesteps = torch.randint(0, 1000, (b,), generator=generator).to(latents.device)
+    scheduler = ddim_scheduler(objective)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    target = noise if objective == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    return noisy, timesteps.float(), target
+
+
+def sample(
+    objective: Objective,
+    sampling: SamplingConfig,
+    predict: Predict,
+    predict_null: Predict,
+    noise: ClipLatents,
+    generators: list[torch.Generator] | None = None,
+) -> ClipLatents:
+    """Noise → clean latents.
+
+    With a guidance other than 1 the prediction is null + guidance·(conditional − null) (Ho & Salimans 2022), its
+    deviation pulled back by `guidance_rescale` (Lin et al. 2024, section 3.4).
     """
 
-    def __init__(self, config: TokenizerConfig):
-        super().__init__()
-        self.config = sizes = config.denoiser
-        resampler, latent_channels = config.resampler, config.first_stage.latent_channels
-        self.token_places = nn.Parameter(torch.randn(2, resampler.queries, resampler.token_width) * 0.5)
-        self.transformer = WanTransformer3DModel(
-            patch_size=(1, 1, 1),
-            num_attention_heads=sizes.heads,
-            attention_head_dim=sizes.width // sizes.heads,
-            in_channels=input_channels(sizes, latent_channels),
-            out_channels=latent_channels,
-            text_dim=resampler.token_width,
-            ffn_dim=sizes.width * 4,
-            num_layers=sizes.depth,
-        )
+    def guided(latents: ClipLatents, timestep: Tensor) -> ClipLatents:
+        conditional = predict(latents, timestep)
+        if sampling.decoder_guidance == 1.0:
+            return conditional
+        null = predict_null(latents, timestep)
+        prediction = null + sampling.decoder_guidance * (conditional - null)
+        if sampling.guidance_rescale == 0.0:
+            return prediction
+        axes = tuple(range(1, prediction.ndim))
+        ratio = conditional.std(axes, keepdim=True) / prediction.std(axes, keepdim=True)
+        return prediction * (sampling.guidance_rescale * ratio + 1 - sampling.guidance_rescale)
 
-    def forward(self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning) -> ClipLatents:
-        """As `Hourglass.forward`."""
-        noisy = noisy.to(self.token_places.dtype)
-        x = rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b c f h w")
-        tokens = rearrange(conditioning.tokens + self.token_places, "b two n d -> b (two n) d").to(x)
-        y = self.transformer(x, timestep, tokens, return_dict=False)[0]
-        return rearrange(y, "b c f h w -> b f c h w").float()
+    noise_options: dict[str, Any] = {}
+    if objective == "flow":  # from 1 in equal steps to 0; left alone, diffusers takes its last step at 0.001
+        scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / sampling.steps, sampling.steps), device=noise.device)
+    else:
+        scheduler, noise_options = ddim_scheduler(objective), {"eta": sampling.eta, "generator": generators}
+        scheduler.set_timesteps(sampling.steps, device=noise.device)
+    latents = sampling.decoder_temperature * noise
+    for timestep in scheduler.timesteps:
+        prediction = guided(latents, timestep.expand(len(latents)).to(noise))
+        latents = scheduler.step(prediction, timestep, latents, **noise_options).prev_sample
+    return latents
 
 
-DENOISERS: dict[str, Callable[[TokenizerConfig], nn.Module]] = {"hourglass": Hourglass, "unet3d": UNet3D, "wan": Wan}
+def scale_motion(clips: ClipLatents, scale: float, keys: list[int]) -> ClipLatents:
+    """Move every frame of clips `b f c h w` away from its clip's mean, `scale` times as far; key frames stay.
+
+    A denoiser uncertain about what happens between key frames renders frames that are too similar. Latents are
+    normalised, so that one factor, measured on training clips, restores their variance over time (studies/motion).
+    """
+    if scale == 1.0:
+        return clips
+    scaled = torch.lerp(clips.mean(1, keepdim=True), clips, scale)
+    scaled[:, keys] = clips[:, keys]
+    return scaled
+
+
+def _unet3d(config: TokenizerConfig) -> nn.Module:
+    from dicode.tokenizer.library import UNet3D
+
+    return UNet3D(config)
+
+
+def _wan(config: TokenizerConfig) -> nn.Module:
+    from dicode.tokenizer.library import Wan
+
+    return Wan(config)
+
+
+DENOISERS: dict[str, Callable[[TokenizerConfig], nn.Module]] = {"hourglass": Hourglass, "unet3d": _unet3d, "wan": _wan}

@@ -1,24 +1,98 @@
-"""Image encoders: a key frame → the resampler's input features."""
+"""Images ⇄ first-stage latents ⇄ deep tokens: autoencoder, encoder, resampler, key-frame head, linear code."""
 
 import math
+from typing import Any, cast
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from dicode.shapes import ImageLatents, KeyFramePixels, PatchFeatures
-from dicode.tokenizer.config import EncoderConfig, TokenizerConfig
+from dicode.shapes import ImageLatents, KeyFramePixels, KeyFrameTokens, PatchFeatures
+from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, ResamplerConfig, TokenizerConfig
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+DECODER = ("autoencoder.decoder.", "autoencoder.post_quant_conv.")  # what may change without changing a latent
+
+
+class FirstStage(nn.Module):
+    """Pixels −1…1 ⇄ latents of zero mean and unit variance a channel (statistics are part of the weights)."""
+
+    latent_mean: Tensor
+    latent_deviation: Tensor
+
+    def __init__(self, config: FirstStageConfig):
+        super().__init__()
+        self.config = config
+        if config.kind == "tiny":
+            self.autoencoder: Any = AutoencoderTiny(
+                encoder_block_out_channels=config.channels,
+                # diffusers' decoder reads the list from fine to coarse too, and keeps one width throughout
+                decoder_block_out_channels=config.channels,
+                latent_channels=config.latent_channels,
+                num_encoder_blocks=config.encoder_blocks,
+                num_decoder_blocks=config.decoder_blocks,
+            )
+        else:
+            self.autoencoder = AutoencoderKL(
+                block_out_channels=config.channels,
+                down_block_types=("DownEncoderBlock2D",) * len(config.channels),
+                up_block_types=("UpDecoderBlock2D",) * len(config.channels),
+                layers_per_block=config.encoder_blocks[0],
+                latent_channels=config.latent_channels,
+                norm_num_groups=min(32, config.channels[0]),
+            )
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_deviation", torch.ones(config.latent_channels))
+        # faster on CPUs; a KL autoencoder's outputs differ by 1.3e-5 in it, more than the reference vectors allow
+        self.layout = torch.channels_last if config.kind == "tiny" else torch.contiguous_format
+        self.to(memory_format=self.layout)  # type: ignore[call-overload]
+
+    def raw_latents(self, pixels: KeyFramePixels) -> ImageLatents:
+        """Latents before normalisation; a KL autoencoder gives the mode of its posterior."""
+        pixels = pixels.to(self.autoencoder.dtype)
+        if self.config.kind == "kl":
+            return self.autoencoder.encode(pixels).latent_dist.mode()
+        return self.autoencoder.encoder(pixels)
+
+    def encode(self, pixels: KeyFramePixels) -> ImageLatents:
+        """Pixels `b 3 h w` in −1…1 → normalised float32 latents `b c h/8 w/8`."""
+        latents = self.raw_latents(pixels.contiguous(memory_format=self.layout)).float()
+        return (latents - self.latent_mean[:, None, None]) / self.latent_deviation[:, None, None]
+
+    def decode(self, latents: ImageLatents) -> KeyFramePixels:
+        """Normalised latents → float32 pixels, not clamped."""
+        raw = latents * self.latent_deviation[:, None, None] + self.latent_mean[:, None, None]
+        return self.raw_decode(raw.contiguous(memory_format=self.layout))
+
+    def raw_decode(self, latents: ImageLatents) -> KeyFramePixels:
+        """Latents before normalisation → float32 pixels."""
+        latents = latents.to(self.autoencoder.dtype)
+        if self.config.kind == "kl":
+            return self.autoencoder.decode(latents).sample.float()
+        return self.autoencoder.decoder(latents).float()
+
+    def freeze_encoder(self) -> None:
+        """Leave gradients to what acts after the latents alone (see `DECODER`)."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(DECODER))
+
+    @torch.no_grad()
+    def fit_statistics(self, latents: ImageLatents) -> None:
+        """Set the normalisation from raw latents of training images."""
+        rows = latents.float().transpose(0, 1).flatten(1)
+        self.latent_mean.copy_(rows.mean(1))
+        self.latent_deviation.copy_(rows.std(1).clamp_min(1e-4))
 
 
 def build_encoder(config: EncoderConfig) -> nn.Module:
-    """The encoder of a configuration, with random weights."""
-    return PatchEncoder(config) if config.kind == "patch" else ClipEncoder(config)
+    """The encoder of a configuration, with random weights: from latents, or the published CLIP's from pixels."""
+    if config.kind == "patch":
+        return PatchEncoder(config)
+    from dicode.tokenizer.library import ClipEncoder
+
+    return ClipEncoder(config)
 
 
 class PatchEncoder(nn.Module):
@@ -34,38 +108,6 @@ class PatchEncoder(nn.Module):
         """Latents `b c h w` → features `b p width`."""
         patches = self.patches(latents.to(self.positions.dtype))
         return self.blocks(patches.flatten(2).transpose(1, 2) + self.positions)
-
-
-class ClipEncoder(nn.Module):
-    """A CLIP image tower from transformers, with its own preprocessing on tensors."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, config: EncoderConfig):
-        super().__init__()
-        self.size = config.size
-        self.tower = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=config.width,
-                intermediate_size=config.width * 4,
-                num_hidden_layers=config.depth,
-                num_attention_heads=config.heads,
-                image_size=config.size,
-                patch_size=config.patch,
-                hidden_act="gelu",
-            )
-        )
-        self.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("deviation", torch.tensor(CLIP_DEVIATION)[:, None, None], persistent=False)
-
-    def forward(self, pixels: KeyFramePixels) -> PatchFeatures:
-        """Pixels −1…1 of any size → the tower's last hidden state, class token first (ViT-H/14: `b 257 1280`)."""
-        # kornia's resize: its antialiasing leaves 256 → 224 as plain bicubic; torch's differs by 2.3 % there
-        resized = functional.interpolate(pixels, (self.size, self.size), mode="bicubic", align_corners=True)
-        normalised = ((resized + 1) / 2 - self.mean) / self.deviation
-        return self.tower(normalised).last_hidden_state
 
 
 def grid_positions(count: int, width: int) -> Tensor:
@@ -85,6 +127,77 @@ def transformer(width: int, depth: int, heads: int) -> nn.TransformerEncoder:
         width, heads, width * 4, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     )
     return nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+
+
+class Resampler(nn.Module):
+    """Learned queries attend `depth` times to the features and to themselves."""
+
+    def __init__(self, config: ResamplerConfig):
+        super().__init__()
+        self.config = config
+        self.latents = nn.Parameter(torch.randn(1, config.queries, config.width) / config.width**0.5)
+        self.proj_in = nn.Linear(config.feature_width, config.width)
+        if config.grid_queries:
+            self.cell = nn.Linear(config.width * (config.features // config.queries), config.width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(config), feed_forward(config.width, config.feedforward_factor)])
+            for _ in range(config.depth)
+        )
+        self.proj_out = nn.Linear(config.width, config.token_width)
+        self.norm_out = nn.LayerNorm(config.token_width)
+
+    def forward(self, features: PatchFeatures) -> KeyFrameTokens:
+        """Features `b p width` of one key frame → its deep tokens `b n d`."""
+        queries: Tensor = repeat(self.latents, "1 n width -> b n width", b=len(features))
+        features = self.proj_in(features)
+        if self.config.grid_queries:
+            queries = queries + self.cells(features)
+        for layer in self.layers:
+            attention, feedforward = cast(nn.ModuleList, layer)
+            queries = queries + attention(features, queries)
+            queries = queries + feedforward(queries)
+        return self.norm_out(self.proj_out(queries))
+
+    def cells(self, features: PatchFeatures) -> KeyFrameTokens:
+        """The features under each query, where the queries are a coarser square grid than the features."""
+        side, coarse = math.isqrt(features.shape[1]), math.isqrt(self.config.queries)
+        cells = rearrange(
+            features, "b (h i w j) width -> b (h w) (i j width)", h=coarse, w=coarse, i=side // coarse, j=side // coarse
+        )
+        return self.cell(cells)
+
+
+class PerceiverAttention(nn.Module):
+    """Queries attend to features and queries together; no biases, both sides normalised."""
+
+    def __init__(self, config: ResamplerConfig):
+        super().__init__()
+        inner = config.heads * config.head_width
+        self.heads = config.heads
+        self.norm1 = nn.LayerNorm(config.width)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.to_q = nn.Linear(config.width, inner, bias=False)
+        self.to_kv = nn.Linear(config.width, inner * 2, bias=False)
+        self.to_out = nn.Linear(inner, config.width, bias=False)
+
+    def forward(self, features: Tensor, queries: Tensor) -> Tensor:
+        queries = self.norm2(queries)
+        source = torch.cat([self.norm1(features), queries], dim=1)
+        q, k, v = (
+            rearrange(x, "b p (heads e) -> b heads p e", heads=self.heads)
+            for x in (self.to_q(queries), *self.to_kv(source).chunk(2, dim=-1))
+        )
+        return self.to_out(rearrange(functional.scaled_dot_product_attention(q, k, v), "b heads n e -> b n (heads e)"))
+
+
+def feed_forward(width: int, factor: int) -> nn.Sequential:
+    """Pre-normed two-layer network without biases, indices as in the public weights."""
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, width * factor, bias=False),
+        nn.GELU(),
+        nn.Linear(width * factor, width, bias=False),
+    )
 
 
 class KeyFrameHead(nn.Module):
@@ -115,3 +228,27 @@ class KeyFrameHead(nn.Module):
         hidden = self.blocks(torch.cat([queries, self.tokens(tokens) + self.places], dim=1))
         latents = self.out(hidden[:, : self.size**2])
         return latents.transpose(1, 2).unflatten(2, (self.size, self.size)).float()
+
+
+class LinearCode(nn.Module):
+    """A projection of all of an image's latents to its deep tokens, and one back; resampler and head add to them.
+
+    After training, attention had not found what principal components give (studies/tokens); `fit_projections` has a
+    closed form.
+    """
+
+    def __init__(self, num_tokens: int, token_width: int, latent_channels: int, size: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.size = size
+        self.encode = nn.Linear(latent_channels * size * size, num_tokens * token_width)
+        self.decode = nn.Linear(num_tokens * token_width, latent_channels * size * size)
+
+    def tokens(self, latents: ImageLatents) -> KeyFrameTokens:
+        """Latents `b c h w` → tokens `b n d`, before they are normalised."""
+        return self.encode(latents.flatten(1).to(self.encode.weight.dtype)).unflatten(1, (self.num_tokens, -1))
+
+    def latents(self, tokens: KeyFrameTokens) -> ImageLatents:
+        """Normalised tokens `b n d` → latents `b c h w`."""
+        decoded = self.decode(tokens.flatten(1).to(self.decode.weight.dtype))
+        return decoded.unflatten(1, (-1, self.size, self.size)).float()

@@ -1,87 +1,65 @@
-"""The linear part of a small tokenizer: an image's latents, projected to what of them survives noise best."""
+"""The linear code fitted to training latents in closed form: what of an image's latents survives noise best."""
 
 import math
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from dicode.shapes import ImageLatents, KeyFrameTokens
+from dicode.shapes import ImageLatents
+from dicode.tokenizer.encoder import LinearCode
 
 
-class LinearCode(nn.Module):
-    """A projection of all of an image's latents to its deep tokens, and one back; resampler and head add to them.
+@torch.no_grad()
+def fit_projections(linear: LinearCode, latents: ImageLatents) -> Tensor:
+    """Set both projections from training latents `f c h w`; returns the variance of each number of the tokens.
 
-    After training, attention had not found what principal components give (studies/tokens). `fit` sets both projections
-    from training latents in closed form.
+    Of all linear codes of this width that keep the leading principal components, the one that loses least to equal
+    noise on all of its numbers: component i, of variance w, gets power √w (Lee & Petersen 1976, "Optimal linear
+    coding for vector channels"). A rotation, which changes no error, then aligns every token with the image under
+    it (orthogonal Procrustes, the tokens as a square grid) and evens the variances of each token's numbers, so that
+    normalising them leaves the noise equal.
+
+    Raises `ValueError` where the tokens are no square grid, or hold more numbers than latents or images there are.
     """
+    flat = latents.flatten(1).double()
+    count, numbers = linear.encode.out_features, linear.encode.in_features
+    if count > min(numbers, len(flat)):
+        raise ValueError(f"tokens of {count} numbers: expected at most {numbers}, of at least {count} images")
+    mean = flat.mean(0)
+    variance, components = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
+    variance = variance.flip(0)[:count].clamp_min(1e-6 * float(variance[-1]))
+    components = components.flip(1)[:, :count]
+    gain = variance.rsqrt() * variance.pow(0.25)  # unit variance, then power √w
+    gain *= (count / (gain.square() * variance).sum()).sqrt()
+    code = gain[:, None] * components.T
+    u, _, v = torch.linalg.svd(_cells(linear, latents) @ code.T)
+    power = (gain.square() * variance).diag()
+    width = count // linear.num_tokens
+    rotation = torch.cat([_evened(part @ power @ part.T) @ part for part in (u @ v).split(width)])
+    spread = rotation @ power @ rotation.T
+    linear.encode.weight.copy_(rotation @ code)
+    linear.encode.bias.copy_(-(rotation @ code @ mean))
+    linear.decode.weight.copy_(components / gain @ rotation.T * spread.diag().sqrt())
+    linear.decode.bias.copy_(mean)
+    return spread.diag().float()
 
-    def __init__(self, num_tokens: int, token_width: int, latent_channels: int, size: int):
-        super().__init__()
-        self.num_tokens = num_tokens
-        self.size = size
-        self.encode = nn.Linear(latent_channels * size * size, num_tokens * token_width)
-        self.decode = nn.Linear(num_tokens * token_width, latent_channels * size * size)
 
-    def tokens(self, latents: ImageLatents) -> KeyFrameTokens:
-        """Latents `b c h w` → tokens `b n d`, before they are normalised."""
-        return self.encode(latents.flatten(1).to(self.encode.weight.dtype)).unflatten(1, (self.num_tokens, -1))
-
-    def latents(self, tokens: KeyFrameTokens) -> ImageLatents:
-        """Normalised tokens `b n d` → latents `b c h w`."""
-        decoded = self.decode(tokens.flatten(1).to(self.decode.weight.dtype))
-        return decoded.unflatten(1, (-1, self.size, self.size)).float()
-
-    @torch.no_grad()
-    def fit(self, latents: ImageLatents) -> tuple[Tensor, Tensor]:
-        """Set both projections from training latents `f c h w`; returns mean and variance of each number of the tokens.
-
-        Of all linear codes of this width that keep the leading principal components, the one that loses least to equal
-        noise on all of its numbers: component i, of variance w, gets power √w (Lee & Petersen 1976, "Optimal linear
-        coding for vector channels"). A rotation, which changes no error, then aligns every token with the image under
-        it (orthogonal Procrustes, the tokens as a square grid) and evens the variances of each token's numbers, so that
-        normalising them leaves the noise equal.
-
-        Raises `ValueError` where the tokens are no square grid, or hold more numbers than latents or images there are.
-        """
-        flat = latents.flatten(1).double()
-        count, numbers = self.encode.out_features, self.encode.in_features
-        if count > min(numbers, len(flat)):
-            raise ValueError(f"tokens of {count} numbers: expected at most {numbers}, of at least {count} images")
-        mean = flat.mean(0)
-        variance, components = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
-        variance = variance.flip(0)[:count].clamp_min(1e-6 * float(variance[-1]))
-        components = components.flip(1)[:, :count]
-        gain = variance.rsqrt() * variance.pow(0.25)  # unit variance, then power √w
-        gain *= (count / (gain.square() * variance).sum()).sqrt()
-        code = gain[:, None] * components.T
-        u, _, v = torch.linalg.svd(self._cells(latents) @ code.T)
-        power = (gain.square() * variance).diag()
-        width = count // self.num_tokens
-        within = [_evened(part @ power @ part.T) @ part for part in (u @ v).split(width)]
-        rotation = torch.cat(within)
-        spread = rotation @ power @ rotation.T
-        self.encode.weight.copy_(rotation @ code)
-        self.encode.bias.copy_(-(rotation @ code @ mean))
-        self.decode.weight.copy_(components / gain @ rotation.T * spread.diag().sqrt())
-        self.decode.bias.copy_(mean)
-        return torch.zeros(count), spread.diag().float()
-
-    def _cells(self, latents: ImageLatents) -> Tensor:
-        """The projection that gives each token the principal components of its own cell alone, `(n d) (c h w)`."""
-        grid = math.isqrt(self.num_tokens)
-        if grid * grid != self.num_tokens or self.size % grid:
-            raise ValueError(f"{self.num_tokens} tokens are no square grid over {self.size}×{self.size} latents")
-        width = self.encode.out_features // self.num_tokens
-        index = torch.arange(self.encode.in_features).view(latents.shape[1:])
-        cells = rearrange(index, "c (h i) (w j) -> (h w) (c i j)", h=grid, w=grid)
-        target = torch.zeros(self.encode.out_features, self.encode.in_features, dtype=torch.double)
-        for token, cell in enumerate(cells):
-            own = latents.flatten(1)[:, cell].double()
-            own = own - own.mean(0)
-            _, components = torch.linalg.eigh(own.T @ own / len(own))
-            target[token * width : (token + 1) * width, cell] = components.flip(1)[:, :width].T
-        return target
+def _cells(linear: LinearCode, latents: ImageLatents) -> Tensor:
+    """The projection that gives each token the principal components of its own cell alone, `(n d) (c h w)`."""
+    grid = math.isqrt(linear.num_tokens)
+    if grid * grid != linear.num_tokens or linear.size % grid:
+        raise ValueError(f"{linear.num_tokens} tokens are no square grid over {linear.size}×{linear.size} latents")
+    width = linear.encode.out_features // linear.num_tokens
+    index = torch.arange(linear.encode.in_features).view(latents.shape[1:])
+    cells = rearrange(index, "c (h i) (w j) -> (h w) (c i j)", h=grid, w=grid)
+    target = torch.zeros(linear.encode.out_features, linear.encode.in_features, dtype=torch.double)
+    for token, cell in enumerate(cells):
+        own = latents.flatten(1)[:, cell].double()
+        own = own - own.mean(0)
+        _, components = torch.linalg.eigh(own.T @ own / len(own))
+        target[token * width : (token + 1) * width, cell] = components.flip(1)[:, :width].T
+    return target
 
 
 def _evened(covariance: Tensor) -> Tensor:

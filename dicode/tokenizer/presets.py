@@ -1,7 +1,5 @@
 """Tokenizers that have a name."""
 
-from dataclasses import replace
-
 from dicode.tokenizer.config import (
     DenoiserConfig,
     EncoderConfig,
@@ -14,8 +12,8 @@ from dicode.tokenizer.config import (
 TOKENIZERS: dict[str, TokenizerConfig] = {
     "sprites": TokenizerConfig(
         linear_code=True,
-        encoder=replace(TokenizerConfig().encoder, depth=1),
-        resampler=replace(TokenizerConfig().resampler, depth=1),
+        encoder=EncoderConfig(depth=1),
+        resampler=ResamplerConfig(depth=1),
         denoiser=DenoiserConfig(predict_residual=True),
     ),
     # rooms need wider tokens (studies/widths); small networks suffice beside the linear code (studies/tokens)
@@ -23,10 +21,8 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         key_head_width=48,
         key_head_depth=1,
         linear_code=True,
-        encoder=replace(TokenizerConfig().encoder, width=48, depth=1, heads=3),
-        resampler=replace(
-            TokenizerConfig().resampler, width=48, depth=1, head_width=16, feature_width=48, token_width=48
-        ),
+        encoder=EncoderConfig(width=48, depth=1),
+        resampler=ResamplerConfig(width=48, depth=1, head_width=16, feature_width=48, token_width=48),
         denoiser=DenoiserConfig(predict_residual=True),
     ),
     # Published (arXiv 2412.04446): OpenCLIP ViT-H/14, DynamiCrafter-256's U-Net without image concatenation, SD's VAE
@@ -36,7 +32,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         null_tokens="grey_image",
         first_stage=FirstStageConfig("kl", (128, 256, 512, 512), 4, (2,), (2,)),
         encoder=EncoderConfig("clip", width=1280, depth=32, heads=16, size=224, patch=14, channels=3),
-        resampler=ResamplerConfig(),
+        resampler=ResamplerConfig(1024, 4, 12, 64, 16, 1280, 257, 1024, grid_queries=False),
         denoiser=DenoiserConfig("unet3d", context_frames=0, uses_key_latents=False, depth=2, heads=5),
         objective="v_prediction",
         sampling=SamplingConfig(

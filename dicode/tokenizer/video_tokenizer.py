@@ -14,8 +14,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dicode.checkpoint import as_saved, load_model, read_section, resolve, save_weights
+from dicode.checkpoint import load_model, read_section, resolve
 from dicode.config import config_to_dict
+from dicode.saving import as_saved, save_weights
 from dicode.seeds import SeedPlan, generator_for, normal, seed_of_clip
 from dicode.shapes import (
     ClipLatents,
@@ -27,14 +28,9 @@ from dicode.shapes import (
     KeyFrameTokens,
 )
 from dicode.tokenizer.boundaries import blended_stream, key_frame_indices
-from dicode.tokenizer.conditioning import ClipConditioning
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
-from dicode.tokenizer.denoiser import build_denoiser
-from dicode.tokenizer.diffusion import sample, scale_motion
-from dicode.tokenizer.encoder import KeyFrameHead, build_encoder
-from dicode.tokenizer.first_stage import DECODER, FirstStage
-from dicode.tokenizer.linear import LinearCode
-from dicode.tokenizer.resampler import Resampler
+from dicode.tokenizer.denoiser import ClipConditioning, build_denoiser, sample, scale_motion
+from dicode.tokenizer.encoder import DECODER, FirstStage, KeyFrameHead, LinearCode, Resampler, build_encoder
 from dicode.video.timed import Video
 
 WEIGHTS = "tokenizer.safetensors"
@@ -109,8 +105,8 @@ class VideoTokenizer(nn.Module):
     def encode(self, frames: FrameStack) -> DeepTokens:
         """uint8 frames `b f h w c` of the tokenizer's size and rate → normalised deep tokens `b k n d`."""
         keys = frames[:, key_frame_indices(frames.shape[1], self.config.tail_frame)]
-        pixels = self._pixels_of(keys)
-        return rearrange(self.tokens_of(self.source_of(pixels)), "(b k) n d -> b k n d", b=len(frames))
+        tokens = self.tokens_of(self.source_of(self._pixels_of(keys)))
+        return rearrange(tokens, "(b k) n d -> b k n d", b=len(frames))
 
     @torch.no_grad()
     def encode_frames(self, frames: Video) -> DeepTokens:
@@ -193,20 +189,17 @@ class VideoTokenizer(nn.Module):
         for name, value, least in (("clips_at_once", clips_at_once, 1), ("first_clip", first_clip, 0)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        numbered = enumerate(pairs, first_clip)
-        if sampling.joins == "chained":
-            context = None if before is None else self.context_of(before)
-            return self._frames_of_stream(self._chained(numbered, context, draws))
-        clips = self._at_once(numbered, clips_at_once if sampling.joins == "parallel" else 1, draws)
+        context = self.context_of(before) if before is not None and sampling.joins == "chained" else None
+        clips = self._clips(enumerate(pairs, first_clip), context, draws, clips_at_once)
         if sampling.joins == "parallel":
             # with residual prediction a clip's first frame is exact, the key frame itself
             moves_later = not self.config.denoiser.predict_residual
             clips = blended_stream(clips, shares_frame=self.config.repeated_frames > 0, moves_later=moves_later)
         return self._frames_of_stream(clips)
 
-    def render(self, pair: DeepTokens, sample_indices: Sequence[int], seed: int = 0) -> ClipLatents:
+    def render(self, pair: DeepTokens, sample_indices: Sequence[int]) -> ClipLatents:
         """The first-stage latents of the single clips that `decode` renders from head and tail tokens `b 2 n d`."""
-        return self._render([pair], None, [0], Draws(self.config.sampling, seed, sample_indices))[0]
+        return self._render([pair], None, [0], Draws(self.config.sampling, 0, sample_indices))[0]
 
     def _frames_of_stream(self, clips: Iterator[ClipLatents]) -> Iterator[FrameStack]:
         for position, latents in enumerate(clips):
@@ -214,22 +207,22 @@ class VideoTokenizer(nn.Module):
                 frames = self.frames_of(latents[:, self.config.repeated_frames if position else 0 :])
             yield frames
 
-    def _chained(
-        self, numbered: Iterator[tuple[int, DeepTokens]], context: ContextLatents | None, draws: Draws
+    def _clips(
+        self,
+        numbered: Iterator[tuple[int, DeepTokens]],
+        context: ContextLatents | None,
+        draws: Draws,
+        clips_at_once: int,
     ) -> Iterator[ClipLatents]:
-        frames = self.config.denoiser.context_frames
-        for clip, pair in numbered:
-            if context is not None and len(context) != len(pair):
-                raise ValueError(f"before: expected a batch of {len(pair)}, as the tokens, got {len(context)}")
-            (latents,) = self._render([pair], context, [clip], draws)
-            context = latents[:, -frames:] if frames else None
-            yield latents
-
-    def _at_once(
-        self, numbered: Iterator[tuple[int, DeepTokens]], clips_at_once: int, draws: Draws
-    ) -> Iterator[ClipLatents]:
-        while drawn := list(islice(numbered, clips_at_once)):
-            yield from self._render([pair for _, pair in drawn], None, [clip for clip, _ in drawn], draws)
+        joins, frames = draws.sampling.joins, self.config.denoiser.context_frames
+        while drawn := list(islice(numbered, clips_at_once if joins == "parallel" else 1)):
+            clips, pairs = [clip for clip, _ in drawn], [pair for _, pair in drawn]
+            if context is not None and len(context) != len(pairs[0]):
+                raise ValueError(f"before: expected a batch of {len(pairs[0])}, as the tokens, got {len(context)}")
+            rendered = self._render(pairs, context, clips, draws)
+            if joins == "chained" and frames:
+                context = rendered[-1][:, -frames:]
+            yield from rendered
 
     @torch.no_grad()
     def _render(
@@ -313,17 +306,11 @@ class VideoTokenizer(nn.Module):
         return self.first_stage.latent_mean.device
 
 
-class TokenizerParts(nn.Module):
+class TokenizerParts(nn.ModuleDict):
     """The trained parts of a tokenizer without its first stage, under their own names: the content of one file."""
 
     def __init__(self, tokenizer: VideoTokenizer):
-        super().__init__()
-        self.encoder = tokenizer.encoder
-        self.resampler = tokenizer.resampler
-        self.normalizer = tokenizer.normalizer
-        self.key_head = tokenizer.key_head
-        self.linear_code = tokenizer.linear_code
-        self.denoiser = tokenizer.denoiser
+        super().__init__({name: part for name, part in tokenizer.named_children() if name != "first_stage"})
 
 
 def hash_of_tokens(

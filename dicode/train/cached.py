@@ -7,8 +7,10 @@ from einops import rearrange
 from torch import Tensor
 
 from dicode.checkpoint import content_hash
-from dicode.data.cache import CachedVideo, FrameCache, Rows
-from dicode.device import Precision, autocast
+from dicode.config import Precision
+from dicode.data.cache import FrameCache, Rows
+from dicode.data.columns import CachedVideo
+from dicode.device import autocast
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
 from dicode.train.augment import View
 

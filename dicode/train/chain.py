@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from dicode import __version__
-from dicode.checkpoint import check_model_folder, load_weights, model_folder, read_config, read_section, resolve
+from dicode.checkpoint import load_weights, read_config, read_section, resolve
 from dicode.config import CheckpointError, config_to_dict
-from dicode.data.cache import CachedVideo, FrameCache
+from dicode.data.cache import FrameCache
+from dicode.data.columns import CachedVideo
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
+from dicode.saving import check_model_folder, model_folder
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
-from dicode.tokenizer.first_stage import DECODER, FirstStage
+from dicode.tokenizer.encoder import DECODER, FirstStage
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.checkpoint import STATE, checkpoints
 from dicode.train.distributed import Processes

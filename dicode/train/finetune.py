@@ -16,7 +16,7 @@ from dicode.config import config_to_dict
 from dicode.data.columns import CachedVideo
 from dicode.data.records import VALIDATION_EVERY, ClipRecord
 from dicode.files import put_text, read_json, state_of
-from dicode.lm.presets import DeepLMConfig
+from dicode.lm.config import DeepLMConfig
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.train.loop import NonFiniteLossError
 from dicode.train.run_log import records

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from dicode.checkpoint import content_hash, kept_tensors, load_weights, save_weights, write_config
+from dicode.checkpoint import content_hash, load_weights
 from dicode.config import config_to_dict
 from dicode.data.cache import FrameCache
 from dicode.data.cache_folder import INDEX
@@ -25,9 +25,10 @@ from dicode.data.columns import FrameRows, Videos
 from dicode.device import autocast, pick_device
 from dicode.features.extract import STAGE_WIDTHS, FeatureMaps, mean, perceptual_distance
 from dicode.features.metrics import frechet_distance
+from dicode.saving import kept_tensors, save_weights, write_config
 from dicode.shapes import ImageLatents, KeyFramePixels
 from dicode.stopwatch import tracked
-from dicode.tokenizer.first_stage import FirstStage
+from dicode.tokenizer.encoder import FirstStage
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS as WEIGHTS
 from dicode.tokenizer.video_tokenizer import WEIGHTS as TOKENIZER_WEIGHTS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer

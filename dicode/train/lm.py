@@ -10,13 +10,15 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from dicode.checkpoint import downloaded, load_weights, read_config, write_config
-from dicode.data.cache import CachedVideo
-from dicode.data.columns import CAPTIONED, Videos, spread_numbers
+from dicode.checkpoint import load_weights, read_config
+from dicode.data.columns import CAPTIONED, CachedVideo, Videos, spread_numbers
 from dicode.device import pick_device
 from dicode.files import read_json
+from dicode.hub import downloaded
 from dicode.lm.deep_lm import WEIGHTS, DeepTokenLM
+from dicode.lm.pretrained import load_pretrained
 from dicode.lm.text import TextTokenizer
+from dicode.saving import write_config
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.augment import View, augmented_caption
 from dicode.train.cached import at_once, frame_tokens, key_frames_of, pixels_to_frames, splits
@@ -69,7 +71,7 @@ class LanguageTraining:
         if run.init:
             load_weights(self.module, Path(run.init) / WEIGHTS)
         if body:
-            self.module.backbone.load_pretrained(body)
+            load_pretrained(self.module.backbone, body)
         if run.lora.rank:
             add_adapters(self.module, run.lora, run.loop.seed)
         if run.loop.compile:
@@ -294,7 +296,7 @@ class LanguageTraining:
 
     def export(self, folder: Path) -> None:
         with merged(self.module):
-            section = self.module.save_part(folder)
+            section = self.module.save_pretrained(folder)
         tokenizer = read_config(Path(self.run.tokenizer))["tokenizer"]
         write_config(folder, {"lm": section, "tokenizer": tokenizer, "deep_tokens": self.tokenizer.token_hash()})
 

@@ -13,16 +13,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dicode.checkpoint import load_state, load_weights, read_config, read_section, read_tensors, write_config
+from dicode.checkpoint import load_state, load_weights, read_config, read_section, read_tensors
 from dicode.config import config_from_dict
-from dicode.data.cache import CachedVideo, FrameCache, Rows
-from dicode.data.columns import FrameRows, Videos
+from dicode.data.cache import FrameCache, Rows
+from dicode.data.columns import CachedVideo, FrameRows, Videos
 from dicode.device import pick_device
+from dicode.saving import write_config
 from dicode.seeds import generator_for
-from dicode.tokenizer.conditioning import ClipConditioning
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
-from dicode.tokenizer.denoiser import ResidualDenoiser
-from dicode.tokenizer.diffusion import noised
+from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, noised
+from dicode.tokenizer.linear import fit_projections
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
 from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, pixels_to_frames, psnr_db, splits
 from dicode.train.lora import add_adapters, merged
@@ -39,14 +39,13 @@ DENOISER = "denoiser."  # what the names of its tensors in a checkpoint begin wi
 def fit_linear_code(tokenizer: VideoTokenizer, latents: Rows, rows: FrameRows) -> None:
     """Fit a tokenizer's linear code to `MOST_FITTED` of these rows of latents.
 
-    The networks beside it begin at zero. Raises `ValueError` as `LinearCode.fit`.
+    The networks beside it begin at zero. Raises `ValueError` as `fit_projections`.
     """
     assert tokenizer.linear_code is not None and tokenizer.key_head is not None
     fitted = latents[rows.spread(MOST_FITTED), 0].float()
-    mean, variance = tokenizer.linear_code.fit(fitted)
     assert tokenizer.normalizer.running_mean is not None and tokenizer.normalizer.running_var is not None
-    tokenizer.normalizer.running_mean.copy_(mean)
-    tokenizer.normalizer.running_var.copy_(variance)
+    tokenizer.normalizer.running_mean.zero_()
+    tokenizer.normalizer.running_var.copy_(fit_projections(tokenizer.linear_code, fitted))
     for layer in (tokenizer.resampler.norm_out, tokenizer.key_head.out):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from scipy.spatial.distance import pdist
 
-from dicode.data.cache import CachedVideo, FrameCache
+from dicode.data.cache import FrameCache
+from dicode.data.columns import CachedVideo
 from dicode.evaluate.generation import draw_prompts, plain_caption, text_control
 from dicode.evaluate.samples import RealClips, first_clip, generated_clips
 from dicode.features.extract import EfficientNetLite0Features
 from dicode.features.metrics import bootstrap_interval, frechet_distance
+from dicode.lm.config import BodyConfig, HeadName, Order
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.presets import SIZES, BodyConfig, HeadName, Order
+from dicode.lm.presets import SIZES
 from dicode.pipeline import DiCoDe
 from dicode.provenance import write_result
 from dicode.sizing.plan import Planner

@@ -18,7 +18,7 @@ from dicode.evaluate.reconstruction import cross_fade
 from dicode.features.extract import EfficientNetLite0Features
 from dicode.features.metrics import frechet_distance
 from dicode.provenance import write_result
-from dicode.tokenizer.diffusion import scale_motion
+from dicode.tokenizer.denoiser import scale_motion
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.cached import frames_to_pixels
 

@@ -18,7 +18,7 @@ from dicode.config import config_from_dict
 from dicode.data.cache import FrameCache
 from dicode.evaluate.generation import draw_prompts
 from dicode.evaluate.long import JOINS, join_score, long_video
-from dicode.lm.presets import HeadName
+from dicode.lm.config import HeadName
 from dicode.pipeline import DiCoDe
 from dicode.shapes import DeepTokens
 from dicode.tokenizer.config import TokenizerConfig

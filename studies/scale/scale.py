@@ -8,7 +8,8 @@ steps, that of a normal distribution; with Muon they were 0.06 nats apart after 
 
 from dataclasses import replace
 
-from dicode.lm.presets import SIZES, BodyConfig
+from dicode.lm.config import BodyConfig
+from dicode.lm.presets import SIZES
 from dicode.train.runs import AugmentConfig, LanguageRun, LoopConfig, OptimConfig
 
 LR = 3e-3  # of Muon, whose updates have one size at every width; tried on training clips kept out of training

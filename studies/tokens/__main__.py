@@ -15,7 +15,8 @@ from dicode.data.cache import FrameCache
 from dicode.features.extract import EfficientNetLite0Features
 from dicode.features.metrics import frechet_distance
 from dicode.provenance import write_result
-from dicode.tokenizer.linear import LinearCode
+from dicode.tokenizer.encoder import LinearCode
+from dicode.tokenizer.linear import fit_projections
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.cached import first_stage_latents
 
@@ -27,11 +28,11 @@ class Linear:
 
     def __init__(self, queries: int, width: int, latents: Tensor):
         self.code = LinearCode(queries, width, *latents.shape[1:3])
-        self.mean, self.variance = self.code.fit(latents)
+        self.variance = fit_projections(self.code, latents)
 
     def tokens_of(self, latents: Tensor) -> Tensor:
         tokens = self.code.tokens(latents)
-        return ((tokens.flatten(1) - self.mean) / self.variance.sqrt()).view_as(tokens)
+        return (tokens.flatten(1) / self.variance.sqrt()).view_as(tokens)
 
     def key_latents(self, tokens: Tensor) -> Tensor:
         return self.code.latents(tokens)

@@ -18,7 +18,8 @@ from dicode.evaluate.metrics import PERCEPTUAL
 from dicode.features.extract import FeatureMaps, perceptual_distance
 from dicode.provenance import write_result
 from dicode.shapes import ImageLatents
-from dicode.tokenizer.linear import LinearCode
+from dicode.tokenizer.encoder import LinearCode
+from dicode.tokenizer.linear import fit_projections
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.cached import frames_to_pixels, psnr_db
 
@@ -47,9 +48,9 @@ def main(name: str, cache: str, output: str) -> None:
         }
         for width in WIDTHS:
             code = LinearCode(tokenizer.config.resampler.queries, width, *latents.shape[1:3])
-            mean, variance = code.fit(latents)
+            variance = fit_projections(code, latents)
             tokens = code.tokens(source)
-            normalised = (tokens.flatten(1) - mean) / variance.sqrt()
+            normalised = tokens.flatten(1) / variance.sqrt()
             own = code.latents(normalised.view_as(tokens))
             values[split][f"width {width}"] = fidelity(tokenizer, those, source, own)
     command = shlex.join(["python", "studies/widths", name, cache, output])

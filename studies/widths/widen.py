@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dicode.checkpoint import check_model_folder, load_state, model_folder, resolve
+from dicode.checkpoint import load_state, resolve
 from dicode.data.cache import FrameCache
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
+from dicode.saving import check_model_folder, model_folder
 from dicode.shapes import ImageLatents
-from dicode.tokenizer.linear import LinearCode
+from dicode.tokenizer.encoder import LinearCode
+from dicode.tokenizer.linear import fit_projections
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.cached import first_stage_latents
 from dicode.train.tokenizer import MOST_FITTED, fit_linear_code
@@ -59,7 +61,7 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
 def extend(
     wide: LinearCode, narrow: LinearCode, normalizer: nn.BatchNorm1d, latents: ImageLatents
 ) -> tuple[Tensor, Tensor]:
-    """Set `wide` to a narrower code (normalised by `normalizer`) and, beside it, the `fit` of its residuals.
+    """Set `wide` to a narrower code (normalised by `normalizer`) and, beside it, `fit_projections` of its residuals.
 
     Returns mean and variance of each number of the tokens.
     """
@@ -74,7 +76,7 @@ def extend(
     offset = scaled @ (narrow.encode.bias - mean).double() + narrow.decode.bias.double()
     flat = latents.flatten(1).double()
     rest = LinearCode(n, width - held, latents.shape[1], wide.size).double()
-    rest_mean, rest_variance = rest.fit((flat - flat @ matrix.T - offset).view_as(latents))
+    rest_variance = fit_projections(rest, (flat - flat @ matrix.T - offset).view_as(latents))
     projection = rest.encode.weight - rest.encode.weight @ matrix
     bias = rest.encode.bias - rest.encode.weight @ offset
 
@@ -86,7 +88,7 @@ def extend(
     wide.encode.bias.copy_(beside(narrow.encode.bias, bias))
     wide.decode.weight.copy_(beside(narrow.decode.weight, rest.decode.weight, 1))
     wide.decode.bias.copy_(narrow.decode.bias + rest.decode.bias)
-    return beside(mean, rest_mean).float(), beside(variance, rest_variance).float()
+    return beside(mean, torch.zeros_like(rest_variance)).float(), beside(variance, rest_variance).float()
 
 
 def grow(module: nn.Module, narrower: Mapping[str, Tensor], names: Collection[str]) -> None:

@@ -12,8 +12,8 @@ def write_tiny(folder: Path, kind: str = "own", **changes: Any) -> Path:
     import torch
     from test_tokenizer import DENOISERS, tiny_config, tiny_tokenizer
 
+    from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
     from dicode.lm.deep_lm import DeepTokenLM
-    from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
     from dicode.lm.text import TextTokenizer
     from dicode.pipeline import DiCoDe
     from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, SamplingConfig

@@ -1,24 +1,57 @@
-"""The published denoiser: diffusers' UNet3DConditionModel with a second cross-attention for deep tokens.
+"""Networks of transformers and diffusers behind the tokenizer's interfaces; `sprites` and `world` need none of them.
 
-DynamiCrafter's network (Xing et al. 2023) as DiCoDe uses it (arXiv 2412.04446, section 3.1): beside the attention to
-the (always empty) text stands one to deep tokens, scaled by tanh(α) + 1; frames of the first half of a clip attend to
-the head key frame's tokens, the others to the tail's; a frame-stride embedding is added to the time embedding.
+`ClipEncoder` and `UNet3D` are the published tokenizer's (arXiv 2412.04446, section 3.1).
 """
 
 import torch
-from diffusers import UNet3DConditionModel
+from diffusers import UNet3DConditionModel, WanTransformer3DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from dicode.shapes import ClipLatents
-from dicode.tokenizer.conditioning import ClipConditioning, input_channels
-from dicode.tokenizer.config import TokenizerConfig
+from dicode.shapes import ClipLatents, KeyFramePixels, PatchFeatures
+from dicode.tokenizer.config import EncoderConfig, TokenizerConfig
+from dicode.tokenizer.denoiser import ClipConditioning, input_channels
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 DROPOUT = 0.1  # of residual blocks in training, as public; diffusers has it fixed in temporal convolutions alone
+
+
+class ClipEncoder(nn.Module):
+    """A CLIP image tower from transformers, with its own preprocessing on tensors."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.size = config.size
+        self.tower = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=config.width,
+                intermediate_size=config.width * 4,
+                num_hidden_layers=config.depth,
+                num_attention_heads=config.heads,
+                image_size=config.size,
+                patch_size=config.patch,
+                hidden_act="gelu",
+            )
+        )
+        self.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("deviation", torch.tensor(CLIP_DEVIATION)[:, None, None], persistent=False)
+
+    def forward(self, pixels: KeyFramePixels) -> PatchFeatures:
+        """Pixels −1…1 of any size → the tower's last hidden state, class token first (ViT-H/14: `b 257 1280`)."""
+        # kornia's resize: its antialiasing leaves 256 → 224 as plain bicubic; torch's differs by 2.3 % there
+        resized = functional.interpolate(pixels, (self.size, self.size), mode="bicubic", align_corners=True)
+        normalised = ((resized + 1) / 2 - self.mean) / self.deviation
+        return self.tower(normalised).last_hidden_state
 
 
 class UNet3D(nn.Module):
@@ -117,3 +150,34 @@ class DeepTokenAttention(nn.Module):
 def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q, k, v = (rearrange(x, "b p (heads e) -> b heads p e", heads=attn.heads) for x in (query, key, value))
     return rearrange(functional.scaled_dot_product_attention(q, k, v), "b heads p e -> b p (heads e)")
+
+
+class Wan(nn.Module):
+    """diffusers' WanTransformer3DModel: full attention over all positions of a clip, deep tokens as its context.
+
+    To its cross-attention the context is a set, so tokens carry learned places: head or tail, and which of the n.
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = sizes = config.denoiser
+        resampler, latent_channels = config.resampler, config.first_stage.latent_channels
+        self.token_places = nn.Parameter(torch.randn(2, resampler.queries, resampler.token_width) * 0.5)
+        self.transformer = WanTransformer3DModel(
+            patch_size=(1, 1, 1),
+            num_attention_heads=sizes.heads,
+            attention_head_dim=sizes.width // sizes.heads,
+            in_channels=input_channels(sizes, latent_channels),
+            out_channels=latent_channels,
+            text_dim=resampler.token_width,
+            ffn_dim=sizes.width * 4,
+            num_layers=sizes.depth,
+        )
+
+    def forward(self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning) -> ClipLatents:
+        """As `Hourglass.forward`."""
+        noisy = noisy.to(self.token_places.dtype)
+        x = rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b c f h w")
+        tokens = rearrange(conditioning.tokens + self.token_places, "b two n d -> b (two n) d").to(x)
+        y = self.transformer(x, timestep, tokens, return_dict=False)[0]
+        return rearrange(y, "b c f h w -> b f c h w").float()
