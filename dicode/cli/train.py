@@ -146,7 +146,7 @@ def finetune(command: Finetune, watch: Stopwatch) -> None:
     lora = LoRAConfig(command.rank, command.alpha, command.dropout, command.targets)
     optim = OptimConfig(steps=command.steps, batch_size=command.batch_size, lr=command.lr)
     loop = LoopConfig(seed=command.seed, device=command.device, optim=optim)
-    runs = work_on.finetune_runs(base, work / "cache", lora, loop, command.key_frames)
+    runs: dict[str, Any] = work_on.finetune_runs(base, work / "cache", lora, loop, command.key_frames)
     check_model_folder(command.output)
     records = merged(record for folder in command.folders for record in read_index(folder))
     prompt = next((record.caption for record in records if record.caption), "")
@@ -159,7 +159,7 @@ def finetune(command: Finetune, watch: Stopwatch) -> None:
         videos = FrameCache.load(folder).videos
         held = work_on.check_split(folder, videos)
     trained = len(videos) - held
-    figures = {}
+    figures: dict[str, Any] = {}
     for part in (part for part in runs if part in command.parts):
         share = work_on.SHARES[part] / sum(work_on.SHARES[other] for other in set(command.parts))
         minutes = None if command.minutes is None else command.minutes * share

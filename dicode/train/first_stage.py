@@ -294,8 +294,10 @@ class FirstStageTraining:
 
     def compare(self, decoded: Tensor, real: Tensor, *stats: ReconstructionStats) -> None:
         """Add images to statistics, where this run has feature maps to compare them by."""
+        if self.feature_maps is None:
+            return
         device = self.first_stage.latent_mean.device
-        for pair in zip(decoded.split(64), real.split(64), strict=True) if self.feature_maps else ():
+        for pair in zip(decoded.split(64), real.split(64), strict=True):
             maps = [self.feature_maps(pixels.to(device)) for pixels in pair]
             for each in stats:
                 each.add(*maps)

@@ -93,7 +93,7 @@ def make_optimizers(
     linear = {m.weight for m in module.modules() if isinstance(m, nn.Linear)} if config.optimizer == "muon" else set()
     decays = decayed(module)
     matrices = [p for p in trained if p in linear]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p not in linear and (p in decays) == decay], "weight_decay": weight_decay}
         for decay, weight_decay in ((True, config.weight_decay), (False, 0.0))
     ]

@@ -208,7 +208,7 @@ def stages_of(file: str) -> tuple[dict[str, Any], dict[str, float], dict[str, An
     Raises `RecipeError` where the file does not say how to train it whole.
     """
     module = load_file(Path(file), "recipe", "train")
-    shares, sampling = getattr(module, "STAGES", None), getattr(module, "SAMPLING", {})
+    shares: Any = getattr(module, "STAGES", None)
     given = shares.values() if isinstance(shares, dict) else ()
     if not given or not all(isinstance(share, int | float) and 0 < share < math.inf for share in given):
         raise RecipeError(
@@ -216,4 +216,4 @@ def stages_of(file: str) -> tuple[dict[str, Any], dict[str, float], dict[str, An
             f"{{'first_stage': 0.3, 'lm': 0.7}}, got {shares!r}; or name one run, as in {file}:lm"
         )
     runs = {name: load_run(f"{file}:{name}") for name in shares}
-    return runs, {name: float(share) for name, share in shares.items()}, dict(sampling)
+    return runs, {name: float(share) for name, share in shares.items()}, dict(getattr(module, "SAMPLING", {}))
