@@ -133,7 +133,8 @@ def test_the_energy_score_in_one_dimension_is_the_crps_of_a_gaussian(monkeypatch
 @torch.no_grad()
 def test_a_widened_code_keeps_the_first_numbers_and_encodes_the_rest() -> None:
     latents, others = pictures(500, 30), pictures(20, 30, seed=1)
-    code, *numbers = fitted(latents)
+    code, variance = fitted(latents)
+    numbers = torch.zeros_like(variance), variance
     wider = LinearCode(TOKENS, WIDTH + 3, CHANNELS, SIDE)
     more = study("widths", "widen").extend(wider, code, statistics(*numbers), latents)
     kept = statistics(*numbers)(code.tokens(others).flatten(1)).unflatten(1, (TOKENS, -1))
