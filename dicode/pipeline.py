@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from dicode.checkpoint import resolve
-from dicode.hub import push_folder
+from dicode.checkpoint.hub import push_folder
+from dicode.checkpoint.saving import write_config
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.saving import write_config
 from dicode.seeds import SeedPlan
 from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens
 from dicode.storyboard import Shot, key_frames_of

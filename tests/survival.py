@@ -27,7 +27,7 @@ from toy_runs import SHARD, loop, runs, write_cache
 
 import dicode.train.checkpoint
 import dicode.train.loop
-from dicode.hardware import peak_flops
+from dicode.device import peak_flops
 from dicode.provenance import write_result
 from dicode.train.checkpoint import checkpoints, damage
 from dicode.train.run_log import ABOUT_SPEED

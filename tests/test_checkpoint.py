@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from dicode import checkpoint as hub
 from dicode.checkpoint import CHECKPOINTS, SEAL, check_seal, load_state, load_weights, read_config, resolve
+from dicode.checkpoint.saving import check_model_folder, model_folder, save_weights, write_config
 from dicode.cli.app import main
 from dicode.config import CheckpointError
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
-from dicode.saving import check_model_folder, model_folder, save_weights, write_config
 from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, SamplingConfig
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.video.read import read_metadata

@@ -534,7 +534,7 @@ def test_a_stopwatch_gives_time_to_the_innermost_stage(monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows tells no process its peak memory")
 def test_peak_memory_is_not_that_of_the_process_that_starts_the_command():
-    ask = "from dicode.hardware import peak_memory_mib; print(peak_memory_mib())"
+    ask = "from dicode.device import peak_memory_mib; print(peak_memory_mib())"
     held = bytearray(2**30)
     held[:: 2**12] = b"x" * 2**18  # touched, so that it is there
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

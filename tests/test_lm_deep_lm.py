@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dicode.checkpoint.saving import write_config
 from dicode.config import CheckpointError
 from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.lm.deep_lm import DeepTokenLM, _noised
 from dicode.lm.presets import SIZES
 from dicode.lm.text import TextTokenizer
-from dicode.saving import write_config
 from dicode.tokenizer.config import SamplingConfig
 
 # Of tokens that are written one after the other: sums are taken in another order, and what differs is read again

@@ -17,12 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from toy_runs import write_cache
 
+from dicode.checkpoint.saving import write_config
 from dicode.cli.app import main
-from dicode.hardware import GPUS, Gpu, peak_flops
+from dicode.device import GPUS, Gpu, peak_flops
 from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import SIZES
-from dicode.saving import write_config
 from dicode.seeds import generator_for
 from dicode.sizing.count import count_parameters, micro_batch_cost, size_lm, size_tokenizer
 from dicode.sizing.plan import Planner, blank_batches, blank_stage, state_bytes, training_needs

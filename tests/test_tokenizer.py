@@ -13,9 +13,9 @@ from published import reference_resampler_config, vectors_of, weights_of
 from safetensors.torch import load_file
 
 from dicode.checkpoint import read_config
+from dicode.checkpoint.saving import write_config
 from dicode.config import CheckpointError
 from dicode.convert.priors import diffusers_first_stage
-from dicode.saving import write_config
 from dicode.seeds import SeedPlan, generator_for
 from dicode.tokenizer.boundaries import BLEND_FRAMES, blended
 from dicode.tokenizer.config import (

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from toy_runs import SIZE, assert_same_checkpoint, loop, train_in_parts, write_cache
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from dicode.checkpoint.saving import write_config
 from dicode.config import CheckpointError
 from dicode.lm.backbone import Backbone
 from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
@@ -22,7 +23,6 @@ from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import SIZES
 from dicode.lm.pretrained import body_differences, load_pretrained
 from dicode.lm.text import IMAGE_ENTRIES, TextTokenizer
-from dicode.saving import write_config
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import EncoderConfig, ResamplerConfig, TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS

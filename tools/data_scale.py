@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from test_tokenizer import tiny_config
 
+from dicode.checkpoint.saving import write_config
 from dicode.data.cache import CachedVideo, FrameCache, write_index, write_shard
 from dicode.data.columns import Videos
 from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.provenance import write_result
-from dicode.saving import write_config
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.distributed import Processes
 from dicode.train.loop import Training

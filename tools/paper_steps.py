@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from dicode.device import pick_device
-from dicode.hardware import GPUS, peak_flops, peak_memory_gib
+from dicode.device import GPUS, peak_flops, peak_memory_gib, pick_device
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.provenance import write_result
 from dicode.sizing.plan import Planner, blank_batches

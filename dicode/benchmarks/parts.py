@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dicode.checkpoint import read_tensors
+from dicode.checkpoint.saving import kept_tensors
 from dicode.files import put_text, read_json
-from dicode.saving import kept_tensors
 from dicode.stopwatch import tracked
 from dicode.train.distributed import Processes
 

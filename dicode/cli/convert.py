@@ -58,8 +58,8 @@ class Vae:
 
 def official(command: Official, watch: Stopwatch) -> None:
     """Reports what became of every tensor, as all of these commands do."""
+    from dicode.checkpoint.hub import downloaded
     from dicode.convert.official import convert_official
-    from dicode.hub import downloaded
     from dicode.lm.text import TextTokenizer
 
     vocabulary = None
@@ -97,7 +97,7 @@ def _run(convert: Callable[..., Any], command: Any, watch: Stopwatch, own: tuple
     import torch
 
     from dicode.checkpoint import FILES
-    from dicode.saving import check_model_folder
+    from dicode.checkpoint.saving import check_model_folder
 
     check_model_folder(command.output, own=FILES if own is None else own)
     with watch.stage("convert"):

@@ -136,7 +136,7 @@ def generate(command: Generate, watch: Stopwatch) -> None:
         print(f"{command.output}: {len(jobs)} videos, {seconds:g} s; prompts in {LIST}")
     print(speed(watch, seconds))
     if command.timings:
-        from dicode.hardware import peak_memory_mib
+        from dicode.device import peak_memory_mib
 
         if peak_mib := peak_memory_mib():
             print(f"peak memory {peak_mib:.0f} MiB")

@@ -95,7 +95,7 @@ def _sizes(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
 
 def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
     """Print and return what it takes to train the runs of a recipe."""
-    from dicode.hardware import GPUS
+    from dicode.device import GPUS
     from dicode.sizing.plan import USABLE, Planner
 
     if command.gpu not in GPUS:

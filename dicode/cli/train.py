@@ -104,9 +104,9 @@ def train(command: Train, watch: Stopwatch) -> None:
 
 def trainall(command: TrainAll, watch: Stopwatch) -> None:
     """As `train` and `assemble`; ends with the output of `dicode info`."""
+    from dicode.checkpoint.saving import check_model_folder
     from dicode.cli.info import Info, info
     from dicode.files import check_parent
-    from dicode.saving import check_model_folder
 
     with common.needs_extra("train"):
         from dicode.train.chain import Chain
@@ -125,15 +125,14 @@ def finetune(command: Finetune, watch: Stopwatch) -> None:
     import torch
 
     from dicode.checkpoint import model_name, resolve
+    from dicode.checkpoint.saving import check_model_folder
     from dicode.cli.data import Cache, cache
     from dicode.data.cache import FrameCache
     from dicode.data.index import read_index
     from dicode.data.records import merged
-    from dicode.device import pick_device
+    from dicode.device import peak_memory_mib, pick_device
     from dicode.files import check_file
-    from dicode.hardware import peak_memory_mib
     from dicode.provenance import command_line, write_result
-    from dicode.saving import check_model_folder
 
     with common.needs_extra("train"):
         from dicode.train import finetune as work_on

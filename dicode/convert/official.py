@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from dicode import __version__
 from dicode.checkpoint import headers_of, load_state, mismatches, read_config
+from dicode.checkpoint.saving import model_folder, write_config
 from dicode.config import CheckpointError, config_to_dict
 from dicode.convert.files import State, read_weights, taken, without_prefix, write_tensors
 from dicode.convert.names import clip_state, lm_state, unet_state, vae_state
@@ -20,7 +21,6 @@ from dicode.lm.deep_lm import WEIGHTS as LM_WEIGHTS
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import SIZES
 from dicode.lm.text import TextTokenizer
-from dicode.saving import model_folder, write_config
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import (

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from dicode.checkpoint import load_state
+from dicode.checkpoint.saving import model_folder
 from dicode.config import CheckpointError
 from dicode.convert.files import State, read_weights, write_tensors
 from dicode.convert.names import open_clip_state, vae_state
@@ -23,7 +24,6 @@ from dicode.convert.official import (
     tower_sizes,
 )
 from dicode.files import read_json
-from dicode.saving import model_folder
 from dicode.tokenizer.config import FirstStageConfig
 from dicode.tokenizer.encoder import FirstStage
 

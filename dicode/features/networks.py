@@ -17,11 +17,11 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional
 
+from dicode.checkpoint.hub import downloaded
 from dicode.config import CheckpointError
 from dicode.features.extract import Features, mean_and_change
 from dicode.features.metrics import Clips
 from dicode.files import sha256_of
-from dicode.hub import downloaded
 from dicode.tokenizer.library import CLIP_DEVIATION, CLIP_MEAN
 from dicode.video.timed import Video
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.checkpoint import CHECKPOINTS, load_model, read_section
+from dicode.checkpoint.saving import save_weights, write_config
 from dicode.config import Depth, Share, Width, config_to_dict
 from dicode.features.extract import Features
 from dicode.features.metrics import Clips
 from dicode.lm.text import FILE, TextTokenizer
-from dicode.saving import save_weights, write_config
 from dicode.tokenizer.config import Depths, Widths
 from dicode.video.timed import Video
 

@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dicode.checkpoint import load_model, read_section, resolve
+from dicode.checkpoint.saving import save_weights
 from dicode.config import CheckpointError, check_ranges, config_to_dict
 from dicode.lm.backbone import Backbone, BeginHidden, CachedSequence, DeepTokenEmbedding, KeyFrameHidden
 from dicode.lm.config import DeepLMConfig
 from dicode.lm.heads import HEADS, Head
 from dicode.lm.text import FILE, TextTokenizer
-from dicode.saving import save_weights
 from dicode.seeds import SeedPlan, generator_for, seed_of_clip
 from dicode.shapes import DeepTokens, KeyFrameMask, KeyFrameTokens, TextIds
 from dicode.tokenizer.config import SamplingConfig

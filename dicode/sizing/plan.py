@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dicode.hardware import Gpu
+from dicode.device import Gpu
+from dicode.lm.config import DeepLMConfig
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.lm.presets import DeepLMConfig
 from dicode.sizing.count import MicroBatchCost, batch_flops, count_parameters, micro_batch_cost, weight_bytes
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dicode.checkpoint import load_model, read_section, resolve
+from dicode.checkpoint.saving import as_saved, save_weights
 from dicode.config import config_to_dict
-from dicode.saving import as_saved, save_weights
 from dicode.seeds import SeedPlan, generator_for, normal, seed_of_clip
 from dicode.shapes import (
     ClipLatents,

@@ -16,12 +16,12 @@ import torch
 
 from dicode import __version__
 from dicode.checkpoint import load_weights, read_config, read_section, resolve
+from dicode.checkpoint.saving import check_model_folder, model_folder
 from dicode.config import CheckpointError, config_to_dict
 from dicode.data.cache import FrameCache
 from dicode.data.columns import CachedVideo
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
-from dicode.saving import check_model_folder, model_folder
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.tokenizer.encoder import DECODER, FirstStage

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from dicode.checkpoint import content_hash, load_weights
+from dicode.checkpoint.saving import kept_tensors, save_weights, write_config
 from dicode.config import config_to_dict
 from dicode.data.cache import FrameCache
 from dicode.data.cache_folder import INDEX
@@ -25,7 +26,6 @@ from dicode.data.columns import FrameRows, Videos
 from dicode.device import autocast, pick_device
 from dicode.features.extract import STAGE_WIDTHS, FeatureMaps, mean, perceptual_distance
 from dicode.features.metrics import frechet_distance
-from dicode.saving import kept_tensors, save_weights, write_config
 from dicode.shapes import ImageLatents, KeyFramePixels
 from dicode.stopwatch import tracked
 from dicode.tokenizer.encoder import FirstStage

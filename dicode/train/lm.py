@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from dicode.checkpoint import load_weights, read_config
+from dicode.checkpoint.hub import downloaded
+from dicode.checkpoint.saving import write_config
 from dicode.data.columns import CAPTIONED, CachedVideo, Videos, spread_numbers
 from dicode.device import pick_device
 from dicode.files import read_json
-from dicode.hub import downloaded
 from dicode.lm.deep_lm import WEIGHTS, DeepTokenLM
 from dicode.lm.pretrained import load_pretrained
 from dicode.lm.text import TextTokenizer
-from dicode.saving import write_config
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.augment import View, augmented_caption
 from dicode.train.cached import at_once, frame_tokens, key_frames_of, pixels_to_frames, splits

@@ -25,9 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from dicode.checkpoint import content_hash, is_finite
 from dicode.config import config_to_dict
-from dicode.device import autocast, compute_dtype, pick_device
+from dicode.device import autocast, compute_dtype, describe_device, pick_device
 from dicode.files import flush, whole_folder
-from dicode.hardware import describe_device
 from dicode.seeds import generator_for
 from dicode.stopwatch import Progress
 from dicode.train import distributed

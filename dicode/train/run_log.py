@@ -26,9 +26,8 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from dicode.device import compute_dtype, pick_device
+from dicode.device import compute_dtype, describe_device, measured_flops, pick_device
 from dicode.files import alone_with, put, put_text
-from dicode.hardware import describe_device, measured_flops
 from dicode.provenance import describe_commit, versions
 from dicode.stopwatch import EVERY_S, duration
 from dicode.train.distributed import Processes

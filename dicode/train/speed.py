@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dicode.device import compute_dtype
-from dicode.hardware import measured_flops, peak_flops, peak_memory_gib
+from dicode.device import compute_dtype, measured_flops, peak_flops, peak_memory_gib
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import LoopConfig
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.checkpoint import load_state, load_weights, read_config, read_section, read_tensors
+from dicode.checkpoint.saving import write_config
 from dicode.config import config_from_dict
 from dicode.data.cache import FrameCache, Rows
 from dicode.data.columns import CachedVideo, FrameRows, Videos
 from dicode.device import pick_device
-from dicode.saving import write_config
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, noised

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dicode.checkpoint import load_state, resolve
+from dicode.checkpoint.saving import check_model_folder, model_folder
 from dicode.data.cache import FrameCache
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
-from dicode.saving import check_model_folder, model_folder
 from dicode.shapes import ImageLatents
 from dicode.tokenizer.encoder import LinearCode
 from dicode.tokenizer.linear import fit_projections

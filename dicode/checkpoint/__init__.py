@@ -1,6 +1,6 @@
 """A checkpoint is a folder: `config.json`, `*.safetensors`, `README.md`. It loads strictly, runs no code of its own.
 
-`dicode.saving` writes checkpoints, `dicode.hub` exchanges them with the Hugging Face Hub.
+`dicode.checkpoint.saving` writes checkpoints, `dicode.checkpoint.hub` exchanges them with the Hugging Face Hub.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from dicode.files import TextError, printable, read_json
 FORMAT = 2
 SECTIONS = ("first_stage", "tokenizer", "lm", "deep_tokens", "video_text")  # of config.json
 MAX_CONFIG_BYTES = 2**20
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 FILES = ("config.json", "*.safetensors", "tokenizer.json", "README.md")  # nothing that could run
 # as safetensors' headers name them; each is cast to the module's own type
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
@@ -81,7 +81,7 @@ def resolve(name_or_folder: str | Path | None = None, revision: str | None = Non
             f"no checkpoint at {str(name_or_folder)!r}: expected a folder with config.json, one of {bundled}, "
             "or owner/name on the Hub"
         )
-    from dicode.hub import downloaded
+    from dicode.checkpoint.hub import downloaded
 
     folder = downloaded(str(name_or_folder), FILES, revision)
     if not (folder / "config.json").is_file():
