@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -96,16 +97,19 @@ def put(target: Place, write: Callable[[Path], object]) -> None:
         return
     check_file(target)  # a device would be replaced, /dev/null too
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(PARTIAL, f".{target.name}.", target.parent)
-    os.close(handle)
-    partial = Path(name)
+    partial = unfinished(target)
     try:
         _write(write, partial)
         flush(partial)
-        partial.chmod(0o644)  # mkstemp and safetensors create files for their owner alone
+        partial.chmod(0o644)  # safetensors creates files for their owner alone
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def unfinished(target: Path) -> Path:
+    """A name beside `target` that nothing has; known before the file is there: no interrupt leaves it behind."""
+    return target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
 
 
 def _write(write: Callable[[Path], object], path: Path) -> None:
@@ -215,12 +219,10 @@ def flush(path: Path) -> None:
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
     """An empty folder, which takes the place of `output`, whatever that holds, when the block ends without an error."""
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(PARTIAL, f".{output.name}.", parent))
+    folder = unfinished(output)
     try:
+        folder.mkdir(parents=True)
         yield folder
-        folder.chmod(0o755)  # mkdtemp creates folders for their owner alone
         replace_folder(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -231,9 +233,14 @@ def replace_folder(source: Path, target: Path) -> None:
     if not target.exists():
         source.replace(target)
         return
-    old = Path(tempfile.mkdtemp(PARTIAL, f".{target.name}.old.", target.absolute().parent))
-    target.replace(old / "old")
-    source.replace(target)
+    old = unfinished(target)
+    try:
+        target.replace(old)
+        source.replace(target)
+    except BaseException:  # an interrupt too
+        if old.exists() and not target.exists():
+            old.replace(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -75,6 +75,24 @@ def test_a_folder_replaces_another_when_it_is_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("interrupted", [1, 2])
+def test_an_interrupt_between_two_renames_leaves_the_old_folder(tmp_path, monkeypatch, interrupted) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    rename, calls = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == interrupted:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "model") as folder:
+        (folder / "new").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["model", "model/old"]
+
+
 def test_an_output_is_checked_before_any_work(tmp_path: Path) -> None:
     for path, error in (
         (tmp_path / "none/a.json", FileNotFoundError),
