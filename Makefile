@@ -33,7 +33,7 @@ lint: $(VENV)/installed-dev
 
 # Pages of every module's docstrings, build/docs/index.html
 docs: $(VENV)/installed-dev
-	$(BIN)/python -m pdoc --no-show-source -o build/docs dicode '!dicode.cli'
+	$(BIN)/python tools/api.py build/docs
 
 clean:
 	rm -rf $(VENV) build dist demo.mp4 demo.json demo.png .pytest_cache .mypy_cache .ruff_cache
