@@ -12,6 +12,7 @@ COUNTS = {
     "scored": 3,
     "repeats": 2,
     "long": 16,
+    "events": 5,
 }
 
 

@@ -8,10 +8,10 @@ import dataclasses
 import errno
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -134,7 +134,7 @@ def build_cache(
     size = options.files_per_shard
     parts = [tuple(records[i : i + size]) for i in range(0, len(records), size)]
     units = [Unit(number, part, options, output) for number, part in enumerate(parts)]
-    notes = _make_shards(units, workers, ray)
+    notes = make_shards(units, workers, ray)
     if options.dedupe is not None:
         copies = _copies(notes, options.dedupe)
         changed = [
@@ -142,7 +142,7 @@ def build_cache(
             for unit, note, own in zip(units, notes, copies, strict=True)
             if own.keys() != {j for j, entry in enumerate(note.entries) if entry.repeats}
         ]
-        for note in _make_shards(changed, workers, ray):
+        for note in make_shards(changed, workers, ray):
             notes[note.number] = note
         notes = [_named(note, own) for note, own in zip(notes, copies, strict=True)]
     notes = with_lines(notes, units, validation_by)
@@ -151,12 +151,26 @@ def build_cache(
     return notes
 
 
-def _make_shards(units: Sequence[Unit], workers: int, ray: str | None) -> list[ShardNote]:
-    """The notes of units in their order, whose shards are there then."""
+class Numbered(Protocol):
+    """A unit of any kind: a number, and what it is counted by."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def records(self) -> Sized: ...
+
+
+U = TypeVar("U", bound=Numbered)
+
+
+def make_shards(
+    units: Sequence[U], workers: int, ray: str | None, make: Callable[[U], str] | None = None
+) -> list[ShardNote]:
+    """The notes of units in their order, whose shards are there then; `make` gives each as JSON (`make_shard`)."""
     notes: dict[int, ShardNote] = {}
     sizes = {unit.number: len(unit.records) for unit in units}
     with Progress("caching", sum(sizes.values()), "clip") as progress:
-        for text in parallel_map(make_shard, units, workers, ray):
+        for text in parallel_map(make or make_shard, units, workers, ray):
             note = ShardNote.parse(text)
             notes[note.number] = note
             progress.update(sizes[note.number])
@@ -166,12 +180,9 @@ def _make_shards(units: Sequence[Unit], workers: int, ray: str | None) -> list[S
 def make_shard(unit: Unit) -> str:
     """The note of a unit as JSON: of the shard there, if these files and options give the same, or of a new one."""
     name, inputs = shard_name(unit.number), unit.inputs()
-    path = unit.output / f"{name}.json"
-    if unit.copies is None and path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if _is_current(text, inputs, unit.output):
-            return text
-    _remove_shard(unit.output, name)
+    if unit.copies is None and (text := finished_note(unit.output, name, inputs)) is not None:
+        return text
+    remove_shard(unit.output, name)
     entries: list[Entry] = []
     frames: list[Video] = []
     times_s: list[Times] = []
@@ -197,12 +208,18 @@ def make_shard(unit: Unit) -> str:
     return ShardNote(unit.number, inputs, shard, tuple(entries), tuple(bad)).write(unit.output)
 
 
-def _is_current(text: str, inputs: str, output: Place) -> bool:
+def finished_note(output: Place, name: str, inputs: str) -> str | None:
+    """The note of a shard that is there, of these inputs and whole."""
+    path = output / f"{name}.json"
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8")
     try:
         note = ShardNote.parse(text)
     except ValueError:
-        return False
-    return note.inputs == inputs and (note.shard is None or not fault(output, note.shard, hashes=True))
+        return None
+    current = note.inputs == inputs and (note.shard is None or not fault(output, note.shard, hashes=True))
+    return text if current else None
 
 
 def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, Video, Times]]:
@@ -239,7 +256,7 @@ def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, V
         yield Entry(video, look), own, times_s[start:stop] - times_s[start]
 
 
-def _remove_shard(output: Place, name: str) -> None:
+def remove_shard(output: Place, name: str) -> None:
     """Remove a shard with all that was computed of it, and the index, which lists it."""
     for old in [output / INDEX, *shard_files(output, name)]:
         old.unlink(missing_ok=True)

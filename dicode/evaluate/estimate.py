@@ -36,14 +36,16 @@ def work_of(
     scored: int,
     repeats: int,
     long: int,
+    events: int,
 ) -> dict[str, Work]:
-    """The work of each part: `missing` real clips have no features yet, `scored` and `long` are clips of videos."""
+    """The work of each part: `missing` real clips have no features, `scored`, `long`, `events` are clips of videos."""
     kinds = len(get_args(Joins))
     work = {
         "generation": Work(prompts + validation, 0, missing + prompts + validation),
         "reconstruction": Work(0, validation, 6 * validation),  # itself and five baselines
         "instructions": Work(3 * images, 0, 4 * images),
         "scorer": Work(scored, scored, 0),
+        "events": Work(events, events, 0),
         "speed": Work(2 * (2 * repeats + 1), 0, 0, repeats),
         "long": Work(kinds * long + repeats * (long // 4), 0, kinds * long, 2 * repeats),
     }

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from dicode.evaluate.estimate import measured_units, work_of
+from dicode.evaluate.events import clips_of_scripts, evaluate_events
 from dicode.evaluate.generation import evaluate_generation
 from dicode.evaluate.instructions import IMAGES, evaluate_instructions
 from dicode.evaluate.long import measure_long
@@ -33,7 +34,7 @@ PROMPT = "a swirling ice vortex"  # of the videos whose seconds and memory are m
 class Limits:
     """How much is measured."""
 
-    prompts: int = 100  # training captions, and videos of each split for a scorer
+    prompts: int = 100  # training captions, videos of each split for a scorer, scripts of each set of `blocks`
     validation: int | None = None  # clips; None: all
     references: int = MOST_VIDEOS  # training clips that text control searches
     repeats: int = 5  # of seconds and memory
@@ -60,6 +61,7 @@ def estimated_time(
         scored=clips_of_videos(samples) * sum(min(limits.prompts, count) for count in splits),
         repeats=limits.repeats,
         long=limits.long_prompts * samples.model.tokenizer.config.num_clips(num_frames),
+        events=clips_of_scripts(samples.cache, limits.prompts) if "events" in parts else 0,
     )
     seconds = {part: clips.seconds(units) for part, clips in work.items()}
     each = ", ".join(f"{part} {duration(max(1.0, part_s))}" for part, part_s in seconds.items())
@@ -100,6 +102,8 @@ def evaluate_part(
         return evaluate_speed(model, folder, PROMPT, repeats=limits.repeats), None
     if part == "long":
         return measure_long(model, cache, folder, limits.long_prompts, seed, limits.long_seconds, limits.repeats)
+    if part == "events":
+        return evaluate_events(model, cache, seed, limits.prompts)
     assert scorer is not None, part
     return evaluate_scorer(samples, scorer, limits.prompts)
 
