@@ -1,6 +1,6 @@
 """Fits the classifier of silhouettes by which `evaluate --parts events` names shapes, on training clips of `blocks`.
 
-    python tools/blocks_shapes.py --scripts 1500
+    python tools/blocks_shapes.py --scripts 3000
 
 Frames in which everything is at rest, as drawn and blurred (a decoder's pictures are softer), multinomial logistic
 regression on the 68 numbers of `silhouette_of`. Writes dicode/features/events/shapes.json, and prints the accuracy on
@@ -24,7 +24,7 @@ from dicode.features.events.see import KINDS, SHAPES_FILE, patches_of
 from dicode.files import put_text
 
 BLURS = (0.0, 0.6, 0.9)  # pixels
-PENALTY = 3e-3  # on squared weights
+PENALTY = 2e-5  # on squared weights
 
 
 def samples(name: str, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,20 +49,21 @@ def samples(name: str, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scripts", type=int, default=1500)
+    parser.add_argument("--scripts", type=int, default=3000)
     silhouettes, kinds = samples("training", parser.parse_args().scripts)
     mean = silhouettes.mean(0)
     inputs, targets = silhouettes - mean, np.eye(len(KINDS))[kinds]
     shape = (inputs.shape[1] + 1, len(KINDS))
+    share = (1 / np.bincount(kinds)[kinds] / len(KINDS))[:, None]  # every kind counts as much
     with_one = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights = flat.reshape(shape)
         logs = log_softmax(with_one @ weights, axis=1)
-        gradient = with_one.T @ (np.exp(logs) - targets) / len(inputs) + 2 * PENALTY * weights / 10
-        return float(-(targets * logs).sum(1).mean() + PENALTY * (weights**2).sum() / 10), gradient.ravel()
+        gradient = with_one.T @ (share * (np.exp(logs) - targets)) + 2 * PENALTY * weights
+        return float(-(share * targets * logs).sum() + PENALTY * (weights**2).sum()), gradient.ravel()
 
-    fitted = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    fitted = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
     weights = fitted.x.reshape(shape)
     values = {"mean": mean.round(4).tolist(), "weights": weights[:-1].round(3).tolist()}
     put_text(SHAPES_FILE, json.dumps({**values, "bias": weights[-1].round(3).tolist()}) + "\n")

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -151,6 +151,7 @@ def build_cache(
     return notes
 
 
+@runtime_checkable
 class Numbered(Protocol):
     """A unit of any kind: a number, and what it is counted by."""
 

@@ -5,6 +5,7 @@ Every clause begins and ends at rest (but for things that leave), and fills its 
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -95,7 +96,7 @@ def _still(body: Body, time: ndarray, there: ndarray | None = None) -> Poses:
                  np.ones(len(time), bool) if there is None else there)  # fmt: skip
 
 
-def tipped(shape: str, side: float, angle: float) -> tuple[float, float]:
+def tipped(shape: str, side: float, angle: float | ndarray) -> tuple[Any, Any]:
     """How far beyond the edge that it tips over, and how high, the middle of a thing is at an angle."""
     radius, half = RADIUS[shape] * side, HEIGHT[shape] * side / 2
     return -radius * np.cos(angle) + half * np.sin(angle), radius * np.sin(angle) + half * np.cos(angle)
@@ -238,7 +239,7 @@ def _topple(poses: Poses, state: State, clause: Clause, number: int, time: ndarr
     share = np.clip((time - meet) / (down - meet), 0, 1) ** 2
     share -= 0.05 * np.sin(np.pi * np.clip((time - down) / 0.13, 0, 1))
     angle = TIPPED[whom.shape] * share
-    beyond, height = tipped(whom.shape, whom.side, angle)  # type: ignore[arg-type]
+    beyond, height = tipped(whom.shape, whom.side, angle)
     poses.place[:, 0] = whom.x + direction * (RADIUS[whom.shape] * whom.side + beyond)
     poses.place[:, 2] = height
     poses.tilt[:] = direction * angle

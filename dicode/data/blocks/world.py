@@ -153,7 +153,7 @@ def _enters(state: State, things: tuple[Thing, ...], clause: Clause) -> bool:
     if clause.event == "fall":
         return abs(body.x) <= INNER
     outward = -1 if clause.how == "left" else 1
-    return outward * body.x >= OUTER and is_free(state, outward * 9, body.x, ())
+    return outward * body.x >= OUTER and is_free(state, outward * 9.0, body.x, ())
 
 
 def _acts(state: State, clause: Clause) -> bool:
@@ -167,7 +167,7 @@ def _acts(state: State, clause: Clause) -> bool:
         return clause.how not in {body.colour for body in state.values() if body.away < 2} and clause.x == who.x
     if clause.event == "leave":
         outward = -1 if clause.how == "left" else 1
-        return outward * clause.x > HALF_PICTURE and is_free(state, who.x, outward * 9, [clause.who])
+        return outward * clause.x > HALF_PICTURE and is_free(state, who.x, outward * 9.0, [clause.who])
     return clause.x == who.x if clause.whom is None else _meets(state, clause)
 
 

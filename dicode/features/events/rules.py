@@ -20,7 +20,7 @@ TOUCH = 4.0  # most pixels between things that touch
 GROWN = 1.4  # least ratio of areas
 TIPPED = 1.25  # least ratio of proportions, width over height
 HIDDEN = 0.68  # of the spot's paleness, which is left when it is turned away
-CUT = 0.8  # of the area, most that is left of a thing that leaves
+CUT = 0.9  # of the area, most that is left of a thing that leaves
 STEP, SHORT = 0.65, 8.0  # most of a way that goes from one frame to the next where it is seen; of longer ways than this
 SOON = 10  # frames of a clip by which a new thing is to be seen
 
@@ -180,7 +180,7 @@ def pushes(window: Window, track: Track, other: Track, how: str) -> bool:
     ends, theirs = both_ends(window, track), both_ends(window, other)
     if ends is None or theirs is None:
         return False
-    direction = np.sign(theirs[0].x - ends[0].x)
+    direction = float(np.sign(theirs[0].x - ends[0].x))
     moved = [(end.x - start.x) * direction for start, end in (ends, theirs)]
     upright = _proportion(theirs[1]) / _proportion(theirs[0]) < TIPPED
     level = abs(theirs[1].bottom - theirs[0].bottom) <= STILL
@@ -193,7 +193,7 @@ def topples(window: Window, track: Track, other: Track, how: str) -> bool:
     ends, theirs = both_ends(window, track), both_ends(window, other)
     if ends is None or theirs is None:
         return False
-    direction = np.sign(theirs[0].x - ends[0].x)
+    direction = float(np.sign(theirs[0].x - ends[0].x))
     moved = [(end.x - start.x) * direction for start, end in (ends, theirs)]
     return min(moved) >= STILL - 1 and _proportion(theirs[1]) / _proportion(theirs[0]) >= TIPPED
 
@@ -214,7 +214,7 @@ def bounces(window: Window, track: Track, other: Track, how: str) -> bool:
     ends, theirs, middle = both_ends(window, track), both_ends(window, other), window.middle(track)
     if ends is None or theirs is None or not middle:
         return False
-    direction = np.sign(theirs[0].x - ends[0].x)
+    direction = float(np.sign(theirs[0].x - ends[0].x))
     way = max((p.x - ends[0].x) * direction for p in middle)
     gap = min(_gap(p, theirs[0]) for p in middle)
     stay = stays(window, track, within=False) and stays(window, other)
