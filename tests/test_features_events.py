@@ -57,13 +57,7 @@ def test_each_event_is_found_as_itself_and_as_no_other(event: str) -> None:
                 if any(rule(window, track, how) for track in tracks)}  # fmt: skip
         held |= {name for name, rule in MEETING.items() for how in ("behind", "front")
                  if any(rule(window, a, b, how) for a in tracks for b in tracks if a is not b)}  # fmt: skip
-        if clause.event != "leave":
-            held.discard("turn")  # with `how` a side nothing turns to it
-        assert held == {event} if event != "turn" else "turn" in score_names(script, frames)
-
-
-def score_names(script: Script, frames: np.ndarray) -> set[str]:
-    return {clause["event_name"] for clause in score(frames, script)["clauses"] if clause["all"]}
+        assert held == {event}, (held, script)
 
 
 @pytest.mark.parametrize("event", [event for event in EVENTS if event not in REVERSIBLE])
@@ -138,17 +132,17 @@ def test_exchanged_clauses_are_in_the_other_order() -> None:
         other = exchanged(script)
         assert other is not None
         found = score(drawn(other, 0, "swaps", index)[:-1], script)
-        assert not found["exact"]
-        orders.append(found["order"])
-    assert np.mean(orders) < -0.5, orders
+        assert not found["exact"] and found["order"] <= 0
+        orders.append(found["order"])  # 0 where the first one changes what does the second, as by another colour
+    assert orders.count(-1.0) >= 3, orders
 
 
 def test_things_that_vanish_at_a_join_do_not_last() -> None:
-    script, frames = sequence(2, 1)
+    script, frames = single("jump")
     grey = frames.copy()
-    grey[16:] = frames[:1, :1, :1].mean(axis=(1, 2), keepdims=True).astype(np.uint8)
+    grey[16:] = 160
     found = score(grey, script)
-    assert found["joins"] > 0 and found["kept"] == 0
+    assert (found["joins"], found["kept"]) == (1, 0)
 
 
 def test_order_counts_pairs() -> None:

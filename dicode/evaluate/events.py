@@ -115,7 +115,7 @@ def evaluate_events(
 def _made(model: DiCoDe, cache: FrameCache, part: Sequence[Scripted], seed: int, first: int) -> list[Made]:
     """A batch of videos of one set and length; the first of them is sample `first`."""
     clips, indices = part[0].script.clips, list(range(first, first + len(part)))
-    rows = [cache.clip_rows(one.video, 0.0, clips * CLIP_FRAMES + 1, FPS) for one in part]
+    rows = [cache.clip_rows(one.video, 0.0, clips * CLIP_FRAMES + 1, float(FPS)) for one in part]
     real = torch.stack([cache.frames[own] for own in rows])
     decoded = model.tokenizer.decode(model.tokenizer.encode(real), seed=seed, sample_indices=indices)
     videos = {"real": real.numpy()[:, :-1], "reconstruction": _whole(decoded)}
@@ -157,7 +157,7 @@ def _shuffle(made: Sequence[Made]) -> None:
         one.scores[SHUFFLED] = [score_tracks(one.tracks, frames, other) for other in others]
 
 
-Count = tuple[float, float]  # how many are right, of how many
+Count = tuple[int | float, int | float]  # how many are right, of how many
 Counted = Callable[[Mapping[str, Any]], Count]  # of a score
 
 

@@ -67,7 +67,7 @@ class Camera:
         self.u = (columns - DRAWN / 2 - look.shift[0]) / UNIT
         self.w = (CENTRE_DOWN + look.shift[1] - rows) / UNIT
         self.floor = self._floor()
-        self.sprites: dict[int, Sprite] = {}  # of the last frame
+        self.sprites: dict[int, tuple[bytes, Sprite]] = {}  # the last one of each thing, and its pose
 
     def _floor(self) -> Float32[ndarray, "h w 3"]:
         """The floor, lit, 0…1."""
@@ -95,7 +95,7 @@ class Camera:
         """All frames of some things."""
         frames: list[ndarray] = []
         for f in range(len(poses[0].yaw)):
-            if f and all(_same(own, f) for own in poses):
+            if f and all(own.at(f) == own.at(f - 1) for own in poses):
                 frames.append(frames[-1])
             else:
                 frames.append(self.frame(poses, f))
@@ -116,9 +116,10 @@ class Camera:
         for i, own in enumerate(poses):
             if not own.there[f]:
                 continue
-            if i not in self.sprites or not f or not _same(own, f):
-                self.sprites[i] = self._sprite(own, f, self.look.yaws[i])
-            rows, columns, distance, colour = self.sprites[i]
+            pose = own.at(f)
+            if i not in self.sprites or self.sprites[i][0] != pose:
+                self.sprites[i] = pose, self._sprite(own, f, self.look.yaws[i])
+            rows, columns, distance, colour = self.sprites[i][1]
             nearer = distance < depth[rows, columns]
             depth[rows, columns][nearer] = distance[nearer]
             numbers[rows, columns][nearer] = i
@@ -176,12 +177,6 @@ class Camera:
         base = colour + spot[:, None] * (np.array(SPOT_COLOUR) - colour)
         shaded = base * (AMBIENT + DIFFUSE * (0.5 + 0.5 * lit) ** 1.3)[:, None] * self.look.brightness
         return np.clip(shaded + shine[:, None] * (1 - shaded), 0, 1).astype(np.float32)
-
-
-def _same(poses: Poses, f: int) -> bool:
-    """Whether a thing is in a frame as in the one before."""
-    values = (poses.place, poses.yaw, poses.tilt, poses.side, poses.colour, poses.there)
-    return all(np.array_equal(value[f], value[f - 1]) for value in values)
 
 
 def _noise(random: np.random.Generator, rows: int, columns: int) -> Float64[ndarray, "h w"]:

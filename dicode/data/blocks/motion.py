@@ -56,6 +56,11 @@ class Poses:
     colour: Float64[ndarray, "f 3"]  # 0…1
     there: ndarray  # bool
 
+    def at(self, f: int) -> bytes:
+        """All of one frame, to compare."""
+        values = (self.place, self.yaw, self.tilt, self.side, self.colour, self.there)
+        return b"".join(value[f].tobytes() for value in values)
+
 
 def poses_of(script: Script) -> list[Poses]:
     """The poses of every thing in every frame of a script."""

@@ -19,6 +19,7 @@ ROLLED, FALLEN, LEFT, PUSHED, BOUNCED, JUMPED = 4.0, 14.0, 5.0, 6.0, 4.0, 5.5  #
 TOUCH = 4.0  # most pixels between things that touch
 GROWN = 1.4  # least ratio of areas
 TIPPED = 1.25  # least ratio of proportions, width over height
+SWOLLEN = 1.35  # most ratio of areas of a thing that tips over: one fading in beside one fading out is larger
 HIDDEN = 0.68  # of the spot's paleness, which is left when it is turned away
 CUT = 0.9  # of the area, most that is left of a thing that leaves
 STEP, SHORT = 0.65, 8.0  # most of a way that goes from one frame to the next where it is seen; of longer ways than this
@@ -140,7 +141,8 @@ def spins(window: Window, track: Track, how: str) -> bool:
     ends, middle = both_ends(window, track), window.middle(track)
     if ends is None or not middle or not stays(window, track, within=False):
         return False
-    return min(p.pale for p in middle) <= HIDDEN * min(p.pale for p in ends)
+    whole = [p for p in middle if p.area >= CUT * min(ends[0].area, ends[1].area)]  # the spot is not behind another
+    return bool(whole) and min(p.pale for p in whole) <= HIDDEN * min(p.pale for p in ends)
 
 
 def grows(window: Window, track: Track, how: str) -> bool:
@@ -195,7 +197,9 @@ def topples(window: Window, track: Track, other: Track, how: str) -> bool:
         return False
     direction = float(np.sign(theirs[0].x - ends[0].x))
     moved = [(end.x - start.x) * direction for start, end in (ends, theirs)]
-    return min(moved) >= STILL - 1 and _proportion(theirs[1]) / _proportion(theirs[0]) >= TIPPED
+    tipped = _proportion(theirs[1]) / _proportion(theirs[0]) >= TIPPED
+    whole = max(patch.area for patch in window.within(other).values()) <= SWOLLEN * max(p.area for p in theirs)
+    return min(moved) >= STILL - 1 and tipped and whole and travels(window, track)
 
 
 def passes(window: Window, track: Track, other: Track, how: str) -> bool:
@@ -223,7 +227,7 @@ def bounces(window: Window, track: Track, other: Track, how: str) -> bool:
 
 def _gap(one: Patch, other: Patch) -> float:
     """Pixels between two things from side to side."""
-    return max(one.left, other.left) - min(one.right, other.right)
+    return float(max(one.left, other.left) - min(one.right, other.right))
 
 
 def _proportion(patch: Patch) -> float:

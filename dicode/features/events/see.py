@@ -21,7 +21,7 @@ FAR, NEAR = 44.0, 5.0  # pixels that a thing moves in a frame: as it falls, or w
 MOST_LOST = 9  # frames in which a thing is not seen, while it turns to another colour or is hidden
 OTHER_COLOUR = 60.0  # pixels that a change of colour counts as
 CELLS = 8  # rows and columns of a silhouette
-KINDS = ("ball", "cube", "cone", "cylinder", "cone lying", "cylinder lying")
+KINDS = ("ball", "cube", "cone", "cylinder", "cone to the left", "cone to the right", "cylinder lying")
 SHAPES_FILE = Path(__file__).parent / "shapes.json"  # written by tools/blocks_shapes.py
 PALEST = 6  # pixels of a spot
 
@@ -169,20 +169,16 @@ def _cells(size: int) -> Float64[ndarray, "cells size"]:
 
 
 @cache
-def _shape_weights() -> tuple[ndarray, ndarray, ndarray]:
-    values = json.loads(SHAPES_FILE.read_text(encoding="utf-8"))
-    return np.array(values["mean"]), np.array(values["weights"]), np.array(values["bias"])
+def _shape_weights() -> dict[str, ndarray]:
+    return {name: np.array(value) for name, value in json.loads(SHAPES_FILE.read_text(encoding="utf-8")).items()}
 
 
-def shape_scores(silhouette: Float64[ndarray, "*b n"]) -> Float64[ndarray, "*b kinds"]:
-    """Log-probabilities of KINDS."""
-    mean, weights, bias = _shape_weights()
-    scores = (silhouette - mean) @ weights + bias
-    return (
-        scores
-        - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - scores.max(-1, keepdims=True)
-    )
+def shape_scores(silhouettes: Float64[ndarray, "b n"]) -> Float64[ndarray, "b kinds"]:
+    """Log-probabilities of KINDS, by a network with one hidden layer."""
+    weights = _shape_weights()
+    hidden = np.tanh((silhouettes - weights["mean"]) @ weights["first"] + weights["first_bias"])
+    scores = hidden @ weights["second"] + weights["second_bias"]
+    return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
 
 
 def shape_of(patches: list[Patch]) -> str:
