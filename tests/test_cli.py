@@ -63,10 +63,11 @@ FLAGS = {
     "data index": "--help --validation-by",
     "data cache": "--dedupe --device --encode --files-per-shard --help --loops --max-fps --output --ray --scenes "
     "--size --validation-by --workers",
+    "data blocks": "--count --help --output --ray --seed --shots --validation --within --workers",
     "data verify": "--help",
     "data encode": "--device --help --mirror --model",
     "data export": "--help --output",
-    "data sheet": "--count --help --output --seed --size",
+    "data sheet": "--columns --count --help --only --output --seed --size",
     "info": "--batch-size --gpu --gpus --help --here --json --mfu --micro-batches --revision --strategy",
 }
 RECIPE = """

@@ -1,4 +1,4 @@
-"""`dicode data …`: index, cache, verify, check, encode, export and sheet."""
+"""`dicode data …`: index, cache, blocks, verify, check, encode, export and sheet."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from dicode.cli import common
-from dicode.config import Range, Seed, Side, UpTo1000
+from dicode.config import Range, Seed, Share, Side, UpTo1000
 from dicode.stopwatch import Progress, Stopwatch, tracked
 
 MOST_COUNTED = 125  # exit codes from 126 on mean other things to a shell
@@ -56,6 +56,24 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Draw the world `blocks`: a training cache of coloured things and what happens to them, in exact captions.
+
+    The same command continues. Equal options give equal bytes, for any number of workers. Its validation sets hold
+    what training never has; `dicode evaluate --parts events` scores videos by their scripts.
+    """
+
+    count: Annotated[int, Range(1, 10_000_000), arg(aliases=("-n",))]  # training scripts: videos of 2 to 10 seconds
+    output: common.Output  # folder to write, such as cache/blocks
+    seed: Seed = 0  # random seed
+    validation: Annotated[int, Range(1, 100_000)] = 200  # scripts of every validation set; a tenth of `story`
+    within: Share = 0.0  # share of training scripts with a quick event, inside one clip; their captions say so
+    shots: Annotated[int, Range(0, 4)] = 1  # later clauses of a training script that are also clips of their own
+    workers: Annotated[int, Range(1, 1024)] = 1  # processes
+    ray: str | None = None  # Ray cluster to spread the work over: an address, auto, or local for one started here
+
+
+@dataclass(frozen=True)
 class Verify:
     """Read all shards of a cache and compare their hashes with its index; exits with the count of bad ones."""
 
@@ -90,13 +108,16 @@ class Export:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Draw a contact sheet of a data set: random clips, one a row, with their captions."""
+    """Draw a contact sheet of a data set or of a cache: random clips, one a row, with their captions."""
 
-    folder: common.Folder  # folder with captions.jsonl, captions.csv, .tar archives, or a .txt beside each clip
+    folder: common.Folder  # a cache, or a folder with captions.jsonl, captions.csv, .tar archives, or .txt beside clips
     output: common.OutputPath = Path("sheet.png")  # image file to write
     count: Annotated[int, Range(1, 1000)] = 16  # clips
     seed: Seed = 0  # random seed for the choice of clips
-    size: Side = 64  # side of a frame in pixels
+    size: Side = 64  # side of a frame in pixels; a cache has its own
+    columns: Annotated[int, Range(1, 1000)] = 8  # frames of a clip, evenly from first to last
+    # clips of a cache whose lines have this, such as set=orders
+    only: Annotated[str | None, arg(metavar="KEY=VALUE")] = None
 
 
 def index(command: Index, watch: Stopwatch) -> int:
@@ -177,6 +198,28 @@ def cache(command: Cache, watch: Stopwatch) -> int:
     return min(len(bad), MOST_COUNTED)
 
 
+def blocks(command: Blocks, watch: Stopwatch) -> None:
+    """A line for each set: its videos and their length."""
+    from collections import Counter
+
+    from dicode.data.blocks.clips import BlocksOptions, build_blocks
+    from dicode.files import place
+
+    names = ("count", "seed", "validation", "within", "shots")
+    options = BlocksOptions(**{name: getattr(command, name) for name in names})
+    with watch.stage("shards"):
+        notes = build_blocks(options, place(command.output), command.workers, command.ray)
+    videos = [entry.video for note in notes for entry in note.entries]
+    counts, seconds = Counter[str](), Counter[str]()
+    for video in videos:
+        counts[video.extra["set"]] += 1
+        seconds[video.extra["set"]] += round(video.period_s)
+    frames, size = (sum(getattr(note.shard, key) for note in notes if note.shard) for key in ("frames", "bytes"))
+    print(f"{command.output}: {len(videos):,} clips, {frames:,} frames, {size / 1e6:,.0f} MB in {len(notes)} shards")
+    print("\n".join(f"  {name:<14}{counts[name]:>8,} clips {seconds[name]:>9,} s" for name in counts))
+    print(watch.text())
+
+
 def verify(command: Verify, watch: Stopwatch) -> int:
     """Every shard is read; exits with the count of those that differ from the index."""
     from dicode.data.cache import fault, read_cache_index
@@ -244,11 +287,18 @@ def export(command: Export, watch: Stopwatch) -> None:
 
 def sheet(command: Sheet, watch: Stopwatch) -> None:
     """Bad files are listed and others take their place."""
+    from dicode.data.cache_folder import INDEX
     from dicode.data.index import read_index
+    from dicode.files import place
     from dicode.video.read import DEFAULT_FPS, VideoReadError, read_video
     from dicode.video.sheet import check_sheet, save_sheet
 
     check_sheet(command.output)
+    if (place(command.folder) / INDEX).is_file():
+        _sheet_of_cache(command)
+        return
+    if command.only is not None:
+        raise ValueError(f"--only: expected a cache, got {command.folder}")
     records = read_index(command.folder)
     clips: list[Any] = []
     labels: list[str] = []
@@ -265,13 +315,31 @@ def sheet(command: Sheet, watch: Stopwatch) -> None:
             clips.append(video.frames)
             labels.append(record.caption or record.path.name)
             progress.update()
-    save_sheet(command.output, clips, labels)
+    save_sheet(command.output, clips, labels, command.columns)
     print(f"{command.output}: {len(clips)} of {len(records)} clips")
 
 
-def _key_value(text: str | None) -> tuple[str, str] | None:
+def _sheet_of_cache(command: Sheet) -> None:
+    """All of a cache's clips can be read."""
+    from dicode.data.cache import FrameCache
+    from dicode.video.sheet import save_sheet
+
+    cache, only = FrameCache.load(command.folder), _key_value(command.only, "--only")
+    numbers = range(len(cache.videos))
+    if only is not None:
+        numbers = [i for i in numbers if str(cache.videos[i].extra.get(only[0])) == only[1]]
+        if not numbers:
+            raise ValueError(f"--only {command.only}: no clip of {command.folder} has that")
+    chosen = random.Random(command.seed).sample(numbers, min(command.count, len(numbers)))
+    videos = [cache.videos[i] for i in chosen]
+    clips = [cache.frames[video.first : video.first + video.count].numpy() for video in videos]
+    save_sheet(command.output, clips, [(*video.captions, video.file)[0] for video in videos], command.columns)
+    print(f"{command.output}: {len(clips)} of {len(numbers)} clips")
+
+
+def _key_value(text: str | None, flag: str = "--validation-by") -> tuple[str, str] | None:
     """KEY=VALUE of a flag."""
     key, _, value = (text or "").partition("=")
     if text is not None and not (key and value):
-        raise ValueError(f"--validation-by: expected KEY=VALUE such as lab=f147f077, got {text!r}")
+        raise ValueError(f"{flag}: expected KEY=VALUE such as lab=f147f077, got {text!r}")
     return (key, value) if text is not None else None

@@ -11,7 +11,7 @@ from dicode.cli import common
 from dicode.config import Count, Factor, Guidance, Range, Seed
 from dicode.stopwatch import Progress, Stopwatch
 
-PARTS = ("generation", "reconstruction", "instructions", "scorer", "speed", "long")
+PARTS = ("generation", "reconstruction", "instructions", "scorer", "events", "speed", "long")
 QUICK_PARTS = ("generation", "reconstruction", "scorer")
 CacheOption = Annotated[Path, arg(help="real clips, a folder written by `dicode data cache`")]
 ScorerFile = Annotated[
@@ -35,8 +35,8 @@ class Evaluate:
     output: common.OutputPath = Path("results")  # folder of the JSON files
     sheets: Path | None = None  # folder for contact sheets; the report includes earlier ones there
     report: Path | None = None  # HTML file of all results of this model in the folder
-    # parts of the evaluation
-    parts: tuple[Literal["generation", "reconstruction", "instructions", "speed", "long"], ...] = (
+    # parts of the evaluation; events: of a cache of `dicode data blocks`
+    parts: tuple[Literal["generation", "reconstruction", "instructions", "events", "speed", "long"], ...] = (
         "generation",
         "reconstruction",
         "speed",
@@ -45,7 +45,9 @@ class Evaluate:
     scorer: ScorerFile = None
     # networks beside EffLite0: TinyVT, I3D=PATH, C3D=PATH, Inception=PATH, CLIP=ID_OR_FOLDER
     features: tuple[str, ...] = ("EffLite0", "TinyVT")
-    prompts: Count = 100  # most training captions to generate from, and videos of each split for a scorer
+    prompts: Count = (
+        100  # most training captions to generate from, videos of each split for a scorer, scripts of each set
+    )
     long_prompts: Count = 8  # training captions for long videos
     long_seconds: common.Seconds = 60.0  # length of long videos in seconds
     repeats: Count = 5  # measurements of seconds and memory; fewer have no interval
@@ -80,6 +82,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     began_s = time.monotonic()
     from dicode.data.cache import FrameCache
     from dicode.evaluate import suite
+    from dicode.evaluate.events import check_scripts
     from dicode.evaluate.samples import Samples
     from dicode.evaluate.scores import with_blindness
     from dicode.evaluate.speed import check_length
@@ -94,6 +97,8 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     model, folder = common.load_model(command)
     device = model.tokenizer.device
     cache, networks = FrameCache.load(command.cache), load_networks(command.features, device).values()
+    if "events" in parts:
+        check_scripts(model.tokenizer.config, cache)
     if "long" in parts:
         check_length(model, command.long_seconds)  # before the other parts take their hours
     samples = Samples(model, cache, command.seed, command.cache, limits.validation, networks)
@@ -111,7 +116,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
             figures, sheet = suite.evaluate_part(part, samples, scorer, limits, folder)
         values = {**with_blindness(figures, blind), "measured_in_s": watch.seconds[part]}
         n = {"speed": command.repeats, "long": command.long_prompts}.get(part) or figures["n"]
-        notes = [suite.ONE_NETWORK] * (part not in ("speed", "scorer"))
+        notes = [suite.ONE_NETWORK] * (part not in ("speed", "scorer", "events"))
         notes += ["Quick: few clips, for a first look."] * command.quick
         write_result(files[part], f"{name}: {part}", values, n, command.seed, command_line(), device, " ".join(notes))
         blind_here = ", ".join(values.get("blind", {}))

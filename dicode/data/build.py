@@ -8,11 +8,11 @@ import dataclasses
 import errno
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -154,12 +154,27 @@ def build_cache(
     return notes
 
 
-def make_shards(units: Sequence[Unit], workers: int, ray: str | None) -> list[ShardNote]:
-    """The notes of units in their order, whose shards are there then."""
+@runtime_checkable
+class Numbered(Protocol):
+    """A unit of any kind: a number, and what it is counted by."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def records(self) -> Sized: ...
+
+
+U = TypeVar("U", bound=Numbered)
+
+
+def make_shards(
+    units: Sequence[U], workers: int, ray: str | None, make: Callable[[U], str] | None = None
+) -> list[ShardNote]:
+    """The notes of units in their order, whose shards are there then; `make` gives each as JSON (`make_shard`)."""
     notes: dict[int, ShardNote] = {}
     sizes = {unit.number: len(unit.records) for unit in units}
     with Progress("caching", sum(sizes.values()), "clip") as progress:
-        for note in map(ShardNote.parse, parallel_map(make_shard, units, workers, ray)):
+        for note in map(ShardNote.parse, parallel_map(make or make_shard, units, workers, ray)):
             notes[note.number] = note
             progress.update(sizes[note.number])
     return [notes[unit.number] for unit in units]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from PIL import Image
 
+from dicode.evaluate.events import clips_of_scripts, evaluate_events
 from dicode.evaluate.generation import evaluate_generation
 from dicode.evaluate.instructions import IMAGES, evaluate_instructions
 from dicode.evaluate.long import measure_long
@@ -36,7 +37,7 @@ TIMED = 2  # clips generated at once to time them
 class Limits:
     """How much is measured."""
 
-    prompts: int = 100  # training captions, and videos of each split for a scorer
+    prompts: int = 100  # training captions, videos of each split for a scorer, scripts of each set of `blocks`
     validation: int | None = None  # clips; None: all
     references: int = MOST_VIDEOS  # training clips that text control searches
     repeats: int = 5  # of seconds and memory
@@ -84,6 +85,9 @@ def work_of(part: str, samples: Samples, limits: Limits) -> Work:
     if part == "scorer":
         scored = clips_of_videos(samples) * sum(min(limits.prompts, count) for count in splits)
         return Work(generated=scored, reconstructed=scored)
+    if part == "events":
+        scripted = clips_of_scripts(samples.cache, limits.prompts)
+        return Work(generated=scripted, reconstructed=scripted)
     if part == "speed":
         return Work(generated=2 * (2 * repeats + 1), processes=repeats)
     clips = config.num_clips(samples.model.num_frames(limits.long_seconds))
@@ -142,5 +146,7 @@ def evaluate_part(
         return evaluate_speed(samples.model, folder, PROMPT, limits.repeats), None
     if part == "long":
         return measure_long(samples, folder, limits.long_prompts, limits.long_seconds, limits.repeats)
+    if part == "events":
+        return evaluate_events(samples.model, samples.cache, samples.seed, limits.prompts)
     assert scorer is not None, part
     return evaluate_scorer(samples, scorer, limits.prompts)

@@ -1,0 +1,252 @@
+"""Scripts drawn at random: the same one for the same seed, set and number, whatever else is drawn."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from typing import TypeVar
+
+import numpy as np
+
+from dicode.data.blocks.script import (
+    COLOURS,
+    ENTRIES,
+    EVENTS,
+    HELD_ORDERS,
+    MOST_CLAUSES,
+    MOST_CLIPS,
+    PAIRS,
+    SETS,
+    SHAPES,
+    SIDES,
+    SIZES,
+    SLOW,
+    STORY_CLAUSES,
+    Clause,
+    Script,
+    Thing,
+    belongs,
+    is_held_combination,
+)
+from dicode.data.blocks.world import (
+    EDGE,
+    FOLLOWS,
+    GAP,
+    HALF_PICTURE,
+    INNER,
+    OUTER,
+    PUSHED,
+    RADIUS,
+    ROWS,
+    TIPPED,
+    State,
+    after,
+    beginning,
+    body_of,
+    contact,
+    crowded,
+    is_possible,
+    there,
+    tipped_x,
+)
+
+T = TypeVar("T")
+MOST_THERE = 4
+LENGTHS = (0.3, 0.25, 0.2, 0.15, 0.1)  # shares of training scripts of 1, 2, … clauses
+# Clauses of the scripts of a set, in turn
+SET_LENGTHS = {
+    "seen": (1, 2, 3),
+    "combinations": (1, 1, 2, 3),
+    "lengths": (6, 7, 8),
+    "paraphrases": (1, 2, 3),
+    "swaps": (2,),
+}
+TRIES = 32  # of a clause, before a script is begun again
+# Events of later clauses that need two clips, or a second thing in the right place, are tried more often in return.
+LATER = {"push": 9.0, "topple": 14.0, "pass": 9.0, "bounce": 14.0, "jump": 1.4, "spin": 1.4, "enter": 1.6, "fall": 1.6,
+         "leave": 0.7, "wait": 0.7, "turn": 0.8}  # fmt: skip
+
+
+def script_of(seed: int, name: str, index: int, within: float = 0.0) -> Script:
+    """Script `index` of a set; `within` is the share of training scripts that are quick, as those of that set."""
+    for attempt in count():
+        random = np.random.default_rng([seed, SETS.index(name), index, attempt])
+        quick = name == "within" or (name == "training" and within > 0 and random.random() < within)
+        script = draw(random, events_of(random, name, index, quick), quick, name == "story", name == "combinations")
+        if script is None or not belongs(script, "within" if quick else name):
+            continue
+        if name != "swaps" or exchanged(script) is not None:
+            return script
+    raise AssertionError
+
+
+def events_of(random: np.random.Generator, name: str, index: int, quick: bool) -> list[str]:
+    """What a script of a set is to consist of: an event, or '' for any, for each clause."""
+    if name == "story":
+        return [""] * STORY_CLAUSES
+    if quick:
+        return [SLOW[index % len(SLOW)]]
+    if name == "orders":
+        first, then = HELD_ORDERS[index % len(HELD_ORDERS)]
+        return _one(random, ([first, then], [first, "", then], ["", first, then]))
+    if name in SET_LENGTHS:
+        clauses = SET_LENGTHS[name][index % len(SET_LENGTHS[name])]
+    else:
+        clauses = 1 + int(random.choice(MOST_CLAUSES, p=LENGTHS))
+    first = EVENTS[random.integers(len(EVENTS))]
+    return [first, *[""] * (clauses - 1)]
+
+
+def draw(
+    random: np.random.Generator, events: Sequence[str], quick: bool = False, story: bool = False, any_kind: bool = False
+) -> Script | None:
+    """A script of these events, None at a dead end. Without `any_kind` its combinations are those of training."""
+    budget = MOST_CLIPS if len(events) <= MOST_CLAUSES else 2 * len(events)
+    budget = len(events) if story else budget
+    things: list[Thing] = []
+    clauses: list[Clause] = []
+    state: State = {}
+    for i, wanted in enumerate(events):
+        allowed = [e for e in EVENTS if budget - (1 + (e in SLOW and not quick)) >= len(events) - i - 1]
+        for _ in range(TRIES):
+            event = wanted or str(random.choice(allowed, p=_shares(allowed, there(state))))
+            if event not in allowed:
+                return None
+            found = _first(random, event) if i == 0 else _later(random, event, state, tuple(things))
+            if found is None:
+                continue
+            new_state, new_things, clause = found
+            clause = replace(clause, quick=quick and event in SLOW)
+            who = new_state[clause.who] if clause.who in new_state else body_of(new_things[clause.who])
+            held = is_held_combination(who.colour, who.shape, event)
+            again = (clause.event, clause.who) in [(c.event, c.who) for c in (clauses[-1:] if story else clauses)]
+            if again or (held and not any_kind) or not is_possible(new_state, new_things, clause):
+                continue
+            break
+        else:
+            return None
+        things = list(new_things)
+        clauses.append(clause)
+        budget -= clause.clips
+        state = after(new_state, new_things, clause)
+    return Script(tuple(things), tuple(clauses))
+
+
+Found = tuple[State, tuple[Thing, ...], Clause]
+
+
+def _shares(events: Sequence[str], bodies: State) -> np.ndarray:
+    """Probabilities of a later clause's events, by what is there."""
+
+    def weight(event: str) -> float:
+        enough = len(bodies) < MOST_THERE if event in ENTRIES else len(bodies) >= 1 + (event in PAIRS)
+        return LATER.get(event, 1.0) if enough else 0.0
+
+    weights = np.array([weight(event) for event in events])
+    return weights / weights.sum()
+
+
+def _first(random: np.random.Generator, event: str) -> Found | None:
+    """The first clause, and the things that are there before it."""
+    if event in ENTRIES:
+        return _entry(random, event, {}, ())
+    things: list[Thing] = []
+    for _ in range(1 + (event in PAIRS)):
+        size = {"grow": "small", "shrink": "big"}.get(event) or _one(random, SIZES)
+        colour = _one(random, [c for c in COLOURS if c not in {thing.colour for thing in things}])
+        shape = _one(random, tuple(TIPPED) if event == "topple" and things else SHAPES)
+        things.append(_placed(random, Thing(colour, shape, size, 0.0, _one(random, ROWS)), -EDGE, EDGE))
+    if event in ("push", "topple", "bounce"):
+        things[1] = replace(things[1], y=things[0].y)
+    if event == "pass":
+        things[1] = replace(things[1], y=-things[0].y)
+    state = {i: body_of(thing) for i, thing in enumerate(things)}
+    clause = _act(random, event, state, 0, 1 if event in PAIRS else None)
+    return None if clause is None or crowded(state.values(), GAP) else (state, tuple(things), clause)
+
+
+def _later(random: np.random.Generator, event: str, state: State, things: tuple[Thing, ...]) -> Found | None:
+    """A clause about things that are there, or a new one."""
+    bodies = there(state)
+    if event in ENTRIES:
+        return None if len(bodies) >= MOST_THERE else _entry(random, event, state, things)
+    if len(bodies) < 1 + (event in PAIRS):
+        return None
+    who, whom = ([*map(int, random.permutation(list(bodies))), None])[:2]
+    clause = _act(random, event, state, int(who or 0), whom if event in PAIRS else None)
+    return None if clause is None else (state, things, clause)
+
+
+def _entry(random: np.random.Generator, event: str, state: State, things: tuple[Thing, ...]) -> Found | None:
+    taken = {body.colour for body in state.values() if body.away < 2}
+    colour = _one(random, [colour for colour in COLOURS if colour not in taken])
+    thing = Thing(colour, _one(random, SHAPES), _one(random, SIZES), 0.0, _one(random, ROWS))
+    how = "" if event == "fall" else _one(random, SIDES)
+    low, high = {"": (-INNER, INNER), "left": (-EDGE, -OUTER), "right": (OUTER, EDGE)}[how]
+    thing = _placed(random, thing, low, high)
+    return state, (*things, thing), Clause(event, len(things), None, how, x=thing.x)
+
+
+def _act(random: np.random.Generator, event: str, state: State, number: int, other: int | None) -> Clause | None:
+    """A clause of this event with its places drawn; whether it is possible is for `is_possible`."""
+    who = state[number]
+    if other is not None:
+        whom = state[other]
+        if event == "topple":
+            if whom.shape not in TIPPED or whom.lying:
+                return None
+            follows = FOLLOWS * RADIUS[whom.shape] * whom.side * np.sign(whom.x - who.x)
+            return Clause(event, number, other, x=_x(contact(who, whom) + follows), whom_x=_x(tipped_x(who, whom)))
+        if event == "pass":
+            gap = (who.half + whom.half) * random.uniform(0.8, 1.6)
+            end = whom.x + np.sign(whom.x - who.x) * gap
+            return Clause(event, number, other, "behind" if who.y > whom.y else "front", x=_x(end), whom_x=whom.x)
+        if event == "bounce":
+            return Clause(event, number, other, x=who.x, whom_x=whom.x)
+        end = _x(whom.x + np.sign(whom.x - who.x) * random.uniform(*PUSHED))
+        return Clause(event, number, other, x=_x(contact(who, replace(whom, x=end))), whom_x=end)
+    how = ""
+    if event == "leave":
+        how = _one(random, SIDES)
+        return Clause(event, number, None, how, x=_x((-1 if how == "left" else 1) * (HALF_PICTURE + 0.1 * who.half)))
+    if event == "turn":
+        how = _one(random, [c for c in COLOURS if c not in {b.colour for b in state.values() if b.away < 2}])
+    return Clause(event, number, None, how, x=who.x)
+
+
+def exchanged(script: Script) -> Script | None:
+    """A script of two clauses with these exchanged, of the same things; None where that is none, or not of training."""
+    first, then = script.clauses
+    if first.event in ENTRIES and then.event in ENTRIES:
+        things = tuple(reversed(script.things))
+        clauses = (replace(then, who=0), replace(first, who=1))
+    elif first.event in ENTRIES or then.event in ENTRIES or set(first.mentions) != set(then.mentions):
+        return None
+    else:
+        things, clauses = script.things, (then, first)
+    other = Script(things, clauses)
+    return other if first.event != then.event and is_script(other) and belongs(other, "seen") else None
+
+
+def is_script(script: Script) -> bool:
+    """Whether every clause is possible where it comes."""
+    state = beginning(script)
+    for clause in script.clauses:
+        if not is_possible(state, script.things, clause):
+            return False
+        state = after(state, script.things, clause)
+    return True
+
+
+def _placed(random: np.random.Generator, thing: Thing, low: float, high: float) -> Thing:
+    """A thing somewhere between two x, whole within the picture."""
+    half = body_of(thing).half
+    return replace(thing, x=_x(random.uniform(max(low, half - EDGE), min(high, EDGE - half))))
+
+
+def _one(random: np.random.Generator, values: Sequence[T]) -> T:
+    return values[int(random.integers(len(values)))]
+
+
+def _x(value: float) -> float:
+    """Places as scripts have them."""
+    return round(float(value), 3)

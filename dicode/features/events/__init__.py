@@ -1,0 +1,1 @@
+"""What happens in videos of `blocks`, from their pixels alone, and how much of it is what a script says."""
