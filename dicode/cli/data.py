@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -325,7 +326,7 @@ def _sheet_of_cache(command: Sheet) -> None:
     from dicode.video.sheet import save_sheet
 
     cache, only = FrameCache.load(command.folder), _key_value(command.only, "--only")
-    numbers = range(len(cache.videos))
+    numbers: Sequence[int] = range(len(cache.videos))
     if only is not None:
         numbers = [i for i in numbers if str(cache.videos[i].extra.get(only[0])) == only[1]]
         if not numbers:

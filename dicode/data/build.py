@@ -140,13 +140,13 @@ def build_cache(
     size = options.files_per_shard
     parts = [tuple(records[i : i + size]) for i in range(0, len(records), size)]
     units = [Unit(number, part, options, output) for number, part in enumerate(parts)]
-    notes = make_shards(units, workers, ray)
+    notes = make_shards(units, workers, ray, make_shard)
     copies: list[dict[int, str]] = [{} for _ in units]
     if options.dedupe is not None:
         copies = _copies(notes, options.dedupe)
         left_out = [{j for j, entry in enumerate(note.entries) if entry.repeats} for note in notes]
         changed = [replace(units[i], copies=own) for i, own in enumerate(copies) if own.keys() != left_out[i]]
-        for note in make_shards(changed, workers, ray):
+        for note in make_shards(changed, workers, ray, make_shard):
             notes[note.number] = note
     notes = _with_lines(notes, units, copies, validation_by)
     put_text(output / QUARANTINE, _jsonl(dataclasses.asdict(file) for note in notes for file in note.bad))
@@ -167,14 +167,12 @@ class Numbered(Protocol):
 U = TypeVar("U", bound=Numbered)
 
 
-def make_shards(
-    units: Sequence[U], workers: int, ray: str | None, make: Callable[[U], str] | None = None
-) -> list[ShardNote]:
-    """The notes of units in their order, whose shards are there then; `make` gives each as JSON (`make_shard`)."""
+def make_shards(units: Sequence[U], workers: int, ray: str | None, make: Callable[[U], str]) -> list[ShardNote]:
+    """The notes of units in their order, whose shards are there then; `make` gives each as JSON."""
     notes: dict[int, ShardNote] = {}
     sizes = {unit.number: len(unit.records) for unit in units}
     with Progress("caching", sum(sizes.values()), "clip") as progress:
-        for note in map(ShardNote.parse, parallel_map(make or make_shard, units, workers, ray)):
+        for note in map(ShardNote.parse, parallel_map(make, units, workers, ray)):
             notes[note.number] = note
             progress.update(sizes[note.number])
     return [notes[unit.number] for unit in units]

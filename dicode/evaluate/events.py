@@ -107,7 +107,7 @@ def evaluate_events(
             own += _made(model, cache, those[start : start + at_once], seed, first=len(made) + start)
         _shuffle(own)
         made += own
-    figures = {**shares(made, seed), **sequences(made, seed), "swap": swap_figures(made, seed)}
+    figures: dict[str, Any] = {**shares(made, seed), **sequences(made, seed), "swap": swap_figures(made, seed)}
     figures |= {"story_context_key_frames": STORY_CONTEXT, "n": len(made)}
     return figures, _sheet(made)
 

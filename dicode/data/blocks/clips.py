@@ -70,7 +70,8 @@ def build_blocks(options: BlocksOptions, output: Place, workers: int = 1, ray: s
     check_own(output)
     for old in stale_files(output):
         old.unlink()
-    size, units = options.scripts_per_shard, []
+    size = options.scripts_per_shard
+    units: list[SceneUnit] = []
     for name in (*SETS[1:], SETS[0]):  # training last: shards of validation stay where they are when it grows
         count = options.count if name == "training" else options.validation
         count = max(1, count // STORY_SHARE) if name == "story" else count

@@ -7,6 +7,7 @@ decoder knows a clip by its first and last frame alone.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -69,13 +70,13 @@ def after(state: State, things: tuple[Thing, ...], clause: Clause) -> State:
     """The state that a clause leaves."""
     bodies = {i: replace(body, away=body.away + 1) if body.away else body for i, body in state.items()}
     who = body_of(things[clause.who]) if clause.event in ENTRIES else bodies[clause.who]
-    changed = {
+    changes: dict[str, dict[str, Any]] = {
         "grow": {"size": "big"},
         "shrink": {"size": "small"},
         "turn": {"colour": clause.how},
         "leave": {"away": 1},
-    }.get(clause.event, {})
-    bodies[clause.who] = replace(who, x=clause.x, **changed)
+    }
+    bodies[clause.who] = replace(who, x=clause.x, **changes.get(clause.event, {}))
     if clause.whom is not None:
         whom = bodies[clause.whom]
         lying = _direction(who, whom) if clause.event == "topple" else whom.lying

@@ -184,7 +184,7 @@ def shape_scores(silhouettes: Float64[ndarray, "b n"]) -> Float64[ndarray, "b ki
 def shape_of(patches: list[Patch]) -> str:
     """The likeliest shape of a thing, by all these silhouettes together, standing or lying in each."""
     scores = shape_scores(np.stack([patch.silhouette for patch in patches]))
-    shapes = {}
+    shapes: dict[str, list[np.ndarray]] = {}
     for number, kind in enumerate(KINDS):
         shapes.setdefault(kind.split()[0], []).append(scores[:, number])
     totals = {shape: float(np.logaddexp.reduce(np.stack(own), axis=0).sum()) for shape, own in shapes.items()}
