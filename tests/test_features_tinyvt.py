@@ -90,11 +90,13 @@ def test_the_bundled_network_measures_under_its_own_name() -> None:
     clips, captions = zip(*(draw_clip(seed, 16, 64) for seed in range(5)), strict=True)
     real, made = box.features(clips), {"made": box.features([255 - clip for clip in clips])}
     scores = scores_of_sets(box, real, made, [*captions[:4], ""])
-    assert scores.keys() == {"FVD-TinyVT", "alignment-TinyVT", "caption rank-TinyVT"}
+    by_captions = {"alignment-TinyVT", "caption rank-TinyVT"}
+    assert {"FVD-TinyVT", *by_captions} <= scores.keys()
     assert scores["FVD-TinyVT"].keys() == {"made"} and scores["FVD-TinyVT"]["made"].value > 0
     expected = [box.similarities(real.clips, captions)[i, i] for i in range(4)]
     assert scores["alignment-TinyVT"]["real"].value == pytest.approx(np.mean(expected))
     assert scores["caption rank-TinyVT"]["real"].n == 4
-    assert scores_of_sets(box, real, made, ["the same"] * 5).keys() == {"FVD-TinyVT"}
+    of_one_caption = scores_of_sets(box, real, made, ["the same"] * 5)
+    assert "FVD-TinyVT" in of_one_caption and by_captions.isdisjoint(of_one_caption)
     with pytest.raises(ValueError, match="got 'TinyVT=folder'"):
         load_networks(["TinyVT=folder"])

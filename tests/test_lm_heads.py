@@ -128,7 +128,7 @@ def test_temperature_sharpens_the_choice_of_component_down_to_the_likeliest() ->
         assert (component == likeliest).float().mean().item() == pytest.approx(expected, abs=0.04)
 
 
-@pytest.mark.parametrize("head", EVERY[:2])
+@pytest.mark.parametrize("head", [head for head in EVERY if not isinstance(head, FlowHead)])  # guided by its velocity
 def test_guidance_extrapolates_from_the_null_mean(head: Head) -> None:
     hidden, null_hidden = torch.randn(4, 1, 6), torch.randn(4, 1, 6)
     generators = [generator_for(0, i) for i in range(4)]

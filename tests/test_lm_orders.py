@@ -1,17 +1,18 @@
 """Orders, heads, goals, windows, re-rolling: what generation reads is what training reads, in every combination."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from test_lm_deep_lm import CAPTIONS, CONFIG, NEAR, PROMPTS, TEXT, build, fit, generated, uncached, written
 
+from dicode.lm.config import HeadName
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import SeedPlan
 
 ORDERS = ["token", "keyframe"]
-HEADS = ["mixture", "gaussian", "regression", "flow"]
+HEADS = get_args(HeadName)
 BODIES = ["llama", "gpt2"]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from toy_runs import write_cache
 from dicode.checkpoint.saving import write_config
 from dicode.cli.app import main
 from dicode.device import GPUS, Gpu, peak_flops
-from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
+from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig, HeadName
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.presets import SIZES
 from dicode.seeds import generator_for
@@ -187,7 +187,7 @@ def test_info_names_the_nearest_preset_and_refuses_no_gpus(capsys):
 
 
 @pytest.mark.parametrize("order", ["token", "keyframe"])
-@pytest.mark.parametrize("head", ["gaussian", "regression", "flow"])
+@pytest.mark.parametrize("head", get_args(HeadName))
 def test_every_head_and_order_is_sized(head: str, order: str) -> None:
     config = dataclasses.replace(
         SIZES["sprites"],

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from dicode.seeds import SeedPlan, generator_for
 from dicode.tokenizer.boundaries import BLEND_FRAMES, blended
 from dicode.tokenizer.config import (
     DenoiserConfig,
+    DenoiserName,
     EncoderConfig,
     FirstStageConfig,
     Joins,
@@ -28,6 +29,7 @@ from dicode.tokenizer.config import (
     SamplingConfig,
     TokenizerConfig,
 )
+from dicode.tokenizer.denoiser import DENOISERS as NETWORKS
 from dicode.tokenizer.denoiser import (
     ClipConditioning,
     ResidualDenoiser,
@@ -357,6 +359,11 @@ def test_frames_before_that_do_not_fit_are_refused() -> None:
     for message, (b, f, side) in wrong.items():
         with pytest.raises(ValueError, match=message):
             next(decoded(tokenizer, tokens, before=torch.zeros(b, f, side, side, 3, dtype=torch.uint8)))
+
+
+def test_every_name_of_a_denoiser_has_its_network_and_a_small_configuration() -> None:
+    assert set(NETWORKS) == set(DENOISERS) == set(get_args(DenoiserName))
+    assert all(config.kind == name for name, config in DENOISERS.items())
 
 
 @pytest.mark.parametrize("kind", DENOISERS)

@@ -92,7 +92,7 @@ def rank_cases(
     networks: Mapping[str, Network] | None = None,
     extractor: EfficientNetLite0Features | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """For every metric: which way is better, the score of each case or "does not claim", and whether it ranks them.
+    """For every metric of `CLAIMS`: which way is better, each case's score or "does not claim", whether it ranks them.
 
     `ranked` is whether the cases that the metric claims have values in the known order, None where it claims none;
     `undecided` lists neighbours whose intervals overlap. `networks` measure beside EffLite0.
@@ -113,7 +113,7 @@ def rank_cases(
     for network in (networks or {}).values():
         features = {case: network.features(clips) for case, clips in cases.items()}
         scores |= scores_of_sets(network, features["real"], features, captions, seed)
-    return {metric: claimed(metric, own) for metric, own in scores.items()}
+    return {metric: claimed(metric, own) for metric, own in scores.items() if kind_of(metric) in CLAIMS}
 
 
 def psnr_of(real: Sequence[Video], made: Sequence[Video], seed: int = 0) -> Score:
@@ -122,9 +122,14 @@ def psnr_of(real: Sequence[Video], made: Sequence[Video], seed: int = 0) -> Scor
     return mean_score([float(psnr_db(squared_error(*pair)).mean()) for pair in pairs], seed)
 
 
+def kind_of(metric: str) -> str:
+    """A metric's name without the network's, as in `CLAIMS`."""
+    return metric if metric in CLAIMS else metric.split("-")[0]
+
+
 def claimed(metric: str, scores: Mapping[str, Score]) -> dict[str, Any]:
     """What `rank_cases` gives for one metric, whose name up to the network's says what it claims."""
-    better, groups = CLAIMS[metric if metric in CLAIMS else metric.split("-")[0]]
+    better, groups = CLAIMS[kind_of(metric)]
     pairs = [(one, other) for group, worse in pairwise(groups) for one in group for other in worse]
     sign = 1 if better == "higher" else -1
     return {
