@@ -231,41 +231,43 @@ def test_a_cache_holds_scripts_sets_and_true_lengths(cache: Path) -> None:
     assert np.array_equal(frames.frames[video.first : video.first + video.count].numpy(), again)
 
 
-def test_processes_and_ray_make_the_bytes_that_one_process_makes(tmp_path: Path, cache: Path) -> None:
+def test_processes_make_the_bytes_that_one_process_makes(tmp_path: Path, cache: Path) -> None:
     build_blocks(OPTIONS, tmp_path / "processes", workers=2)
     assert contents(tmp_path / "processes") == contents(cache)
+
+
+SMALL = ["data", "blocks", "-n", "2", "--validation", "1", "-o"]
+COMMAND = [sys.executable, "-m", "dicode", *SMALL]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+HANGING_S = 600  # no measure of speed
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("blocks") / "small"
+    assert main([*SMALL, str(folder)]) == 0
+    return folder
+
+
+def test_ray_makes_the_bytes_that_one_process_makes(tmp_path: Path, small: Path) -> None:
     pytest.importorskip("ray.data")
-    build_blocks(OPTIONS, tmp_path / "ray", workers=2, ray="local")
-    assert contents(tmp_path / "ray") == contents(cache)
+    subprocess.run([*COMMAND, str(tmp_path / "ray"), "--ray", "local", "--workers", "2"], env=ENVIRONMENT, check=True)
+    assert contents(tmp_path / "ray") == contents(small)
 
 
-def test_a_killed_command_goes_on_and_makes_the_same_bytes(tmp_path: Path, cache: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "dicode",
-        "data",
-        "blocks",
-        "-n",
-        "5",
-        "--validation",
-        "2",
-        "-o",
-        str(tmp_path / "c"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    whole = tmp_path / "whole"
-    assert main(["data", "blocks", "-n", "5", "--validation", "2", "-o", str(whole)]) == 0
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline_s = time.monotonic() + 60
-        while not (tmp_path / "c" / "shard-00002.json").exists() and time.monotonic() < deadline_s:
+def test_a_killed_command_goes_on_and_makes_the_same_bytes(tmp_path: Path, small: Path) -> None:
+    command, out = [*COMMAND, str(tmp_path / "c")], subprocess.DEVNULL
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=out, stderr=out) as process:
+        deadline_s = time.monotonic() + HANGING_S
+        while not (tmp_path / "c" / "shard-00002.json").exists():
+            assert time.monotonic() < deadline_s and process.poll() is None, "no shard was written"
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     shard = tmp_path / "c" / "shard-00000.safetensors"
     kept = shard.stat().st_mtime_ns
     assert not (tmp_path / "c" / "index.json").exists()
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
-    assert shard.stat().st_mtime_ns == kept and contents(tmp_path / "c") == contents(whole)
+    assert subprocess.run(command, env=ENVIRONMENT, capture_output=True).returncode == 0
+    assert shard.stat().st_mtime_ns == kept and contents(tmp_path / "c") == contents(small)
 
 
 def test_more_training_scripts_keep_the_shards_of_fewer(tmp_path: Path, cache: Path) -> None:
