@@ -137,7 +137,7 @@ def test_a_quick_look_says_what_it_leaves_out_and_takes_a_scorer(
     assert main(["evaluate", str(tiny_model), *flags]) == 0
     printed = capsys.readouterr().out
     assert "quick: generation, reconstruction, scorer" in printed
-    assert "left out: instructions, speed, long" in printed
+    assert "left out: instructions, events, speed, long" in printed
     made = {p.name: json.loads(p.read_text()) for p in (tmp_path / "results").iterdir()}
     assert set(made) == {f"tiny-quick-{part}.json" for part in ("generation", "reconstruction", "scorer")}
     values = made["tiny-quick-scorer.json"]["values"]

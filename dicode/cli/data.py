@@ -61,7 +61,7 @@ class Blocks:
     """Draw the world `blocks`: a training cache of coloured things and what happens to them, in exact captions.
 
     The same command continues. Equal options give equal bytes, for any number of workers. Its validation sets hold
-    what training never has; `dicode evaluate --parts events` scores videos by their scripts.
+    what training never has; the events part of `dicode evaluate` scores videos by their scripts.
     """
 
     count: Annotated[int, Range(1, 10_000_000), arg(aliases=("-n",))]  # training scripts: videos of 2 to 10 seconds
