@@ -9,6 +9,7 @@ import pytest
 
 from dicode.cli.app import main
 from dicode.data.parallel_map import parallel_map
+from tests.fuzz import forked
 
 COMMANDS = {
     "generate": ["generate", "a red square moves right", "--model", "MODEL", "-o", "OUT/a.mp4", "--seconds", "4"],
@@ -35,7 +36,7 @@ WAIT_S = 600.0  # against hanging only
 
 def run_until_it_writes(folder: Path, number: int, work) -> tuple[int, list[str]]:
     """Exit code of a forked process that never gets to rename a file, and files that the signal left in the folder."""
-    child = os.fork()
+    child = forked()
     if child == 0:
         code = 99
         try:

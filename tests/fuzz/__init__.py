@@ -7,6 +7,7 @@ refused   one line, that says what to do
 crash: …, hang: …, traceback: …, wrong: …    faults; wrong is what was accepted and came out otherwise than it should
 """
 
+import gc
 import os
 import resource
 import select
@@ -22,15 +23,24 @@ MOST_WALL_S = 300  # where nothing is computed, a pipe is waited for
 GIB = 2**30
 
 
+def forked() -> int:
+    """`os.fork`, whose child frees nothing of this process's garbage: PyAV's waits for threads that a child lacks."""
+    gc.freeze()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
+        child = os.fork()
+    if child:
+        gc.unfreeze()
+    return child
+
+
 def guarded(work: Callable[[], str], processor_s: int = MOST_PROCESSOR_S, memory: int = 2 * GIB) -> str:
     """The outcome of `work` in a forked process, which may take so many more bytes than this one holds.
 
     A dead child is a crash, one that uses up its time a hang.
     """
     reads, writes = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
-        child = os.fork()
+    child = forked()
     if child == 0:
         os.close(reads)
         code = 1
