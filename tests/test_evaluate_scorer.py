@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
+from dicode.config.user_code import RecipeError
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.features.scorer import ALL, Scorer, agrees, scorer_metrics
 from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
@@ -15,7 +16,6 @@ from dicode.pipeline import DiCoDe
 from dicode.train.chain import assemble
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
 from dicode.train.stages import run_recipe, stage_of
-from dicode.user_code import RecipeError
 
 
 def scorer_of(folder: Path, body: str) -> Scorer:

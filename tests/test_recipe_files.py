@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dicode.config.user_code import RecipeError, load_function, run_own
 from dicode.train.runs import load_run
-from dicode.user_code import RecipeError, load_function, run_own
 
 RUN = "from dataclasses import dataclass\n@dataclass\nclass Run:\n    steps: int = 3\ndef run():\n    return Run()\n"
 

@@ -18,6 +18,7 @@ from test_tokenizer import conditioning, tiny_tokenizer
 from torch import nn
 from toy_runs import FLOW, write_cache
 
+from dicode.config.user_code import load_file
 from dicode.data.cache import FrameCache
 from dicode.features.tinyvt import TinyVT
 from dicode.lm.deep_lm import DeepTokenLM
@@ -26,7 +27,6 @@ from dicode.pipeline import DiCoDe
 from dicode.tokenizer.encoder import LinearCode
 from dicode.train.loop import train
 from dicode.train.runs import LoopConfig, OptimConfig, runs_of
-from dicode.user_code import load_file
 
 STUDIES = Path(__file__).parents[1] / "studies"
 FAMILY = """

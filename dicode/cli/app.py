@@ -30,9 +30,9 @@ from dicode.cli.info import Info
 from dicode.cli.tokenize import Reconstruct, Tokenize
 from dicode.cli.train import Assemble, Finetune, Train, TrainAll
 from dicode.config import check_ranges
+from dicode.config.user_code import raised_in
 from dicode.stopwatch import Stopwatch
 from dicode.train.runs import load_run
-from dicode.user_code import raised_in
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 USAGE_ERROR = 2  # as tyro and argparse

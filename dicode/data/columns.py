@@ -37,6 +37,11 @@ class CachedVideo:
     start_s: float = 0.0  # where it begins in its file
     extra: dict[str, Any] = field(default_factory=dict)  # further keys of its line
 
+    @property
+    def caption(self) -> str:
+        """The first caption, which is the short one where there are two; empty where there is none."""
+        return self.captions[0] if self.captions else ""
+
     def lasts(self, seconds: float) -> bool:
         """Whether something is shown for that long, to half a frame: a still image never, a loop for ever."""
         return self.count > 1 and (self.loops or self.period_s * (1 + 0.5 / self.count) >= seconds)

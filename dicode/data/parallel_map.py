@@ -62,7 +62,7 @@ def _leave(*_: object) -> None:
 
 
 def _run(work: Callable[[A], B], unit: A) -> B:
-    """Do a unit; a worker that was told to leave removes what it is writing, and begins no other."""
+    """Do a unit; a worker that was asked to leave removes what it is writing, and begins no other."""
     try:
         if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
             raise SystemExit(1)

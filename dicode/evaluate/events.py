@@ -12,7 +12,6 @@ from PIL import Image
 from dicode.data.blocks.script import CLIP_FRAMES, EVENTS, FPS, SETS, Script
 from dicode.data.cache import FrameCache
 from dicode.data.columns import VALIDATION, CachedVideo, spread_numbers
-from dicode.evaluate.samples import caption_of
 from dicode.evaluate.scores import Score, mean_score
 from dicode.features.events.score import score, score_tracks
 from dicode.features.events.see import Track, tracks_of
@@ -74,7 +73,7 @@ def scripted_of(cache: FrameCache, count: int) -> list[Scripted]:
 
 
 def _scripted(name: str, video: CachedVideo) -> Scripted:
-    script, prompt = Script.parse(video.extra["script"]), caption_of(video)
+    script, prompt = Script.parse(video.extra["script"]), video.caption
     if name != "story":
         return Scripted(name, video, script, prompt)
     lengths_s = [clause.clips * CLIP_FRAMES / FPS for clause in script.clauses]
@@ -266,5 +265,5 @@ def _sheet(made: Sequence[Made]) -> Image.Image:
             for case, frames in one.frames.items():
                 marks = "".join("+" if clause["all"] else "-" for clause in one.scores[case][0]["clauses"])
                 rows.append(frames)
-                labels.append(f"{name}, {case} {marks} {caption_of(one.scripted.video)}")
+                labels.append(f"{name}, {case} {marks} {one.scripted.video.caption}")
     return contact_sheet(rows, labels, columns=12)

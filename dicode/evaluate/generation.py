@@ -10,7 +10,7 @@ from numpy import ndarray
 from PIL import Image
 
 from dicode.evaluate.metrics import scores_of_sets
-from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, generated_clips
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, generated_clips
 from dicode.evaluate.scores import Score
 from dicode.features.extract import Features
 from dicode.features.metrics import Clips, bootstrap_interval, motion, percentile_rank, similarities
@@ -28,7 +28,7 @@ def evaluate_generation(
     """
     extractor, seed, training = samples.extractor, samples.seed, samples.training(references)
     reference_features = extractor.means(samples.real_clips.features(extractor, training))
-    captions = [caption_of(video) for video in training]
+    captions = [video.caption for video in training]
     captioned = {caption for caption in captions if caption}
     prompts = draw_prompts(captioned, min(count, len(captioned)), seed)
     clips = generated_clips(samples.model, prompts, seed)

@@ -12,7 +12,7 @@ from numpy import ndarray
 from PIL import Image
 
 from dicode.evaluate.generation import draw_prompts
-from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, split_videos
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, split_videos
 from dicode.evaluate.scores import frechet_score
 from dicode.evaluate.speed import cost_of_length
 from dicode.features.extract import EfficientNetLite0Features
@@ -38,7 +38,7 @@ def measure_long(
     """
     model, seed = samples.model, samples.seed
     training = split_videos(samples.cache, False, captioned=True, most=MOST_VIDEOS)
-    prompts = draw_prompts({caption_of(video) for video in training} - {""}, count, seed)
+    prompts = draw_prompts({video.caption for video in training} - {""}, count, seed)
     by_joins: dict[str, Any] = {}
     rows: dict[str, list[Video]] = {}
     for joins in JOINS:
@@ -89,7 +89,7 @@ def clips_of(video: Video, clip_frames: int, repeated_frames: int = 0) -> list[U
 
 
 def join_score(videos: Clips, clip_frames: int, repeated_frames: int = 0, seed: int = 0) -> dict[str, Any]:
-    """Mean step `across` joins over that `inside` clips, pooled over videos: 1 where a join cannot be told from motion.
+    """Mean step `across` joins over that `inside` clips, pooled over videos: 1 where a join looks like motion.
 
     A video that is still inside its clips has no measure for its joins (`ratio_of_steps`). Raises `ValueError` also
     where a video has no join.

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dicode.data.columns import CachedVideo
-from dicode.evaluate.samples import Samples, batches, caption_of, split_videos
+from dicode.evaluate.samples import Samples, batches, split_videos
 from dicode.evaluate.scores import Score
 from dicode.features.scorer import Scorer, scorer_metrics, truth_of
 from dicode.stopwatch import tracked
@@ -41,7 +41,7 @@ def evaluate_scorer(samples: Samples, scorer: Scorer, count: int = 100) -> tuple
                 metric[f"{split}: {case}, shuffled"] = Score(own.chance, None, own.n)
         for i in range(min(4, len(videos))):
             rows += [frames[i] for frames in cases.values()]
-            labels += [f"{split}, {case}: {caption_of(videos[i])}" for case in cases]
+            labels += [f"{split}, {case}: {videos[i].caption}" for case in cases]
     return {**figures, "n": total}, contact_sheet(rows, labels)
 
 
@@ -68,7 +68,7 @@ def videos_of(samples: Samples, videos: Sequence[CachedVideo], clips: int) -> di
         real = torch.stack([cache.frames[own] for own in rows])
         decoded = model.tokenizer.decode(model.tokenizer.encode(real), seed=samples.seed, sample_indices=indices)
         options: dict[str, Any] = {"seconds": length / config.fps, "seed": samples.seed + 3, "sample_indices": indices}
-        generated = model.generate_batch([caption_of(video) for video in part], **options)
+        generated = model.generate_batch([video.caption for video in part], **options)
         for case, frames in zip(cases, ([real], decoded, generated), strict=True):
             by_case[case] += list(torch.cat([own.cpu() for own in frames], dim=1)[:, :length].numpy())
     return by_case

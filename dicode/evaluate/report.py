@@ -26,7 +26,7 @@ MEANINGS = {
     "memory_ratio": "Peak memory of the whole process over that of one clip's.",
     "motion_over_time": "Frame difference at the end of videos over that at their beginning; 1 is as much.",
     "drift": "Squared Fréchet distance of clips at the end of videos to those at their beginning. Lower is better.",
-    "join_score": "Frame difference across joins over that inside clips; 1 cannot be told from motion.",
+    "join_score": "Frame difference across joins over that inside clips; 1 cannot be distinguished from motion.",
     "psnr": "PSNR in dB, mean over frames, of which an exact one counts 60. Higher is better.",
     "psnr_of_mean_error": "PSNR in dB of the mean squared error of all frames. Higher is better.",
     "accuracy": "Share of videos for which the scorer's answer is that of their caption line; shuffled: chance. The "

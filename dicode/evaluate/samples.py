@@ -111,7 +111,7 @@ class Samples:
         self.model, self.cache, self.seed, self._others = model, cache, seed, list(networks)
         self.real_clips = RealClips(cache, model.tokenizer.config, folder)
         self.videos = split_videos(cache, True, lasting_s=one_clip_s(model), most=most)
-        self.captions = [caption_of(video) for video in self.videos]
+        self.captions = [video.caption for video in self.videos]
         self.captioned = [i for i, caption in enumerate(self.captions) if caption]
 
     def training(self, most: int | None = None) -> Videos:
@@ -157,11 +157,6 @@ class Samples:
         """A clip of every caption, by the number of its validation video."""
         prompts = [self.captions[i] for i in self.captioned]
         return dict(zip(self.captioned, generated_clips(self.model, prompts, self.seed + 1), strict=True))
-
-
-def caption_of(video: CachedVideo) -> str:
-    """A video's first caption, or nothing."""
-    return video.captions[0] if video.captions else ""
 
 
 def first_clip(config: TokenizerConfig, cache: FrameCache, video: CachedVideo) -> Video:

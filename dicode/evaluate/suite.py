@@ -15,7 +15,7 @@ from dicode.evaluate.instructions import IMAGES, evaluate_instructions
 from dicode.evaluate.long import measure_long
 from dicode.evaluate.own_scorer import clips_of_videos, evaluate_scorer
 from dicode.evaluate.reconstruction import evaluate_reconstruction
-from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, first_clip, generated_clips, split_videos
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, first_clip, generated_clips, split_videos
 from dicode.evaluate.scores import blindness
 from dicode.evaluate.speed import evaluate_speed
 from dicode.features.extract import TextNetwork
@@ -123,7 +123,7 @@ def blind_networks(samples: Samples) -> dict[str, str]:
     Of validation clips, and of training clips where these are few.
     """
     videos = [*samples.videos, *samples.training(max(0, RANKED_CLIPS - len(samples.videos)))]
-    captions = [caption_of(video) for video in videos]
+    captions = [video.caption for video in videos]
     reasons = {
         network.name: blindness(network, samples.real_clips.features(network, videos), captions, samples.seed)
         for network in samples.networks

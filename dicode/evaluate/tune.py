@@ -17,7 +17,7 @@ from dicode.checkpoint import CHECKPOINTS
 from dicode.data.columns import CachedVideo
 from dicode.evaluate.generation import draw_prompts
 from dicode.evaluate.own_scorer import clips_of_videos, length_frames
-from dicode.evaluate.samples import MOST_VIDEOS, Samples, caption_of, generated_clips, split_videos
+from dicode.evaluate.samples import MOST_VIDEOS, Samples, generated_clips, split_videos
 from dicode.evaluate.scores import blindness, mean_score
 from dicode.features.metrics import motion, percentile_rank, similarities
 from dicode.features.scorer import Scorer, agrees, truth_of
@@ -58,7 +58,7 @@ def tune(
     cache, count, fps = samples.cache, length_frames(samples, clips), model.tokenizer.config.fps
     real = [cache.frames[cache.clip_rows(video, 0.0, count, fps)].numpy() for video in chosen]
     real_motion = float(np.mean([motion(video) for video in real])) or 1.0
-    captions = [caption_of(video) for video in chosen]
+    captions = [video.caption for video in chosen]
 
     def trial_of(settings: Settings) -> Trial:
         began_s = time.monotonic()
@@ -91,7 +91,7 @@ def target_of(folder: Path, output: Path | None) -> Path:
 def training_videos(samples: Samples, count: int) -> list[CachedVideo]:
     """A training video of each of `count` different captions, drawn by the seed."""
     videos = list(split_videos(samples.cache, False, captioned=True, most=MOST_VIDEOS))
-    by_caption = {caption: video for video in reversed(videos) if (caption := caption_of(video))}
+    by_caption = {caption: video for video in reversed(videos) if (caption := video.caption)}
     if len(by_caption) < LEAST_PROMPTS:
         raise ValueError(
             f"expected {LEAST_PROMPTS} different captions or more among the training clips, got {len(by_caption)}"
@@ -104,7 +104,7 @@ def judged_by(samples: Samples, videos: Sequence[CachedVideo], scorer: Scorer | 
 
     Without a scorer TinyVT scores, where it ranks these captions' real clips above chance, or else EffLite0.
     """
-    captions = [caption_of(video) for video in videos]
+    captions = [video.caption for video in videos]
     if scorer is not None:
         score = f"score: share of keys that {scorer.spec} finds, %"
         return score, scored_by(scorer, videos), clips_of_videos(samples)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dicode.config.user_code import RecipeError, load_function, run_own
 from dicode.data.columns import CachedVideo
-from dicode.user_code import RecipeError, load_function, run_own
 from dicode.video.timed import Video
 
 ALL = "all keys"
@@ -84,4 +84,4 @@ def agrees(found: Any, true: Any) -> bool:
 def truth_of(video: CachedVideo) -> dict[str, Any]:
     """What a scorer's answers are compared with: the further keys of a video's caption line, and its caption."""
     extra = {key: value for key, value in video.extra.items() if value is not None}
-    return {"caption": video.captions[0] if video.captions else "", **extra}
+    return {"caption": video.caption, **extra}

@@ -221,7 +221,7 @@ class LanguageTraining:
         """Short captions and tokens of videos from their start, without augmentation."""
         device = next(self.module.parameters()).device
         rows = torch.stack([self.key_frames(v, key_frames or self.run.key_frames)[0] for v in videos])
-        return self.encode([caption_of(v) for v in videos]).to(device), self.tokens[rows].float().to(device)
+        return self.encode([v.caption for v in videos]).to(device), self.tokens[rows].float().to(device)
 
     def caption_rank(self) -> float:
         """Mean percentile rank (100 best, 50 chance) of a clip's own caption among all, by its tokens' likelihood.
@@ -251,7 +251,7 @@ class LanguageTraining:
         distances = torch.cdist(next(self.written_of(ids, 1)).flatten(1).to(real), real)
         own = torch.tensor(numbers, device=distances.device)
         nearest = distances.argmin(1).tolist()
-        hits = [caption_of(captioned[i]) == caption_of(captioned[j]) for i, j in zip(nearest, numbers, strict=True)]
+        hits = [captioned[i].caption == captioned[j].caption for i, j in zip(nearest, numbers, strict=True)]
         nearer = (distances < distances.gather(1, own[:, None])).float().sum(1) / max(1, len(captioned) - 1)
         return sum(hits) / len(numbers), 100 * (1 - nearer).mean().item()
 
@@ -292,18 +292,13 @@ class LanguageTraining:
         latents = self.tokenizer.key_latents(rearrange(both, "b k n d -> (b k) n d").to(self.tokenizer.device))
         frames = pixels_to_frames(self.tokenizer.first_stage.decode(latents))
         clips = rearrange(frames, "(b k) h w c -> b k h w c", b=len(videos)).cpu().numpy()
-        return contact_sheet(list(clips), [caption_of(v) for v in videos], columns=clips.shape[1])
+        return contact_sheet(list(clips), [v.caption for v in videos], columns=clips.shape[1])
 
     def export(self, folder: Path) -> None:
         with merged(self.module):
             section = self.module.save_pretrained(folder)
         tokenizer = read_config(Path(self.run.tokenizer))["tokenizer"]
         write_config(folder, {"lm": section, "tokenizer": tokenizer, "deep_tokens": self.tokenizer.token_hash()})
-
-
-def caption_of(video: CachedVideo) -> str:
-    """The short caption; empty where there is none."""
-    return video.captions[0] if video.captions else ""
 
 
 def chunks(videos: Sequence[CachedVideo], size: int) -> list[Sequence[CachedVideo]]:

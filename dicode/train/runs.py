@@ -23,10 +23,10 @@ from dicode.config import (
     TrainingSteps,
     Whole,
 )
+from dicode.config.user_code import RecipeError, load_file, load_function, run_own
 from dicode.lm.config import DeepLMConfig
 from dicode.lm.presets import SIZES
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
-from dicode.user_code import RecipeError, load_file, load_function, run_own
 
 Strategy = Literal["ddp", "fsdp"]
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]

@@ -133,7 +133,7 @@ def phrases(script: Script, random: np.random.Generator, held: bool = False, alo
     found: list[Phrase] = []
     known: set[int] = set()
     before: tuple[int, ...] = ()
-    for clause, state in zip(script.clauses, states(script), strict=False):
+    for clause, state in zip(script.clauses, states(script)[:-1], strict=True):
         if clause.event in ENTRIES:
             state = {**state, clause.who: body_of(script.things[clause.who])}
         shape = state[clause.who].shape
@@ -144,7 +144,7 @@ def phrases(script: Script, random: np.random.Generator, held: bool = False, alo
         }
         wording = _one(random, (HELD_WORDINGS if held else TRAINED_WORDINGS)[clause.event])
         nouns = _nouns(random, clause, state, wording, known, () if alone else before)
-        words |= dict(zip("so", nouns, strict=False))
+        words |= dict(zip("so"[: len(nouns)], nouns, strict=True))
         found.append(Phrase(wording.format(**words) + " quickly" * clause.quick, nouns))
         known |= {*clause.mentions}
         before = clause.mentions

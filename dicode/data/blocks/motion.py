@@ -64,10 +64,9 @@ class Poses:
 
 def poses_of(script: Script) -> list[Poses]:
     """The poses of every thing in every frame of a script."""
-    before = states(script)
     parts: list[list[Poses]] = [[] for _ in script.things]
     leaving: dict[int, float] = {}
-    for number, (clause, state) in enumerate(zip(script.clauses, before, strict=False)):
+    for number, (clause, state) in enumerate(zip(script.clauses, states(script)[:-1], strict=True)):
         frames = clause.clips * CLIP_FRAMES + (number == len(script.clauses) - 1)
         time = np.arange(frames) / CLIP_FRAMES  # in clips
         speeds: dict[int, float] = {}

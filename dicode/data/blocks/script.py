@@ -150,7 +150,7 @@ class Script:
 
     def combinations(self) -> Iterator[tuple[str, str, str]]:
         """Colour, shape and event of every clause."""
-        for clause, colours in zip(self.clauses, self.colours(), strict=False):
+        for clause, colours in zip(self.clauses, self.colours()[:-1], strict=True):
             yield colours[clause.who], self.things[clause.who].shape, clause.event
 
     def orders(self) -> set[tuple[str, str]]:

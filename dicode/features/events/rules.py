@@ -53,10 +53,22 @@ class Window:
         return [track.patches[f] for f in range(centre - near, centre + near + 1) if f in track.patches]
 
 
-def both_ends(window: Window, track: Track) -> tuple[Patch, Patch] | None:
+Ends = tuple[Patch, Patch]
+
+
+def both_ends(window: Window, track: Track) -> Ends | None:
     """A thing as the window begins and ends, if it is seen then."""
     start, end = window.start(track), window.end(track)
     return None if start is None or end is None else (start, end)
+
+
+def meeting(window: Window, track: Track, other: Track) -> tuple[Ends, Ends, list[float]] | None:
+    """A thing and another as the window begins and ends, and how far either goes the way from the one to the other."""
+    ends, theirs = both_ends(window, track), both_ends(window, other)
+    if ends is None or theirs is None:
+        return None
+    direction = float(np.sign(theirs[0].x - ends[0].x))
+    return ends, theirs, [(end.x - start.x) * direction for start, end in (ends, theirs)]
 
 
 def stays(window: Window, track: Track, within: bool = True) -> bool:
@@ -179,11 +191,9 @@ def turns(window: Window, track: Track, how: str) -> bool:
 
 def pushes(window: Window, track: Track, other: Track, how: str) -> bool:
     """Both move the same way, and touch at the end."""
-    ends, theirs = both_ends(window, track), both_ends(window, other)
-    if ends is None or theirs is None:
+    if (met := meeting(window, track, other)) is None:
         return False
-    direction = float(np.sign(theirs[0].x - ends[0].x))
-    moved = [(end.x - start.x) * direction for start, end in (ends, theirs)]
+    ends, theirs, moved = met
     upright = _proportion(theirs[1]) / _proportion(theirs[0]) < TIPPED
     level = abs(theirs[1].bottom - theirs[0].bottom) <= STILL
     together = _gap(ends[1], theirs[1]) <= TOUCH and travels(window, track) and travels(window, other)
@@ -192,11 +202,9 @@ def pushes(window: Window, track: Track, other: Track, how: str) -> bool:
 
 def topples(window: Window, track: Track, other: Track, how: str) -> bool:
     """It comes nearer, and the other lies at the end, further away."""
-    ends, theirs = both_ends(window, track), both_ends(window, other)
-    if ends is None or theirs is None:
+    if (met := meeting(window, track, other)) is None:
         return False
-    direction = float(np.sign(theirs[0].x - ends[0].x))
-    moved = [(end.x - start.x) * direction for start, end in (ends, theirs)]
+    _, theirs, moved = met
     tipped = _proportion(theirs[1]) / _proportion(theirs[0]) >= TIPPED
     whole = max(patch.area for patch in window.within(other).values()) <= SWOLLEN * max(p.area for p in theirs)
     return min(moved) >= STILL - 1 and tipped and whole and travels(window, track)
