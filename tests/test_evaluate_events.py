@@ -69,7 +69,7 @@ def test_a_model_that_does_as_told_is_right_and_is_not_by_the_scripts_of_others(
     assert right[f"lengths: {SHUFFLED}"].value < 0.3 if f"lengths: {SHUFFLED}" in right else True
     assert figures["swap"]["both right"].value == 1 and figures["swap"]["each in its order"].value == 1
     assert figures["order"]["lengths: generated"].value > 0.9
-    assert figures["things_kept"]["lengths: real"].value > 0.95
+    assert figures["objectects_kept"]["lengths: real"].value > 0.95
     assert {key.split(":")[0] for key in figures["sequences_right"]} >= {"lengths, 6 clauses", "story, 30 clauses"}
     assert sheet.width > 12 * 64
 

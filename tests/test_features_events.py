@@ -13,7 +13,7 @@ from dicode.data.blocks.plan import exchanged, script_of
 from dicode.data.blocks.script import EVENTS, PAIRS, SHAPES, SLOW, Clause, Script
 from dicode.features.events.rules import ALONE, MEETING, Window
 from dicode.features.events.score import ATTRIBUTES, kendall, score
-from dicode.features.events.see import tracks_of
+from dicode.features.events.tracks import tracks_of
 
 REVERSIBLE = (*SLOW, "pass", "wait")  # what they say is as true backwards
 
@@ -89,10 +89,10 @@ def test_other_colours_and_shapes_are_wrong_and_the_event_is_not(event: str) -> 
     if event != "turn":
         found = score(np.ascontiguousarray(frames[..., [1, 2, 0]]), script)["clauses"][0]
         assert not found["colour"] and found["shape"] and found["event"] and not found["all"]
-    who = script.clauses[0].who
-    others = [shape for shape in SHAPES if shape != script.things[who].shape]
-    things = [replace(thing, shape=others[0]) if i == who else thing for i, thing in enumerate(script.things)]
-    found = score(frames, Script(tuple(things), script.clauses))["clauses"][0]
+    subject = script.clauses[0].subject
+    others = [shape for shape in SHAPES if shape != script.objects[subject].shape]
+    objects = [replace(obj, shape=others[0]) if i == subject else obj for i, obj in enumerate(script.objects)]
+    found = score(frames, Script(tuple(objects), script.clauses))["clauses"][0]
     assert found["colour"] and not found["shape"] and found["event"] and not found["all"]
 
 
@@ -100,15 +100,15 @@ def test_other_colours_and_shapes_are_wrong_and_the_event_is_not(event: str) -> 
 def test_the_other_side_is_wrong(event: str) -> None:
     script, frames = single(event)
     other = {"left": "right", "right": "left", "behind": "front", "front": "behind"}[script.clauses[0].how]
-    assert not score(frames, Script(script.things, (replace(script.clauses[0], how=other),)))["clauses"][0]["event"]
+    assert not score(frames, Script(script.objects, (replace(script.clauses[0], how=other),)))["clauses"][0]["event"]
 
 
 @pytest.mark.parametrize("event", PAIRS)
 def test_the_things_of_an_event_cannot_be_exchanged(event: str) -> None:
     script, frames = single(event)
     clause = script.clauses[0]
-    assert clause.whom is not None
-    found = score(frames, Script(script.things, (replace(clause, who=clause.whom, whom=clause.who),)))
+    assert clause.target is not None
+    found = score(frames, Script(script.objects, (replace(clause, subject=clause.target, target=clause.subject),)))
     assert not found["clauses"][0]["all"]
 
 
@@ -158,5 +158,5 @@ def test_a_script_of_another_world_is_an_error() -> None:
     with pytest.raises(ValueError, match="world `blocks`"):
         Script.parse(record)
     with pytest.raises(ValueError, match="script"):
-        Script.parse({"things": [], "clauses": [], "more": 1})
+        Script.parse({"objectects": [], "clauses": [], "more": 1})
     assert Clause("jump", 0).clips == 2 and Clause("jump", 0, quick=True).clips == 1

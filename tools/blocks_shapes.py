@@ -20,7 +20,7 @@ from dicode.data.blocks.motion import poses_of
 from dicode.data.blocks.plan import script_of
 from dicode.data.blocks.script import CLIP_FRAMES, COLOURS
 from dicode.data.blocks.world import Body, states, there
-from dicode.features.events.see import KINDS, SHAPES_FILE, patches_of, shape_scores
+from dicode.features.events.tracks import KINDS, SHAPES_FILE, patches_of, shape_scores
 from dicode.files import put_text
 
 BLURS = (0.0, 0.6, 0.9)  # pixels
@@ -36,7 +36,7 @@ def kind_of(body: Body) -> int:
 
 
 def samples(name: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Silhouettes and kinds of the things at rest between the clauses of scripts."""
+    """Silhouettes and kinds of the objects at rest between the clauses of scripts."""
     silhouettes, kinds = [], []
     for index in range(count):
         script = script_of(0, name, index)

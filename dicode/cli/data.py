@@ -58,7 +58,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Draw the world `blocks`: a training cache of coloured things and what happens to them, in exact captions.
+    """Draw the world `blocks`: a training cache of coloured objects and what happens to them, in exact captions.
 
     The same command continues. Equal options give equal bytes, for any number of workers. Its validation sets hold
     what training never has; the events part of `dicode evaluate` scores videos by their scripts.

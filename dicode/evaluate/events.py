@@ -14,7 +14,7 @@ from dicode.data.cache import FrameCache
 from dicode.data.columns import VALIDATION, CachedVideo, spread_numbers
 from dicode.evaluate.scores import Score, mean_score
 from dicode.features.events.score import score, score_tracks
-from dicode.features.events.see import Track, tracks_of
+from dicode.features.events.tracks import Track, tracks_of
 from dicode.features.metrics import bootstrap_interval
 from dicode.pipeline import DiCoDe, Prompt
 from dicode.shapes import FrameStack
@@ -43,8 +43,8 @@ class Scripted(NamedTuple):
     prompt: Prompt
 
 
-class Made(NamedTuple):
-    """Its scores by case, several of the shuffled one; the things of the generated video, and frames for the sheet."""
+class ScoredVideo(NamedTuple):
+    """Its scores by case, several of the shuffled one; the objects of the generated video, and frames for the sheet."""
 
     scripted: Scripted
     scores: dict[str, list[dict[str, Any]]]
@@ -98,20 +98,20 @@ def evaluate_events(
     groups: dict[tuple[str, int], list[Scripted]] = defaultdict(list)
     for one in scripted_of(cache, count):
         groups[one.name, one.script.clips].append(one)
-    made: list[Made] = []
+    scored: list[ScoredVideo] = []
     for those in tracked([*groups.values()], "videos of a set and length"):
-        own: list[Made] = []
+        own: list[ScoredVideo] = []
         at_once = max(1, CLIPS_AT_ONCE // those[0].script.clips)
         for start in range(0, len(those), at_once):
-            own += _made(model, cache, those[start : start + at_once], seed, first=len(made) + start)
+            own += _scored(model, cache, those[start : start + at_once], seed, first=len(scored) + start)
         _shuffle(own)
-        made += own
-    figures: dict[str, Any] = {**shares(made, seed), **sequences(made, seed), "swap": swap_figures(made, seed)}
-    figures |= {"story_context_key_frames": STORY_CONTEXT, "n": len(made)}
-    return figures, _sheet(made)
+        scored += own
+    figures: dict[str, Any] = {**shares(scored, seed), **sequences(scored, seed), "swap": swap_figures(scored, seed)}
+    figures |= {"story_context_key_frames": STORY_CONTEXT, "n": len(scored)}
+    return figures, _sheet(scored)
 
 
-def _made(model: DiCoDe, cache: FrameCache, part: Sequence[Scripted], seed: int, first: int) -> list[Made]:
+def _scored(model: DiCoDe, cache: FrameCache, part: Sequence[Scripted], seed: int, first: int) -> list[ScoredVideo]:
     """A batch of videos of one set and length; the first of them is sample `first`."""
     clips, indices = part[0].script.clips, list(range(first, first + len(part)))
     rows = [cache.clip_rows(one.video, 0.0, clips * CLIP_FRAMES + 1, float(FPS)) for one in part]
@@ -123,15 +123,15 @@ def _made(model: DiCoDe, cache: FrameCache, part: Sequence[Scripted], seed: int,
     if part[0].name == "swaps":
         texts = [one.video.extra["swapped_caption"] for one in part]
         exchanged = generated(model, texts, clips, seed + 4, indices)
-    made = []
+    scored = []
     for i, one in enumerate(part):
         frames = {case: own[i] for case, own in videos.items()}
         tracks = {case: tracks_of(own) for case, own in frames.items()}
         scores = {case: [score_tracks(own, len(frames[case]), one.script)] for case, own in tracks.items()}
         if exchanged is not None:
             scores["exchanged"] = [score(exchanged[i], Script.parse(one.video.extra["swapped"]))]
-        made.append(Made(one, scores, tracks["generated"], frames if i < ON_SHEET else {}))
-    return made
+        scored.append(ScoredVideo(one, scores, tracks["generated"], frames if i < ON_SHEET else {}))
+    return scored
 
 
 def generated(model: DiCoDe, prompts: Sequence[Prompt], clips: int, seed: int, indices: Sequence[int]) -> np.ndarray:
@@ -148,10 +148,10 @@ def _whole(clips: Iterator[FrameStack]) -> np.ndarray:
     return torch.cat([clip.cpu() for clip in clips], dim=1).numpy()
 
 
-def _shuffle(made: Sequence[Made]) -> None:
+def _shuffle(scored: Sequence[ScoredVideo]) -> None:
     """Add the scores of generated videos by the scripts of others, all of one set and length."""
-    for i, one in enumerate(made):
-        others = [made[(i + k) % len(made)].scripted.script for k in range(1, min(SHUFFLES, len(made) - 1) + 1)]
+    for i, one in enumerate(scored):
+        others = [scored[(i + k) % len(scored)].scripted.script for k in range(1, min(SHUFFLES, len(scored) - 1) + 1)]
         frames = one.scripted.script.clips * CLIP_FRAMES
         one.scores[SHUFFLED] = [score_tracks(one.tracks, frames, other) for other in others]
 
@@ -160,20 +160,20 @@ Count = tuple[int | float, int | float]  # how many are right, of how many
 Counted = Callable[[Mapping[str, Any]], Count]  # of a score
 
 
-def shares(made: Sequence[Made], seed: int = 0) -> dict[str, dict[str, Score]]:
-    """Of clauses and of their attributes that are right, of things that last; and of clauses of each event."""
+def shares(scored: Sequence[ScoredVideo], seed: int = 0) -> dict[str, dict[str, Score]]:
+    """Of clauses and of their attributes that are right, of objects that last; and of clauses of each event."""
     metrics: dict[str, Counted] = {
         "clauses_right": partial(_clauses, key="all"),
         "colour_right": partial(_clauses, key="colour"),
         "shape_right": partial(_clauses, key="shape"),
         "event_right": partial(_clauses, key="event"),
-        "things_kept": lambda score: (score["kept"], score["joins"]),
+        "objectects_kept": lambda score: (score["kept"], score["joins"]),
     }
     figures: dict[str, dict[str, Score]] = {metric: {} for metric in (*metrics, "right_by_event")}
-    sets = _by_set(made)
+    sets = _by_set(scored)
     for metric, counted in metrics.items():
         for name, those in sets.items():
-            for case in CASES[:-1] if metric == "things_kept" else CASES:
+            for case in CASES[:-1] if metric == "objectects_kept" else CASES:
                 _add(figures[metric], f"{name}: {case}", _share(those, case, counted, seed))
     for event in EVENTS:
         for case in CASES:
@@ -182,11 +182,11 @@ def shares(made: Sequence[Made], seed: int = 0) -> dict[str, dict[str, Score]]:
     return figures
 
 
-def sequences(made: Sequence[Made], seed: int = 0) -> dict[str, dict[str, Score]]:
+def sequences(scored: Sequence[ScoredVideo], seed: int = 0) -> dict[str, dict[str, Score]]:
     """Of videos of which everything is right, by number of clauses; and the order of clauses."""
     figures: dict[str, dict[str, Score]] = {"sequences_right": {}, "order": {}}
-    for name, those in _by_set(made).items():
-        by_length: dict[int, list[Made]] = defaultdict(list)
+    for name, those in _by_set(scored).items():
+        by_length: dict[int, list[ScoredVideo]] = defaultdict(list)
         for one in those:
             by_length[len(one.scripted.script.clauses)].append(one)
         for case in CASES:
@@ -201,12 +201,12 @@ def sequences(made: Sequence[Made], seed: int = 0) -> dict[str, dict[str, Score]
     return figures
 
 
-def swap_figures(made: Sequence[Made], seed: int = 0) -> dict[str, Score]:
+def swap_figures(scored: Sequence[ScoredVideo], seed: int = 0) -> dict[str, Score]:
     """What becomes of a video when the two clauses of its caption are exchanged, with the same noise.
 
     `both right`: every clause of both videos. `each in its order`: of the pairs with all clauses somewhere in both.
     """
-    pairs = [[one.scores["generated"][0], one.scores["exchanged"][0]] for one in made if "exchanged" in one.scores]
+    pairs = [[one.scores["generated"][0], one.scores["exchanged"][0]] for one in scored if "exchanged" in one.scores]
     both = [[(float(all(own["exact"] for own in pair)), 1.0)] for pair in pairs]
     whole = [all(clause["when"] is not None for own in pair for clause in own["clauses"]) for pair in pairs]
     ordered = [all(own["order"] == 1.0 for own in pair) for pair in pairs]
@@ -217,9 +217,9 @@ def swap_figures(made: Sequence[Made], seed: int = 0) -> dict[str, Score]:
     return figures
 
 
-def _by_set(made: Sequence[Made]) -> dict[str, list[Made]]:
-    found: dict[str, list[Made]] = defaultdict(list)
-    for one in made:
+def _by_set(scored: Sequence[ScoredVideo]) -> dict[str, list[ScoredVideo]]:
+    found: dict[str, list[ScoredVideo]] = defaultdict(list)
+    for one in scored:
         found[one.scripted.name].append(one)
     return found
 
@@ -229,8 +229,8 @@ def _clauses(score: Mapping[str, Any], key: str, event: str = "") -> Count:
     return sum(own), len(own)
 
 
-def _share(made: Sequence[Made], case: str, counted: Counted, seed: int) -> Score | None:
-    return share_score([[counted(score) for score in one.scores[case]] for one in made], seed)
+def _share(scored: Sequence[ScoredVideo], case: str, counted: Counted, seed: int) -> Score | None:
+    return share_score([[counted(score) for score in one.scores[case]] for one in scored], seed)
 
 
 def _add(figures: dict[str, Score], key: str, score: Score | None) -> None:
@@ -257,10 +257,10 @@ def share_score(counts: Sequence[Sequence[Count]], seed: int = 0) -> Score | Non
     return Score(value, interval, len(sums))
 
 
-def _sheet(made: Sequence[Made]) -> Image.Image:
+def _sheet(scored: Sequence[ScoredVideo]) -> Image.Image:
     """The first videos of each set, real, through tokens and generated; + and - are clauses right and wrong."""
     rows, labels = [], []
-    for name, those in _by_set(made).items():
+    for name, those in _by_set(scored).items():
         for one in [own for own in those if own.frames][:ON_SHEET]:
             for case, frames in one.frames.items():
                 marks = "".join("+" if clause["all"] else "-" for clause in one.scores[case][0]["clauses"])

@@ -32,12 +32,12 @@ MEANINGS = {
     "accuracy": "Share of videos for which the scorer's answer is that of their caption line; shuffled: chance. The "
     "real videos' own is what can be reached.",
     "clauses_right": "Share of clauses of which colours, shapes and event are right, in the clips of the script.",
-    "colour_right": "Share of clauses whose things have the right colours.",
-    "shape_right": "Share of clauses whose things have the right shapes.",
+    "colour_right": "Share of clauses whose objects have the right colours.",
+    "shape_right": "Share of clauses whose objects have the right shapes.",
     "event_right": "Share of clauses whose event happened, whatever did it.",
     "sequences_right": "Share of videos with all clauses right, by number of clauses.",
     "order": "Kendall's tau of the clauses' order, -1 to 1; a clause that is nowhere counts 0 in its pairs.",
-    "things_kept": "Share of things, whole in a clip's last frame, that are there unchanged in the next clip's first.",
+    "objects_kept": "Share of objects, whole in a clip's last frame, that are unchanged in the next clip's first.",
     "right_by_event": "Share of clauses right, by event, in new scenes of seen combinations.",
     "swap": "Of pairs of captions whose two clauses are exchanged: share of pairs with both videos right; and of pairs "
     "with all clauses somewhere in both videos, share in which each has its own order.",

@@ -1,1 +1,1 @@
-"""`blocks`: a drawn world of coloured things, in which what a caption says can be counted in the pictures."""
+"""`blocks`: a drawn world of coloured objects, in which what a caption says can be counted in the pictures."""

@@ -97,7 +97,7 @@ TRAINED_WORDINGS, HELD_WORDINGS = ({event: _wordings(event)[held] for event in W
 
 
 class Phrase(NamedTuple):
-    """A clause in words, and how it names its things."""
+    """A clause in words, and how it names its objects."""
 
     text: str
     nouns: tuple[str, ...]  # of `Clause.mentions`
@@ -117,7 +117,7 @@ def caption(script: Script, random: np.random.Generator, held: bool = False) -> 
 
 
 def shots(script: Script, random: np.random.Generator, held: bool = False) -> list[str]:
-    """A prompt for each clause, which names its things in full; from the second on it begins with "then" or so."""
+    """A prompt for each clause, which names its objects in full; from the second on it begins with "then" or so."""
     first, *others = (phrase.text for phrase in phrases(script, random, held, alone=True))
     return [first, *(_one(random, OPENINGS).format(other) for other in others)]
 
@@ -135,11 +135,11 @@ def phrases(script: Script, random: np.random.Generator, held: bool = False, alo
     before: tuple[int, ...] = ()
     for clause, state in zip(script.clauses, states(script)[:-1], strict=True):
         if clause.event in ENTRIES:
-            state = {**state, clause.who: body_of(script.things[clause.who])}
-        shape = state[clause.who].shape
+            state = {**state, clause.subject: body_of(script.objects[clause.subject])}
+        shape = state[clause.subject].shape
         words = {
             "how": clause.how,
-            "rolls": "rolls" if shape == "ball" and not state[clause.who].lying else "slides",
+            "rolls": "rolls" if shape == "ball" and not state[clause.subject].lying else "slides",
             "way": {"front": "in front of"}.get(clause.how, clause.how),
         }
         wording = _one(random, (HELD_WORDINGS if held else TRAINED_WORDINGS)[clause.event])
@@ -154,7 +154,7 @@ def phrases(script: Script, random: np.random.Generator, held: bool = False, alo
 def _nouns(
     random: np.random.Generator, clause: Clause, state: State, wording: str, known: set[int], before: tuple[int, ...]
 ) -> tuple[str, ...]:
-    """The names of a clause's things. A pronoun stands for the only thing of the clause before."""
+    """The names of a clause's objects. A pronoun stands for the only object of the clause before."""
     full = not wording.startswith("{s}") and not wording.split(", ")[-1].startswith("{s} ")  # no "from above falls it"
     found = []
     for place, number in enumerate(clause.mentions):
@@ -168,7 +168,7 @@ def _nouns(
 
 
 def _noun(random: np.random.Generator, number: int, state: State, known: set[int], enters: bool) -> str:
-    """A thing by its colour and shape, perhaps its size; by its shape alone where there is no other like it."""
+    """An object by its colour and shape, perhaps its size; by its shape alone where there is no other like it."""
     body: Body = state[number]
     others = [other for i, other in there(state).items() if i != number]
     definite = number in known or (not known and not enters and random.random() < DEFINITE)

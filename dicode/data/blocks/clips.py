@@ -108,7 +108,7 @@ def drawn(script: Script, seed: int, name: str, index: int) -> Video:
 
 def camera_of(script: Script, seed: int, name: str, index: int) -> Camera:
     """What draws a script."""
-    return Camera(look_of(_random(seed, name, index, "look"), len(script.things)))
+    return Camera(look_of(_random(seed, name, index, "look"), len(script.objects)))
 
 
 def videos_of(script: Script, options: BlocksOptions, name: str, index: int) -> list[CachedVideo]:

@@ -18,9 +18,9 @@ SIZE, DRAWN = 64, 128  # side of a frame, and of what is drawn
 UNIT = DRAWN / 8  # drawn pixels
 CENTRE_DOWN = 92  # drawn pixels from the top to the middle of the floor
 FLOORS = ("grey", "wooden", "chequered")
-SPOT, SPOT_COLOUR = 0.19, (0.96, 0.95, 0.92)  # radius of the pale spot on the front of things, of their side
+SPOT, SPOT_COLOUR = 0.19, (0.96, 0.95, 0.92)  # radius of the pale spot on the front of objects, of their side
 AMBIENT, DIFFUSE, GLOSS = 0.56, 0.5, 0.3
-SHADE = 0.45  # darkness of a shadow under a thing
+SHADE = 0.45  # darkness of a shadow under an object
 
 
 # Half the side of a square around each shape, however it is turned, of its side
@@ -37,11 +37,11 @@ class Look:
     shift: tuple[float, float]  # of the picture, in drawn pixels
     light: tuple[float, float, float]  # towards the light, of length 1
     brightness: float
-    yaws: tuple[float, ...]  # of the things, radians
+    yaws: tuple[float, ...]  # of the objects, radians
     grain: int  # seed of the floor's pattern
 
 
-def look_of(random: np.random.Generator, things: int) -> Look:
+def look_of(random: np.random.Generator, objects: int) -> Look:
     """A look at random."""
     azimuth = random.uniform(-0.9, 0.9)
     light = np.array([np.sin(azimuth) * 0.55, -np.cos(azimuth) * 0.5, 0.8])
@@ -52,7 +52,7 @@ def look_of(random: np.random.Generator, things: int) -> Look:
         shift=(float(random.uniform(-2, 2)), float(random.uniform(-2, 2))),
         light=(float(light[0]), float(light[1]), float(light[2])),
         brightness=float(random.uniform(0.94, 1.04)),
-        yaws=tuple(float(yaw) for yaw in random.uniform(-0.14, 0.14, things)),
+        yaws=tuple(float(yaw) for yaw in random.uniform(-0.14, 0.14, objects)),
         grain=int(random.integers(2**31)),
     )
 
@@ -67,7 +67,7 @@ class Camera:
         self.u = (columns - DRAWN / 2 - look.shift[0]) / UNIT
         self.w = (CENTRE_DOWN + look.shift[1] - rows) / UNIT
         self.floor = self._floor()
-        self.sprites: dict[int, tuple[bytes, Sprite]] = {}  # the last one of each thing, and its pose
+        self.sprites: dict[int, tuple[bytes, Sprite]] = {}  # the last one of each object, and its pose
 
     def _floor(self) -> Float32[ndarray, "h w 3"]:
         """The floor, lit, 0…1."""
@@ -92,7 +92,7 @@ class Camera:
         return np.clip(lit[:, :, None] * tint, 0, 1).astype(np.float32)
 
     def video(self, poses: Sequence[Poses]) -> Video:
-        """All frames of some things."""
+        """All frames of some objects."""
         frames: list[ndarray] = []
         for f in range(len(poses[0].yaw)):
             if f and all(own.at(f) == own.at(f - 1) for own in poses):
@@ -107,7 +107,7 @@ class Camera:
         return (halved * 255).round().astype(np.uint8)
 
     def drawn(self, poses: Sequence[Poses], f: int) -> tuple[Float32[ndarray, "h w 3"], ndarray]:
-        """One frame before it is halved, 0…1, and the number of the thing at each pixel, −1 for the floor."""
+        """One frame before it is halved, 0…1, and the number of the object at each pixel, −1 for the floor."""
         canvas, numbers = self.floor.copy(), np.full((DRAWN, DRAWN), -1)
         depth = np.full((DRAWN, DRAWN), np.inf)
         for own in poses:
@@ -134,7 +134,7 @@ class Camera:
         return slice(*np.clip([row - half_w * UNIT - 1, row + half_w * UNIT + 2], 0, DRAWN).astype(int)), columns
 
     def _shadow(self, canvas: ndarray, poses: Poses, f: int) -> None:
-        """A soft ellipse on the floor: fainter, wider and further from the light the higher a thing is."""
+        """A soft ellipse on the floor: fainter, wider and further from the light the higher an object is."""
         x, y, z = poses.place[f]
         side, (tall, wide) = poses.side[f], (HEIGHT[poses.shape], RADIUS[poses.shape])
         lying = abs(np.sin(poses.tilt[f]))
@@ -151,12 +151,12 @@ class Camera:
         canvas[rows, columns] *= (1 - dark[:, :, None]).astype(np.float32)
 
     def _sprite(self, poses: Poses, f: int, yaw: float) -> Sprite:
-        """A thing by itself."""
+        """An object by itself."""
         (x, y, z), side = poses.place[f], poses.side[f]
         up = y * self.sin + z * self.cos
         rows, columns = self._window(x, up, BOUND[poses.shape] * side, BOUND[poses.shape] * side)
         right, above = np.meshgrid(self.u[columns] - x, self.w[rows] - up)
-        turned = _rotation(poses.yaw[f] + yaw, poses.tilt[f])  # from the thing's axes to the world's
+        turned = _rotation(poses.yaw[f] + yaw, poses.tilt[f])  # from the object's axes to the world's
         axes = np.array([[1, 0, 0], [0, self.sin, self.cos], [0, self.cos, -self.sin]]) @ turned
         origin = right[..., None] * axes[0] + above[..., None] * axes[1]
         distance, normal, hit = HITS[poses.shape](origin.reshape(-1, 3), axes[2], side)
@@ -167,7 +167,7 @@ class Camera:
         return rows, columns, distance.reshape(right.shape) + (y * self.cos - z * self.sin), colour
 
     def _shaded(self, colour: ndarray, normal: ndarray, hit: ndarray, shape: str) -> Float32[ndarray, "n 3"]:
-        """Colours of places with these normals (world) on a thing (its own axes, in sides)."""
+        """Colours of places with these normals (world) on an object (its own axes, in sides)."""
         lit = np.clip(normal @ np.array(self.look.light), -1, 1)
         half = np.array(self.look.light) + np.array([0, -self.cos, self.sin])
         shine = np.clip(normal @ (half / np.linalg.norm(half)), 0, 1) ** 24 * (GLOSS if shape == "ball" else GLOSS / 3)

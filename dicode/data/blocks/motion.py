@@ -1,6 +1,6 @@
-"""Scripts as motion: where every thing is in every frame, by mechanics where things meet, fall or tip.
+"""Scripts as motion: where every object is in every frame, by mechanics where objects meet, fall or tip.
 
-Every clause begins and ends at rest (but for things that leave), and fills its clips.
+Every clause begins and ends at rest (but for objects that leave), and fills its clips.
 """
 
 from collections.abc import Callable
@@ -36,17 +36,17 @@ HUES = {  # red, green, blue, 0…1
     "purple": (0.52, 0.18, 0.80),
     "pink": (0.97, 0.36, 0.68),
 }
-DROP = 7.6  # height from which things fall: above the picture
+DROP = 7.6  # height from which objects fall: above the picture
 JUMP = 1.55  # height of a jump, 11 pixels
 KEPT = {"ball": (0.52, 3)}  # of its speed, in each of so many bounces
 KEPT_OTHERS = (0.3, 2)
-LOST = 0.6  # of the speed of one thing that both have after they meet
+LOST = 0.6  # of the speed of one object that both have after they meet
 LEAST_EXIT = 0.18  # units a frame, of what is half out
 
 
 @dataclass(frozen=True)
 class Poses:
-    """Where one thing is, a row a frame: of the middle of its bounding box as if it stood, turned and tipped."""
+    """Where one object is, a row a frame: of the middle of its bounding box as if it stood, turned and tipped."""
 
     shape: str
     place: Float64[ndarray, "f 3"]  # x, y, and z of the middle
@@ -63,20 +63,20 @@ class Poses:
 
 
 def poses_of(script: Script) -> list[Poses]:
-    """The poses of every thing in every frame of a script."""
-    parts: list[list[Poses]] = [[] for _ in script.things]
+    """The poses of every object in every frame of a script."""
+    parts: list[list[Poses]] = [[] for _ in script.objects]
     leaving: dict[int, float] = {}
     for number, (clause, state) in enumerate(zip(script.clauses, states(script)[:-1], strict=True)):
         frames = clause.clips * CLIP_FRAMES + (number == len(script.clauses) - 1)
         time = np.arange(frames) / CLIP_FRAMES  # in clips
         speeds: dict[int, float] = {}
-        for i, thing in enumerate(script.things):
+        for i, obj in enumerate(script.objects):
             body = state.get(i)
             if i in clause.mentions:
                 part = _moving(script, clause, state, i, time)
                 speeds[i] = float(part.place[CLIP_FRAMES - 1, 0] - part.place[CLIP_FRAMES - 2, 0])
             elif body is None or body.away > 1:
-                part = _still(body or body_of(thing), time, np.zeros(frames, bool))
+                part = _still(body or body_of(obj), time, np.zeros(frames, bool))
             elif body.away == 1:
                 part = _gone(body, time, leaving[i])
             else:
@@ -87,7 +87,7 @@ def poses_of(script: Script) -> list[Poses]:
 
 
 def _still(body: Body, time: ndarray, there: ndarray | None = None) -> Poses:
-    """A thing at rest."""
+    """An object at rest."""
     ones = np.ones_like(time)
     height, middle, tilt = HEIGHT[body.shape] * body.side / 2, body.x, 0.0
     if body.lying:
@@ -101,13 +101,13 @@ def _still(body: Body, time: ndarray, there: ndarray | None = None) -> Poses:
 
 
 def tipped(shape: str, side: float, angle: float | ndarray) -> tuple[Any, Any]:
-    """How far beyond the edge that it tips over, and how high, the middle of a thing is at an angle."""
+    """How far beyond the edge that it tips over, and how high, the middle of an object is at an angle."""
     radius, half = RADIUS[shape] * side, HEIGHT[shape] * side / 2
     return -radius * np.cos(angle) + half * np.sin(angle), radius * np.sin(angle) + half * np.cos(angle)
 
 
 def _gone(body: Body, time: ndarray, speed: float) -> Poses:
-    """The rest of a thing that left in the clause before."""
+    """The rest of an object that left in the clause before."""
     poses = _still(body, time)
     speed = np.sign(body.x) * max(abs(speed), LEAST_EXIT)
     poses.place[:, 0] += speed * time * CLIP_FRAMES
@@ -116,10 +116,10 @@ def _gone(body: Body, time: ndarray, speed: float) -> Poses:
 
 
 def _moving(script: Script, clause: Clause, state: State, number: int, time: ndarray) -> Poses:
-    """What a clause does to one of its things."""
-    body = state[number] if number in state else body_of(script.things[number])
+    """What a clause does to one of its objects."""
+    body = state[number] if number in state else body_of(script.objects[number])
     poses = _still(body, time)
-    if clause.whom is None:
+    if clause.target is None:
         ALONE[clause.event](poses, body, clause, time)
     else:
         MEETING[clause.event](poses, state, clause, number, time)
@@ -195,56 +195,56 @@ ALONE: dict[str, Alone] = {
 
 
 def _pass(poses: Poses, state: State, clause: Clause, number: int, time: ndarray) -> None:
-    """Around the other thing, nearer to it than its row is."""
-    if number != clause.who or clause.whom is None:
+    """Around the other object, nearer to it than its row is."""
+    if number != clause.subject or clause.target is None:
         return
-    who, whom = state[clause.who], state[clause.whom]
-    x = who.x + (clause.x - who.x) * smooth((time - 0.03) / 0.94)
-    near = whom.y + np.sign(who.y - whom.y) * ((who.side + whom.side) / 2 + 0.1)
-    way = min(abs(who.x - whom.x), abs(clause.x - whom.x))
-    share = np.clip(1 - ((x - whom.x) / way) ** 2, 0, 1) ** 2
+    subject, target = state[clause.subject], state[clause.target]
+    x = subject.x + (clause.x - subject.x) * smooth((time - 0.03) / 0.94)
+    near = target.y + np.sign(subject.y - target.y) * ((subject.side + target.side) / 2 + 0.1)
+    way = min(abs(subject.x - target.x), abs(clause.x - target.x))
+    share = np.clip(1 - ((x - target.x) / way) ** 2, 0, 1) ** 2
     poses.place[:, 0] = x
-    poses.place[:, 1] += (near - who.y) * share * (abs(near - whom.y) < abs(who.y - whom.y))
+    poses.place[:, 1] += (near - subject.y) * share * (abs(near - target.y) < abs(subject.y - target.y))
 
 
 def _bounce(poses: Poses, state: State, clause: Clause, number: int, time: ndarray) -> None:
-    """There faster and faster, and back slower and slower; the other thing stays."""
-    if number != clause.who or clause.whom is None:
+    """There faster and faster, and back slower and slower; the other object stays."""
+    if number != clause.subject or clause.target is None:
         return
-    who, whom = state[clause.who], state[clause.whom]
+    subject, target = state[clause.subject], state[clause.target]
     u = time / clause.clips * 2  # 1 where they touch
     share = np.where(u <= 1, np.clip((u - 0.06) / 0.94, 0, 1) ** 1.6, np.clip((1.94 - u) / 0.94, 0, 1) ** 1.6)
-    poses.place[:, 0] += (contact(who, whom) - who.x) * share
+    poses.place[:, 0] += (contact(subject, target) - subject.x) * share
 
 
 def _push(poses: Poses, state: State, clause: Clause, number: int, time: ndarray) -> None:
-    """Up to the other thing, then both on together, slower, until friction has stopped them."""
-    assert clause.whom is not None
-    who, whom = state[clause.who], state[clause.whom]
-    run, moved = abs(contact(who, whom) - who.x), abs(clause.whom_x - whom.x)
+    """Up to the other object, then both on together, slower, until friction has stopped them."""
+    assert clause.target is not None
+    subject, target = state[clause.subject], state[clause.target]
+    run, moved = abs(contact(subject, target) - subject.x), abs(clause.target_x - target.x)
     ratio = np.clip(2 * moved / (1.5 * LOST * run), 0.6, 2.5)  # of the times after and before they meet
     meet = 0.92 / (1 + ratio)
-    after = slowing((time - meet) / (0.92 - meet)) * (clause.whom_x - whom.x)
-    before = np.clip(time / meet, 0, 1) ** 1.5 * (contact(who, whom) - who.x)
-    poses.place[:, 0] += after + before if number == clause.who else after
+    after = slowing((time - meet) / (0.92 - meet)) * (clause.target_x - target.x)
+    before = np.clip(time / meet, 0, 1) ** 1.5 * (contact(subject, target) - subject.x)
+    poses.place[:, 0] += after + before if number == clause.subject else after
 
 
 def _topple(poses: Poses, state: State, clause: Clause, number: int, time: ndarray) -> None:
-    """Up to the other thing, which tips over its far edge, faster and faster, and rocks once."""
-    assert clause.whom is not None
-    who, whom = state[clause.who], state[clause.whom]
-    direction = np.sign(whom.x - who.x)
+    """Up to the other object, which tips over its far edge, faster and faster, and rocks once."""
+    assert clause.target is not None
+    subject, target = state[clause.subject], state[clause.target]
+    direction = np.sign(target.x - subject.x)
     meet, down = 0.4, 0.8
-    if number == clause.who:
-        follows = clause.x - contact(who, whom)
-        poses.place[:, 0] += np.clip(time / meet, 0, 1) ** 1.5 * (contact(who, whom) - who.x)
+    if number == clause.subject:
+        follows = clause.x - contact(subject, target)
+        poses.place[:, 0] += np.clip(time / meet, 0, 1) ** 1.5 * (contact(subject, target) - subject.x)
         poses.place[:, 0] += follows * slowing((time - meet) / 0.35)
         return
     share = np.clip((time - meet) / (down - meet), 0, 1) ** 2
     share -= 0.05 * np.sin(np.pi * np.clip((time - down) / 0.13, 0, 1))
-    angle = TIPPED[whom.shape] * share
-    beyond, height = tipped(whom.shape, whom.side, angle)
-    poses.place[:, 0] = whom.x + direction * (RADIUS[whom.shape] * whom.side + beyond)
+    angle = TIPPED[target.shape] * share
+    beyond, height = tipped(target.shape, target.side, angle)
+    poses.place[:, 0] = target.x + direction * (RADIUS[target.shape] * target.side + beyond)
     poses.place[:, 2] = height
     poses.tilt[:] = direction * angle
 
@@ -254,6 +254,6 @@ MEETING: dict[str, Meeting] = {"pass": _pass, "bounce": _bounce, "push": _push, 
 
 
 def _joined(parts: list[Poses]) -> Poses:
-    """Consecutive poses of one thing."""
+    """Consecutive poses of one object."""
     keys = [field.name for field in fields(Poses) if field.name != "shape"]
     return Poses(parts[0].shape, **{key: np.concatenate([getattr(part, key) for part in parts]) for key in keys})

@@ -22,8 +22,8 @@ from dicode.data.blocks.script import (
     SLOW,
     STORY_CLAUSES,
     Clause,
+    SceneObject,
     Script,
-    Thing,
     belongs,
     is_held_combination,
 )
@@ -61,7 +61,7 @@ SET_LENGTHS = {
     "swaps": (2,),
 }
 TRIES = 32  # of a clause, before a script is begun again
-# Events of later clauses that need two clips, or a second thing in the right place, are tried more often in return.
+# Events of later clauses that need two clips, or a second object in the right place, are tried more often in return.
 LATER = {"push": 9.0, "topple": 14.0, "pass": 9.0, "bounce": 14.0, "jump": 1.4, "spin": 1.4, "enter": 1.6, "fall": 1.6,
          "leave": 0.7, "wait": 0.7, "turn": 0.8}  # fmt: skip
 
@@ -102,7 +102,7 @@ def draw(
     """A script of these events, None at a dead end. Without `any_kind` its combinations are those of training."""
     budget = MOST_CLIPS if len(events) <= MOST_CLAUSES else 2 * len(events)
     budget = len(events) if story else budget
-    things: list[Thing] = []
+    objects: list[SceneObject] = []
     clauses: list[Clause] = []
     state: State = {}
     for i, wanted in enumerate(events):
@@ -111,27 +111,28 @@ def draw(
             event = wanted or str(random.choice(allowed, p=_shares(allowed, there(state))))
             if event not in allowed:
                 return None
-            found = _first(random, event) if i == 0 else _later(random, event, state, tuple(things))
+            found = _first(random, event) if i == 0 else _later(random, event, state, tuple(objects))
             if found is None:
                 continue
-            new_state, new_things, clause = found
+            new_state, new_objects, clause = found
             clause = replace(clause, quick=quick and event in SLOW)
-            who = new_state[clause.who] if clause.who in new_state else body_of(new_things[clause.who])
-            held = is_held_combination(who.colour, who.shape, event)
-            again = (clause.event, clause.who) in [(c.event, c.who) for c in (clauses[-1:] if story else clauses)]
-            if again or (held and not any_kind) or not is_possible(new_state, new_things, clause):
+            subject = new_state[clause.subject] if clause.subject in new_state else body_of(new_objects[clause.subject])
+            held = is_held_combination(subject.colour, subject.shape, event)
+            earlier = clauses[-1:] if story else clauses
+            again = (clause.event, clause.subject) in [(c.event, c.subject) for c in earlier]
+            if again or (held and not any_kind) or not is_possible(new_state, new_objects, clause):
                 continue
             break
         else:
             return None
-        things = list(new_things)
+        objects = list(new_objects)
         clauses.append(clause)
         budget -= clause.clips
-        state = after(new_state, new_things, clause)
-    return Script(tuple(things), tuple(clauses))
+        state = after(new_state, new_objects, clause)
+    return Script(tuple(objects), tuple(clauses))
 
 
-Found = tuple[State, tuple[Thing, ...], Clause]
+Found = tuple[State, tuple[SceneObject, ...], Clause]
 
 
 def _shares(events: Sequence[str], bodies: State) -> np.ndarray:
@@ -146,84 +147,87 @@ def _shares(events: Sequence[str], bodies: State) -> np.ndarray:
 
 
 def _first(random: np.random.Generator, event: str) -> Found | None:
-    """The first clause, and the things that are there before it."""
+    """The first clause, and the objects that are there before it."""
     if event in ENTRIES:
         return _entry(random, event, {}, ())
-    things: list[Thing] = []
+    objects: list[SceneObject] = []
     for _ in range(1 + (event in PAIRS)):
         size = {"grow": "small", "shrink": "big"}.get(event) or _one(random, SIZES)
-        colour = _one(random, [c for c in COLOURS if c not in {thing.colour for thing in things}])
-        shape = _one(random, tuple(TIPPED) if event == "topple" and things else SHAPES)
-        things.append(_placed(random, Thing(colour, shape, size, 0.0, _one(random, ROWS)), -EDGE, EDGE))
+        colour = _one(random, [c for c in COLOURS if c not in {obj.colour for obj in objects}])
+        shape = _one(random, tuple(TIPPED) if event == "topple" and objects else SHAPES)
+        objects.append(_placed(random, SceneObject(colour, shape, size, 0.0, _one(random, ROWS)), -EDGE, EDGE))
     if event in ("push", "topple", "bounce"):
-        things[1] = replace(things[1], y=things[0].y)
+        objects[1] = replace(objects[1], y=objects[0].y)
     if event == "pass":
-        things[1] = replace(things[1], y=-things[0].y)
-    state = {i: body_of(thing) for i, thing in enumerate(things)}
+        objects[1] = replace(objects[1], y=-objects[0].y)
+    state = {i: body_of(obj) for i, obj in enumerate(objects)}
     clause = _act(random, event, state, 0, 1 if event in PAIRS else None)
-    return None if clause is None or crowded(state.values(), GAP) else (state, tuple(things), clause)
+    return None if clause is None or crowded(state.values(), GAP) else (state, tuple(objects), clause)
 
 
-def _later(random: np.random.Generator, event: str, state: State, things: tuple[Thing, ...]) -> Found | None:
-    """A clause about things that are there, or a new one."""
+def _later(random: np.random.Generator, event: str, state: State, objects: tuple[SceneObject, ...]) -> Found | None:
+    """A clause about objects that are there, or a new one."""
     bodies = there(state)
     if event in ENTRIES:
-        return None if len(bodies) >= MOST_THERE else _entry(random, event, state, things)
+        return None if len(bodies) >= MOST_THERE else _entry(random, event, state, objects)
     if len(bodies) < 1 + (event in PAIRS):
         return None
-    who, whom = ([*map(int, random.permutation(list(bodies))), None])[:2]
-    clause = _act(random, event, state, int(who or 0), whom if event in PAIRS else None)
-    return None if clause is None else (state, things, clause)
+    subject, target = ([*map(int, random.permutation(list(bodies))), None])[:2]
+    clause = _act(random, event, state, int(subject or 0), target if event in PAIRS else None)
+    return None if clause is None else (state, objects, clause)
 
 
-def _entry(random: np.random.Generator, event: str, state: State, things: tuple[Thing, ...]) -> Found | None:
+def _entry(random: np.random.Generator, event: str, state: State, objects: tuple[SceneObject, ...]) -> Found | None:
     taken = {body.colour for body in state.values() if body.away < 2}
     colour = _one(random, [colour for colour in COLOURS if colour not in taken])
-    thing = Thing(colour, _one(random, SHAPES), _one(random, SIZES), 0.0, _one(random, ROWS))
+    obj = SceneObject(colour, _one(random, SHAPES), _one(random, SIZES), 0.0, _one(random, ROWS))
     how = "" if event == "fall" else _one(random, SIDES)
     low, high = {"": (-INNER, INNER), "left": (-EDGE, -OUTER), "right": (OUTER, EDGE)}[how]
-    thing = _placed(random, thing, low, high)
-    return state, (*things, thing), Clause(event, len(things), None, how, x=thing.x)
+    obj = _placed(random, obj, low, high)
+    return state, (*objects, obj), Clause(event, len(objects), None, how, x=obj.x)
 
 
 def _act(random: np.random.Generator, event: str, state: State, number: int, other: int | None) -> Clause | None:
     """A clause of this event with its places drawn; whether it is possible is for `is_possible`."""
-    who = state[number]
+    subject = state[number]
     if other is not None:
-        whom = state[other]
+        target = state[other]
         if event == "topple":
-            if whom.shape not in TIPPED or whom.lying:
+            if target.shape not in TIPPED or target.lying:
                 return None
-            follows = FOLLOWS * RADIUS[whom.shape] * whom.side * np.sign(whom.x - who.x)
-            return Clause(event, number, other, x=_x(contact(who, whom) + follows), whom_x=_x(tipped_x(who, whom)))
+            follows = FOLLOWS * RADIUS[target.shape] * target.side * np.sign(target.x - subject.x)
+            end = contact(subject, target) + follows
+            return Clause(event, number, other, x=_x(end), target_x=_x(tipped_x(subject, target)))
         if event == "pass":
-            gap = (who.half + whom.half) * random.uniform(0.8, 1.6)
-            end = whom.x + np.sign(whom.x - who.x) * gap
-            return Clause(event, number, other, "behind" if who.y > whom.y else "front", x=_x(end), whom_x=whom.x)
+            gap = (subject.half + target.half) * random.uniform(0.8, 1.6)
+            end = target.x + np.sign(target.x - subject.x) * gap
+            way = "behind" if subject.y > target.y else "front"
+            return Clause(event, number, other, way, x=_x(end), target_x=target.x)
         if event == "bounce":
-            return Clause(event, number, other, x=who.x, whom_x=whom.x)
-        end = _x(whom.x + np.sign(whom.x - who.x) * random.uniform(*PUSHED))
-        return Clause(event, number, other, x=_x(contact(who, replace(whom, x=end))), whom_x=end)
+            return Clause(event, number, other, x=subject.x, target_x=target.x)
+        end = _x(target.x + np.sign(target.x - subject.x) * random.uniform(*PUSHED))
+        return Clause(event, number, other, x=_x(contact(subject, replace(target, x=end))), target_x=end)
     how = ""
     if event == "leave":
         how = _one(random, SIDES)
-        return Clause(event, number, None, how, x=_x((-1 if how == "left" else 1) * (HALF_PICTURE + 0.1 * who.half)))
+        end = HALF_PICTURE + 0.1 * subject.half
+        return Clause(event, number, None, how, x=_x(-end if how == "left" else end))
     if event == "turn":
         how = _one(random, [c for c in COLOURS if c not in {b.colour for b in state.values() if b.away < 2}])
-    return Clause(event, number, None, how, x=who.x)
+    return Clause(event, number, None, how, x=subject.x)
 
 
 def exchanged(script: Script) -> Script | None:
-    """A script of two clauses with these exchanged, of the same things; None where that is none, or not of training."""
+    """A script of two clauses with these exchanged, of the same objects; None where that is none or held out."""
     first, then = script.clauses
     if first.event in ENTRIES and then.event in ENTRIES:
-        things = tuple(reversed(script.things))
-        clauses = (replace(then, who=0), replace(first, who=1))
+        objects = tuple(reversed(script.objects))
+        clauses = (replace(then, subject=0), replace(first, subject=1))
     elif first.event in ENTRIES or then.event in ENTRIES or set(first.mentions) != set(then.mentions):
         return None
     else:
-        things, clauses = script.things, (then, first)
-    other = Script(things, clauses)
+        objects, clauses = script.objects, (then, first)
+    other = Script(objects, clauses)
     return other if first.event != then.event and is_script(other) and belongs(other, "seen") else None
 
 
@@ -231,16 +235,16 @@ def is_script(script: Script) -> bool:
     """Whether every clause is possible where it comes."""
     state = beginning(script)
     for clause in script.clauses:
-        if not is_possible(state, script.things, clause):
+        if not is_possible(state, script.objects, clause):
             return False
-        state = after(state, script.things, clause)
+        state = after(state, script.objects, clause)
     return True
 
 
-def _placed(random: np.random.Generator, thing: Thing, low: float, high: float) -> Thing:
-    """A thing somewhere between two x, whole within the picture."""
-    half = body_of(thing).half
-    return replace(thing, x=_x(random.uniform(max(low, half - EDGE), min(high, EDGE - half))))
+def _placed(random: np.random.Generator, obj: SceneObject, low: float, high: float) -> SceneObject:
+    """An object somewhere between two x, whole within the picture."""
+    half = body_of(obj).half
+    return replace(obj, x=_x(random.uniform(max(low, half - EDGE), min(high, EDGE - half))))
 
 
 def _one(random: np.random.Generator, values: Sequence[T]) -> T:

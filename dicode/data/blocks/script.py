@@ -1,4 +1,4 @@
-"""The script of a video: which things there are, and who does what when; and what training never sees of it."""
+"""The script of a video: which objects there are, and who does what when; and what training never sees of it."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ EVENTS = (
     "enter",  # rolls or slides in; `how` is the side
     "fall",  # from above, and bounces
     "jump",
-    "push",  # `whom`, which moves
-    "topple",  # knocks over `whom`
-    "pass",  # by `whom`; `how` is behind or front
-    "bounce",  # off `whom`, and comes back
+    "push",  # `target`, which moves
+    "topple",  # knocks over `target`
+    "pass",  # by `target`; `how` is behind or front
+    "bounce",  # off `target`, and comes back
     "spin",
     "grow",
     "shrink",
@@ -27,7 +27,7 @@ EVENTS = (
     "wait",
 )
 ENTRIES = ("enter", "fall")
-PAIRS = ("push", "topple", "pass", "bounce")  # events of two things
+PAIRS = ("push", "topple", "pass", "bounce")  # events of two objects
 SLOW = ("jump", "bounce", "spin")  # begin and end alike: two clips, with their middle on the key frame between these
 SIDES = ("left", "right")
 
@@ -61,8 +61,8 @@ HELD_ORDERS = (
 
 
 @dataclass(frozen=True)
-class Thing:
-    """A thing as it first appears; `x` (to the right) and `y` (away from the camera) are in units of 8 pixels."""
+class SceneObject:
+    """An object as it first appears; `x` (to the right) and `y` (away from the camera) are in units of 8 pixels."""
 
     colour: str
     shape: str
@@ -73,15 +73,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Clause:
-    """One event: `who` does it (a number of a thing), to `whom`; `how` is a side or a colour."""
+    """One event: `subject` does it (a number of an object), to `target`; `how` is a side or a colour."""
 
     event: str
-    who: int
-    whom: int | None = None
+    subject: int
+    target: int | None = None
     how: str = ""
     quick: bool = False  # in one clip instead of two
-    x: float = 0.0  # where `who` is at the end …
-    whom_x: float = 0.0  # … and `whom`
+    x: float = 0.0  # where `subject` is at the end …
+    target_x: float = 0.0  # … and `target`
 
     @property
     def clips(self) -> int:
@@ -90,15 +90,15 @@ class Clause:
 
     @property
     def mentions(self) -> tuple[int, ...]:
-        """The things in it, `who` first."""
-        return (self.who,) if self.whom is None else (self.who, self.whom)
+        """The objects in it, `subject` first."""
+        return (self.subject,) if self.target is None else (self.subject, self.target)
 
 
 @dataclass(frozen=True)
 class Script:
-    """Things, and clauses one after another. Things of the first clause that do not enter in it are there before it."""
+    """Objects, and clauses one after another. What is in the first clause and does not enter is there before it."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     clauses: tuple[Clause, ...]
 
     @property
@@ -125,33 +125,33 @@ class Script:
         """Of `record`. Raises `ValueError` for anything else."""
         script = config_from_dict(cls, record, "script")
         known = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}
-        right = all(getattr(thing, key) in values for thing in script.things for key, values in known.items())
-        numbers = range(len(script.things))
+        right = all(getattr(obj, key) in values for obj in script.objects for key, values in known.items())
+        numbers = range(len(script.objects))
         right &= all(c.event in EVENTS and all(n in numbers for n in c.mentions) for c in script.clauses)
-        right &= all((c.whom is not None) == (c.event in PAIRS) for c in script.clauses)
+        right &= all((c.target is not None) == (c.event in PAIRS) for c in script.clauses)
         if not right or not script.clauses:
-            raise ValueError(f"script: expected things and clauses of the world `blocks`, got {str(record)[:80]}")
+            raise ValueError(f"script: expected objects and clauses of the world `blocks`, got {str(record)[:80]}")
         return script
 
     def present(self) -> tuple[int, ...]:
-        """The things that are there before the first clause."""
+        """The objects that are there before the first clause."""
         first = self.clauses[0]
         return () if first.event in ENTRIES else first.mentions
 
     def colours(self) -> list[dict[int, str]]:
-        """The colours of all things before each clause, and after the last."""
-        colours = {i: thing.colour for i, thing in enumerate(self.things)}
+        """The colours of all objects before each clause, and after the last."""
+        colours = {i: obj.colour for i, obj in enumerate(self.objects)}
         found = [dict(colours)]
         for clause in self.clauses:
             if clause.event == "turn":
-                colours[clause.who] = clause.how
+                colours[clause.subject] = clause.how
             found.append(dict(colours))
         return found
 
     def combinations(self) -> Iterator[tuple[str, str, str]]:
         """Colour, shape and event of every clause."""
         for clause, colours in zip(self.clauses, self.colours()[:-1], strict=True):
-            yield colours[clause.who], self.things[clause.who].shape, clause.event
+            yield colours[clause.subject], self.objects[clause.subject].shape, clause.event
 
     def orders(self) -> set[tuple[str, str]]:
         """All pairs of events of which the first comes before the second."""
@@ -172,7 +172,7 @@ def held_clauses(script: Script) -> list[bool]:
 
 
 def belongs(script: Script, name: str) -> bool:
-    """Whether a script may be of a set: each of the others has one thing that training never has, and no other."""
+    """Whether a script may be of a set: each of the others has one object that training never has, and no other."""
     combination, order = any(held_clauses(script)), bool(script.orders() & set(HELD_ORDERS))
     quick, long = any(clause.quick for clause in script.clauses), len(script.clauses) > MOST_CLAUSES
     if name == "story":  # its clauses are prompts of their own: their order is not in any

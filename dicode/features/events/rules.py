@@ -1,4 +1,4 @@
-"""A rule for each event: whether a thing, or one and another, did it between two frames of a video.
+"""A rule for each event: whether an object, or one and another, did it between two frames of a video.
 
 Places are pixels of 64×64 frames. Bounds lie between what drawn clips do and what they do not, nearer to the latter:
 rendered clips are softer and less exact than drawn ones.
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from dicode.data.blocks.script import COLOURS
-from dicode.features.events.see import Patch, Track
+from dicode.features.events.tracks import Patch, Track
 
 SIZE = 64
-STILL = 3.0  # pixels that a thing at rest may seem to move
-EDGE = 2  # pixels from the picture's edge within which a thing is cut by it
+STILL = 3.0  # pixels that an object at rest may seem to move
+EDGE = 2  # pixels from the picture's edge within which an object is cut by it
 ROLLED, FALLEN, LEFT, PUSHED, BOUNCED, JUMPED = 4.0, 14.0, 5.0, 6.0, 4.0, 5.5  # least ways, in pixels
-TOUCH = 4.0  # most pixels between things that touch
+TOUCH = 4.0  # most pixels between objects that touch
 GROWN = 1.4  # least ratio of areas
 TIPPED = 1.25  # least ratio of proportions, width over height
-SWOLLEN = 1.35  # most ratio of areas of a thing that tips over: one fading in beside one fading out is larger
+SWOLLEN = 1.35  # most ratio of areas of an object that tips over: one fading in beside one fading out is larger
 HIDDEN = 0.68  # of the spot's paleness, which is left when it is turned away
-CUT = 0.9  # of the area, most that is left of a thing that leaves
+CUT = 0.9  # of the area, most that is left of an object that leaves
 STEP, SHORT = 0.65, 8.0  # most of a way that goes from one frame to the next where it is seen; of longer ways than this
-SOON = 10  # frames of a clip by which a new thing is to be seen
+SOON = 10  # frames of a clip by which a new object is to be seen
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Window:
     clips: int
 
     def within(self, track: Track) -> dict[int, Patch]:
-        """A thing's patches, by frame."""
+        """An object's patches, by frame."""
         return {f: track.patches[f] for f in range(self.first, self.last + 1) if f in track.patches}
 
     def start(self, track: Track) -> Patch | None:
-        """A thing as the window begins."""
+        """An object as the window begins."""
         return next((track.patches[f] for f in (self.first, self.first + 1) if f in track.patches), None)
 
     def end(self, track: Track) -> Patch | None:
-        """A thing as the window ends."""
+        """An object as the window ends."""
         return next((track.patches[f] for f in (self.last, self.last - 1, self.last - 2) if f in track.patches), None)
 
     def middle(self, track: Track) -> list[Patch]:
-        """A thing around the middle of the window: the key frame of a window of two clips."""
+        """An object around the middle of the window: the key frame of a window of two clips."""
         centre, near = (self.first + self.last + 1) // 2, 2 if self.clips > 1 else 1
         return [track.patches[f] for f in range(centre - near, centre + near + 1) if f in track.patches]
 
@@ -57,13 +57,13 @@ Ends = tuple[Patch, Patch]
 
 
 def both_ends(window: Window, track: Track) -> Ends | None:
-    """A thing as the window begins and ends, if it is seen then."""
+    """An object as the window begins and ends, if it is seen then."""
     start, end = window.start(track), window.end(track)
     return None if start is None or end is None else (start, end)
 
 
 def meeting(window: Window, track: Track, other: Track) -> tuple[Ends, Ends, list[float]] | None:
-    """A thing and another as the window begins and ends, and how far either goes the way from the one to the other."""
+    """An object and another as the window begins and ends, and how far each moves from the one towards the other."""
     ends, theirs = both_ends(window, track), both_ends(window, other)
     if ends is None or theirs is None:
         return None
@@ -72,7 +72,7 @@ def meeting(window: Window, track: Track, other: Track) -> tuple[Ends, Ends, lis
 
 
 def stays(window: Window, track: Track, within: bool = True) -> bool:
-    """Whether a thing is where it was, as large as it was, in its colour; and all the time, if asked for."""
+    """Whether an object is where it was, as large as it was, in its colour; and all the time, if asked for."""
     ends = both_ends(window, track)
     if ends is None:
         return False
@@ -83,7 +83,7 @@ def stays(window: Window, track: Track, within: bool = True) -> bool:
 
 
 def travels(window: Window, track: Track) -> bool:
-    """Whether a thing that is elsewhere at the end is seen on its way, rather than fading out here and in there."""
+    """Whether an object that is elsewhere at the end is seen on its way, rather than fading out here and in there."""
     patches = [patch for _, patch in sorted(window.within(track).items())]
     places = np.array([(patch.x, patch.y) for patch in patches])
     way = np.hypot(*(places - places[0]).T).max()
@@ -92,7 +92,7 @@ def travels(window: Window, track: Track) -> bool:
 
 
 def appears(window: Window, track: Track) -> tuple[Patch, Patch] | None:
-    """A thing that is new in the window and there at its end: as it is first seen, and at the end."""
+    """An object that is new in the window and there at its end: as it is first seen, and at the end."""
     patches, end = window.within(track), window.end(track)
     if end is None or window.first in patches or min(patches) > window.first + SOON or not travels(window, track):
         return None
@@ -234,7 +234,7 @@ def bounces(window: Window, track: Track, other: Track, how: str) -> bool:
 
 
 def _gap(one: Patch, other: Patch) -> float:
-    """Pixels between two things from side to side."""
+    """Pixels between two objects from side to side."""
     return float(max(one.left, other.left) - min(one.right, other.right))
 
 

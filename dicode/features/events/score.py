@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 
 from dicode.data.blocks.script import CLIP_FRAMES, COLOURS, ENTRIES, Clause, Script
 from dicode.features.events.rules import ALONE, MEETING, SIZE, Window
-from dicode.features.events.see import Patch, Track, shape_of, tracks_of
+from dicode.features.events.tracks import Patch, Track, shape_of, tracks_of
 from dicode.video.timed import Video
 
 ATTRIBUTES = ("colour", "shape", "event")
-NEAR_JOIN = 6.0  # pixels that a thing moves at most from the frame before a join to the one after
+NEAR_JOIN = 6.0  # pixels that an object moves at most from the frame before a join to the one after
 SIMILAR = 0.6  # least ratio of its areas there
 
 
-class Seen(NamedTuple):
-    """What of a clause is right, by the things that show most of it."""
+class ClauseResult(NamedTuple):
+    """What of a clause is right, by the objects that show most of it."""
 
     colour: bool
     shape: bool
@@ -23,14 +23,14 @@ class Seen(NamedTuple):
 
     @property
     def all(self) -> bool:
-        """Whether the right things did it."""
+        """Whether the right objects did it."""
         return self.colour and self.shape and self.event
 
 
 def score(frames: Video, script: Script) -> dict[str, Any]:
     """What is right in a video of 64×64, uint8 `f h w 3`, whose clips of 16 frames begin with those of the script.
 
-    `clauses`: for each `colour`, `shape`, `event` and `all`, each true or false, of the one thing (or two) that show
+    `clauses`: for each `colour`, `shape`, `event` and `all`, each true or false, of the one object (or two) that show
     most of it in the clips that the script gives it, and `when`, the clip in which all of it begins: there, or else the
     first one; None: nowhere. `exact`: all is right. `order`: Kendall's tau of `when`, −1 to 1, over all pairs of
     clauses, of which those that are nowhere count 0; None for a single clause. `kept` of `joins`: see `persistence`.
@@ -39,11 +39,11 @@ def score(frames: Video, script: Script) -> dict[str, Any]:
 
 
 def score_tracks(tracks: Sequence[Track], length: int, script: Script) -> dict[str, Any]:
-    """As `score`, of the things of a video of `length` frames."""
+    """As `score`, of the objects of a video of `length` frames."""
     colours = script.colours()
     clauses = []
     for number, (clause, start) in enumerate(zip(script.clauses, script.starts, strict=True)):
-        names = [(colours[number][i], script.things[i].shape) for i in clause.mentions]
+        names = [(colours[number][i], script.objects[i].shape) for i in clause.mentions]
         found = seen(tracks, length, start, clause, names)
         when = start if found.all else first_seen(tracks, length, clause, names)
         clauses.append({"event_name": clause.event, **found._asdict(), "all": found.all, "when": when})
@@ -52,33 +52,34 @@ def score_tracks(tracks: Sequence[Track], length: int, script: Script) -> dict[s
     return {"clauses": clauses, "exact": exact, "order": kendall(times), "kept": kept, "joins": joins}
 
 
-Names = Sequence[tuple[str, str]]  # colour and shape of the things of a clause
+Names = Sequence[tuple[str, str]]  # colour and shape of the objects of a clause
 
 
-def seen(tracks: Sequence[Track], length: int, start: int, clause: Clause, names: Names) -> Seen:
+def seen(tracks: Sequence[Track], length: int, start: int, clause: Clause, names: Names) -> ClauseResult:
     """What of a clause is right in the clips from `start` on."""
     first, last = start * CLIP_FRAMES, min((start + clause.clips) * CLIP_FRAMES, length - 1)
     if last - first < clause.clips * CLIP_FRAMES - 2:
-        return Seen(False, False, False)
+        return ClauseResult(False, False, False)
     window = Window(tracks, first, last, clause.clips)
-    best = Seen(False, False, False)
-    for things in permutations([track for track in tracks if window.within(track)], len(names)):
-        shown = [shown_of(window, track, clause, place) for place, track in enumerate(things)]
+    best = ClauseResult(False, False, False)
+    for objects in permutations([track for track in tracks if window.within(track)], len(names)):
+        shown = [shown_of(window, track, clause, place) for place, track in enumerate(objects)]
         colour = all(COLOURS[own[0].colour] == name for own, (name, _) in zip(shown, names, strict=True))
         shape = all(shape_of(own) == name for own, (_, name) in zip(shown, names, strict=True))
-        best = max(best, Seen(colour, shape, did(window, clause, things)), key=lambda own: (sum(own), own.event))
+        result = ClauseResult(colour, shape, did(window, clause, objects))
+        best = max(best, result, key=lambda own: (sum(own), own.event))
     return best
 
 
-def did(window: Window, clause: Clause, things: Sequence[Track]) -> bool:
-    """Whether things did what a clause says."""
-    if len(things) == 1:
-        return ALONE[clause.event](window, things[0], clause.how)
-    return MEETING[clause.event](window, things[0], things[1], clause.how)
+def did(window: Window, clause: Clause, objects: Sequence[Track]) -> bool:
+    """Whether objects did what a clause says."""
+    if len(objects) == 1:
+        return ALONE[clause.event](window, objects[0], clause.how)
+    return MEETING[clause.event](window, objects[0], objects[1], clause.how)
 
 
 def shown_of(window: Window, track: Track, clause: Clause, place: int) -> list[Patch]:
-    """The patches by which a thing is named: before what happens to it, or after, if it is new."""
+    """The patches by which an object is named: before what happens to it, or after, if it is new."""
     patches = window.within(track)
     frames = sorted(patches)
     if clause.event in ENTRIES:
@@ -106,7 +107,7 @@ def kendall(times: Sequence[int | None]) -> float | None:
 
 
 def persistence(tracks: Sequence[Track], length: int) -> tuple[int, int]:
-    """How many things that are whole right before a join of clips are there right after it, and how many there were."""
+    """How many objects that are whole right before a join of clips are there after it, and how many there were."""
     kept = total = 0
     for join in range(CLIP_FRAMES, length, CLIP_FRAMES):
         for before, track in _whole(tracks, join - 1):

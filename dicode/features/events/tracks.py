@@ -1,4 +1,4 @@
-"""Things in the frames of a video: pixels by hue, joined to patches, followed from frame to frame, without a script."""
+"""Objects in the frames of a video: pixels by hue, joined to patches, followed over frames, without a script."""
 
 import json
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ from dicode.data.blocks.script import COLOURS
 from dicode.video.timed import Video
 
 CHROMA = 52  # largest less smallest channel, of 255, from which a pixel is coloured: floors have up to 30
-LEAST_AREA = 18  # pixels of a thing; the smallest whole one has about 95
-FAR, NEAR = 44.0, 5.0  # pixels that a thing moves in a frame: as it falls, or while it changes colour
-MOST_LOST = 9  # frames in which a thing is not seen, while it turns to another colour or is hidden
+LEAST_AREA = 18  # pixels of an object; the smallest whole one has about 95
+FAR, NEAR = 44.0, 5.0  # pixels that an object moves in a frame: as it falls, or while it changes colour
+MOST_LOST = 9  # frames in which an object is not seen, while it turns to another colour or is hidden
 OTHER_COLOUR = 60.0  # pixels that a change of colour counts as
 CELLS = 8  # rows and columns of a silhouette
 KINDS = ("ball", "cube", "cone", "cylinder", "cone to the left", "cone to the right", "cylinder lying")
@@ -27,7 +27,7 @@ PALEST = 6  # pixels of a spot
 
 
 class Patch(NamedTuple):
-    """A thing in one frame, in pixels."""
+    """An object in one frame, in pixels."""
 
     colour: int  # of COLOURS
     left: int
@@ -58,7 +58,7 @@ class Patch(NamedTuple):
 
 @dataclass
 class Track:
-    """One thing through a video: its patch in every frame where it is seen."""
+    """One object through a video: its patch in every frame where it is seen."""
 
     patches: dict[int, Patch] = field(default_factory=dict)
 
@@ -69,7 +69,7 @@ class Track:
 
 
 def tracks_of(frames: Video) -> list[Track]:
-    """The things of a video. Frames are 64×64."""
+    """The objects of a video. Frames are 64×64."""
     tracks: list[Track] = []
     for f, frame in enumerate(frames):
         patches = patches_of(frame)
@@ -105,7 +105,7 @@ def _cost(track: Track, f: int, patch: Patch) -> float:
 
 
 def patches_of(frame: ndarray) -> list[Patch]:
-    """The coloured things of a frame, uint8 `h w 3`."""
+    """The coloured objects of a frame, uint8 `h w 3`."""
     ndimage, colours, found = _scipy()[0], colours_of(frame), []
     for colour in np.unique(colours[colours >= 0]):
         numbers, _ = ndimage.label(colours == colour)
@@ -182,7 +182,7 @@ def shape_scores(silhouettes: Float64[ndarray, "b n"]) -> Float64[ndarray, "b ki
 
 
 def shape_of(patches: list[Patch]) -> str:
-    """The likeliest shape of a thing, by all these silhouettes together, standing or lying in each."""
+    """The likeliest shape of an object, by all these silhouettes together, standing or lying in each."""
     scores = shape_scores(np.stack([patch.silhouette for patch in patches]))
     shapes: dict[str, list[np.ndarray]] = {}
     for number, kind in enumerate(KINDS):
