@@ -1,11 +1,7 @@
-"""The first steps of every bundled recipe, with its flags, at toy size: see test_train_parallel.py.
-
-torchrun --standalone --nproc-per-node 2 tests/parallel_recipes.py ROOT OUTPUT.json ddp:sprites:lm fsdp:sprites:lm
-"""
+"""The first steps of every bundled recipe, with its flags, at toy size: see parallel_worker.py."""
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +21,7 @@ from dicode.train.stages import Run, stage_of
 
 STEPS, MICRO_BATCHES = 3, 4  # two of a process: weights that only the first of them reaches have a gradient too
 NAMES = (
+    "blocks:first_stage", "blocks:key_frames", "blocks:denoiser", "blocks:lm",
     "sprites:first_stage", "sprites:first_stage_decoder", "sprites:key_frames", "sprites:denoiser", "sprites:lm",
     "world:first_stage", "world:first_stage_decoder", "world:key_frames", "world:denoiser", "world:lm", "world:lm_own",
     "paper:paper_tokenizer_256", "paper:gpt2_mini", "paper:llama_1b",
@@ -85,7 +82,6 @@ def gathers(training: Training) -> list[int]:
 
 def main(root: str, output: str, *asked: str) -> None:
     """The recipes asked for, one after the other in the same processes."""
-    torch.set_num_threads(1)
     found = {}
     with Processes() as processes:
         for one in asked:
@@ -97,7 +93,3 @@ def main(root: str, output: str, *asked: str) -> None:
             dist.barrier()
         if processes.first:
             Path(output).write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

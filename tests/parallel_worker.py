@@ -1,8 +1,9 @@
 """Train toy runs with as many processes as torchrun starts: see test_train_parallel.py.
 
-    torchrun --standalone --nproc-per-node 4 tests/parallel_worker.py ROOT OUTPUT ddp:lm fsdp:lm fsdp:key_frames:12
+    torchrun --standalone --nproc-per-node 4 tests/parallel_worker.py ROOT OUTPUT ddp:lm fsdp:key_frames:7
 
-A third part is the step in which a signal stops the run, which then lies in ROOT/stopped.
+A third part is the step in which a signal stops the run, which then lies in ROOT/stopped. What follows `recipes` is for
+parallel_recipes.py, in the same processes, since starting them takes longest.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import parallel_recipes
 import torch
 from toy_runs import loop, runs, variants
 
@@ -24,7 +26,7 @@ from dicode.train.loop import Training
 from dicode.train.runs import Strategy
 from dicode.train.stages import Run, run_recipe
 
-STEPS = 20
+STEPS = 10
 
 
 def parallel_run(root: Path, name: str, strategy: Strategy) -> Run:
@@ -33,7 +35,7 @@ def parallel_run(root: Path, name: str, strategy: Strategy) -> Run:
     optim = dataclasses.replace(loop(STEPS).optim, optimizer=run.loop.optim.optimizer, batch_size=8)
     again = name == "lm"  # one with activations computed twice, and batches made ahead
     changed = dataclasses.replace(
-        loop(STEPS), optim=optim, micro_batches=4, strategy=strategy, checkpoint_every=10, evaluate_every=10,
+        loop(STEPS), optim=optim, micro_batches=4, strategy=strategy, checkpoint_every=5, evaluate_every=5,
         checkpoint_activations=again, prefetch=again, tracker="none",
     )  # fmt: skip
     if name == "key_frames":
@@ -71,9 +73,12 @@ def train(root: str, output: str, strategy: Strategy, name: str, stop_at: str | 
 def main(root: str, output: str, *asked: str) -> None:
     """The runs asked for, one after the other in the same processes."""
     torch.set_num_threads(1)
+    own = asked.index("recipes") if "recipes" in asked else len(asked)
     with Processes():
-        for run in asked:
+        for run in asked[:own]:
             train(root, output, *run.split(":"))  # type: ignore[arg-type]
+        if recipes := asked[own + 1 :]:
+            parallel_recipes.main(root, f"{root}/recipes.json", *recipes)
 
 
 if __name__ == "__main__":

@@ -220,6 +220,9 @@ def test_pickles_that_hold_code_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.bin").write_bytes(saved({"x": torch.zeros(500)}, tmp_path / "x.bin").read_bytes()[:900])
     with pytest.raises(CheckpointError, match=r"cut\.bin"):
         read_weights(tmp_path / "cut.bin")
+    (tmp_path / "text.bin").write_bytes(b"\x80\x02X\x02\x00\x00\x00\xf0\xff.")  # text that is no UTF-8
+    with pytest.raises(CheckpointError, match=r"text\.bin: not a torch file of plain tensors$"):
+        read_weights(tmp_path / "text.bin")
 
 
 @pytest.mark.parametrize("prefix", ["", "llm_agent.", "module.llm_agent."])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import pytest
 
 from dicode.cli.app import main
 from dicode.data.blocks.captions import HELD_JOINS, HELD_WORDINGS, JOINS, TRAINED_WORDINGS, captions, phrases, shots
-from dicode.data.blocks.captions import storyboard as storyboard_of
 from dicode.data.blocks.clips import BlocksOptions, build_blocks, drawn
 from dicode.data.blocks.draw import Camera, look_of
 from dicode.data.blocks.motion import poses_of
@@ -96,7 +96,7 @@ def test_events_of_training_are_balanced(training: list[Script]) -> None:
 
 @pytest.mark.parametrize("name", SETS[1:])
 def test_each_set_holds_out_what_it_says_and_nothing_else(name: str) -> None:
-    for index in range(2 if name == "story" else 14):
+    for index in range(1 if name == "story" else 14):
         script = script_of(0, name, index)
         order, quick = bool(script.orders() & set(HELD_ORDERS)), any(clause.quick for clause in script.clauses)
         assert any(held_clauses(script)) == (name == "combinations")
@@ -171,7 +171,8 @@ def test_captions_differ_and_shots_make_a_storyboard(training: list[Script]) -> 
     random = np.random.default_rng(1)
     texts = captions(script, random, 6)
     assert len(set(texts)) == 6 and not any("{" in text for text in texts)
-    board = storyboard_of(script, own := shots(script, random))
+    own = shots(script, random)
+    board = " ".join(f"[{2 * clause.clips}s: {text}]" for clause, text in zip(script.clauses, own, strict=True))
     read = parse_storyboard(board)
     assert read is not None and [shot.prompt for shot in read] == own
     assert [shot.seconds for shot in read] == [2.0 * clause.clips for clause in script.clauses]
@@ -271,8 +272,7 @@ def test_a_killed_command_goes_on_and_makes_the_same_bytes(tmp_path: Path, small
 
 
 def test_more_training_scripts_keep_the_shards_of_fewer(tmp_path: Path, cache: Path) -> None:
-    folder = tmp_path / "more"
-    build_blocks(OPTIONS, folder)
+    folder = Path(shutil.copytree(cache, tmp_path / "more"))
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*.safetensors")}
     build_blocks(BlocksOptions(count=6, validation=2, scripts_per_shard=3), folder)
     same = [name for name, at in before.items() if (folder / name).stat().st_mtime_ns == at]

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_features_events import score
 
 from dicode.cli.app import main
 from dicode.data.blocks.clips import BlocksOptions, build_blocks, drawn
@@ -26,7 +25,7 @@ from dicode.evaluate.events import (
 from dicode.pipeline import DiCoDe
 from dicode.storyboard import Shot
 
-COUNT = 4
+COUNT = 3
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +65,11 @@ def test_a_model_that_does_as_told_is_right_and_is_not_by_the_scripts_of_others(
     for name in SETS[1:]:
         for case in CASES[:-1]:
             assert right[f"{name}: {case}"].value > 0.9, (name, case)
-    assert right[f"lengths: {SHUFFLED}"].value < 0.3 if f"lengths: {SHUFFLED}" in right else True
+    chance = [value.value for key, value in right.items() if key.endswith(SHUFFLED)]
+    assert len(chance) > 2 and np.mean(chance) < 0.4
     assert figures["swap"]["both right"].value == 1 and figures["swap"]["each in its order"].value == 1
     assert figures["order"]["lengths: generated"].value > 0.9
-    assert figures["objectects_kept"]["lengths: real"].value > 0.95
+    assert figures["objects_kept"]["lengths: real"].value > 0.95
     assert {key.split(":")[0] for key in figures["sequences_right"]} >= {"lengths, 6 clauses", "story, 30 clauses"}
     assert sheet.width > 12 * 64
 
@@ -102,4 +102,3 @@ def test_other_caches_and_models_are_errors(
     assert "dicode data blocks" in capsys.readouterr().err
     with pytest.raises(ValueError, match="size, fps and clip"):
         check_scripts(VideoTokenizer.from_pretrained(tiny_model).config, cache)
-    assert score is not None

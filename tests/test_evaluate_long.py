@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from dicode.evaluate.long import JOINS, clips_of, drift, join_score, long_video, motion_over_time, over_time
+from dicode.evaluate.long import (
+    JOINS,
+    clips_of,
+    drift,
+    end_contrast,
+    frame_features,
+    frames_compared,
+    join_score,
+    long_video,
+    motion_over_time,
+    over_time,
+    similarity_over_time,
+)
 from dicode.evaluate.scores import Score
 from dicode.evaluate.speed import VideoTime, check_length, memory_score, time_figures, timed_video
 from dicode.features.extract import EfficientNetLite0Features
@@ -93,6 +105,11 @@ def test_drift_stands_out_from_chance_only_where_there_is_some() -> None:
     assert len(drifting["by_window"]) == 5 and drifting["by_window"] == sorted(drifting["by_window"])
     assert drifting["distance"] > 3 * drifting["chance_interval"][1]
     assert drifting["interval"][0] > none["interval"][1]
+    by_kernel = [
+        drift(values, window=5, distance="MMD") for values in (steady, steady + np.linspace(0, 4, 30)[:, None])
+    ]
+    assert by_kernel[0]["chance_interval"][0] < by_kernel[0]["distance"] < by_kernel[0]["chance_interval"][1]
+    assert by_kernel[1]["distance"] > 3 * by_kernel[1]["chance_interval"][1]
     for few in (1, 3):  # halves of which say nothing
         assert drift(steady[:few], window=5)["interval"] is None
     assert drift(steady, window=5, seed=1)["chance_interval"] != none["chance_interval"]
@@ -101,21 +118,51 @@ def test_drift_stands_out_from_chance_only_where_there_is_some() -> None:
 
 
 def test_a_video_falls_apart_into_the_clips_it_was_made_of() -> None:
-    video = with_joins(1, 2, clips=3)
+    video = torch.from_numpy(with_joins(1, 2, clips=3))
     assert [len(clip) for clip in clips_of(video, 4)] == [4, 4, 4]
     assert [len(clip) for clip in clips_of(video[:9], 4)] == [4, 4]  # one frame alone shows no motion
     assert [len(clip) for clip in clips_of(video[:11], 4, repeated_frames=1)] == [4, 3, 3]
-    np.testing.assert_array_equal(np.concatenate(clips_of(video, 4)), video)
+    assert torch.equal(torch.cat(clips_of(video, 4)), video)
+
+
+def test_both_ends_of_videos_are_compared_by_what_a_frame_shows() -> None:
+    grey, red = np.full((1, 4, 4, 3), 100, np.uint8), np.zeros((1, 4, 4, 3), np.uint8)
+    red[..., 0] = 150
+    stripes = np.tile(np.array([40, 160, 40, 160], np.uint8)[:, None], (1, 4, 1, 3))  # of the same mean as grey
+    ends = end_contrast([np.concatenate([grey.repeat(20, 0), stripes.repeat(20, 0)])])
+    assert {name.removeprefix("end_contrast of "): round(own.value) for name, own in ends.items()} == {
+        "brightness": 0,
+        "contrast": 60,
+        "saturation": 0,
+        "sharpness": 120,
+    }
+    turning = np.concatenate([red.repeat(3, 0), grey.repeat(37, 0)])
+    red_ends = end_contrast([turning, grey.repeat(40, 0)])
+    assert red_ends["end_contrast of saturation"].value == pytest.approx(150 * 0.25)  # half of three of six frames
+
+
+def test_similarity_of_frames_falls_with_their_distance_in_a_walk_and_never_in_a_still_video() -> None:
+    generator = torch.Generator().manual_seed(0)
+    walks = [torch.randn(80, 16, generator=generator).cumsum(0) for _ in range(4)]
+    found = similarity_over_time(walks, fps=8.0)
+    assert [name.split()[3] for name in found] == ["0.125", "1", "2", "4", "8"]
+    values = [score.value for score in found.values()]
+    assert values == sorted(values, reverse=True) and values[0] > 0.9
+    still = similarity_over_time([walk[:1].repeat(80, 1) for walk in walks], fps=8.0)
+    assert [score.value for score in still.values()] == pytest.approx([1.0] * 5)
 
 
 @few_clips
 def test_videos_of_a_model_have_exactly_the_frames_asked_for_and_finite_scores(tiny_model: Path) -> None:
     model = DiCoDe.from_pretrained(tiny_model)
     videos = [long_video(model, "a red square", 16.0, 3, index, "chained") for index in range(2)]
-    figures = over_time(model, videos, EfficientNetLite0Features(image_size=32), seed=3)
+    features = frame_features(EfficientNetLite0Features(image_size=32), videos)
+    figures = over_time(model, videos, features, "EffLite0", seed=3)
     assert figures["frames"] == [128, 128] and figures["window_s"] == 2
     assert figures["drift"]["FVD-EffLite0"]["clips"] == 2
     assert len(figures["drift"]["FVD-EffLite0"]["by_window"]) == 7
+    assert figures["drift"].keys() == {"FVD-EffLite0", "MMD-EffLite0"}
+    assert len(frames_compared(videos, features, 8.0)) == 9 and not frames_compared([], [], 8.0)
     assert figures["join_score"]["score"] > 0 and figures["motion"]["ratio"] > 0
 
 

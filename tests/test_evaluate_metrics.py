@@ -15,6 +15,7 @@ from dicode.features.metrics import (
     bootstrap_interval,
     frame_steps,
     frechet_distance,
+    kernel_distance,
     motion,
     percentile_rank,
     similarities,
@@ -66,6 +67,39 @@ def test_frechet_distance_is_exact_and_warns_when_samples_are_fewer_than_feature
 def test_frechet_distance_takes_axes_before_the_last_for_samples() -> None:
     a, b = _features(1, 40, 3), _features(2, 40, 3)
     assert frechet_distance(a.reshape(8, 5, 3), b) == frechet_distance(a, b)
+
+
+def test_kernel_distance_has_the_expectation_of_the_kernel_whatever_the_number_of_samples() -> None:
+    """Of x ~ N(0, I) and y ~ N(m, I): E k is |E xxᵀ|² / width² for the kernel of degree 2."""
+    generator, width, shift = np.random.default_rng(0), 5, 0.6
+    second = np.eye(width) + shift**2
+    expected = (width + (second**2).sum() - 2 * np.trace(second)) / width**2
+    for count in (4, 40):
+        draws = [
+            kernel_distance(generator.normal(size=(count, width)), shift + generator.normal(size=(2 * count, width)))
+            for _ in range(4000 // count)
+        ]
+        error = np.std(draws) / len(draws) ** 0.5
+        assert np.mean(draws) == pytest.approx(expected, abs=4 * error) and error < 0.1 * expected
+    same = [kernel_distance(*generator.normal(size=(2, 8, width))) for _ in range(400)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 20 and min(same) < 0 < max(same)
+
+
+def test_kernel_distance_by_hand_and_of_other_kernels() -> None:
+    one, other = np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[2.0, 0.0], [2.0, 2.0], [0.0, 0.0]])
+    kernel = lambda a, b: (a @ b / 2 + 1) ** 3  # noqa: E731
+    pairs = [kernel(x, y) for x in one for y in other]
+    within = (
+        kernel(one[0], one[1]),
+        (kernel(other[0], other[1]) + kernel(other[0], other[2]) + kernel(other[1], other[2])) / 3,
+    )
+    assert kernel_distance(one, other, degree=3, constant=1.0) == pytest.approx(sum(within) - 2 * np.mean(pairs))
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        kernel_distance(one[:1], other)
+    with pytest.raises(ValueError, match="one width"):
+        kernel_distance(one, np.zeros((5, 3)))
+    with pytest.raises(ValueError, match="NaN or infinity, first: 1"):
+        kernel_distance(one, np.array([[1.0, 0.0], [np.nan, 0.0]]))
 
 
 def test_what_has_no_frechet_distance_is_refused() -> None:

@@ -152,7 +152,7 @@ def test_each_network_gives_the_metrics_that_it_is_known_for(tmp_path: Path, cli
         features = {"made": network.features(made)}
         scores |= scores_of_sets(network, network.features(real), features, [f"clip {i}" for i in range(5)])
     assert set(scores) == {
-        *("FVD-I3D", "IS-C3D", "FID-Inception", "IS-Inception", "FVD-CLIP"),
+        *("FVD-I3D", "MMD-I3D", "IS-C3D", "FID-Inception", "KID-Inception", "IS-Inception", "FVD-CLIP", "MMD-CLIP"),
         *(f"CLIPSIM-{clip_folder.name}", "caption rank-CLIP"),
     }
     vectors = [np.stack([networks[specs[1]].clip_vector(clip) for clip in side]) for side in (real, made)]

@@ -158,5 +158,5 @@ def test_a_script_of_another_world_is_an_error() -> None:
     with pytest.raises(ValueError, match="world `blocks`"):
         Script.parse(record)
     with pytest.raises(ValueError, match="script"):
-        Script.parse({"objectects": [], "clauses": [], "more": 1})
+        Script.parse({"objects": [], "clauses": [], "more": 1})
     assert Clause("jump", 0).clips == 2 and Clause("jump", 0, quick=True).clips == 1

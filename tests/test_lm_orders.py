@@ -239,7 +239,7 @@ def test_four_captions_are_memorised_and_written_back(head: str, order: str, cha
     )
     model = DeepTokenLM(config, TEXT)
     ids, tokens = TEXT.encode(CAPTIONS, 12), torch.randn(4, 3, 5, 7)
-    fit(model, ids, tokens, steps=400, goal_every=4)
+    fit(model, ids, tokens, steps=250, goal_every=4)
     again = written(model, ids, 3, variance_scale=0.01, flow_steps=12)
     error = (again.unsqueeze(1) - tokens).square().mean((2, 3, 4))  # written caption, true caption
     assert error.argmin(1).tolist() == [0, 1, 2, 3]

@@ -128,7 +128,7 @@ def test_page_of_long_videos_says_what_its_figures_compare() -> None:
     cost = {"joins": "chained", "time_ratio": {"value": 0.99, "interval": [0.86, 1.07], "n": 5}}
     text = read(page("tiny", {"long": {**RESULT, "values": {"joins": {"chained": part}, "cost": cost}}}, {})).text
     told = " ".join(text.split())
-    assert "drift-EffLite0 Squared Fréchet distance of clips at the end of videos" in told
+    assert "drift-EffLite0 Distance of clips at the end of videos" in told
     assert "chained 185 159 to 210 2" in told  # value, interval, videos
     assert "motion_over_time Frame difference at the end of videos over that at their beginning" in told
     assert "time ratio 0.99 0.86 to 1.07 5" in told and "of real ones" not in told

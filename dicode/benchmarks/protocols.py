@@ -15,7 +15,7 @@ from dicode.benchmarks.parts import Parts, shard_of
 from dicode.benchmarks.sets import shuffled, vbench_prompts
 from dicode.checkpoint import model_origin, resolve
 from dicode.device import pick_device
-from dicode.evaluate.scores import frechet_score
+from dicode.evaluate.scores import frechet_score, kernel_score
 from dicode.features.networks import ClipNetwork, NetworkFile, checked_file
 from dicode.pipeline import DiCoDe
 from dicode.provenance import command_line, write_result
@@ -219,14 +219,16 @@ def real_clip(path: Path, fps: float, size: int, seed: int) -> Video | None:
 
 
 def fvd(name: str, real: np.ndarray, generated: np.ndarray, protocol_clips: int, seed: int) -> dict[str, Any]:
-    """The squared Fréchet distance of I3D's vectors, with an interval over both sets of clips (`set_score`).
+    """The squared Fréchet distance of I3D's vectors and, beside it, their `kernel_distance`, which no protocol has.
 
-    They are taken for independent, though prompts come from the captions or classes of the real videos.
+    With intervals over both sets of clips (`set_score`). They are taken for independent, though prompts come from the
+    captions or classes of the real videos.
     """
-    score = frechet_score(real, generated, seed, paired=False)
     samples = counted(name, len(generated), protocol_clips)
-    real_clips = counted(name, len(real), protocol_clips, "real_clips")
-    return {name: {"value": score.value, "interval": score.interval, **samples, **real_clips}}
+    counts = {**samples, **counted(name, len(real), protocol_clips, "real_clips")}
+    scores = {name: frechet_score, name.replace("FVD", "MMD"): kernel_score}
+    found = {key: score(real, generated, seed, paired=False) for key, score in scores.items()}
+    return {key: {"value": own.value, "interval": own.interval, **counts} for key, own in found.items()}
 
 
 def counted(name: str, count: int, protocol: int, unit: str = "samples") -> dict[str, int]:

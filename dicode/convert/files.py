@@ -5,6 +5,7 @@ import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ def read_weights(path: Path) -> State:
         mmap = zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be mapped
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, … for one and the same thing
-        raise CheckpointError(f"{path}: not a torch file of plain tensors ({' '.join(str(error).split())})") from error
+        reason = f" ({' '.join(str(error).split())})" if isinstance(error, UnpicklingError) else ""  # names the class
+        raise CheckpointError(f"{path}: not a torch file of plain tensors{reason}") from error
     for wrapper in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]

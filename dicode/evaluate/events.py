@@ -167,13 +167,13 @@ def shares(scored: Sequence[ScoredVideo], seed: int = 0) -> dict[str, dict[str, 
         "colour_right": partial(_clauses, key="colour"),
         "shape_right": partial(_clauses, key="shape"),
         "event_right": partial(_clauses, key="event"),
-        "objectects_kept": lambda score: (score["kept"], score["joins"]),
+        "objects_kept": lambda score: (score["kept"], score["joins"]),
     }
     figures: dict[str, dict[str, Score]] = {metric: {} for metric in (*metrics, "right_by_event")}
     sets = _by_set(scored)
     for metric, counted in metrics.items():
         for name, those in sets.items():
-            for case in CASES[:-1] if metric == "objectects_kept" else CASES:
+            for case in CASES[:-1] if metric == "objects_kept" else CASES:
                 _add(figures[metric], f"{name}: {case}", _share(those, case, counted, seed))
     for event in EVENTS:
         for case in CASES:

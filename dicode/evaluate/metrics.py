@@ -15,7 +15,7 @@ from jaxtyping import Float64, UInt8
 from numpy import ndarray
 
 from dicode.config import missing_extra
-from dicode.evaluate.scores import Score, alignment, caption_rank, class_score, frechet_score, mean_score
+from dicode.evaluate.scores import Score, alignment, caption_rank, class_score, frechet_score, kernel_score, mean_score
 from dicode.features.extract import (
     EfficientNetLite0Features,
     FeatureMaps,
@@ -142,10 +142,10 @@ def perceptual(real: Video, candidate: Video, extractor: EfficientNetLite0Featur
     return float(perceptual_distance(pixels, target))
 
 
-def frechet_of(kind: str, sets: SetComparison) -> Score | None:
-    """The Fréchet distance of these `Features`, where a network gives them."""
+def distance_of(kind: str, score: Callable[..., Score], sets: SetComparison) -> Score | None:
+    """A distance of these `Features`, where a network gives them."""
     real, candidate = getattr(sets.real, kind), getattr(sets.candidate, kind)
-    return None if real is None else frechet_score(real, candidate, sets.seed)
+    return None if real is None else score(real, candidate, sets.seed)
 
 
 def inception_score(sets: SetComparison) -> Score | None:
@@ -171,12 +171,23 @@ PAIR_METRICS = {
 SET_METRICS = {
     "FVD": SetMetric(
         "Squared Fréchet distance to the real clips of the same number. Lower is better.",
-        partial(frechet_of, "clips"),
+        partial(distance_of, "clips", frechet_score),
+        of_real=False,
+    ),
+    "MMD": SetMetric(
+        "Unbiased squared maximum mean discrepancy to the real clips, polynomial kernel of degree 2 (JEDi): unlike FVD "
+        "its expectation does not depend on the number of clips; 0 for clips of one distribution. Lower is better.",
+        partial(distance_of, "clips", kernel_score),
         of_real=False,
     ),
     "FID": SetMetric(
         "Squared Fréchet distance of single frames to those of the real clips. Lower is better.",
-        partial(frechet_of, "frames"),
+        partial(distance_of, "frames", frechet_score),
+        of_real=False,
+    ),
+    "KID": SetMetric(
+        "The same as MMD of single frames, by a kernel of degree 3. Lower is better.",
+        partial(distance_of, "frames", partial(kernel_score, degree=3, constant=1.0)),
         of_real=False,
     ),
     "IS": SetMetric("Inception Score in one split; grows with the number of clips. Higher is better.", inception_score),

@@ -25,7 +25,11 @@ MEANINGS = {
     "time_ratio": "Seconds over clips times what one more adds to a short video; 1: late ones take no longer.",
     "memory_ratio": "Peak memory of the whole process over that of one clip's.",
     "motion_over_time": "Frame difference at the end of videos over that at their beginning; 1 is as much.",
-    "drift": "Squared Fréchet distance of clips at the end of videos to those at their beginning. Lower is better.",
+    "drift": "Distance of clips at the end of videos to those at their beginning (squared Fréchet distance, or MMD). "
+    "Lower is better.",
+    "end_contrast": "Mean difference of this between the first and the last 15 % of a video's frames, in steps of "
+    "0 to 255; small too where nothing moves. Lower is better.",
+    "similarity": "Mean cosine of features of two frames so far apart, centred on all frames' mean.",
     "join_score": "Frame difference across joins over that inside clips; 1 cannot be distinguished from motion.",
     "psnr": "PSNR in dB, mean over frames, of which an exact one counts 60. Higher is better.",
     "psnr_of_mean_error": "PSNR in dB of the mean squared error of all frames. Higher is better.",
@@ -112,7 +116,7 @@ def by_metric(values: Mapping[str, Any]) -> dict[str, Any]:
     for kind, part in values.get("joins", {}).items():
         named = {"join_score": part["join_score"], "motion_over_time": part["motion"]}
         for metric, figure in part["drift"].items():
-            named[metric.replace("FVD", "drift")] = {**figure, "n": len(part["frames"])}
+            named[f"drift-{metric}".replace("drift-FVD", "drift")] = {**figure, "n": len(part["frames"])}
         for metric, figure in named.items():
             regrouped.setdefault(metric, {})[kind] = figure
     regrouped |= values.get("cost", {})

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,13 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 
 from dicode.features.extract import Features, Network, TextNetwork
-from dicode.features.metrics import Interval, bootstrap_interval, frechet_distance, percentile_rank
+from dicode.features.metrics import (
+    Interval,
+    bootstrap_interval,
+    frechet_distance,
+    kernel_distance,
+    percentile_rank,
+)
 from dicode.seeds import generator_for
 
 LEAST_CLIPS = 4  # whose halves have a covariance
@@ -90,6 +97,14 @@ def frechet_score(real: ndarray, candidate: ndarray, seed: int = 0, paired: bool
     Clip i of one belongs to clip i of the other, or, where they are not `paired`, to none, and there may be more.
     """
     return set_score(frechet_distance, real, candidate, paired=paired, seed=seed)
+
+
+def kernel_score(
+    real: ndarray, candidate: ndarray, seed: int = 0, paired: bool = True, degree: int = 2, constant: float = 0.0
+) -> Score:
+    """`kernel_distance` of two sets, which may be negative; as `frechet_score` otherwise."""
+    distance = partial(kernel_distance, degree=degree, constant=constant)
+    return set_score(distance, real, candidate, paired=paired, least=-np.inf, seed=seed)
 
 
 def class_score(probabilities: Float[ndarray, "n classes"], seed: int = 0, splits: int = 1) -> Score:

@@ -43,15 +43,47 @@ def frechet_distance(one: Float[ndarray, "*n width"], other: Float[ndarray, "*m 
 
 def _mean_and_factor(rows: Float[ndarray, "n width"]) -> tuple[ndarray, ndarray]:
     """The mean, and at most `width` rows F such that FᵀF is the unbiased covariance."""
-    if not np.isfinite(rows).all():
-        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        raise ValueError(f"features of {len(bad)} of {len(rows)} samples hold NaN or infinity, first: {bad[0]}")
+    _check_finite(rows)
     rows = rows.astype(np.float64)
     mean = rows.mean(axis=0)
     factor = rows - mean
     if len(factor) > factor.shape[1]:
         factor = np.asarray(np.linalg.qr(factor, mode="r"))
     return mean, factor / np.sqrt(len(rows) - 1)
+
+
+def _check_finite(rows: Float[ndarray, "n width"]) -> None:
+    """Raise `ValueError` for features that hold NaN or infinity."""
+    if not np.isfinite(rows).all():
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        raise ValueError(f"features of {len(bad)} of {len(rows)} samples hold NaN or infinity, first: {bad[0]}")
+
+
+def kernel_distance(
+    one: Float[ndarray, "*n width"], other: Float[ndarray, "*m other_width"], degree: int = 2, constant: float = 0.0
+) -> float:
+    """The unbiased squared maximum mean discrepancy by the polynomial kernel (x·y/width + constant)^degree.
+
+    Of two sets of feature vectors, as `frechet_distance`. The default is JEDi's kernel (arXiv 2410.05203; its code is
+    biased: it takes the mean over all pairs, those of a sample with itself included); KID's has degree 3 and constant 1
+    (arXiv 1801.01401). Its expectation does not depend on the numbers of samples, and is 0, with values on either
+    side, for two sets of one distribution. Raises `ValueError` as `frechet_distance`.
+    """
+    width = one.shape[-1]
+    if other.shape[-1] != width:
+        raise ValueError(f"expected features of one width, got {width} and {other.shape[-1]}")
+    sets = [rows.reshape(-1, width).astype(np.float64) for rows in (one, other)]
+    if min(map(len, sets)) < 2:
+        raise ValueError(f"expected at least 2 samples on either side, got shapes {one.shape} and {other.shape}")
+    for rows in sets:
+        _check_finite(rows)
+
+    def kernel(a: ndarray, b: ndarray) -> ndarray:
+        return np.asarray((a @ b.T / width + constant) ** degree)
+
+    within = [(k := kernel(rows, rows)).sum() - np.trace(k) for rows in sets]
+    a, b = (total / (len(rows) * (len(rows) - 1)) for total, rows in zip(within, sets, strict=True))
+    return float(a + b - 2 * kernel(*sets).mean())
 
 
 def squared_error(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:

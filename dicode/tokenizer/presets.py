@@ -10,6 +10,18 @@ from dicode.tokenizer.config import (
 )
 
 TOKENIZERS: dict[str, TokenizerConfig] = {
+    # drawn scenes: a lighter first stage; networks beside the linear code as small as those of `world`
+    "blocks": TokenizerConfig(
+        key_head_width=48,
+        key_head_depth=1,
+        linear_code=True,
+        first_stage=FirstStageConfig(
+            channels=(56, 56, 56, 56), encoder_blocks=(0, 1, 2, 2), decoder_blocks=(2, 2, 1, 0)
+        ),
+        encoder=EncoderConfig(width=48, depth=1),
+        resampler=ResamplerConfig(width=48, depth=1, head_width=16, feature_width=48),
+        denoiser=DenoiserConfig(width=256, depth=3, fine_width=96, fine_blocks=2, predict_residual=True),
+    ),
     "sprites": TokenizerConfig(
         linear_code=True,
         encoder=EncoderConfig(depth=1),

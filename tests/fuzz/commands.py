@@ -161,7 +161,7 @@ def world() -> Path:
     wide = io.StringIO()
     csv.writer(wide).writerows([["file", "caption"], ["a.mp4", "x" * 200_000]])
     texts: dict[str, str | bytes] = {
-        "notes.md": "# mine\n", "dir/kept.txt": "mine", "empty.txt": "", "latin1.txt": b"- caf\xe9\n", "binary.bin": os.urandom(3000),
+        "notes.md": "# mine\n", "dir/kept.txt": "mine", "empty.txt": "", "latin1.txt": b"- caf\xe9\n", "binary.bin": random.Random(0).randbytes(3000),
         "deep.yaml": "[" * 20_000, "prompts.txt": "a red square\n", "board.yaml": "- {seconds: 2, prompt: a red square}\n",
         "bomb.yaml": "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}, *{p}]\n" for p, c in zip("abcdefghij", "bcdefghijk", strict=True)),
         "bigfield/captions.csv": wide.getvalue(), "deep/captions.jsonl": '{"file": ' + "[" * 20_000 + "\n",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dicode.data.blocks.script import CLIP_FRAMES, ENTRIES, FPS, Clause, Script
+from dicode.data.blocks.script import ENTRIES, Clause, Script
 from dicode.data.blocks.world import Body, State, body_of, states, there
 
 # {s} does it to {o}; wordings of training, and, after the bar, those that only `paraphrases` has: of the same words.
@@ -120,12 +120,6 @@ def shots(script: Script, random: np.random.Generator, held: bool = False) -> li
     """A prompt for each clause, which names its objects in full; from the second on it begins with "then" or so."""
     first, *others = (phrase.text for phrase in phrases(script, random, held, alone=True))
     return [first, *(_one(random, OPENINGS).format(other) for other in others)]
-
-
-def storyboard(script: Script, texts: Sequence[str]) -> str:
-    """The shots of a script as `dicode generate` reads them."""
-    lengths_s = [clause.clips * CLIP_FRAMES / FPS for clause in script.clauses]
-    return " ".join(f"[{length_s:g}s: {text}]" for length_s, text in zip(lengths_s, texts, strict=True))
 
 
 def phrases(script: Script, random: np.random.Generator, held: bool = False, alone: bool = False) -> list[Phrase]:

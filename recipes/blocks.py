@@ -1,0 +1,121 @@
+r"""The default bundled model, `blocks`: captions of one to five clauses, in order, on scenes that `dicode` draws.
+
+64×64, 8 fps, 16 frames a clip (docs/blocks.md).
+
+    dicode data blocks -n 10000 -o cache/blocks --workers 2
+    dicode train recipes/blocks.py:first_stage
+    dicode train recipes/blocks.py:key_frames
+    dicode train recipes/blocks.py:denoiser             # these two are independent
+    dicode train recipes/blocks.py:lm
+    dicode assemble runs/blocks-denoiser/best runs/blocks-lm/best -o blocks --dtype int8
+
+The same command resumes an interrupted run. Hours and results of each: docs/log.md.
+"""
+
+from dataclasses import replace
+
+from dicode.lm.config import BodyConfig, HeadConfig
+from dicode.lm.presets import SIZES
+from dicode.tokenizer.presets import TOKENIZERS
+from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+
+CACHE = "cache/blocks"
+MODEL = TOKENIZERS["blocks"]
+
+# For `dicode train recipes/blocks.py --all`: in order, with the share of the time that each is worth.
+STAGES = {"first_stage": 0.1, "key_frames": 0.05, "denoiser": 0.4, "lm": 0.45}
+SAMPLING = {"guidance": 2.0, "variance_scale": 0.3}
+
+
+def first_stage() -> FirstStageRun:
+    """Image autoencoder, 8× smaller along each side, 16 channels."""
+    return FirstStageRun(
+        cache=CACHE,
+        model=MODEL.first_stage,
+        mirror=False,
+        loop=LoopConfig(
+            evaluate_every=200,
+            checkpoint_every=100,
+            optim=OptimConfig(
+                steps=1200, batch_size=16, lr=1.5e-3, warmup_steps=100, decay_fraction=0.5, ema_decay=0.995
+            ),
+        ),
+    )
+
+
+def key_frames() -> TokenizerRun:
+    """Encoder, resampler and key-frame head beside the linear code: defines the deep tokens."""
+    return TokenizerRun(
+        cache=CACHE,
+        first_stage="runs/blocks-first_stage/best",
+        model=MODEL,
+        train_denoiser=False,
+        images_per_step=96,
+        loop=LoopConfig(
+            evaluate_every=200,
+            checkpoint_every=100,
+            optim=OptimConfig(steps=800, batch_size=1, lr=5e-4, warmup_steps=50, decay_fraction=0.7, ema_decay=0.99),
+        ),
+    )
+
+
+def denoiser() -> TokenizerRun:
+    """The video diffusion decoder on clips, tokens fixed."""
+    return TokenizerRun(
+        cache=CACHE,
+        first_stage="runs/blocks-first_stage/best",
+        init="runs/blocks-key_frames/best",
+        freeze_key_frames=True,
+        images_per_step=0,
+        model=MODEL,
+        loop=LoopConfig(
+            evaluate_every=500,
+            checkpoint_every=100,
+            optim=OptimConfig(
+                optimizer="muon",
+                steps=8000,
+                batch_size=16,
+                lr=1e-3,
+                warmup_steps=100,
+                decay_fraction=0.5,
+                ema_decay=0.998,
+            ),
+        ),
+    )
+
+
+def lm() -> LanguageRun:
+    """A Llama with a flow head that predicts whole key frames; every sample begins where its caption does."""
+    return LanguageRun(
+        cache=CACHE,
+        tokenizer="runs/blocks-key_frames/best",
+        model=replace(
+            SIZES["sprites"],
+            body=BodyConfig("llama", width=224, depth=6, heads=4, feed_forward=448),
+            head=HeadConfig("flow", width=160),
+            token_width=MODEL.resampler.token_width,
+            vocab_size=512,
+            text_length=112,
+            positions=112 + 16 * 33,
+            input_noise=0.6,
+            order="keyframe",
+        ),
+        from_start=1.0,
+        key_frames=6,
+        longer=(),
+        longer_share=(),
+        augment=AugmentConfig(long_captions=0.0, null_captions=0.1, word_dropout=0.0),
+        loop=LoopConfig(
+            evaluate_every=500,
+            checkpoint_every=100,
+            optim=OptimConfig(
+                optimizer="muon",
+                steps=8000,
+                batch_size=32,
+                lr=1.5e-3,
+                warmup_steps=100,
+                decay_fraction=0.6,
+                ema_decay=0.998,
+            ),
+        ),
+    )
