@@ -1,7 +1,6 @@
 """`blocks`: the same scripts and bytes whoever draws them, true captions, and splits that training never sees."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_blocks import training_scripts, write_blocks
 
 from dicode.cli.app import main
 from dicode.data.blocks.captions import HELD_JOINS, HELD_WORDINGS, JOINS, TRAINED_WORDINGS, captions, phrases, shots
@@ -48,21 +48,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def training() -> list[Script]:
-    """Drawn by another process, where no call is checked for its types: in a thirtieth of the time."""
-    program = (
-        "import json; from dicode.data.blocks.plan import script_of\n"
-        f"print(json.dumps([script_of(0, 'training', index).record() for index in range({MANY})]))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    made = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True)
-    return [Script.parse(record) for record in json.loads(made.stdout)]
+    return training_scripts(MANY)
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("blocks") / "cache"
-    build_blocks(OPTIONS, folder)
-    return folder
+    return write_blocks(tmp_path_factory.mktemp("blocks") / "cache", OPTIONS)
 
 
 def test_training_never_has_what_the_splits_hold_out(training: list[Script]) -> None:
@@ -237,8 +228,7 @@ def test_processes_make_the_bytes_that_one_process_makes(tmp_path: Path, cache: 
     assert contents(tmp_path / "processes") == contents(cache)
 
 
-SMALL = ["data", "blocks", "-n", "2", "--validation", "1", "-o"]
-COMMAND = [sys.executable, "-m", "dicode", *SMALL]
+COMMAND = [sys.executable, "-m", "dicode", "data", "blocks", "-n", "2", "--validation", "1", "-o"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 HANGING_S = 600  # no measure of speed
 
@@ -246,7 +236,7 @@ HANGING_S = 600  # no measure of speed
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("blocks") / "small"
-    assert main([*SMALL, str(folder)]) == 0
+    subprocess.run([*COMMAND, str(folder)], env=ENVIRONMENT, check=True)
     return folder
 
 

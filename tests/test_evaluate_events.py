@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn_blocks import write_blocks
 
 from dicode.cli.app import main
-from dicode.data.blocks.clips import BlocksOptions, build_blocks, drawn
+from dicode.data.blocks.clips import BlocksOptions, drawn
 from dicode.data.blocks.script import SETS, Script
 from dicode.data.cache import FrameCache
 from dicode.evaluate.events import (
@@ -31,8 +32,7 @@ COUNT = 3
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> FrameCache:
     folder = tmp_path_factory.mktemp("events") / "cache"
-    build_blocks(BlocksOptions(count=1, validation=COUNT), folder)
-    return FrameCache.load(folder)
+    return FrameCache.load(write_blocks(folder, BlocksOptions(count=1, validation=COUNT)))
 
 
 class Oracle(DiCoDe):

@@ -39,6 +39,8 @@ KINDS = [
     {"body": "gpt2"},
     {"body": "llama", "head": "regression"},
     {"head": HeadConfig(components=1)},
+    {"attend_padding": False},
+    {"attend_padding": False, "body": "llama", "order": "keyframe", "head": "flow"},
 ]
 
 
@@ -331,3 +333,34 @@ def test_sprites_size_fits_its_budget_and_writes_a_minute() -> None:
     model = DeepTokenLM(SIZES["sprites"])
     assert sum(p.numel() for p in model.parameters()) <= 6.5e6
     assert model.config.keyframe_limit == 33
+
+
+@pytest.mark.parametrize("order", ["token", "keyframe"])
+@pytest.mark.parametrize("body", ["gpt2", "llama"])
+def test_padding_that_is_masked_changes_nothing_and_may_be_left_out(body: str, order: str) -> None:
+    longest = int((TEXT.pad_id != PROMPTS).sum(1).max())
+    assert longest < PROMPTS.shape[1]
+    shorter, tokens = PROMPTS[:, :longest], torch.randn(3, 3, 5, 7)
+    for masked in (True, False):
+        model = build(attend_padding=not masked, body=body, order=order)
+        before, first = model(PROMPTS, tokens).hidden, written(model, guidance=2.0, variance_scale=0.0)
+        if masked:
+            torch.testing.assert_close(model(shorter, tokens).hidden, before, **NEAR)
+            torch.testing.assert_close(written(model, shorter, guidance=2.0, variance_scale=0.0), first, **NEAR)
+        else:
+            with pytest.raises(ValueError, match="expected 12 a text"):
+                model(shorter, tokens)
+        with torch.no_grad():
+            model.backbone.body.get_input_embeddings().weight[TEXT.pad_id] += torch.linspace(-1, 1, 24)
+        assert torch.allclose(model(PROMPTS, tokens).hidden, before, **NEAR) == masked
+
+
+def test_key_frames_may_be_numbered_from_any_one_on() -> None:
+    model, other, tokens = build(), build(), torch.randn(3, 3, 5, 7)
+    with torch.no_grad():
+        other.embedding.keyframe[:3] = model.embedding.keyframe[4:7]
+    shifted = model(PROMPTS, tokens, first_keyframe=4).hidden
+    torch.testing.assert_close(shifted, other(PROMPTS, tokens).hidden, **NEAR)
+    assert not torch.allclose(shifted, model(PROMPTS, tokens).hidden, **NEAR)
+    with pytest.raises(ValueError, match="9 key frames asked for, this model holds 8"):
+        model(PROMPTS, tokens, first_keyframe=6)

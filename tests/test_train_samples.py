@@ -101,6 +101,16 @@ def test_samples_of_videos_that_do_not_loop_begin_where_all_of_a_longer_sample_f
         assert batch["mask"].all() and batch["mask"].shape == (1, 3)
 
 
+def test_key_frames_are_numbered_from_a_random_one_that_leaves_room(tiny_model: Path, cache: Path) -> None:
+    stage = language(tiny_model, cache, augment=AugmentConfig(shift_key_frames=True))
+    batches = [stage.batch(torch.tensor([3, 4]), generator_for(seed)) for seed in range(60)]
+    length = batches[0]["tokens"].shape[1]
+    firsts = {int(batch["first"]) for batch in batches}
+    assert firsts == set(range(stage.run.model.most_keyframes() - length + 1))
+    assert stage.loss(batches[0], generator_for(1))[0].isfinite()
+    assert int(language(tiny_model, cache).batch(torch.tensor([3]), generator_for(0))["first"]) == 0
+
+
 def test_a_goal_is_one_that_all_samples_reach(tiny_model: Path, cache: Path) -> None:
     stage = language(tiny_model, cache, end_frame_prob=1.0, key_frames=5)
     batch = stage.batch(torch.tensor([3, 4]), generator_for(0))

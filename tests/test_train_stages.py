@@ -116,7 +116,7 @@ def test_resume_is_bit_exact(trained: Path, tmp_path: Path, stage: str) -> None:
     """Three steps, a stop, then the rest: same weights, EMA, buffers, optimizer and losses as in one go."""
     run = {**runs(trained), **variants(trained)}[stage]
     optim = dataclasses.replace(loop(6).optim, optimizer=run.loop.optim.optimizer)
-    whole = dataclasses.replace(run, loop=dataclasses.replace(loop(6), optim=optim))
+    whole = dataclasses.replace(run, loop=dataclasses.replace(loop(6), optim=optim, evaluate_every=6))
     run_recipe(whole, tmp_path / "whole", {})
     train_in_parts(whole, tmp_path / "parts")
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts", step=6)

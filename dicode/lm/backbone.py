@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
@@ -73,20 +73,26 @@ class Backbone(nn.Module):
         self,
         embeddings: Hidden,
         cache: DynamicCache | None = None,
-        mask: Bool[Tensor, "s all"] | None = None,
+        mask: Bool[Tensor, "*b s all"] | None = None,
+        positions: Int[Tensor, "s"] | None = None,
     ) -> Hidden:
         """Hidden states after the last norm. With a cache, `embeddings` continue the cached sequence, and join it.
 
-        `mask` is True where a position (row) attends to another, cached ones included; the default is causal.
-        Padding is attended to like any token: so does the published model, and the null prompt is all padding.
+        `mask` is True where a position (row) attends to another, cached ones included, in all sequences or in each; the
+        default is causal. `positions` are the embeddings' places, by default one after the other.
         """
         self._choose_attention(embeddings.device.type == "cpu" and torch.is_grad_enabled())
         added = None
         if mask is not None:  # as what is added to attention's logits, which every implementation takes
             added = torch.zeros(mask.shape, dtype=embeddings.dtype, device=embeddings.device)
-            added = added.masked_fill(~mask, torch.finfo(embeddings.dtype).min)[None, None]
+            added = added.masked_fill(~mask, torch.finfo(embeddings.dtype).min)
+            added = added[:, None] if added.ndim == 3 else added[None, None]
         output = self.body(
-            inputs_embeds=embeddings, attention_mask=added, past_key_values=cache, use_cache=cache is not None
+            inputs_embeds=embeddings,
+            attention_mask=added,
+            position_ids=None if positions is None else positions[None],
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
         return output.last_hidden_state
 
@@ -104,8 +110,11 @@ class CachedSequence:
     In `keyframe` order what is appended at once attends to all of itself (after the text, with which it begins).
     """
 
-    def __init__(self, backbone: Backbone, text: Hidden, order: Order) -> None:
+    def __init__(
+        self, backbone: Backbone, text: Hidden, order: Order, attended: Bool[Tensor, "b length"] | None = None
+    ) -> None:
         self.backbone, self.batch, self.order = backbone, len(text), order
+        self.attended = attended  # False where text is padding that is masked
         self.cache = backbone.new_cache()
         self.waiting = text  # positions that are not in the cache yet
         self.blocks = torch.arange(text.shape[1])  # the block of every position, the number of its last one
@@ -121,6 +130,11 @@ class CachedSequence:
         mask = None
         if self.order == "keyframe":
             mask = (self.blocks[-self.waiting.shape[1] :, None] >= self.blocks).to(self.waiting.device)
+        if self.attended is not None:
+            number = torch.arange(len(self.blocks), device=self.waiting.device)
+            mask = number[-self.waiting.shape[1] :, None] >= number if mask is None else mask
+            beyond = len(number) - self.attended.shape[1]
+            mask = mask & nn.functional.pad(self.attended, (0, beyond), value=True)[:, None]
         hidden = self.backbone(self.waiting, self.cache, mask)
         if self.cache is not None:  # None: all of the sequence again for every token, to compare with
             self.waiting = self.waiting[:, :0]

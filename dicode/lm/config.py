@@ -57,6 +57,7 @@ class DeepLMConfig:
     predict_residual: bool = False  # predict each later key frame as a residual to the previous one
     residual_anchor: Share = 0.0  # share of the first key frame in what a residual is added to, so that errors fade
     end_frame_conditioning: bool = False  # whether a later key frame may be given: loops, a last image
+    attend_padding: bool = True  # published; False: padding of texts is masked, and need not be there in training
     input_noise: Share = 0.0  # largest share (0…1) of noise in the deep tokens that are inputs in training
 
     @property

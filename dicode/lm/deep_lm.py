@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dicode.checkpoint import load_model, read_section, resolve
@@ -76,25 +76,27 @@ class DeepTokenLM(nn.Module):
         keyframe_mask: KeyFrameMask | None = None,
         generator: torch.Generator | None = None,
         goal: bool = False,
+        first_keyframe: int = 0,
     ) -> DeepLMOutput:
         """The loss of every deep token given the text and all deep tokens before it.
 
         `keyframe_mask` is True where a key frame is real; padding comes after the last real one, where causality
         keeps it from every prediction. The first entry may be False too: that key frame is an input without a loss.
-        With `goal` the last key frame is an input from the second one on, and has no loss of its own.
+        With `goal` the last key frame is an input from the second one on, and has no loss of its own. Key frames are
+        embedded as number `first_keyframe` and following.
 
         In training mode the input tokens (not the targets) are mixed with Gaussian noise (CAM, arXiv 2411.18447), whose
         share is drawn for each sample from 0 … `input_noise` with a density that rises linearly. `generator` draws it
         (default: torch's own). Raises `ValueError` for a goal that does not fit the model or the mask.
         """
         config, k = self.config, tokens.shape[1]
-        self._check(text_ids, tokens, k, goal)
+        self._check(text_ids, tokens, first_keyframe + k, goal)
         if goal and (k < 3 or (keyframe_mask is not None and not keyframe_mask[:, 1:].all())):
             raise ValueError(f"goal: expected 3 key frames or more, all of them real, got {k}")
         inputs = _noised(tokens, config.input_noise, generator) if self.training else tokens
-        blocks = self.embedding(inputs)
+        blocks = self.embedding(inputs, first_keyframe)
         if goal:
-            last = self.embedding.of_goal(inputs[:, -1], k - 1)
+            last = self.embedding.of_goal(inputs[:, -1], first_keyframe + k - 1)
             blocks = torch.cat([blocks[:, :1], last, blocks[:, 1:-1]], dim=1)
             tokens = tokens[:, :-1]
             keyframe_mask = None if keyframe_mask is None else keyframe_mask[:, :-1]
@@ -123,9 +125,18 @@ class DeepTokenLM(nn.Module):
             group = torch.cat([torch.arange(length, device=text.device), number])
             mask = group[:, None] >= group  # text is causal, a block is not
         sequence = torch.cat([text, rearrange(blocks.to(text.dtype), "b k n width -> b (k n) width")], dim=1)
-        hidden = self.backbone(sequence, mask=mask)[:, length:]
+        positions = torch.arange(sequence.shape[1], device=text.device)
+        if (attended := self._attended(text_ids)) is not None:
+            mask = positions[:, None] >= positions if mask is None else mask
+            mask = mask & nn.functional.pad(attended, (0, len(positions) - length), value=True)[:, None]
+            positions[length:] += self.config.text_length - length
+        hidden = self.backbone(sequence, mask=mask, positions=positions)[:, length:]
         hidden = rearrange(hidden, "b (k n) width -> b k n width", k=k)
         return hidden[:, :, :-1] if self.config.order == "token" else hidden
+
+    def _attended(self, text_ids: TextIds) -> Bool[Tensor, "b length"] | None:
+        """Which positions of texts are no padding, where that is masked."""
+        return None if self.config.attend_padding else text_ids != self.config.pad_id
 
     @property
     def tokens_per_step(self) -> int:
@@ -172,6 +183,8 @@ class DeepTokenLM(nn.Module):
         indices = range(len(prompt_ids)) if sample_indices is None else sample_indices
         if len(indices) != len(prompt_ids):
             raise ValueError(f"sample_indices: expected {len(prompt_ids)}, one a prompt, got {len(indices)}")
+        missing = self.config.text_length - prompt_ids.shape[1]  # where padding was left out
+        prompt_ids = nn.functional.pad(prompt_ids, (0, missing), value=self.config.pad_id)
         if sampling.guidance != 1.0:
             prompt_ids = torch.cat([prompt_ids, torch.full_like(prompt_ids, self.config.pad_id)])
         written = [] if prefix is None else list(prefix.unbind(1))
@@ -208,7 +221,8 @@ class DeepTokenLM(nn.Module):
             start = _window_start(keyframe, sampling.context_key_frames)
             if sequence is None or start > first:
                 written, first = written[start - first :], start
-                sequence = CachedSequence(self.backbone, self.backbone.embed_text(text_ids), self.config.order)
+                text = self.backbone.embed_text(text_ids)
+                sequence = CachedSequence(self.backbone, text, self.config.order, self._attended(text_ids))
                 if self.config.order == "keyframe":
                     sequence.append(self.embedding.start(self._begin(len(text_ids)))[:, 0])
                 for number, tokens in enumerate(written):
@@ -274,8 +288,9 @@ class DeepTokenLM(nn.Module):
 
     def _check(self, text_ids: TextIds, tokens: DeepTokens | None, num_keyframes: int, goal: bool = False) -> None:
         config = self.config
-        if text_ids.shape[1] != config.text_length:
-            raise ValueError(f"text ids: expected {config.text_length} a text, got {text_ids.shape[1]}")
+        length = text_ids.shape[1]
+        if length != config.text_length if config.attend_padding else not 0 < length <= config.text_length:
+            raise ValueError(f"text ids: expected {config.text_length} a text, got {length}")
         expected = (len(text_ids), config.tokens_per_keyframe, config.token_width)
         if tokens is not None and (found := (len(tokens), *tokens.shape[2:])) != expected:
             raise ValueError(f"deep tokens: expected (b, n, d) = {expected}, got {found}")

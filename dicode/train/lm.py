@@ -144,11 +144,13 @@ class LanguageTraining:
         everywhere = 1 + int(mask[:, 1:].all(0).long().cumprod(0).sum())  # key frames that all samples have
         goal = self.run.end_frame_prob > 0 and everywhere > 2 and chance() < self.run.end_frame_prob
         length = everywhere if goal else 1 + int(mask[:, 1:].any(0).sum())
+        beyond = self.run.model.most_keyframes(beside=goal) - length if self.run.augment.shift_key_frames else 0
         return {
             "text_ids": self.encode(texts),
             "tokens": torch.stack(tokens)[:, :length].float(),
             "mask": mask[:, :length],  # False, no loss: past the end of a video, and the first key frame of a view
             "goal": torch.tensor(goal),
+            "first": torch.tensor(int(chance() * (beyond + 1)) if beyond > 0 else 0),
         }
 
     def later_start_s(self, video: CachedVideo, key_frames: int, drawn: float) -> float:
@@ -174,16 +176,23 @@ class LanguageTraining:
         return rows[numbers.clamp(max=held - 1)], numbers < held
 
     def encode(self, texts: list[str]) -> Tensor:
-        """Text ids, cut to the model's length: long captions exceed it, and their beginning matters most."""
+        """Text ids, cut to the model's length: long captions exceed it, and their beginning matters most.
+
+        Without padding beyond the longest, to 16, where the model does not attend to it, and no length is compiled.
+        """
         length = self.run.model.text_length
         rows = [entry.ids[:length] for entry in self.text.tokenizer.encode_batch([" ".join(t.split()) for t in texts])]
+        if not (self.run.model.attend_padding or self.run.loop.compile):
+            length = min(length, max(1, -(-max(map(len, rows)) // 16)) * 16)
         return torch.tensor([row + [self.text.pad_id] * (length - len(row)) for row in rows])
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.module.parameters()).device
         text_ids, tokens = batch["text_ids"].to(device), batch["tokens"].to(device)
         mask = None if batch["mask"].all() else batch["mask"].to(device)
-        output = self.module(text_ids, tokens, mask, generator, goal=bool(batch["goal"]))
+        output = self.module(
+            text_ids, tokens, mask, generator, goal=bool(batch["goal"]), first_keyframe=int(batch["first"])
+        )
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
     def weight(self, batch: dict[str, Tensor]) -> float:

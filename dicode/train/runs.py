@@ -152,6 +152,8 @@ class AugmentConfig:
     swapped_words: Share = 0.5  # … and the share replaced
     views: Whole = 0  # augmented copies of every training video (`View`), whose first key frame has no loss
     view_share: Share = 0.5  # probability of such a view
+    # number a step's key frames from a random one on: what is longer than any sample then meets no untrained embedding
+    shift_key_frames: bool = False
 
 
 @dataclass(frozen=True)
