@@ -91,8 +91,8 @@ def lm() -> LanguageRun:
         tokenizer="runs/blocks-key_frames/best",
         model=replace(
             SIZES["sprites"],
-            body=BodyConfig("llama", width=224, depth=6, heads=4, feed_forward=448),
-            head=HeadConfig("flow", width=160),
+            body=BodyConfig("llama", width=160, depth=6, heads=4, feed_forward=320),
+            head=HeadConfig("flow", width=128),
             token_width=MODEL.resampler.token_width,
             vocab_size=512,
             text_length=112,
@@ -100,6 +100,7 @@ def lm() -> LanguageRun:
             input_noise=0.6,
             order="keyframe",
             attend_padding=False,
+            predict_residual=True,
         ),
         from_start=1.0,
         key_frames=6,
