@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dicode import __version__
-from dicode.config import CheckpointError, config_from_dict, nearest, shortened
+from dicode.config import DEFAULT_MODEL, CheckpointError, config_from_dict, nearest, shortened
 from dicode.files import TextError, printable, read_json
 
 FORMAT = 2
@@ -63,12 +63,12 @@ def read_section(folder: Path, name: str, kind: type[T]) -> T:
 
 
 def resolve(name_or_folder: str | Path | None = None, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: one on disk, a bundled model (default: `sprites`), or `owner/name` on the Hub.
+    """The folder of a checkpoint: one on disk, a bundled model (default: DEFAULT_MODEL), or `owner/name` on the Hub.
 
     A repository is downloaded once and then read from the Hub's cache, offline too; `revision` is its branch, tag or
     commit (default: main). A `Path` is never looked up on the Hub.
     """
-    name_or_folder = "sprites" if name_or_folder is None else name_or_folder
+    name_or_folder = DEFAULT_MODEL if name_or_folder is None else name_or_folder
     for folder in (Path(name_or_folder), CHECKPOINTS / name_or_folder):
         if (folder / "config.json").is_file():
             if revision is not None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from dicode.cli import common
-from dicode.config import BatchSize, Range, Seed, Side, Unicode
+from dicode.config import DEFAULT_MODEL, BatchSize, Range, Seed, Side, Unicode
 from dicode.stopwatch import Stopwatch
 
 FvdClips = Annotated[int, Range(2, 2**31 - 1), arg(help="clips on either side of the FVD")]
@@ -22,7 +22,7 @@ class RunFlags:
 
     i3d: Path | None = None  # i3d_torchscript.pt of StyleGAN-V
     confirm: tuple[str, ...] = ()  # SHA-256 of network files that you know to be the published ones
-    model: common.ModelName = "sprites"
+    model: common.ModelName = DEFAULT_MODEL
     revision: common.Revision = None
     size: Side = 256  # side of the real clips in pixels, scaled to cover it and cropped at the centre
     seed: Seed = 0  # random seed
@@ -79,7 +79,7 @@ class Vbench:
 
     prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")]  # a .txt, a prompt a line, or VBench_full_info.json
     output: common.OutputPath  # folder to write
-    model: common.ModelName = "sprites"
+    model: common.ModelName = DEFAULT_MODEL
     revision: common.Revision = None
     samples: Annotated[int, Range(1, 1000)] = 5  # videos a prompt; VBench asks for 25 to measure temporal flickering
     seconds: common.Seconds = 2.0  # length in seconds

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from dicode.cli import common
-from dicode.config import Range, Seed, Share, Side, UpTo1000
+from dicode.config import DEFAULT_MODEL, Range, Seed, Share, Side, UpTo1000
 from dicode.stopwatch import Progress, Stopwatch, tracked
 
 MOST_COUNTED = 125  # exit codes from 126 on mean other things to a shell
@@ -94,7 +94,7 @@ class Encode:
     """Compute the latents and deep tokens of a cache now, which training would compute when it first needs them."""
 
     cache: common.CacheFolder
-    model: common.ModelName = "sprites"
+    model: common.ModelName = DEFAULT_MODEL
     device: common.Device = "auto"
     mirror: bool = False  # also the latents of mirror images, for a tokenizer's training with --mirror
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from dicode.cli import common
-from dicode.config import Count, Factor, Guidance, Range, Seed
+from dicode.config import DEFAULT_MODEL, Count, Factor, Guidance, Range, Seed
 from dicode.stopwatch import Progress, Stopwatch
 
 PARTS = ("generation", "reconstruction", "instructions", "scorer", "events", "speed", "long")
@@ -30,7 +30,7 @@ class Evaluate:
     The first line estimates the time on this machine; `long`, a minute's videos, takes longest.
     """
 
-    model: common.Model = "sprites"  # bundled model, checkpoint folder, or owner/name on the Hub
+    model: common.Model = DEFAULT_MODEL  # bundled model, checkpoint folder, or owner/name on the Hub
     cache: CacheOption = Path("cache/sprites")
     output: common.OutputPath = Path("results")  # folder of the JSON files
     sheets: Path | None = None  # folder for contact sheets; the report includes earlier ones there

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from dicode.cli import common
-from dicode.config import Seed, Unicode, Whole
+from dicode.config import DEFAULT_MODEL, Seed, Unicode, Whole
 from dicode.stopwatch import Progress, Stopwatch
 from dicode.tokenizer.config import TokenizerConfig
 
@@ -43,7 +43,7 @@ class Generate:
     reroll_seed: Seed | None = None  # seed for --reroll-from; default: the next one
     write: common.Write = common.WRITE
     render: common.Render = common.RENDER
-    model: common.ModelName = "sprites"
+    model: common.ModelName = DEFAULT_MODEL
     revision: common.Revision = None
     output: common.Output = "out.mp4"  # .mp4, .webm, .gif, or a folder name/ for PNG frames or, with --prompts, videos
     scale: common.Enlarged = None

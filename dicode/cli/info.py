@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dicode.cli import common
-from dicode.config import CheckpointError, Count, Items, Range, nearest
+from dicode.config import DEFAULT_MODEL, CheckpointError, Count, Items, Range, nearest
 from dicode.lm.config import DeepLMConfig
 from dicode.lm.presets import SIZES
 from dicode.stopwatch import Stopwatch, duration
@@ -27,7 +27,9 @@ class Info:
     flags change it.
     """
 
-    model: common.Model = "sprites"  # bundled model, checkpoint folder, id on the Hub, preset, FILE.py:RUN or FILE.py
+    model: common.Model = (
+        DEFAULT_MODEL  # bundled model, checkpoint folder, id on the Hub, preset, FILE.py:RUN or FILE.py
+    )
     revision: common.Revision = None
     here: bool = False  # measured time of each stage on this machine, for a recipe file with STAGES
     gpus: Annotated[tuple[Count, ...], Items(1, 64)] | None = None  # numbers of GPUs; default: 1, for models 1 and 8

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dicode.cli import common
-from dicode.config import Seed
+from dicode.config import DEFAULT_MODEL, Seed
 from dicode.stopwatch import Progress, Stopwatch
 
 SUFFIX = ".safetensors"  # of a file of tokens
@@ -17,7 +17,7 @@ class Tokenize:
 
     input: common.Input  # video, animated image, or folder of frames
     output: common.Output = "tokens.safetensors"  # .safetensors file to write
-    model: common.ModelName = "sprites"
+    model: common.ModelName = DEFAULT_MODEL
     revision: common.Revision = None
     device: common.Device = "auto"
 
@@ -34,7 +34,7 @@ class Reconstruct:
     side_by_side: bool = False  # the input at the left, its reconstruction at the right
     seed: Seed = 0  # random seed of the decoder
     render: common.Render = common.RENDER
-    model: common.ModelName = "sprites"
+    model: common.ModelName = DEFAULT_MODEL
     revision: common.Revision = None
     scale: common.Enlarged = None
     device: common.Device = "auto"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
+DEFAULT_MODEL = "sprites"  # the bundled model where none is named
 Precision = Literal["auto", "bfloat16", "float32"]
 MOST_INTEGER = 2**63 - 1
 T = TypeVar("T")
