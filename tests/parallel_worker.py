@@ -1,6 +1,7 @@
-"""Train toy runs with as many processes as torchrun starts: see test_train_parallel.py.
+"""Train toy runs with as many processes as torchrun starts, or with forks of this one: see test_train_parallel.py.
 
-    torchrun --standalone --nproc-per-node 4 tests/parallel_worker.py ROOT OUTPUT ddp:lm fsdp:key_frames:7
+    torchrun --standalone --nproc-per-node 2 tests/parallel_worker.py ROOT OUTPUT ddp:lm fsdp:key_frames:7
+    python tests/parallel_worker.py --forks 4 ROOT OUTPUT ddp:lm fsdp:key_frames:7
 
 A third part is the step in which a signal stops the run, which then lies in ROOT/stopped. What follows `recipes` is for
 parallel_recipes.py, in the same processes, since starting them takes longest.
@@ -9,7 +10,9 @@ parallel_recipes.py, in the same processes, since starting them takes longest.
 import dataclasses
 import os
 import signal
+import socket
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +22,10 @@ import parallel_recipes
 import torch
 from toy_runs import loop, runs, variants
 
+import dicode.train.first_stage
+import dicode.train.lm
 import dicode.train.loop
+import dicode.train.tokenizer
 from dicode.train.checkpoint import TrainState
 from dicode.train.distributed import Processes, Stopped
 from dicode.train.loop import Training
@@ -81,5 +87,36 @@ def main(root: str, output: str, *asked: str) -> None:
             parallel_recipes.main(root, f"{root}/recipes.json", *recipes)
 
 
+def forked(count: int, *arguments: str) -> int:
+    """Run `main` in forks that find what torchrun would tell them; ends all with the first that fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    running = []
+    for rank in map(str, range(count)):
+        if (process := os.fork()) == 0:
+            os.environ |= {**told, "RANK": rank, "LOCAL_RANK": rank}
+            try:
+                main(*arguments)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            os._exit(code)
+        running.append(process)
+    code = 0
+    while running:
+        process, status = os.wait()
+        running.remove(process)
+        if status and not code:
+            code = 1
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return code
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--forks":
+        sys.exit(forked(int(sys.argv[2]), *sys.argv[3:]))
     main(*sys.argv[1:])

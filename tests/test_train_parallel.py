@@ -34,14 +34,17 @@ TOGETHER = ["2/ddp-key_frames", "2/ddp-flow", "2/fsdp-lm", "4/ddp-lm", *(f"4/fsd
 FREE = ("num_batches_tracked", "norm_out.bias", "running_mean")
 
 
-def launch(processes: int, worker: str, *arguments: object) -> None:
-    """`torchrun` a worker; its output is shown where it fails."""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def launch(processes: int, *arguments: object, forks: bool = False) -> None:
+    """The worker, by `torchrun` or as forks of one process, which begin sooner; its output is shown where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    worker, count = str(HERE / "parallel_worker.py"), str(processes)
+    start = [worker, "--forks", count] if forks and hasattr(os, "fork") else [*TORCHRUN, count, worker]
     done = subprocess.run(
-        [*command, str(HERE / worker), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *start, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
 
 
@@ -86,26 +89,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_recipe(runs(folder)[name], folder / name, {})
     for name in (*NAMES, "flow"):
         run_recipe(parallel_run(folder, name, "ddp"), folder / "1" / f"ddp-{name}", {})
-    launch(
-        4,
-        "parallel_worker.py",
-        folder,
-        folder / "4",
-        "fsdp:key_frames:7",
-        "ddp:lm",
-        *(f"fsdp:{name}" for name in NAMES),
-    )
+    of_four = ["fsdp:key_frames:7", "ddp:lm", *(f"fsdp:{name}" for name in NAMES)]
+    launch(4, folder, folder / "4", *of_four, forks=True)
     shutil.copytree(folder / "stopped", folder / "2")
+    of_two = ["fsdp:key_frames", "ddp:key_frames", "ddp:flow", "fsdp:lm"]
     asked = [*(f"ddp:{name}" for name in RECIPES), *(f"fsdp:{name}" for name in SHARED)]
-    launch(
-        2,
-        "parallel_worker.py",
-        folder,
-        folder / "2",
-        *("fsdp:key_frames", "ddp:key_frames", "ddp:flow", "fsdp:lm"),
-        "recipes",
-        *asked,
-    )
+    launch(2, folder, folder / "2", *of_two, "recipes", *asked)
     return folder
 
 
