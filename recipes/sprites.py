@@ -9,7 +9,7 @@ r"""The default bundled model, `sprites`: 64×64, 8 fps, 16 frames a clip, train
     dicode assemble runs/sprites-denoiser/best runs/sprites-lm/best -o sprites \
         --first-stage runs/sprites-first_stage_decoder/best
 
-The bundled model was assembled with `--guidance 1.5 --variance-scale 1 --decoder-guidance 2.5
+The bundled model was assembled with `--dtype int8 --guidance 1.5 --variance-scale 1 --decoder-guidance 2.5
 --decoder-temperature 0.95 --motion-scale 1.3 --context-key-frames 8`.
 To train it further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
 
@@ -117,7 +117,7 @@ def denoiser() -> TokenizerRun:
 
 
 def lm() -> LanguageRun:
-    """A 2.9 M Llama on the deep tokens of `key_frames`; small, so that all parts fit 24 MB.
+    """A 2.9 M Llama on the deep tokens of `key_frames`; small beside the tokenizer.
 
     Strong noise on input tokens makes it depend on the caption; Muon memorises captions faster (docs/log.md). Key
     frames by flow matching with swapped words were the best of ten variants (studies/heads); the bundled model was
