@@ -151,8 +151,8 @@ def test_a_flow_learns_two_points_and_draws_them_with_their_shares(places: int) 
     head = FlowHead(config_of(1, 2, places, width=64, depth=2))
     optimizer = torch.optim.Adam(head.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(1)
-    for step in range(300):
-        optimizer.param_groups[0]["lr"] = 3e-3 if step < 200 else 2e-4
+    for step in range(600):
+        optimizer.param_groups[0]["lr"] = 3e-3 if step < 450 else 2e-4
         given = torch.randint(0, 2, (256, 1, 1), generator=generator).float()
         sign = torch.where((torch.rand(256, 1, 1, generator=generator) < 0.25) | (given == 1), 1.0, -1.0)
         loss = head.loss(given.expand(-1, places, 1), sign.expand(-1, places, 2), generator).mean()

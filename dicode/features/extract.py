@@ -159,7 +159,7 @@ def mean(maps: list[Tensor]) -> Tensor:
     return torch.stack([x.float().mean() for x in maps]).mean()
 
 
-def mean_and_change(features_of_frames: Iterable[Float32[Tensor, "f width"]]) -> Float64[ndarray, "n two_widths"]:
+def mean_and_change(features_of_frames: Iterable[Float32[Tensor, "_ width"]]) -> Float64[ndarray, "n two_widths"]:
     """Of each clip the mean over its frames and, beside it, the mean absolute difference of consecutive frames.
 
     The second half is zero for a still clip and doubles when the same path takes half the time. Neither depends on the
