@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from drawn_blocks import write_blocks
 from scipy.stats import norm
 from synthetic import draw_clip
 from test_features_tinyvt import SMALL, drawn_cache
@@ -19,6 +20,7 @@ from torch import nn
 from toy_runs import FLOW, write_cache
 
 from dicode.config.user_code import load_file
+from dicode.data.blocks.clips import BlocksOptions
 from dicode.data.cache import FrameCache
 from dicode.features.tinyvt import TinyVT
 from dicode.lm.deep_lm import DeepTokenLM
@@ -229,3 +231,10 @@ def test_captions_with_variants_are_those_that_enough_clips_carry() -> None:
     captions = ["Wave", "wave ", "fist", "", "Fist", "WAVE", "", "", "Ear"]
     assert study("heads").captions_with_variants(captions, least=3) == {"Wave": [0, 1, 5]}
     assert list(study("heads").captions_with_variants(captions, least=2)) == ["fist", "Wave"]
+
+
+def test_scorer_of_blocks(results: Path, tmp_path: Path) -> None:
+    cache = write_blocks(tmp_path / "cache", BlocksOptions(count=1, validation=1))
+    study("blocks", "scorer").main([str(cache), str(results / "scorer.json")])
+    values = json.loads((results / "scorer.json").read_text())["values"]
+    assert values["clauses_right"]["event"]["value"] > 0.95 and values["clauses_right"]["colour"]["of"] > 40
