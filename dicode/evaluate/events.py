@@ -27,7 +27,7 @@ from dicode.video.timed import Video
 SIZE = 64
 CLIPS_AT_ONCE = 40  # of a batch of videos
 STORY_SHARE = 10  # one in so many of the other sets' scripts
-STORY_CONTEXT = 1  # key frames that a shot of a storyboard goes on from, as shots of the training clips do
+STORY_CONTEXT = 2  # key frames: the last one and the next, since shots of the training clips begin with the last one
 SHUFFLES = 3  # other scripts that a generated video is compared with
 ON_SHEET = 3  # videos of each set
 SHUFFLED = "generated, shuffled"
