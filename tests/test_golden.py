@@ -40,7 +40,7 @@ NAMES = {
     ),
     "heads": ("run",),
     "world": ("first_stage", "first_stage_decoder", "key_frames", "denoiser", "lm", "lm_own"),
-    "scale": ("llama_200k", "llama_19m"),  # at toy size others differ in nothing
+    "scale": ("llama_200k", "llama_19m"),  # at toy size others have the same, or differ in learning rate alone
     "scale_large": ("llama_1b",),
 }  # fmt: skip
 EVERY = [f"{file}:{name}" for file, names in NAMES.items() for name in names]

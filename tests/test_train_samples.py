@@ -105,10 +105,10 @@ def test_key_frames_are_numbered_from_a_random_one_that_leaves_room(tiny_model: 
     stage = language(tiny_model, cache, augment=AugmentConfig(shift_key_frames=True))
     batches = [stage.batch(torch.tensor([3, 4]), generator_for(seed)) for seed in range(60)]
     length = batches[0]["tokens"].shape[1]
-    firsts = {int(batch["first"]) for batch in batches}
+    firsts = {int(batch["first_keyframe"]) for batch in batches}
     assert firsts == set(range(stage.run.model.most_keyframes() - length + 1))
     assert stage.loss(batches[0], generator_for(1))[0].isfinite()
-    assert int(language(tiny_model, cache).batch(torch.tensor([3]), generator_for(0))["first"]) == 0
+    assert int(language(tiny_model, cache).batch(torch.tensor([3]), generator_for(0))["first_keyframe"]) == 0
 
 
 def test_a_goal_is_one_that_all_samples_reach(tiny_model: Path, cache: Path) -> None:

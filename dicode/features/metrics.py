@@ -24,18 +24,15 @@ def frechet_distance(one: Float[ndarray, "*n width"], other: Float[ndarray, "*m 
     trace is the sum of singular values of Fa Fbᵀ: exact for singular covariances, where `scipy.linalg.sqrtm` is not.
     Biased upwards for small sets: compare only sets of equally many. Warns where samples are fewer than features.
     """
-    width, count = one.shape[-1], min(rows.size // rows.shape[-1] for rows in (one, other))
-    if other.shape[-1] != width:
-        raise ValueError(f"expected features of one width, got {width} and {other.shape[-1]}")
-    if count < 2:
-        raise ValueError(f"expected at least 2 samples on either side, got shapes {one.shape} and {other.shape}")
+    sets = _comparable(one, other)
+    width, count = one.shape[-1], min(map(len, sets))
     if count < width:
         warnings.warn(
             f"Fréchet distance of {width} features from {count} samples is biased upwards; compare it only with"
             " figures from as many samples",
             stacklevel=2,
         )
-    (mean, factor), (other_mean, other_factor) = (_mean_and_factor(rows.reshape(-1, width)) for rows in (one, other))
+    (mean, factor), (other_mean, other_factor) = map(_mean_and_factor, sets)
     cross = np.linalg.svd(factor @ other_factor.T, compute_uv=False).sum()
     distance = ((mean - other_mean) ** 2).sum() + (factor**2).sum() + (other_factor**2).sum() - 2 * cross
     return max(0.0, float(distance))  # rounding may leave -1e-12 for equal sets
@@ -43,8 +40,6 @@ def frechet_distance(one: Float[ndarray, "*n width"], other: Float[ndarray, "*m 
 
 def _mean_and_factor(rows: Float[ndarray, "n width"]) -> tuple[ndarray, ndarray]:
     """The mean, and at most `width` rows F such that FᵀF is the unbiased covariance."""
-    _check_finite(rows)
-    rows = rows.astype(np.float64)
     mean = rows.mean(axis=0)
     factor = rows - mean
     if len(factor) > factor.shape[1]:
@@ -52,11 +47,17 @@ def _mean_and_factor(rows: Float[ndarray, "n width"]) -> tuple[ndarray, ndarray]
     return mean, factor / np.sqrt(len(rows) - 1)
 
 
-def _check_finite(rows: Float[ndarray, "n width"]) -> None:
-    """Raise `ValueError` for features that hold NaN or infinity."""
-    if not np.isfinite(rows).all():
-        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        raise ValueError(f"features of {len(bad)} of {len(rows)} samples hold NaN or infinity, first: {bad[0]}")
+def _comparable(one: ndarray, other: ndarray) -> list[Float64[ndarray, "_ width"]]:
+    """Both sets of features, a row a sample. Raises `ValueError` where they cannot be compared."""
+    if one.shape[-1] != other.shape[-1]:
+        raise ValueError(f"expected features of one width, got {one.shape[-1]} and {other.shape[-1]}")
+    sets = [rows.reshape(-1, rows.shape[-1]).astype(np.float64) for rows in (one, other)]
+    if min(map(len, sets)) < 2:
+        raise ValueError(f"expected at least 2 samples on either side, got shapes {one.shape} and {other.shape}")
+    for rows in sets:
+        if len(bad := np.flatnonzero(~np.isfinite(rows).all(axis=1))):
+            raise ValueError(f"features of {len(bad)} of {len(rows)} samples hold NaN or infinity, first: {bad[0]}")
+    return sets
 
 
 def kernel_distance(
@@ -69,17 +70,10 @@ def kernel_distance(
     (arXiv 1801.01401). Its expectation does not depend on the numbers of samples, and is 0, with values on either
     side, for two sets of one distribution. Raises `ValueError` as `frechet_distance`.
     """
-    width = one.shape[-1]
-    if other.shape[-1] != width:
-        raise ValueError(f"expected features of one width, got {width} and {other.shape[-1]}")
-    sets = [rows.reshape(-1, width).astype(np.float64) for rows in (one, other)]
-    if min(map(len, sets)) < 2:
-        raise ValueError(f"expected at least 2 samples on either side, got shapes {one.shape} and {other.shape}")
-    for rows in sets:
-        _check_finite(rows)
+    sets = _comparable(one, other)
 
     def kernel(a: ndarray, b: ndarray) -> ndarray:
-        return np.asarray((a @ b.T / width + constant) ** degree)
+        return np.asarray((a @ b.T / one.shape[-1] + constant) ** degree)
 
     within = [(k := kernel(rows, rows)).sum() - np.trace(k) for rows in sets]
     a, b = (total / (len(rows) * (len(rows) - 1)) for total, rows in zip(within, sets, strict=True))

@@ -104,6 +104,16 @@ class Backbone(nn.Module):
             self.body.set_attn_implementation(wanted)
 
 
+def without_padding(
+    mask: Bool[Tensor, "rows all_positions"] | None, attended: Bool[Tensor, "b length"], rows: int, all_positions: int
+) -> Bool[Tensor, "b rows all_positions"]:
+    """A mask (default: causal) of a sequence's last `rows` positions that leaves out the padding of its texts."""
+    if mask is None:
+        number = torch.arange(all_positions, device=attended.device)
+        mask = number[-rows:, None] >= number
+    return mask & nn.functional.pad(attended, (0, all_positions - attended.shape[1]), value=True)[:, None]
+
+
 class CachedSequence:
     """A sequence as it grows: appended positions pass the transformer once, with a key/value cache.
 
@@ -131,10 +141,7 @@ class CachedSequence:
         if self.order == "keyframe":
             mask = (self.blocks[-self.waiting.shape[1] :, None] >= self.blocks).to(self.waiting.device)
         if self.attended is not None:
-            number = torch.arange(len(self.blocks), device=self.waiting.device)
-            mask = number[-self.waiting.shape[1] :, None] >= number if mask is None else mask
-            beyond = len(number) - self.attended.shape[1]
-            mask = mask & nn.functional.pad(self.attended, (0, beyond), value=True)[:, None]
+            mask = without_padding(mask, self.attended, self.waiting.shape[1], len(self.blocks))
         hidden = self.backbone(self.waiting, self.cache, mask)
         if self.cache is not None:  # None: all of the sequence again for every token, to compare with
             self.waiting = self.waiting[:, :0]

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from dicode.checkpoint import load_model, read_section, resolve
 from dicode.checkpoint.saving import save_weights
 from dicode.config import CheckpointError, check_ranges, config_to_dict
-from dicode.lm.backbone import Backbone, BeginHidden, CachedSequence, DeepTokenEmbedding, KeyFrameHidden
+from dicode.lm.backbone import (
+    Backbone,
+    BeginHidden,
+    CachedSequence,
+    DeepTokenEmbedding,
+    KeyFrameHidden,
+    without_padding,
+)
 from dicode.lm.config import DeepLMConfig
 from dicode.lm.heads import HEADS, Head
 from dicode.lm.text import FILE, TextTokenizer
@@ -127,8 +134,7 @@ class DeepTokenLM(nn.Module):
         sequence = torch.cat([text, rearrange(blocks.to(text.dtype), "b k n width -> b (k n) width")], dim=1)
         positions = torch.arange(sequence.shape[1], device=text.device)
         if (attended := self._attended(text_ids)) is not None:
-            mask = positions[:, None] >= positions if mask is None else mask
-            mask = mask & nn.functional.pad(attended, (0, len(positions) - length), value=True)[:, None]
+            mask = without_padding(mask, attended, len(positions), len(positions))
             positions[length:] += self.config.text_length - length
         hidden = self.backbone(sequence, mask=mask, positions=positions)[:, length:]
         hidden = rearrange(hidden, "b (k n) width -> b k n width", k=k)

@@ -210,5 +210,5 @@ def _texts(run: LanguageRun, samples: int, key_frames: int) -> dict[str, Tensor]
         "tokens": torch.empty(samples, key_frames, model.tokens_per_keyframe, model.token_width),
         "mask": torch.ones(samples, key_frames, dtype=torch.bool),
         "goal": torch.tensor(False),
-        "first": torch.tensor(0),
+        "first_keyframe": torch.tensor(0),
     }

@@ -150,7 +150,7 @@ class LanguageTraining:
             "tokens": torch.stack(tokens)[:, :length].float(),
             "mask": mask[:, :length],  # False, no loss: past the end of a video, and the first key frame of a view
             "goal": torch.tensor(goal),
-            "first": torch.tensor(int(chance() * (beyond + 1)) if beyond > 0 else 0),
+            "first_keyframe": torch.tensor(int(chance() * (beyond + 1)) if beyond > 0 else 0),
         }
 
     def later_start_s(self, video: CachedVideo, key_frames: int, drawn: float) -> float:
@@ -191,7 +191,7 @@ class LanguageTraining:
         text_ids, tokens = batch["text_ids"].to(device), batch["tokens"].to(device)
         mask = None if batch["mask"].all() else batch["mask"].to(device)
         output = self.module(
-            text_ids, tokens, mask, generator, goal=bool(batch["goal"]), first_keyframe=int(batch["first"])
+            text_ids, tokens, mask, generator, goal=bool(batch["goal"]), first_keyframe=int(batch["first_keyframe"])
         )
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
