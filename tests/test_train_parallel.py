@@ -27,7 +27,9 @@ from dicode.train.stages import run_recipe, stage_of
 
 HERE = Path(__file__).parent
 NAMES = ["first_stage", "key_frames", "denoiser", "lm", "muon"]
-TOGETHER = ["2/ddp-key_frames", "2/ddp-flow", "2/fsdp-lm", "4/ddp-lm", *(f"4/fsdp-{name}" for name in NAMES)]
+OF_TWO = ["fsdp:key_frames", "ddp:key_frames", "ddp:flow", "fsdp:first_stage", "fsdp:denoiser", "fsdp:lm"]
+OF_FOUR = ["ddp:lm", "fsdp:key_frames", "fsdp:muon"]
+TOGETHER = [f"{count}/{own.replace(':', '-')}" for count, those in ((2, OF_TWO), (4, OF_FOUR)) for own in those]
 
 # A count of forward passes that nothing reads; a bias that batch statistics take out again, so that its gradient is
 # rounding, and their mean, which follows it.
@@ -89,12 +91,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_recipe(runs(folder)[name], folder / name, {})
     for name in (*NAMES, "flow"):
         run_recipe(parallel_run(folder, name, "ddp"), folder / "1" / f"ddp-{name}", {})
-    of_four = ["fsdp:key_frames:7", "ddp:lm", *(f"fsdp:{name}" for name in NAMES)]
-    launch(4, folder, folder / "4", *of_four, forks=True)
+    launch(4, folder, folder / "4", "fsdp:key_frames:7", *OF_FOUR, forks=True)
     shutil.copytree(folder / "stopped", folder / "2")
-    of_two = ["fsdp:key_frames", "ddp:key_frames", "ddp:flow", "fsdp:lm"]
     asked = [*(f"ddp:{name}" for name in RECIPES), *(f"fsdp:{name}" for name in SHARED)]
-    launch(2, folder, folder / "2", *of_two, "recipes", *asked)
+    launch(2, folder, folder / "2", *OF_TWO, "recipes", *asked)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The transformer, GPT-2 or Llama of `transformers`, and its input: padded text, then blocks of `n` deep tokens.
+"""The transformer, a Llama or the GPT-2 of `transformers`, and its input: padded text, then blocks of `n` deep tokens.
 
 `token` order (published): every block begins with a begin-of-image token, all is causal, and the hidden state at a
 position predicts the deep token at the next one.
@@ -10,15 +10,16 @@ A *goal* is a later key frame given beforehand. Its block stands right after the
 of itself; in `keyframe` order the second key frame is predicted from it.
 """
 
-from typing import cast
+from types import ModuleType
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from dicode.lm.config import DeepLMConfig, Order
+from dicode.lm.llama import KeyValueCache, Llama
 from dicode.shapes import DeepTokens, Hidden, KeyFrameTokens, TextIds
 
 KeyFrameHidden = Float[Tensor, "b k n width"]
@@ -58,21 +59,30 @@ class Backbone(nn.Module):
 
     def __init__(self, config: DeepLMConfig) -> None:
         super().__init__()
-        self.positions = config.positions
-        self.body = GPT2Model(_gpt2(config)) if config.body.kind == "gpt2" else LlamaModel(_llama(config))
+        self.config = config
+        self.body: Any = _library().new_gpt2(config) if self.is_gpt2 else Llama(config)
+
+    @property
+    def is_gpt2(self) -> bool:
+        return self.config.body.kind == "gpt2"
+
+    @property
+    def text_embedding(self) -> nn.Embedding:
+        """Of the vocabulary."""
+        return self.body.get_input_embeddings()
 
     def embed_text(self, text_ids: TextIds) -> Hidden:
         """Look text ids up; the begin-of-image token is one of them."""
-        return cast(nn.Embedding, self.body.get_input_embeddings())(text_ids)
+        return self.text_embedding(text_ids)
 
-    def new_cache(self) -> DynamicCache | None:
-        """An empty key/value cache for `forward`."""
-        return DynamicCache(config=self.body.config)
+    def new_cache(self) -> Any:
+        """An empty key/value cache for `forward`; None: there is none."""
+        return _library().DynamicCache(config=self.body.config) if self.is_gpt2 else KeyValueCache()
 
     def forward(
         self,
         embeddings: Hidden,
-        cache: DynamicCache | None = None,
+        cache: Any = None,
         mask: Bool[Tensor, "*b s all"] | None = None,
         positions: Int[Tensor, "s"] | None = None,
     ) -> Hidden:
@@ -81,27 +91,16 @@ class Backbone(nn.Module):
         `mask` is True where a position (row) attends to another, cached ones included, in all sequences or in each; the
         default is causal. `positions` are the embeddings' places, by default one after the other.
         """
-        self._choose_attention(embeddings.device.type == "cpu" and torch.is_grad_enabled())
-        added = None
-        if mask is not None:  # as what is added to attention's logits, which every implementation takes
-            added = torch.zeros(mask.shape, dtype=embeddings.dtype, device=embeddings.device)
-            added = added.masked_fill(~mask, torch.finfo(embeddings.dtype).min)
-            added = added[:, None] if added.ndim == 3 else added[None, None]
-        output = self.body(
-            inputs_embeds=embeddings,
-            attention_mask=added,
-            position_ids=None if positions is None else positions[None],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        return output.last_hidden_state
+        if self.is_gpt2:
+            return _library().gpt2_hidden(self.body, embeddings, cache, mask, positions)
+        return self.body(embeddings, cache, mask, positions)
 
-    def _choose_attention(self, trains_on_cpu: bool) -> None:
-        # Measured, bfloat16, 32 × 114 × 256: the backward of torch's fused CPU attention takes 6-8 times as long as
-        # that of the plain one, and decides how long a training step takes. Everywhere else the fused one is faster.
-        wanted = "eager" if trains_on_cpu else "sdpa"
-        if self.body.config._attn_implementation != wanted:
-            self.body.set_attn_implementation(wanted)
+
+def _library() -> ModuleType:
+    """What `transformers` is imported for: seconds."""
+    from dicode.lm import library
+
+    return library
 
 
 def without_padding(
@@ -146,49 +145,3 @@ class CachedSequence:
         if self.cache is not None:  # None: all of the sequence again for every token, to compare with
             self.waiting = self.waiting[:, :0]
         return hidden[:, -count:]
-
-
-def _gpt2(config: DeepLMConfig) -> GPT2Config:
-    body = config.body
-    return GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.positions,
-        n_embd=body.width,
-        n_layer=body.depth,
-        n_head=body.heads,
-        n_inner=body.feed_forward or 4 * body.width,
-        resid_pdrop=body.dropout,
-        embd_pdrop=body.dropout,
-        attn_pdrop=body.dropout,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own "gelu_new" in one fused operation
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-
-
-def _llama(config: DeepLMConfig) -> LlamaConfig:
-    body = config.body
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": body.rope_base}
-    if body.rope_factor > 1.0:  # the constants of every Llama 3.1 and 3.2 configuration
-        rope |= {
-            "rope_type": "llama3",
-            "factor": body.rope_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    return LlamaConfig(
-        vocab_size=config.vocab_size,
-        max_position_embeddings=131_072 if body.rope_factor > 1.0 else config.positions,
-        hidden_size=body.width,
-        num_hidden_layers=body.depth,
-        num_attention_heads=body.heads,
-        num_key_value_heads=body.key_value_heads or body.heads,
-        intermediate_size=body.feed_forward or 3 * body.width,
-        rms_norm_eps=1e-5,
-        rope_parameters=rope,
-        attention_dropout=body.dropout,
-        pad_token_id=None,  # a padding index would pin its embedding to zero; the null prompt is to be learned
-        bos_token_id=None,
-        eos_token_id=None,
-    )

@@ -80,7 +80,7 @@ def size_lm(config: DeepLMConfig) -> dict[str, Any]:
     body = config.body
     cached = 2 * body.depth * (body.key_value_heads or body.heads) * (body.width // body.heads) * length
     looked_up = sum(count_parameters(m) for m in used.modules() if isinstance(m, nn.Embedding))
-    text = count_parameters(used.backbone.body.get_input_embeddings())
+    text = count_parameters(used.backbone.text_embedding)
     return {
         "parameters": {
             "body": count_parameters(used.backbone) - text,

@@ -7,20 +7,18 @@ diffusers' networks of two to five times its size, because all its arithmetic is
 (docs/log.md); those are in library.py. `DENOISERS` at the end of this file names all; docs/extend.md adds one.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
-import numpy as np
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.models.embeddings import get_timestep_embedding
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from dicode.shapes import ClipLatents
 from dicode.tokenizer.config import DenoiserConfig, Objective, SamplingConfig, TokenizerConfig
-from dicode.tokenizer.encoder import grid_positions, transformer
+from dicode.tokenizer.encoder import grid_positions, normal_start, transformer
 
 Predict = Callable[[ClipLatents, Tensor], ClipLatents]
 
@@ -122,16 +120,16 @@ class Hourglass(nn.Module):
         n, d = config.resampler.queries, config.resampler.token_width
         channels, frames, size = config.first_stage.latent_channels, config.clip_frames, config.latent_size
         self.stem = nn.Conv2d(input_channels(self.config, channels), fine, 3, padding=1)
-        self.frame_positions = nn.Parameter(torch.randn(frames, 1, 1, fine) * 0.02)
+        self.frame_positions = nn.Parameter(normal_start(frames, 1, 1, fine))
         self.time = nn.Sequential(nn.Linear(fine, fine), nn.SiLU(), nn.Linear(fine, fine))
         self.time_token = nn.Linear(fine, coarse)
         self.down_blocks = nn.ModuleList(FineBlock(fine) for _ in range(self.config.fine_blocks))
         self.down = nn.Linear(fine * 8, coarse)
         self.positions = nn.Parameter(grid_positions((size // 2) ** 2, coarse).repeat(frames // 2, 1))
-        self.moments = nn.Parameter(torch.randn(frames // 2, 1, coarse))
+        self.moments = nn.Parameter(normal_start(frames // 2, 1, coarse, deviation=1.0))
         self.tokens = nn.Linear(d, coarse)
         self.token_positions = nn.Parameter(grid_positions(n, coarse).repeat(2, 1, 1))
-        self.token_moments = nn.Parameter(torch.randn(2, 1, coarse))
+        self.token_moments = nn.Parameter(normal_start(2, 1, coarse, deviation=1.0))
         self.blocks = transformer(coarse, self.config.depth, self.config.heads)
         self.up = nn.Linear(coarse, fine * 8)
         self.up_blocks = nn.ModuleList(FineBlock(fine) for _ in range(self.config.fine_blocks))
@@ -145,7 +143,7 @@ class Hourglass(nn.Module):
         f = noisy.shape[1]
         h, w = (side // 2 for side in noisy.shape[-2:])
         noisy = noisy.to(self.frame_positions.dtype)
-        time = self.time(get_timestep_embedding(timestep, self.config.fine_width, flip_sin_to_cos=True).to(noisy))
+        time = self.time(time_waves(timestep, self.config.fine_width).to(noisy))
         x = frames_convolved(self.stem, rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b f h w c"))
         x = x + self.frame_positions
         for block in self.down_blocks:
@@ -160,6 +158,14 @@ class Hourglass(nn.Module):
         for block in self.up_blocks:
             x = block(x, time)
         return rearrange(frames_convolved(self.out, self.norm(x)), "b f h w c -> b f c h w").float()
+
+
+def time_waves(timestep: Tensor, width: int) -> Tensor:
+    """Cosines and sines of timesteps `b` in 0…1000, `b width`, with periods from 2π to 20,000π (Ho et al. 2020)."""
+    half = width // 2
+    rates = torch.exp(-math.log(10_000) * torch.arange(half, device=timestep.device).float() / (half - 1))
+    angles = timestep[:, None].float() * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class FineBlock(nn.Module):
@@ -188,21 +194,6 @@ def frames_convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     return rearrange(y, "(b f) c h w -> b f h w c", f=x.shape[1])
 
 
-def ddim_scheduler(objective: Objective) -> DDIMScheduler:
-    """Published: `v_prediction` on zero terminal SNR, which agrees with the public sampler to 1e-5 relative."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=objective,
-        rescale_betas_zero_snr=objective == "v_prediction",
-        timestep_spacing="leading",
-        steps_offset=1,
-        set_alpha_to_one=False,
-        clip_sample=False,
-    )
-
-
 def noised(
     objective: Objective, latents: ClipLatents, noise: ClipLatents, generator: torch.Generator
 ) -> tuple[ClipLatents, Tensor, ClipLatents]:
@@ -212,6 +203,8 @@ def noised(
         sigma = torch.sigmoid(torch.randn(b, generator=generator)).to(latents.device)
         mix = sigma[:, None, None, None, None]
         return (1 - mix) * latents + mix * noise, sigma * 1000, noise - latents
+    from dicode.tokenizer.library import ddim_scheduler
+
     timesteps = torch.randint(0, 1000, (b,), generator=generator).to(latents.device)
     scheduler = ddim_scheduler(objective)
     noisy = scheduler.add_noise(latents, noise, timesteps)
@@ -245,17 +238,20 @@ def sample(
         ratio = conditional.std(axes, keepdim=True) / prediction.std(axes, keepdim=True)
         return prediction * (sampling.guidance_rescale * ratio + 1 - sampling.guidance_rescale)
 
-    noise_options: dict[str, Any] = {}
-    if objective == "flow":  # from 1 in equal steps to 0; left alone, diffusers takes its last step at 0.001
-        scheduler: Any = FlowMatchEulerDiscreteScheduler()
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / sampling.steps, sampling.steps), device=noise.device)
-    else:
-        scheduler, noise_options = ddim_scheduler(objective), {"eta": sampling.eta, "generator": generators}
-        scheduler.set_timesteps(sampling.steps, device=noise.device)
     latents = sampling.decoder_temperature * noise
+    if objective == "flow":  # Euler steps through equally spaced times, from 1 to 0
+        sigmas = torch.linspace(1, 0, sampling.steps + 1, dtype=torch.float64).float()
+        for sigma, following in pairwise(sigmas):
+            time = (sigma * 1000).expand(len(latents)).to(noise)
+            latents = latents + (following - sigma).to(noise) * guided(latents, time)
+        return latents
+    from dicode.tokenizer.library import ddim_scheduler
+
+    scheduler = ddim_scheduler(objective)
+    scheduler.set_timesteps(sampling.steps, device=noise.device)
     for timestep in scheduler.timesteps:
         prediction = guided(latents, timestep.expand(len(latents)).to(noise))
-        latents = scheduler.step(prediction, timestep, latents, **noise_options).prev_sample
+        latents = scheduler.step(prediction, timestep, latents, eta=sampling.eta, generator=generators).prev_sample
     return latents
 
 

@@ -1,17 +1,17 @@
 """Images ⇄ first-stage latents ⇄ deep tokens: autoencoder, encoder, resampler, key-frame head, linear code."""
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.shapes import ImageLatents, KeyFramePixels, KeyFrameTokens, PatchFeatures
 from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, ResamplerConfig, TokenizerConfig
+from dicode.tokenizer.tiny import TinyAutoencoder
 
 DECODER = ("autoencoder.decoder.", "autoencoder.post_quant_conv.")  # what may change without changing a latent
 
@@ -26,32 +26,25 @@ class FirstStage(nn.Module):
         super().__init__()
         self.config = config
         if config.kind == "tiny":
-            self.autoencoder: Any = AutoencoderTiny(
-                encoder_block_out_channels=config.channels,
-                # diffusers' decoder reads the list from fine to coarse too, and keeps one width throughout
-                decoder_block_out_channels=config.channels,
-                latent_channels=config.latent_channels,
-                num_encoder_blocks=config.encoder_blocks,
-                num_decoder_blocks=config.decoder_blocks,
-            )
+            self.autoencoder: Any = TinyAutoencoder(config)
         else:
-            self.autoencoder = AutoencoderKL(
-                block_out_channels=config.channels,
-                down_block_types=("DownEncoderBlock2D",) * len(config.channels),
-                up_block_types=("UpDecoderBlock2D",) * len(config.channels),
-                layers_per_block=config.encoder_blocks[0],
-                latent_channels=config.latent_channels,
-                norm_num_groups=min(32, config.channels[0]),
-            )
+            from dicode.tokenizer.library import kl_autoencoder
+
+            self.autoencoder = kl_autoencoder(config)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_deviation", torch.ones(config.latent_channels))
         # faster on CPUs; a KL autoencoder's outputs differ by 1.3e-5 in it, more than the reference vectors allow
         self.layout = torch.channels_last if config.kind == "tiny" else torch.contiguous_format
         self.to(memory_format=self.layout)  # type: ignore[call-overload]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the autoencoder's weights."""
+        return next(self.autoencoder.parameters()).dtype
+
     def raw_latents(self, pixels: KeyFramePixels) -> ImageLatents:
         """Latents before normalisation; a KL autoencoder gives the mode of its posterior."""
-        pixels = pixels.to(self.autoencoder.dtype)
+        pixels = pixels.to(self.dtype)
         if self.config.kind == "kl":
             return self.autoencoder.encode(pixels).latent_dist.mode()
         return self.autoencoder.encoder(pixels)
@@ -68,7 +61,7 @@ class FirstStage(nn.Module):
 
     def raw_decode(self, latents: ImageLatents) -> KeyFramePixels:
         """Latents before normalisation → float32 pixels."""
-        latents = latents.to(self.autoencoder.dtype)
+        latents = latents.to(self.dtype)
         if self.config.kind == "kl":
             return self.autoencoder.decode(latents).sample.float()
         return self.autoencoder.decoder(latents).float()
@@ -117,8 +110,18 @@ def grid_positions(count: int, width: int) -> Tensor:
     """
     side = round(count**0.5)
     if side * side != count or width % 4:
-        return torch.randn(count, width) * 0.02
-    return get_2d_sincos_pos_embed(width, side, base_size=8, output_type="pt").float().view(count, width)
+        return normal_start(count, width)
+    steps = partial(torch.arange, device="cpu")  # arithmetic on a meta device imports sympy
+    rates = 1 / 10_000 ** (steps(width // 4).double() / (width / 4))
+    angles = torch.outer((steps(side) / (side / 8)).double(), rates)
+    along = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    grid = torch.cat([along.repeat(side, 1), along.repeat_interleave(side, dim=0)], dim=1)
+    return grid.to(torch.get_default_device())
+
+
+def normal_start(*shape: int, deviation: float = 0.02) -> Tensor:
+    """Normal starting values. By `torch.nn.init`, which loading skips and a meta device has without more imports."""
+    return nn.init.normal_(torch.empty(*shape), std=deviation)
 
 
 def transformer(width: int, depth: int, heads: int) -> nn.TransformerEncoder:
@@ -135,7 +138,7 @@ class Resampler(nn.Module):
     def __init__(self, config: ResamplerConfig):
         super().__init__()
         self.config = config
-        self.latents = nn.Parameter(torch.randn(1, config.queries, config.width) / config.width**0.5)
+        self.latents = nn.Parameter(normal_start(1, config.queries, config.width, deviation=config.width**-0.5))
         self.proj_in = nn.Linear(config.feature_width, config.width)
         if config.grid_queries:
             self.cell = nn.Linear(config.width * (config.features // config.queries), config.width)

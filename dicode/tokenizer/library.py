@@ -1,10 +1,10 @@
-"""Networks of transformers and diffusers behind the tokenizer's interfaces; `sprites` and `world` need none of them.
+"""Networks of transformers and diffusers behind the tokenizer's interfaces; bundled models need none of them.
 
 `ClipEncoder` and `UNet3D` are the published tokenizer's (arXiv 2412.04446, section 3.1).
 """
 
 import torch
-from diffusers import UNet3DConditionModel, WanTransformer3DModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel, WanTransformer3DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
@@ -14,12 +14,39 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dicode.shapes import ClipLatents, KeyFramePixels, PatchFeatures
-from dicode.tokenizer.config import EncoderConfig, TokenizerConfig
+from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, Objective, TokenizerConfig
 from dicode.tokenizer.denoiser import ClipConditioning, input_channels
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 DROPOUT = 0.1  # of residual blocks in training, as public; diffusers has it fixed in temporal convolutions alone
+
+
+def kl_autoencoder(config: FirstStageConfig) -> AutoencoderKL:
+    """Stable Diffusion's autoencoder, in these sizes, with random weights."""
+    return AutoencoderKL(
+        block_out_channels=config.channels,
+        down_block_types=("DownEncoderBlock2D",) * len(config.channels),
+        up_block_types=("UpDecoderBlock2D",) * len(config.channels),
+        layers_per_block=config.encoder_blocks[0],
+        latent_channels=config.latent_channels,
+        norm_num_groups=min(32, config.channels[0]),
+    )
+
+
+def ddim_scheduler(objective: Objective) -> DDIMScheduler:
+    """Published: `v_prediction` on zero terminal SNR, which agrees with the public sampler to 1e-5 relative."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=objective,
+        rescale_betas_zero_snr=objective == "v_prediction",
+        timestep_spacing="leading",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
 
 
 class ClipEncoder(nn.Module):

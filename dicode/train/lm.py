@@ -17,7 +17,6 @@ from dicode.data.columns import CAPTIONED, CachedVideo, Videos, spread_numbers
 from dicode.device import pick_device
 from dicode.files import read_json
 from dicode.lm.deep_lm import WEIGHTS, DeepTokenLM
-from dicode.lm.pretrained import load_pretrained
 from dicode.lm.text import TextTokenizer
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.augment import View, augmented_caption
@@ -71,6 +70,8 @@ class LanguageTraining:
         if run.init:
             load_weights(self.module, Path(run.init) / WEIGHTS)
         if body:
+            from dicode.lm.library import load_pretrained
+
             load_pretrained(self.module.backbone, body)
         if run.lora.rank:
             add_adapters(self.module, run.lora, run.loop.seed)
