@@ -19,9 +19,11 @@ from test_tokenizer import conditioning, tiny_tokenizer
 from torch import nn
 from toy_runs import FLOW, write_cache
 
+from dicode.config import DEFAULT_MODEL
 from dicode.config.user_code import load_file
 from dicode.data.blocks.clips import BlocksOptions
 from dicode.data.cache import FrameCache
+from dicode.evaluate.events import scripted_of
 from dicode.features.tinyvt import TinyVT
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.text import TextTokenizer
@@ -233,8 +235,28 @@ def test_captions_with_variants_are_those_that_enough_clips_carry() -> None:
     assert list(study("heads").captions_with_variants(captions, least=2)) == ["fist", "Wave"]
 
 
-def test_scorer_of_blocks(results: Path, tmp_path: Path) -> None:
-    cache = write_blocks(tmp_path / "cache", BlocksOptions(count=1, validation=1))
-    study("blocks", "scorer").main([str(cache), str(results / "scorer.json")])
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_blocks(tmp_path_factory.mktemp("blocks") / "cache", BlocksOptions(count=1, validation=1))
+
+
+def test_scorer_of_blocks(results: Path, blocks: Path) -> None:
+    study("blocks", "scorer").main([str(blocks), str(results / "scorer.json")])
     values = json.loads((results / "scorer.json").read_text())["values"]
     assert values["clauses_right"]["event"]["value"] > 0.95 and values["clauses_right"]["colour"]["of"] > 40
+
+
+def test_key_frames_of_blocks(results: Path, blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of real key frames all is right; a model of another world makes next to nothing of it."""
+    own = study("blocks", "key_frames")
+    flags = [DEFAULT_MODEL, str(blocks), str(results / "key_frames.json"), "--count", "1"]
+    own.main([*flags, "--sheet", str(results / "sheet.png")])
+    values = json.loads((results / "key_frames.json").read_text())["values"]
+    assert values["seen"]["all"] < 0.5 and values["seen"]["key_frames"] >= 2 and (results / "sheet.png").is_file()
+    cache = FrameCache.load(blocks)
+    videos = [one.video for one in scripted_of(cache, 1) if one.name in own.SETS]
+    real = iter([cache.frames[video.first : video.first + video.count : 16].numpy()[None] for video in videos])
+    monkeypatch.setattr(own, "decoded", lambda model, tokens: next(real))
+    own.main(flags)
+    values = json.loads((results / "key_frames.json").read_text())["values"]
+    assert values["seen"]["all"] == values["seen"]["colour_and_shape"] == values["seen"]["place"] == 1

@@ -15,7 +15,7 @@ Order = Literal["token", "keyframe"]
 
 @dataclass(frozen=True)
 class BodyConfig:
-    """The transformer: GPT-2 or Llama of `transformers`."""
+    """The transformer: GPT-2, or Llama."""
 
     kind: BodyName
     width: Width

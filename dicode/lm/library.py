@@ -12,7 +12,7 @@ from dicode.checkpoint import load_state
 from dicode.config import CheckpointError
 from dicode.lm.backbone import Backbone
 from dicode.lm.config import DeepLMConfig
-from dicode.lm.llama import EPSILON, HIGH, LOW, TRAINED_CONTEXT, added_to_logits, fused_is_slow
+from dicode.lm.llama import EPSILON, HIGH, LOW, TRAINED_CONTEXT, added_to_logits
 from dicode.shapes import Hidden
 
 BODY_SIZES = {
@@ -38,9 +38,10 @@ def gpt2_hidden(
     cache: DynamicCache | None,
     mask: Bool[Tensor, "*b s all"] | None,
     positions: Int[Tensor, "s"] | None,
+    fused: bool,
 ) -> Hidden:
-    """As `Backbone.forward`."""
-    wanted = "eager" if fused_is_slow(embeddings) else "sdpa"
+    """As `Llama.forward`."""
+    wanted = "sdpa" if fused else "eager"
     if body.config._attn_implementation != wanted:
         body.set_attn_implementation(wanted)
     return body(

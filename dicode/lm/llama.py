@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,15 @@ TRAINED_CONTEXT, LOW, HIGH = 8192, 1.0, 4.0
 HeadStates = Float[Tensor, "b heads s e"]
 AllStates = Float[Tensor, "b heads all e"]  # of cached positions too
 Added = Float[Tensor, "#b 1 s all"]
-Waves = tuple[Float[Tensor, "s e"], Float[Tensor, "s e"]]  # cosines and sines
+
+
+class Surroundings(NamedTuple):
+    """What all layers of a pass share."""
+
+    waves: tuple[Float[Tensor, "s e"], Float[Tensor, "s e"]]  # cosines and sines of the positions' angles
+    added: Added | None  # to the logits of attention
+    fused: bool  # by torch's own attention
+    cache: "KeyValueCache | None"
 
 
 class KeyValueCache:
@@ -70,8 +79,9 @@ class Llama(nn.Module):
         cache: KeyValueCache | None = None,
         mask: Bool[Tensor, "*b s all"] | None = None,
         positions: Int[Tensor, "s"] | None = None,
+        fused: bool = True,
     ) -> Hidden:
-        """As `Backbone.forward`."""
+        """As `Backbone.forward`; `fused` takes torch's own attention."""
         rows, before = embeddings.shape[1], 0 if cache is None else cache.length
         number = torch.arange(before + rows, device=embeddings.device)
         places = (number[before:] if positions is None else positions).float()
@@ -80,10 +90,10 @@ class Llama(nn.Module):
         added = None if mask is None else added_to_logits(mask, computing_dtype(embeddings))
         angles = places[:, None] * self.frequencies
         angles = torch.cat([angles, angles], dim=-1)
-        waves = angles.cos(), angles.sin()
+        around = Surroundings((angles.cos(), angles.sin()), added, fused, cache)
         x = embeddings
         for layer in self.layers:
-            x = layer(x, waves, added, cache)
+            x = layer(x, around)
         return self.norm(x)
 
 
@@ -98,8 +108,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(width)
         self.post_attention_layernorm = RMSNorm(width)
 
-    def forward(self, x: Hidden, waves: Waves, added: Added | None, cache: KeyValueCache | None) -> Hidden:
-        x = x + self.self_attn(self.input_layernorm(x), waves, added, cache)
+    def forward(self, x: Hidden, around: Surroundings) -> Hidden:
+        x = x + self.self_attn(self.input_layernorm(x), around)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -117,18 +127,19 @@ class Attention(nn.Module):
         self.v_proj = linear(body.width, body.width // self.heads * self.shared)
         self.o_proj = linear(body.width, body.width)
 
-    def forward(self, x: Hidden, waves: Waves, added: Added | None, cache: KeyValueCache | None) -> Hidden:
+    def forward(self, x: Hidden, around: Surroundings) -> Hidden:
         q, k, v = (
             rearrange(projected(x), "b s (heads e) -> b heads s e", heads=heads)
             for projected, heads in ((self.q_proj, self.heads), (self.k_proj, self.shared), (self.v_proj, self.shared))
         )
-        q, k = rotated(q, waves), rotated(k, waves)
-        if cache is not None:
-            k, v = cache.extended(self.number, k, v)
+        q, k = (rotated(own, *around.waves) for own in (q, k))
+        if around.cache is not None:
+            k, v = around.cache.extended(self.number, k, v)
         if self.shared < self.heads:
             k, v = (part.repeat_interleave(self.heads // self.shared, dim=1) for part in (k, v))
-        attended = attention(q, k, v, added, self.dropout if self.training else 0.0)
-        return self.o_proj(rearrange(attended, "b heads s e -> b s (heads e)"))
+        attended = attention if around.fused else plain_attention
+        values = attended(q, k, v, around.added, self.dropout if self.training else 0.0)
+        return self.o_proj(rearrange(values, "b heads s e -> b s (heads e)"))
 
 
 class GatedMLP(nn.Module):
@@ -158,13 +169,15 @@ class RMSNorm(nn.Module):
 
 
 def attention(q: HeadStates, k: AllStates, v: AllStates, added: Added | None, dropout: float) -> HeadStates:
-    """Softmax attention; `added` is added to its logits."""
-    if not fused_is_slow(q):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    scores = scores if added is None else scores + added
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout, dropout > 0)
-    return weights @ v
+    """Softmax attention, in one operation; `added` is added to its logits."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout)
+
+
+def plain_attention(q: HeadStates, k: AllStates, v: AllStates, added: Added | None, dropout: float) -> HeadStates:
+    """The same, operation by operation."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    logits = logits if added is None else logits + added
+    return F.dropout(logits.softmax(-1, dtype=torch.float32).to(v.dtype), dropout, dropout > 0) @ v
 
 
 def added_to_logits(mask: Bool[Tensor, "*b s all"], dtype: torch.dtype) -> Added:
@@ -182,20 +195,10 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
 
-def fused_is_slow(x: Tensor) -> bool:
-    """Whether plain operations are faster than torch's fused attention: in training on a CPU.
-
-    Measured, bfloat16, 32 × 114 × 256: its backward takes 6 to 8 times as long there, and decides how long a training
-    step takes. Everywhere else it is faster.
-    """
-    return x.device.type == "cpu" and torch.is_grad_enabled()
-
-
-def rotated(x: HeadStates, waves: Waves) -> HeadStates:
+def rotated(x: HeadStates, cosines: Float[Tensor, "s e"], sines: Float[Tensor, "s e"]) -> HeadStates:
     """Pairs of numbers, i and i + e/2, turned by their position's angles (Su et al. 2021)."""
-    cosines, sines = (own.to(x.dtype) for own in waves)
     first, second = x.chunk(2, dim=-1)
-    return x * cosines + torch.cat([-second, first], dim=-1) * sines
+    return x * cosines.to(x.dtype) + torch.cat([-second, first], dim=-1) * sines.to(x.dtype)
 
 
 def rope_frequencies(width: int, base: float, factor: float) -> Float[Tensor, "half"]:

@@ -167,17 +167,13 @@ def blank_stage(run: TokenizerRun | LanguageRun, fake: FakeTensorMode) -> Stage:
         elif isinstance(run, LanguageRun) and not run.lora.rank:
             stage = object.__new__(LanguageTraining)
             stage.module = DeepTokenLM(run.model)
-            stage.module.backbone._choose_attention = _as_on_a_gpu
+            stage.module.backbone.as_on_a_gpu = True
         else:
             raise ValueError(f"{type(run).__name__}: plans are for a whole tokenizer or a language model")
     stage.run, stage.best = run, ""
     with fake:
         stage.module.to_empty(device="cpu").train()
     return cast(Stage, stage)
-
-
-def _as_on_a_gpu(trains_on_cpu: bool) -> None:
-    """In place of `Backbone._choose_attention`: the default of `transformers`, fused attention."""
 
 
 def blank_batches(run: TokenizerRun | LanguageRun, samples: int) -> list[tuple[float, dict[str, Tensor]]]:
