@@ -29,6 +29,9 @@ class Masked:
     def num_samples(self) -> int:
         return 8
 
+    def by_size(self, indices: Tensor) -> Tensor:
+        return indices
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> Any:
         mask = torch.arange(5) < TERMS[indices][:, None]
         return {"inputs": self.inputs[indices], "targets": self.targets[indices], "mask": mask}

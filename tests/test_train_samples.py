@@ -20,9 +20,10 @@ from dicode.tokenizer.config import SamplingConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.augment import augmented_caption
 from dicode.train.cached import first_stage_latents, frame_tokens, key_frames_of, latents_name
+from dicode.train.distributed import Processes
 from dicode.train.first_stage import validation_rows
 from dicode.train.lm import LanguageTraining
-from dicode.train.loop import train
+from dicode.train.loop import Training, draw_batches, train
 from dicode.train.run_log import records
 from dicode.train.runs import VALIDATION_CLIPS, AugmentConfig, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.tokenizer import TokenizerTraining
@@ -300,3 +301,14 @@ def test_the_real_side_of_an_evaluation_has_no_clip_that_is_held_to_its_end(tiny
     made = Samples(model, frames)
     assert [video.count for video in made.videos] == [16, 32, 72, 30]
     assert [video.count for video in made.training(3)] == [16, 72, 30]
+
+
+def test_micro_batches_hold_samples_of_about_one_size_and_lose_none(tiny_model: Path, tmp_path: Path) -> None:
+    stage = language(tiny_model, plain_cache(tmp_path / "cache", LENGTHS))
+    config = LoopConfig(micro_batches=3, optim=OptimConfig(batch_size=6), prefetch=False)
+    training = Training(stage, config, Processes())
+    batches = next(draw_batches(training, 0))
+    held = [batch["mask"].sum(1).tolist() for batch in batches.values()]
+    assert held == [[1, 1], [2, 2], [3, 3]] and [batch["tokens"].shape[1] for batch in batches.values()] == [1, 2, 3]
+    ordered = stage.by_size(torch.arange(6))
+    assert sorted(ordered.tolist()) == [*range(6)] and ordered.tolist() != [*range(6)]

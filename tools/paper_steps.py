@@ -42,6 +42,9 @@ class RandomTokens(LanguageTraining):
     def num_samples(self) -> int:
         return 4096
 
+    def by_size(self, indices: Tensor) -> Tensor:
+        return indices
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         ((_, batch),) = blank_batches(self.run, len(indices))
         batch["text_ids"].random_(self.run.model.vocab_size, generator=generator)

@@ -205,6 +205,9 @@ class FirstStageTraining:
     def num_samples(self) -> int:
         return len(self.rows)
 
+    def by_size(self, indices: Tensor) -> Tensor:
+        return indices  # all are of one size
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         pixels = frames_to_pixels(self.frames[self.rows[indices]])
         flipped = torch.rand(len(pixels), generator=generator) < 0.5 * self.run.mirror

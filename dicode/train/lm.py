@@ -119,6 +119,16 @@ class LanguageTraining:
     def num_samples(self) -> int:
         return len(self.cache.videos)
 
+    def by_size(self, indices: Tensor) -> Tensor:
+        sizes = [self.size(self.cache.videos[i]) for i in indices.tolist()]
+        return indices[sorted(range(len(sizes)), key=sizes.__getitem__)]
+
+    def size(self, video: CachedVideo) -> tuple[int, int]:
+        """Key frames in a sample of a video, and letters of its caption: what makes a sequence long."""
+        most = self.run.key_frames
+        held = most if video.loops else min(most, key_frames_of(video, self.tokenizer.config.clip_s))
+        return held, len(video.caption)
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         def chance() -> float:
             return float(torch.rand((), generator=generator))

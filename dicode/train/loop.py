@@ -53,6 +53,9 @@ class Stage(Protocol):
 
     def num_samples(self) -> int: ...  # training samples an epoch
 
+    def by_size(self, indices: Tensor) -> Tensor:
+        """These samples, small ones first: a step's micro-batches, consecutive parts of them, need little padding."""
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> Any:
         """The batch of these samples; augmentation draws from the generator alone."""
 
@@ -246,7 +249,8 @@ def draw_batches(run: Training, step: int) -> Iterator[dict[int, Any]]:
     """This process's micro-batches, step after step; with `prefetch` drawn one step ahead, in a thread."""
 
     def draw(step: int) -> dict[int, Any]:
-        indices = run.samples(step).tensor_split(run.config.micro_batches)
+        drawn, parts = run.samples(step), run.config.micro_batches
+        indices = (run.stage.by_size(drawn) if parts > 1 else drawn).tensor_split(parts)
         return {i: run.stage.batch(indices[i], run.generator("batch", step, i)) for i in run.own_micro_batches}
 
     if not run.config.prefetch:

@@ -175,6 +175,9 @@ class TokenizerTraining:
     def num_samples(self) -> int:
         return len(self.videos)
 
+    def by_size(self, indices: Tensor) -> Tensor:
+        return indices  # all are of one size
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         starts = torch.rand(len(indices), generator=generator)
         mirrored = (torch.rand(len(indices), generator=generator) < 0.5 * self.run.mirror).long()

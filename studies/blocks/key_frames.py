@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, cache = DiCoDe.from_pretrained(asked.model), FrameCache.load(asked.cache)
     if asked.lm:
         model.lm = DeepTokenLM.from_pretrained(asked.lm)
+    text, length = model.lm.text, model.lm.config.text_length
+    if text is None:
+        parser.error(f"{asked.lm or asked.model}: the language model has no vocabulary")
     sampling = model.sampling.changed(guidance=asked.guidance, variance_scale=asked.variance_scale)
     groups: dict[tuple[str, int], list[Scripted]] = defaultdict(list)
     for one in scripted_of(cache, asked.count):
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     shown: dict[str, list[tuple[ndarray, str]]] = defaultdict(list)
     for (name, clips), own in tracked([*groups.items()], "writing", "group"):
-        ids = model.lm.text.encode([one.video.caption for one in own], model.lm.config.text_length)
+        ids = text.encode([one.video.caption for one in own], length)
         written = torch.stack([*model.lm.generate(ids, clips + 1, sampling=sampling)], dim=1)
         reals = [cache.frames[one.video.first : one.video.first + one.video.count : CLIP_FRAMES].numpy() for one in own]
         for i, (one, made) in enumerate(zip(own, decoded(model, written), strict=True)):

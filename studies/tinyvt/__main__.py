@@ -103,6 +103,9 @@ class VideoTextTraining:
     def num_samples(self) -> int:
         return len(self.clips)
 
+    def by_size(self, indices: Tensor) -> Tensor:
+        return indices
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, object]:
         frames, texts, numbers = [], [], []
         for i in indices.tolist():
