@@ -94,7 +94,10 @@ class Training:
         self.step = processes.arrange(distributed.StepModule(stage), config.strategy, dtype)  # computes the loss
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
-        self.buffers = dict(module.named_buffers())
+        constant = {
+            f"{name}." * bool(name) + own for name, m in module.named_modules() for own in m._non_persistent_buffers_set
+        }
+        self.buffers = {name: buffer for name, buffer in module.named_buffers() if name not in constant}
         self.optimizers = make_optimizers(module, config.optim, dtype)
 
     @property

@@ -71,7 +71,7 @@ class LoopConfig:
     device: str = "auto"
     precision: Precision = "auto"  # bfloat16 where the device has it
     compile: bool = False  # torch.compile: a minute once, then 1.4× the speed on CPUs; language model (docs/log.md)
-    micro_batches: Count = 1  # in a step's batch, shared out among processes; changes the random numbers
+    micro_batches: Count = 1  # in a step's batch, of samples of like size, for all processes; changes random numbers
     strategy: Strategy = "ddp"  # of several processes: each with all weights, or each with its share
     checkpoint_activations: bool = False  # compute blocks a second time in the backward pass instead of keeping them
     prefetch: bool = False  # draw the next step's batch in a thread meanwhile: for accelerators
