@@ -58,7 +58,7 @@ def test_waves_of_time_are_the_librarys(width: int) -> None:
 def test_euler_steps_are_the_librarys(steps: int) -> None:
     noise = torch.randn(2, 4, 3, 2, 2)
 
-    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def predict(latents: torch.Tensor, timestep: torch.Tensor, until: torch.Tensor | None = None) -> torch.Tensor:
         return (latents * timestep[:, None, None, None, None] / 700).sin()
 
     scheduler = FlowMatchEulerDiscreteScheduler()

@@ -545,7 +545,7 @@ def test_a_perfect_denoiser_recovers_the_latents(objective: Objective) -> None:
 
     times = []
 
-    def watched(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def watched(latents: torch.Tensor, timestep: torch.Tensor, until: torch.Tensor) -> torch.Tensor:
         times.append(timestep[0].item())
         return perfect(latents, timestep)
 
@@ -559,7 +559,7 @@ def test_a_perfect_denoiser_recovers_the_latents(objective: Objective) -> None:
 
 def test_guidance_of_one_is_the_conditional_prediction_and_two_moves_away_from_null() -> None:
     noise = torch.zeros(1, 1, 1, 1, 1)
-    ones, zeros = (lambda x, t: torch.ones_like(x)), (lambda x, t: torch.zeros_like(x))
+    ones, zeros = (lambda x, t, r: torch.ones_like(x)), (lambda x, t, r: torch.zeros_like(x))
 
     def made(guidance: float) -> float:
         sampling = SamplingConfig(steps=4, decoder_guidance=guidance)

@@ -28,6 +28,7 @@ class Surroundings(NamedTuple):
 
     waves: tuple[Float[Tensor, "s e"], Float[Tensor, "s e"]]  # cosines and sines of the positions' angles
     added: Added | None  # to the logits of attention
+    causal: bool  # in place of a mask, for which torch has faster kernels
     fused: bool  # by torch's own attention
     cache: "KeyValueCache | None"
 
@@ -85,12 +86,13 @@ class Llama(nn.Module):
         rows, before = embeddings.shape[1], 0 if cache is None else cache.length
         number = torch.arange(before + rows, device=embeddings.device)
         places = (number[before:] if positions is None else positions).float()
-        if mask is None and rows > 1:
+        causal = mask is None and fused and before == 0 and rows > 1
+        if mask is None and rows > 1 and not causal:
             mask = number[before:, None] >= number
         added = None if mask is None else added_to_logits(mask, computing_dtype(embeddings))
         angles = places[:, None] * self.frequencies
         angles = torch.cat([angles, angles], dim=-1)
-        around = Surroundings((angles.cos(), angles.sin()), added, fused, cache)
+        around = Surroundings((angles.cos(), angles.sin()), added, causal, fused, cache)
         x = embeddings
         for layer in self.layers:
             x = layer(x, around)
@@ -137,8 +139,11 @@ class Attention(nn.Module):
             k, v = around.cache.extended(self.number, k, v)
         if self.shared < self.heads:
             k, v = (part.repeat_interleave(self.heads // self.shared, dim=1) for part in (k, v))
-        attended = attention if around.fused else plain_attention
-        values = attended(q, k, v, around.added, self.dropout if self.training else 0.0)
+        added, dropout = around.added, self.dropout if self.training else 0.0
+        if around.fused:
+            values = F.scaled_dot_product_attention(q, k, v, added, dropout, around.causal)
+        else:
+            values = plain_attention(q, k, v, added, dropout)
         return self.o_proj(rearrange(values, "b heads s e -> b s (heads e)"))
 
 
@@ -168,13 +173,8 @@ class RMSNorm(nn.Module):
         return (self.weight * normed.to(x.dtype)).to(computing_dtype(x))
 
 
-def attention(q: HeadStates, k: AllStates, v: AllStates, added: Added | None, dropout: float) -> HeadStates:
-    """Softmax attention, in one operation; `added` is added to its logits."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout)
-
-
 def plain_attention(q: HeadStates, k: AllStates, v: AllStates, added: Added | None, dropout: float) -> HeadStates:
-    """The same, operation by operation."""
+    """Softmax attention, operation by operation; `added` is added to its logits."""
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     logits = logits if added is None else logits + added
     return F.dropout(logits.softmax(-1, dtype=torch.float32).to(v.dtype), dropout, dropout > 0) @ v

@@ -92,6 +92,7 @@ class DenoiserConfig:
     context_frames: Annotated[int, Range(0, 256)] = 2
     uses_key_latents: bool = True
     predict_residual: bool = False  # predict the difference from a cross-fade of the key latents (`ResidualDenoiser`)
+    flow_map: bool = False  # `hourglass`: jumps to any earlier time, for few steps (dicode.train.flow_map)
     depth: Depth = 2  # transformer blocks; `unet3d`: residual layers a level
     heads: Width = 4  # of attention; `unet3d`: at its finest level
     width: Width = 224  # `hourglass`: of the transformer

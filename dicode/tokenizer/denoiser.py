@@ -1,12 +1,14 @@
 """A denoiser, its conditioning, and the diffusion that trains and drives it.
 
     denoiser(noisy, timestep, conditioning) → a prediction of the latents' shape
+    denoiser(noisy, timestep, conditioning, until) → of a flow map: the mean velocity from one time to an earlier one
 
 `Hourglass` is a small convolution–transformer for two CPU cores: on 16×8×8 clips it trains 5 to 34 times as fast as
 diffusers' networks of two to five times its size, because all its arithmetic is dense bf16 matrix products
 (docs/log.md); those are in library.py. `DENOISERS` at the end of this file names all; docs/extend.md adds one.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from dicode.shapes import ClipLatents
 from dicode.tokenizer.config import DenoiserConfig, Objective, SamplingConfig, TokenizerConfig
 from dicode.tokenizer.encoder import grid_positions, normal_start, transformer
 
-Predict = Callable[[ClipLatents, Tensor], ClipLatents]
+Predict = Callable[[ClipLatents, Tensor, Tensor], ClipLatents]  # of latents, their timestep and the next one
+UNTIL_SHARE = 0.25  # of a flow map's embedding of times that tells where it ends
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ def cross_faded(keys: Tensor, frames: int) -> ClipLatents:
 
 def build_denoiser(config: TokenizerConfig) -> nn.Module:
     """The denoiser of a tokenizer's configuration, with random weights."""
+    if config.denoiser.flow_map and (config.denoiser.kind, config.objective) != ("hourglass", "flow"):
+        raise ValueError(
+            f"flow_map: expected 'hourglass' and 'flow', got {config.denoiser.kind!r}, {config.objective!r}"
+        )
     network = DENOISERS[config.denoiser.kind](config)
     return ResidualDenoiser(network, config.clip_frames) if config.denoiser.predict_residual else network
 
@@ -83,7 +90,9 @@ class ResidualDenoiser(nn.Module):
         self.network = network
         self.register_buffer("deviation", torch.ones(frames))
 
-    def forward(self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning) -> ClipLatents:
+    def forward(
+        self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning, *until: Tensor
+    ) -> ClipLatents:
         """As `Hourglass.forward`."""
         fade = cross_faded(conditioning.key_latents, noisy.shape[1]).to(noisy)
         given = conditioning.keys_mask[:, None].to(noisy)
@@ -92,7 +101,7 @@ class ResidualDenoiser(nn.Module):
         residual = noisy - (1 - t) * fade
         variance = ((1 - t) * deviation).square() + t.square()
         skip = (t - (1 - t) * deviation.square()) / variance
-        predicted = self.network(residual * variance.rsqrt(), timestep, conditioning)
+        predicted = self.network(residual * variance.rsqrt(), timestep, conditioning, *until)
         return skip * residual + deviation * variance.rsqrt() * predicted - fade
 
     @torch.no_grad()
@@ -122,6 +131,8 @@ class Hourglass(nn.Module):
         self.stem = nn.Conv2d(input_channels(self.config, channels), fine, 3, padding=1)
         self.frame_positions = nn.Parameter(normal_start(frames, 1, 1, fine))
         self.time = nn.Sequential(nn.Linear(fine, fine), nn.SiLU(), nn.Linear(fine, fine))
+        if self.config.flow_map:
+            self.until = copy.deepcopy(self.time)
         self.time_token = nn.Linear(fine, coarse)
         self.down_blocks = nn.ModuleList(FineBlock(fine) for _ in range(self.config.fine_blocks))
         self.down = nn.Linear(fine * 8, coarse)
@@ -138,12 +149,20 @@ class Hourglass(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.get_parameter("bias"))
 
-    def forward(self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning) -> ClipLatents:
-        """Noisy latents `b f c h w`, timestep `b` in 0…1000 → prediction `b f c h w`, float32."""
+    def forward(
+        self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning, until: Tensor | None = None
+    ) -> ClipLatents:
+        """Noisy latents `b f c h w`, timestep `b` in 0…1000 → prediction `b f c h w`, float32.
+
+        Of a flow map the mean velocity from `timestep` to `until`; by default both are the same.
+        """
         f = noisy.shape[1]
         h, w = (side // 2 for side in noisy.shape[-2:])
         noisy = noisy.to(self.frame_positions.dtype)
         time = self.time(time_waves(timestep, self.config.fine_width).to(noisy))
+        if self.config.flow_map:
+            end = self.until(time_waves(timestep if until is None else until, self.config.fine_width).to(noisy))
+            time = torch.lerp(time, end, UNTIL_SHARE)
         x = frames_convolved(self.stem, rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b f h w c"))
         x = x + self.frame_positions
         for block in self.down_blocks:
@@ -220,17 +239,17 @@ def sample(
     noise: ClipLatents,
     generators: list[torch.Generator] | None = None,
 ) -> ClipLatents:
-    """Noise → clean latents.
+    """Noise → clean latents, by a scheduler of `diffusers`, or in equal Euler steps, which are a flow map's jumps too.
 
     With a guidance other than 1 the prediction is null + guidance·(conditional − null) (Ho & Salimans 2022), its
     deviation pulled back by `guidance_rescale` (Lin et al. 2024, section 3.4).
     """
 
-    def guided(latents: ClipLatents, timestep: Tensor) -> ClipLatents:
-        conditional = predict(latents, timestep)
+    def guided(latents: ClipLatents, timestep: Tensor, until: Tensor) -> ClipLatents:
+        conditional = predict(latents, timestep, until)
         if sampling.decoder_guidance == 1.0:
             return conditional
-        null = predict_null(latents, timestep)
+        null = predict_null(latents, timestep, until)
         prediction = null + sampling.decoder_guidance * (conditional - null)
         if sampling.guidance_rescale == 0.0:
             return prediction
@@ -242,15 +261,16 @@ def sample(
     if objective == "flow":  # Euler steps through equally spaced times, from 1 to 0
         sigmas = torch.linspace(1, 0, sampling.steps + 1, dtype=torch.float64).float()
         for sigma, following in pairwise(sigmas):
-            time = (sigma * 1000).expand(len(latents)).to(noise)
-            latents = latents + (following - sigma).to(noise) * guided(latents, time)
+            times = ((own * 1000).expand(len(latents)).to(noise) for own in (sigma, following))
+            latents = latents + (following - sigma).to(noise) * guided(latents, *times)
         return latents
     from dicode.tokenizer.library import ddim_scheduler
 
     scheduler = ddim_scheduler(objective)
     scheduler.set_timesteps(sampling.steps, device=noise.device)
     for timestep in scheduler.timesteps:
-        prediction = guided(latents, timestep.expand(len(latents)).to(noise))
+        time = timestep.expand(len(latents)).to(noise)
+        prediction = guided(latents, time, time)
         latents = scheduler.step(prediction, timestep, latents, eta=sampling.eta, generator=generators).prev_sample
     return latents
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -239,22 +240,33 @@ class VideoTokenizer(nn.Module):
         ]
         noise = torch.stack([normal(shape, seed, "clip", i, clip) for seed, i, clip in places]).to(self.device)
         conditioning = self.conditioning(torch.cat(pairs).to(self.device), before)
-        null = dataclasses.replace(
-            conditioning,
-            tokens=self.null_tokens().to(conditioning.tokens).expand_as(conditioning.tokens),
-            key_latents=torch.zeros_like(conditioning.key_latents),
-            keys_mask=torch.zeros_like(conditioning.keys_mask),
-        )
+        null = self.without_keys(conditioning)
         latents = sample(
             config.objective,
             draws.sampling,
-            lambda latents, timestep: self.denoiser(latents, timestep, conditioning),
-            lambda latents, timestep: self.denoiser(latents, timestep, null),
+            partial(self.velocity, conditioning),
+            partial(self.velocity, null),
             noise,
             [generator_for(seed, "sampler", i, clip) for seed, i, clip in places],
         )
         keys = [0, config.tail_frame] if config.repeated_frames else [0]  # the key frames among a clip's frames
         return scale_motion(latents, draws.sampling.motion_scale, keys).split([len(pair) for pair in pairs])
+
+    def velocity(
+        self, conditioning: ClipConditioning, noisy: ClipLatents, timestep: Tensor, until: Tensor
+    ) -> ClipLatents:
+        """The denoiser's prediction; of a flow map that of its jump from `timestep` to `until`."""
+        ends = (until,) if self.config.denoiser.flow_map else ()
+        return self.denoiser(noisy, timestep, conditioning, *ends)
+
+    def without_keys(self, conditioning: ClipConditioning) -> ClipConditioning:
+        """What guidance steers away from: null tokens, no key latents; the context stays."""
+        return dataclasses.replace(
+            conditioning,
+            tokens=self.null_tokens().to(conditioning.tokens).expand_as(conditioning.tokens),
+            key_latents=torch.zeros_like(conditioning.key_latents),
+            keys_mask=torch.zeros_like(conditioning.keys_mask),
+        )
 
     @torch.no_grad()
     def context_of(self, before: FrameStack) -> ContextLatents | None:

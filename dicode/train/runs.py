@@ -136,6 +136,7 @@ class TokenizerRun:
     train_denoiser: bool = True  # False: images only
     token_noise: Factor = 0.2  # highest deviation of noise on the decoder's tokens (DESIGN §2.4)
     drop_tokens: Share = 0.1  # probability of the null condition of guidance
+    fused_guidance: Guidance = 1.0  # of a flow map: guidance that it learns, and sampling need not add
     mirror: bool = False  # half of the clips mirrored: twice the latents to compute and keep
     frame_strides: tuple[int, int] | None = None  # least and highest, drawn for each clip; none: the model's own
 

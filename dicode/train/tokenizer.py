@@ -25,6 +25,7 @@ from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, noised
 from dicode.tokenizer.linear import fit_projections
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
 from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, pixels_to_frames, psnr_db, splits
+from dicode.train.flow_map import drawn_times, flow_map_loss
 from dicode.train.lora import add_adapters, merged
 from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
 
@@ -68,6 +69,8 @@ def check(run: TokenizerRun) -> None:
         )
     if run.loop.compile:
         raise ValueError("loop.compile: compiled denoisers give NaN (docs/log.md); it is for language models alone")
+    if run.fused_guidance != 1.0 and not run.model.denoiser.flow_map:
+        raise ValueError("fused_guidance: for a flow map; set model.denoiser.flow_map")
     if run.lora.rank and not run.freeze_key_frames:
         raise ValueError("lora: adapts the denoiser alone; set freeze_key_frames and name the trained model in init")
     if run.model.encoder.kind == "clip" and not run.init:
@@ -93,9 +96,17 @@ def start_from(tokenizer: VideoTokenizer, folder: Path, strict: bool) -> None:
     """
     held, parts = read_section(folder, "tokenizer", TokenizerConfig), TokenizerParts(tokenizer)
     ours = tokenizer.config.denoiser
-    if replace(held.denoiser, frame_stride=ours.frame_stride) == ours:  # a stride is an input, no other network
+    begins = ours.flow_map and not held.denoiser.flow_map
+    # a stride is an input, no other network; a flow map begins as the denoiser that it is made from
+    if replace(held.denoiser, frame_stride=ours.frame_stride, flow_map=held.denoiser.flow_map or begins) == ours:
         check_objective(tokenizer.config, held, folder)
-        load_weights(parts, folder / WEIGHTS)
+        if begins:
+            state = read_tensors(folder / WEIGHTS)
+            times = {name: t for name, t in state.items() if name.startswith(DENOISER) and ".time." in name}
+            state |= {name.replace(".time.", ".until."): t for name, t in times.items()}
+            load_state(parts, state, str(folder / WEIGHTS))
+        else:
+            load_weights(parts, folder / WEIGHTS)
         return
     if strict:
         raise ValueError(f"lora: {folder} holds {held.denoiser}, the recipe names {ours}")
@@ -301,8 +312,28 @@ class TokenizerTraining:
         """Mean squared error of the denoiser's prediction at random times; hidden context is zeroed by its mask."""
         condition = replace(condition, context=condition.context * condition.context_mask[:, None, None, None, None])
         noise = torch.randn(clips.shape, generator=generator).to(clips)
+        if self.run.model.denoiser.flow_map:
+            return self.jumping_loss(clips, noise, condition, generator)
         noisy, timestep, target = noised(self.run.model.objective, clips, noise, generator)
         return functional.mse_loss(self.module.denoiser(noisy, timestep, condition), target)
+
+    def jumping_loss(
+        self, clips: Tensor, noise: Tensor, condition: ClipConditioning, generator: torch.Generator
+    ) -> Tensor:
+        """The loss of a flow map; in validation that of its velocities alone, which is comparable with a denoiser's."""
+
+        def u(x: Tensor, t: Tensor, r: Tensor, condition: ClipConditioning = condition) -> Tensor:
+            return self.module.velocity(condition, x, t * 1000, r * 1000)
+
+        def guide(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            if self.run.fused_guidance == 1.0:
+                return torch.zeros_like(x)
+            difference = u(x, t, r) - u(x, t, r, self.module.without_keys(condition))
+            return (self.run.fused_guidance - 1) * difference * condition.keys_mask[:, None, None, None, None]
+
+        t, r = (own.to(clips) for own in drawn_times(len(clips), generator))
+        loss, plain = flow_map_loss(u, guide, clips, noise, t, r)
+        return loss if self.module.training else plain
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         """Key-frame error and PSNR, denoising loss with fixed noise; a sheet of real, key-head and rendered frames."""

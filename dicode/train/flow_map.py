@@ -1,0 +1,49 @@
+"""Few steps: a trained flow denoiser becomes a flow map, which jumps from one time to any earlier one.
+
+A flow map is the mean velocity u(x, t, r) between times t ≥ r: x_r = x_t − (t − r)·u(x_t, t, r). Its derivative along a
+path gives what to regress on without a second network (MeanFlow, arXiv 2505.13447), here by central finite differences
+(AnyFlow, arXiv 2605.13724); u(x, t, t) is the velocity, with which training starts.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dicode.shapes import ClipLatents
+
+EPSILON = 0.005  # half the time between the two values of a difference
+SAME, TO_THE_END = 0.5, 0.25  # shares of samples whose r is t, and is 0; of the others it is drawn as t is
+
+Velocity = Callable[[ClipLatents, Tensor, Tensor], ClipLatents]  # of x, t and r, `b` each, 0…1
+
+
+def drawn_times(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """t ≥ r of each sample, logit-normal as the times of plain flow matching."""
+    one, other = torch.sigmoid(torch.randn(2, count, generator=generator))
+    kind = torch.rand(count, generator=generator)
+    t, r = torch.maximum(one, other), torch.minimum(one, other)
+    r = torch.where(kind < SAME + TO_THE_END, torch.zeros_like(r), r)
+    return torch.where(kind < SAME, one, t), torch.where(kind < SAME, one, r)
+
+
+def flow_map_loss(
+    u: Velocity, guide: Velocity, clips: ClipLatents, noise: ClipLatents, t: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error of u(x, t, r), and that of the samples whose r is t alone: of plain flow matching.
+
+    `guide` is what guidance adds to the velocity, which sampling need not add then. Errors of r < t are scaled to the
+    size of the others, so that neither decides the step alone.
+    """
+    broad = (-1, *[1] * (clips.ndim - 1))
+    x = (1 - t.view(broad)) * clips + t.view(broad) * noise
+    with torch.no_grad():
+        v = noise - clips + guide(x, t, t)
+        change = (u(x + EPSILON * v, t + EPSILON, r) - u(x - EPSILON * v, t - EPSILON, r)) / (2 * EPSILON)
+        target = v - (t - r).view(broad) * change
+    errors = (u(x, t, r) - target).square().flatten(1).mean(1)
+    same = t == r
+    plain = errors[same].mean() if same.any() else errors.mean()
+    jumps = errors[~same].mean() if (~same).any() else plain
+    scale = (plain / jumps.clamp_min(1e-8)).detach()
+    return torch.where(same, errors, scale * errors).mean(), plain.detach()
