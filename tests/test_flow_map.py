@@ -72,7 +72,7 @@ def test_jumps_between_gaussians_are_those_of_the_closed_form() -> None:
 
     with torch.no_grad():
         for count in (1, 2, 4, 8):
-            found = sample("flow", SamplingConfig(steps=count), predict, predict, noise).flatten()
+            found = sample("flow", SamplingConfig(steps=count), predict, noise).flatten()
             assert (found - expected).square().mean() < 1e-2, count
 
 

@@ -66,5 +66,5 @@ def test_euler_steps_are_the_librarys(steps: int) -> None:
     expected = noise
     for timestep in scheduler.timesteps:
         expected = scheduler.step(predict(expected, timestep.expand(2)), timestep, expected).prev_sample
-    found = sample("flow", SamplingConfig(steps=steps), predict, predict, noise)
+    found = sample("flow", SamplingConfig(steps=steps), predict, noise)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -549,7 +549,7 @@ def test_a_perfect_denoiser_recovers_the_latents(objective: Objective) -> None:
         times.append(timestep[0].item())
         return perfect(latents, timestep)
 
-    made = sample(objective, SamplingConfig(steps=20), watched, watched, noise)
+    made = sample(objective, SamplingConfig(steps=20), watched, noise)
     assert len(times) == 20
     if objective == "flow":
         assert times == pytest.approx([1000 - 50 * i for i in range(20)], abs=0.01)  # no step is wasted
@@ -559,11 +559,13 @@ def test_a_perfect_denoiser_recovers_the_latents(objective: Objective) -> None:
 
 def test_guidance_of_one_is_the_conditional_prediction_and_two_moves_away_from_null() -> None:
     noise = torch.zeros(1, 1, 1, 1, 1)
-    ones, zeros = (lambda x, t, r: torch.ones_like(x)), (lambda x, t, r: torch.zeros_like(x))
+
+    def predict(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.ones_like(x[:1]), torch.zeros_like(x[1:])])
 
     def made(guidance: float) -> float:
         sampling = SamplingConfig(steps=4, decoder_guidance=guidance)
-        return sample("flow", sampling, ones, zeros, noise).item()
+        return sample("flow", sampling, predict, noise).item()
 
     values = {guidance: made(guidance) for guidance in (0.0, 1.0, 2.0)}
     assert values[0.0] == pytest.approx(0)

@@ -30,6 +30,7 @@ def size_tokenizer(config: TokenizerConfig) -> dict[str, dict[str, int]]:
 
     Bytes are of one sample in float32; half of it where all is bfloat16.
     """
+    guided = 1 if config.sampling.decoder_guidance == 1.0 else 2  # with guidance a clip is denoised twice, as a batch
     with torch.device("meta"):
         used = VideoTokenizer(config).eval().requires_grad_(False)
         key_frame = torch.empty(1, 3, config.size, config.size)
@@ -37,13 +38,14 @@ def size_tokenizer(config: TokenizerConfig) -> dict[str, dict[str, int]]:
         side = config.latent_size
         clip = torch.empty(1, config.clip_frames, config.first_stage.latent_channels, side, side)
         encode = cost(lambda: used.tokens_of(used.source_of(key_frame)))
-        condition = cost(lambda: used.conditioning(pair))
-        denoise = cost(lambda: used.denoiser(clip, torch.empty(1), used.conditioning(pair)))
+        pairs, clips = pair.expand(guided, -1, -1, -1), clip.expand(guided, -1, -1, -1, -1)
+        condition = cost(lambda: used.conditioning(pairs))
+        denoise = cost(lambda: used.denoiser(clips, torch.empty(guided), used.conditioning(pairs)))
         first_stage = cost(lambda: used.frames_of(clip))
     parts = {name: count_parameters(part) for name, part in used.named_children()}
-    forwards = config.sampling.steps * (1 if config.sampling.decoder_guidance == 1.0 else 2)
-    once, null = denoise.flops - condition.flops, encode.flops if config.null_tokens == "grey_image" else 0
-    around = condition.flops + first_stage.flops + null
+    forwards = config.sampling.steps * guided
+    once, null = (denoise.flops - condition.flops) // guided, encode.flops if config.null_tokens == "grey_image" else 0
+    around = condition.flops // guided + first_stage.flops + null
     return {
         "parameters": {name: count for name, count in parts.items() if count},
         "flops": {

@@ -11,7 +11,7 @@ diffusers' networks of two to five times its size, because all its arithmetic is
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import torch
@@ -36,6 +36,16 @@ class ClipConditioning:
     context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent
     context_mask: Tensor  # b: 1 where the context is given
     frame_stride: Tensor  # b: frames of the source video from one frame of the clip to the next, for `unet3d`
+
+    def with_null(self, tokens: Tensor) -> "ClipConditioning":
+        """These clips, then the same ones as guidance steers away from them: null tokens `1 n d`, no key latents."""
+        null = replace(
+            self,
+            tokens=tokens.to(self.tokens).expand_as(self.tokens),
+            key_latents=torch.zeros_like(self.key_latents),
+            keys_mask=torch.zeros_like(self.keys_mask),
+        )
+        return ClipConditioning(*(torch.cat([getattr(own, f.name) for own in (self, null)]) for f in fields(self)))
 
     def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> Tensor:
         """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""
@@ -235,21 +245,20 @@ def sample(
     objective: Objective,
     sampling: SamplingConfig,
     predict: Predict,
-    predict_null: Predict,
     noise: ClipLatents,
     generators: list[torch.Generator] | None = None,
 ) -> ClipLatents:
     """Noise → clean latents, by a scheduler of `diffusers`, or in equal Euler steps, which are a flow map's jumps too.
 
-    With a guidance other than 1 the prediction is null + guidance·(conditional − null) (Ho & Salimans 2022), its
-    deviation pulled back by `guidance_rescale` (Lin et al. 2024, section 3.4).
+    With a guidance other than 1 `predict` gets all latents twice in a row, for conditional and null predictions; the
+    prediction is null + guidance·(conditional − null) (Ho & Salimans 2022), its deviation pulled back by
+    `guidance_rescale` (Lin et al. 2024, section 3.4).
     """
 
     def guided(latents: ClipLatents, timestep: Tensor, until: Tensor) -> ClipLatents:
-        conditional = predict(latents, timestep, until)
         if sampling.decoder_guidance == 1.0:
-            return conditional
-        null = predict_null(latents, timestep, until)
+            return predict(latents, timestep, until)
+        conditional, null = predict(*(torch.cat([own, own]) for own in (latents, timestep, until))).chunk(2)
         prediction = null + sampling.decoder_guidance * (conditional - null)
         if sampling.guidance_rescale == 0.0:
             return prediction

@@ -1,6 +1,5 @@
 """Frames ⇄ deep tokens: the whole tokenizer, from key frames to rendered clips."""
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,12 +239,12 @@ class VideoTokenizer(nn.Module):
         ]
         noise = torch.stack([normal(shape, seed, "clip", i, clip) for seed, i, clip in places]).to(self.device)
         conditioning = self.conditioning(torch.cat(pairs).to(self.device), before)
-        null = self.without_keys(conditioning)
+        if draws.sampling.decoder_guidance != 1.0:
+            conditioning = conditioning.with_null(self.null_tokens())
         latents = sample(
             config.objective,
             draws.sampling,
             partial(self.velocity, conditioning),
-            partial(self.velocity, null),
             noise,
             [generator_for(seed, "sampler", i, clip) for seed, i, clip in places],
         )
@@ -258,15 +257,6 @@ class VideoTokenizer(nn.Module):
         """The denoiser's prediction; of a flow map that of its jump from `timestep` to `until`."""
         ends = (until,) if self.config.denoiser.flow_map else ()
         return self.denoiser(noisy, timestep, conditioning, *ends)
-
-    def without_keys(self, conditioning: ClipConditioning) -> ClipConditioning:
-        """What guidance steers away from: null tokens, no key latents; the context stays."""
-        return dataclasses.replace(
-            conditioning,
-            tokens=self.null_tokens().to(conditioning.tokens).expand_as(conditioning.tokens),
-            key_latents=torch.zeros_like(conditioning.key_latents),
-            keys_mask=torch.zeros_like(conditioning.keys_mask),
-        )
 
     @torch.no_grad()
     def context_of(self, before: FrameStack) -> ContextLatents | None:

@@ -328,8 +328,9 @@ class TokenizerTraining:
         def guide(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             if self.run.fused_guidance == 1.0:
                 return torch.zeros_like(x)
-            difference = u(x, t, r) - u(x, t, r, self.module.without_keys(condition))
-            return (self.run.fused_guidance - 1) * difference * condition.keys_mask[:, None, None, None, None]
+            both = condition.with_null(self.module.null_tokens())
+            conditional, null = u(x.repeat(2, 1, 1, 1, 1), t.repeat(2), r.repeat(2), both).chunk(2)
+            return (self.run.fused_guidance - 1) * (conditional - null) * condition.keys_mask[:, None, None, None, None]
 
         t, r = (own.to(clips) for own in drawn_times(len(clips), generator))
         loss, plain = flow_map_loss(u, guide, clips, noise, t, r)
