@@ -33,7 +33,7 @@ FILES = {
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 6
 NAMES = {
-    "blocks": ("first_stage", "key_frames", "denoiser", "lm"),
+    "blocks": ("first_stage", "key_frames", "denoiser", "lm", "lm_sharp"),
     "sprites": ("first_stage", "first_stage_decoder", "key_frames", "denoiser", "lm"),
     "paper": (
         "paper_tokenizer_256", "gpt2_mini", "distilgpt2", "gpt2", "gpt2_medium", "gpt2_large", "llama_1b", "llama_3b"
