@@ -65,6 +65,7 @@ class Backbone(nn.Module):
 
     @property
     def is_gpt2(self) -> bool:
+        """Whether the body is the GPT-2 of `transformers`."""
         return self.config.body.kind == "gpt2"
 
     @property
@@ -102,7 +103,7 @@ class Backbone(nn.Module):
 
 
 def _library() -> ModuleType:
-    """What `transformers` is imported for: seconds."""
+    """What needs `transformers`, whose import takes seconds."""
     from dicode.lm import library
 
     return library

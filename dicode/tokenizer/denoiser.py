@@ -23,7 +23,7 @@ from dicode.tokenizer.config import DenoiserConfig, Objective, SamplingConfig, T
 from dicode.tokenizer.encoder import grid_positions, normal_start, transformer
 
 Predict = Callable[[ClipLatents, Tensor, Tensor], ClipLatents]  # of latents, their timestep and the next one
-UNTIL_SHARE = 0.25  # of a flow map's embedding of times that tells where it ends
+UNTIL_SHARE = 0.25  # of a flow map's embedding of times: where a jump ends
 
 
 @dataclass(frozen=True)

@@ -320,7 +320,10 @@ class TokenizerTraining:
     def jumping_loss(
         self, clips: Tensor, noise: Tensor, condition: ClipConditioning, generator: torch.Generator
     ) -> Tensor:
-        """The loss of a flow map; in validation that of its velocities alone, which is comparable with a denoiser's."""
+        """The loss of a flow map; in validation that of its velocities alone, which says nothing of its jumps.
+
+        It compares with a denoiser's only where no guidance is fused: the target contains that of the network itself.
+        """
 
         def u(x: Tensor, t: Tensor, r: Tensor, condition: ClipConditioning = condition) -> Tensor:
             return self.module.velocity(condition, x, t * 1000, r * 1000)
