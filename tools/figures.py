@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def figures(model: str) -> str:
-    """The results of one model in the box as a Markdown table."""
+    """The results of one bundled model as a Markdown table."""
     made, rebuilt, speed = (values_of(f"{model}-{part}") for part in ("generation", "reconstruction", "speed"))
     control, rank, motion = made["text_control"], made["validation_percentile"], made["motion"]
     frechet = {name: score["value"] for name, score in rebuilt["FVD-EffLite0"].items()}
@@ -112,7 +112,7 @@ def instruction_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
 def tokens() -> str:
     """What deep tokens keep of validation frames, as a Markdown table."""
     values = values_of("tokens")
-    named = {"fourth": "fourth edition", "linear": "linear code as fitted", "fifth": "fifth edition, trained beside it"}
+    named = {"fourth": "fourth release", "linear": "linear code as fitted", "fifth": "fifth release, trained beside it"}
     columns = list(values["fourth"])
     lines = ["| deep tokens of | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for key, name in named.items():
@@ -122,12 +122,12 @@ def tokens() -> str:
 
 
 def widths() -> str:
-    """What tokens of other widths would tell of single frames, as a Markdown table."""
+    """What tokens of other widths would keep of single frames, as a Markdown table."""
     values, perceptual = values_of("world-widths"), "perceptual-EffLite0"
-    rows = [["", *(f"{split}: {told}" for split in values for told in ("PSNR", "perceptual distance", "lost"))]]
+    rows = [["", *(f"{split}: {name}" for split in values for name in ("PSNR", "perceptual distance", "lost"))]]
     for name in values["training"]:
-        told = [values[split][name] for split in values]
-        cells = [(f"{one['psnr_db']:.1f} dB", f"{one[perceptual]:.3f}", f"{100 * one['lost']:.1f} %") for one in told]
+        found = [values[split][name] for split in values]
+        cells = [(f"{one['psnr_db']:.1f} dB", f"{one[perceptual]:.3f}", f"{100 * one['lost']:.1f} %") for one in found]
         rows.append([{"model": "its own tokens"}.get(name, name), *(cell for those in cells for cell in those)])
     return as_table(rows)
 
@@ -153,10 +153,10 @@ def ranking() -> str:
 
 
 def video_text() -> str:
-    """How well TinyVT tells captions and order of validation clips, as a Markdown table."""
+    """How well TinyVT recognises captions and order of validation clips, as a Markdown table."""
     folders = json.loads((ROOT / "results/video-text.json").read_text(encoding="utf-8"))["values"]["folders"]
 
-    def told(row: dict[str, Any], way: str) -> list[str]:
+    def ranked(row: dict[str, Any], way: str) -> list[str]:
         if way not in row:
             return ["–"] * 2
         recall, chance = (
@@ -172,14 +172,14 @@ def video_text() -> str:
         "recall@1 / 5 / 10, %",
         "clip of a caption: rank",
         "recall@1 / 5 / 10, %",
-        "reversed told, %",
-        "shuffled told, %",
+        "reversed recognised, %",
+        "shuffled recognised, %",
     ]
     lines = [head, ["---"] * len(head)]
     for name, row in folders.items():
         captions = f"{row['captions']} ({row['captions also in training']})"
         order = [f"{100 * row['order'][kind]:.0f}" for kind in ("reversed", "shuffled")]
-        retrieval = [*told(row, "caption of a clip"), *told(row, "clip of a caption")]
+        retrieval = [*ranked(row, "caption of a clip"), *ranked(row, "clip of a caption")]
         lines.append([f"`{name}`", str(row["clips"]), captions, *retrieval, *order])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -195,12 +195,12 @@ def scaling() -> str:
         counts = f"{size['parameters'] / 1e6:.3g} M", f"{size['flops'] / 1e12:.3g}"
         minutes = f"{median([run['trained_s'] for run in values['runs'][name]]) / 60:.3g}"  # some shared their core
         rows.append([name, *counts, minutes, *(with_interval(means[column]) for column in columns)])
-    laws = [["law of the loss", "exponent", "scale at", "scale", "floor", "residual", "told by the points"]]
+    laws = [["law of the loss", "exponent", "scale at", "scale", "floor", "residual", "determined by the points"]]
     for name, law in values["laws"].items():
         error = law["errors"] or dict.fromkeys(("exponent", "scale", "floor"), float("nan"))
-        told = [f"{law[part]:.3g} ± {error[part]:.2g}" for part in ("exponent", "scale", "floor")]
-        rest = [f"{law['reference']:.3g}", *told[1:], f"{law['residual']:.2g}", "yes" if law["determined"] else "no"]
-        laws.append([name, told[0], *rest])
+        terms = [f"{law[part]:.3g} ± {error[part]:.2g}" for part in ("exponent", "scale", "floor")]
+        rest = [f"{law['reference']:.3g}", *terms[1:], f"{law['residual']:.2g}", "yes" if law["determined"] else "no"]
+        laws.append([name, terms[0], *rest])
     steps = [["to the next size", "nll, the same seeds in pairs"]]
     steps += [[name, with_interval(step)] for name, step in values["differences"].items()]
     tables = [rows, steps, laws, larger(values_of("scale-h100")), *ablations(values_of("ablations"))]
@@ -248,8 +248,8 @@ def ablations(values: dict[str, Any]) -> list[list[list[str]]]:
 
 def with_interval(figure: dict[str, Any]) -> str:
     """`mean (low–high)`, or the mean alone where there is one seed."""
-    told = figure["interval"]
-    return f"{figure['mean']:.4g}" + (f" ({told[0]:.4g}–{told[1]:.4g})" if told else "")
+    between = figure["interval"]
+    return f"{figure['mean']:.4g}" + (f" ({between[0]:.4g}–{between[1]:.4g})" if between else "")
 
 
 def as_table(rows: list[list[str]]) -> str:

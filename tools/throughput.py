@@ -1,4 +1,4 @@
-"""How fast the recipes of the model in the box train here, and where the time of a step goes.
+"""How fast the recipes of a bundled model train here, and where the time of a step goes.
 
     python tools/throughput.py cache/sprites results/throughput.json
 
@@ -22,15 +22,15 @@ from dicode.train.runs import load_run
 from dicode.train.stages import stage_of
 
 RECIPES = Path(__file__).parents[1] / "recipes/sprites.py"
-BOX = str(Path(__file__).parents[1] / "dicode/checkpoints/sprites")
+BUNDLED = str(Path(__file__).parents[1] / "dicode/checkpoints/sprites")
 SECONDS = 20.0
-FOLDERS = ("init", "first_stage", "tokenizer")  # fields that name another run: the box stands for it
+FOLDERS = ("init", "first_stage", "tokenizer")  # fields that name another run: the bundled model stands for it
 
 
 def measure(name: str, cache: str) -> dict[str, Any]:
     """Seconds of each part of a step, means over as many as fit."""
     run = load_run(f"{RECIPES}:{name}")
-    run = dataclasses.replace(run, cache=cache, **{f: BOX for f in FOLDERS if getattr(run, f, None)})
+    run = dataclasses.replace(run, cache=cache, **{f: BUNDLED for f in FOLDERS if getattr(run, f, None)})
     training = Training(stage_of(run), run.loop, Processes())
     training.stage.module.train()
     spent = dict.fromkeys(("data", "forward", "backward", "update"), 0.0)

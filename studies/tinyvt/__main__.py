@@ -216,8 +216,8 @@ def accuracy(network: TinyVT, clips: Sequence[Video], captions: Sequence[str], s
 
     `percentile` is the share of wrong ones that are farther than the right one, in percent (chance 50); `recall` maps
     k to the share whose right one is among the nearest k, `chance` the same of a guess. `order` is the share of clips
-    told from themselves reversed, and shuffled, by a score of each on its own (chance ½). Clips without a caption are
-    judged by order alone.
+    recognised against themselves reversed, and shuffled, by a score of each on its own (chance ½). Clips without a
+    caption are scored by order alone.
     """
     vectors = np.stack([network.clip_vector(clip) for clip in clips])
     rows = [i for i, caption in enumerate(captions) if caption]

@@ -2,7 +2,7 @@
 
     python studies/world/rollouts.py cache/world /tmp/rollouts.json world
 
-results/world-rollouts.json holds this of four editions of `world`.
+results/world-rollouts.json holds this of four releases of `world`.
 """
 
 import shlex
