@@ -347,6 +347,11 @@ def test_flags_are_the_frozen_ones(capsys, monkeypatch, command):
     code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0
     assert sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", out)) - {"--version"}) == FLAGS[command].split()
+    # tyro takes comments for help texts: a flag without one gets that of the flag above
+    rows = re.split(r"^[│ ] (?=\S)", re.sub(r"^[╭╰ ][─-].*|│$", "", out, flags=re.MULTILINE), flags=re.MULTILINE)[1:]
+    texts = [" ".join(row.partition("  ")[2].replace("│", " ").split()).partition("(default:")[0] for row in rows]
+    assert rows
+    assert all(texts) and len(set(texts)) == len(texts), texts
 
 
 def test_help_and_version_need_no_library_that_takes_time_to_load():

@@ -84,7 +84,7 @@ class Vbench:
     samples: Annotated[int, Range(1, 1000)] = 5  # videos a prompt; VBench asks for 25 to measure temporal flickering
     seconds: common.Seconds = 2.0  # length in seconds
     scale: common.Scaling = 1  # enlargement of every pixel along each side, 1 to 64
-    seed: Seed = 0
+    seed: Seed = 0  # random seed
     batch_size: BatchSize = 10  # samples generated at once
     shard: str | None = None  # this process's share of the work: 2/4 is the second of four
     device: common.Device = "auto"

@@ -45,9 +45,8 @@ class Evaluate:
     scorer: ScorerFile = None
     # networks beside EffLite0: TinyVT, I3D=PATH, C3D=PATH, Inception=PATH, CLIP=ID_OR_FOLDER
     features: tuple[str, ...] = ("EffLite0", "TinyVT")
-    prompts: Count = (
-        100  # most training captions to generate from, videos of each split for a scorer, scripts of each set
-    )
+    # most training captions to generate from, videos of each split for a scorer, scripts of each set
+    prompts: Count = 100
     long_prompts: Count = 8  # training captions for long videos
     long_seconds: common.Seconds = 60.0  # length of long videos in seconds
     repeats: Count = 5  # measurements of seconds and memory; fewer have no interval

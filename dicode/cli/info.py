@@ -27,9 +27,8 @@ class Info:
     flags change it.
     """
 
-    model: common.Model = (
-        DEFAULT_MODEL  # bundled model, checkpoint folder, id on the Hub, preset, FILE.py:RUN or FILE.py
-    )
+    # bundled model, checkpoint folder, id on the Hub, preset, FILE.py:RUN or FILE.py
+    model: common.Model = DEFAULT_MODEL
     revision: common.Revision = None
     here: bool = False  # measured time of each stage on this machine, for a recipe file with STAGES
     gpus: Annotated[tuple[Count, ...], Items(1, 64)] | None = None  # numbers of GPUs; default: 1, for models 1 and 8
