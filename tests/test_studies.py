@@ -260,3 +260,31 @@ def test_key_frames_of_blocks(results: Path, blocks: Path, monkeypatch: pytest.M
     own.main(flags)
     values = json.loads((results / "key_frames.json").read_text())["values"]
     assert values["seen"]["all"] == values["seen"]["colour_and_shape"] == values["seen"]["place"] == 1
+
+
+def test_language_models_of_blocks(
+    results: Path, blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = study("blocks", "language_models")
+    monkeypatch.setattr(own, "SETS", ("seen",))
+    names, work = ["0.1 M", "flow, whole key frames"], ["--work-folder", str(tmp_path)]
+    files = [str(STUDIES.parent / "dicode/checkpoints/sprites"), str(blocks), str(blocks), str(results / "lms.json")]
+    own.main([*files, "--seeds", "1", "--steps", "4", "--count", "1", *work, "--only", *names])
+    values = json.loads((results / "lms.json").read_text())["values"]
+    assert [*values] == names and all(own["0"]["seen"]["all"] < 0.5 for own in values.values())
+    small, other = (own["0"] for own in values.values())
+    assert small["parameters"] < other["parameters"] and other["flops"] == pytest.approx(4 * 91.0e9, rel=0.15)
+    monkeypatch.delattr(own, "trained")
+    own.main([*files, "--seeds", "1", "--steps", "4", "--count", "1", *work, "--only", *names])
+    assert json.loads((results / "lms.json").read_text())["values"] == values  # what is finished is not trained again
+
+
+def test_real_videos_follow_their_scripts(blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, cache = study("blocks", "language_models"), FrameCache.load(blocks)
+    scripts = [one for one in scripted_of(cache, 1) if one.name in own.SETS]
+    rows = iter(
+        [cache.frames[one.video.first : one.video.first + one.video.count - 1].numpy()[None] for one in scripts]
+    )
+    monkeypatch.setattr(own, "generated", lambda *_: next(rows))
+    for figures in own.followed(None, scripts, 0).values():
+        assert figures["all"] == figures["video"] == 1 and figures["order"] in (0, 1)
