@@ -221,6 +221,7 @@ def test_tokens_give_the_same_file_as_their_video(capsys, tmp_path, tiny_model, 
         code, _, err = run(capsys, "reconstruct", source, "-o", tmp_path / name, "--model", tiny_model, "--seed", 5)
         assert code == 0, err
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert read_metadata(tmp_path / "a.mp4")["steps"] == 2  # the model's own
     assert len(read_video(tmp_path / "a.mp4").frames) == 20
 
 

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy_runs import runs, write_cache
+from toy_runs import runs, variants, write_cache
 
 import dicode.device
 from dicode.cli.data import Encode, encode
 from dicode.device import compute_dtype, has_bfloat16, pick_device
 from dicode.stopwatch import Stopwatch
+from dicode.train.distributed import Processes
+from dicode.train.loop import Training
+from dicode.train.optim import Muon
 from dicode.train.runs import LoopConfig
-from dicode.train.stages import Run, run_recipe
+from dicode.train.stages import Run, run_recipe, stage_of
 
 CPU = torch.device("cpu")
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_convolution", "native_layer_norm"}
@@ -74,14 +77,25 @@ def test_a_run_computes_in_bfloat16_only_where_the_device_has_it(
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["emulated", "native"])
+def test_muon_multiplies_in_the_dtype_of_its_run(root: Path, monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(dicode.device, "has_bfloat16", lambda device: native)
+    run = short(variants(root)["muon"])
+    found = [own.dtype for own in Training(stage_of(run), run.loop, Processes()).optimizers if isinstance(own, Muon)]
+    assert found == [torch.bfloat16 if native else torch.float32]
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["emulated", "native"])
 def test_encoding_a_cache_computes_in_bfloat16_only_where_the_device_has_it(
     root: Path, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
     monkeypatch.setattr(dicode.device, "has_bfloat16", lambda device: native)
     for kept in (*(root / "cache").glob("*.latents-*"), *(root / "cache").glob("*.tokens-*")):
         kept.unlink()
-    command = Encode(str(root / "cache"), str(root / "key_frames/best"))
+    asked: list[str] = []
+    monkeypatch.setattr(dicode.device, "pick_device", lambda name: asked.append(name) or CPU)
+    command = Encode(str(root / "cache"), str(root / "key_frames/best"), device="toaster")
     assert (torch.bfloat16 in dtypes_of(lambda: encode(command, Stopwatch()))) == native
+    assert "toaster" in asked
 
 
 def test_the_default_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_evaluate_writes_a_result_a_part_in_the_published_arrangement(
 
 
 def test_a_quick_look_says_what_it_leaves_out_and_takes_a_scorer(
-    tiny_model: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    published: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "torch.py").write_text(
         "def found(frames):\n    return {'moves': bool((frames[0] != frames[-1]).any())}\n"
@@ -134,7 +134,7 @@ def test_a_quick_look_says_what_it_leaves_out_and_takes_a_scorer(
     dataclasses.replace(frames, videos=videos).save(tmp_path / "cache")
     flags = ["--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "results"), "--quick", "--features", "EffLite0"]
     flags += ["--scorer", f"{tmp_path}/torch.py:found"]
-    assert main(["evaluate", str(tiny_model), *flags]) == 0
+    assert main(["evaluate", str(published), *flags]) == 0
     printed = capsys.readouterr().out
     assert "quick: generation, reconstruction, scorer" in printed
     assert "left out: instructions, events, speed, long" in printed
@@ -146,7 +146,7 @@ def test_a_quick_look_says_what_it_leaves_out_and_takes_a_scorer(
     assert values["accuracy of moves"].keys() == cases
     assert values["accuracy of moves"]["validation: real"]["value"] == 1.0
     assert all("Quick: few clips" in one["notes"] for one in made.values())
-    assert main(["evaluate", str(tiny_model), "--cache", str(cache), "--quick", "--parts", "long"]) == 2
+    assert main(["evaluate", str(published), "--cache", str(cache), "--quick", "--parts", "long"]) == 2
     assert "--quick: expected a part among generation, reconstruction, scorer, got long" in capsys.readouterr().err
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_tiny_model
 from scipy import stats
 from toy_runs import write_cache
 
@@ -64,9 +65,10 @@ def test_the_grid_leaves_out_what_is_stored_and_sets_both_variance_scales(tiny_m
 
 
 @pytest.mark.filterwarnings("ignore:.*lose their end")  # the tiny model reads 12 text tokens
-def test_tune_prints_a_table_and_writes_a_result(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_tune_prints_a_table_and_writes_a_result_in_the_published_arrangement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    tiny_model = write_tiny_model(tmp_path / "tiny", tail_frame=15)
     write_cache(tmp_path / "cache", count=12)
     (tmp_path / "mine.py").write_text(SCORER)
     flags = ["--cache", str(tmp_path / "cache"), "--scorer", f"{tmp_path}/mine.py:found", "--prompts", "8"]

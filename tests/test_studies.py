@@ -95,6 +95,17 @@ def test_a_power_law_is_found_again(floor: float) -> None:
     assert max(law.errors.values()) < 1e-6 and law.determined
 
 
+@pytest.mark.parametrize("n", [2, 3, 6, 30])
+def test_an_interval_over_seeds_is_students(n: int) -> None:
+    values = np.random.default_rng(n).normal(size=n)
+    low, high = study("scale", "laws").t_interval(values)
+    width = {2: 12.706, 3: 4.3027, 6: 2.5706, 30: 2.0452}[n] * values.std(ddof=1) / n**0.5  # of every t table
+    assert (low, high) == (
+        pytest.approx(values.mean() - width, rel=1e-4),
+        pytest.approx(values.mean() + width, rel=1e-4),
+    )
+
+
 @pytest.mark.parametrize("more", ["--seeds 2", "--seeds 1 --studies tokens head joins"])
 def test_scale(toy: Path, results: Path, monkeypatch: pytest.MonkeyPatch, more: str) -> None:
     monkeypatch.syspath_prepend(str(STUDIES / "scale"))

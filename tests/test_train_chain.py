@@ -47,6 +47,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("name", ["first_stage", "lm"])
+def test_one_stage_can_be_measured_alone(root: Path, name: str) -> None:
+    assert Chain(str(root / "toy.py"), str(root / "cache"), root / "paces").paces(name).keys() == {name}
+
+
 def test_all_stages_train_in_order_and_an_interrupted_one_goes_on(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dicode.checkpoint.saving import write_config
 from dicode.config import CheckpointError
+from dicode.data.columns import CachedVideo
 from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.library import body_differences, load_pretrained
@@ -167,6 +168,9 @@ def test_a_clip_is_read_with_the_stride_drawn_and_the_network_is_given_it(root: 
     stage.loss(batch, generator_for(1))
     assert torch.equal(given[0], batch["frame_stride"])
     assert set(TokenizerTraining(run(root)).batch(torch.arange(4), generator_for(0))["frame_stride"].tolist()) == {6.0}
+    fast = CachedVideo("", "48 frames a second", (), False, False, 0, 480, 10.0)
+    stage = TokenizerTraining(run(root, frame_strides=(1, 6)))
+    assert {stage.stride_of(fast, generator_for(0, i)) for i in range(200)} == {1, 2, 3, 4, 5, 6}
     with pytest.raises(ValueError, match=r"frame_strides: expected two numbers from 1 on.*got \(3, 2\)"):
         TokenizerTraining(run(root, frame_strides=(3, 2)))
 
@@ -465,7 +469,7 @@ def test_a_run_from_scratch_takes_a_vocabulary_that_fits_and_only_one(trained: P
 
 def test_the_tokenizer_recipe_is_the_published_one() -> None:
     run = load_run(f"{RECIPES}:paper_tokenizer_256")
-    assert run.model == TOKENIZERS["paper_tokenizer_256"]
+    assert run.model == TOKENIZERS["paper_tokenizer_256"] and run.frame_strides == (1, 6)
     assert run.model.objective == "v_prediction"
     sampling = run.model.sampling
     assert (sampling.steps, sampling.eta, sampling.guidance_rescale, sampling.decoder_guidance) == (50, 1.0, 0.7, 7.5)

@@ -246,11 +246,14 @@ def joined(
         model = VideoTokenizer(config)
     first_stage = fitted(first_stage, model.first_stage, source)
     parts = fitted(parts, TokenizerParts(model), source)
+    from dicode.tokenizer.library import DROPOUT
+
     report.use("first stage", autoencoder)
     report.use("image encoder", image)
     report.use("resampler", public[RESAMPLER])
     report.use("denoiser", denoiser)
     report.notes.append(f"the denoiser's objective is {config.objective}")
+    report.notes.append(f"its residual blocks drop out {DROPOUT:g} in training, as public")
     report.leave("text tower, of which the 77 null tokens are kept", list(text))
     encoding = {name: value for name, value in parts.items() if not name.startswith("denoiser.")}
     stage, encoding = (

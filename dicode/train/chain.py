@@ -118,6 +118,9 @@ class Chain:
                 stage = stage_of(run)
                 if only in (None, name):
                     found[name] = measured_pace(stage, run.loop, processes)
+                if only == name:
+                    break
+                stage.module.eval()
                 stage.export(own.folders[name] / "best")  # for the stages after it
         return found
 

@@ -392,7 +392,7 @@ def _first_metrics(run: Training, stop: StopSignal) -> dict[str, float]:
     Statistics that validation fits are put back, so that a run is the same with `best` and without.
     """
     before = {name: local(buffer).clone() for name, buffer in run.buffers.items()}
-    with run.validating(), stop.cutting():
+    with run.validating(), stop.cutting(), Progress("validating"):
         metrics = run.stage.validate()[0]
         run.best_metric(metrics)
     copy_into(run.buffers, before)
