@@ -28,7 +28,7 @@ def pick_device(name: str) -> torch.device:
         if trial.sum().item() != 2 or not trial.untyped_storage().nbytes():
             raise RuntimeError("it does not compute")
         return trial.device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # depends on the device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:  # by the device
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"device {name}: cannot be used here ({reason}); cpu always can") from error
 

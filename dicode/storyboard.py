@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import yaml
 
-from dicode.config import Range, check_ranges, config_from_dict, shortened
+from dicode.config import Range, Unicode, check_ranges, config_from_dict, shortened
 from dicode.files import read_text
 
 EXAMPLE = "[4s: a spark] [4s: it grows into a fireball]"
 FILE_EXAMPLE = "- {seconds: 4, prompt: a spark}"
 MAX_BYTES = 2**20  # of a file
+NO_VALUE = (ValueError, KeyError, AttributeError, IndexError, TypeError)  # of PyYAML for a date or number that is none
 TOLERANCE = 1e-6  # in clips: 0.3 s are three clips of 0.1 s, though not in binary
 _NUMBER = r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|inf(?:inity)?|nan)"
 # An attempt at a storyboard; "[3 cats] play" and "[loud] a bell" are prompts
@@ -26,11 +27,13 @@ _SHOT = re.compile(rf"\[\s*(?P<seconds>{_NUMBER})\s*s\s*:(?P<prompt>[^\[\]]*)\]"
 class Shot:
     """A prompt and its length. Raises `ValueError` for an empty prompt, and for seconds that are not 0 … a day."""
 
-    prompt: str
+    prompt: Annotated[str, Unicode]
     seconds: Annotated[float, Range(0, 86_400, above=True)]
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if "\0" in self.prompt:
+            raise ValueError("prompt: holds a NUL character")
         if not self.prompt.strip():
             raise ValueError("prompt: expected a text of at least one word, got none")
 
@@ -69,7 +72,7 @@ def read_storyboard(path: Path) -> list[Shot]:
         content = yaml.load(read_text(path, MAX_BYTES), _Loader)
     except RecursionError as error:
         raise ValueError(f"{path}: expected YAML such as '{FILE_EXAMPLE}', got lists nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
+    except (yaml.YAMLError, *NO_VALUE) as error:
         raise ValueError(f"{path}: expected YAML such as '{FILE_EXAMPLE}' ({error})") from error
     if isinstance(content, dict) and list(content) == ["shots"]:
         content = content["shots"]

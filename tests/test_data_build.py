@@ -125,13 +125,14 @@ def test_only_what_changed_is_made_again(tmp_path: Path, drawn_clips: Path) -> N
     shutil.copytree(drawn_clips, clips)
     build_cache(read_index(clips), cache, OPTIONS)
     save_file({"values": torch.zeros(2)}, cache / "shard-00000.tokens-12.safetensors")
-    (cache / "EffLite0-17-frames-8-fps.safetensors").touch()
+    of_all = cache / f"rendered-{'0' * 16}-{'0' * 16}.safetensors"
+    save_file({"latents": torch.zeros(2)}, of_all)
     before = {path.name: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
     shutil.copy(clips / "videos/0000.mp4", clips / "videos/0004.mp4")
     build_cache(read_index(clips), cache, OPTIONS)
     after = {path.name: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
     assert {name for name in before if before[name] != after[name]} == {"shard-00002.json", "shard-00002.safetensors"}
-    assert not (cache / "EffLite0-17-frames-8-fps.safetensors").exists()  # was of all shards
+    assert not of_all.exists()
     build_cache(read_index(clips)[:3], cache, OPTIONS)
     assert sorted(path.name for path in cache.glob("shard-*.json")) == ["shard-00000.json", "shard-00001.json"]
     assert (cache / "shard-00000.tokens-12.safetensors").exists()
@@ -196,6 +197,8 @@ FOREIGN = {
     "an index of another kind": {"index.json": '{"weight_map": {}}'},
     "a text": {"thesis.txt": "years of work"},
     "a shard's note": {"shard-00000.json": '{"my": "notes"}'},
+    "lines of another kind": {"copies.jsonl": '{"mine": 1}\n'},
+    "lines beside ours": {"quarantine.jsonl": '{"file": "a", "reason": "b"}\nnotes\n'},
 }
 
 
@@ -217,7 +220,7 @@ def test_no_cache_is_made_among_foreign_files(tmp_path: Path, drawn_clips: Path,
 def test_foreign_files_in_a_cache_stay(tmp_path: Path, drawn_clips: Path) -> None:
     cache = tmp_path / "cache"
     build_cache(read_index(drawn_clips), cache, OPTIONS)
-    mine = {"mine.safetensors": {"w": torch.zeros(2)}, "shard-00009.safetensors": {"w": torch.ones(2)}}
+    mine = {f"{name}.safetensors": {"w": torch.zeros(2)} for name in ("mine", "rendered-mine", "EffLite0-weights")}
     for name, tensors in mine.items():
         save_file(tensors, cache / name)
     (cache / "shard-list.txt").write_text("notes")
@@ -227,6 +230,12 @@ def test_foreign_files_in_a_cache_stay(tmp_path: Path, drawn_clips: Path) -> Non
     assert held.items() <= contents(cache).items()
     FrameCache.load(cache).save(cache)
     assert held.items() <= contents(cache).items()
+    for name in ("shard-00009.json", "copies.jsonl"):  # where a cache may come to write
+        (cache / name).write_text('{"mine": 1}')
+        with pytest.raises(ValueError, match=rf"holds files that no cache has .*{name}"):
+            build_cache(read_index(drawn_clips), cache, OPTIONS)
+        assert (cache / name).read_text() == '{"mine": 1}'
+        (cache / name).unlink()
 
 
 def test_a_full_disk_keeps_what_is_done_and_calls_no_file_bad(

@@ -44,7 +44,7 @@ def write_clips(folder: Path, there_and_back: bool = False) -> Path:
 def test_what_a_cache_is_like_is_said_in_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache, file = write_clips(tmp_path / "cache"), tmp_path / "findings.json"
     assert main(["data", "check", str(cache), "--json", str(file)]) == 0
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text())["values"]
     assert (found["clips"], found["validation"], found["captions"], found["most_repeated"]) == (12, 1, 3, 4)
     assert (found["median_s"], found["longest_s"], found["shorter"]) == (3.0, 3.0, pytest.approx(1 / 3))
     assert (found["looping"], found["seamless"], found["sided"]) == (0.0, 0.0, 1.0)

@@ -17,8 +17,9 @@ from dicode.checkpoint import model_origin, resolve
 from dicode.device import pick_device
 from dicode.evaluate.scores import frechet_score, kernel_score
 from dicode.features.networks import ClipNetwork, NetworkFile, checked_file
+from dicode.files import check_folder
 from dicode.pipeline import DiCoDe
-from dicode.provenance import command_line, write_result
+from dicode.provenance import check_result, command_line, write_result
 from dicode.seeds import generator_for
 from dicode.stopwatch import Stopwatch
 from dicode.video.read import read_video
@@ -54,6 +55,7 @@ def measure(benchmark: Benchmark, flags: Any, output: Path, watch: Stopwatch) ->
 
     `flags` are those that UCF-101 and MSR-VTT have in common (`dicode.cli.benchmark.RunFlags`).
     """
+    check_result(output)
     i3d_path, i3d_file = checked_file("I3D", flags.i3d, flags.confirm)
     shard, seed, batch = shard_of(flags.shard), flags.seed, flags.batch_size
     device = pick_device(flags.device)  # after the shard: torchrun's processes take a GPU each
@@ -129,7 +131,9 @@ def vbench(flags: Any, watch: Stopwatch) -> None:
     numbers of its own for every video.
     """
     prompts, output, samples = vbench_prompts(flags.prompts), flags.output, flags.samples
-    work = output.with_name(f"{output.name}.work")
+    check_folder(output)
+    work, result = (output.with_name(f"{output.name}{suffix}") for suffix in (".work", ".json"))
+    check_result(result)
     if output.is_dir() and any(output.iterdir()) and not work.is_dir():
         raise FileExistsError(f"{output}: holds files that this command did not write; name a new folder")
     shard = shard_of(flags.shard)
@@ -159,7 +163,7 @@ def vbench(flags: Any, watch: Stopwatch) -> None:
         "prompts": len(prompts),
         "sample_numbers": f"{SAMPLES_APART} × place of the prompt + index",
     }
-    name, result = f"{run['model']}: videos for VBench", output.with_name(f"{output.name}.json")
+    name = f"{run['model']}: videos for VBench"
     write_result(result, name, values, len(jobs), flags.seed, command_line(), device)
     print(f"{output}: {len(jobs)} videos of {len(prompts)} prompts\n{result}\n{watch.text()}")
 

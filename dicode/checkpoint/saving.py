@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dicode.checkpoint import FILES, FORMAT, SCALES, SEAL, content_of, read_config, read_tensors
 from dicode.config import CheckpointError
-from dicode.files import put, whole_folder
+from dicode.files import check_folder, put, whole_folder
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -88,6 +88,7 @@ def check_model_folder(output: Path, own: Sequence[str] = FILES) -> None:
     """Raise `CheckpointError` unless a folder is missing, empty, or a dicode checkpoint with files of these names."""
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{output}: expected a folder to write, or none yet, got a file")
+    check_folder(output)
     names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
     if names and not foreign:

@@ -88,6 +88,13 @@ def load_model(command: Any) -> tuple[Any, Path]:
     return DiCoDe.from_pretrained(folder, device=device, dtype=getattr(torch, command.dtype)), folder
 
 
+def named(output: str) -> str:
+    """The name of an output folder. Raises `ValueError` for an empty one, which would be the current folder."""
+    if not output.strip():
+        raise ValueError(f"-o: expected the name of a folder, got {output!r}")
+    return output
+
+
 def check_folders(folders: Sequence[str]) -> None:
     """Raise `ValueError` without folders of clips; an empty name would be the current folder."""
     if not folders or not all(folder.strip() for folder in folders):

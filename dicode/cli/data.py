@@ -1,6 +1,5 @@
 """`dicode data …`: index, cache, blocks, verify, check, encode, export and sheet."""
 
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -159,9 +158,7 @@ def cache(command: Cache, watch: Stopwatch) -> int:
 
     options = CacheOptions(**{field.name: getattr(command, field.name) for field in fields(CacheOptions)})
     validation_by = _key_value(command.validation_by)
-    if not command.output.strip():
-        raise ValueError(f"-o: expected the name of a folder, got {command.output!r}")
-    output = place(command.output)
+    output = place(common.named(command.output))
     check_own(output)
     if command.encode is not None:
         resolve(command.encode)  # before long work
@@ -209,7 +206,7 @@ def blocks(command: Blocks, watch: Stopwatch) -> None:
     names = ("count", "seed", "validation", "within", "shots")
     options = BlocksOptions(**{name: getattr(command, name) for name in names})
     with watch.stage("shards"):
-        notes = build_blocks(options, place(command.output), command.workers, command.ray)
+        notes = build_blocks(options, place(common.named(command.output)), command.workers, command.ray)
     videos = [entry.video for note in notes for entry in note.entries]
     counts, seconds = Counter[str](), Counter[str]()
     for video in videos:
@@ -240,15 +237,15 @@ def check(command: Check, watch: Stopwatch) -> None:
     """Findings, then recommendations."""
     from dicode.data.cache import FrameCache
     from dicode.data.check import check_cache
-    from dicode.files import check_file, check_parent, put_text
+    from dicode.provenance import check_result, command_line, write_result
 
-    check_parent(command.json)
-    check_file(command.json)
+    check_result(command.json)
     findings = check_cache(FrameCache.load(command.cache))
     advice = [f"- {line}" for line in findings.advice()]
     print("\n".join([*findings.lines(), "\nWhat follows:", *advice]))
     if command.json is not None:
-        put_text(command.json, json.dumps(asdict(findings), indent=1) + "\n")
+        name = f"{Path(command.cache).name}: check"
+        write_result(command.json, name, asdict(findings), findings.clips, 0, command_line())
         print(f"{command.json}: the same, in numbers")
 
 
@@ -280,7 +277,7 @@ def export(command: Export, watch: Stopwatch) -> None:
     from dicode.data.cache import FrameCache
     from dicode.files import place
 
-    output = place(command.output)
+    output = place(common.named(command.output))
     check_export(output)
     frames = FrameCache.load(command.cache)
     print(f"{command.output}: {len(frames.videos)} clips in {len(write_tars(frames, output))} archives")

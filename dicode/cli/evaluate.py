@@ -87,7 +87,9 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     from dicode.evaluate.speed import check_length
     from dicode.features.extract import load_networks
     from dicode.features.scorer import Scorer
-    from dicode.provenance import command_line, write_result
+    from dicode.files import check_file
+    from dicode.provenance import check_result, command_line, write_result
+    from dicode.video.sheet import is_sheet, write_sheet
 
     parts = _parts(command)
     flags = {name: getattr(command, name) for name in ("prompts", "repeats", "long_prompts", "long_seconds")}
@@ -107,6 +109,14 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     name = f"{Path(command.model).name}{'-quick' * command.quick}"
     files = {part: command.output / f"{name}-{part}.json" for part in PARTS}
     command.output.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        check_result(files[part])
+        if command.sheets is not None:
+            check_file(command.sheets / f"{name}-{part}.png", is_sheet)
+    if command.report is not None:
+        from dicode.evaluate.report import is_report
+
+        check_file(command.report, is_report)
     blind = suite.blind_networks(samples) if {"generation", "reconstruction"} & {*parts} else {}
     print("".join(f"{reason}\n" for reason in blind.values()), end="")
     sheets: dict[str, Any] = {}
@@ -124,7 +134,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
             sheets[part] = sheet
             if command.sheets is not None:
                 command.sheets.mkdir(parents=True, exist_ok=True)
-                sheet.save(command.sheets / f"{name}-{part}.png")
+                write_sheet(command.sheets / f"{name}-{part}.png", sheet)
     if command.report is not None:
         _report(command, name, files, sheets)
     print(watch.text())
@@ -166,10 +176,9 @@ def tune(command: Tune, watch: Stopwatch) -> None:
     from dicode.evaluate import tune as tuning
     from dicode.evaluate.samples import Samples
     from dicode.features.scorer import Scorer
-    from dicode.files import check_file
-    from dicode.provenance import command_line, write_result
+    from dicode.provenance import check_result, command_line, write_result
 
-    check_file(command.json)
+    check_result(command.json)
     folder = resolve(command.model)
     target = tuning.target_of(folder, command.output)
     scorer = None if command.scorer is None else Scorer(command.scorer)

@@ -16,7 +16,7 @@ from dicode.tokenizer.config import TokenizerConfig
 
 BATCH = 8  # videos
 LIST = "captions.jsonl"
-OWN = re.compile(r"\d{3,}(\.preview)?\.(mp4|json)|captions\.jsonl")  # files of a folder of videos
+OWN = re.compile(r"\d{3,}(\.preview)?\.(mp4|json)")  # files of a folder of videos, beside their list
 LEAST_SIDE = 256  # pixels along a side of a file whose scale is left out: a 64×64 video is too small to watch
 PREVIEW_STEPS = 2  # without guidance: a twelfth of the work of the bundled `sprites`
 
@@ -103,11 +103,12 @@ class Shared:
 def generate(command: Generate, watch: Stopwatch) -> None:
     """Write clips as they come; the file appears with the last one, or with the first one (`--stream`)."""
     jobs = _jobs(command)
+    from dicode.files import check_apart
     from dicode.video.write import check_output
 
     in_folder = _in_folder(command)
     if in_folder:
-        _make_folder(Path(command.output))
+        _make_folder(Path(command.output), command.prompts)
     for job in jobs:
         if job.sheet:
             from dicode.video.sheet import check_sheet
@@ -117,6 +118,8 @@ def generate(command: Generate, watch: Stopwatch) -> None:
             check_output(output, scale=command.scale or 1, stream=command.stream, lossless=command.lossless)
     files = {name: getattr(command, name) for name in ("image", "last_image", "continue_from")}
     files = {name: path for name, path in files.items() if path is not None}
+    for output in (str(output) for job in jobs for output in (job.output, job.sheet) if output):
+        check_apart(output, command.storyboard, command.prompts, *files.values())
     model, folder = common.load_model(command)
     from dicode.pipeline import length_s
 
@@ -187,14 +190,18 @@ def beside(output: str, word: str, between: str = ".") -> str:
     return str(path.with_name(f"{path.stem}{between}{word}{path.suffix}"))
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, prompts: Path | None) -> None:
     """Make the folder for videos of many prompts. Raises `FileExistsError` for one that holds other files than ours."""
     from dicode.files import check_parent
+    from dicode.video.write import is_own_note
 
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder}: is a file; expected a folder for the videos, or a name ending in .mp4")
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if foreign := [name for name in held if not OWN.fullmatch(name)]:
+    own = {name for name in held if OWN.fullmatch(name) and is_own_note((folder / name).with_suffix(".json"))}
+    if own and prompts is not None and prompts.parent.resolve() != folder.resolve():
+        own.add(LIST)
+    if foreign := [name for name in held if name not in own]:
         raise FileExistsError(f"{folder}: holds {foreign[0]!r}, no video of an earlier run; name another folder")
     check_parent(folder)
     folder.mkdir(exist_ok=True)

@@ -49,6 +49,10 @@ def info(command: Info, watch: Stopwatch) -> None:
     gpus = command.gpus or ((1,) if is_recipe else (1, 8))
     if command.here and not is_recipe:
         raise ValueError(f"--here: measures the stages of a recipe file, such as recipes/small.py; got {command.model}")
+    if command.json is not None:
+        from dicode.provenance import check_result
+
+        check_result(command.json)
     if command.here:
         values = _paces(command.model)
     elif is_recipe:

@@ -51,7 +51,7 @@ def tokenize(command: Tokenize, watch: Stopwatch) -> None:
     if output.suffix != SUFFIX:
         raise ValueError(f"{output}: expected a name ending in {SUFFIX}")
     check_parent(output)
-    check_file(output)
+    check_file(output, _is_tokens)
     tokenizer, origin = _loaded(command, None)
     frames, tokens, source = _encoded(tokenizer, command.input, watch)
     fps = tokenizer.config.fps
@@ -67,6 +67,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> None:
     import torch
 
     from dicode.cli.generate import default_scale, speed, summary, write_clips
+    from dicode.files import check_apart
     from dicode.pipeline import trimmed
     from dicode.video.write import VideoWriter, check_output
 
@@ -74,6 +75,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> None:
     if is_saved and command.side_by_side:
         raise ValueError(f"--side-by-side: {command.input} holds tokens, not the video to show beside them")
     check_output(command.output, scale=command.scale or 1)
+    check_apart(command.output, Path(command.input))
     tokenizer, origin = _loaded(command, getattr(torch, command.dtype))
     config, frames = tokenizer.config, None
     if is_saved:
@@ -137,11 +139,22 @@ def _encoded(tokenizer: Any, path: str, watch: Stopwatch) -> tuple[Any, Any, str
         return frames, tokenizer.encode(torch.from_numpy(frames)[None]).float(), printable(Path(path).name)
 
 
+def _is_tokens(path: Path) -> bool:
+    """Whether a file is one of `dicode tokenize`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys()) == ["tokens"]
+    except (SafetensorError, OSError):
+        return False
+
+
 def _read_tokens(path: Path, config: Any, origin: dict[str, str]) -> tuple[Any, int, str]:
     """A file's tokens `1 k n d`, the video's frames and name. Raises `ValueError` for those of another model."""
     from safetensors import safe_open
 
-    from dicode.checkpoint import read_tensors
+    from dicode.checkpoint import is_finite, read_tensors
 
     tensors = read_tensors(path)
     with safe_open(path, framework="pt") as file:
@@ -155,6 +168,11 @@ def _read_tokens(path: Path, config: Any, origin: dict[str, str]) -> tuple[Any, 
             f"{path}: made by model {note.get('model')!r} with weights {note['weights']}; this is {origin['model']!r} "
             f"with weights {origin['weights']}: name the right one with --model"
         )
+    if not (tensors["tokens"].is_floating_point() and is_finite(tensors["tokens"])):
+        raise ValueError(f"{path}: expected tokens of finite floats, got {tensors['tokens'].dtype}, or NaN or infinity")
     tokens = tensors["tokens"][None].float()
-    num_frames = int(note.get("frames", (tokens.shape[1] - 1) * config.tail_frame + config.repeated_frames))
-    return tokens, num_frames, note.get("source", path.name)
+    most = (tokens.shape[1] - 1) * config.tail_frame + config.repeated_frames
+    frames = note.get("frames", str(most))
+    if not (frames.isdecimal() and len(frames) < 10 and 1 <= int(frames) <= most):
+        raise ValueError(f"{path}: expected 1 to {most} frames of {tokens.shape[1]} key frames, got {frames!r}")
+    return tokens, int(frames), note.get("source", path.name)

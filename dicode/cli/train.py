@@ -131,14 +131,15 @@ def finetune(command: Finetune, watch: Stopwatch) -> None:
     from dicode.data.index import read_index
     from dicode.data.records import merged
     from dicode.device import peak_memory_mib, pick_device
-    from dicode.files import check_file
-    from dicode.provenance import command_line, write_result
+    from dicode.files import check_folder
+    from dicode.provenance import check_result, command_line, write_result
 
     with common.needs_extra("train"):
         from dicode.train import finetune as work_on
         from dicode.train.chain import assemble as join
         from dicode.train.runs import LoopConfig, LoRAConfig, OptimConfig
-    check_file(command.json)
+    check_result(command.json)
+    check_folder(command.output)
     common.check_folders(command.folders)
     base = resolve(command.model, command.revision)
     work = command.work_folder or command.output.with_name(f"{command.output.name}.work")

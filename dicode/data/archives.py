@@ -15,7 +15,7 @@ import numpy as np
 
 from dicode.data.cache import CachedVideo, FrameCache, Rows
 from dicode.data.columns import Videos
-from dicode.files import Place, put, whole_folder
+from dicode.files import Place, check_folder, put, whole_folder
 from dicode.video.timed import Video
 from dicode.video.write import VideoWriter
 
@@ -41,6 +41,8 @@ def check_export(output: Place) -> None:
     """Raise `ValueError` for a folder that holds anything but archives of `write_tars`."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: expected a folder to write, or none yet, got a file")
+    if isinstance(output, Path):
+        check_folder(output)
     for path in output.iterdir() if output.exists() else ():
         if path.is_dir() or not (path.suffix == ".tar" and _is_own(path)):
             raise ValueError(f"{path}: is no archive of this command's; name an empty or a new folder with -o")

@@ -13,9 +13,11 @@ NAMES = re.compile(
 )
 UNFINISHED = re.compile(rf"\.({NAMES.pattern})\..*{re.escape(PARTIAL)}")
 # Computed of a whole cache, and stale when that changes.
-OF_THE_WHOLE = re.compile(r"((rendered|EffLite0)-[\w.+-]+|features-\w+-[0-9a-f]{8}-[0-9a-f]{16})\.safetensors")
-TENSORS = ({"frames", "times_s"}, {"values"}, {"rows", "values"})  # of a shard; of what was computed of its frames
+OF_THE_WHOLE = re.compile(r"(rendered-[\w.+-]+|features-\w+-[0-9a-f]{8}-[0-9a-f]{16})\.safetensors")
+# Of a shard; of what was computed of its frames; of rendered clips; of features.
+TENSORS = ({"frames", "times_s"}, {"values"}, {"rows", "values"}, {"latents"}, {"clips", "frames", "probabilities"})
 OF_VIDEOS = {"first", "count", "period_s", "text_end"}  # among others
+OF_LINES = ({"file", "reason"}, {"source", "file", "start_s", "repeats"})  # of quarantine.jsonl, copies.jsonl
 OF_A_NOTE = {"number", "inputs", "shard", "entries", "bad"}
 MOST_HEADER = 2**20  # bytes of a safetensors header of ours
 
@@ -27,8 +29,10 @@ def check_own(folder: Place) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder for a cache, got a file; name another -o")
     others = [path.name for path in folder.iterdir() if not (path.name.startswith(".") or is_own(path))]
-    is_cache = (folder / INDEX).is_file() or any(map(is_own, folder.glob("shard-*.json")))
-    if INDEX in others or (others and not is_cache):
+    is_cache = any(is_own(path) for path in (folder / INDEX, *folder.glob("shard-*.json")))
+    if is_cache:  # where another file may stay, but none in the place of a cache's
+        others = [name for name in others if NAMES.fullmatch(name)]
+    if others:
         names = ", ".join(sorted(others)[:3]) + (", …" if len(others) > 3 else "")
         raise ValueError(f"{folder}: holds files that no cache has ({names}); name a new or an empty folder with -o")
 
@@ -41,7 +45,7 @@ def shard_files(folder: Place, name: str = "shard-*") -> Iterator[Place]:
 def remove_index(folder: Place) -> None:
     """Leave the shards of a cache alone, with what was computed of each; what was computed of the whole of it goes."""
     for path in [*folder.glob("*.safetensors")]:
-        if OF_THE_WHOLE.fullmatch(path.name):
+        if OF_THE_WHOLE.fullmatch(path.name) and is_own(path):
             path.unlink()
     (folder / INDEX).unlink(missing_ok=True)
 
@@ -56,16 +60,20 @@ def is_own(path: Place) -> bool:
     name = path.name
     if UNFINISHED.fullmatch(name):
         return True
-    if not NAMES.fullmatch(name) or not path.is_file():
+    if not (NAMES.fullmatch(name) or OF_THE_WHOLE.fullmatch(name)) or not path.is_file():
         return False
     with path.open("rb") as file:
         if name == INDEX:
             return _keys(file.read()) >= {"format", "shards"}
-        if not name.endswith(".safetensors"):
-            return name.endswith(".jsonl") or _keys(file.read()) >= OF_A_NOTE
+        if name.endswith(".jsonl"):
+            return all(_keys(line) in OF_LINES for line in file)
+        if name.endswith(".json"):
+            return _keys(file.read()) >= OF_A_NOTE
         size = int.from_bytes(file.read(8), "little")
         names = _keys(file.read(size)) - {"__metadata__"} if size <= MOST_HEADER else set()
-    return names >= OF_VIDEOS if name == VIDEOS else names in TENSORS
+    if name == VIDEOS:
+        return names >= OF_VIDEOS
+    return bool(names) and names <= TENSORS[-1] if name.startswith("features-") else names in TENSORS[:-1]
 
 
 def _keys(data: bytes) -> set[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dicode.evaluate.metrics import PAIR_METRICS, SET_METRICS
 from dicode.features.metrics import Interval
-from dicode.files import put_text
+from dicode.files import check_file, put_text
 
 # By the beginning of a figure's name; a name that is not here stands for itself.
 MEANINGS = {
@@ -70,11 +70,18 @@ def write_report(
 ) -> None:
     """Write the page of a model's results (`read_result`), by part, with the contact sheets there are of them.
 
-    Whole or not at all. Raises `ValueError` where there are no results.
+    Whole or not at all. Raises `ValueError` where there are no results, `FileExistsError` in place of another file.
     """
+    check_file(path, is_report)
     if not results:
         raise ValueError(f"{path}: expected the results of one part at least, got none")
     put_text(path, page(name, results, sheets))
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is one of `write_report`."""
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="dicode">' in file.read(200)
 
 
 def page(name: str, results: Mapping[str, Mapping[str, Any]], sheets: Mapping[str, Image.Image]) -> str:

@@ -10,6 +10,7 @@ wrote, and no pickle is involved. No state of random numbers is needed: every dr
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from dicode.checkpoint import is_finite
 from dicode.config import CheckpointError
-from dicode.files import PARTIAL, flush, sha256_of, whole_folder
+from dicode.files import UNFINISHED, flush, sha256_of, whole_folder
 from dicode.train.distributed import Processes, local
 
 KEPT = 2
@@ -92,7 +93,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) ->
 
 def checkpoints(folder: Path) -> list[Path]:
     """The `step-…` folders of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir())
 
 
 def newest_checkpoint(folder: Path, processes: Processes) -> Path | None:
@@ -103,7 +104,7 @@ def newest_checkpoint(folder: Path, processes: Processes) -> Path | None:
     found: Path | None = None
     problem = ""
     if processes.first:
-        for rest in folder.glob(f".*{PARTIAL}"):  # of a run that was killed
+        for rest in filter(lambda path: UNFINISHED.fullmatch(path.name), folder.iterdir()):  # of a run that was killed
             shutil.rmtree(rest, ignore_errors=True)
             rest.unlink(missing_ok=True)
         for path in reversed(checkpoints(folder)):

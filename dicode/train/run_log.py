@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from dicode.device import compute_dtype, describe_device, measured_flops, pick_device
-from dicode.files import alone_with, put, put_text
+from dicode.files import UNFINISHED, alone_with, put, put_text
 from dicode.provenance import describe_commit, versions
 from dicode.stopwatch import EVERY_S, duration
 from dicode.train.distributed import Processes
@@ -35,6 +35,7 @@ from dicode.train.runs import LoopConfig, Tracker
 from dicode.train.speed import name_of
 
 ABOUT_SPEED = ("trained_s", "samples_per_s", "data_share", "eta_s", "memory_gib", "mfu")
+BEFORE_A_RUN = (".lock", "plan.json")  # in a folder of ours whose run has not begun
 UNSURE = ("device", "dtype", "threads", "processes")  # what the last digits of a run depend on
 
 
@@ -42,16 +43,23 @@ UNSURE = ("device", "dtype", "threads", "processes")  # what the last digits of 
 def claimed(folder: Path, data: str, config: LoopConfig, processes: Processes) -> Iterator[None]:
     """In here no other process trains in `folder`; prints what it computes on.
 
-    Raises `ValueError` where one does, where the run was begun with other data, or where its tracker is missing.
+    Raises `ValueError` where one does, where the run was begun with other data, where the folder holds files of
+    others, or where its tracker is missing.
     """
     with ExitStack() as stack:
         problem = ""
         if processes.first:
             try:
                 import_tracker(config.tracker)
+                sessions = records(folder / "sessions.jsonl")
+                held = [] if sessions or not folder.exists() else os.listdir(folder)
+                if foreign := sorted(
+                    name for name in held if name not in BEFORE_A_RUN and not UNFINISHED.fullmatch(name)
+                ):
+                    raise ValueError(f"{folder}: holds {foreign[0]!r}, and no run; name another with --run-folder")
                 folder.mkdir(parents=True, exist_ok=True)
                 lock(folder / ".lock", stack)
-                begun = [session["data"] for session in records(folder / "sessions.jsonl") if "data" in session]
+                begun = [session["data"] for session in sessions if "data" in session]
                 if begun and begun[-1] != data:
                     problem = (
                         f"{folder} was begun with other data (index.json {begun[-1]} then, {data} now): name another "
@@ -211,19 +219,7 @@ def note_start(
     """Record the recipe and the environment of this start; print what differs from the start before."""
     text = json.dumps(asked, indent=2, default=str) + "\n"
     recipe, sessions = folder / "recipe.json", folder / "sessions.jsonl"
-    if not recipe.exists():
-        put_text(recipe, text)
-        if source:
-            put(folder / "recipe.py", lambda copy: copy.write_bytes(source.read_bytes()))
-    elif text != recipe.read_text():
-        changed = folder / f"recipe-from-step-{step:08d}.json"
-        put_text(changed, text)
-        fields = ", ".join(differing(json.loads(recipe.read_text()), json.loads(text))[:5])
-        print(f"the recipe is not the one the run began with ({fields}): see {changed}", flush=True)
     before = records(sessions)
-    for name in UNSURE if before else ():
-        if (then := before[-1].get(name, environment[name])) != environment[name]:
-            print(f"{name}: {then} then, {environment[name]} now: results will differ in their last digits", flush=True)
     session = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
@@ -233,6 +229,18 @@ def note_start(
         **environment,
     }
     put_text(sessions, "".join(json.dumps(line) + "\n" for line in [*before, session]))
+    if not recipe.exists():
+        put_text(recipe, text)
+        if source:
+            put(folder / "recipe.py", lambda copy: copy.write_bytes(source.read_bytes()))
+    elif text != recipe.read_text():
+        changed = folder / f"recipe-from-step-{step:08d}.json"
+        put_text(changed, text)
+        fields = ", ".join(differing(json.loads(recipe.read_text()), json.loads(text))[:5])
+        print(f"the recipe is not the one the run began with ({fields}): see {changed}", flush=True)
+    for name in UNSURE if before else ():
+        if (then := before[-1].get(name, environment[name])) != environment[name]:
+            print(f"{name}: {then} then, {environment[name]} now: results will differ in their last digits", flush=True)
 
 
 def differing(then: Any, now: Any, name: str = "") -> list[str]:

@@ -9,11 +9,13 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 
+from dicode import __version__
 from dicode.files import check_file, check_parent, put
 
 AnyVideo = UInt8[ndarray, "_f _h _w c"]  # unlike `Video`: rows of a sheet may differ in length and size
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 GAP = 2  # pixels between frames
+SOFTWARE = 0x0131  # of Exif
 LABEL_WIDTH, LABEL_CHARACTERS, LABEL_SIZE = 150, 24, 11  # pixels, characters that fit, font height
 
 
@@ -49,14 +51,28 @@ def check_sheet(path: Path | None) -> None:
     if path is not None and path.suffix.lower() not in SHEET_SUFFIXES:
         raise ValueError(f"{path}: expected a name ending in {', '.join(SHEET_SUFFIXES)} for a contact sheet")
     check_parent(path)
-    check_file(path)
+    check_file(path, is_sheet)
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether an image file is one of `save_sheet`."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            return str(image.getexif().get(SOFTWARE, "")).startswith("dicode ")
+    except OSError:
+        return False
 
 
 def save_sheet(
     path: str | Path, clips: Sequence[AnyVideo], labels: Sequence[str] | None = None, columns: int = 8, scale: int = 1
 ) -> None:
     """Write the contact sheet of some clips as an image file, whole or not at all."""
-    path = Path(path)
+    write_sheet(Path(path), contact_sheet(clips, labels, columns, scale))
+
+
+def write_sheet(path: Path, sheet: Image.Image) -> None:
+    """Write a contact sheet, which notes who made it, whole or not at all. Raises as `check_sheet`."""
     check_sheet(path)
-    sheet = contact_sheet(clips, labels, columns, scale)
-    put(path, lambda partial: sheet.save(partial, Image.registered_extensions()[path.suffix.lower()]))
+    exif = Image.Exif()
+    exif[SOFTWARE] = f"dicode {__version__}"
+    put(path, lambda partial: sheet.save(partial, Image.registered_extensions()[path.suffix.lower()], exif=exif))

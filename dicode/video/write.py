@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,17 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image
 
 from dicode import __version__
-from dicode.files import check_file, check_parent, flush, put, put_text, read_json, replace_folder
+from dicode.files import (
+    check_file,
+    check_folder,
+    check_parent,
+    flush,
+    put,
+    put_text,
+    read_json,
+    replace_folder,
+    unfinished,
+)
 from dicode.video.timed import Picture, Video, checked_fps
 
 FOLDER_METADATA = "metadata.json"
@@ -233,7 +242,7 @@ class VideoWriter:
             tags = {"title": str(values.get("prompt", "")), "comment": comment}
             self._tags = {key: text for key, text in tags.items() if text}
         self._notes: dict[str, object] = {}
-        self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
+        self._partial = unfinished(self.path if self._format else self.path.resolve())  # a folder takes a link's target
         self._sink: MovieSink | FolderSink | None = None
         self._frame_shape: tuple[int, ...] = ()
         self._open = True
@@ -267,7 +276,7 @@ class VideoWriter:
         """
         self._check_open()
         if self._format is not None and not self._tags:
-            _check_own(self.path.with_suffix(".json"))
+            check_file(self.path.with_suffix(".json"), is_own_note)
         self._notes |= json.loads(json.dumps(values, allow_nan=False))
 
     def close(self) -> None:
@@ -369,13 +378,15 @@ def check_output(
     if form is None:
         _check_replaceable(path)
     else:
-        check_file(path)
+        note = path.with_suffix(".json")
+        check_file(path, (lambda _: is_own_note(note)) if metadata else None)
         if metadata:
-            _check_own(path.with_suffix(".json"))
+            check_file(note, is_own_note)
     return form
 
 
-def _is_own(note: Path) -> bool:
+def is_own_note(note: Path) -> bool:
+    """Whether a .json is the metadata of a video that was written here."""
     try:
         values = read_json(note, _MOST_JSON)
     except (OSError, ValueError):
@@ -383,20 +394,15 @@ def _is_own(note: Path) -> bool:
     return isinstance(values, dict) and OWN_KEY in values
 
 
-def _check_own(note: Path) -> None:
-    """Raise for a file in the place of our metadata that is not ours."""
-    if note.exists() and not _is_own(note):
-        raise FileExistsError(f"{note}: would be replaced and was not written by dicode; move it, or write elsewhere")
-
-
 def _check_replaceable(folder: Path) -> None:
     """A folder is replaced only if nothing but frames of an earlier run would be lost."""
+    check_folder(folder)
     if not folder.exists():
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder}: is a file; expected a folder for frames, or a name such as out.mp4")
     names = [p.name for p in folder.iterdir()]
     others = [name for name in names if name != FOLDER_METADATA and not re.fullmatch(r"\.?\d{6,}\.png", name)]
-    if others or (names and not _is_own(folder / FOLDER_METADATA)):
+    if others or (names and not is_own_note(folder / FOLDER_METADATA)):
         held = f"holds files that dicode did not write ({(others or names)[0]}, …) and writing would remove"
         raise FileExistsError(f"{folder}: {held}; name a new folder")
