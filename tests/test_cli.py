@@ -225,6 +225,27 @@ def test_tokens_give_the_same_file_as_their_video(capsys, tmp_path, tiny_model, 
     assert len(read_video(tmp_path / "a.mp4").frames) == 20
 
 
+@pytest.mark.parametrize(
+    ("tokens", "frames", "message"),
+    [
+        (torch.zeros(3, 4, 6, dtype=torch.int32), "20", "expected tokens of finite floats, got torch.int32"),
+        (torch.zeros(3, 4, 6, dtype=torch.complex64), "20", "expected tokens of finite floats, got torch.complex64"),
+        (torch.full((3, 4, 6), torch.nan), "20", "expected tokens of finite floats, got torch.float32, or NaN"),
+        *[
+            (torch.zeros(3, 4, 6), frames, f"expected 1 to 32 frames of 3 key frames, got {frames!r}")
+            for frames in ("abc", "", "3.5", "0", "-5", "33", "9" * 5000, "²")
+        ],
+    ],
+)
+def test_damaged_tokens_are_refused(capsys, tmp_path, tiny_model, tokens, frames, message):
+    save_file({"tokens": tokens}, tmp_path / "t.safetensors", {"frames": frames})
+    code, _, err = run(
+        capsys, "reconstruct", tmp_path / "t.safetensors", "-o", tmp_path / "a.mp4", "--model", tiny_model
+    )
+    assert code == 2 and message[:60] in err and len(err) < 1000
+    assert not (tmp_path / "a.mp4").exists()
+
+
 def test_side_by_side_shows_the_video_at_the_left(capsys, tmp_path, tiny_model, drawn_clips):
     video = drawn_clips / "videos" / "0001.gif"
     argv = ["reconstruct", video, "-o", f"{tmp_path}/both/", "--model", tiny_model, "--side-by-side", "--scale", 1]

@@ -24,7 +24,7 @@ from dicode.data import cache as shards
 from dicode.data.build import COLOUR_LEVELS, CacheOptions, build_cache, look_of, repeats, scenes
 from dicode.data.cache import FrameCache
 from dicode.data.index import read_index
-from dicode.data.records import ClipRecord
+from dicode.data.records import ClipRecord, described
 from dicode.files import place, put_text
 from dicode.video.read import VideoReadError, native_frames
 from dicode.video.write import FORMATS, VideoWriter
@@ -476,3 +476,8 @@ def test_a_missing_package_names_its_extra(
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["data", "cache", str(drawn_clips), "-o", str(tmp_path / "cache"), *flags]) == 2
     assert f"pip install 'dicode[{extra}]'" in capsys.readouterr().err
+
+
+def test_keys_and_values_of_lines_are_valid_text(tmp_path: Path) -> None:
+    record = described({"caption": "x", "\ud800": {"a\udfff": "\ud800"}}, "line 1", tmp_path, tmp_path / "a.mp4")
+    assert record.extra == {"?": {"a?": "?"}}

@@ -128,6 +128,6 @@ def test_a_processor_is_asked_for_its_instructions(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_device_without_numbers_is_refused() -> None:
-    for name in ("meta", "toaster", ""):
+    for name in ("meta", "toaster", "", "hpu"):
         with pytest.raises(ValueError, match="cannot be used here"):
             pick_device(name)

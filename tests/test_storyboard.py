@@ -168,6 +168,11 @@ def test_a_storyboard_is_read_without_torch():
         ("- {seconds: " + "9" * 5000 + ", prompt: x}", "expected YAML"),
         ("- {seconds: 2024-99-99, prompt: x}", "expected YAML"),
         ("- " + "x" * 10**6, "section of Shot|at most"),
+        ("- {seconds: 2, prompt: !!bool x}", "expected YAML"),
+        ("- {seconds: 2, prompt: !!timestamp x}", "expected YAML"),
+        ('- {seconds: !!int "", prompt: x}', "expected YAML"),
+        ('- {seconds: 2, prompt: "\\ud800"}', "shot 1.*expected text in UTF-8"),
+        ('- {seconds: 2, prompt: "a\\0b"}', "shot 1.*NUL"),
     ],
 )
 def test_a_storyboard_that_grows_or_never_ends_is_refused(tmp_path: Path, text: str, message: str) -> None:

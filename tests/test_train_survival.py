@@ -124,11 +124,14 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again_in_silence(root: 
 
 def test_what_a_killed_run_left_unfinished_is_removed(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "whole", tmp_path / "run")
-    (tmp_path / "run/.best.1234.part").mkdir()
-    (tmp_path / "run/.plan.json.1234.part").touch()
-    (tmp_path / "run/.step-00000009.1234.part/shard").mkdir(parents=True)
+    (tmp_path / "run/.best.12345678.part").mkdir()
+    (tmp_path / "run/.plan.json.12345678.part").touch()
+    (tmp_path / "run/.step-00000009.12345678.part/shard").mkdir(parents=True)
+    (tmp_path / "run/.download.part").touch()  # of another program
+    (tmp_path / "run/step-by-step").mkdir()
     run_recipe(short_run(root), tmp_path / "run", {})
-    assert not [path.name for path in (tmp_path / "run").glob(".*") if path.name != ".lock"]
+    assert {path.name for path in (tmp_path / "run").glob(".*")} == {".lock", ".download.part"}
+    assert (tmp_path / "run/step-by-step").is_dir()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no process's files")

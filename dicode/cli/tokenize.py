@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dicode.cli import common
-from dicode.config import DEFAULT_MODEL, Seed
+from dicode.config import DEFAULT_MODEL, Seed, shortened
 from dicode.stopwatch import Progress, Stopwatch
 
 SUFFIX = ".safetensors"  # of a file of tokens
@@ -174,5 +174,6 @@ def _read_tokens(path: Path, config: Any, origin: dict[str, str]) -> tuple[Any, 
     most = (tokens.shape[1] - 1) * config.tail_frame + config.repeated_frames
     frames = note.get("frames", str(most))
     if not (frames.isdecimal() and len(frames) < 10 and 1 <= int(frames) <= most):
-        raise ValueError(f"{path}: expected 1 to {most} frames of {tokens.shape[1]} key frames, got {frames!r}")
+        about = f"{tokens.shape[1]} key frames, got {shortened(frames)}"
+        raise ValueError(f"{path}: expected 1 to {most} frames of {about}")
     return tokens, int(frames), note.get("source", path.name)

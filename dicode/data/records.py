@@ -139,7 +139,7 @@ def described(row: Mapping[str, Any], where: str, folder: Place, path: Place) ->
         raise VideoReadError(f"{where}: expected end_s after start_s, got {start_s:g} and {end_s:g}")
     caption_key = next((key for key in CAPTION_KEYS if row.get(key)), "caption")
     used = {_file_key(row), caption_key, "caption", "captions", "expanded", "validation", *SPAN_KEYS}
-    extra = {str(key): _plain(value, 0) for key, value in row.items() if key not in used}
+    extra = {_plain(str(key), 0): _plain(value, 0) for key, value in row.items() if key not in used}
     return ClipRecord(path, tuple(dict.fromkeys(captions)), folder, start_s, end_s, _boolean(row, where), extra)
 
 
