@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from synthetic import write_dataset
+from upath import UPath
 
 from dicode.data.index import check_files, read_data, read_index
 from dicode.data.prompts import read_prompts
@@ -317,6 +318,67 @@ def test_members_that_claim_more_than_an_archive_holds_are_damage(tmp_path):
         (tmp_path / "b.tar").write_bytes(data)
         good, bad = read_index(tmp_path / "b.tar")
         assert good.file == "b.tar/a.mp4" and "not a whole, uncompressed tar" in bad.fault
+
+
+def test_members_of_an_archive_that_are_no_plain_files_are_clips_or_bad_files(tmp_path):
+    def member(name: str, content: bytes = b"", **values: object) -> None:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        for key, value in values.items():
+            setattr(entry, key, value)
+        tar.addfile(entry, io.BytesIO(content))
+
+    sparse = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**21)}
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member("./a.mp4", b"1")
+        member("./a.txt", b"one")
+        member("b.mp4", type=tarfile.LNKTYPE, linkname="./a.mp4")
+        member("b.txt", type=tarfile.LNKTYPE, linkname="a.txt")
+        member("c.mp4", type=tarfile.LNKTYPE, linkname="b.mp4")
+        member("d.mp4", type=tarfile.LNKTYPE, linkname="elsewhere.mp4")
+        member("e.MP4", type=tarfile.SYMTYPE, linkname="a.mp4")
+        member("f.gif", type=tarfile.FIFOTYPE)
+        member("g.mp4", type=tarfile.CHRTYPE)
+        member("h.mp4", b"1", pax_headers=sparse)
+        member("i.mp4", b"2")
+        member("i.txt", type=tarfile.SYMTYPE, linkname="a.txt")
+        member("j.mp4/", type=tarfile.DIRTYPE)
+        member("readme", type=tarfile.SYMTYPE, linkname="a.txt")
+        member("x.tar", b"1")
+        member("k.mp4", b"3")
+    found = read_data(tmp_path)
+    good = [record for record in found.records if not record.fault]
+    assert [(record.path.name, record.caption) for record in good] == [
+        ("a.mp4", "one"), ("b.mp4", "one"), ("c.mp4", ""), ("k.mp4", ""),
+    ]  # fmt: skip
+    contents = []
+    for record in good:
+        with record.opened() as local:
+            contents.append(local.read_bytes())
+    assert contents == [b"1", b"1", b"1", b"3"]
+    assert {r.path.name: r.fault.removeprefix(f"{r.path}: ")[:35] for r in found.records if r.fault} == {
+        "d.mp4": "a hard link to 'elsewhere.mp4', whi",
+        "e.MP4": "expected a file, got a link; pack w",
+        "f.gif": "expected a file, got a pipe or devi",
+        "g.mp4": "expected a file, got a pipe or devi",
+        "h.mp4": "a sparse file, which cannot be read",
+        "i.mp4": "the text beside it cannot be read (",
+    }
+    assert found.left_out == {"readme files": 1, ".tar files": 1}
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".mp4", "a." + "m" * 300])
+def test_a_member_with_a_long_name_is_read_as_any_other(tmp_path, name):
+    archive(tmp_path / "a.tar", {"a.mp4": "1", name: "2"})
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"file": "memory://long/{n}"}}\n' for n in ("b.mp4", name)))
+    (UPath("memory://long") / name).write_bytes(b"2")
+    records = [*read_index(tmp_path / "a.tar"), *read_index(tmp_path / "a.jsonl")]
+    with records[-1].opened() as copy:
+        assert copy.read_bytes() == b"2" and copy.suffix == Path(name).suffix[:16]
+    _, bad = check_files(records)
+    assert [str(record.path.name) for record, reason in bad if "damaged or of another kind" in reason] == [
+        record.path.name for record in records if record.path.name != "b.mp4"
+    ]
 
 
 def test_checking_goes_on_after_bad_files(tmp_path):
