@@ -23,7 +23,7 @@ from dicode.data import build
 from dicode.data import cache as shards
 from dicode.data.build import COLOUR_LEVELS, CacheOptions, build_cache, look_of, repeats, scenes
 from dicode.data.cache import FrameCache
-from dicode.data.index import read_index
+from dicode.data.index import check_files, read_index
 from dicode.data.records import ClipRecord
 from dicode.files import place, put_text
 from dicode.video.read import VideoReadError, native_frames
@@ -170,6 +170,8 @@ def test_spans_of_a_file_are_cut_and_15_frames_a_second_stay(tmp_path: Path) -> 
     spans = [("15.mp4", 1.0, 15, 1.0), ("15.mp4", 2.0, 15, 1.0)]
     assert found == [*spans, ("30.mp4", 0.0, 45, 3.0), ("24.mp4", 0.0, 36, 3.0), ("25.mp4", 0.0, 38, 3.0)]
     assert "its line has end_s 9, and the file ends at 3 s" in made.bad[0].reason
+    _, bad = check_files(read_index(tmp_path))  # `data index` calls bad what `data cache` does
+    assert [reason for _, reason in bad] == [file.reason for file in made.bad]
     whole = native_frames(tmp_path / "15.mp4", 16)[0]
     assert np.abs(cache.frames[:15].numpy().astype(int) - whole[15:30]).mean() < 1
 

@@ -31,7 +31,6 @@ from dicode.video.timed import Video
 
 QUARANTINE, COPIES = "quarantine.jsonl", "copies.jsonl"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MOST_LACKING_S = 0.5  # of a span, at the end of its file: times of lists are rounded
 SIXTHS = (1, 3, 5)  # of a video, where its frames are compared: its ends are often blank, and the same in many
 THUMBNAIL = 4  # side; for colours, which a perceptual hash does not have
 # Levels of 255 within which the colours of copies lie. Of 1,798 spells and emoji, hashes alone at 4 bits call 199
@@ -227,9 +226,7 @@ def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, V
         frames, times_s, period_s = native_frames(
             path, options.size, max_fps=options.max_fps, start_s=record.start_s, end_s=record.end_s
         )
-    if record.end_s is not None and record.end_s - record.start_s - period_s > MOST_LACKING_S:
-        ends_s = record.start_s + period_s
-        raise VideoReadError(f"{record.path}: its line has end_s {record.end_s:g}, and the file ends at {ends_s:.4g} s")
+    record.check_length(period_s)
     least_s = options.scenes or 0.0
     spans = [(0, len(frames))] if options.scenes is None else scenes(frames)
     bounds_s = [*times_s[[start for start, _ in spans]], period_s]

@@ -94,6 +94,7 @@ def check_files(records: Iterable[ClipRecord]) -> tuple[list[tuple[ClipRecord, C
         try:
             with record.opened() as path:
                 facts = check_frames(path, CHECKED_SIZE, record.start_s, record.end_s)
+            record.check_length(facts.duration_s)
             size = f"{facts.width}×{facts.height}"
             good.append((record, Clip(facts.num_frames, facts.duration_s, record.captions, size, facts.hdr)))
         except (VideoReadError, OSError) as error:

@@ -32,6 +32,7 @@ FOREIGN_KEYS = {
 TRUE, FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # pandas writes 1.0
 LIKE_A_KEY = 0.7  # where the key of a file is missing: fiel
 SIMILARITY = 0.85  # of a mistyped key: captoin, end_ms, but not start, caption_en
+MOST_LACKING_S = 0.5  # of a span, at the end of its file: times of lists are rounded
 VALIDATION_EVERY = 15
 MOST_NESTING = 20  # of further values; what is deeper is null
 MOST_CAPTIONS = 1000  # of a clip
@@ -92,6 +93,12 @@ class ClipRecord:
                 yield local
             except VideoReadError as error:
                 raise VideoReadError(str(error).replace(str(local), str(self.path))) from error
+
+    def check_length(self, length_s: float) -> None:
+        """Raise `VideoReadError` where a file has much less than the span of its line: `length_s` from its start on."""
+        if self.end_s is not None and self.end_s - self.start_s - length_s > MOST_LACKING_S:
+            ends_s = self.start_s + length_s
+            raise VideoReadError(f"{self.path}: its line has end_s {self.end_s:g}, and the file ends at {ends_s:.4g} s")
 
 
 @lru_cache
