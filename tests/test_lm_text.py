@@ -75,7 +75,10 @@ def test_a_vocabulary_that_drops_letters_or_has_ids_beyond_the_model_is_refused(
     text.save(tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text())
     vocabulary = values["model"]["vocab"]
-    for held, said in (({}, "got 2 entries.*26 letters"), ({"<pad>": 0, "<img>": 1, "a": 2}, "got 3 entries, none for b, c, d")):
+    for held, said in (
+        ({}, "got 2 entries.*26 letters"),
+        ({"<pad>": 0, "<img>": 1, "a": 2}, "got 3 entries, none for b, c, d"),
+    ):
         values["model"] |= {"vocab": held, "merges": []}
         (tmp_path / "tokenizer.json").write_text(json.dumps(values))
         with pytest.raises(CheckpointError, match=rf"tokenizer\.json: expected entries for all letters, {said}"):
