@@ -139,6 +139,32 @@ def test_only_what_changed_is_made_again(tmp_path: Path, drawn_clips: Path) -> N
     assert not (cache / "shard-00000.tokens-12.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda note: note | {"number": -5},
+        lambda note: note | {"number": 2},
+        lambda note: note | {"shard": note["shard"] | {"frames": 39}},
+        lambda note: note | {"shard": None},
+        lambda note: note | {"entries": [note["entries"][0] | {"record": 9}, note["entries"][1]]},
+        lambda note: note | {"entries": [{"video": {**note["entries"][0]["video"], "count": 99}}]},
+        lambda note: note | {"entries": [{"video": {**note["entries"][0]["video"], "period_s": 0}}]},
+        lambda note: note | {"entries": note["entries"][:1]},
+        lambda note: "[" * 100_000,
+        lambda note: "\udcff",
+    ],
+)
+def test_a_damaged_note_of_a_shard_is_made_again(tmp_path: Path, drawn_clips: Path, damage) -> None:
+    records = read_index(drawn_clips)
+    build_cache(records, tmp_path / "cache", OPTIONS)
+    whole, note = contents(tmp_path / "cache"), tmp_path / "cache" / "shard-00001.json"
+    damaged = damage(json.loads(note.read_text()))
+    text = damaged if isinstance(damaged, str) else json.dumps(damaged)
+    note.write_text(text, errors="surrogateescape")
+    build_cache(records, tmp_path / "cache", OPTIONS)
+    assert contents(tmp_path / "cache") == whole
+
+
 def test_captions_and_split_change_without_the_shards(tmp_path: Path, drawn_clips: Path) -> None:
     clips, cache = tmp_path / "clips", tmp_path / "cache"
     shutil.copytree(drawn_clips, clips)

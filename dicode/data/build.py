@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dicode.config import config_from_dict, missing_extra
+from dicode.config import Whole, config_from_dict, missing_extra
 from dicode.data.cache import Shard, fault, shard_name, write_index, write_shard
 from dicode.data.cache_folder import INDEX, check_own, remove_index, shard_files, stale_files
 from dicode.data.columns import CachedVideo
 from dicode.data.parallel_map import parallel_map
 from dicode.data.records import ClipRecord, validation_split
-from dicode.files import Place, put_text, state_of
+from dicode.files import Place, json_value, put_text, read_text, state_of
 from dicode.stopwatch import Progress
 from dicode.video.read import Times, VideoReadError, native_frames
 from dicode.video.timed import Video
@@ -85,7 +85,7 @@ class Entry:
     video: CachedVideo  # in notes without captions, split and further values; see `_with_lines`
     look: str = ""  # see `look_of`
     repeats: str = ""  # the video it is a copy of
-    record: int = 0  # of the unit's
+    record: Whole = 0  # of the unit's
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ShardNote:
     @classmethod
     def parse(cls, text: str) -> "ShardNote":
         """Of the JSON that `write` gives. Raises `ValueError` for that of another version."""
-        return config_from_dict(cls, json.loads(text), "unit")
+        return config_from_dict(cls, json_value(text, "unit"), "unit")
 
     def write(self, output: Place) -> str:
         """Put it beside the shard; gives its text."""
@@ -180,7 +180,8 @@ def make_shards(units: Sequence[U], workers: int, ray: str | None, make: Callabl
 def make_shard(unit: Unit) -> str:
     """The note of a unit as JSON: of the shard there, if these files and options give the same, or of a new one."""
     name, inputs = shard_name(unit.number), unit.inputs()
-    if (text := finished_note(unit.output, name, inputs if unit.copies is None else "")) is not None:
+    expected = inputs if unit.copies is None else ""  # "": none that is there
+    if (text := finished_note(unit.output, unit.number, len(unit.records), expected)) is not None:
         return text
     entries: list[Entry] = []
     frames: list[Video] = []
@@ -207,13 +208,23 @@ def make_shard(unit: Unit) -> str:
     return ShardNote(unit.number, inputs, shard, tuple(entries), tuple(bad)).write(unit.output)
 
 
-def finished_note(output: Place, name: str, inputs: str) -> str | None:
-    """The note of a shard that is there, of these inputs and whole; any other goes, and the index, which lists it."""
+def finished_note(output: Place, number: int, records: int, inputs: str) -> str | None:
+    """The note of a shard that is there, of these inputs, so many records and whole.
+
+    Any other goes, and the index, which lists it.
+    """
+    name = shard_name(number)
     path = output / f"{name}.json"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     with suppress(ValueError):
+        text = read_text(path) if path.is_file() else ""
         note = ShardNote.parse(text)
-        if note.inputs == inputs and (note.shard is None or not fault(output, note.shard, hashes=True)):
+        kept = [entry.video for entry in note.entries if not entry.repeats]
+        ends = max((video.first + video.count for video in kept), default=0)
+        if (
+            (note.number, note.inputs, ends) == (number, inputs, note.shard.frames if note.shard else 0)
+            and all(entry.record < records for entry in note.entries)
+            and (note.shard is None or not fault(output, note.shard, hashes=True))
+        ):
             return text
     for old in [output / INDEX, *shard_files(output, name)]:
         old.unlink(missing_ok=True)
