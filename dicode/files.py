@@ -24,6 +24,7 @@ Place = Path | UPath  # a `Path` is always local
 PARTIAL = ".part"  # suffix of unfinished files, whose names begin with a dot
 UNFINISHED = re.compile(rf"\..+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")  # those names: see `unfinished`
 MAX_NAME_BYTES = 255 - len("..12345678.part2")  # names of unfinished files are longer
+MAX_SUFFIX = 16  # characters of a copy's; readers know none that is longer
 MAX_TEXT_BYTES = 2**30  # captions of ten million clips
 
 
@@ -84,28 +85,37 @@ def place(name: str | Path | UPath) -> Place:
 
 @contextmanager
 def fetched(source: Place, span: tuple[int, int] | None = None, name: str = "") -> Iterator[Path]:
-    """A local path to the file for the length of the block: its own, or a temporary copy under the same name.
+    """A local path to the file for the length of the block: its own, or a temporary copy with the same suffix.
 
-    `span` is offset and length of a part of the file, copied under `name`. Raises `UnreachableError` where a store
-    fails for another reason than that the file is missing or forbidden.
+    `span` is offset and length of a part of the file, whose name is `name`. Raises `UnreachableError` where a store
+    fails for another reason than that the file is missing or forbidden, and `OSError` where the copy cannot be written.
     """
     if isinstance(source, Path) and span is None:
         yield source
         return
     with tempfile.TemporaryDirectory(prefix="dicode-") as folder:
-        copy = Path(folder) / (Path(name).name or source.name)
-        try:
-            with source.open("rb") as file, copy.open("wb") as target:
-                if span is None:
-                    shutil.copyfileobj(file, target)
-                else:
-                    file.seek(span[0])
-                    target.write(file.read(span[1]))
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
-            raise
-        except OSError as error:
-            raise UnreachableError(f"{source}: cannot be fetched ({error}); try again") from error
+        suffix = Path(name or source.name).suffix[:MAX_SUFFIX]
+        copy = Path(folder) / f"clip{suffix}"  # its own name may be too long for this disk
+        with copy.open("wb") as target:
+            for part in _parts(source, span):
+                target.write(part)
         yield copy
+
+
+def _parts(source: Place, span: tuple[int, int] | None) -> Iterator[bytes]:
+    """The bytes of a file, or of a part of it; errors of the store are those of `fetched`."""
+    try:
+        with source.open("rb") as file:
+            if span is not None:
+                file.seek(span[0])
+                yield file.read(span[1])
+                return
+            while part := file.read(2**20):
+                yield part
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except OSError as error:
+        raise UnreachableError(f"{source}: cannot be fetched ({error}); try again") from error
 
 
 def put(target: Place, write: Callable[[Path], object]) -> None:

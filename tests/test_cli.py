@@ -528,6 +528,13 @@ def test_sheet_shows_as_many_clips_as_asked_for(capsys, tmp_path, spoilt_clips):
         assert image.height == 3 * (16 + 2)
 
 
+def test_a_sheet_of_no_clip_that_can_be_read_names_those_there_are(capsys, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    code, out, err = run(capsys, "data", "sheet", tmp_path, "-o", tmp_path / "sheet.png")
+    assert (code, out) == (2, "") and not (tmp_path / "sheet.png").exists()
+    assert f"bad: {tmp_path}/a.mp4: " in err and f"dicode: {tmp_path}: none of 1 clips can be read" in err
+
+
 def test_info_counts_parameters_and_rates(capsys, tiny_model):
     model = DiCoDe.from_pretrained(tiny_model)
     code, out, err = run(capsys, "info", tiny_model)

@@ -23,7 +23,7 @@ from dicode.data import build
 from dicode.data import cache as shards
 from dicode.data.build import COLOUR_LEVELS, CacheOptions, build_cache, look_of, repeats, scenes
 from dicode.data.cache import FrameCache
-from dicode.data.index import read_index
+from dicode.data.index import check_files, read_index
 from dicode.data.records import ClipRecord, described
 from dicode.files import place, put_text
 from dicode.video.read import VideoReadError, native_frames
@@ -140,6 +140,32 @@ def test_only_what_changed_is_made_again(tmp_path: Path, drawn_clips: Path) -> N
     assert not (cache / "shard-00000.tokens-12.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda note: note | {"number": -5},
+        lambda note: note | {"number": 2},
+        lambda note: note | {"shard": note["shard"] | {"frames": 39}},
+        lambda note: note | {"shard": None},
+        lambda note: note | {"entries": [note["entries"][0] | {"record": 9}, note["entries"][1]]},
+        lambda note: note | {"entries": [{"video": {**note["entries"][0]["video"], "count": 99}}]},
+        lambda note: note | {"entries": [{"video": {**note["entries"][0]["video"], "period_s": 0}}]},
+        lambda note: note | {"entries": note["entries"][:1]},
+        lambda note: "[" * 100_000,
+        lambda note: "\udcff",
+    ],
+)
+def test_a_damaged_note_of_a_shard_is_made_again(tmp_path: Path, drawn_clips: Path, damage) -> None:
+    records = read_index(drawn_clips)
+    build_cache(records, tmp_path / "cache", OPTIONS)
+    whole, note = contents(tmp_path / "cache"), tmp_path / "cache" / "shard-00001.json"
+    damaged = damage(json.loads(note.read_text()))
+    text = damaged if isinstance(damaged, str) else json.dumps(damaged)
+    note.write_text(text, errors="surrogateescape")
+    build_cache(records, tmp_path / "cache", OPTIONS)
+    assert contents(tmp_path / "cache") == whole
+
+
 def test_captions_and_split_change_without_the_shards(tmp_path: Path, drawn_clips: Path) -> None:
     clips, cache = tmp_path / "clips", tmp_path / "cache"
     shutil.copytree(drawn_clips, clips)
@@ -171,6 +197,8 @@ def test_spans_of_a_file_are_cut_and_15_frames_a_second_stay(tmp_path: Path) -> 
     spans = [("15.mp4", 1.0, 15, 1.0), ("15.mp4", 2.0, 15, 1.0)]
     assert found == [*spans, ("30.mp4", 0.0, 45, 3.0), ("24.mp4", 0.0, 36, 3.0), ("25.mp4", 0.0, 38, 3.0)]
     assert "its line has end_s 9, and the file ends at 3 s" in made.bad[0].reason
+    _, bad = check_files(read_index(tmp_path))  # `data index` calls bad what `data cache` does
+    assert [reason for _, reason in bad] == [file.reason for file in made.bad]
     whole = native_frames(tmp_path / "15.mp4", 16)[0]
     assert np.abs(cache.frames[:15].numpy().astype(int) - whole[15:30]).mean() < 1
 
@@ -230,6 +258,8 @@ def test_foreign_files_in_a_cache_stay(tmp_path: Path, drawn_clips: Path) -> Non
     assert held.items() <= contents(cache).items()
     FrameCache.load(cache).save(cache)
     assert held.items() <= contents(cache).items()
+    (cache / "index.json").write_text("damaged")
+    build_cache(read_index(drawn_clips), cache, OPTIONS)  # made again
     for name in ("shard-00009.json", "copies.jsonl"):  # where a cache may come to write
         (cache / name).write_text('{"mine": 1}')
         with pytest.raises(ValueError, match=rf"holds files that no cache has .*{name}"):

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from synthetic import write_dataset
+from upath import UPath
 
+from dicode.data import lists
 from dicode.data.index import check_files, read_data, read_index
 from dicode.data.prompts import read_prompts
 from dicode.data.records import ClipRecord, validation_split
@@ -110,6 +112,15 @@ def test_lists_of_every_kind_tell_the_same(tmp_path, name, text):
         ("captions.csv", 'file,caption\na.mp4,"a red fire\nb.mp4,"blue ice"\n', "line 2: not CSV"),
         ("captions.csv", 'file,caption\na.mp4, "a red fire"\n', "line 2: a space before a double quote"),
         ("captions.csv", 'file,caption\na.mp4, "a red, round fire"\n', "line 2: more values than columns"),
+        ("captions.csv", 'caption,file\n"red fire,a.mp4\nblue ice",b.mp4\n', "line 2: .*holds a row .'red fire,a.mp4'"),
+        ("captions.tsv", 'text\tfile\tx\n"red\tA.GIF\t1\nice\tb.mp4\t2\nblue"\tc.mp4\t3\n', "holds a row .'red.tA.GIF"),
+        ("captions.csv", "File,Caption\na.mp4,red\n", "expected columns file and caption, got .*did you mean 'file'"),
+        ("captions.csv", "File,caption\na.mp4,red\n", "got the keys File, caption .did you mean 'file'"),
+        ("captions.jsonl", '{"fiel": "a.mp4", "caption": "a"}', "got the keys fiel, caption .did you mean 'file'"),
+        ("captions.jsonl", '{"Video_Path": "a.mp4", "caption": "a"}', "keys Video_Path.* .did you mean 'video_path'"),
+        ("captions.jsonl", '{"file": "a.mp4", "TEXT": "a"}', "line 1: unknown key 'TEXT' .did you mean 'text'"),
+        ("captions.jsonl", '{"file": "a.mp4", "VALIDATION": 1}', "unknown key 'VALIDATION' .did you mean 'validation'"),
+        ("captions.jsonl", '{"file": "a.mp4", "END_MS": 1}', "unknown key 'END_MS' .did you mean 'end_s'"),
         ("captions.csv", f"file,caption\na.mp4,{'x' * 200_000}\n", "line 2: not CSV .field larger"),
         ("captions.json", '{"a.mp4": 3}', "'a.mp4': expected text, or a list of texts, for 'caption', got 3"),
         ("captions.json", '[{"file": "a.mp4"}, 3]', "entry 1 .counting from 0.: expected an object"),
@@ -124,14 +135,55 @@ def test_a_damaged_list_is_refused_by_file_and_line(tmp_path, name, text, said):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('file_name,text\na,"red fire\nb,blue"\n', "b,blue"),
+        ('file_name,text\na,"red fire\nv/c,ice\nb,blue"\n', "v/c,ice"),
+        ('text,file_name\n"red fire,a\nblue",b\n', "red fire,a"),
+        ('x,text,n,file_name\n1,"red fire,2,a\n1,blue",3,b\n', "red fire,2,a"),
+        ('x,file_name,n,text\n1,a,2,"red\n1,b,2,blue"\n', "1,b,2,blue"),
+        ('text,file_name\n"red fire,noted\nblue",b\n', "red fire,noted"),
+    ],
+)
+def test_a_row_of_a_folder_of_frames_that_a_quote_has_swallowed_is_found(tmp_path, text, line):
+    put(tmp_path, {f"{name}/{i}.png": None for name in ("a", "b", "v/c") for i in range(2)} | {"noted": None})
+    put(tmp_path, {"metadata.csv": text})
+    with pytest.raises(VideoReadError, match=f"line 2: a text in quotes that holds a row .'{line}'"):
+        read_index(tmp_path)
+
+
+def test_a_caption_of_several_lines_with_names_in_it_is_one(tmp_path):
+    put(tmp_path, {"a/0.png": None, "v/c.mp4": None, "b/0.png": None})
+    texts = ["red fire, a\nv, then\nb", "a, b,\n..., b", "ice, b.mp4", "x" * 300 + ", a\n" + "y" * 300 + ", b\n, b"]
+    rows = [("file_name", "text"), *(("v/c.mp4", text) for text in texts)]
+    with (tmp_path / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    (record,) = read_index(tmp_path)
+    assert record.captions == tuple(" ".join(text.split()) for text in texts)
+
+
+def test_rows_of_parquet_are_bounded(tmp_path, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    held = pyarrow.array([f"{i}.mp4" for i in range(9)] * 300).dictionary_encode()
+    table = pyarrow.table({"file": held, "caption": ["red"] * len(held)})
+    parquet.write_table(table, tmp_path / "captions.parquet", row_group_size=2000)
+    assert [record.file for record in read_index(tmp_path)] == [f"{i}.mp4" for i in range(9)]
+    found = lists.rows(tmp_path / "captions.parquet")
+    assert next(found) == (f"{tmp_path}/captions.parquet, row 0", {"file": "0.mp4", "caption": "red"})
+    monkeypatch.setattr(lists, "MOST_ROWS", 2699)
+    with pytest.raises(VideoReadError, match=r"captions\.parquet: expected at most 2,699 rows, got 2,700"):
+        read_index(tmp_path)
+
+
 def test_words_that_mean_something_elsewhere_are_named(tmp_path, caplog):
     (tmp_path / "captions.jsonl").write_text(
-        '{"file": "a.mp4", "caption": "x", "start": 3, "split": "test", "scene": 1}'
+        '{"file": "a.mp4", "caption": "x", "start": 3, "Split": "test", "scene": 1}'
     )
     with caplog.at_level(logging.WARNING):
         (record,) = read_index(tmp_path)
     assert (record.start_s, record.validation, record.extra["start"]) == (0.0, None, 3)
-    assert "start (did you mean start_s?), split (did you mean validation?)" in caplog.text
+    assert "start (did you mean start_s?), Split (did you mean validation?)" in caplog.text
 
 
 def test_lines_of_one_file_become_one_clip_of_one_split(tmp_path):
@@ -317,6 +369,67 @@ def test_members_that_claim_more_than_an_archive_holds_are_damage(tmp_path):
         (tmp_path / "b.tar").write_bytes(data)
         good, bad = read_index(tmp_path / "b.tar")
         assert good.file == "b.tar/a.mp4" and "not a whole, uncompressed tar" in bad.fault
+
+
+def test_members_of_an_archive_that_are_no_plain_files_are_clips_or_bad_files(tmp_path):
+    def member(name: str, content: bytes = b"", **values: object) -> None:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        for key, value in values.items():
+            setattr(entry, key, value)
+        tar.addfile(entry, io.BytesIO(content))
+
+    sparse = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**21)}
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member("./a.mp4", b"1")
+        member("./a.txt", b"one")
+        member("b.mp4", type=tarfile.LNKTYPE, linkname="./a.mp4")
+        member("b.txt", type=tarfile.LNKTYPE, linkname="a.txt")
+        member("c.mp4", type=tarfile.LNKTYPE, linkname="b.mp4")
+        member("d.mp4", type=tarfile.LNKTYPE, linkname="elsewhere.mp4")
+        member("e.MP4", type=tarfile.SYMTYPE, linkname="a.mp4")
+        member("f.gif", type=tarfile.FIFOTYPE)
+        member("g.mp4", type=tarfile.CHRTYPE)
+        member("h.mp4", b"1", pax_headers=sparse)
+        member("i.mp4", b"2")
+        member("i.txt", type=tarfile.SYMTYPE, linkname="a.txt")
+        member("j.mp4/", type=tarfile.DIRTYPE)
+        member("readme", type=tarfile.SYMTYPE, linkname="a.txt")
+        member("x.tar", b"1")
+        member("k.mp4", b"3")
+    found = read_data(tmp_path)
+    good = [record for record in found.records if not record.fault]
+    assert [(record.path.name, record.caption) for record in good] == [
+        ("a.mp4", "one"), ("b.mp4", "one"), ("c.mp4", ""), ("k.mp4", ""),
+    ]  # fmt: skip
+    contents = []
+    for record in good:
+        with record.opened() as local:
+            contents.append(local.read_bytes())
+    assert contents == [b"1", b"1", b"1", b"3"]
+    assert {r.path.name: r.fault.removeprefix(f"{r.path}: ")[:35] for r in found.records if r.fault} == {
+        "d.mp4": "a hard link to 'elsewhere.mp4', whi",
+        "e.MP4": "expected a file, got a link; pack w",
+        "f.gif": "expected a file, got a pipe or devi",
+        "g.mp4": "expected a file, got a pipe or devi",
+        "h.mp4": "a sparse file, which cannot be read",
+        "i.mp4": "the text beside it cannot be read (",
+    }
+    assert found.left_out == {"readme files": 1, ".tar files": 1}
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".mp4", "a." + "m" * 300])
+def test_a_member_with_a_long_name_is_read_as_any_other(tmp_path, name):
+    archive(tmp_path / "a.tar", {"a.mp4": "1", name: "2"})
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"file": "memory://long/{n}"}}\n' for n in ("b.mp4", name)))
+    (UPath("memory://long") / name).write_bytes(b"2")
+    records = [*read_index(tmp_path / "a.tar"), *read_index(tmp_path / "a.jsonl")]
+    with records[-1].opened() as copy:
+        assert copy.read_bytes() == b"2" and copy.suffix == Path(name).suffix[:16]
+    _, bad = check_files(records)
+    assert [str(record.path.name) for record, reason in bad if "damaged or of another kind" in reason] == [
+        record.path.name for record in records if record.path.name != "b.mp4"
+    ]
 
 
 def test_checking_goes_on_after_bad_files(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from toy_runs import write_cache
 
 from dicode.cli.app import main
@@ -136,6 +137,111 @@ def test_an_index_of_another_kind_is_refused(tmp_path: Path, text: str, said: st
         FrameCache.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="make it with `dicode data cache`"):
         FrameCache.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (("shards", 1, "file"), 5, r"index\.json.shards\[1\]\.file: expected str, got 5"),
+        (("shards", 1, "frames"), "x", r"shards\[1\]\.frames: expected int, got 'x'"),
+        (("shards", 1, "frames"), -1, r"shards\[1\]\.frames: expected 1 or more, got -1"),
+        (("shards", 1, "frames"), 10**9, r"videos\.safetensors: its videos have 120 frames, and .* 1,000,000,080;"),
+        (("shards", 1, "bytes"), 2.5, r"shards\[1\]\.bytes: expected int"),
+        (("shards", 1), None, r"shards\[1\]: expected a section of Shard"),
+        (("shards",), [], "index.json.shards: expected 1 to .* values, got 0"),
+        (("shards",), {"a": 1}, "index.json.shards: expected a list"),
+        (("sources",), [], "index.json.sources: expected 1 to .* values, got 0"),
+        (("sources",), [3], r"sources\[0\]: expected str"),
+        (("videos", "videos"), 7, r"videos\.safetensors: expected columns of 7 videos, got .*first int64 \(6,\)"),
+        (("videos", "file"), None, r"index\.json.videos\.file: expected str"),
+        (("videos",), [], r"index\.json.videos: expected a section"),
+    ],
+)
+def test_a_damaged_index_is_one_line_that_names_it(cache: Path, capsys, at: tuple, value: object, said: str) -> None:
+    values = json.loads((cache / "index.json").read_text())
+    inside = values
+    for key in at[:-1]:
+        inside = inside[key]
+    inside[at[-1]] = value
+    (cache / "index.json").write_text(json.dumps(values))
+    with pytest.raises(CacheError, match=said) as raised:
+        FrameCache.load(cache)
+    assert str(cache) in str(raised.value) and "\n" not in str(raised.value)
+    for command in ("check", "verify"):
+        assert main(["data", command, str(cache)]) == 2
+        assert str(cache) in capsys.readouterr().err
+
+
+def test_an_index_of_other_text_is_named(cache: Path) -> None:
+    whole = (cache / "index.json").read_bytes()
+    for data, said in (
+        (b"[" * 100_000, "nested too deeply"),
+        (whole.replace(b"drawn", b"dr\xffwn"), "line .*: not UTF-8"),
+        (whole.replace(b'"format": 2', b'"format": 2, "format": 2'), "'format' is given twice"),
+    ):
+        (cache / "index.json").write_bytes(data)
+        with pytest.raises(CacheError, match=rf"index\.json: not an index of a cache .*{said}"):
+            FrameCache.load(cache)
+
+
+def test_shards_that_hold_other_frames_than_the_index_says_are_found_where_they_are_read(cache: Path, capsys) -> None:
+    values = json.loads((cache / "index.json").read_text())
+    values["shards"][1]["frames"], values["shards"][2]["frames"] = 41, 39
+    (cache / "index.json").write_text(json.dumps(values))
+    frames = FrameCache.load(cache)
+    with pytest.raises(CacheError, match=r"shard-00001\.safetensors: expected 41 frames and their times, got frames "):
+        frames.frames[50]
+    assert main(["data", "verify", str(cache)]) == 2
+    out = capsys.readouterr().out
+    assert "shard-00001.safetensors: expected 41 frames" in out and "shard-00002.safetensors: expected 39 frames" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("source", 9, "expected source from 0 to 0, got .*source 9"),
+        ("source", -1, "expected source from 0 to 0"),
+        ("period_s", 0.0, "expected period_s up to 629,145,600, got .*period_s 0"),
+        ("period_s", -1.0, "expected period_s"),
+        ("period_s", 1e300, "expected period_s"),
+        ("period_s", float("nan"), "expected period_s"),
+        ("start_s", -1.0, "expected start_s"),
+        ("start_s", float("inf"), "expected start_s"),
+        ("count", 10**6, "expected first and count within 120 frames"),
+        ("count", 0, "expected first and count within 120 frames"),
+        ("count", 2**31 - 1, "expected first and count within 120 frames"),
+        ("first", -1, "expected first and count within 120 frames"),
+        ("first", 2**63 - 1, "expected first and count within 120 frames"),
+        ("flags", 9, "expected flags from 0 to 7"),
+        ("text_end", 3, "expected text_end above the one before"),
+        ("text_end", 10**6, "expected text_end above the one before"),
+    ],
+)
+def test_numbers_of_videos_that_cannot_be_are_refused(cache: Path, name: str, value: float, said: str) -> None:
+    path = cache / "videos.safetensors"
+    size, tensors = path.stat().st_size, load_file(path)
+    tensors[name][3] = value
+    path.write_bytes(save({key: tensors[key] for key in tensors}))
+    assert path.stat().st_size == size
+    with pytest.raises(CacheError, match=rf"videos\.safetensors: video 3: {said}"):
+        FrameCache.load(cache)
+
+
+def test_a_text_of_a_video_that_is_damaged_is_named(cache: Path) -> None:
+    path = cache / "videos.safetensors"
+    for damage in (b"{", b"\xff"):
+        tensors = load_file(path)
+        tensors["text"][0] = damage[0]
+        path.write_bytes(save(tensors))
+        with pytest.raises(ValueError, match=r"cache/videos\.safetensors: the text of video 0 is damaged"):
+            read_cache_index(cache)[1][:3][0]
+    tensors["first"] = tensors["first"].double()
+    path.write_bytes(save(tensors))
+    with pytest.raises(CacheError, match=r"videos\.safetensors: expected columns of 6 videos, got .*first float64"):
+        FrameCache.load(cache)
+    path.write_bytes(bytes([9]) + path.read_bytes()[1:])
+    with pytest.raises(CacheError, match=r"videos\.safetensors: not a readable safetensors file"):
+        FrameCache.load(cache)
 
 
 def test_the_index_tells_what_every_shard_is(cache: Path) -> None:

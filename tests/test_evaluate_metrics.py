@@ -1,7 +1,9 @@
 """The measures agree with closed forms and independent implementations."""
 
 import warnings
+from collections.abc import Callable
 
+import jaxtyping
 import numpy as np
 import pytest
 import scipy.linalg
@@ -9,7 +11,7 @@ import torch
 from scipy.stats import rankdata
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from dicode.evaluate.metrics import psnr_db
+from dicode.evaluate.metrics import psnr_db, psnr_in_motion, ssim
 from dicode.features.metrics import (
     at_joins,
     bootstrap_interval,
@@ -118,6 +120,19 @@ def test_psnr_of_frames_is_that_of_torchmetrics() -> None:
     expected = peak_signal_noise_ratio(*images, data_range=255.0, dim=(1, 2, 3), reduction="none")
     np.testing.assert_allclose(psnr_db(squared_error(real, candidate)), expected, rtol=1e-6)
     assert psnr_db(squared_error(real, real)) == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize("score", [squared_error, ssim, lambda *pair: psnr_in_motion(*pair, None)])
+def test_frames_of_floats_are_refused_rather_than_taken_for_0_to_255(
+    score: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as where a user calls it
+    clip = np.random.default_rng(0).integers(0, 256, (2, 12, 13, 3)).astype(np.uint8)
+    score(clip, clip)
+    for other in (clip / 255, clip.astype(np.int64), clip[:1]):
+        for pair in ((clip, other), (other, clip)):
+            with pytest.raises(ValueError, match=r"expected clips of uint8 \(0…255\) and of one shape, got "):
+                score(*pair)
 
 
 def test_motion_is_the_mean_absolute_step_and_does_not_wrap_around() -> None:

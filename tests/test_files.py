@@ -39,9 +39,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, kind: str) -> Non
     assert (folder / "new" / "a.txt").read_text() == "one"
     assert [path.name for path in (folder / "new").iterdir()] == ["a.txt"]
     with fetched(folder / "new" / "a.txt") as copy:
-        assert copy.name == "a.txt" and copy.read_text() == "one"
+        assert copy.suffix == ".txt" and copy.read_text() == "one"
     with fetched(folder / "new" / "a.txt", (1, 2), "b.txt") as copy:
-        assert copy.name == "b.txt" and copy.read_text() == "ne"
+        assert copy.suffix == ".txt" and copy.read_text() == "ne"
 
 
 def test_a_full_disk_is_an_os_error_from_safetensors_too(tmp_path: Path) -> None:
@@ -63,6 +63,20 @@ def test_a_store_that_fails_is_no_missing_file(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(type(source), "open", failing)
     with pytest.raises(UnreachableError, match=r"cannot be fetched \(timed out\); try again"), fetched(source):
         pass
+
+
+def test_a_copy_that_cannot_be_written_is_no_fault_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = UPath(f"memory://{tmp_path.name}/a.mp4")
+    source.write_bytes(b"1")
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match="No space left") as raised, fetched(source):
+        pass
+    assert raised.value.errno == 28
 
 
 def test_a_folder_replaces_another_when_it_is_whole(tmp_path: Path) -> None:

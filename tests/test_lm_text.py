@@ -69,6 +69,25 @@ def test_missing_and_damaged_files_name_their_path(tmp_path: Path) -> None:
         TextTokenizer.gpt2(tmp_path)
 
 
+def test_a_vocabulary_that_drops_letters_or_has_ids_beyond_the_model_is_refused(
+    text: TextTokenizer, tmp_path: Path
+) -> None:
+    text.save(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = values["model"]["vocab"]
+    for held, said in (
+        ({}, "got 2 entries.*26 letters"),
+        ({"<pad>": 0, "<img>": 1, "a": 2}, "got 3 entries, none for b, c, d"),
+    ):
+        values["model"] |= {"vocab": held, "merges": []}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=rf"tokenizer\.json: expected entries for all letters, {said}"):
+            TextTokenizer.load(tmp_path)
+    values["model"]["vocab"] = {**vocabulary, "zz": 99_999}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert TextTokenizer.load(tmp_path).vocab_size == 100_000  # which no model of 320 takes
+
+
 @pytest.mark.parametrize(("vocab", "merges"), [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
 def test_gpt2_vocabulary_merges_by_rank_and_appends_the_published_entries(
     tmp_path: Path, vocab: str, merges: str

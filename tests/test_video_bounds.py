@@ -108,6 +108,16 @@ def test_frames_held_are_bounded_with_what_to_do(tmp_path, monkeypatch):
     assert len(read_video(path, 10.0, size=12).frames) == 20
 
 
+def test_the_number_of_frames_is_bounded_however_small_they_are(tmp_path):
+    stills = [Image.new("L", (1, 1), i) for i in range(200)]
+    stills[0].save(tmp_path / "a.gif", save_all=True, append_images=stills[1:], duration=590_000)
+    with pytest.raises(
+        VideoReadError, match=r"a.gif: 4,248,000 frames.* expected at most 4,194,304: read it at a lower"
+    ):
+        read_video(tmp_path / "a.gif", 100.0, size=1)
+    assert len(read_video(tmp_path / "a.gif", 0.01, size=1).frames) == 1180
+
+
 @pytest.mark.parametrize("name", ["0.png", "0.gif", "0.avif"])
 def test_no_other_program_is_started_for_what_is_called_an_image(tmp_path, monkeypatch, name):
     def started(*_: object, **__: object) -> None:

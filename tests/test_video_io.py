@@ -287,6 +287,16 @@ def test_a_folder_is_read_in_natural_order_at_its_rate(tmp_path):
     assert read_video(folder, fps=16.0, size=8).frames.shape == (5, 8, 8, 3)
 
 
+@pytest.mark.parametrize("key", ["FPS", "Fps", " fps", "frame_rate", "frameRate", "frames per second"])
+def test_another_name_for_the_rate_of_a_folder_is_refused(tmp_path, key):
+    Image.fromarray(grey_frames(1)[0]).save(tmp_path / "0.png")
+    (tmp_path / "metadata.json").write_text(json.dumps({"prompt": "gps", key: 24}))
+    with pytest.raises(VideoReadError, match=rf"metadata.json: unknown key '{key}' \(did you mean 'fps'\?\)"):
+        read_video(tmp_path)
+    (tmp_path / "metadata.json").write_text(json.dumps({"fps": 24, key: 25, "gps": 1}))
+    assert read_video(tmp_path, fps=None).fps == 24
+
+
 def test_names_that_ffmpeg_would_take_for_something_else_are_read(tmp_path):
     for name in ("a:b.mp4", "50%03d.mp4", "ünï 'x'.mp4"):
         path = steady(tmp_path / "plain.mp4", 2).rename(tmp_path / name)

@@ -313,6 +313,8 @@ def sheet(command: Sheet, watch: Stopwatch) -> None:
             clips.append(video.frames)
             labels.append(record.caption or record.path.name)
             progress.update()
+    if not clips:
+        raise VideoReadError(f"{command.folder}: none of {len(records)} clips can be read, for the reasons above")
     save_sheet(command.output, clips, labels, command.columns)
     print(f"{command.output}: {len(clips)} of {len(records)} clips")
 

@@ -10,7 +10,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
@@ -76,10 +76,11 @@ BatchSize = Annotated[int, Range(1, 2**20)]
 Seed = Annotated[int, Range(0, MOST_INTEGER)]
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """' (did you mean …?)' for a misspelt name, or '' when nothing is close."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def nearest(word: str, known: Iterable[str], similarity: float = 0.6) -> str:
+    """' (did you mean …?)' for a misspelt name, or '' when nothing is close; capitals are as small letters."""
+    names = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.strip().lower(), names, 1, similarity)
+    return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

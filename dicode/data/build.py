@@ -18,20 +18,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dicode.config import config_from_dict, missing_extra
+from dicode.config import Whole, config_from_dict, missing_extra
 from dicode.data.cache import Shard, fault, shard_name, write_index, write_shard
 from dicode.data.cache_folder import INDEX, check_own, remove_index, shard_files, stale_files
 from dicode.data.columns import CachedVideo
 from dicode.data.parallel_map import parallel_map
 from dicode.data.records import ClipRecord, validation_split
-from dicode.files import Place, put_text, state_of
+from dicode.files import Place, json_value, put_text, read_text, state_of
 from dicode.stopwatch import Progress
 from dicode.video.read import Times, VideoReadError, native_frames
 from dicode.video.timed import Video
 
 QUARANTINE, COPIES = "quarantine.jsonl", "copies.jsonl"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MOST_LACKING_S = 0.5  # of a span, at the end of its file: times of lists are rounded
 SIXTHS = (1, 3, 5)  # of a video, where its frames are compared: its ends are often blank, and the same in many
 THUMBNAIL = 4  # side; for colours, which a perceptual hash does not have
 # Levels of 255 within which the colours of copies lie. Of 1,798 spells and emoji, hashes alone at 4 bits call 199
@@ -86,7 +85,7 @@ class Entry:
     video: CachedVideo  # in notes without captions, split and further values; see `_with_lines`
     look: str = ""  # see `look_of`
     repeats: str = ""  # the video it is a copy of
-    record: int = 0  # of the unit's
+    record: Whole = 0  # of the unit's
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class ShardNote:
     @classmethod
     def parse(cls, text: str) -> "ShardNote":
         """Of the JSON that `write` gives. Raises `ValueError` for that of another version."""
-        return config_from_dict(cls, json.loads(text), "unit")
+        return config_from_dict(cls, json_value(text, "unit"), "unit")
 
     def write(self, output: Place) -> str:
         """Put it beside the shard; gives its text."""
@@ -181,7 +180,8 @@ def make_shards(units: Sequence[U], workers: int, ray: str | None, make: Callabl
 def make_shard(unit: Unit) -> str:
     """The note of a unit as JSON: of the shard there, if these files and options give the same, or of a new one."""
     name, inputs = shard_name(unit.number), unit.inputs()
-    if (text := finished_note(unit.output, name, inputs if unit.copies is None else "")) is not None:
+    expected = inputs if unit.copies is None else ""  # "": none that is there
+    if (text := finished_note(unit.output, unit.number, len(unit.records), expected)) is not None:
         return text
     entries: list[Entry] = []
     frames: list[Video] = []
@@ -208,13 +208,23 @@ def make_shard(unit: Unit) -> str:
     return ShardNote(unit.number, inputs, shard, tuple(entries), tuple(bad)).write(unit.output)
 
 
-def finished_note(output: Place, name: str, inputs: str) -> str | None:
-    """The note of a shard that is there, of these inputs and whole; any other goes, and the index, which lists it."""
+def finished_note(output: Place, number: int, records: int, inputs: str) -> str | None:
+    """The note of a shard that is there, of these inputs, so many records and whole.
+
+    Any other goes, and the index, which lists it.
+    """
+    name = shard_name(number)
     path = output / f"{name}.json"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     with suppress(ValueError):
+        text = read_text(path) if path.is_file() else ""
         note = ShardNote.parse(text)
-        if note.inputs == inputs and (note.shard is None or not fault(output, note.shard, hashes=True)):
+        kept = [entry.video for entry in note.entries if not entry.repeats]
+        ends = max((video.first + video.count for video in kept), default=0)
+        if (
+            (note.number, note.inputs, ends) == (number, inputs, note.shard.frames if note.shard else 0)
+            and all(entry.record < records for entry in note.entries)
+            and (note.shard is None or not fault(output, note.shard, hashes=True))
+        ):
             return text
     for old in [output / INDEX, *shard_files(output, name)]:
         old.unlink(missing_ok=True)
@@ -227,9 +237,7 @@ def _clips(record: ClipRecord, options: CacheOptions) -> Iterator[tuple[Entry, V
         frames, times_s, period_s = native_frames(
             path, options.size, max_fps=options.max_fps, start_s=record.start_s, end_s=record.end_s
         )
-    if record.end_s is not None and record.end_s - record.start_s - period_s > MOST_LACKING_S:
-        ends_s = record.start_s + period_s
-        raise VideoReadError(f"{record.path}: its line has end_s {record.end_s:g}, and the file ends at {ends_s:.4g} s")
+    record.check_length(period_s)
     least_s = options.scenes or 0.0
     spans = [(0, len(frames))] if options.scenes is None else scenes(frames)
     bounds_s = [*times_s[[start for start, _ in spans]], period_s]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -23,14 +23,16 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from dicode.checkpoint import read_tensors
-from dicode.config import CheckpointError, config_from_dict
+from dicode.config import MOST_INTEGER, CheckpointError, Count, Items, Range, Whole, config_from_dict, shortened
 from dicode.data.cache_folder import INDEX, VIDEOS, check_own, remove_index, shard_files
-from dicode.data.columns import DTYPES, VALIDATION, FrameRows, Videos
+from dicode.data.columns import VALIDATION, FrameRows, Videos, fault_of_columns
 from dicode.data.columns import CachedVideo as CachedVideo  # which other modules import from here
-from dicode.files import Place, alone_with, fetched, place, put, put_text, sha256_of
+from dicode.files import Place, TextError, alone_with, fetched, place, put, put_text, read_json, sha256_of
 from dicode.stopwatch import Progress
 
 FORMAT = 2
+AGAIN = "make the cache again with the same `dicode data cache`, or copy it again"
+Bytes = Annotated[int, Range(1, MOST_INTEGER)]
 MOST_OPEN = 1024  # shards mapped at a time: Linux allows a process 65,530 maps, 10 million clips are 156,250 shards
 
 
@@ -39,8 +41,8 @@ class Shard:
     """A file of a cache: what it should hold."""
 
     file: str
-    frames: int
-    bytes: int
+    frames: Count
+    bytes: Bytes
     sha256: str
 
 
@@ -48,10 +50,31 @@ class CacheError(ValueError):
     """A cache that cannot be read: says which file, what was expected and what was found."""
 
 
-def mapped(files: Sequence[Path]) -> Callable[[int], dict[str, Tensor]]:
-    """The tensors of each of many safetensors files, by its number; the last files read stay mapped."""
-    read = lru_cache(MOST_OPEN)(read_tensors)
-    return lambda number: read(files[number])
+def mapped(files: Sequence[Path], shards: Sequence[Shard] = ()) -> Callable[[int], dict[str, Tensor]]:
+    """The tensors of each of many safetensors files, by its number; the last files read stay mapped.
+
+    Raises `CacheError` for a file that holds another number of frames than its shard, where `shards` are given.
+    """
+
+    @lru_cache(MOST_OPEN)
+    def read(number: int) -> dict[str, Tensor]:
+        tensors = read_tensors(files[number])
+        if shards and (wrong := _fault_of_tensors(files[number], tensors, shards[number].frames)):
+            raise CacheError(f"{wrong}; {AGAIN}")
+        return tensors
+
+    return read
+
+
+def _fault_of_tensors(path: Place, tensors: dict[str, Tensor], frames: int) -> str:
+    """Why these are not the tensors of a shard of so many frames, or ''."""
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    _, shape = found.get("frames", (None, ()))
+    expected = {"frames": (torch.uint8, (frames, *shape[1:4])), "times_s": (torch.float64, (frames,))}
+    if found == expected and len(shape) == 4:
+        return ""
+    held = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in found.items())
+    return f"{path}: expected {frames:,} frames and their times, got {held}"
 
 
 class Rows:
@@ -127,9 +150,9 @@ class FrameCache:
             raise CacheError(f"{where}: shards are read through memory maps; copy the cache to this machine first")
         shards, videos = read_cache_index(where)
         if wrong := next((w for shard in shards if (w := fault(where, shard, hashes=False))), ""):
-            raise CacheError(f"{wrong}; make the cache again with the same `dicode data cache`, or copy it again")
+            raise CacheError(f"{wrong}; {AGAIN}")
         files, sizes = tuple(where / shard.file for shard in shards), [shard.frames for shard in shards]
-        read = mapped(files)
+        read = mapped(files, shards)
         return cls(videos, Rows(read, "frames", sizes), Rows(read, "times_s", sizes), files)
 
     def save(self, folder: str | Path) -> None:
@@ -238,15 +261,18 @@ def write_shard(folder: Place, name: str, frames: Tensor, times_s: Tensor) -> Sh
 
 
 def fault(folder: Place, shard: "Shard | VideosFile", hashes: bool) -> str:
-    """What is wrong with a file, by its size and, if asked for, its SHA-256; '' for nothing."""
+    """What is wrong with a file, by its size and, if asked for, its SHA-256 and what it holds; '' for nothing."""
     path = folder / shard.file
     if not path.is_file():
         return f"{path}: missing"
     if (found := path.stat().st_size) != shard.bytes:
         return f"{path}: expected {shard.bytes} bytes, got {found}"
-    if hashes and (digest := sha256_of(path)) != shard.sha256:
-        return f"{path}: expected SHA-256 {shard.sha256}, got {digest}"
-    return ""
+    if not hashes:
+        return ""
+    with fetched(path) as local:
+        if (digest := sha256_of(local)) != shard.sha256:
+            return f"{path}: expected SHA-256 {shard.sha256}, got {digest}"
+        return _fault_of_tensors(path, read_tensors(local), shard.frames) if isinstance(shard, Shard) else ""
 
 
 @dataclass(frozen=True)
@@ -254,10 +280,20 @@ class VideosFile:
     """The file of a cache's videos: what it should hold."""
 
     file: str
-    videos: int
-    validation: int
-    bytes: int
+    videos: Count
+    validation: Whole
+    bytes: Bytes
     sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """What index.json holds."""
+
+    format: int
+    videos: VideosFile
+    sources: Annotated[tuple[str, ...], Items(1, MOST_INTEGER)]
+    shards: Annotated[tuple[Shard, ...], Items(1, MOST_INTEGER)]
 
 
 def write_index(folder: Place, shards: Sequence[Shard], videos: Iterable[CachedVideo]) -> None:
@@ -271,7 +307,7 @@ def write_index(folder: Place, shards: Sequence[Shard], videos: Iterable[CachedV
     values = {"format": FORMAT, "videos": dataclasses.asdict(file), "sources": list(columns.sources)}
     values["shards"] = [dataclasses.asdict(shard) for shard in shards]
     text = json.dumps(values, indent=0, ensure_ascii=False) + "\n"
-    if index.is_file() and index.read_text(encoding="utf-8") == text and not fault(folder, file, hashes=True):
+    if index.is_file() and index.read_text("utf-8", "replace") == text and not fault(folder, file, hashes=True):
         return
     remove_index(folder)
     put(folder / VIDEOS, lambda partial: partial.write_bytes(data))
@@ -287,18 +323,22 @@ def read_cache_index(folder: Place, hashes: bool = False) -> tuple[tuple[Shard, 
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no frame cache there; make it with `dicode data cache`")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         if found != FORMAT:
-            raise CacheError(f"{path}: expected format {FORMAT}, got {found!r}; make the cache again")
-        held = config_from_dict(VideosFile, values["videos"], INDEX)
-        shards = tuple(Shard(**entry) for entry in values["shards"])
-        if wrong := fault(folder, held, hashes):
-            raise CacheError(f"{wrong}; make the cache again with the same `dicode data cache`, or copy it again")
-        with fetched(folder / held.file) as local:
+            raise CacheError(f"{path}: expected format {FORMAT}, got {shortened(found)}; make the cache again")
+        index = config_from_dict(Index, values, INDEX)
+    except (TextError, CheckpointError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CacheError(f"{path}: not an index of a cache ({reason}); make the cache again") from error
+    file, frames = folder / index.videos.file, sum(shard.frames for shard in index.shards)
+    if wrong := fault(folder, index.videos, hashes):
+        raise CacheError(f"{wrong}; {AGAIN}")
+    try:
+        with fetched(file) as local:
             columns = {name: tensor.numpy() for name, tensor in read_tensors(local).items()}
-        if not columns.keys() == {*DTYPES, "text"} or {len(columns[name]) for name in DTYPES} != {held.videos}:
-            raise CacheError(f"{folder / held.file}: not the videos of {path}; make the cache again")
-        return shards, Videos(columns, values["sources"])
-    except (json.JSONDecodeError, KeyError, TypeError, CheckpointError) as error:
-        raise CacheError(f"{path}: not an index of a cache ({error}); make the cache again") from error
+    except CheckpointError as error:
+        raise CacheError(str(error)) from error
+    if wrong := fault_of_columns(columns, index.videos.videos, frames, len(index.sources)):
+        raise CacheError(f"{file}: {wrong}; {AGAIN}")
+    return index.shards, Videos(columns, index.sources, file=str(file))

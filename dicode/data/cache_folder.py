@@ -31,7 +31,7 @@ def check_own(folder: Place) -> None:
     others = [path.name for path in folder.iterdir() if not (path.name.startswith(".") or is_own(path))]
     is_cache = any(is_own(path) for path in (folder / INDEX, *folder.glob("shard-*.json")))
     if is_cache:  # where another file may stay, but none in the place of a cache's
-        others = [name for name in others if NAMES.fullmatch(name)]
+        others = [name for name in others if NAMES.fullmatch(name) and not _is_damaged(folder / name)]
     if others:
         names = ", ".join(sorted(others)[:3]) + (", …" if len(others) > 3 else "")
         raise ValueError(f"{folder}: holds files that no cache has ({names}); name a new or an empty folder with -o")
@@ -74,6 +74,11 @@ def is_own(path: Place) -> bool:
     if name == VIDEOS:
         return names >= OF_VIDEOS
     return bool(names) and names <= TENSORS[-1] if name.startswith("features-") else names in TENSORS[:-1]
+
+
+def _is_damaged(path: Place) -> bool:
+    """Whether a cache's index is no JSON any more, and may be written again beside the cache's shards."""
+    return path.name == INDEX and not _keys(path.read_bytes())
 
 
 def _keys(data: bytes) -> set[str]:

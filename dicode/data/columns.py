@@ -8,18 +8,23 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dicode.config import MOST_INTEGER, Count, Range
+from dicode.data.cache_folder import INDEX, VIDEOS
+from dicode.video.timed import LONGEST_FRAME_S, MOST_FRAMES
+
 DTYPES = {
     "first": torch.int64, "count": torch.int32, "period_s": torch.float64, "start_s": torch.float64,
     "flags": torch.uint8, "source": torch.int32, "text_end": torch.int64,
 }  # fmt: skip
 VALIDATION, LOOPS, CAPTIONED = 1, 2, 4  # bits of `flags`
+LONGEST_S = MOST_FRAMES * LONGEST_FRAME_S  # no file that is read plays for longer
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,10 @@ class CachedVideo:
     captions: tuple[str, ...]
     validation: bool
     loops: bool
-    first: int
-    count: int
-    period_s: float
-    start_s: float = 0.0  # where it begins in its file
+    first: Annotated[int, Range(0, MOST_INTEGER)]
+    count: Count
+    period_s: Annotated[float, Range(0, LONGEST_S, above=True)]
+    start_s: Annotated[float, Range(0, LONGEST_S)] = 0.0  # where it begins in its file
     extra: dict[str, Any] = field(default_factory=dict)  # further keys of its line
 
     @property
@@ -47,13 +52,43 @@ class CachedVideo:
         return self.count > 1 and (self.loops or self.period_s * (1 + 0.5 / self.count) >= seconds)
 
 
+def fault_of_columns(columns: Mapping[str, NDArray[Any]], videos: int, frames: int, sources: int) -> str:
+    """Why these cannot be the columns of so many videos, of so many frames and sources in all; '' for nothing."""
+    types = {name: (str(dtype).removeprefix("torch."), (videos,)) for name, dtype in DTYPES.items()}
+    types["text"] = ("uint8", columns["text"].shape[:1] if "text" in columns else ())
+    if (held := {name: (str(column.dtype), column.shape) for name, column in columns.items()}) != types:
+        return f"expected columns of {videos:,} videos, got {', '.join(f'{n} {t} {s}' for n, (t, s) in held.items())}"
+    first, count, text_end, flags = (columns[name] for name in ("first", "count", "text_end", "flags"))
+    texts, all_flags = len(columns["text"]), VALIDATION | LOOPS | CAPTIONED
+    rules = {
+        f"first and count within {frames:,} frames": (first >= 0) & (count >= 1) & (count <= frames - first),
+        f"period_s up to {LONGEST_S:,.0f}": (columns["period_s"] > 0) & (columns["period_s"] <= LONGEST_S),
+        f"start_s up to {LONGEST_S:,.0f}": (columns["start_s"] >= 0) & (columns["start_s"] <= LONGEST_S),
+        f"source from 0 to {sources - 1}": (columns["source"] >= 0) & (columns["source"] < sources),
+        f"flags from 0 to {all_flags}": flags <= all_flags,
+        f"text_end above the one before, up to {texts:,}": (np.diff(text_end, prepend=0) > 0) & (text_end <= texts),
+    }
+    for expected, holds in rules.items():
+        if not holds.all():
+            number = int(holds.argmin())
+            found = ", ".join(f"{name} {columns[name][number]:g}" for name in DTYPES)
+            return f"video {number}: expected {expected}, got {found}"
+    if (end := int((first + count).max())) != frames:
+        return f"its videos have {end:,} frames, and the shards of {INDEX} {frames:,}"
+    return ""
+
+
 class Videos(Sequence[CachedVideo]):
     """Videos as columns; an integer gives a `CachedVideo`, a slice or an array of integers some of the videos."""
 
     def __init__(
-        self, columns: Mapping[str, NDArray[Any]], sources: Sequence[str], chosen: range | NDArray[Any] | None = None
+        self,
+        columns: Mapping[str, NDArray[Any]],
+        sources: Sequence[str],
+        chosen: range | NDArray[Any] | None = None,
+        file: str = VIDEOS,
     ) -> None:
-        self.columns, self.sources = columns, tuple(sources)
+        self.columns, self.sources, self.file = columns, tuple(sources), file
         self.chosen = range(len(columns["first"])) if chosen is None else chosen
 
     @classmethod
@@ -77,9 +112,9 @@ class Videos(Sequence[CachedVideo]):
 
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
-            return Videos(self.columns, self.sources, self.chosen[at])
+            return Videos(self.columns, self.sources, self.chosen[at], self.file)
         if isinstance(at, np.ndarray) and at.ndim:
-            return Videos(self.columns, self.sources, self.numbers(at))
+            return Videos(self.columns, self.sources, self.numbers(at), self.file)
         return self._video(int(self.chosen[at]))
 
     def __iter__(self) -> Iterator[CachedVideo]:
@@ -92,8 +127,14 @@ class Videos(Sequence[CachedVideo]):
         values = {name: column[number].item() for name, column in self.columns.items() if name in DTYPES}
         flags, end = values.pop("flags"), values.pop("text_end")
         text = self.columns["text"][self.columns["text_end"][number - 1] if number else 0 : end].tobytes()
-        file, captions, extra = json.loads(text.decode("utf-8", "surrogatepass"))
         values |= {"source": self.sources[values["source"]], "validation": bool(flags & VALIDATION)}
+        try:
+            file, captions, extra = json.loads(text.decode("utf-8", "surrogatepass"))
+            if not (isinstance(file, str) and isinstance(extra, dict) and all(isinstance(c, str) for c in captions)):
+                raise TypeError("no name, captions and object")
+        except (ValueError, TypeError, RecursionError) as error:
+            damaged = f"the text of video {number} is damaged ({error}): {text[:60]!r}"
+            raise ValueError(f"{self.file}: {damaged}; copy the cache again") from error
         return CachedVideo(file=file, captions=tuple(captions), extra=extra, loops=bool(flags & LOOPS), **values)
 
     def numbers(self, at: NDArray[Any]) -> NDArray[Any]:

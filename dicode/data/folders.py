@@ -118,23 +118,28 @@ def scan_archive(path: Place, folder: Place, found: DataSet) -> list[ClipRecord]
     """The clips of a plain tar, in its order, with the texts beside them; what is damaged is a clip with a fault."""
     with path.open("rb") as file:
         members, damage = _read_members(file)
-        spans = {path / name: span for name, span in members}
+        spans = {path / name: span for name, span, _ in members}
+        faults = {path / name: fault for name, _, fault in members if fault}
 
         def text_of(member: Place) -> str:
             start, length = spans[member]
+            if member in faults:
+                raise TextError(f"{member.name}: {faults[member]}")
             if length > MOST_NOTE:
                 raise TextError(f"{member.name}: expected a text of at most {MOST_NOTE:,} bytes, got {length:,}")
             file.seek(start)
             return decoded(file.read(length), member.name)
 
         tree = Tree(folder, text_of, archive=True)
-        for name, count in Counter(name for name, _ in members).items():
+        for name, count in Counter(name for name, *_ in members).items():
             member = path / name
             directory = tree.inside.setdefault(member.parent, Directory())
             if any(map(_is_hidden, name.split("/"))):
                 found.left_out["hidden files and folders"] += count
             elif count > 1:
                 directory.unreadable.append(faulty(member, folder, "twice in the archive; which is meant?"))
+            elif member in faults and name.lower().endswith(MEDIA):
+                directory.unreadable.append(faulty(member, folder, faults[member]))
             else:
                 _add(directory, member, folder, is_folder=False, is_file=True)
         records = [r for here in tree.inside for r in (*tree.inside[here].unreadable, *_media(here, tree, found))]
@@ -145,20 +150,30 @@ def scan_archive(path: Place, folder: Place, found: DataSet) -> list[ClipRecord]
     return records
 
 
-def _read_members(file: IO[bytes]) -> tuple[list[tuple[str, tuple[int, int]]], Exception | None]:
-    """Names of a plain tar's files, each with offset and length, up to the first damage; and that."""
-    members: list[tuple[str, tuple[int, int]]] = []
+def _read_members(file: IO[bytes]) -> tuple[list[tuple[str, tuple[int, int], str]], Exception | None]:
+    """Names of what a plain tar holds, up to the first damage; and that. Folders are left out.
+
+    Each has offset and length, those of its target for a hard link, and why it cannot be read in its place, or ''.
+    """
+    members: list[tuple[str, tuple[int, int], str]] = []
+    held: dict[str, tuple[tuple[int, int], str]] = {}  # the last of every name, which a hard link means
     size, before = file.seek(0, io.SEEK_END), -1
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
             for entry in tar:
                 start, length = entry.offset_data, entry.size
-                if length < 0 or entry.offset <= before or (entry.isfile() and start + length > size):
+                is_plain = entry.isfile() and not entry.issparse()
+                if length < 0 or entry.offset <= before or (is_plain and start + length > size):
                     raise tarfile.ReadError(f"{entry.name!r} claims {length:,} bytes, and {size:,} are there")
                 before = entry.offset
-                if entry.isfile() and not entry.issparse():
-                    members.append((str(PurePosixPath(entry.name.lstrip("/"))), (start, length)))
+                name, target = (str(PurePosixPath(each.lstrip("/"))) for each in (entry.name, entry.linkname))
+                span, fault = (start, length), "" if is_plain else _unlike_a_file(entry)
+                if entry.islnk():
+                    span, fault = held.get(target, (span, f"a hard link to {target!r}, which is not before it"))
+                if not entry.isdir():
+                    members.append((name, span, fault))
+                    held[name] = span, fault
             file.seek(tar.offset)
             block = file.read(END_MARK)
             if len(block) < END_MARK:
@@ -170,6 +185,13 @@ def _read_members(file: IO[bytes]) -> tuple[list[tuple[str, tuple[int, int]]], E
     except (tarfile.TarError, OSError, MemoryError, OverflowError, ValueError, RecursionError) as error:
         return members, error
     return members, None
+
+
+def _unlike_a_file(entry: tarfile.TarInfo) -> str:
+    """Why a member other than a plain file, a folder or a hard link cannot be read."""
+    if entry.issparse():
+        return "a sparse file, which cannot be read in its place; pack it without -S (--sparse)"
+    return f"expected a file, got {'a link; pack what it points to (tar -h)' if entry.issym() else 'a pipe or device'}"
 
 
 def _read_tree(tree: Tree, left_out: Counter[str]) -> None:
@@ -266,9 +288,10 @@ def _media(here: Place, tree: Tree, found: DataSet) -> Iterator[ClipRecord]:
     texts_of, loose = _matched(clips, notes, tree.archive, {path.name for path in directory.folders})
     if here.name not in NOTE_FOLDERS:
         found.unread += [f"{tree.name(here)}{path.name} (no clip has that name)" for path in loose]
+    own_suffixes = tuple(VIDEO_SUFFIXES) if tree.archive else MEDIA  # archives within one are not read
     for name in directory.files:
         suffix = f".{name.rpartition('.')[2].lower()}" if "." in name else name
-        if suffix not in (*NOTES, *SUFFIXES) and not name.lower().endswith(MEDIA):
+        if suffix not in (*NOTES, *SUFFIXES) and not name.lower().endswith(own_suffixes):
             left_out[f"{suffix} files"] += 1
     for path, texts in texts_of.items():
         yield faulty(path, tree.folder, texts) if isinstance(texts, str) else _noted(path, texts, tree, found)

@@ -60,7 +60,7 @@ def read_data(folder_or_file: str | Place) -> DataSet:
         raise VideoReadError(f"{path}: expected an index of clips or a folder of video files, found no clip{unread}")
     if missing := sum(not (record.captions or record.fault) for record in records):
         _log.warning("%s: %d of %d clips have no caption", path, missing, len(records))
-    foreign = {key: FOREIGN_KEYS[key] for record in records for key in record.extra if key in FOREIGN_KEYS}
+    foreign = {key: FOREIGN_KEYS[key.lower()] for r in records for key in r.extra if key.lower() in FOREIGN_KEYS}
     if foreign:
         names = ", ".join(f"{key} (did you mean {name}?)" for key, name in foreign.items())
         _log.warning("%s: keys that are kept and change nothing: %s", path, names)
@@ -94,6 +94,7 @@ def check_files(records: Iterable[ClipRecord]) -> tuple[list[tuple[ClipRecord, C
         try:
             with record.opened() as path:
                 facts = check_frames(path, CHECKED_SIZE, record.start_s, record.end_s)
+            record.check_length(facts.duration_s)
             size = f"{facts.width}×{facts.height}"
             good.append((record, Clip(facts.num_frames, facts.duration_s, record.captions, size, facts.hdr)))
         except (VideoReadError, OSError) as error:

@@ -5,12 +5,13 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dicode.config import missing_extra
-from dicode.data.records import CAPTION_KEYS, FILE_KEYS, SPAN_KEYS, ClipRecord, record_of
+from dicode.data.records import CAPTION_KEYS, FILE_KEYS, SPAN_KEYS, ClipRecord, meant, record_of
 from dicode.files import Place, fetched, json_value, read_json, read_text
-from dicode.video.read import VIDEO_SUFFIXES, VideoReadError
+from dicode.video.read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoReadError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
 # What a folder's list is called, the first that is there; metadata is what Hugging Face's VideoFolder reads.
@@ -22,6 +23,8 @@ PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt"), "videos.txt"  # a line a clip i
 # A folder of LeRobot's, versions 2 and 3, and keys of version 3.
 INFO = "meta/info.json"
 PLACE_KEYS, TIME_KEYS = ("chunk_index", "file_index"), ("from_timestamp", "to_timestamp")
+MOST_ROWS = 10_000_000  # of a Parquet file, in which equal ones take no room: 40 million fit into 250 kB
+ROWS_AT_ONCE = 1024
 Row = tuple[str, dict[str, Any]]  # where it stands, and its values
 
 
@@ -97,7 +100,7 @@ def _csv_rows(path: Place, delimiter: str) -> Iterator[Row]:
         if values and not columns:
             columns = _columns(values, where, delimiter)
         elif values:
-            if wrong := _misread(values, len(columns), delimiter):
+            if wrong := _misread(path, columns, values, delimiter):
                 raise VideoReadError(f"{where}: {wrong}")
             yield where, dict(zip(columns, values, strict=True))
 
@@ -109,26 +112,54 @@ def _columns(values: list[str], where: str, delimiter: str) -> list[str]:
     if not set(columns) & {*FILE_KEYS, *CAPTION_KEYS}:
         other = next((mark for mark in ";\t," if mark != delimiter and mark in "".join(values)), "")
         hint = f"; columns are separated by {delimiter!r}, not by {other!r}" if other else ""
-        raise VideoReadError(f"{where}: expected columns file and caption, got {columns}{hint}")
+        raise VideoReadError(f"{where}: expected columns file and caption, got {columns}{hint or meant(columns)}")
     return columns
 
 
-def _misread(values: list[str], num_columns: int, delimiter: str) -> str:
+def _misread(path: Place, columns: list[str], values: list[str], delimiter: str) -> str:
     """Why a row has other values than were meant, by a comma or a quote; '' where nothing looks so."""
-    if len(values) != num_columns:
-        kind, separators = "more" if len(values) > num_columns else "fewer", "tabs" if delimiter != "," else "commas"
+    if len(values) != len(columns):
+        kind, separators = "more" if len(values) > len(columns) else "fewer", "tabs" if delimiter != "," else "commas"
         hint = f"put a text that holds {separators} in double quotes, with no space before the first"
-        return f"{kind} values than columns ({len(values)}, {num_columns}); {hint}"
+        return f"{kind} values than columns ({len(values)}, {len(columns)}); {hint}"
     if any(value[:1].isspace() and value.lstrip().startswith('"') for value in values):
         return "a space before a double quote, which so is part of the text; take it out"
-    # A line within a text that begins with a video's name is a row that an open quote has swallowed.
-    for line in (line for value in values for line in value.splitlines()[1:]):
-        if any(cell.strip(' "').lower().endswith(tuple(VIDEO_SUFFIXES)) for cell in line.split(delimiter)[:-1]):
+    at = next((columns.index(key) for key in FILE_KEYS if key in columns), None)
+    for column, value in enumerate(values):
+        if line := _swallowed(path, value.splitlines(), delimiter, column, at):
             return f"a text in quotes that holds a row ({line[:60]!r}); is a quote left open?"
     return ""
 
 
-def _read_parquet(path: Place, columns: list[str] | None = None) -> list[dict[str, Any]]:
+def _swallowed(path: Place, lines: list[str], delimiter: str, column: int, file_column: int | None) -> str:
+    """The line of a text in this column with the file of a row that an open quote has swallowed; '' for none.
+
+    The first line is the end of the row, the others begin one: there a video's name is no part of a caption, nor is
+    that of a file or of a folder of images beside the list where the row has its file.
+    """
+    for number, line in enumerate(lines if len(lines) > 1 else ()):
+        cells = [cell.strip(' "') for cell in line.split(delimiter)]
+        if any(cell.lower().endswith(tuple(VIDEO_SUFFIXES)) for cell in (cells[:-1] if number else cells[1:])):
+            return line
+        at = -1 if file_column is None else file_column - (0 if number else column)
+        is_there = len(cells) > max(1, at) and at >= (0 if number else 1)
+        if is_there and isinstance(path, Path) and _holds_clip(path.parent, cells[at]):
+            return line
+    return ""
+
+
+def _holds_clip(folder: Path, name: str) -> bool:
+    """Whether a folder has a file of this name, or a folder of images."""
+    try:
+        return bool(name.strip(".")) and (
+            (folder / name).is_file()
+            or any(each.suffix.lower() in IMAGE_SUFFIXES for each in (folder / name).iterdir())
+        )
+    except (OSError, ValueError):  # none of that name, or no name at all
+        return False
+
+
+def _read_parquet(path: Place, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file, of all columns or those of these that it has."""
     try:
         import pyarrow
@@ -137,8 +168,12 @@ def _read_parquet(path: Place, columns: list[str] | None = None) -> list[dict[st
         raise missing_extra(error, "data") from error
     with fetched(path) as local:
         try:
-            held = parquet.read_schema(local).names
-            return parquet.read_table(local, columns=[c for c in held if columns is None or c in columns]).to_pylist()
+            with parquet.ParquetFile(local) as file:
+                if (count := file.metadata.num_rows) > MOST_ROWS:
+                    raise VideoReadError(f"{path}: expected at most {MOST_ROWS:,} rows, got {count:,}")
+                chosen = [name for name in file.schema_arrow.names if columns is None or name in columns]
+                for batch in file.iter_batches(ROWS_AT_ONCE, columns=chosen):
+                    yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise VideoReadError(f"{path}: not a Parquet file that can be read ({error})") from error
 

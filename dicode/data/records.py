@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dicode.config import shortened
+from dicode.config import nearest, shortened
 from dicode.files import Place, fetched, place
 from dicode.video.read import VideoReadError
 
@@ -30,7 +30,9 @@ FOREIGN_KEYS = {
     **dict.fromkeys(("split", "val", "is_validation"), "validation"),
 }
 TRUE, FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")  # pandas writes 1.0
+LIKE_A_KEY = 0.7  # where the key of a file is missing: fiel
 SIMILARITY = 0.85  # of a mistyped key: captoin, end_ms, but not start, caption_en
+MOST_LACKING_S = 0.5  # of a span, at the end of its file: times of lists are rounded
 VALIDATION_EVERY = 15
 MOST_NESTING = 20  # of further values; what is deeper is null
 MOST_CAPTIONS = 1000  # of a clip
@@ -92,6 +94,12 @@ class ClipRecord:
             except VideoReadError as error:
                 raise VideoReadError(str(error).replace(str(local), str(self.path))) from error
 
+    def check_length(self, length_s: float) -> None:
+        """Raise `VideoReadError` where a file has much less than the span of its line: `length_s` from its start on."""
+        if self.end_s is not None and self.end_s - self.start_s - length_s > MOST_LACKING_S:
+            ends_s = self.start_s + length_s
+            raise VideoReadError(f"{self.path}: its line has end_s {self.end_s:g}, and the file ends at {ends_s:.4g} s")
+
 
 @lru_cache
 def _name_of(folder: Place) -> str:
@@ -110,7 +118,7 @@ def record_of(row: Mapping[str, Any], where: str, base: Place, folder: Place) ->
     key = _file_key(row)
     file = row[key] if key else None
     if not isinstance(file, str):
-        found = shortened(file) if key else f"the keys {', '.join(map(str, row))[:60] or 'none'}"
+        found = shortened(file) if key else f"the keys {', '.join(map(str, row))[:60] or 'none'}{meant(row)}"
         raise VideoReadError(f"{where}: expected text for 'file' (or one of {', '.join(FILE_KEYS[1:])}), got {found}")
     if not _is_text(file):
         raise VideoReadError(f"{where}: the file's name {file!r} is no text")
@@ -148,13 +156,23 @@ def _file_key(row: Mapping[str, Any]) -> str:
     return next((key for key in FILE_KEYS if row.get(key) not in (None, "")), "")
 
 
+def meant(keys: Iterable[Any]) -> str:
+    """' (did you mean …?)' for the first of some unknown keys that is like that of a file or a caption, or ''."""
+    hints = (nearest(str(key), [*FILE_KEYS, *CAPTION_KEYS], LIKE_A_KEY) for key in keys if key not in KEYS)
+    return next(filter(None, hints), "")
+
+
 @lru_cache
 def _misspelt(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Keys that are nearly one which is missing, each with that one."""
-    absent = [group for group in KEY_GROUPS if not set(group) & set(keys)]
-    missing = [key for group in absent for key in group if len(key) > len("text")]  # "test" is a word of its own
-    others = [key for key in keys if key not in KEYS and key not in FOREIGN_KEYS]
-    return tuple((key, known) for key in others for known in difflib.get_close_matches(key, missing, 1, SIMILARITY))
+    """Keys that are nearly one which is missing, or it in other letters, each with that one."""
+    missing = [key for group in KEY_GROUPS[1:] if not set(group) & set(keys) for key in group]
+    long = [key for key in missing if len(key) > len("text")]  # "test" is a word of its own
+    found: list[tuple[str, str]] = []
+    for key in (key for key in keys if key not in KEYS and key not in FOREIGN_KEYS):
+        word = key.strip().lower()
+        close = [word] if word in missing else difflib.get_close_matches(word, long, 1, SIMILARITY)
+        found += [(key, known) for known in close]
+    return tuple(found)
 
 
 def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:

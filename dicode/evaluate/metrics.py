@@ -24,6 +24,7 @@ from dicode.features.extract import (
     TextNetwork,
     perceptual_distance,
 )
+from dicode.features.metrics import check_pair
 from dicode.video.timed import Video
 
 # Mean PSNR counts a frame at most this much. Rounding to uint8 alone leaves 59 dB, so more says nothing; without a
@@ -106,6 +107,7 @@ def psnr_in_motion(real: Video, candidate: Video, _: EfficientNetLite0Features) 
     The weight of a pixel is its squared deviation from the clip's mean, so that noise of a still background counts
     little and a small object that moves counts as a large one. At most PSNR_CEILING_DB; None for a still clip.
     """
+    check_pair(real, candidate)
     frames = real.astype(np.float64)
     weights = np.square(frames - frames.mean(axis=0)).mean(axis=-1)
     if not weights.any():
@@ -122,6 +124,7 @@ def ssim(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ModuleNotFoundError as error:
         raise missing_extra(error, "evaluate") from error
+    check_pair(reference, candidate)
     a, b = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).double() for x in (candidate, reference))
     return np.asarray(structural_similarity_index_measure(a, b, data_range=255.0, reduction="none"), dtype=np.float64)
 

@@ -80,10 +80,16 @@ def kernel_distance(
     return float(a + b - 2 * kernel(*sets).mean())
 
 
+def check_pair(reference: Video, candidate: Video) -> None:
+    """Raise `ValueError` for clips of other shapes, or of floats: values of 0…1 taken for 0…255 would have no error."""
+    kinds = [f"{clip.dtype} {clip.shape}" for clip in (reference, candidate)]
+    if {reference.dtype, candidate.dtype} != {np.dtype(np.uint8)} or reference.shape != candidate.shape:
+        raise ValueError(f"expected clips of uint8 (0…255) and of one shape, got {' and '.join(kinds)}")
+
+
 def squared_error(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
     """Mean squared error of every frame, in squared steps of 0…255."""
-    if reference.shape != candidate.shape:
-        raise ValueError(f"expected clips of one shape, got {reference.shape} and {candidate.shape}")
+    check_pair(reference, candidate)
     return ((reference.astype(np.float64) - candidate.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
 
 

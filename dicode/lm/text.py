@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -28,11 +29,7 @@ class TextTokenizer:
             raise CheckpointError(f"text tokenizer: expected entries {PAD!r} (or one of {PADS[1:]}) and {BEGIN!r}")
         tokenizer.encode_special_tokens = True  # a prompt that spells "<img>" is text like any other
         self.tokenizer, self.pad_id, self.begin_id = tokenizer, pad_id, begin_id
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of entries, the special ones included."""
-        return self.tokenizer.get_vocab_size()
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values())  # rows of an embedding, for the special ones too
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "TextTokenizer":
@@ -82,8 +79,12 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "TextTokenizer":
-        """Read `tokenizer.json` of a checkpoint folder."""
-        return cls(_read(folder / FILE))
+        """Read `tokenizer.json` of a checkpoint folder. Raises `CheckpointError` where it drops letters of texts."""
+        text = cls(_read(folder / FILE))
+        if lost := [letter for letter in ascii_lowercase if not text.tokenizer.encode(letter).ids]:
+            found = f"got {text.vocab_size} entries, none for {', '.join(lost[:3])} ({len(lost)} letters)"
+            raise CheckpointError(f"{folder / FILE}: expected entries for all letters, {found}; copy it again")
+        return text
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` into a checkpoint folder."""

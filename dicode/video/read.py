@@ -17,13 +17,24 @@ from dicode.video.container import ADVICE, CONTAINER_SUFFIXES, container_comment
 from dicode.video.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from dicode.video.images import Fit, Size, covering, fitted, image_comment, image_format, image_frames
 from dicode.video.timed import DEFAULT_FPS as DEFAULT_FPS
-from dicode.video.timed import MOST_BYTES, MOST_PIXELS, TIME_TOLERANCE_S, Frame, Picture, Video, checked_fps, contiguous
+from dicode.video.timed import (
+    MOST_BYTES,
+    MOST_PIXELS,
+    MOST_SHOWN,
+    TIME_TOLERANCE_S,
+    Frame,
+    Picture,
+    Video,
+    checked_fps,
+    contiguous,
+)
 from dicode.video.timed import VideoReadError as VideoReadError
 from dicode.video.write import FOLDER_METADATA
 
 Times = Float[ndarray, "f"]
 
 VIDEO_SUFFIXES = IMAGE_SUFFIXES | CONTAINER_SUFFIXES
+RATE_NAMES = ("fps", "framerate", "framespersecond")  # that others give to a folder's fps, and its other spellings
 THINNED_TO = 1.05  # of 1/max_fps: what is left comes no slower than that, but for films, whose 24 a second become 12
 
 
@@ -172,6 +183,11 @@ class _FrameBuffer:
                 f" {held / 2**30:.1f} GiB; expected at most {MOST_BYTES / 2**30:.1f}: read them smaller (size, --size),"
                 " or a span (start_s, end_s)"
             )
+        if count > MOST_SHOWN:
+            raise VideoReadError(
+                f"{self.path}: {count:,} frames and more, up to {frame.start_s:.1f} s; expected at most {MOST_SHOWN:,}:"
+                " read it at a lower rate (fps), or a span (start_s, end_s)"
+            )
         self.pictures += [picture] * times
 
     def frames(self) -> Video:
@@ -252,8 +268,13 @@ def _folder_frames(folder: Path) -> Iterator[Frame]:
     if not images:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise VideoReadError(f"{folder}: expected a folder of frame images ({suffixes}), got none")
+    facts = read_metadata(folder)
+    if other := next(
+        (key for key in facts if re.sub("[^a-z]", "", key.lower()) in RATE_NAMES and "fps" not in facts), ""
+    ):
+        raise VideoReadError(f"{folder / FOLDER_METADATA}: unknown key {other!r} (did you mean 'fps'?)")
     try:
-        fps = checked_fps(read_metadata(folder).get("fps", DEFAULT_FPS), f"{folder / FOLDER_METADATA}: fps")
+        fps = checked_fps(facts.get("fps", DEFAULT_FPS), f"{folder / FOLDER_METADATA}: fps")
     except ValueError as error:
         raise VideoReadError(str(error)) from error
     for index, image in enumerate(sorted(images, key=natural_key)):

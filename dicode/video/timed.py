@@ -17,6 +17,7 @@ LONGEST_FRAME_S = 600.0  # a slide of a talk stays for minutes; a clock that jum
 MOST_PIXELS = 2**26  # a picture of 8192x8192; 8K video has half of that
 MOST_FRAMES = 2**20  # ten hours at 30 fps
 MOST_BYTES = 2**32  # of the frames that one call returns
+MOST_SHOWN = 2**22  # frames that one call returns: six days at 8 a second; one that stays is as many of its picture
 # Pixels that a file may unfold to: so many, and so many for each of its bytes. A slide of a talk in 4K has 2^17 a byte.
 FREE_WORK, MOST_WORK = 2**32, 2**18
 LOWEST_FPS, HIGHEST_FPS = 1 / LONGEST_FRAME_S, 1000.0

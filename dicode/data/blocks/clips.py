@@ -85,7 +85,7 @@ def build_blocks(options: BlocksOptions, output: Place, workers: int = 1, ray: s
 def make_scenes(unit: SceneUnit) -> str:
     """The note of a unit as JSON: of the shard there, if these options give the same, or of a new one."""
     name, inputs = shard_name(unit.number), unit.inputs()
-    if (text := finished_note(unit.output, name, inputs)) is not None:
+    if (text := finished_note(unit.output, unit.number, len(unit.indices), inputs)) is not None:
         return text
     entries: list[Entry] = []
     frames: list[Video] = []
