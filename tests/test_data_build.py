@@ -254,12 +254,11 @@ def test_foreign_files_in_a_cache_stay(tmp_path: Path, drawn_clips: Path) -> Non
     (cache / "shard-list.txt").write_text("notes")
     held = {name: content for name, content in contents(cache).items() if name in (*mine, "shard-list.txt")}
     build_cache(read_index(drawn_clips)[:2], cache, CacheOptions(size=8, files_per_shard=1))
+    (cache / "index.json").write_text("damaged")
     build_cache(read_index(drawn_clips)[:1], cache, CacheOptions(size=8, files_per_shard=1))
     assert held.items() <= contents(cache).items()
     FrameCache.load(cache).save(cache)
     assert held.items() <= contents(cache).items()
-    (cache / "index.json").write_text("damaged")
-    build_cache(read_index(drawn_clips), cache, OPTIONS)  # made again
     for name in ("shard-00009.json", "copies.jsonl"):  # where a cache may come to write
         (cache / name).write_text('{"mine": 1}')
         with pytest.raises(ValueError, match=rf"holds files that no cache has .*{name}"):

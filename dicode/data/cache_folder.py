@@ -77,8 +77,8 @@ def is_own(path: Place) -> bool:
 
 
 def _is_damaged(path: Place) -> bool:
-    """Whether a cache's index is no JSON any more, and may be written again beside the cache's shards."""
-    return path.name == INDEX and not _keys(path.read_bytes())
+    """Whether an index or a shard's note is no JSON any more, and may be written again in a cache."""
+    return path.suffix == ".json" and not _keys(path.read_bytes())
 
 
 def _keys(data: bytes) -> set[str]:
