@@ -182,20 +182,26 @@ def train(
         if processes.first:
             if newest:
                 print(f"continuing {folder} from step {state.step}", flush=True)
-            environment = {
-                "device": describe_device(run.device),
-                "dtype": name_of(compute_dtype(run.device, config.precision)),
-                "threads": torch.get_num_threads(),
-                "processes": processes.count,
-                "data": data_of(stage.run),
-            }
-            note_start(folder, state.step, {"recipe": recipe, "loop": config_to_dict(config)}, source, environment)
+            asked = {"recipe": recipe, "loop": config_to_dict(config)}
+            note_start(folder, state.step, asked, source, environment_of(stage.run, config, processes))
         log = RunLog(folder, state.step, config.tracker, recipe, processes.first)
         with log, sdpa_kernel(attention_on(run.device)):
             if config.best and state.step == 0:
                 log.write("validation", 0, _first_metrics(run, stop))
             _loop(run, state, folder, log, stop)
     return state.best or {}
+
+
+def environment_of(run: Any, config: LoopConfig, processes: Processes) -> dict[str, Any]:
+    """What the results of a run depend on beside its recipe, for `note_start`."""
+    device = pick_device(config.device)
+    return {
+        "device": describe_device(device),
+        "dtype": name_of(compute_dtype(device, config.precision)),
+        "threads": torch.get_num_threads(),
+        "processes": processes.count,
+        "data": data_of(run),
+    }
 
 
 def data_of(run: Any) -> str:
