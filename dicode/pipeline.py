@@ -37,7 +37,7 @@ class DiCoDe:
     """A tokenizer and a language model that share deep tokens."""
 
     def __init__(self, tokenizer: VideoTokenizer, lm: DeepTokenLM):
-        n, d = tokenizer.config.resampler.queries, tokenizer.config.resampler.token_width
+        n, d = tokenizer.config.tokens_per_keyframe, tokenizer.config.token_width
         if (n, d) != (lm.config.tokens_per_keyframe, lm.config.token_width):
             raise ValueError(
                 f"tokenizer and language model do not share tokens: {n}×{d} a key frame against "

@@ -6,9 +6,9 @@
     s  sequence positions       m  mixture components
     c h w  channels, height, width of images; z y x  the same of first-stage latents
 
-Names tell ranges: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first stage, `features` from
-the image encoder, `tokens` from the resampler (unit variance a dimension). Arrays of readers of files are in
-`dicode.video.timed`, without torch. Tests check the aliases (jaxtyping's import hook with beartype).
+Names tell ranges: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first stage, `tokens` from the
+linear code or the resampler (unit variance a dimension), `features` from the latter's image encoder. Arrays of readers
+of files are in `dicode.video.timed`, without torch. Tests check the aliases (jaxtyping's import hook with beartype).
 """
 
 from jaxtyping import Bool, Float, Int, UInt8

@@ -4,7 +4,7 @@ r"""A model of `blocks`: captions of one to five clauses, in order, on scenes th
 
     dicode data blocks -n 10000 -o cache/blocks --workers 2
     dicode train recipes/blocks.py:first_stage
-    dicode train recipes/blocks.py:key_frames
+    dicode train recipes/blocks.py:linear_code
     dicode train recipes/blocks.py:denoiser             # these two are independent
     dicode train recipes/blocks.py:lm
     dicode train recipes/blocks.py:lm_sharp
@@ -19,13 +19,21 @@ from dataclasses import replace
 from dicode.lm.config import BodyConfig, HeadConfig
 from dicode.lm.presets import SIZES
 from dicode.tokenizer.presets import TOKENIZERS
-from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.runs import (
+    AugmentConfig,
+    FirstStageRun,
+    LanguageRun,
+    LinearCodeRun,
+    LoopConfig,
+    OptimConfig,
+    TokenizerRun,
+)
 
 CACHE = "cache/blocks"
 MODEL = TOKENIZERS["blocks"]
 
 # For `dicode train recipes/blocks.py --all`: in order, with the share of the time that each is worth.
-STAGES = {"first_stage": 0.1, "key_frames": 0.05, "denoiser": 0.4, "lm": 0.35, "lm_sharp": 0.1}
+STAGES = {"first_stage": 0.1, "linear_code": 0.05, "denoiser": 0.4, "lm": 0.35, "lm_sharp": 0.1}
 SAMPLING = {"guidance": 4.0}
 
 
@@ -45,30 +53,16 @@ def first_stage() -> FirstStageRun:
     )
 
 
-def key_frames() -> TokenizerRun:
-    """Encoder, resampler and key-frame head beside the linear code: defines the deep tokens."""
-    return TokenizerRun(
-        cache=CACHE,
-        first_stage="runs/blocks-first_stage/best",
-        model=MODEL,
-        train_denoiser=False,
-        images_per_step=96,
-        loop=LoopConfig(
-            evaluate_every=200,
-            checkpoint_every=100,
-            optim=OptimConfig(steps=800, batch_size=1, lr=5e-4, warmup_steps=50, decay_fraction=0.7, ema_decay=0.99),
-        ),
-    )
+def linear_code() -> LinearCodeRun:
+    """The deep tokens: a linear code of the latents, fitted in closed form."""
+    return LinearCodeRun(cache=CACHE, first_stage="runs/blocks-first_stage/best", model=MODEL)
 
 
 def denoiser() -> TokenizerRun:
     """The video diffusion decoder on clips, tokens fixed."""
     return TokenizerRun(
         cache=CACHE,
-        first_stage="runs/blocks-first_stage/best",
-        init="runs/blocks-key_frames/best",
-        freeze_key_frames=True,
-        images_per_step=0,
+        init="runs/blocks-linear_code/best",
         model=MODEL,
         loop=LoopConfig(
             evaluate_every=500,
@@ -95,12 +89,12 @@ def lm() -> LanguageRun:
     """
     return LanguageRun(
         cache=CACHE,
-        tokenizer="runs/blocks-key_frames/best",
+        tokenizer="runs/blocks-linear_code/best",
         model=replace(
             SIZES["sprites"],
             body=BodyConfig("llama", width=160, depth=6, heads=4, feed_forward=320),
             head=HeadConfig("flow", width=128),
-            token_width=MODEL.resampler.token_width,
+            token_width=MODEL.token_width,
             vocab_size=512,
             text_length=112,
             positions=112 + 17 * 33,

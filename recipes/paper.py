@@ -30,17 +30,12 @@ PRIOR = "checkpoints/dynamicrafter"
 def paper_tokenizer_256() -> TokenizerRun:
     """Resampler and U-Net, 1.49 B parameters, from a video prior; CLIP ViT-H/14 and Stable Diffusion's VAE are frozen.
 
-    `--init` and `--first-stage` also take the published tokenizer (`dicode convert official`). As published, tokens are
-    not normalised. `--normalize-tokens` normalises them from the first step on, which changes the inputs of a U-Net or
-    a language model trained on the published ones.
+    `--init` also takes the published tokenizer (`dicode convert official`).
     """
     return TokenizerRun(
         cache="cache/videos",
-        first_stage=PRIOR,
         init=PRIOR,
         model=TOKENIZERS["paper_tokenizer_256"],
-        normalize_tokens=False,
-        images_per_step=0,
         token_noise=0.0,
         frame_strides=(1, 6),
         loop=LoopConfig(

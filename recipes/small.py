@@ -9,32 +9,35 @@
 
 `SIZE` is the one dial: every width is a multiple of it, and time grows with its square. 16 suits an hour; 24 takes
 twice the time, 32 four times, for a GPU or a night. Some fields must agree between stages, since each reads the output
-of those before it: `MODEL` (first stage, encoder, resampler, denoiser) in the first three, its `token_width` and number
-of tokens also in the language model. All others may be changed stage by stage.
+of those before it: `MODEL` (first stage, deep tokens, denoiser) in the first three, its `token_width` and number of
+tokens also in the language model. All others may be changed stage by stage.
 """
 
 from dataclasses import replace
 
 from dicode.lm.config import BodyConfig, HeadConfig
 from dicode.lm.presets import SIZES
-from dicode.tokenizer.config import DenoiserConfig, EncoderConfig, FirstStageConfig, TokenizerConfig
-from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, TokenizerConfig
+from dicode.train.runs import (
+    AugmentConfig,
+    FirstStageRun,
+    LanguageRun,
+    LinearCodeRun,
+    LoopConfig,
+    OptimConfig,
+    TokenizerRun,
+)
 
 SIZE = 16
 
 MODEL = TokenizerConfig(
-    key_head_width=48,
-    key_head_depth=1,
-    linear_code=True,  # fitted at once; the networks beside it add little (studies/tokens)
     # no convolutions at full resolution but the last one: half of the time, and flat areas need none
     first_stage=FirstStageConfig(channels=(3 * SIZE,) * 4, encoder_blocks=(0, 1, 2, 2), decoder_blocks=(2, 2, 1, 0)),
-    encoder=EncoderConfig(width=48, depth=1, heads=3),
-    resampler=replace(TokenizerConfig().resampler, width=48, depth=1, head_width=16, feature_width=48),
     denoiser=DenoiserConfig(predict_residual=True, width=12 * SIZE, heads=3, fine_width=4 * SIZE, fine_blocks=2),
 )
 
 # In order, with the share of the time that each is worth.
-STAGES = {"first_stage": 0.26, "key_frames": 0.02, "denoiser": 0.28, "lm": 0.44}
+STAGES = {"first_stage": 0.26, "linear_code": 0.02, "denoiser": 0.28, "lm": 0.44}
 
 # How a model of an hour is sampled; `dicode tune` finds what suits one that was trained.
 SAMPLING = {"guidance": 2.0, "variance_scale": 0.5, "decoder_guidance": 2.0, "steps": 12}
@@ -48,24 +51,15 @@ def first_stage() -> FirstStageRun:
     )
 
 
-def key_frames() -> TokenizerRun:
-    """Encoder, resampler and key-frame head on single frames: defines the deep tokens."""
-    return TokenizerRun(
-        first_stage="runs/small-first_stage/best",
-        model=MODEL,
-        train_denoiser=False,
-        images_per_step=64,
-        loop=_loop(OptimConfig(steps=100, batch_size=1, lr=2e-4, decay_fraction=0.7, ema_decay=0.98)),
-    )
+def linear_code() -> LinearCodeRun:
+    """The deep tokens: a linear code of the latents, fitted in closed form."""
+    return LinearCodeRun(first_stage="runs/small-first_stage/best", model=MODEL)
 
 
 def denoiser() -> TokenizerRun:
     """The video diffusion decoder on clips, tokens fixed."""
     return TokenizerRun(
-        first_stage="runs/small-first_stage/best",
-        init="runs/small-key_frames/best",
-        freeze_key_frames=True,
-        images_per_step=0,
+        init="runs/small-linear_code/best",
         model=MODEL,
         loop=_loop(OptimConfig(steps=3000, batch_size=16, lr=1.5e-3, decay_fraction=0.5, ema_decay=0.997)),
     )
@@ -74,12 +68,12 @@ def denoiser() -> TokenizerRun:
 def lm() -> LanguageRun:
     """A small Llama that predicts deep tokens from a caption."""
     return LanguageRun(
-        tokenizer="runs/small-key_frames/best",
+        tokenizer="runs/small-linear_code/best",
         model=replace(
             SIZES["sprites"],
             body=BodyConfig("llama", width=8 * SIZE, depth=5, heads=2, feed_forward=16 * SIZE),
             head=HeadConfig("flow", width=8 * SIZE),
-            token_width=MODEL.resampler.token_width,
+            token_width=MODEL.token_width,
             vocab_size=1024,
             text_length=24,
             positions=24 + 16 * 33,

@@ -2,7 +2,7 @@ r"""The default bundled model, `sprites`: 64×64, 8 fps, 16 frames a clip, train
 
     dicode data cache ../shared/data/spells ../shared/data/emoji -o cache/sprites --size 64 --loops
     dicode train recipes/sprites.py:first_stage
-    dicode train recipes/sprites.py:key_frames
+    dicode train recipes/sprites.py:linear_code
     dicode train recipes/sprites.py:denoiser            # these two are independent
     dicode train recipes/sprites.py:lm
     dicode train recipes/sprites.py:first_stage_decoder
@@ -21,12 +21,20 @@ from dataclasses import replace
 from dicode.lm.config import BodyConfig, HeadConfig
 from dicode.lm.presets import SIZES
 from dicode.tokenizer.presets import TOKENIZERS
-from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.runs import (
+    AugmentConfig,
+    FirstStageRun,
+    LanguageRun,
+    LinearCodeRun,
+    LoopConfig,
+    OptimConfig,
+    TokenizerRun,
+)
 
 MODEL = TOKENIZERS["sprites"]
 
 # For `dicode train recipes/sprites.py --all`: in order, with the hours that each is worth.
-STAGES = {"first_stage": 0.9, "key_frames": 0.5, "denoiser": 4.3, "lm": 3.6, "first_stage_decoder": 0.7}
+STAGES = {"first_stage": 0.9, "linear_code": 0.1, "denoiser": 4.3, "lm": 3.6, "first_stage_decoder": 0.7}
 SAMPLING = {
     "guidance": 1.5, "variance_scale": 1.0, "decoder_guidance": 2.5, "decoder_temperature": 0.95, "motion_scale": 1.3,
     "context_key_frames": 8,
@@ -74,31 +82,16 @@ def first_stage_decoder() -> FirstStageRun:
     )
 
 
-def key_frames() -> TokenizerRun:
-    """Encoder, resampler and key-frame head on single frames: defines the deep tokens.
-
-    They start from a linear code fitted to the latents and learn a correction to it (studies/tokens).
-    """
-    return TokenizerRun(
-        model=MODEL,
-        train_denoiser=False,
-        mirror=True,
-        images_per_step=96,
-        loop=LoopConfig(
-            evaluate_every=150,
-            checkpoint_every=150,
-            optim=OptimConfig(steps=1100, batch_size=1, lr=2e-4, warmup_steps=50, decay_fraction=0.7, ema_decay=0.99),
-        ),
-    )
+def linear_code() -> LinearCodeRun:
+    """The deep tokens: a linear code of the latents, fitted in closed form (studies/tokens)."""
+    return LinearCodeRun(model=MODEL, mirror=True)
 
 
 def denoiser() -> TokenizerRun:
     """The video diffusion decoder on clips, tokens fixed."""
     return TokenizerRun(
-        init="runs/sprites-key_frames/best",
-        freeze_key_frames=True,
+        init="runs/sprites-linear_code/best",
         mirror=True,
-        images_per_step=0,
         model=MODEL,
         loop=LoopConfig(
             evaluate_every=500,
@@ -117,14 +110,14 @@ def denoiser() -> TokenizerRun:
 
 
 def lm() -> LanguageRun:
-    """A 2.9 M Llama on the deep tokens of `key_frames`; small beside the tokenizer.
+    """A 2.9 M Llama on the deep tokens of `linear_code`; small beside the tokenizer.
 
     Strong noise on input tokens makes it depend on the caption; Muon memorises captions faster (docs/log.md). Key
     frames by flow matching with swapped words were the best of ten variants (studies/heads); the bundled model was
     trained before word swaps were added.
     """
     return LanguageRun(
-        tokenizer="runs/sprites-key_frames/best",
+        tokenizer="runs/sprites-linear_code/best",
         model=replace(
             SIZES["sprites"],
             body=BodyConfig("llama", width=192, depth=6, heads=3, feed_forward=384),

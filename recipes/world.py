@@ -4,7 +4,7 @@ r"""The bundled model `world`: video prediction for robot cameras from an instru
 
     dicode data cache ../shared/data/{droid,rt1,bridge} -o cache/world --size 64 --validation-by lab=f147f077
     dicode train recipes/world.py:first_stage
-    dicode train recipes/world.py:key_frames
+    dicode train recipes/world.py:linear_code
     dicode train recipes/world.py:denoiser              # these two are independent
     dicode train recipes/world.py:lm
     dicode train recipes/world.py:lm_own
@@ -27,7 +27,15 @@ from dataclasses import replace
 from dicode.lm.config import BodyConfig, HeadConfig
 from dicode.lm.presets import SIZES
 from dicode.tokenizer.presets import TOKENIZERS
-from dicode.train.runs import AugmentConfig, FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.runs import (
+    AugmentConfig,
+    FirstStageRun,
+    LanguageRun,
+    LinearCodeRun,
+    LoopConfig,
+    OptimConfig,
+    TokenizerRun,
+)
 
 CACHE = "cache/world"
 SPRITES = "dicode/checkpoints/sprites"
@@ -35,7 +43,7 @@ MODEL = TOKENIZERS["world"]
 
 # For `dicode train recipes/world.py --all`: in order, with the share of the time that each is worth.
 STAGES = {
-    "first_stage": 0.12, "key_frames": 0.02, "denoiser": 0.4, "lm": 0.14, "lm_own": 0.2, "first_stage_decoder": 0.12
+    "first_stage": 0.12, "linear_code": 0.02, "denoiser": 0.4, "lm": 0.14, "lm_own": 0.2, "first_stage_decoder": 0.12
 }  # fmt: skip
 SAMPLING = {
     "guidance": 2.5, "variance_scale": 0.75, "first_variance_scale": 0.2, "decoder_guidance": 1.5, "motion_scale": 1.3,
@@ -79,33 +87,18 @@ def first_stage_decoder() -> FirstStageRun:
     )
 
 
-def key_frames() -> TokenizerRun:
-    """The linear code in closed form, and small networks beside it, which add little (studies/tokens)."""
-    return TokenizerRun(
-        cache=CACHE,
-        first_stage="runs/world-first_stage/best",
-        model=MODEL,
-        train_denoiser=False,
-        mirror=True,
-        images_per_step=96,
-        loop=LoopConfig(
-            evaluate_every=100,
-            checkpoint_every=100,
-            optim=OptimConfig(steps=200, batch_size=1, lr=2e-4, warmup_steps=50, decay_fraction=0.7, ema_decay=0.98),
-        ),
-    )
+def linear_code() -> LinearCodeRun:
+    """The deep tokens: a linear code of the latents, fitted in closed form (studies/tokens)."""
+    return LinearCodeRun(cache=CACHE, first_stage="runs/world-first_stage/best", model=MODEL, mirror=True)
 
 
 def denoiser() -> TokenizerRun:
     """The video diffusion decoder on clips, tokens fixed."""
     return TokenizerRun(
         cache=CACHE,
-        first_stage="runs/world-first_stage/best",
-        init="runs/world-key_frames/best",
+        init="runs/world-linear_code/best",
         init_denoiser=SPRITES,
-        freeze_key_frames=True,
         mirror=True,
-        images_per_step=0,
         model=MODEL,
         loop=LoopConfig(
             evaluate_every=734,
@@ -133,12 +126,12 @@ def lm() -> LanguageRun:
     """
     return LanguageRun(
         cache=CACHE,
-        tokenizer="runs/world-key_frames/best",
+        tokenizer="runs/world-linear_code/best",
         model=replace(
             SIZES["sprites"],
             body=BodyConfig("llama", width=192, depth=4, heads=3, feed_forward=384, dropout=0.1),
             head=HeadConfig("flow", width=128),
-            token_width=MODEL.resampler.token_width,
+            token_width=MODEL.token_width,
             vocab_size=1024,
             text_length=32,
             positions=32 + 16 * 33,

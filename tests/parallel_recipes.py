@@ -21,9 +21,9 @@ from dicode.train.stages import Run, stage_of
 
 STEPS, MICRO_BATCHES = 3, 4  # two of a process: weights that only the first of them reaches have a gradient too
 NAMES = (
-    "blocks:first_stage", "blocks:key_frames", "blocks:denoiser", "blocks:lm", "blocks:lm_sharp",
-    "sprites:first_stage", "sprites:first_stage_decoder", "sprites:key_frames", "sprites:denoiser", "sprites:lm",
-    "world:first_stage", "world:first_stage_decoder", "world:key_frames", "world:denoiser", "world:lm", "world:lm_own",
+    "blocks:first_stage", "blocks:denoiser", "blocks:lm", "blocks:lm_sharp",
+    "sprites:first_stage", "sprites:first_stage_decoder", "sprites:denoiser", "sprites:lm",
+    "world:first_stage", "world:first_stage_decoder", "world:denoiser", "world:lm", "world:lm_own",
     "paper:paper_tokenizer_256", "paper:gpt2_mini", "paper:llama_1b",
 )  # fmt: skip
 COMPARED = (

@@ -1,7 +1,7 @@
 """Train toy runs with as many processes as torchrun starts, or with forks of this one: see test_train_parallel.py.
 
-    torchrun --standalone --nproc-per-node 2 tests/parallel_worker.py ROOT OUTPUT ddp:lm fsdp:key_frames:7
-    python tests/parallel_worker.py --forks 4 ROOT OUTPUT ddp:lm fsdp:key_frames:7
+    torchrun --standalone --nproc-per-node 2 tests/parallel_worker.py ROOT OUTPUT ddp:lm fsdp:denoiser:7
+    python tests/parallel_worker.py --forks 4 ROOT OUTPUT ddp:lm fsdp:denoiser:7
 
 A third part is the step in which a signal stops the run, which then lies in ROOT/stopped. What follows `recipes` is for
 parallel_recipes.py, in the same processes, since starting them takes longest.
@@ -44,8 +44,6 @@ def parallel_run(root: Path, name: str, strategy: Strategy) -> Run:
         loop(STEPS), optim=optim, micro_batches=4, strategy=strategy, checkpoint_every=5, evaluate_every=5,
         checkpoint_activations=again, prefetch=again, tracker="none",
     )  # fmt: skip
-    if name == "key_frames":
-        run = dataclasses.replace(run, images_per_step=32)  # statistics of two images amplify every rounding
     return dataclasses.replace(run, loop=changed)
 
 

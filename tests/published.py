@@ -53,12 +53,12 @@ def reference_lm_config() -> DeepLMConfig:
     )  # fmt: skip
 
 
-def reference_resampler_config(features: int = 257) -> ResamplerConfig:
+def reference_resampler_config() -> ResamplerConfig:
     values = values_of("resampler")
+    encoder = EncoderConfig(values["embedding_dim"], 2, IMAGE_HEADS, size=28)
     return ResamplerConfig(
         width=values["dim"], depth=values["depth"], heads=values["heads"], head_width=values["dim_head"],
-        queries=values["num_queries"], feature_width=values["embedding_dim"], features=features,
-        token_width=values["output_dim"], feedforward_factor=values["ff_mult"], grid_queries=False,
+        feedforward_factor=values["ff_mult"], encoder=encoder,
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def reference_denoiser_config(text_tokens: int) -> DenoiserConfig:
     values = values_of("unet")
     width = values["model_channels"]
     return DenoiserConfig(
-        kind="unet3d", context_frames=0, uses_key_latents=False, depth=values["num_res_blocks"],
+        kind="unet3d", context_frames=0, depth=values["num_res_blocks"],
         heads=width // values["num_head_channels"], channels=tuple(width * m for m in values["channel_mult"]),
         text_width=values["context_dim"], text_tokens=text_tokens, frame_stride=values["default_fs"],
     )  # fmt: skip
@@ -80,16 +80,16 @@ def reference_first_stage_config() -> FirstStageConfig:
 
 def reference_config(text_tokens: int = TEXT_LENGTH) -> TokenizerConfig:
     """A tokenizer of the published arrangement out of the reference parts."""
-    resampler = reference_resampler_config(features=5)
-    ddim = values_of("ddim")
+    resampler, ddim = values_of("resampler"), values_of("ddim")
     return TokenizerConfig(
         size=32,
         clip_frames=4,
         tail_frame=3,
         null_tokens="grey_image",
         first_stage=reference_first_stage_config(),
-        encoder=EncoderConfig("clip", resampler.feature_width, 2, IMAGE_HEADS, size=28, patch=14, channels=3),
-        resampler=resampler,
+        tokens_per_keyframe=resampler["num_queries"],
+        token_width=resampler["output_dim"],
+        resampler=reference_resampler_config(),
         denoiser=reference_denoiser_config(text_tokens),
         objective="v_prediction",
         sampling=SamplingConfig(

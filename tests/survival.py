@@ -73,7 +73,7 @@ def finish(process: int) -> int:
 def prepare(root: Path) -> None:
     """What the run reads: a cache, and a tokenizer trained for four steps."""
     write_cache(root / "cache")
-    for name in ("first_stage", "key_frames"):
+    for name in ("first_stage", "linear_code"):
         run_recipe(runs(root)[name], root / name, {})
 
 

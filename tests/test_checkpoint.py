@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lm_deep_lm import CONFIG, build, saved
-from test_tokenizer import DENOISERS, tiny_config, tiny_tokenizer
+from test_tokenizer import DENOISERS, RESAMPLER, tiny_tokenizer
 from torch import Tensor, nn
 
 from dicode import checkpoint as hub
@@ -31,7 +31,7 @@ from dicode.cli.app import main
 from dicode.config import CheckpointError
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
-from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, SamplingConfig
+from dicode.tokenizer.config import FirstStageConfig, SamplingConfig
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.video.read import read_metadata
 
@@ -386,8 +386,7 @@ TOKENIZERS = {
         "first_stage": FirstStageConfig(
             kind="kl", channels=(8, 8, 8), latent_channels=5, encoder_blocks=(1,), decoder_blocks=(1,)
         ),
-        "encoder": EncoderConfig(kind="clip", width=24, depth=1, heads=2, size=28, patch=14),
-        "resampler": dataclasses.replace(tiny_config().resampler, grid_queries=False),
+        "resampler": RESAMPLER,
     },
 }
 
@@ -466,8 +465,8 @@ def test_a_dtype_is_that_of_parameters_and_buffers_stay_float32(tiny_model, dtyp
         assert {value.dtype for value in part.parameters()} == {dtype}
         assert {value.dtype for value in part.buffers() if value.is_floating_point()} == {torch.float32}
     whole = DiCoDe.from_pretrained(tiny_model)
-    expected = whole.tokenizer.resampler.latents.to(dtype)
-    assert torch.equal(model.tokenizer.resampler.latents, expected)
+    expected = whole.tokenizer.linear_code.decode.weight.to(dtype)
+    assert torch.equal(model.tokenizer.linear_code.decode.weight, expected)
     clips = list(model.generate("a red square", seconds=3.0))
     assert [clip.shape for clip in clips] == [(16, 32, 32, 3), (8, 32, 32, 3)]
 
@@ -636,14 +635,14 @@ def test_a_model_is_never_written_over_files_of_others(tmp_path: Path, tiny_mode
     mine.mkdir()
     with model_folder(mine) as made:  # empty: taken
         save_weights(torch.nn.Linear(2, 2), made / "w.safetensors")
-        (made / "config.json").write_text('{"format": 2}')
+        (made / "config.json").write_text('{"format": 3}')
     with pytest.raises(RuntimeError, match="halfway"):
         half_a_model(mine)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
     check_seal(mine / "w.safetensors")
     (mine / "README.md").write_text("card")
     with model_folder(mine) as made:
-        (made / "config.json").write_text('{"format": 2, "lm": {}}')
+        (made / "config.json").write_text('{"format": 3, "lm": {}}')
     assert sorted(path.name for path in mine.iterdir()) == ["README.md", "config.json"]
     assert read_config(mine) == {"lm": {}}
     (mine / "thesis.tex").write_text("x")
@@ -659,6 +658,15 @@ def test_a_model_is_never_written_over_files_of_others(tmp_path: Path, tiny_mode
 
 
 def test_a_section_that_no_part_reads_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"format": 2, "tokenizer": {}, "tokeniser": {}}')
+    (tmp_path / "config.json").write_text('{"format": 3, "tokenizer": {}, "tokeniser": {}}')
     with pytest.raises(CheckpointError, match=r"config.json: unknown section .tokeniser. \(did you mean 'tokenizer'"):
         read_config(tmp_path)
+
+
+def test_a_model_of_an_older_version_ends_in_one_line_that_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"format": 2, "tokenizer": {"key_head_width": 192, "linear_code": true}}')
+    assert main(["info", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected format 3, got 2" in line and "dicode before 0.3 wrote formats 1 and 2" in line

@@ -92,9 +92,6 @@ def test_converted_tokenizer_gives_the_published_outputs(published: dict[str, Te
         assert_near(tokenizer.resampler(r["features"]), r["tokens"])
         assert_near(tokenizer.first_stage.encode(v["pixels"]), v["latent_mode"] * 0.18215)
         assert_near(tokenizer.first_stage.decode(v["latent_mode"] * 0.18215), v["decoded"])
-        features = torch.randn(2, 5, 40)
-        tokens = tokenizer.normalizer(tokenizer.resampler(features).flatten(1))
-        torch.testing.assert_close(tokens, tokenizer.resampler(features).flatten(1), rtol=1e-6, atol=1e-6)
     held = tokenizer.denoiser.state_dict()
     assert sum(value.numel() for name, value in held.items() if name != "null_text") == sum(
         value.numel() for value in weights_of("unet").values()
@@ -144,7 +141,7 @@ def test_image_tower_reads_what_the_public_preprocessing_makes() -> None:
     depends on one outside. DICODE_REFERENCE may name a folder that has all.
     """
     values, vectors = values_of("preprocess"), vectors_of("preprocess")
-    config = EncoderConfig("clip", width=8, depth=1, heads=1, size=values["size"], patch=14, channels=3)
+    config = EncoderConfig(width=8, depth=1, heads=1, size=values["size"])
     encoder = ClipEncoder(config)
     del encoder.tower
     encoder.tower = lambda pixels: types.SimpleNamespace(last_hidden_state=pixels.flatten(2).mT)  # type: ignore[assignment]

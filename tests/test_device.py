@@ -55,15 +55,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("device")
     torch.set_num_threads(1)
     write_cache(folder / "cache", 7)
-    for name in ("first_stage", "key_frames"):
-        run = runs(folder)[name]
-        optim = dataclasses.replace(run.loop.optim, steps=1)
-        run_recipe(dataclasses.replace(run, loop=dataclasses.replace(run.loop, optim=optim)), folder / name, {})
+    for name in ("first_stage", "linear_code"):
+        run_recipe(runs(folder)[name], folder / name, {})
     return folder
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["emulated", "native"])
-@pytest.mark.parametrize("name", ["first_stage", "key_frames", "lm"])
+@pytest.mark.parametrize("name", ["first_stage", "denoiser", "lm"])
 def test_a_run_computes_in_bfloat16_only_where_the_device_has_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, native: bool
 ) -> None:
@@ -93,7 +91,7 @@ def test_encoding_a_cache_computes_in_bfloat16_only_where_the_device_has_it(
         kept.unlink()
     asked: list[str] = []
     monkeypatch.setattr(dicode.device, "pick_device", lambda name: asked.append(name) or CPU)
-    command = Encode(str(root / "cache"), str(root / "key_frames/best"), device="toaster")
+    command = Encode(str(root / "cache"), str(root / "linear_code/best"), device="toaster")
     assert (torch.bfloat16 in dtypes_of(lambda: encode(command, Stopwatch()))) == native
     assert "toaster" in asked
 

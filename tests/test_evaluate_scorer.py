@@ -123,6 +123,6 @@ def test_a_run_takes_its_best_weights_by_a_scorer_of_what_it_renders(tiny_model:
     last = [np.load(tmp_path / f"seen-{4 + i}.npy") for i in range(4)]  # those before were seen before the first step
     assert (shown.numpy().astype(int) - np.stack(last)).std() < shown.float().std() / 4  # weights in float16
     (tmp_path / "keys").mkdir()
-    (tmp_path / "keys/recipe.json").write_text('{"recipe": {"run": {"train_denoiser": false}}}')
+    (tmp_path / "keys/recipe.json").write_text('{"recipe": {"run": {"first_stage": "runs/first_stage/best"}}}')
     with pytest.raises(ValueError, match="has not learnt to render clips"):
         stage_of(dataclasses.replace(run, tokenizer=str(tmp_path / "keys/best")))

@@ -15,7 +15,7 @@ from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import build_denoiser, sample
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.flow_map import drawn_times, flow_map_loss
-from dicode.train.runs import TokenizerRun
+from dicode.train.runs import LinearCodeRun, TokenizerRun
 from dicode.train.stages import run_recipe, stage_of
 from dicode.train.tokenizer import TokenizerTraining
 
@@ -105,7 +105,7 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def residual(run: Any) -> Any:
-    if not isinstance(run, TokenizerRun):
+    if not isinstance(run, LinearCodeRun | TokenizerRun):
         return run
     denoiser = dataclasses.replace(run.model.denoiser, predict_residual=True)
     return dataclasses.replace(run, model=dataclasses.replace(run.model, denoiser=denoiser))

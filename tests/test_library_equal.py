@@ -6,8 +6,7 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 
 from dicode.tokenizer.config import FirstStageConfig, SamplingConfig
-from dicode.tokenizer.denoiser import sample, time_waves
-from dicode.tokenizer.encoder import grid_positions
+from dicode.tokenizer.denoiser import grid_positions, sample, time_waves
 from dicode.tokenizer.tiny import TinyAutoencoder
 
 

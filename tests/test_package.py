@@ -92,7 +92,7 @@ def test_the_models_in_the_box_load_and_are_small(name: str) -> None:
 
     model = DiCoDe.from_pretrained(name)
     config = model.tokenizer.config
-    assert (config.size, config.fps, config.clip_frames, config.resampler.queries) == (64, 8.0, 16, 16)
+    assert (config.size, config.fps, config.clip_frames, config.tokens_per_keyframe) == (64, 8.0, 16, 16)
     files = [path for path in (CHECKPOINTS / name).rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
     assert CHECKPOINTS / name / "README.md" in files

@@ -61,17 +61,15 @@ GPT2 = DeepLMConfig(
 LLAMA = dataclasses.replace(
     GPT2, body=dataclasses.replace(GPT2.body, kind="llama", key_value_heads=2, feed_forward=640)
 )
-UNET = TokenizerConfig(  # the published arrangement: no key-frame head, two key frames of each clip's own
+UNET = TokenizerConfig(  # the published arrangement: no key latents, two key frames of each clip's own
     size=16,
     clip_frames=4,
     tail_frame=3,
     null_tokens="grey_image",
     first_stage=FirstStageConfig("kl", (32, 64), 4, (1,), (1,)),
-    encoder=EncoderConfig("clip", width=64, depth=2, heads=2, size=56, patch=14, channels=3),
-    resampler=ResamplerConfig(64, 2, 2, 32, 16, 64, 17, 48, grid_queries=False),
-    denoiser=DenoiserConfig(
-        "unet3d", context_frames=0, uses_key_latents=False, depth=1, heads=2, channels=(64, 96), text_width=32
-    ),
+    token_width=48,
+    resampler=ResamplerConfig(64, 2, 2, 32, encoder=EncoderConfig(width=64, depth=2, heads=2, size=56)),
+    denoiser=DenoiserConfig("unet3d", context_frames=0, depth=1, heads=2, channels=(64, 96), text_width=32),
     objective="v_prediction",
     sampling=SamplingConfig(steps=2, decoder_guidance=3.0),
 )
@@ -137,7 +135,7 @@ def test_flops_of_a_tokenizer_are_those_of_real_tensors(config):
     model, sizing = VideoTokenizer(config).eval().requires_grad_(False), size_tokenizer(config)
     frames = torch.zeros(1, 2, config.size, config.size, 3, dtype=torch.uint8)
     assert sizing["flops"]["key frame encoded"] * 2 == real_flops(lambda: model.encode(frames))
-    tokens = torch.zeros(1, 2, config.resampler.queries, config.resampler.token_width)
+    tokens = torch.zeros(1, 2, config.tokens_per_keyframe, config.token_width)
     decoded = next(count for name, count in sizing["flops"].items() if name.startswith("clip decoded"))
     assert decoded == real_flops(lambda: list(model.decode(tokens)))
 
@@ -159,7 +157,7 @@ def test_memory_to_generate_is_what_is_allocated(text_length):
 @pytest.mark.parametrize("config", [TokenizerConfig(), UNET], ids=lambda config: config.denoiser.kind)
 def test_memory_to_decode_is_what_is_allocated(config):
     model = VideoTokenizer(config).eval()
-    tokens = torch.randn(1, 2, config.resampler.queries, config.resampler.token_width)
+    tokens = torch.randn(1, 2, config.tokens_per_keyframe, config.token_width)
     most = most_allocated(lambda: list(model.decode(tokens, sampling=model.config.sampling.changed(steps=2))))
     assert most == pytest.approx(size_tokenizer(config)["inference_bytes"]["activations"], rel=0.1)
 
@@ -212,9 +210,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str
         token_width=6, tokens_per_keyframe=4, text_length=12,
     )  # fmt: skip
     return {
-        "tokenizer": TokenizerRun(
-            cache=str(cache), first_stage=str(tiny_model), model=tiny_config(), loop=loop, images_per_step=6
-        ),
+        "tokenizer": TokenizerRun(cache=str(cache), init=str(tiny_model), model=tiny_config(), loop=loop),
         "lm": LanguageRun(
             cache=str(cache), tokenizer=str(tiny_model), model=lm, loop=loop, longer=(), longer_share=(), key_frames=3
         ),

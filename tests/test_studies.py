@@ -16,7 +16,6 @@ from synthetic import draw_clip
 from test_features_tinyvt import SMALL, drawn_cache
 from test_linear_code import CHANNELS, SIDE, TOKENS, WIDTH, error, fitted, pictures
 from test_tokenizer import conditioning, tiny_tokenizer
-from torch import nn
 from toy_runs import FLOW, write_cache
 
 from dicode.config import DEFAULT_MODEL
@@ -69,10 +68,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("studies")
     torch.set_num_threads(1)
     write_cache(root / "cache", 12)
-    tokenizer, captions = (
-        tiny_tokenizer(linear_code=True),
-        [v.captions[0] for v in FrameCache.load(root / "cache").videos],
-    )
+    tokenizer, captions = tiny_tokenizer(), [v.captions[0] for v in FrameCache.load(root / "cache").videos]
     DiCoDe(tokenizer, DeepTokenLM(FLOW, TextTokenizer.train(captions, 300))).save_pretrained(root / "model")
     return root
 
@@ -148,20 +144,12 @@ def test_the_energy_score_in_one_dimension_is_the_crps_of_a_gaussian(monkeypatch
 @torch.no_grad()
 def test_a_widened_code_keeps_the_first_numbers_and_encodes_the_rest() -> None:
     latents, others = pictures(500, 30), pictures(20, 30, seed=1)
-    code, variance = fitted(latents)
-    numbers = torch.zeros_like(variance), variance
+    code = fitted(latents)
     wider = LinearCode(TOKENS, WIDTH + 3, CHANNELS, SIDE)
-    more = study("widths", "widen").extend(wider, code, statistics(*numbers), latents)
-    kept = statistics(*numbers)(code.tokens(others).flatten(1)).unflatten(1, (TOKENS, -1))
-    tokens = statistics(*more)(wider.tokens(others).flatten(1)).unflatten(1, (TOKENS, -1))
+    study("widths", "widen").extend(wider, code, latents)
+    kept, tokens = code.tokens(others), wider.tokens(others)
     torch.testing.assert_close(tokens[..., :WIDTH], kept, rtol=1e-4, atol=1e-4)
     assert error(code, kept, others) > 1e-3 * others.var() > 1e3 * error(wider, tokens, others)
-
-
-def statistics(mean: torch.Tensor, variance: torch.Tensor) -> nn.BatchNorm1d:
-    normalizer = nn.BatchNorm1d(len(mean), affine=False).eval()
-    normalizer.running_mean, normalizer.running_var = mean, variance
-    return normalizer
 
 
 @torch.no_grad()
@@ -193,13 +181,6 @@ def test_measurements_of_a_model(toy: Path, results: Path, name: str, monkeypatc
         module.main(f"{toy}/model", f"{toy}/cache")
     (file,) = results.iterdir()
     assert json.loads(file.read_text())["n"] > 0
-
-
-@pytest.mark.filterwarnings("ignore:Fréchet distance of")
-def test_tokens(toy: Path, results: Path) -> None:
-    study("tokens").main(f"{toy}/cache", f"fourth={toy}/model")
-    values = json.loads((results / "tokens.json").read_text())["values"]
-    assert values["linear"].keys() == values["fourth"].keys()
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance of")

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
-from published import reference_resampler_config, vectors_of, weights_of
+from published import reference_resampler_config, values_of, vectors_of, weights_of
 from safetensors.torch import load_file
 
 from dicode.checkpoint import read_config
@@ -39,7 +39,7 @@ from dicode.tokenizer.denoiser import (
     sample,
     scale_motion,
 )
-from dicode.tokenizer.encoder import FirstStage, KeyFrameHead, Resampler
+from dicode.tokenizer.encoder import FirstStage, Resampler
 from dicode.tokenizer.library import ClipEncoder
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
@@ -53,20 +53,19 @@ DENOISERS = {
 def tiny_config(**changes: object) -> TokenizerConfig:
     config = TokenizerConfig(
         size=32,
-        key_head_width=48,
-        key_head_depth=1,
+        tokens_per_keyframe=4,
+        token_width=6,
         first_stage=FirstStageConfig(
             channels=(8, 8, 8), latent_channels=5, encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)
         ),
-        encoder=EncoderConfig(width=24, depth=1, heads=2, size=8, channels=5),
-        resampler=ResamplerConfig(
-            width=24, depth=1, heads=2, head_width=12, queries=4, feature_width=24, features=64, token_width=6,
-            grid_queries=True,
-        ),
         denoiser=DENOISERS["hourglass"],
         sampling=SamplingConfig(steps=2),
-    )  # fmt: skip
+    )
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+# Of pixels, as published, with every part tiny: of the tokens' number and width of `tiny_config`
+RESAMPLER = ResamplerConfig(24, 1, 2, 12, encoder=EncoderConfig(width=16, depth=1, heads=2, size=14, patch=7))
 
 
 def tiny_tokenizer(**changes: object) -> VideoTokenizer:
@@ -97,7 +96,8 @@ def conditioning(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> C
 
 
 def test_resampler_agrees_with_the_public_code() -> None:
-    resampler = Resampler(reference_resampler_config())
+    values = values_of("resampler")
+    resampler = Resampler(reference_resampler_config(), values["num_queries"], values["output_dim"])
     resampler.load_state_dict(weights_of("resampler"))
     vectors = vectors_of("resampler")
     torch.testing.assert_close(resampler(vectors["features"]), vectors["tokens"], rtol=1e-5, atol=1e-5)
@@ -447,8 +447,8 @@ class Silent(torch.nn.Module):
 def test_unet_shows_head_tokens_to_the_first_half_of_a_clip_only() -> None:
     """Without temporal layers a frame's output depends on its own half's tokens alone."""
     torch.manual_seed(0)
-    config = dataclasses.replace(DENOISERS["unet3d"], context_frames=0, uses_key_latents=False)
-    denoiser = build_denoiser(tiny_config(denoiser=config)).eval()
+    config = dataclasses.replace(DENOISERS["unet3d"], context_frames=0)
+    denoiser = build_denoiser(tiny_config(denoiser=config, resampler=RESAMPLER)).eval()
     for name, parameter in denoiser.named_parameters():
         if "temp_" in name or "transformer_in.proj_out" in name:
             torch.nn.init.zeros_(parameter)
@@ -460,18 +460,13 @@ def test_unet_shows_head_tokens_to_the_first_half_of_a_clip_only() -> None:
     assert difference[:, 8:].abs().max() > 1e-4
 
 
-def test_key_frame_head_maps_tokens_to_latents() -> None:
-    head = KeyFrameHead(tiny_config())
-    assert head(torch.randn(3, 4, 6)).shape == (3, 5, 8, 8)
-
-
 def test_clip_encoder_gives_all_tokens_of_the_tower_for_any_image_size() -> None:
-    encoder = ClipEncoder(EncoderConfig(kind="clip", width=32, depth=2, heads=2, size=28, patch=14))
+    encoder = ClipEncoder(EncoderConfig(width=32, depth=2, heads=2, size=28, patch=14))
     assert encoder(torch.rand(3, 3, 40, 36) * 2 - 1).shape == (3, 5, 32)
 
 
 def test_clip_preprocessing_maps_white_to_clips_white() -> None:
-    encoder = ClipEncoder(EncoderConfig(kind="clip", width=32, depth=1, heads=2, size=28, patch=14))
+    encoder = ClipEncoder(EncoderConfig(width=32, depth=1, heads=2, size=28, patch=14))
     seen = []
     encoder.tower.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     encoder(torch.ones(1, 3, 50, 50))
@@ -609,7 +604,7 @@ def test_damaged_checkpoints_are_refused_with_a_reason(tmp_path: Path, damage: s
     write_config(tmp_path, {"tokenizer": tokenizer.save_pretrained(tmp_path)})
     path = tmp_path / "tokenizer.safetensors"
     state = load_file(path)
-    name = "resampler.latents"
+    name = "linear_code.encode.bias"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "config":
@@ -620,15 +615,15 @@ def test_damaged_checkpoints_are_refused_with_a_reason(tmp_path: Path, damage: s
         if damage == "missing":
             del state[name]
         elif damage == "extra":
-            state["resampler.latent"] = state[name].clone()
+            state["linear_code.encode.bia"] = state[name].clone()
         else:
             state[name] = state[name][..., :3].contiguous()
         save_file(state, path)
     reasons = {
         "truncated": "not a readable safetensors",
-        "missing": "missing resampler.latents",
-        "extra": "unexpected resampler.latent.*did you mean",
-        "shape": r"resampler.latents: expected shape",
+        "missing": "missing linear_code.encode.bias",
+        "extra": "unexpected linear_code.encode.bia.*did you mean",
+        "shape": r"linear_code.encode.bias: expected shape",
         "config": "unknown key 'siez'.*did you mean 'size'",
     }
     with pytest.raises(CheckpointError, match=reasons[damage]):

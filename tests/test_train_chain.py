@@ -18,20 +18,20 @@ from dicode.train.chain import Chain, wired
 from dicode.train.distributed import Processes
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Stage
-from dicode.train.runs import LanguageRun, LoopConfig
-from dicode.train.stages import Pace, measured_pace, plan_of, stage_of
+from dicode.train.runs import LanguageRun, LinearCodeRun, LoopConfig
+from dicode.train.stages import Pace, measured_pace, plan_of, run_recipe, stage_of
 
 RECIPE = """
 from dataclasses import replace
 from pathlib import Path
 from toy_runs import loop, runs
-STAGES = {"first_stage": 1, "key_frames": 1, "denoiser": 2, "lm": 4}
+STAGES = {"first_stage": 1, "linear_code": 1, "denoiser": 2, "lm": 4}
 SAMPLING = {"guidance": 1.75, "steps": 2}
 def _run(name):
-    run = runs(Path("runs"))[name]
-    return replace(run, cache="nowhere", loop=replace(loop(3), checkpoint_every=1))
+    run = replace(runs(Path("runs"))[name], cache="nowhere")
+    return replace(run, loop=replace(loop(3), checkpoint_every=1)) if hasattr(run, "loop") else run
 def first_stage(): return _run("first_stage")
-def key_frames(): return _run("key_frames")
+def linear_code(): return _run("linear_code")
 def denoiser(): return _run("denoiser")
 def lm(): return replace(_run("lm"), longer=(), longer_share=())
 """
@@ -75,7 +75,7 @@ def test_all_stages_train_in_order_and_an_interrupted_one_goes_on(
     capsys.readouterr()
     assert main(command("parts")) == 0
     said = capsys.readouterr().out
-    for name in ("first_stage", "key_frames", "denoiser"):
+    for name in ("first_stage", "linear_code", "denoiser"):
         assert f"{tmp_path}/parts/toy-{name} is finished" in said
     assert f"continuing {tmp_path}/parts/toy-lm from step 2" in said
     assert main(command("whole")) == 0
@@ -97,20 +97,22 @@ def finished_of(chain: Chain, name: str) -> bool:
 
 def test_a_first_stage_can_be_taken_from_a_model(root: Path, tmp_path: Path, tiny_model: Path) -> None:
     chain = Chain(str(root / "toy.py"), str(root / "cache"), tmp_path, str(tiny_model))
-    assert list(chain.stages) == ["key_frames", "denoiser", "lm"]
-    assert chain.stages["key_frames"].first_stage == chain.stages["denoiser"].first_stage == str(tiny_model)  # type: ignore[union-attr]
-    assert chain.stages["lm"].tokenizer == str(tmp_path / "toy-key_frames/best")  # type: ignore[union-attr]
+    assert list(chain.stages) == ["linear_code", "denoiser", "lm"]
+    code, denoiser, lm = chain.stages.values()
+    assert code.first_stage == str(tiny_model)  # type: ignore[union-attr]
+    assert denoiser.init == lm.tokenizer == str(tmp_path / "toy-linear_code/best")  # type: ignore[union-attr]
     held = read_config(tiny_model)["tokenizer"]["first_stage"]["latent_channels"]
-    assert chain.stages["denoiser"].model.first_stage.latent_channels == held  # type: ignore[union-attr]
+    for run in (code, denoiser):
+        assert run.model.first_stage.latent_channels == held  # type: ignore[union-attr]
 
 
 def test_a_stage_is_fed_with_those_before_it_alone(tmp_path: Path) -> None:
     """A run of another file that has the name of a stage itself, or of a later one, stays what it is."""
-    best = {"key_frames": tmp_path / "mine-key_frames/best"}
-    run = LanguageRun(tokenizer="runs/small-key_frames/best", init="runs/other-lm/best")
+    best = {"linear_code": tmp_path / "mine-linear_code/best"}
+    run = LanguageRun(tokenizer="runs/small-linear_code/best", init="runs/other-lm/best")
     wired_run = wired(run, best)
     assert isinstance(wired_run, LanguageRun)
-    assert (wired_run.tokenizer, wired_run.init) == (str(tmp_path / "mine-key_frames/best"), "runs/other-lm/best")
+    assert (wired_run.tokenizer, wired_run.init) == (str(tmp_path / "mine-linear_code/best"), "runs/other-lm/best")
 
 
 def test_a_stage_that_is_finished_on_other_weights_is_refused(
@@ -124,7 +126,7 @@ def test_a_stage_that_is_finished_on_other_weights_is_refused(
     chain.train(None)
     assert trained == ["toy-denoiser"]
     monkeypatch.setattr("dicode.train.chain.finished", lambda folder, run: folder.name != "toy-first_stage")
-    with pytest.raises(ValueError, match="toy-key_frames: trained on earlier weights of first_stage; delete it"):
+    with pytest.raises(ValueError, match="toy-linear_code: trained on earlier weights of first_stage; delete it"):
         chain.train(None)
     monkeypatch.undo()
     (tmp_path / "toy-lm/step-00000003").mkdir(parents=True)
@@ -133,11 +135,14 @@ def test_a_stage_that_is_finished_on_other_weights_is_refused(
 
 
 def test_measuring_leaves_weights_and_statistics_as_they_were(root: Path, tmp_path: Path) -> None:
-    for name in ("first_stage", "key_frames", "denoiser", "lm"):
+    for name in ("first_stage", "linear_code", "denoiser", "lm"):
         chain = Chain(str(root / "toy.py"), str(root / "cache"), tmp_path)
-        stage: Stage = stage_of(chain.stages[name])
+        if isinstance(run := chain.stages[name], LinearCodeRun):
+            run_recipe(run, chain.folders[name], {})
+            continue
+        stage: Stage = stage_of(run)
         before = {key: value.clone() for key, value in stage.module.state_dict().items()}
-        pace = measured_pace(stage, chain.stages[name].loop, Processes(), timed=1)
+        pace = measured_pace(stage, run.loop, Processes(), timed=1)
         assert pace.step_s > 0 and pace.evaluation_s > 0
         assert all(torch.equal(value, before[key]) for key, value in stage.module.state_dict().items())
         stage.export(chain.folders[name] / "best")
@@ -191,13 +196,13 @@ def test_time_left_over_by_a_stage_goes_to_those_after_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain = Chain(str(root / "toy.py"), str(root / "cache"), tmp_path)
-    assert [chain.minutes_for(name, 8.0) for name in ("first_stage", "key_frames", "lm")] == pytest.approx(
+    assert [chain.minutes_for(name, 8.0) for name in ("first_stage", "linear_code", "lm")] == pytest.approx(
         [1, 8 / 7, 8]
     )
     monkeypatch.setattr(
         "dicode.train.chain.spent_minutes", lambda folder: {"toy-first_stage": 4.5}.get(folder.name, 0.0)
     )
-    assert chain.minutes_for("key_frames", 8.0) == pytest.approx(3.5 / 7)
+    assert chain.minutes_for("linear_code", 8.0) == pytest.approx(3.5 / 7)
     monkeypatch.setattr("dicode.train.chain.spent_minutes", lambda folder: 8.0)
     assert chain.minutes_for("lm", 8.0) == pytest.approx(0.5 * 4)  # not nothing
 
@@ -218,7 +223,7 @@ def test_flags_of_one_stage_and_of_all() -> None:
         (["recipes/small.py:lm", "--minutes", "nan"], "--minutes: expected a positive number, got"),
         (["recipes/small.py", "--all", "-o", "{}/none/m"], "no such folder to write 'm' in"),
         (["recipes/small.py", "--all", "-o", "{}/notes"], "notes: holds diary.txt, which this command did not write"),
-        (["{}/half.py", "--all", "-o", "{}/m"], "expected STAGES with a TokenizerRun that denoises, and a LanguageRun"),
+        (["{}/half.py", "--all", "-o", "{}/m"], "expected STAGES with a TokenizerRun and a LanguageRun"),
         (["{}/odd.py", "--all", "-o", "{}/m"], "SAMPLING: unknown options ['guidence']"),
     ],
 )
@@ -241,8 +246,8 @@ def test_the_bundled_recipes_with_stages_agree_over_them() -> None:
         tokenizer = next(model for model in models if hasattr(model, "resampler"))
         for model in models:
             assert model in (tokenizer, tokenizer.first_stage) or (
-                model.token_width == tokenizer.resampler.token_width
-                and model.tokens_per_keyframe == tokenizer.resampler.queries
+                model.token_width == tokenizer.token_width
+                and model.tokens_per_keyframe == tokenizer.tokens_per_keyframe
                 and model.most_keyframes(model.end_frame_conditioning) >= 3
             )
         assert all(run.cache == "cache/mine" for run in chain.stages.values())

@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_lm_text import CAPTIONS
-from test_tokenizer import DENOISERS, tiny_config
+from test_tokenizer import DENOISERS, RESAMPLER, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from toy_runs import SIZE, assert_same_checkpoint, loop, train_in_parts, write_cache
+from toy_runs import SIZE, assert_same_checkpoint, loop, train_in_parts, write_cache, write_prior
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dicode.checkpoint.saving import write_config
 from dicode.config import CheckpointError
 from dicode.data.columns import CachedVideo
 from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
@@ -24,12 +23,11 @@ from dicode.lm.library import body_differences, load_pretrained
 from dicode.lm.presets import SIZES
 from dicode.lm.text import IMAGE_ENTRIES, TextTokenizer
 from dicode.seeds import generator_for
-from dicode.tokenizer.config import EncoderConfig, ResamplerConfig, TokenizerConfig
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
 from dicode.train.cached import frames_to_pixels
 from dicode.train.lm import LanguageTraining
-from dicode.train.runs import LanguageRun, TokenizerRun, load_run
+from dicode.train.runs import LanguageRun, LinearCodeRun, LoRAConfig, TokenizerRun, load_run
 from dicode.train.stages import run_recipe
 from dicode.train.tokenizer import TokenizerTraining
 
@@ -40,48 +38,33 @@ LANGUAGE_RECIPES = {  # what a recipe's body has with its name's vocabulary, in 
 }  # fmt: skip
 
 
-def published_config(**changes: Any) -> TokenizerConfig:
-    """`paper_tokenizer_256` with every part tiny."""
-    published = TOKENIZERS["paper_tokenizer_256"]
-    return dataclasses.replace(
-        tiny_config(),
-        tail_frame=published.tail_frame,
-        null_tokens=published.null_tokens,
-        encoder=EncoderConfig("clip", width=16, depth=1, heads=2, size=14, patch=7, channels=3),
-        resampler=ResamplerConfig(
-            width=24, depth=1, heads=2, head_width=12, queries=4, feature_width=16, token_width=6, grid_queries=False
-        ),
-        denoiser=dataclasses.replace(DENOISERS["unet3d"], channels=(16, 32), context_frames=0, uses_key_latents=False),
-        objective=published.objective,
-        sampling=dataclasses.replace(published.sampling, steps=2),
-        **changes,
-    )  # fmt: skip
+PRESET = TOKENIZERS["paper_tokenizer_256"]
+PUBLISHED: dict[str, Any] = {  # the preset with every part tiny, as changes of `tiny_config`
+    "tail_frame": PRESET.tail_frame,
+    "null_tokens": PRESET.null_tokens,
+    "denoiser": dataclasses.replace(DENOISERS["unet3d"], channels=(16, 32), context_frames=0),
+    "objective": PRESET.objective,
+    "sampling": dataclasses.replace(PRESET.sampling, steps=2),
+}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache, and a folder `prior` as a converter writes it: all tensors, tokens read as the resampler gives them."""
+    """A cache, and a folder `prior` as a converter writes it."""
     folder = tmp_path_factory.mktemp("paper")
     torch.set_num_threads(1)
-    torch.manual_seed(3)
     write_cache(folder / "cache", count=12)
-    tokenizer = VideoTokenizer(published_config())
-    tokenizer.normalizer.get_buffer("running_var").fill_(1 - tokenizer.normalizer.eps)
-    tokenizer.denoiser.get_buffer("null_text").normal_()
-    write_config(folder / "prior", {"tokenizer": tokenizer.save_pretrained(folder / "prior")})
+    write_prior(folder / "prior", **PUBLISHED)
     return folder
 
 
 def run(root: Path, **changes: Any) -> TokenizerRun:
     made = TokenizerRun(
         cache=str(root / "cache"),
-        first_stage=str(root / "prior"),
         init=str(root / "prior"),
-        model=published_config(),
+        model=tiny_config(resampler=RESAMPLER, **PUBLISHED),
         loop=dataclasses.replace(loop(4), optim=dataclasses.replace(loop(4).optim, batch_size=2)),
-        images_per_step=0,
         token_noise=0.0,
-        normalize_tokens=False,
     )
     return dataclasses.replace(made, **changes)
 
@@ -104,7 +87,7 @@ def test_resampler_and_denoiser_learn_and_nothing_else_moves(root: Path) -> None
     for _ in range(10):
         stage.module.train()
         loss, scalars = stage.loss(batch, generator_for(1))
-        for part in (stage.module.encoder, stage.module.first_stage, stage.module.normalizer):
+        for part in (stage.module.encoder, stage.module.first_stage):
             assert not any(module.training for module in part.modules())
         optimizer.zero_grad()
         loss.backward()
@@ -131,9 +114,8 @@ def test_the_tail_key_frame_is_the_clips_last_and_both_are_read_from_the_frames_
         assert torch.equal(pixels, frame if row > 0 else frame.flip(-1))
 
 
-@pytest.mark.parametrize("normalize_tokens", [False, True])
-def test_dropped_clips_see_the_tokens_of_a_grey_image_and_teach_them(root: Path, normalize_tokens: bool) -> None:
-    stage = TokenizerTraining(run(root, drop_tokens=1.0, normalize_tokens=normalize_tokens))
+def test_dropped_clips_see_the_tokens_of_a_grey_image_and_teach_them(root: Path) -> None:
+    stage = TokenizerTraining(run(root, drop_tokens=1.0))
     stage.module.train()
     batch = stage.batch(torch.arange(3), generator_for(0))
     told = []
@@ -141,8 +123,6 @@ def test_dropped_clips_see_the_tokens_of_a_grey_image_and_teach_them(root: Path,
     stage.loss(batch, generator_for(1))[0].backward()
     assert stage.module.resampler.proj_in.weight.grad is not None
     assert stage.module.resampler.proj_in.weight.grad.any()
-    mean = stage.module.normalizer.get_buffer("running_mean")
-    assert mean.any().item() is normalize_tokens
     stage.module.eval()
     grey = torch.zeros(1, 3, SIZE, SIZE)
     expected = stage.module.tokens_of(grey).expand(6, -1, -1).unflatten(0, (3, 2))
@@ -176,31 +156,23 @@ def test_a_clip_is_read_with_the_stride_drawn_and_the_network_is_given_it(root: 
 
 
 def test_a_run_is_refused_a_prior_that_predicts_something_else(root: Path) -> None:
-    epsilon = dataclasses.replace(published_config(), objective="epsilon")
+    epsilon = dataclasses.replace(tiny_config(resampler=RESAMPLER, **PUBLISHED), objective="epsilon")
     with pytest.raises(ValueError, match=r"predicts v_prediction, the run trains epsilon.*objective v_prediction"):
         TokenizerTraining(run(root, model=epsilon))
     with pytest.raises(ValueError, match="predicts v_prediction, the run trains epsilon"):
         TokenizerTraining(run(root, model=epsilon, init_denoiser=str(root / "prior")))
 
 
-def test_a_model_with_key_latents_learns_them_from_pixels_too(root: Path) -> None:
-    model = published_config()
-    model = dataclasses.replace(model, denoiser=dataclasses.replace(model.denoiser, uses_key_latents=True))
-    write_config(root / "other", {"tokenizer": VideoTokenizer(model).save_pretrained(root / "other")})
-    stage = TokenizerTraining(run(root, model=model, images_per_step=3, init=str(root / "other")))
-    batch = stage.batch(torch.arange(2), generator_for(0))
-    assert len(batch["keys"]) == len(batch["key_latents"]) == 2 * 2 + 3
-    loss, scalars = stage.loss(batch, generator_for(1))
-    assert loss.item() == pytest.approx(scalars["key_frame_error"].item() + scalars["denoising_loss"].item())
+def test_adapters_leave_the_resampler_as_it_is(root: Path) -> None:
+    module = TokenizerTraining(run(root, lora=LoRAConfig(rank=2))).module
+    trained = {name for name, value in module.named_parameters() if value.requires_grad}
+    assert trained and all(name.startswith("denoiser.") and ".parametrizations." in name for name in trained)
 
 
-def test_what_would_stay_random_or_has_no_head_is_an_error(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"encoder 'clip'.*init"):
-        TokenizerTraining(run(root, init=None))
-    with pytest.raises(ValueError, match=r"images_per_step 0.*got 4 and True"):
-        TokenizerTraining(run(root, images_per_step=4))
-    with pytest.raises(ValueError, match="train_denoiser True, got 0 and False"):
-        TokenizerTraining(run(root, train_denoiser=False))
+def test_a_tokenizer_with_a_resampler_has_no_linear_code_to_fit(root: Path, tmp_path: Path) -> None:
+    code = LinearCodeRun(str(root / "cache"), str(root / "prior"), tiny_config(resampler=RESAMPLER, **PUBLISHED))
+    with pytest.raises(ValueError, match=r"model\.resampler: a tokenizer with one has no linear code to fit"):
+        run_recipe(code, tmp_path, {})
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +401,7 @@ def test_a_language_model_trains_from_a_body_with_its_vocabulary(trained: Path, 
     assert model.text.encode(CAPTIONS, 30).equal(TextTokenizer.from_pretrained(tmp_path).encode(CAPTIONS, 30))
     start = LanguageTraining(run).module.backbone.state_dict()  # two steps from it
     assert all((value - start[name]).abs().max() < 0.02 for name, value in model.backbone.state_dict().items())
-    assert not (tmp_path / "run/sheets").exists()  # this tokenizer has no key-frame head to show key frames with
+    assert not (tmp_path / "run/sheets").exists()  # its tokens do not give back their key frames
 
 
 def test_an_id_is_downloaded_and_says_where_it_failed(

@@ -152,9 +152,8 @@ def test_the_denoiser_learns_from_clips_that_last_and_from_a_context_that_was_re
 ) -> None:
     model = VideoTokenizer.from_pretrained(tiny_model).config
     run = TokenizerRun(
-        cache=str(cache), first_stage=str(tiny_model), model=model, images_per_step=200, mirror=True,
-        loop=LoopConfig(precision="float32"),
-    )  # fmt: skip
+        cache=str(cache), init=str(tiny_model), model=model, mirror=True, loop=LoopConfig(precision="float32")
+    )
     stage = TokenizerTraining(run)
     assert [video.count for video in stage.videos] == [16, 32, 72, 30] and stage.num_samples() == 4
     batch = stage.batch(torch.arange(4), generator_for(0))
@@ -162,8 +161,6 @@ def test_the_denoiser_learns_from_clips_that_last_and_from_a_context_that_was_re
     zeros = torch.zeros(4, 2, 4, 6), torch.zeros(4, 2, 5, 8, 8), torch.zeros(4, 2, 5, 8, 8)
     masks = [stage.training_condition(*zeros, batch, generator_for(i)).context_mask for i in range(20)]
     assert torch.stack(masks).amax(0).tolist() == [0, 1, 1, 1] and torch.stack(masks).amin(0).max() == 0
-    still = stage.latents[torch.tensor([0])][0].float().flatten(1)  # and its mirror image
-    assert (batch["key_latents"][8:, None].flatten(2) == still).all(2).any()
     plain = TokenizerTraining(dataclasses.replace(run, mirror=False))
     assert plain.latents.shape[1:] == (1, *stage.latents.shape[2:])
     torch.testing.assert_close(plain.latents[:], stage.latents[:][:, :1], rtol=1e-2, atol=1e-2)

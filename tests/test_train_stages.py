@@ -30,7 +30,7 @@ from dicode.train.first_stage import FirstStageTraining
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import NonFiniteLossError, sample_indices, train
 from dicode.train.optim import Muon, make_optimizers
-from dicode.train.runs import AugmentConfig, FirstStageRun, OptimConfig, TokenizerRun
+from dicode.train.runs import AugmentConfig, FirstStageRun, OptimConfig
 from dicode.train.stages import run_recipe, stage_of
 
 
@@ -104,7 +104,6 @@ def test_rendered_frames_are_those_that_decode_shows_beside_the_real_ones(traine
         "perceptual",
         "rendered",
         "adversarial",
-        "key_frames",
         "denoiser",
         "change",
         "lm",
@@ -187,28 +186,10 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(trained: Path, tmp_p
     assert not list(tmp_path.glob("step-*"))
 
 
-def test_frozen_key_frames_keep_their_tokens(trained: Path) -> None:
-    before, after = (load_file(trained / run / "best/tokenizer.safetensors") for run in ("key_frames", "denoiser"))
+def test_a_denoiser_leaves_the_linear_code_as_it_is(trained: Path) -> None:
+    before, after = (load_file(trained / run / "best/tokenizer.safetensors") for run in ("linear_code", "denoiser"))
     for name in before:
         assert torch.equal(before[name], after[name]) is not name.startswith("denoiser."), name
-
-
-def test_deep_tokens_are_normalised_over_the_training_frames(tmp_path: Path) -> None:
-    """The statistics in the checkpoint, not those of the batch, make the tokens' mean 0 and deviation 1."""
-    write_cache(tmp_path / "cache")
-    made = runs(tmp_path)
-    run_recipe(made["first_stage"], tmp_path / "first_stage", {})
-    run = dataclasses.replace(made["key_frames"], loop=loop(40), images_per_step=16)
-    run = dataclasses.replace(
-        run, loop=dataclasses.replace(run.loop, evaluate_every=40, checkpoint_every=40, log_every=40)
-    )
-    run_recipe(run, tmp_path / "key_frames", {})
-    tokenizer = VideoTokenizer.from_pretrained(tmp_path / "key_frames/best")
-    cache = FrameCache.load(tmp_path / "cache").subset(validation=False)
-    frames = cache.frames[cache.frame_rows()[:]]
-    tokens = torch.cat([tokenizer.encode(pair[None])[0] for pair in frames.split(2) if len(pair) == 2])
-    assert tokens.mean().abs() < 0.05
-    assert tokens.std().item() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "kl"])
@@ -242,21 +223,20 @@ def test_a_run_goes_on_when_its_best_weights_are_chosen_by_another_figure(traine
 
 
 def test_nothing_is_frozen_that_was_never_trained(trained: Path) -> None:
-    for stage, freeze in (("first_stage", "freeze_encoder"), ("denoiser", "freeze_key_frames")):
-        with pytest.raises(ValueError, match=f"{freeze}: name the trained"):
-            stage_of(dataclasses.replace(runs(trained)[stage], init=None, **{freeze: True}))
+    with pytest.raises(ValueError, match="freeze_encoder: name the trained"):
+        stage_of(dataclasses.replace(runs(trained)["first_stage"], freeze_encoder=True))
 
 
 def test_another_denoiser_takes_over_all_but_the_denoiser(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage = stage_of(variants(trained)["change"])  # starts from a run whose denoiser predicts the clip itself
     assert "another denoiser" in capsys.readouterr().out
-    held = load_file(trained / "key_frames/best/tokenizer.safetensors")
+    held = load_file(trained / "linear_code/best/tokenizer.safetensors")
     for name, value in TokenizerParts(stage.module).state_dict().items():
         assert name.startswith("denoiser.") or torch.equal(value, held[name]), name
 
 
 def test_a_denoiser_begins_with_that_of_another_model(trained: Path) -> None:
-    run = runs(trained)["key_frames"]
+    run = runs(trained)["denoiser"]
     stage = stage_of(dataclasses.replace(run, init_denoiser=str(trained / "denoiser/best")))
     assert isinstance(stage.module, VideoTokenizer)
     theirs = load_file(trained / "denoiser/best/tokenizer.safetensors")
@@ -283,10 +263,11 @@ def test_assembling_takes_a_later_decoder_and_refuses_what_does_not_fit(trained:
     run_recipe(dataclasses.replace(runs(trained)["first_stage"], loop=loop(5)), tmp_path / "other", {})
     with pytest.raises(CheckpointError, match="the deep tokens would change"):
         assemble(tokenizer, lm, tmp_path / "wrong", tmp_path / "other/best")
-    other = dataclasses.replace(runs(trained)["key_frames"], loop=loop(5))
-    run_recipe(other, tmp_path / "key_frames", {})
+    write_cache(tmp_path / "cache", 12)
+    code = dataclasses.replace(runs(trained)["linear_code"], cache=str(tmp_path / "cache"))
+    run_recipe(code, tmp_path / "linear_code", {})
     with pytest.raises(CheckpointError, match="was trained on the deep tokens"):
-        assemble(tmp_path / "key_frames/best", lm, tmp_path / "wrong")
+        assemble(tmp_path / "linear_code/best", lm, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
 
@@ -301,10 +282,8 @@ def test_a_recipe_changed_on_the_way_is_kept_beside_the_first(trained: Path, tmp
 
 def test_a_denoiser_of_changes_measures_their_deviation_before_it_trains(trained: Path, tmp_path: Path) -> None:
     run = runs(trained)["denoiser"]
-    assert isinstance(run, TokenizerRun)
     denoiser = dataclasses.replace(run.model.denoiser, predict_residual=True)
-    fresh = dataclasses.replace(run, init=None, freeze_key_frames=False, images_per_step=6)
-    run_recipe(dataclasses.replace(fresh, model=dataclasses.replace(run.model, denoiser=denoiser)), tmp_path, {})
+    run_recipe(dataclasses.replace(run, model=dataclasses.replace(run.model, denoiser=denoiser)), tmp_path, {})
     tokenizer = VideoTokenizer.from_pretrained(tmp_path / "best")
     assert isinstance(tokenizer.denoiser, ResidualDenoiser)
     assert tokenizer.denoiser.deviation[0] == pytest.approx(0.2)  # the head itself

@@ -2,18 +2,21 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from synthetic import draw_clip
-from test_tokenizer import tiny_config
+from test_tokenizer import RESAMPLER, tiny_config
 
+from dicode.checkpoint.saving import write_config
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
-from dicode.tokenizer.config import FirstStageConfig
+from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import train
-from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.runs import FirstStageRun, LanguageRun, LinearCodeRun, LoopConfig, OptimConfig, TokenizerRun
 from dicode.train.stages import run_recipe, stage_of
 
 SIZE = 32
@@ -38,30 +41,32 @@ def write_cache(folder: Path, count: int = 18) -> None:
     FrameCache(tuple(videos), torch.cat(frames), torch.cat(times)).save(folder)
 
 
+def write_prior(folder: Path, **changes: Any) -> TokenizerConfig:
+    """A tokenizer with random weights and a resampler, as a converter writes one; returns its configuration."""
+    torch.manual_seed(3)
+    config = tiny_config(resampler=RESAMPLER, **changes)
+    tokenizer = VideoTokenizer(config)
+    if config.denoiser.kind == "unet3d":
+        tokenizer.denoiser.get_buffer("null_text").normal_()
+    write_config(folder, {"tokenizer": tokenizer.save_pretrained(folder)})
+    return config
+
+
 def loop(steps: int, **changes: object) -> LoopConfig:
     optim = OptimConfig(steps=steps, batch_size=4, lr=2e-3, warmup_steps=2, ema_decay=0.9)
     return LoopConfig(precision="float32", log_every=1, evaluate_every=4, checkpoint_every=2, optim=optim, **changes)  # type: ignore[arg-type]
 
 
-def runs(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
+def runs(root: Path) -> dict[str, Any]:
     config = tiny_config()
-    cache, first_stage = str(root / "cache"), str(root / "first_stage/best")
-    key_frames = TokenizerRun(
-        cache=cache, first_stage=first_stage, model=config, loop=loop(4), images_per_step=8, train_denoiser=False
-    )
+    cache, first_stage, code = (str(root / name) for name in ("cache", "first_stage/best", "linear_code/best"))
     return {
         "first_stage": FirstStageRun(cache=cache, model=config.first_stage, loop=loop(4)),
-        "key_frames": key_frames,
-        "denoiser": dataclasses.replace(
-            key_frames,
-            init=str(root / "key_frames/best"),
-            freeze_key_frames=True,
-            train_denoiser=True,
-            images_per_step=0,
-        ),
+        "linear_code": LinearCodeRun(cache, first_stage, config, precision="float32"),
+        "denoiser": TokenizerRun(cache, code, model=config, loop=loop(4)),
         "lm": LanguageRun(
             cache=cache,
-            tokenizer=str(root / "key_frames/best"),
+            tokenizer=code,
             model=LM,
             loop=loop(4),
             longer=(5,),
@@ -70,17 +75,16 @@ def runs(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
     }
 
 
-def variants(root: Path) -> dict[str, FirstStageRun | TokenizerRun | LanguageRun]:
+def variants(root: Path) -> dict[str, Any]:
     """Runs that differ from `runs` in one part."""
     first_stage, denoiser, lm = (runs(root)[name] for name in ("first_stage", "denoiser", "lm"))
     muon = dataclasses.replace(lm.loop.optim, optimizer="muon")
-    assert isinstance(first_stage, FirstStageRun) and isinstance(denoiser, TokenizerRun) and isinstance(lm, LanguageRun)
     kl = FirstStageConfig("kl", (8, 8, 8), latent_channels=5, encoder_blocks=(1,), decoder_blocks=(1,))
     frozen = dataclasses.replace(first_stage, init=str(root / "first_stage/best"), freeze_encoder=True)
     change = dataclasses.replace(denoiser.model.denoiser, predict_residual=True)
     return {
         "kl": dataclasses.replace(first_stage, model=kl),
-        "perceptual": dataclasses.replace(frozen, perceptual_weight=0.2, tokenizer=str(root / "key_frames/best")),
+        "perceptual": dataclasses.replace(frozen, perceptual_weight=0.2, tokenizer=str(root / "linear_code/best")),
         "rendered": dataclasses.replace(
             frozen, tokenizer=str(root / "denoiser/best"), rendered_share=0.5, perceptual_weight=0.2
         ),

@@ -74,9 +74,7 @@ def runs(root: Path) -> dict[str, LanguageRun | TokenizerRun]:
     cache, tokenizer = str(root / "cache"), str(root / "tokenizer")
     return {
         "language": LanguageRun(cache=cache, tokenizer=tokenizer, model=model, longer=(), longer_share=(), loop=loop),
-        "denoiser": TokenizerRun(
-            cache=cache, first_stage=tokenizer, model=tiny_config(), images_per_step=64, loop=loop
-        ),
+        "denoiser": TokenizerRun(cache=cache, init=tokenizer, model=tiny_config(), loop=loop),
     }
 
 

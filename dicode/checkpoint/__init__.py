@@ -21,7 +21,7 @@ from dicode import __version__
 from dicode.config import DEFAULT_MODEL, CheckpointError, config_from_dict, nearest, shortened
 from dicode.files import TextError, printable, read_json
 
-FORMAT = 2
+FORMAT = 3
 SECTIONS = ("first_stage", "tokenizer", "lm", "deep_tokens", "video_text")  # of config.json
 MAX_CONFIG_BYTES = 2**20
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
@@ -47,7 +47,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if isinstance(found, bool) or found != FORMAT:
         raise CheckpointError(
             f"{path}: expected format {FORMAT}, got {shortened(found)}; this version of dicode cannot read it: "
-            "dicode before 0.2 wrote format 1"
+            "dicode before 0.3 wrote formats 1 and 2"
         )
     if unknown := [key for key in values if key not in SECTIONS]:
         raise CheckpointError(f"{path}: unknown section {shortened(unknown[0])}{nearest(unknown[0], list(SECTIONS))}")

@@ -152,15 +152,17 @@ def _paces(recipe: str) -> dict[str, Any]:
     import torch
 
     from dicode.train.chain import Chain
+    from dicode.train.runs import LinearCodeRun
 
     file, _, only = recipe.rpartition(":") if ":" in recipe else (recipe, "", "")
     chain = Chain(file, None, Path("runs"))
-    if only and only not in chain.stages:
-        raise ValueError(f"{file}: STAGES has no {only!r}{nearest(only, list(chain.stages))}")
+    runs = {name: run for name, run in chain.stages.items() if not isinstance(run, LinearCodeRun)}
+    if only and only not in runs:
+        raise ValueError(f"{file}: STAGES has no {only!r} that takes steps{nearest(only, list(runs))}")
     paces = chain.paces(only or None)
     rows: dict[str, dict[str, str]] = {}
     for name, pace in paces.items():
-        loop = chain.stages[name].loop
+        loop = runs[name].loop
         seconds = loop.optim.steps * pace.step_s + loop.optim.steps // loop.evaluate_every * pace.evaluation_s
         rows[name] = {
             "steps": f"{loop.optim.steps:,}",
@@ -192,9 +194,9 @@ def _runs(command: Info) -> dict[str, Any]:
 
 def _rates(config: TokenizerConfig) -> dict[str, dict[str, float]]:
     """Tokens, numbers and bits of a second of video, as deep tokens, latents and pixels."""
-    deep, latents = config.resampler, config.first_stage.latent_channels
+    latents = config.first_stage.latent_channels
     counts = {  # tokens a second, numbers a token, bits a number
-        "deep tokens (float32)": (deep.queries / config.clip_s, deep.token_width, 32),
+        "deep tokens (float32)": (config.tokens_per_keyframe / config.clip_s, config.token_width, 32),
         "latents (float32)": (config.fps * config.latent_size**2, latents, 32),
         "pixels (uint8)": (config.fps * config.size**2, 3, 8),
     }

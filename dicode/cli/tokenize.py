@@ -159,7 +159,7 @@ def _read_tokens(path: Path, config: Any, origin: dict[str, str]) -> tuple[Any, 
     tensors = read_tensors(path)
     with safe_open(path, framework="pt") as file:
         note = file.metadata() or {}
-    expected = (config.resampler.queries, config.resampler.token_width)
+    expected = (config.tokens_per_keyframe, config.token_width)
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if list(found) != ["tokens"] or len(found["tokens"]) != 3 or found["tokens"][1:] != expected:
         raise ValueError(f"{path}: expected one tensor 'tokens' of k × {expected[0]} × {expected[1]}, got {found}")

@@ -32,7 +32,7 @@ from dicode.tokenizer.video_tokenizer import (
 )
 
 LATENT_SCALE = 0.18215  # of Stable Diffusion's autoencoder
-EXACT = ("latent_", "normalizer.", "denoiser.null_text")  # float32 whatever the rest is
+EXACT = ("latent_", "denoiser.null_text")  # float32 whatever the rest is
 START_OF_TEXT, END_OF_TEXT = 49_406, 49_407  # of CLIP's vocabulary; padding is 0 in OpenCLIP
 CLIP_HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H/14: 16 heads in either tower
 Prior = Literal["epsilon", "v_prediction"]  # the objectives of DynamiCrafter
@@ -161,7 +161,7 @@ def convert_dynamicrafter(
     if unet[first].shape[1] > channels:
         report.leave("reads the latents of a given image", [f"{UNET}{first}, input channels from {channels}"])
         unet[first] = unet[first][:, :channels]
-    queries = config.resampler.queries
+    queries = config.tokens_per_keyframe
     if resampler["latents"].shape[1] > queries:
         report.leave("queries of later frames", [f"{RESAMPLER}latents, from {queries}"])
         resampler["latents"] = resampler["latents"][:, :queries]
@@ -225,7 +225,6 @@ def joined(
     image, text = towers(public[IMAGE_TOWER], public[TEXT_TOWER], clip, source, report)
     autoencoder = vae_state(public[VAE], len(config.first_stage.channels))
     denoiser = unet_state(public[UNET], config.denoiser.depth)
-    tokens = config.resampler.queries * config.resampler.token_width
     channels = config.first_stage.latent_channels
     first_stage = {
         **{f"autoencoder.{name}": value for name, value in autoencoder.items()},
@@ -235,10 +234,6 @@ def joined(
     parts = {
         **{f"encoder.tower.{name}": value for name, value in image.items()},
         **{f"resampler.{name}": value for name, value in public[RESAMPLER].items()},
-        # published tokens are not normalised
-        "normalizer.running_mean": torch.zeros(tokens),
-        "normalizer.running_var": torch.full((tokens,), 1 - nn.BatchNorm1d(1).eps),
-        "normalizer.num_batches_tracked": torch.zeros((), dtype=torch.int64),
         **{f"denoiser.{name}": value for name, value in denoiser.items()},
         "denoiser.null_text": null_text(text),
     }

@@ -53,7 +53,7 @@ def reconstructions(samples: Samples) -> dict[str, Sequence[Video]]:
     tokenizer, config = samples.model.tokenizer, samples.model.tokenizer.config
     count, tail = config.clip_frames, config.tail_frame
     rendered, tokens = samples.reconstructed
-    # head and tail key frame by the key-frame head alone, and every frame through the first stage alone
+    # head and tail key frame from their tokens alone, and every frame through the first stage alone
     keys = [tokenizer.frames_of(tokenizer.key_latents(pair)[None])[0].cpu().numpy() for pair in tokens]
     pixels = (torch.from_numpy(clip).permute(0, 3, 1, 2).float() / 127.5 - 1 for clip in samples.clips)
     latents = (tokenizer.first_stage.encode(images.to(tokenizer.device)) for images in pixels)
@@ -112,7 +112,7 @@ def token_rate(config: TokenizerConfig) -> dict[str, float]:
 
     In the long run, with one key frame a clip.
     """
-    tokens = config.resampler.queries / config.clip_s
-    floats = tokens * config.resampler.token_width
+    tokens = config.tokens_per_keyframe / config.clip_s
+    floats = tokens * config.token_width
     bits = 16 * floats
     return {"tokens": tokens, "floats": floats, "bits": bits, "compression": config.size**2 * 3 * 8 * config.fps / bits}

@@ -34,7 +34,7 @@ def size_tokenizer(config: TokenizerConfig) -> dict[str, dict[str, int]]:
     with torch.device("meta"):
         used = VideoTokenizer(config).eval().requires_grad_(False)
         key_frame = torch.empty(1, 3, config.size, config.size)
-        pair = torch.empty(1, 2, config.resampler.queries, config.resampler.token_width)
+        pair = torch.empty(1, 2, config.tokens_per_keyframe, config.token_width)
         side = config.latent_size
         clip = torch.empty(1, config.clip_frames, config.first_stage.latent_channels, side, side)
         encode = cost(lambda: used.tokens_of(used.source_of(key_frame)))

@@ -107,7 +107,7 @@ def training_needs(
     """
     loop = LoopConfig(strategy="fsdp")
     if isinstance(config, TokenizerConfig):
-        run: TokenizerRun | LanguageRun = TokenizerRun(model=config, loop=loop, images_per_step=0)
+        run: TokenizerRun | LanguageRun = TokenizerRun(model=config, loop=loop)
     else:
         run = LanguageRun(model=config, loop=loop, key_frames=config.keyframe_limit, longer=(), longer_share=())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -161,7 +161,7 @@ def blank_stage(run: TokenizerRun | LanguageRun, fake: FakeTensorMode) -> Stage:
     """A stage whose loss can be computed: without data, its weights fake CPU tensors."""
     stage: Any
     with torch.device("meta"):
-        if isinstance(run, TokenizerRun) and not run.freeze_key_frames and run.train_denoiser:
+        if isinstance(run, TokenizerRun) and not run.lora.rank:
             stage = object.__new__(TokenizerTraining)
             stage.module, stage.head = VideoTokenizer(run.model), run.model.denoiser.context_frames
         elif isinstance(run, LanguageRun) and not run.lora.rank:
@@ -188,12 +188,10 @@ def _clips(run: TokenizerRun, samples: int) -> dict[str, Tensor]:
     model = run.model
     frames = model.denoiser.context_frames + max(model.clip_frames, model.tail_frame + 1)
     latents = model.first_stage.latent_channels, model.latent_size, model.latent_size
-    source = latents if model.encoder.reads_latents else (3, model.size, model.size)
-    keys = 2 * samples + run.images_per_step // run.loop.micro_batches
+    source = latents if model.resampler is None else (3, model.size, model.size)
     return {
         "clips": torch.empty(samples, frames, *latents),
-        "keys": torch.empty(keys, *source),
-        "key_latents": torch.empty(keys, *latents),
+        "keys": torch.empty(2 * samples, *source),
         "has_context": torch.ones(samples, dtype=torch.bool),
         "frame_stride": torch.ones(samples),
     }

@@ -29,27 +29,6 @@ Objective = Literal["flow", "v_prediction", "epsilon"]
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
-    """`clip` takes pixels and stays frozen; `patch` takes first-stage latents and is trained with the resampler.
-
-    For `clip` the sizes are those of the vision tower (ViT-H/14: width 1280, depth 32, heads 16, patch 14, size 224).
-    """
-
-    kind: Literal["clip", "patch"] = "patch"
-    width: Width = 192
-    depth: Depth = 3
-    heads: Width = 3
-    size: Side = 8  # side of the input: latent positions (`patch`) or pixels (`clip`)
-    patch: Side = 1
-    channels: Width = 16
-
-    @property
-    def reads_latents(self) -> bool:
-        """Whether the input is first-stage latents rather than pixels."""
-        return self.kind == "patch"
-
-
-@dataclass(frozen=True)
 class FirstStageConfig:
     """`tiny` is diffusers' AutoencoderTiny, `kl` its AutoencoderKL; `channels` lists the widths from fine to coarse."""
 
@@ -66,31 +45,37 @@ class FirstStageConfig:
 
 
 @dataclass(frozen=True)
-class ResamplerConfig:
-    """A Perceiver resampler; the published one's sizes are in `TOKENIZERS`."""
+class EncoderConfig:
+    """A vision tower of CLIP, frozen; the defaults are those of the published ViT-H/14."""
 
-    width: Width = 192
-    depth: Depth = 2
-    heads: Width = 3
+    width: Width = 1280
+    depth: Depth = 32
+    heads: Width = 16
+    size: Side = 224  # of the image, in pixels
+    patch: Side = 14
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Deep tokens from the features of `encoder`, by a Perceiver resampler; the defaults are the published ones."""
+
+    width: Width = 1024
+    depth: Depth = 4
+    heads: Width = 12
     head_width: Width = 64
-    queries: Width = 16
-    feature_width: Width = 192
-    features: Width = 64  # features a key frame, for `grid_queries`
-    token_width: Width = 32
     feedforward_factor: Annotated[int, Range(1, 64)] = 4
-    grid_queries: bool = True  # start each query from the features of its own cell of the image; published: False
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
     """Which network, and its sizes; a network reads only the fields that name it.
 
-    `context_frames` of the clip before and the coarse key latents are extra input channels of every network.
+    `context_frames` of the clip before, and key latents where there are any, are extra input channels of every network.
     """
 
     kind: DenoiserName = "hourglass"
     context_frames: Annotated[int, Range(0, 256)] = 2
-    uses_key_latents: bool = True
     predict_residual: bool = False  # predict the difference from a cross-fade of the key latents (`ResidualDenoiser`)
     flow_map: bool = False  # `hourglass`: jumps to any earlier time, for few steps (dicode.train.flow_map)
     depth: Depth = 2  # transformer blocks; `unet3d`: residual layers a level
@@ -152,12 +137,11 @@ class TokenizerConfig:
     clip_frames: Annotated[int, Range(2, 4096)] = 16
     tail_frame: Annotated[int, Range(1, 4096)] = 16  # where a clip's tail key frame lies: `clip_frames`, or one less
     null_tokens: Literal["zeros", "grey_image"] = "zeros"  # guidance steers away from them; published: of mid-grey
-    key_head_width: Width = 192
-    key_head_depth: Depth = 3
-    linear_code: bool = False  # tokens and key latents get a linear part (`LinearCode`), fitted before training
+    tokens_per_keyframe: Width = 16
+    token_width: Width = 32
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
+    # of pixels, as published, trained with the denoiser; none: a linear code of latents, which gives them back as well
+    resampler: ResamplerConfig | None = None
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     objective: Objective = "flow"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the defaults of generation
@@ -166,6 +150,11 @@ class TokenizerConfig:
     def latent_size(self) -> int:
         """Latent positions along a side."""
         return self.size // self.first_stage.downsampling
+
+    @property
+    def has_key_latents(self) -> bool:
+        """Whether deep tokens give back their key frame's latents, which are then extra channels of the denoiser."""
+        return self.resampler is None
 
     @property
     def clip_s(self) -> float:

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -19,8 +20,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from dicode.shapes import ClipLatents
-from dicode.tokenizer.config import DenoiserConfig, Objective, SamplingConfig, TokenizerConfig
-from dicode.tokenizer.encoder import grid_positions, normal_start, transformer
+from dicode.tokenizer.config import Objective, SamplingConfig, TokenizerConfig
+from dicode.tokenizer.encoder import normal_start
 
 Predict = Callable[[ClipLatents, Tensor, Tensor], ClipLatents]  # of latents, their timestep and the next one
 UNTIL_SHARE = 0.25  # of a flow map's embedding of times: where a jump ends
@@ -31,7 +32,7 @@ class ClipConditioning:
     """The denoiser's inputs beside noisy latents and time, a clip a batch entry."""
 
     tokens: Tensor  # b 2 n d: of the head and of the tail key frame; null tokens where dropped for guidance
-    key_latents: Tensor  # b 2 c h w: the coarse latents of both, predicted from the tokens; zeros where dropped
+    key_latents: Tensor  # b 2 c h w: the latents of both as the tokens give them back; zeros where dropped or none
     keys_mask: Tensor  # b: 1 where tokens and key latents are given, 0 where dropped
     context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent
     context_mask: Tensor  # b: 1 where the context is given
@@ -47,29 +48,49 @@ class ClipConditioning:
         )
         return ClipConditioning(*(torch.cat([getattr(own, f.name) for own in (self, null)]) for f in fields(self)))
 
-    def channels(self, noisy: ClipLatents, config: DenoiserConfig) -> Tensor:
+    def channels(self, noisy: ClipLatents, config: TokenizerConfig) -> Tensor:
         """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""
         f, h, w = noisy.shape[1], *noisy.shape[-2:]
         parts = [noisy]
-        if config.uses_key_latents:
+        if config.has_key_latents:
             parts.append(repeat(self.key_latents.to(noisy), "b two c h w -> b f (two c) h w", f=f))
-        if config.context_frames:
+        if config.denoiser.context_frames:
             parts.append(repeat(self.context.to(noisy), "b p c h w -> b f (p c) h w", f=f))
             parts.append(repeat(self.context_mask.to(noisy), "b -> b f 1 h w", f=f, h=h, w=w))
         return torch.cat(parts, dim=2)
 
 
-def input_channels(config: DenoiserConfig, latent_channels: int) -> int:
+def input_channels(config: TokenizerConfig) -> int:
     """Channels of `ClipConditioning.channels`."""
-    keys = 2 * latent_channels if config.uses_key_latents else 0
-    context = config.context_frames * latent_channels + 1 if config.context_frames else 0
-    return latent_channels + keys + context
+    latents, frames = config.first_stage.latent_channels, config.denoiser.context_frames
+    return latents * (1 + 2 * config.has_key_latents + frames) + bool(frames)
 
 
 def cross_faded(keys: Tensor, frames: int) -> ClipLatents:
     """The simplest clip between head and tail latents `b 2 c h w`: frame i is i/f of the tail, the rest is head."""
     share = torch.arange(frames).to(keys)[:, None, None, None] / frames
     return (1 - share) * keys[:, :1] + share * keys[:, 1:]
+
+
+def grid_positions(count: int, width: int) -> Tensor:
+    """Starting values for `count` learned positions: a square grid's sine embedding, all grids over the same area."""
+    side = round(count**0.5)
+    if side * side != count or width % 4:
+        return normal_start(count, width)
+    steps = partial(torch.arange, device="cpu")  # arithmetic on a meta device imports sympy
+    rates = 1 / 10_000 ** (steps(width // 4).double() / (width / 4))
+    angles = torch.outer((steps(side) / (side / 8)).double(), rates)
+    along = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    grid = torch.cat([along.repeat(side, 1), along.repeat_interleave(side, dim=0)], dim=1)
+    return grid.to(torch.get_default_device())
+
+
+def transformer(width: int, depth: int, heads: int) -> nn.TransformerEncoder:
+    """A pre-norm transformer stack from torch, normalised at its end; no dropout."""
+    layer = nn.TransformerEncoderLayer(
+        width, heads, width * 4, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    return nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
 
 
 def build_denoiser(config: TokenizerConfig) -> nn.Module:
@@ -118,7 +139,7 @@ class ResidualDenoiser(nn.Module):
     def fit_deviation(self, clips: ClipLatents, tails: Tensor, smallest: float = 0.2) -> None:
         """Measure each frame's deviation from the cross-fade, on clips `b f c h w` and their tail key frames `b c h w`.
 
-        `smallest` stands for the error of the key-frame head.
+        `smallest` stands for the error of the key latents.
         """
         keys = torch.stack([clips[:, 0], tails], dim=1)
         residual = clips - cross_faded(keys, clips.shape[1])
@@ -134,26 +155,25 @@ class Hourglass(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.config = config.denoiser
-        fine, coarse = self.config.fine_width, self.config.width
-        n, d = config.resampler.queries, config.resampler.token_width
+        self.config, sizes = config, config.denoiser
+        fine, coarse = sizes.fine_width, sizes.width
         channels, frames, size = config.first_stage.latent_channels, config.clip_frames, config.latent_size
-        self.stem = nn.Conv2d(input_channels(self.config, channels), fine, 3, padding=1)
+        self.stem = nn.Conv2d(input_channels(config), fine, 3, padding=1)
         self.frame_positions = nn.Parameter(normal_start(frames, 1, 1, fine))
         self.time = nn.Sequential(nn.Linear(fine, fine), nn.SiLU(), nn.Linear(fine, fine))
-        if self.config.flow_map:
+        if sizes.flow_map:
             self.until = copy.deepcopy(self.time)
         self.time_token = nn.Linear(fine, coarse)
-        self.down_blocks = nn.ModuleList(FineBlock(fine) for _ in range(self.config.fine_blocks))
+        self.down_blocks = nn.ModuleList(FineBlock(fine) for _ in range(sizes.fine_blocks))
         self.down = nn.Linear(fine * 8, coarse)
         self.positions = nn.Parameter(grid_positions((size // 2) ** 2, coarse).repeat(frames // 2, 1))
         self.moments = nn.Parameter(normal_start(frames // 2, 1, coarse, deviation=1.0))
-        self.tokens = nn.Linear(d, coarse)
-        self.token_positions = nn.Parameter(grid_positions(n, coarse).repeat(2, 1, 1))
+        self.tokens = nn.Linear(config.token_width, coarse)
+        self.token_positions = nn.Parameter(grid_positions(config.tokens_per_keyframe, coarse).repeat(2, 1, 1))
         self.token_moments = nn.Parameter(normal_start(2, 1, coarse, deviation=1.0))
-        self.blocks = transformer(coarse, self.config.depth, self.config.heads)
+        self.blocks = transformer(coarse, sizes.depth, sizes.heads)
         self.up = nn.Linear(coarse, fine * 8)
-        self.up_blocks = nn.ModuleList(FineBlock(fine) for _ in range(self.config.fine_blocks))
+        self.up_blocks = nn.ModuleList(FineBlock(fine) for _ in range(sizes.fine_blocks))
         self.norm = nn.LayerNorm(fine)
         self.out = nn.Conv2d(fine, channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
@@ -169,9 +189,10 @@ class Hourglass(nn.Module):
         f = noisy.shape[1]
         h, w = (side // 2 for side in noisy.shape[-2:])
         noisy = noisy.to(self.frame_positions.dtype)
-        time = self.time(time_waves(timestep, self.config.fine_width).to(noisy))
-        if self.config.flow_map:
-            end = self.until(time_waves(timestep if until is None else until, self.config.fine_width).to(noisy))
+        width = self.config.denoiser.fine_width
+        time = self.time(time_waves(timestep, width).to(noisy))
+        if self.config.denoiser.flow_map:
+            end = self.until(time_waves(timestep if until is None else until, width).to(noisy))
             time = torch.lerp(time, end, UNTIL_SHARE)
         x = frames_convolved(self.stem, rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b f h w c"))
         x = x + self.frame_positions

@@ -1,7 +1,5 @@
-"""Images ⇄ first-stage latents ⇄ deep tokens: autoencoder, encoder, resampler, key-frame head, linear code."""
+"""Images ⇄ first-stage latents ⇄ deep tokens: autoencoder, linear code, resampler."""
 
-import math
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.shapes import ImageLatents, KeyFramePixels, KeyFrameTokens, PatchFeatures
-from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, ResamplerConfig, TokenizerConfig
+from dicode.tokenizer.config import FirstStageConfig, ResamplerConfig
 from dicode.tokenizer.tiny import TinyAutoencoder
 
 DECODER = ("autoencoder.decoder.", "autoencoder.post_quant_conv.")  # what may change without changing a latent
@@ -79,95 +77,34 @@ class FirstStage(nn.Module):
         self.latent_deviation.copy_(rows.std(1).clamp_min(1e-4))
 
 
-def build_encoder(config: EncoderConfig) -> nn.Module:
-    """The encoder of a configuration, with random weights: from latents, or the published CLIP's from pixels."""
-    if config.kind == "patch":
-        return PatchEncoder(config)
-    from dicode.tokenizer.library import ClipEncoder
-
-    return ClipEncoder(config)
-
-
-class PatchEncoder(nn.Module):
-    """A small vision transformer on the first-stage latents of a key frame."""
-
-    def __init__(self, config: EncoderConfig):
-        super().__init__()
-        self.patches = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
-        self.positions = nn.Parameter(grid_positions((config.size // config.patch) ** 2, config.width))
-        self.blocks = transformer(config.width, config.depth, config.heads)
-
-    def forward(self, latents: ImageLatents) -> PatchFeatures:
-        """Latents `b c h w` → features `b p width`."""
-        patches = self.patches(latents.to(self.positions.dtype))
-        return self.blocks(patches.flatten(2).transpose(1, 2) + self.positions)
-
-
-def grid_positions(count: int, width: int) -> Tensor:
-    """Starting values for `count` learned positions: a square grid's sine embedding, all grids over the same area.
-
-    Small normal values (the usual start) cost the key-frame head a few hundred steps before it found where things are.
-    """
-    side = round(count**0.5)
-    if side * side != count or width % 4:
-        return normal_start(count, width)
-    steps = partial(torch.arange, device="cpu")  # arithmetic on a meta device imports sympy
-    rates = 1 / 10_000 ** (steps(width // 4).double() / (width / 4))
-    angles = torch.outer((steps(side) / (side / 8)).double(), rates)
-    along = torch.cat([angles.sin(), angles.cos()], dim=1).float()
-    grid = torch.cat([along.repeat(side, 1), along.repeat_interleave(side, dim=0)], dim=1)
-    return grid.to(torch.get_default_device())
-
-
 def normal_start(*shape: int, deviation: float = 0.02) -> Tensor:
     """Normal starting values. By `torch.nn.init`, which loading skips and a meta device has without more imports."""
     return nn.init.normal_(torch.empty(*shape), std=deviation)
 
 
-def transformer(width: int, depth: int, heads: int) -> nn.TransformerEncoder:
-    """A pre-norm transformer stack from torch, normalised at its end; no dropout."""
-    layer = nn.TransformerEncoderLayer(
-        width, heads, width * 4, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    )
-    return nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
-
-
 class Resampler(nn.Module):
     """Learned queries attend `depth` times to the features and to themselves."""
 
-    def __init__(self, config: ResamplerConfig):
+    def __init__(self, config: ResamplerConfig, num_tokens: int, token_width: int):
         super().__init__()
-        self.config = config
-        self.latents = nn.Parameter(normal_start(1, config.queries, config.width, deviation=config.width**-0.5))
-        self.proj_in = nn.Linear(config.feature_width, config.width)
-        if config.grid_queries:
-            self.cell = nn.Linear(config.width * (config.features // config.queries), config.width)
+        self.latents = nn.Parameter(normal_start(1, num_tokens, config.width, deviation=config.width**-0.5))
+        self.proj_in = nn.Linear(config.encoder.width, config.width)
         self.layers = nn.ModuleList(
             nn.ModuleList([PerceiverAttention(config), feed_forward(config.width, config.feedforward_factor)])
             for _ in range(config.depth)
         )
-        self.proj_out = nn.Linear(config.width, config.token_width)
-        self.norm_out = nn.LayerNorm(config.token_width)
+        self.proj_out = nn.Linear(config.width, token_width)
+        self.norm_out = nn.LayerNorm(token_width)
 
     def forward(self, features: PatchFeatures) -> KeyFrameTokens:
         """Features `b p width` of one key frame → its deep tokens `b n d`."""
         queries: Tensor = repeat(self.latents, "1 n width -> b n width", b=len(features))
         features = self.proj_in(features)
-        if self.config.grid_queries:
-            queries = queries + self.cells(features)
         for layer in self.layers:
             attention, feedforward = cast(nn.ModuleList, layer)
             queries = queries + attention(features, queries)
             queries = queries + feedforward(queries)
         return self.norm_out(self.proj_out(queries))
-
-    def cells(self, features: PatchFeatures) -> KeyFrameTokens:
-        """The features under each query, where the queries are a coarser square grid than the features."""
-        side, coarse = math.isqrt(features.shape[1]), math.isqrt(self.config.queries)
-        cells = rearrange(
-            features, "b (h i w j) width -> b (h w) (i j width)", h=coarse, w=coarse, i=side // coarse, j=side // coarse
-        )
-        return self.cell(cells)
 
 
 class PerceiverAttention(nn.Module):
@@ -203,41 +140,11 @@ def feed_forward(width: int, factor: int) -> nn.Sequential:
     )
 
 
-class KeyFrameHead(nn.Module):
-    """Deep tokens → a coarse first-stage latent of their key frame, learned by plain regression.
-
-    Each position starts from the token of its cell, the tokens taken as a coarse square grid; attention does the rest.
-    The denoiser gets it as extra channels, and only detail and motion are left to it (the public code has such a path,
-    `image_cat_proj`, unused there).
-    """
-
-    def __init__(self, config: TokenizerConfig):
-        super().__init__()
-        n, d, width = config.resampler.queries, config.resampler.token_width, config.key_head_width
-        self.size = config.latent_size
-        self.tokens = nn.Linear(d, width)
-        self.cell = nn.Linear(d, width * (self.size**2 // n))
-        self.queries = nn.Parameter(grid_positions(self.size**2, width))
-        self.places = nn.Parameter(grid_positions(n, width))
-        self.blocks = transformer(width, config.key_head_depth, heads=3)
-        self.out = nn.Linear(width, config.first_stage.latent_channels)
-
-    def forward(self, tokens: Tensor) -> ImageLatents:
-        """Tokens `b n d` → latents `b c h w`."""
-        h = math.isqrt(tokens.shape[1])
-        i = self.size // h
-        tokens = tokens.to(self.queries.dtype)
-        queries = self.queries + rearrange(self.cell(tokens), "b (h w) (i j c) -> b (h i w j) c", h=h, w=h, i=i, j=i)
-        hidden = self.blocks(torch.cat([queries, self.tokens(tokens) + self.places], dim=1))
-        latents = self.out(hidden[:, : self.size**2])
-        return latents.transpose(1, 2).unflatten(2, (self.size, self.size)).float()
-
-
 class LinearCode(nn.Module):
-    """A projection of all of an image's latents to its deep tokens, and one back; resampler and head add to them.
+    """A projection of all of an image's latents to its deep tokens, and one back; `fit_projections` fits both.
 
-    After training, attention had not found what principal components give (studies/tokens); `fit_projections` has a
-    closed form.
+    Not trained: after training, attention had not found what principal components give, and networks beside them added
+    nothing (studies/tokens).
     """
 
     def __init__(self, num_tokens: int, token_width: int, latent_channels: int, size: int):
@@ -248,10 +155,10 @@ class LinearCode(nn.Module):
         self.decode = nn.Linear(num_tokens * token_width, latent_channels * size * size)
 
     def tokens(self, latents: ImageLatents) -> KeyFrameTokens:
-        """Latents `b c h w` → tokens `b n d`, before they are normalised."""
-        return self.encode(latents.flatten(1).to(self.encode.weight.dtype)).unflatten(1, (self.num_tokens, -1))
+        """Latents `b c h w` → tokens `b n d`."""
+        return self.encode(latents.flatten(1).to(self.encode.weight.dtype)).unflatten(1, (self.num_tokens, -1)).float()
 
     def latents(self, tokens: KeyFrameTokens) -> ImageLatents:
-        """Normalised tokens `b n d` → latents `b c h w`."""
+        """Tokens `b n d` → latents `b c h w`."""
         decoded = self.decode(tokens.flatten(1).to(self.decode.weight.dtype))
         return decoded.unflatten(1, (-1, self.size, self.size)).float()

@@ -102,12 +102,11 @@ class UNet3D(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        latent_channels, token_width = config.first_stage.latent_channels, config.resampler.token_width
-        self.config = sizes = config.denoiser
+        self.config, sizes = config, config.denoiser
         levels = len(sizes.channels)
         self.unet = UNet3DConditionModel(
-            in_channels=input_channels(sizes, latent_channels),
-            out_channels=latent_channels,
+            in_channels=input_channels(config),
+            out_channels=config.first_stage.latent_channels,
             block_out_channels=sizes.channels,
             down_block_types=("CrossAttnDownBlock3D",) * (levels - 1) + ("DownBlock3D",),
             up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * (levels - 1),
@@ -121,7 +120,7 @@ class UNet3D(nn.Module):
         self.unet.time_embedding = TimeAndStride(self.unet.time_embedding, sizes.channels[0], time_width)
         for name, module in self.unet.named_modules():
             if isinstance(module, Attention) and name.endswith("attn2") and ".attentions." in f".{name}":
-                module.set_processor(DeepTokenAttention(token_width, module.inner_dim))
+                module.set_processor(DeepTokenAttention(config.token_width, module.inner_dim))
             if isinstance(module, ResnetBlock2D):
                 module.dropout.p = DROPOUT
         self.register_buffer("null_text", torch.zeros(1, sizes.text_tokens, sizes.text_width))
@@ -201,16 +200,15 @@ class Wan(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.config = sizes = config.denoiser
-        resampler, latent_channels = config.resampler, config.first_stage.latent_channels
-        self.token_places = nn.Parameter(torch.randn(2, resampler.queries, resampler.token_width) * 0.5)
+        self.config, sizes = config, config.denoiser
+        self.token_places = nn.Parameter(torch.randn(2, config.tokens_per_keyframe, config.token_width) * 0.5)
         self.transformer = WanTransformer3DModel(
             patch_size=(1, 1, 1),
             num_attention_heads=sizes.heads,
             attention_head_dim=sizes.width // sizes.heads,
-            in_channels=input_channels(sizes, latent_channels),
-            out_channels=latent_channels,
-            text_dim=resampler.token_width,
+            in_channels=input_channels(config),
+            out_channels=config.first_stage.latent_channels,
+            text_dim=config.token_width,
             ffn_dim=sizes.width * 4,
             num_layers=sizes.depth,
         )

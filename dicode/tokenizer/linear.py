@@ -11,14 +11,14 @@ from dicode.tokenizer.encoder import LinearCode
 
 
 @torch.no_grad()
-def fit_projections(linear: LinearCode, latents: ImageLatents) -> Tensor:
-    """Set both projections from training latents `f c h w`; returns the variance of each number of the tokens.
+def fit_projections(linear: LinearCode, latents: ImageLatents) -> None:
+    """Set both projections from training latents `f c h w`, so that each number of their tokens has mean 0, variance 1.
 
     Of all linear codes of this width that keep the leading principal components, the one that loses least to equal
     noise on all of its numbers: component i, of variance w, gets power √w (Lee & Petersen 1976, "Optimal linear
     coding for vector channels"). A rotation, which changes no error, then aligns every token with the image under
     it (orthogonal Procrustes, the tokens as a square grid) and evens the variances of each token's numbers, so that
-    normalising them leaves the noise equal.
+    scaling them to 1 leaves the noise equal.
 
     Raises `ValueError` where the tokens are no square grid, or hold more numbers than latents or images there are.
     """
@@ -37,12 +37,12 @@ def fit_projections(linear: LinearCode, latents: ImageLatents) -> Tensor:
     power = (gain.square() * variance).diag()
     width = count // linear.num_tokens
     rotation = torch.cat([_evened(part @ power @ part.T) @ part for part in (u @ v).split(width)])
-    spread = rotation @ power @ rotation.T
-    linear.encode.weight.copy_(rotation @ code)
-    linear.encode.bias.copy_(-(rotation @ code @ mean))
-    linear.decode.weight.copy_(components / gain @ rotation.T * spread.diag().sqrt())
+    deviation = (rotation @ power @ rotation.T).diag().sqrt()
+    encode = rotation @ code / deviation[:, None]
+    linear.encode.weight.copy_(encode)
+    linear.encode.bias.copy_(-(encode @ mean))
+    linear.decode.weight.copy_(components / gain @ rotation.T * deviation)
     linear.decode.bias.copy_(mean)
-    return spread.diag().float()
 
 
 def _cells(linear: LinearCode, latents: ImageLatents) -> Tensor:

@@ -30,7 +30,7 @@ from dicode.shapes import (
 from dicode.tokenizer.boundaries import blended_stream, key_frame_indices
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import ClipConditioning, build_denoiser, sample, scale_motion
-from dicode.tokenizer.encoder import DECODER, FirstStage, KeyFrameHead, LinearCode, Resampler, build_encoder
+from dicode.tokenizer.encoder import DECODER, FirstStage, LinearCode, Resampler
 from dicode.video.timed import Video
 
 WEIGHTS = "tokenizer.safetensors"
@@ -51,26 +51,26 @@ class VideoTokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        residual, keys = config.denoiser.predict_residual, config.denoiser.uses_key_latents
+        residual = config.denoiser.predict_residual
         if residual and config.objective != "flow":
             raise ValueError(f"predict_residual: expected the objective 'flow', got {config.objective!r}")
-        if residual and (config.repeated_frames or not keys):
-            raise ValueError("predict_residual: needs uses_key_latents, and the tail key frame after the clip")
-        if config.linear_code and not (config.encoder.reads_latents and keys):
-            raise ValueError("linear_code: projects latents to latents; needs an encoder of them, and uses_key_latents")
+        if residual and (config.repeated_frames or not config.has_key_latents):
+            raise ValueError(
+                "predict_residual: needs key latents (no resampler), and the tail key frame after the clip"
+            )
         if config.tail_frame not in (config.clip_frames, config.clip_frames - 1):
             raise ValueError(f"tail_frame: expected the clip's last frame or the one after it, got {config.tail_frame}")
         self.config = config
-        n, d = config.resampler.queries, config.resampler.token_width
         self.first_stage = FirstStage(config.first_stage).requires_grad_(False)
-        self.encoder = build_encoder(config.encoder)
-        self.resampler = Resampler(config.resampler)
-        # Token statistics: BatchNorm without affine part is a running mean and deviation a token place and dimension
-        self.normalizer = nn.BatchNorm1d(n * d, affine=False, momentum=0.01)
-        self.key_head = KeyFrameHead(config) if keys else None
-        self.linear_code = (
-            LinearCode(n, d, config.first_stage.latent_channels, config.latent_size) if config.linear_code else None
-        )
+        tokens = config.tokens_per_keyframe, config.token_width
+        if config.resampler is None:
+            self.linear_code = LinearCode(*tokens, config.first_stage.latent_channels, config.latent_size)
+            self.linear_code.requires_grad_(False)
+        else:
+            from dicode.tokenizer.library import ClipEncoder
+
+            self.encoder = ClipEncoder(config.resampler.encoder)
+            self.resampler = Resampler(config.resampler, *tokens)
         self.denoiser = build_denoiser(config)
 
     @classmethod
@@ -103,7 +103,7 @@ class VideoTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: FrameStack) -> DeepTokens:
-        """uint8 frames `b f h w c` of the tokenizer's size and rate → normalised deep tokens `b k n d`."""
+        """uint8 frames `b f h w c` of the tokenizer's size and rate → deep tokens `b k n d`."""
         keys = frames[:, key_frame_indices(frames.shape[1], self.config.tail_frame)]
         tokens = self.tokens_of(self.source_of(self._pixels_of(keys)))
         return rearrange(tokens, "(b k) n d -> b k n d", b=len(frames))
@@ -122,34 +122,18 @@ class VideoTokenizer(nn.Module):
         return rearrange(frames, "b f h w c -> (b f) c h w").to(self.device).float() / 127.5 - 1
 
     def source_of(self, pixels: KeyFramePixels) -> Tensor:
-        """The encoder's input for pixels in −1…1: the first stage's latents, or the pixels themselves."""
-        return self.first_stage.encode(pixels) if self.config.encoder.reads_latents else pixels
+        """What tokens are computed from, for pixels in −1…1: the first stage's latents, or the pixels themselves."""
+        return self.first_stage.encode(pixels) if self.config.resampler is None else pixels
 
     def tokens_of(self, source: Tensor) -> KeyFrameTokens:
-        """The encoder's input, one key frame a batch entry → normalised tokens, with gradients."""
-        tokens = self.raw_tokens_of(source)
-        return self.normalizer(tokens.flatten(1)).view_as(tokens)
-
-    def raw_tokens_of(self, source: Tensor) -> KeyFrameTokens:
-        """As `tokens_of`, before normalisation."""
-        tokens = self.resampler(self.encoder(source)).float()
-        return tokens if self.linear_code is None else tokens + self.linear_code.tokens(source).float()
+        """`source_of`, one key frame a batch entry → tokens, with gradients."""
+        if self.config.resampler is None:
+            return self.linear_code.tokens(source)
+        return self.resampler(self.encoder(source)).float()
 
     def token_hash(self, dtype: torch.dtype | None = None) -> str:
         """Sixteen hexadecimal digits: a hash of all weights that deep tokens depend on, as saved in `dtype`."""
         return hash_of_tokens(self.first_stage.state_dict(), TokenizerParts(self).state_dict(), dtype)
-
-    @torch.no_grad()
-    def fit_statistics(self, sources: Sequence[Tensor]) -> None:
-        """Set mean and deviation of the tokens from the encoder's inputs of training frames, batch by batch.
-
-        The running estimate lags behind the weights, and behind their average more so.
-        """
-        tokens = torch.cat([self.raw_tokens_of(source).flatten(1) for source in sources])
-        mean, variance = self.normalizer.running_mean, self.normalizer.running_var
-        assert mean is not None and variance is not None
-        mean.copy_(tokens.mean(0))
-        variance.copy_(tokens.var(0))
 
     # tokens → frames
 
@@ -288,18 +272,17 @@ class VideoTokenizer(nn.Module):
         return rearrange(frames, "(b f) c h w -> b f h w c", b=len(latents))
 
     def key_latents(self, tokens: KeyFrameTokens) -> ImageLatents:
-        """The coarse latents of single key frames: a preview without diffusion. Zeros where no head predicts them."""
-        if self.key_head is None:
-            side = self.config.latent_size
-            return tokens.new_zeros(len(tokens), self.config.first_stage.latent_channels, side, side)
-        latents = self.key_head(tokens)
-        return latents if self.linear_code is None else latents + self.linear_code.latents(tokens)
+        """The latents of single key frames: a preview without diffusion. Zeros where tokens do not give them back."""
+        if self.config.has_key_latents:
+            return self.linear_code.latents(tokens)
+        side = self.config.latent_size
+        return tokens.new_zeros(len(tokens), self.config.first_stage.latent_channels, side, side)
 
     def null_tokens(self) -> Float[Tensor, "1 n d"]:
         """In place of tokens that guidance drops: zeros, or the tokens of a mid-grey image, zeros in −1…1."""
-        resampler, size = self.config.resampler, self.config.size
-        if self.config.null_tokens == "zeros":
-            return torch.zeros(1, resampler.queries, resampler.token_width, device=self.device)
+        config, size = self.config, self.config.size
+        if config.null_tokens == "zeros":
+            return torch.zeros(1, config.tokens_per_keyframe, config.token_width, device=self.device)
         return self.tokens_of(self.source_of(torch.zeros(1, 3, size, size, device=self.device)))
 
     @property
@@ -321,7 +304,7 @@ def hash_of_tokens(
     """`VideoTokenizer.token_hash`, of the states of a first stage and of `TokenizerParts`."""
     digest = hashlib.sha256()
     named = [(name, value) for name, value in first_stage.items() if not name.startswith(DECODER)]
-    for part in ("encoder.", "resampler.", "linear_code.encode.", "normalizer."):
+    for part in ("linear_code.encode.", "encoder.", "resampler."):
         named += [(name.removeprefix(part), value) for name, value in parts.items() if name.startswith(part)]
     for name, value in named:
         digest.update(name.encode() + as_saved(value.detach().cpu(), dtype).float().contiguous().numpy().tobytes())

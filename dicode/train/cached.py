@@ -83,7 +83,8 @@ def frame_tokens(
     shards, under a hash of the tokenizer's weights in `source`; computed from first-stage latents where a tokenizer's
     training left them there.
     """
-    clip_s, reads_latents = tokenizer.config.clip_s, tokenizer.config.encoder.reads_latents and view is None
+    config, clip_s = tokenizer.config, tokenizer.config.clip_s
+    reads_latents = config.resampler is None and view is None
     names = [latents_name(source / FIRST_STAGE_WEIGHTS, mirror) for mirror in (False, True)]
 
     def chosen(rows: range) -> Tensor:
@@ -97,10 +98,9 @@ def frame_tokens(
     def tokens(rows: Tensor) -> Tensor:
         kept = (cache.kept(name, rows) for name in names if reads_latents)
         latents = next((values for values in kept if values is not None), None)
-        resampler = tokenizer.config.resampler
-        parts = [torch.empty(0, resampler.queries, resampler.token_width, dtype=torch.half)]
+        parts = [torch.empty(0, config.tokens_per_keyframe, config.token_width, dtype=torch.half)]
         with torch.no_grad(), autocast(tokenizer.device, precision):
-            for at in torch.arange(len(rows)).split(at_once(128, tokenizer.config.size)):
+            for at in torch.arange(len(rows)).split(at_once(128, config.size)):
                 if latents is not None:
                     read = latents[at, 0].float().to(tokenizer.device)
                 else:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from dicode.checkpoint.saving import check_model_folder, model_folder
 from dicode.config import CheckpointError, config_to_dict
 from dicode.data.cache import FrameCache
 from dicode.data.columns import CachedVideo
+from dicode.files import read_json
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
@@ -28,12 +29,14 @@ from dicode.tokenizer.encoder import DECODER, FirstStage
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.checkpoint import STATE, checkpoints
 from dicode.train.distributed import Processes
+from dicode.train.linear_code import FIT, fit_of, fit_run
 from dicode.train.loop import data_of
 from dicode.train.run_log import records
-from dicode.train.runs import FirstStageRun, LanguageRun, TokenizerRun, stages_of
+from dicode.train.runs import FirstStageRun, LanguageRun, LinearCodeRun, TokenizerRun, stages_of
 from dicode.train.stages import Pace, Run, measured_pace, read_plan, run_recipe, stage_of
 
 LEAST_SHARE = 0.5  # of the time planned for a stage, where those before it took longer than planned
+R = TypeVar("R", FirstStageRun, LinearCodeRun, TokenizerRun, LanguageRun)
 NOISE_CLIPS, NOISE_FRAMES, NOISE_FPS = 48, 40, 8  # to measure on: enough for a batch, and little to encode
 
 
@@ -47,23 +50,22 @@ class Chain:
         would train it. Raises `ValueError` where the stages do not give a whole model, or for another `SAMPLING`.
         """
         stages, shares, self.sampling = stages_of(file)
-        renders = any(isinstance(run, TokenizerRun) and run.train_denoiser for run in stages.values())
-        if not renders or not any(isinstance(run, LanguageRun) for run in stages.values()):
-            raise ValueError(f"{file}: expected STAGES with a TokenizerRun that denoises, and a LanguageRun")
+        if not all(any(isinstance(run, kind) for run in stages.values()) for kind in (TokenizerRun, LanguageRun)):
+            raise ValueError(f"{file}: expected STAGES with a TokenizerRun and a LanguageRun")
         try:
             SamplingConfig().changed(**self.sampling)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: SAMPLING: {error}") from error
         self.file, self.first_stage, trained = file, first_stage, resolve(first_stage) if first_stage else None
         self.folders = {name: runs / f"{Path(file).stem}-{name}" for name in stages}
-        self.stages: dict[str, Run] = {}  # by name, in order
+        self.stages: dict[str, Run | LinearCodeRun] = {}  # by name, in order
         best: dict[str, Path] = {}  # of the stages before
         for name, run in stages.items():
             if trained and isinstance(run, FirstStageRun) and not run.freeze_encoder:
                 best[name] = trained
                 continue
             run = wired(run if cache is None else replace(run, cache=cache), best)
-            if trained and isinstance(run, TokenizerRun):
+            if trained and isinstance(run, LinearCodeRun | TokenizerRun):
                 held = read_section(trained, "tokenizer", TokenizerConfig).first_stage
                 run = replace(run, model=replace(run.model, first_stage=held))
             self.stages[name], best[name] = run, self.folders[name] / "best"
@@ -82,7 +84,8 @@ class Chain:
                     raise ValueError(f"{folder}: trained on earlier weights of {stale[0]}; delete it to train it anew")
                 print(f"{number} of {len(self.stages)}: {folder} is finished", flush=True)
                 continue
-            given = None if minutes is None else self.minutes_for(name, minutes)
+            fits = isinstance(run, LinearCodeRun)
+            given = None if minutes is None or fits else self.minutes_for(name, minutes)
             print(f"{number} of {len(self.stages)}: {folder}" + (f", {given:.3g} min" if given else ""), flush=True)
             recipe = {"recipe": f"{self.file}:{name}", "run": config_to_dict(run), "dicode": __version__}
             run_recipe(run, folder, recipe, Path(self.file), given)
@@ -101,7 +104,7 @@ class Chain:
     def assemble(self, output: Path, dtype: str) -> None:
         """Join what the stages trained into one checkpoint folder."""
         runs = [(self.folders[name] / "best", run) for name, run in self.stages.items()]
-        tokenizers = [folder for folder, run in runs if isinstance(run, TokenizerRun) and run.train_denoiser]
+        tokenizers = [folder for folder, run in runs if isinstance(run, TokenizerRun)]
         decoders = [folder for folder, run in runs if isinstance(run, FirstStageRun) and run.freeze_encoder]
         lms = [folder for folder, run in runs if isinstance(run, LanguageRun)]
         decoder = decoders[-1] if decoders else None
@@ -115,6 +118,9 @@ class Chain:
             noise_cache(Path(place) / "cache", size)
             own = Chain(self.file, str(Path(place) / "cache"), Path(place), self.first_stage)
             for name, run in own.stages.items():
+                if isinstance(run, LinearCodeRun):
+                    fit_run(run, own.folders[name], {})
+                    continue
                 stage = stage_of(run)
                 if only in (None, name):
                     found[name] = measured_pace(stage, run.loop, processes)
@@ -125,7 +131,7 @@ class Chain:
         return found
 
 
-def wired(run: Run, best: Mapping[str, Path]) -> Run:
+def wired(run: R, best: Mapping[str, Path]) -> R:
     """The run with the `best` of a stage before it in place of each field that names it.
 
     Names are runs/STAGE/best or runs/FILE-STAGE/best, of whatever file: a recipe that was copied has another name.
@@ -139,8 +145,10 @@ def wired(run: Run, best: Mapping[str, Path]) -> Run:
     return replace(run, **changes)
 
 
-def finished(folder: Path, run: Run) -> bool:
-    """Whether a run folder holds all steps of this run, on the data that its cache holds now."""
+def finished(folder: Path, run: Run | LinearCodeRun) -> bool:
+    """Whether a run folder holds all steps of this run, or its fit, on the data that its cache holds now."""
+    if isinstance(run, LinearCodeRun):
+        return fit_of(folder, run) is not None
     state, plan = last_state(folder), read_plan(folder)
     if not state or not (folder / "best").is_dir():
         return False
@@ -162,6 +170,8 @@ def last_state(folder: Path) -> dict[str, Any]:
 
 def spent_minutes(folder: Path) -> float:
     """How long a run took so far, from its latents to its last checkpoint."""
+    if (folder / FIT).is_file():
+        return read_json(folder / FIT)["fitted_s"] / 60
     plan = read_plan(folder)
     return (last_state(folder).get("trained_s", 0.0) + (plan.prepared_s if plan else 0.0)) / 60
 

@@ -51,7 +51,7 @@ Losses: lower is better. `written rank`: percentile rank of the true key frame b
 the caption (100 best, 50 chance); `caption rank`: that of a clip's own caption by likelihood. Measured on {held}
 validation clips, except `training loss`, `written share` and half of `written rank`. `dicode evaluate` measures more.
 
-Encoder, first stage and token statistics are those of `{base}`; what its first stage cannot reconstruct, this model
+First stage and deep tokens are those of `{base}`; what its first stage cannot reconstruct, this model
 cannot generate. The licences of `{base}` and of the clips apply.
 """
 
@@ -69,8 +69,7 @@ def finetune_runs(
     optim = replace(loop.optim, warmup_steps=min(20, steps // 5), decay_fraction=0.5, weight_decay=0.0, ema_decay=0.98)
     loop = replace(loop, evaluate_every=steps, checkpoint_every=100, optim=optim)
     denoiser_run = TokenizerRun(
-        str(cache), first_stage=str(base), init=str(base), freeze_key_frames=True, images_per_step=0, model=tokenizer,
-        lora=lora, loop=replace(loop, best="-denoising_loss"),
+        str(cache), init=str(base), model=tokenizer, lora=lora, loop=replace(loop, best="-denoising_loss"),
     )  # fmt: skip
     lm_run = LanguageRun(
         str(cache), tokenizer=str(base), init=str(base), model=lm, lora=lora, longer=(), longer_share=(),
@@ -140,7 +139,6 @@ def model_card(
         f"| {part}: {name.replace('_', ' ')} | {value:.4g} | {both['after'][name]:.4g} |"
         for part, both in figures.items()
         for name, value in both["before"].items()
-        if not name.startswith("key_frame")  # which training leaves as they are
     ]
     return CARD.format(
         name=output.name,

@@ -99,7 +99,7 @@ class LanguageTraining:
         from dicode.features.scorer import Scorer
 
         note = folder.parent / "recipe.json"
-        if note.is_file() and read_json(note)["recipe"].get("run", {}).get("train_denoiser") is False:
+        if note.is_file() and "loop" not in read_json(note)["recipe"].get("run", {"loop": {}}):  # a linear code's fit
             raise ValueError(
                 f"scorer: {folder} has not learnt to render clips; name in tokenizer a run that has, of the same "
                 "tokens, such as runs/NAME-denoiser/best"
@@ -214,7 +214,7 @@ class LanguageTraining:
         """Losses from the start of validation and of training clips, and how well captions and clips match.
 
         On `VALIDATION_CLIPS` or fewer of either split. `written_rank` is the mean of those of both splits. No sheet
-        where a tokenizer has no key-frame head, and would have to render clips for it.
+        where deep tokens do not give back their key frames, and clips would have to be rendered for it.
         """
         metrics: dict[str, float] = {}
         held_out, trained = self.validation.columns, self.cache.columns
@@ -225,7 +225,7 @@ class LanguageTraining:
         metrics["written_rank_validation"] = self.written(held_out)[1]
         metrics["written_rank"] = (metrics["written_rank_training"] + metrics["written_rank_validation"]) / 2
         metrics |= self.scored()
-        return metrics, None if self.tokenizer.key_head is None else self.sheet()
+        return metrics, self.sheet() if self.tokenizer.config.has_key_latents else None
 
     def loss_of(self, videos: Sequence[CachedVideo]) -> float:
         """Mean loss of the key frames that videos have, from their start."""
@@ -304,7 +304,7 @@ class LanguageTraining:
         return self.module.generate(text_ids, key_frames, sampling=sampling)
 
     def sheet(self) -> Image.Image:
-        """Real and generated key frames, through the key-frame head, for six training and six validation captions."""
+        """Real and generated key frames, as their tokens give them back, for six captions of either split."""
         videos = [*self.cache.columns.spread(6), *self.validation.columns.spread(6)]
         ids, real = self.sample_of(videos)
         written = torch.stack(list(self.written_of(ids, self.run.key_frames)), dim=1)

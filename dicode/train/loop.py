@@ -123,11 +123,6 @@ class Training:
         with autocast(self.device, self.config.precision):
             return self.step(batch, self.generator("noise", step, micro_batch))
 
-    def statistics(self) -> list[Tensor]:
-        """Running means and variances, which a forward pass in training changes."""
-        norms = [m for m in self.stage.module.modules() if isinstance(m, nn.BatchNorm1d) and m.track_running_stats]
-        return [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
-
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by name."""
         held: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in self.trained.items()}
@@ -182,20 +177,26 @@ def train(
         if processes.first:
             if newest:
                 print(f"continuing {folder} from step {state.step}", flush=True)
-            environment = {
-                "device": describe_device(run.device),
-                "dtype": name_of(compute_dtype(run.device, config.precision)),
-                "threads": torch.get_num_threads(),
-                "processes": processes.count,
-                "data": data_of(stage.run),
-            }
-            note_start(folder, state.step, {"recipe": recipe, "loop": config_to_dict(config)}, source, environment)
+            asked = {"recipe": recipe, "loop": config_to_dict(config)}
+            note_start(folder, state.step, asked, source, environment_of(stage.run, config, processes))
         log = RunLog(folder, state.step, config.tracker, recipe, processes.first)
         with log, sdpa_kernel(attention_on(run.device)):
             if config.best and state.step == 0:
                 log.write("validation", 0, _first_metrics(run, stop))
             _loop(run, state, folder, log, stop)
     return state.best or {}
+
+
+def environment_of(run: Any, config: LoopConfig, processes: Processes) -> dict[str, Any]:
+    """What the results of a run depend on beside its recipe, for `note_start`."""
+    device = pick_device(config.device)
+    return {
+        "device": describe_device(device),
+        "dtype": name_of(compute_dtype(device, config.precision)),
+        "threads": torch.get_num_threads(),
+        "processes": processes.count,
+        "data": data_of(run),
+    }
 
 
 def data_of(run: Any) -> str:
@@ -271,9 +272,6 @@ def train_step(run: Training, state: TrainState, batches: dict[int, Any]) -> dic
     step = state.step
     run.stage.module.train()
     run.stage.module.zero_grad(set_to_none=True)
-    buffers = run.statistics()
-    change = [torch.zeros_like(b) for b in buffers]
-    before = [b.clone() for b in buffers]
     scalars, terms = [], torch.tensor([run.stage.weight(batch) for batch in batches.values()], dtype=torch.float64)
     shares = terms / run.processes.mean(terms.sum()).clamp(min=1)  # gradients and logs are means over processes
     for share, (i, batch) in zip(shares.tolist(), batches.items(), strict=True):
@@ -283,9 +281,6 @@ def train_step(run: Training, state: TrainState, batches: dict[int, Any]) -> dic
             loss, values = run.loss(step, i, batch)
             (loss * share).backward()
         scalars.append({"loss": loss.detach(), **values})
-        for total, buffer, start in zip(change, buffers, before, strict=True):
-            total += buffer - start
-            buffer.copy_(start)
     names = list(scalars[0])
     table = torch.stack([torch.stack([s[name].float() for name in names]) for s in scalars]).cpu()
     sums = (table * shares[:, None].float()).sum(0)
@@ -302,8 +297,6 @@ def train_step(run: Training, state: TrainState, batches: dict[int, Any]) -> dic
             f"step {step}: loss {found['loss']}, gradient norm {norm}; {_not_finite(run, step, batches)}; samples "
             f"{run.samples(step).tolist()}"
         )
-    for total, buffer in zip(change, buffers, strict=True):
-        buffer += run.processes.mean(total / len(batches)).to(buffer)
     return {**found, "gradient_norm": norm, "lr": _update(run, step, total_norm)}
 
 

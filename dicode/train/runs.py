@@ -117,23 +117,33 @@ class FirstStageRun:
 
 
 @dataclass(frozen=True)
-class TokenizerRun:
-    """Train a tokenizer; `init` continues from another run's weights, `freeze_key_frames` trains the denoiser alone.
+class LinearCodeRun:
+    """Fit the linear code of a tokenizer, hence its deep tokens, to the latents of training frames; no step is taken.
 
-    An encoder of kind `clip` is never trained: `init` has to bring its weights.
+    The denoiser of the tokenizer that it writes has random weights.
     """
 
     cache: str = "cache/sprites"
     first_stage: str = "runs/sprites-first_stage/best"
-    init: str | None = None
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    mirror: bool = False  # fit to mirrored frames too; as the run of the denoiser, which then finds the same latents
+    device: str = "auto"
+    precision: Precision = "auto"
+
+
+@dataclass(frozen=True)
+class TokenizerRun:
+    """Train the denoiser of a tokenizer, and its resampler if it has one, from the weights of `init`.
+
+    What these two are trained on stays as `init` has it: first stage, and linear code or image encoder.
+    """
+
+    cache: str = "cache/sprites"
+    init: str = "runs/sprites-linear_code/best"
     init_denoiser: str | None = None  # a checkpoint with the same denoiser, to begin with that part of it
-    freeze_key_frames: bool = False  # encoder, resampler, token statistics and key-frame head stay as they are
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)  # of the denoiser
-    normalize_tokens: bool = True  # False, as published: the normalizer stays as `init` has it, or without effect
-    images_per_step: Whole = 64  # single frames beside the clips, for the key-frame regression
-    train_denoiser: bool = True  # False: images only
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # of the denoiser, which is then trained alone
     token_noise: Factor = 0.2  # highest deviation of noise on the decoder's tokens (DESIGN §2.4)
     drop_tokens: Share = 0.1  # probability of the null condition of guidance
     fused_guidance: Guidance = 1.0  # of a flow map: guidance that it learns, and sampling need not add
@@ -166,7 +176,7 @@ class LanguageRun:
     """
 
     cache: str = "cache/sprites"
-    tokenizer: str = "runs/sprites-key_frames/best"
+    tokenizer: str = "runs/sprites-linear_code/best"
     init: str | None = None
     body: str | None = None  # a folder, or an id of Hugging Face
     vocabulary: str | None = None  # a folder with tokenizer.json, or with vocab.json and merges.txt

@@ -18,7 +18,7 @@ from dicode.stopwatch import Progress, duration
 from dicode.train.checkpoint import TrainState, checkpoints
 from dicode.train.distributed import Processes
 from dicode.train.loop import Stage, Training, attention_on, draw_batches, session, train, train_step
-from dicode.train.runs import FirstStageRun, LanguageRun, LoopConfig, TokenizerRun
+from dicode.train.runs import FirstStageRun, LanguageRun, LinearCodeRun, LoopConfig, TokenizerRun
 
 WARM_STEPS, TIMED_STEPS = 3, 10
 MOST_EVALUATIONS, EVALUATION_SHARE = 8, 0.15  # of a run of so many minutes: how often, and of its time
@@ -43,14 +43,25 @@ def stage_of(run: Run) -> Stage:
 
 
 def run_recipe(
-    run: Run, folder: Path, recipe: dict[str, Any], source: Path | None = None, minutes: float | None = None
+    run: Run | LinearCodeRun,
+    folder: Path,
+    recipe: dict[str, Any],
+    source: Path | None = None,
+    minutes: float | None = None,
 ) -> dict[str, float]:
     """Train a recipe in `folder`, or continue there; returns the validation metrics of its best weights.
 
     With `minutes`, the number of steps follows from the speed of this machine; see `planned`. Else as `train`.
     """
+    if isinstance(run, LinearCodeRun):
+        from dicode.train.linear_code import fit_run
+
+        if minutes is not None:
+            raise ValueError("--minutes: a linear code is fitted without steps; leave the flag out")
+        return fit_run(run, folder, recipe, source)
     if not isinstance(run, Run):
-        raise ValueError(f"expected a FirstStageRun, TokenizerRun or LanguageRun, got {type(run).__name__}")
+        expected = "FirstStageRun, LinearCodeRun, TokenizerRun or LanguageRun"
+        raise ValueError(f"expected a {expected}, got {type(run).__name__}")
     began_s = time.monotonic()
     with session(folder, run, run.loop) as (processes, stop):
         with stop.cutting(), Progress(f"preparing {folder.name}"):

@@ -1,7 +1,6 @@
-"""Stage 1: encoder, resampler, key-frame head and denoiser learn on cached first-stage latents.
+"""Stage 1: the denoiser, with the published arrangement the resampler too, on clips of cached first-stage latents.
 
-A step holds clips (for the denoiser) and single frames (for the key-frame regression, at a sixteenth of the cost). An
-encoder that reads pixels gets them from the cached frames.
+An image encoder that reads pixels gets them from the cached frames.
 """
 
 from dataclasses import replace
@@ -10,74 +9,40 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from dicode.checkpoint import load_state, load_weights, read_config, read_section, read_tensors
 from dicode.checkpoint.saving import write_config
 from dicode.config import config_from_dict
-from dicode.data.cache import FrameCache, Rows
-from dicode.data.columns import CachedVideo, FrameRows, Videos
+from dicode.data.cache import FrameCache
+from dicode.data.columns import CachedVideo, Videos
 from dicode.device import pick_device
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, noised
-from dicode.tokenizer.linear import fit_projections
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
-from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, pixels_to_frames, psnr_db, splits
+from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, splits
 from dicode.train.flow_map import drawn_times, flow_map_loss
 from dicode.train.lora import add_adapters, merged
 from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
 
 DROP_CONTEXT = 0.5  # probability of a clip without context, as the first of a video has none
-MOST_FITTED = 20_000  # frames that a linear code is fitted to
-FITTED_FRAMES = 4096  # that the statistics of tokens are fitted to
 MEASURED_CLIPS = 512  # from which a residual denoiser's deviation is fitted
 DENOISER = "denoiser."  # what the names of its tensors in a checkpoint begin with
 
 
-@torch.no_grad()
-def fit_linear_code(tokenizer: VideoTokenizer, latents: Rows, rows: FrameRows) -> None:
-    """Fit a tokenizer's linear code to `MOST_FITTED` of these rows of latents.
-
-    The networks beside it begin at zero. Raises `ValueError` as `fit_projections`.
-    """
-    assert tokenizer.linear_code is not None and tokenizer.key_head is not None
-    fitted = latents[rows.spread(MOST_FITTED), 0].float()
-    assert tokenizer.normalizer.running_mean is not None and tokenizer.normalizer.running_var is not None
-    tokenizer.normalizer.running_mean.zero_()
-    tokenizer.normalizer.running_var.copy_(fit_projections(tokenizer.linear_code, fitted))
-    for layer in (tokenizer.resampler.norm_out, tokenizer.key_head.out):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-
-
 def check(run: TokenizerRun) -> None:
-    """Raise `ValueError` where a run would leave random what it does not train, or train what its model lacks."""
-    if run.freeze_key_frames and not run.init:
-        raise ValueError("freeze_key_frames: name the trained tokenizer in init; random parts would stay random")
+    """Raise `ValueError` where a run asks for what its model lacks."""
     if run.frame_strides is not None:
         least, most = run.frame_strides
         if run.model.denoiser.kind != "unet3d" or not 1 <= least <= most:
             found = f"{run.frame_strides} for {run.model.denoiser.kind!r}"
             raise ValueError(f"frame_strides: expected two numbers from 1 on, for a denoiser 'unet3d', got {found}")
-    if run.freeze_key_frames and not run.train_denoiser:
-        raise ValueError("freeze_key_frames: nothing is left to train where train_denoiser is False")
-    if run.images_per_step % run.loop.micro_batches:
-        raise ValueError(
-            f"images_per_step: expected a multiple of {run.loop.micro_batches} micro-batches, got {run.images_per_step}"
-        )
     if run.loop.compile:
         raise ValueError("loop.compile: compiled denoisers give NaN (docs/log.md); it is for language models alone")
     if run.fused_guidance != 1.0 and not run.model.denoiser.flow_map:
         raise ValueError("fused_guidance: for a flow map; set model.denoiser.flow_map")
-    if run.lora.rank and not run.freeze_key_frames:
-        raise ValueError("lora: adapts the denoiser alone; set freeze_key_frames and name the trained model in init")
-    if run.model.encoder.kind == "clip" and not run.init:
-        raise ValueError("encoder 'clip' is never trained: name in init a checkpoint that has it (see dicode convert)")
-    if not run.model.denoiser.uses_key_latents and (run.images_per_step or not run.train_denoiser):
-        found = f"{run.images_per_step} and {run.train_denoiser}"
-        raise ValueError(f"uses_key_latents is False: expected images_per_step 0 and train_denoiser True, got {found}")
 
 
 def load_first_stage(tokenizer: VideoTokenizer, folder: Path) -> None:
@@ -90,7 +55,7 @@ def load_first_stage(tokenizer: VideoTokenizer, folder: Path) -> None:
 
 
 def start_from(tokenizer: VideoTokenizer, folder: Path, strict: bool) -> None:
-    """Take another run's weights, all of them; where its denoiser is another network, ours starts afresh.
+    """Take a run's or model's weights, all of them; where its denoiser is another network, ours starts afresh.
 
     Raises `ValueError` for that if `strict`, and where the denoiser predicts another thing.
     """
@@ -142,31 +107,22 @@ class TokenizerTraining:
         self.run = run
         self.head = run.model.denoiser.context_frames  # where among the rows of `clip_rows` the clip begins …
         self.tail = self.head + run.model.tail_frame  # … and its tail key frame lies
-        self.best = "-denoising_loss" if run.train_denoiser else "-key_frame_error"
+        self.best = "-denoising_loss"
         torch.manual_seed(run.loop.seed)
         self.module = module = VideoTokenizer(run.model)
-        weights = Path(run.first_stage) / FIRST_STAGE_WEIGHTS
-        load_first_stage(module, Path(run.first_stage))
-        if run.init:
-            start_from(module, Path(run.init), strict=bool(run.lora.rank))
+        load_first_stage(module, Path(run.init))
+        start_from(module, Path(run.init), strict=bool(run.lora.rank))
         if run.init_denoiser:
             take_denoiser(module, Path(run.init_denoiser))
-        key_frames = (module.encoder, module.resampler, module.key_head, module.linear_code)
-        for part in key_frames if run.freeze_key_frames else ():
-            if part is not None:
-                part.requires_grad_(False)
-        if not run.train_denoiser:
-            module.denoiser.requires_grad_(False)
         if run.lora.rank:
+            module.requires_grad_(False)
             add_adapters(module.denoiser, run.lora, run.loop.seed)
         module.to(pick_device(run.loop.device))
         cache, self.cache, self.validation = splits(run.cache)
-        self.rows = self.cache.frame_rows()
         self.videos = self._lasting("training", self.cache)
         self.validated = self._lasting("validation", self.validation).spread(VALIDATION_CLIPS)
+        weights = Path(run.init) / FIRST_STAGE_WEIGHTS
         self.latents = first_stage_latents(module, cache, weights, run.loop.precision, run.mirror)
-        if module.linear_code is not None and not run.init:
-            fit_linear_code(module, self.latents, self.rows)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
         if isinstance(module.denoiser, ResidualDenoiser) and not run.lora.rank:
             rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(MEASURED_CLIPS)])
@@ -175,9 +131,7 @@ class TokenizerTraining:
 
     def _lasting(self, split: str, cache: FrameCache) -> Videos:
         """Videos of a split to take clips from. Raises `ValueError` where there are none."""
-        if not self.run.train_denoiser:
-            return cache.columns
-        # a shorter one would teach that nothing moves: it gives key frames alone
+        # a shorter one would teach that nothing moves
         videos, clip_s = cache.columns.lasting(self.run.model.clip_s), self.run.model.clip_s
         if not videos:
             raise ValueError(f"{self.run.cache}: none of its {split} videos lasts {clip_s:g} s, as a clip does")
@@ -197,16 +151,9 @@ class TokenizerTraining:
         places = list(zip(videos, starts.tolist(), strides, strict=True))
         rows = torch.stack([self.clip_rows(*place) for place in places])
         first_s = [self.first_s(*place) for place in places]
-        images = self.run.images_per_step // self.run.loop.micro_batches
-        keys = self.rows[torch.randint(len(self.rows), (images,), generator=generator)]
-        flips = torch.randint(1 + self.run.mirror, (len(keys),), generator=generator)
-        if self.run.train_denoiser:
-            keys = torch.cat([rows[:, self.head], rows[:, self.tail], keys])
-            flips = torch.cat([mirrored, mirrored, flips])
         return {
             "clips": self.latents[rows, mirrored[:, None]].float(),
-            "keys": self.sources(keys, flips),  # of the clips, then single frames
-            "key_latents": self.latents[keys, flips].float(),
+            "keys": self.sources(torch.cat([rows[:, self.head], rows[:, self.tail]]), mirrored.repeat(2)),
             # False where nothing was recorded before the clip
             "has_context": torch.tensor([v.loops or s >= 0 for v, s in zip(videos, first_s, strict=True)]),
             "frame_stride": torch.tensor(strides, dtype=torch.float32),
@@ -252,8 +199,8 @@ class TokenizerTraining:
         return ((1 + start) * video.period_s if video.loops else start * latest_s) - self.head / fps
 
     def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
-        """The encoder's input of cached frames, mirrored where `mirrored` is 1."""
-        if self.run.model.encoder.reads_latents:
+        """What tokens of cached frames are computed from, mirrored where `mirrored` is 1."""
+        if self.run.model.resampler is None:
             return self.latents[rows, mirrored].float()
         pixels = frames_to_pixels(self.cache.frames[rows])
         return torch.where(mirrored[:, None, None, None] == 1, pixels.flip(-1), pixels)
@@ -261,29 +208,16 @@ class TokenizerTraining:
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         # in eval mode what is not trained: the loop puts everything in training mode
         self.module.first_stage.eval()
-        if not self.run.model.encoder.reads_latents:
+        if self.run.model.resampler is not None:
             self.module.encoder.eval()
-        # the linear code is exact only for the statistics it was fitted with, not those of a batch
-        if self.run.freeze_key_frames or not self.run.normalize_tokens or self.module.linear_code is not None:
-            self.module.normalizer.eval()
-        clips, keys, key_latents = (batch[name].to(self.module.device) for name in ("clips", "keys", "key_latents"))
+        clips, keys = (batch[name].to(self.module.device) for name in ("clips", "keys"))
         tokens = self.module.tokens_of(keys)
         level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
-        noise = (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
-        if self.module.linear_code is not None:  # nothing holds these tokens at unit variance: no gain from larger ones
-            noise = noise * tokens.square().mean(0).sqrt()
-        noisy_tokens = tokens + noise
-        predicted = self.module.key_latents(noisy_tokens)
-        losses = {}
-        if self.module.key_head is not None:
-            losses["key_frame_error"] = functional.mse_loss(predicted, key_latents)
-        if self.run.train_denoiser:
-            count = 2 * len(clips)
-            key_frames = pairs(noisy_tokens[:count]), pairs(predicted.detach()[:count])
-            condition = self.training_condition(*key_frames, clips, batch, generator)
-            losses["denoising_loss"] = self.denoising_loss(self.within(clips), condition, generator)
-        loss = losses["denoising_loss"] if self.run.freeze_key_frames else torch.stack(list(losses.values())).sum()
-        return loss, {name: loss.detach() for name, loss in losses.items()}
+        tokens = tokens + (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
+        key_frames = pairs(tokens), pairs(self.module.key_latents(tokens))
+        condition = self.training_condition(*key_frames, clips, batch, generator)
+        loss = self.denoising_loss(self.within(clips), condition, generator)
+        return loss, {"denoising_loss": loss.detach()}
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         return 1.0
@@ -294,7 +228,6 @@ class TokenizerTraining:
         """Conditioning on tokens `b 2 n d` and key latents, at random without them, or without context."""
         kept = (torch.rand(len(clips), generator=generator) >= self.run.drop_tokens).to(tokens.device)
         read = (torch.rand(len(clips), generator=generator) >= DROP_CONTEXT) & batch["has_context"]
-        self.module.normalizer.eval()  # a single image has no statistics
         return ClipConditioning(
             tokens=torch.where(kept[:, None, None, None], tokens, self.module.null_tokens()),
             key_latents=key_latents * kept[:, None, None, None, None],
@@ -340,29 +273,19 @@ class TokenizerTraining:
         return loss if self.module.training else plain
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
-        """Key-frame error and PSNR, denoising loss with fixed noise; a sheet of real, key-head and rendered frames."""
+        """Denoising loss with fixed noise; a sheet of real and rendered frames, and of key frames between them."""
         module, device, size = self.module, self.module.device, self.run.model.size
-        if self.run.normalize_tokens and not self.run.freeze_key_frames:
-            frames = self.rows.spread(FITTED_FRAMES).split(at_once(64, size))
-            module.fit_statistics([self.sources(part, torch.zeros_like(part)).to(device) for part in frames])
         generator = generator_for(0, "validation")
         rows = torch.stack([self.clip_rows(v, 0.0) for v in self.validated])
         looped = torch.tensor([v.loops for v in self.validated]).to(device)
-        errors, psnrs, losses = [], [], []
+        losses = []
         for part, loops in zip(rows.split(at_once(32, size)), looped.split(at_once(32, size)), strict=True):
             clips = self.latents[part, 0].float().to(device)
-            head, tokens = clips[:, self.head], self.key_tokens(part)
-            if module.key_head is not None:
-                predicted = module.key_latents(tokens)[: len(part)]
-                errors.append(functional.mse_loss(predicted, head))
-                psnrs.append(psnr_db(module.first_stage.decode(predicted), module.first_stage.decode(head)))
-            if self.run.train_denoiser:
-                condition = module.conditioning(pairs(tokens), clips[:, : self.head])
-                condition = replace(condition, context_mask=condition.context_mask * loops)  # others begin at frame 0
-                losses.append(self.denoising_loss(self.within(clips), condition, generator))
-        metrics = {"key_frame_error": errors, "key_frame_psnr_db": psnrs, "denoising_loss": losses}
+            condition = module.conditioning(pairs(self.key_tokens(part)), clips[:, : self.head])
+            condition = replace(condition, context_mask=condition.context_mask * loops)  # others begin at frame 0
+            losses.append(self.denoising_loss(self.within(clips), condition, generator))
         some = rows[:: max(1, len(rows) // 8)][:8]
-        return {name: mean(values) for name, values in metrics.items() if values}, self.sheet(some)
+        return {"denoising_loss": torch.stack(losses).mean().item()}, self.sheet(some)
 
     def key_tokens(self, rows: Tensor) -> Tensor:
         """Tokens of the head key frames of clips, then of their tails."""
@@ -370,15 +293,14 @@ class TokenizerTraining:
         return self.module.tokens_of(self.sources(keys, torch.zeros_like(keys)).to(self.module.device))
 
     def sheet(self, rows: Tensor) -> Image.Image:
-        """Strips of each clip: frames through the first stage, through tokens and key-frame head, and rendered."""
+        """Strips of each clip: frames through the first stage, the head key frame through tokens, and rendered."""
         module = self.module
         clips = self.within(self.latents[rows, 0].float().to(module.device))
         pair = pairs(self.key_tokens(rows))
         columns = [module.frames_of(clips[:, ::3])]
-        if module.key_head is not None:
-            columns.append(pixels_to_frames(module.first_stage.decode(module.key_latents(pair[:, 0])))[:, None])
-        if self.run.train_denoiser:
-            columns.append(next(module.decode(pair, seed=0))[:, ::3])
+        if self.run.model.has_key_latents:
+            columns.append(module.frames_of(module.key_latents(pair[:, 0])[:, None]))
+        columns.append(next(module.decode(pair, seed=0))[:, ::3])
         strips = [rearrange(column.cpu(), "b f h w c -> (b h) (f w) c") for column in columns]
         return Image.fromarray(torch.cat(strips, dim=1).numpy())
 
@@ -390,8 +312,3 @@ class TokenizerTraining:
 def pairs(heads_then_tails: Tensor) -> Tensor:
     """`(2 b) …` → `b 2 …`, as `ClipConditioning` has them."""
     return rearrange(heads_then_tails, "(two b) ... -> b two ...", two=2)
-
-
-def mean(values: list[Tensor]) -> float:
-    """Mean of all numbers of some tensors."""
-    return torch.cat([value.flatten() for value in values]).mean().item()

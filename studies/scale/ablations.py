@@ -13,8 +13,7 @@ import torch
 from scipy.spatial.distance import pdist
 from torch import Tensor
 
-from dicode.checkpoint import read_config
-from dicode.config import config_from_dict
+from dicode.checkpoint import read_section
 from dicode.data.cache import FrameCache
 from dicode.evaluate.generation import draw_prompts
 from dicode.evaluate.long import JOINS, join_score, long_video
@@ -22,11 +21,10 @@ from dicode.lm.config import HeadName
 from dicode.pipeline import DiCoDe
 from dicode.shapes import DeepTokens
 from dicode.tokenizer.config import TokenizerConfig
-from dicode.tokenizer.video_tokenizer import WEIGHTS
 from dicode.train.cached import frames_to_pixels
 from dicode.train.lm import LanguageTraining
-from dicode.train.runs import LanguageRun, TokenizerRun
-from dicode.train.tokenizer import TokenizerTraining
+from dicode.train.runs import LanguageRun, LinearCodeRun
+from dicode.train.stages import run_recipe
 
 HEADS: tuple[HeadName, ...] = ("gaussian", "regression", "flow")  # beside the base's mixture
 NOISE = (0.0, 0.5, 1.0)
@@ -59,17 +57,11 @@ def ablated_runs(base: LanguageRun, studies: tuple[str, ...], folder: Path) -> d
 
 def linear_tokenizer(base: LanguageRun, tokens: int, width: int, folder: Path) -> Path:
     """The linear code of so many tokens of this width, fitted to the training frames' latents, as a tokenizer."""
-    path = folder / f"{tokens}x{width}"
-    if not (path / WEIGHTS).exists():
-        model = config_from_dict(TokenizerConfig, read_config(Path(base.tokenizer))["tokenizer"])
-        model = replace(model, linear_code=True, resampler=replace(model.resampler, queries=tokens, token_width=width))
-        run = TokenizerRun(
-            cache=base.cache, first_stage=base.tokenizer, model=model, train_denoiser=False, loop=base.loop
-        )
-        stage = TokenizerTraining(run)
-        stage.module.eval()
-        stage.export(path)
-    return path
+    model = read_section(Path(base.tokenizer), "tokenizer", TokenizerConfig)
+    model = replace(model, tokens_per_keyframe=tokens, token_width=width)
+    run = LinearCodeRun(base.cache, base.tokenizer, model, precision=base.loop.precision)
+    run_recipe(run, folder / f"{tokens}x{width}", {})
+    return folder / f"{tokens}x{width}/best"
 
 
 @torch.no_grad()

@@ -47,12 +47,9 @@ def main(name: str, cache: str, output: str) -> None:
             "model": fidelity(tokenizer, those, source, own),
         }
         for width in WIDTHS:
-            code = LinearCode(tokenizer.config.resampler.queries, width, *latents.shape[1:3])
-            variance = fit_projections(code, latents)
-            tokens = code.tokens(source)
-            normalised = tokens.flatten(1) / variance.sqrt()
-            own = code.latents(normalised.view_as(tokens))
-            values[split][f"width {width}"] = fidelity(tokenizer, those, source, own)
+            code = LinearCode(tokenizer.config.tokens_per_keyframe, width, *latents.shape[1:3])
+            fit_projections(code, latents)
+            values[split][f"width {width}"] = fidelity(tokenizer, those, source, code.latents(code.tokens(source)))
     command = shlex.join(["python", "studies/widths", name, cache, output])
     write_result(Path(output), f"{name}: what tokens of other widths would tell", values, SHOWN, 0, command)
 

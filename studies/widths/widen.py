@@ -24,7 +24,7 @@ from dicode.tokenizer.encoder import LinearCode
 from dicode.tokenizer.linear import fit_projections
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
 from dicode.train.cached import first_stage_latents
-from dicode.train.tokenizer import MOST_FITTED, fit_linear_code
+from dicode.train.linear_code import MOST_FITTED
 
 # Weights with an axis over the numbers of one deep token
 OF_DENOISER = ("tokens.weight", "network.tokens.weight")
@@ -32,24 +32,19 @@ OF_LANGUAGE_MODEL = ("embedding.mlp.0.weight", "head.read.weight", "head.write.w
 
 
 def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, output: Path) -> None:
-    """Write the wider model. What resampler and key-frame head had added to the narrower code is not kept."""
+    """Write the wider model."""
     check_model_folder(output)
     narrow = DiCoDe.from_pretrained(name_or_folder)
     held, lm = narrow.tokenizer, narrow.lm
-    if held.linear_code is None or (held.config.denoiser.kind, lm.config.head.kind) != ("hourglass", "flow"):
+    kinds = (held.config.resampler, held.config.denoiser.kind, lm.config.head.kind)
+    if kinds != (None, "hourglass", "flow"):
         raise ValueError(f"{name_or_folder}: expected a linear code, a denoiser 'hourglass' and a head 'flow'")
     torch.manual_seed(0)
-    resampler = replace(held.config.resampler, token_width=token_width)
-    wide = VideoTokenizer(replace(held.config, resampler=resampler))
+    wide = VideoTokenizer(replace(held.config, token_width=token_width))
     wide.first_stage.load_state_dict(held.first_stage.state_dict())
     latents = first_stage_latents(held, cache, resolve(name_or_folder) / FIRST_STAGE_WEIGHTS)
     rows = cache.subset(validation=False).frame_rows()
-    fit_linear_code(wide, latents, rows)  # zeros the networks beside the code
-    assert wide.linear_code is not None
-    fitted = latents[rows.spread(MOST_FITTED), 0].float()
-    mean, variance = extend(wide.linear_code, held.linear_code, held.normalizer, fitted)
-    fitted_state = {**wide.normalizer.state_dict(), "running_mean": mean, "running_var": variance}
-    wide.normalizer.load_state_dict(fitted_state)
+    extend(wide.linear_code, held.linear_code, latents[rows.spread(MOST_FITTED), 0].float())
     grow(wide.denoiser, held.denoiser.state_dict(), OF_DENOISER)
     wide_lm = DeepTokenLM(replace(lm.config, token_width=token_width), lm.text)
     grow(wide_lm, lm.state_dict(), OF_LANGUAGE_MODEL)
@@ -58,25 +53,18 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
 
 
 @torch.no_grad()
-def extend(
-    wide: LinearCode, narrow: LinearCode, normalizer: nn.BatchNorm1d, latents: ImageLatents
-) -> tuple[Tensor, Tensor]:
-    """Set `wide` to a narrower code (normalised by `normalizer`) and, beside it, `fit_projections` of its residuals.
-
-    Returns mean and variance of each number of the tokens.
-    """
+def extend(wide: LinearCode, narrow: LinearCode, latents: ImageLatents) -> None:
+    """Set `wide` to a narrower code and, beside it, `fit_projections` of its residuals."""
     n = wide.num_tokens
     held, width = (linear.out_features // n for linear in (narrow.encode, wide.encode))
     if narrow.num_tokens != n or held >= width:
         raise ValueError(f"expected {n} tokens of less than {width} numbers, got {narrow.num_tokens} of {held}")
-    mean, variance = normalizer.running_mean, normalizer.running_var
-    assert mean is not None and variance is not None
-    scaled = narrow.decode.weight.double() / (variance.double() + normalizer.eps).sqrt()
-    matrix = scaled @ narrow.encode.weight.double()  # the narrow code reconstructs matrix · latents + offset
-    offset = scaled @ (narrow.encode.bias - mean).double() + narrow.decode.bias.double()
+    # the narrow code reconstructs matrix · latents + offset
+    matrix = narrow.decode.weight.double() @ narrow.encode.weight.double()
+    offset = narrow.decode.weight.double() @ narrow.encode.bias.double() + narrow.decode.bias.double()
     flat = latents.flatten(1).double()
     rest = LinearCode(n, width - held, latents.shape[1], wide.size).double()
-    rest_variance = fit_projections(rest, (flat - flat @ matrix.T - offset).view_as(latents))
+    fit_projections(rest, (flat - flat @ matrix.T - offset).view_as(latents))
     projection = rest.encode.weight - rest.encode.weight @ matrix
     bias = rest.encode.bias - rest.encode.weight @ offset
 
@@ -88,7 +76,6 @@ def extend(
     wide.encode.bias.copy_(beside(narrow.encode.bias, bias))
     wide.decode.weight.copy_(beside(narrow.decode.weight, rest.decode.weight, 1))
     wide.decode.bias.copy_(narrow.decode.bias + rest.decode.bias)
-    return beside(mean, torch.zeros_like(rest_variance)).float(), beside(variance, rest_variance).float()
 
 
 def grow(module: nn.Module, narrower: Mapping[str, Tensor], names: Collection[str]) -> None:

@@ -10,20 +10,18 @@ KINDS = ("own", "published")  # hourglass and Llama on latents; U-Net and GPT-2 
 def write_tiny(folder: Path, kind: str = "own", **changes: Any) -> Path:
     """Write a checkpoint folder of this kind, with changes of its tokenizer's configuration, and return it."""
     import torch
-    from test_tokenizer import DENOISERS, tiny_config, tiny_tokenizer
+    from test_tokenizer import DENOISERS, RESAMPLER, tiny_tokenizer
 
     from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
     from dicode.lm.deep_lm import DeepTokenLM
     from dicode.lm.text import TextTokenizer
     from dicode.pipeline import DiCoDe
-    from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, SamplingConfig
+    from dicode.tokenizer.config import FirstStageConfig, SamplingConfig
 
     if kind == "published":
-        grid = tiny_config().resampler
         changes |= {
             "first_stage": FirstStageConfig("kl", (8, 8, 8), 5, (1,), (1,)),
-            "encoder": EncoderConfig("clip", width=24, depth=1, heads=2, size=28, patch=14),
-            "resampler": type(grid)(**{**vars(grid), "grid_queries": False}),
+            "resampler": RESAMPLER,
             "denoiser": DENOISERS["unet3d"],
         }
     tokenizer = tiny_tokenizer(sampling=SamplingConfig(steps=2, variance_scale=0.5), **changes)
@@ -32,10 +30,10 @@ def write_tiny(folder: Path, kind: str = "own", **changes: Any) -> Path:
         head=HeadConfig("mixture" if kind == "own" else "flow", components=2, width=16, depth=1),
         positions=12 + 10 * 5,
         vocab_size=300,
-        token_width=tokenizer.config.resampler.token_width,
+        token_width=tokenizer.config.token_width,
         max_keyframes=9,
         text_length=12,
-        tokens_per_keyframe=tokenizer.config.resampler.queries,
+        tokens_per_keyframe=tokenizer.config.tokens_per_keyframe,
         end_frame_conditioning=True,
     )
     torch.manual_seed(1)
