@@ -61,7 +61,7 @@ def denoiser() -> TokenizerRun:
     return TokenizerRun(
         init="runs/small-linear_code/best",
         model=MODEL,
-        loop=_loop(OptimConfig(steps=3000, batch_size=16, lr=1.5e-3, decay_fraction=0.5, ema_decay=0.997)),
+        loop=_loop(OptimConfig(steps=2200, batch_size=16, lr=1.5e-3, decay_fraction=0.5, ema_decay=0.997)),
     )
 
 
@@ -88,7 +88,7 @@ def lm() -> LanguageRun:
         end_frame_prob=0.1,
         # a higher word_dropout would leave one in four captions of one word without any
         augment=AugmentConfig(long_captions=0.3, word_dropout=0.1, word_swaps=0.1),
-        loop=_loop(OptimConfig(steps=5000, batch_size=32, lr=2e-3, decay_fraction=0.7, ema_decay=0.997)),
+        loop=_loop(OptimConfig(steps=3500, batch_size=32, lr=2e-3, decay_fraction=0.7, ema_decay=0.997)),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from test_golden import RECIPES, toy
+from test_golden import EVERY, RECIPES, toy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -20,12 +20,7 @@ from dicode.train.runs import load_run
 from dicode.train.stages import Run, stage_of
 
 STEPS, MICRO_BATCHES = 3, 4  # two of a process: weights that only the first of them reaches have a gradient too
-NAMES = (
-    "blocks:first_stage", "blocks:denoiser", "blocks:lm", "blocks:lm_sharp",
-    "sprites:first_stage", "sprites:first_stage_decoder", "sprites:denoiser", "sprites:lm",
-    "world:first_stage", "world:first_stage_decoder", "world:denoiser", "world:lm", "world:lm_own",
-    "paper:paper_tokenizer_256", "paper:gpt2_mini", "paper:llama_1b",
-)  # fmt: skip
+NAMES = [name for name in EVERY if (RECIPES / name.partition(":")[0]).with_suffix(".py").is_file()]
 COMPARED = (
     "sprites:first_stage",
     "sprites:denoiser",

@@ -87,9 +87,8 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     from dicode.evaluate.speed import check_length
     from dicode.features.extract import load_networks
     from dicode.features.scorer import Scorer
-    from dicode.files import check_file
-    from dicode.provenance import check_result, command_line, write_result
-    from dicode.video.sheet import is_sheet, write_sheet
+    from dicode.provenance import command_line, write_result
+    from dicode.video.sheet import write_sheet
 
     parts = _parts(command)
     flags = {name: getattr(command, name) for name in ("prompts", "repeats", "long_prompts", "long_seconds")}
@@ -110,13 +109,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     files = {part: command.output / f"{name}-{part}.json" for part in PARTS}
     command.output.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        check_result(files[part])
-        if command.sheets is not None:
-            check_file(command.sheets / f"{name}-{part}.png", is_sheet)
-    if command.report is not None:
-        from dicode.evaluate.report import is_report
-
-        check_file(command.report, is_report)
+        _check_outputs(command, files[part])
     blind = suite.blind_networks(samples) if {"generation", "reconstruction"} & {*parts} else {}
     print("".join(f"{reason}\n" for reason in blind.values()), end="")
     sheets: dict[str, Any] = {}
@@ -138,6 +131,19 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     if command.report is not None:
         _report(command, name, files, sheets)
     print(watch.text())
+
+
+def _check_outputs(command: Evaluate, file: Path) -> None:
+    """Raise before hours of work where a part's result, its sheet or the report would replace another file."""
+    from dicode.evaluate.report import is_report
+    from dicode.files import check_file
+    from dicode.provenance import check_result
+    from dicode.video.sheet import is_sheet
+
+    check_result(file)
+    if command.sheets is not None:
+        check_file(command.sheets / f"{file.stem}.png", is_sheet)
+    check_file(command.report, is_report)
 
 
 def _report(command: Evaluate, name: str, files: dict[str, Path], sheets: dict[str, Any]) -> None:
