@@ -62,10 +62,10 @@ def check_file(path: Path | None, is_own: Callable[[Path], bool] | None = None) 
 
 
 def check_folder(path: Path) -> None:
-    """Raise before any work is done where no folder can take this one's place: the current one, or a mounted disk."""
+    """Raise before any work is done where a folder cannot be replaced: the current one, or a mounted disk."""
     held = path.resolve()
     if Path.cwd().is_relative_to(held) or os.path.ismount(held):
-        raise ValueError(f"expected the name of a new folder, got {str(path)!r}, in use or mounted")
+        raise ValueError(f"{str(path)!r} is the current folder or a mount point; name another folder")
 
 
 def check_apart(output: str | Path, *inputs: Path | None) -> None:

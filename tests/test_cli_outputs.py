@@ -35,6 +35,7 @@ def place(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
         writer.write(np.zeros((17, 32, 32, 3), np.uint8))
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     (tmp_path / "notes.json").write_text('{"name": "x"}')
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
     (tmp_path / "page.html").write_text("<!doctype html>")
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
     clips = tmp_path / "clips"
@@ -56,7 +57,8 @@ def place(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (f"{GENERATE} -o holiday.mp4", "holiday.mp4: would be replaced and was not written by dicode"),
         (f"{GENERATE} --sheet picture.png", "picture.png: would be replaced"),
-        ("generate --prompts clips/captions.jsonl -o clips/ --model MODEL", "clips: holds '000.mp4'"),
+        ("generate --prompts clips/captions.jsonl -o clips/ --model MODEL", "captions.jsonl: is read by this command"),
+        ("generate --prompts prompts.txt -o clips/ --model MODEL", "clips: holds '000.mp4'"),
         ("tokenize holiday.mp4 -o weights.safetensors --model MODEL", "weights.safetensors: would be replaced"),
         ("tokenize holiday.mp4 -o MODEL/lm.safetensors --model MODEL", "lm.safetensors: would be replaced"),
         ("info MODEL --json notes.json", "notes.json: would be replaced"),
@@ -65,12 +67,12 @@ def place(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("data sheet clips -o picture.png", "picture.png: would be replaced"),
         ("tune MODEL --cache CACHE --json notes.json", "notes.json: would be replaced"),
         ("evaluate MODEL --cache CACHE --parts speed --report page.html", "page.html: would be replaced"),
-        ("train RECIPE:first_stage --cache CACHE --run-folder run", "run: holds '.download.part', and no run"),
+        ("train RECIPE:first_stage --cache CACHE --run-folder run", "run: holds 'best', and no run"),
         ("data blocks -n 1 -o EMPTY", "-o: expected the name of a folder"),
         ("data export CACHE -o EMPTY", "-o: expected the name of a folder"),
-        ("data export CACHE -o .", "expected the name of a new folder"),
-        ("convert vae weights.safetensors -o .", "expected the name of a new folder"),
-        ("benchmark vbench clips/captions.jsonl -o EMPTY", "expected the name of a new folder"),
+        ("data export CACHE -o .", "'.' is the current folder or a mount point"),
+        ("convert vae weights.safetensors -o .", "'.' is the current folder or a mount point"),
+        ("benchmark vbench clips/captions.jsonl -o EMPTY", "-o: expected the name of a folder"),
     ],
 )
 def test_files_of_others_stay(
@@ -107,12 +109,19 @@ def test_a_file_that_is_read_is_not_replaced(place: Path, again: str, capsys: py
 
 
 def test_a_folder_of_videos_is_made_again_from_another_list(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (place / "prompts.txt").write_text("a\nb\n")
     command = ["generate", "--prompts", "prompts.txt", "--seconds", "2", "--model", "MODEL", "-o", "videos/"]
     assert main(command) == 0 and main(command) == 0
     command[2] = "videos/captions.jsonl"
     assert main(command) == 2
-    assert "videos: holds 'captions.jsonl'" in capsys.readouterr().err
+    assert "videos/captions.jsonl: is read by this command" in capsys.readouterr().err
+    (place / "videos/.000.mp4.12345678.part").touch()  # of one that was killed
+    command[2] = "prompts.txt"
+    assert main(command) == 0
+
+
+def test_tokens_of_a_frame_more_are_read(place: Path) -> None:
+    assert main(["tokenize", "holiday.mp4", "-o", "holiday.safetensors", "--model", "MODEL"]) == 0  # of 17 frames
+    assert main(["reconstruct", "holiday.safetensors", "-o", "again.mp4", "--model", "MODEL"]) == 0
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
@@ -145,5 +154,5 @@ def test_a_link_keeps_leading_to_its_folder(tmp_path: Path, write: Callable[[Pat
 
 def test_a_mounted_disk_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.path.ismount", lambda path: True)
-    with pytest.raises(ValueError, match="in use or mounted"), model_folder(tmp_path / "disk"):
+    with pytest.raises(ValueError, match="mount point"), model_folder(tmp_path / "disk"):
         pytest.fail("the block must not be entered")

@@ -17,7 +17,6 @@ from dicode.checkpoint import model_origin, resolve
 from dicode.device import pick_device
 from dicode.evaluate.scores import frechet_score, kernel_score
 from dicode.features.networks import ClipNetwork, NetworkFile, checked_file
-from dicode.files import check_folder
 from dicode.pipeline import DiCoDe
 from dicode.provenance import check_result, command_line, write_result
 from dicode.seeds import generator_for
@@ -131,7 +130,8 @@ def vbench(flags: Any, watch: Stopwatch) -> None:
     numbers of its own for every video.
     """
     prompts, output, samples = vbench_prompts(flags.prompts), flags.output, flags.samples
-    check_folder(output)
+    if not output.name:
+        raise ValueError(f"-o: expected the name of a folder, got {str(output)!r}")
     work, result = (output.with_name(f"{output.name}{suffix}") for suffix in (".work", ".json"))
     check_result(result)
     if output.is_dir() and any(output.iterdir()) and not work.is_dir():

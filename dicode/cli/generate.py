@@ -108,7 +108,8 @@ def generate(command: Generate, watch: Stopwatch) -> None:
 
     in_folder = _in_folder(command)
     if in_folder:
-        _make_folder(Path(command.output), command.prompts)
+        check_apart(Path(command.output) / LIST, command.prompts)
+        _make_folder(Path(command.output))
     for job in jobs:
         if job.sheet:
             from dicode.video.sheet import check_sheet
@@ -118,8 +119,10 @@ def generate(command: Generate, watch: Stopwatch) -> None:
             check_output(output, scale=command.scale or 1, stream=command.stream, lossless=command.lossless)
     files = {name: getattr(command, name) for name in ("image", "last_image", "continue_from")}
     files = {name: path for name, path in files.items() if path is not None}
-    for output in (str(output) for job in jobs for output in (job.output, job.sheet) if output):
-        check_apart(output, command.storyboard, command.prompts, *files.values())
+    read = (command.storyboard, command.prompts, *files.values())
+    for job in jobs:
+        for name in (job.output, beside(job.output, "preview"), job.sheet):
+            check_apart(name or "", *read)
     model, folder = common.load_model(command)
     from dicode.pipeline import length_s
 
@@ -190,18 +193,17 @@ def beside(output: str, word: str, between: str = ".") -> str:
     return str(path.with_name(f"{path.stem}{between}{word}{path.suffix}"))
 
 
-def _make_folder(folder: Path, prompts: Path | None) -> None:
+def _make_folder(folder: Path) -> None:
     """Make the folder for videos of many prompts. Raises `FileExistsError` for one that holds other files than ours."""
-    from dicode.files import check_parent
+    from dicode.files import UNFINISHED, check_parent
     from dicode.video.write import is_own_note
 
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder}: is a file; expected a folder for the videos, or a name ending in .mp4")
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     own = {name for name in held if OWN.fullmatch(name) and is_own_note((folder / name).with_suffix(".json"))}
-    if own and prompts is not None and prompts.parent.resolve() != folder.resolve():
-        own.add(LIST)
-    if foreign := [name for name in held if name not in own]:
+    own |= {LIST} if own else set()
+    if foreign := [name for name in held if not (name in own or UNFINISHED.fullmatch(name))]:
         raise FileExistsError(f"{folder}: holds {foreign[0]!r}, no video of an earlier run; name another folder")
     check_parent(folder)
     folder.mkdir(exist_ok=True)

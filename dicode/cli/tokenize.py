@@ -171,7 +171,7 @@ def _read_tokens(path: Path, config: Any, origin: dict[str, str]) -> tuple[Any, 
     if not (tensors["tokens"].is_floating_point() and is_finite(tensors["tokens"])):
         raise ValueError(f"{path}: expected tokens of finite floats, got {tensors['tokens'].dtype}, or NaN or infinity")
     tokens = tensors["tokens"][None].float()
-    most = (tokens.shape[1] - 1) * config.tail_frame + config.repeated_frames
+    most = (tokens.shape[1] - 1) * config.tail_frame + max(1, config.repeated_frames)
     frames = note.get("frames", str(most))
     if not (frames.isdecimal() and len(frames) < 10 and 1 <= int(frames) <= most):
         about = f"{tokens.shape[1]} key frames, got {shortened(frames)}"

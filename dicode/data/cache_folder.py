@@ -69,16 +69,25 @@ def is_own(path: Place) -> bool:
             return all(_keys(line) in OF_LINES for line in file)
         if name.endswith(".json"):
             return _keys(file.read()) >= OF_A_NOTE
-        size = int.from_bytes(file.read(8), "little")
-        names = _keys(file.read(size)) - {"__metadata__"} if size <= MOST_HEADER else set()
+        names = _header(file)
     if name == VIDEOS:
         return names >= OF_VIDEOS
     return bool(names) and names <= TENSORS[-1] if name.startswith("features-") else names in TENSORS[:-1]
 
 
 def _is_damaged(path: Place) -> bool:
-    """Whether an index or a shard's note is no JSON any more, and may be written again in a cache."""
-    return path.suffix == ".json" and not _keys(path.read_bytes())
+    """Whether a cache's file cannot be read any more, or breaks off in its last line, and may be written again."""
+    with path.open("rb") as file:
+        if path.suffix == ".jsonl":
+            *whole, last = [*file] or [b""]
+            return all(_keys(line) in OF_LINES for line in whole) and not _keys(last)
+        return not (_header(file) if path.suffix == ".safetensors" else _keys(file.read()))
+
+
+def _header(file: Any) -> set[str]:
+    """The names of a safetensors file's tensors; none of another file."""
+    size = int.from_bytes(file.read(8), "little")
+    return _keys(file.read(size)) - {"__metadata__"} if size <= MOST_HEADER else set()
 
 
 def _keys(data: bytes) -> set[str]:

@@ -134,8 +134,8 @@ def _misread(path: Place, columns: list[str], values: list[str], delimiter: str)
 def _swallowed(path: Place, lines: list[str], delimiter: str, column: int, file_column: int | None) -> str:
     """The line of a text in this column with the file of a row that an open quote has swallowed; '' for none.
 
-    The first line is the end of the row, the others begin one: there a video's name is no part of a caption, nor is
-    that of a file or of a folder of images beside the list where the row has its file.
+    The first line is the end of the row, the others begin one: a video's name, or that of a file
+    or a folder of images beside the list, is then no part of a caption.
     """
     for number, line in enumerate(lines if len(lines) > 1 else ()):
         cells = [cell.strip(' "') for cell in line.split(delimiter)]
@@ -172,7 +172,7 @@ def _read_parquet(path: Place, columns: list[str] | None = None) -> Iterator[dic
                 if (count := file.metadata.num_rows) > MOST_ROWS:
                     raise VideoReadError(f"{path}: expected at most {MOST_ROWS:,} rows, got {count:,}")
                 chosen = [name for name in file.schema_arrow.names if columns is None or name in columns]
-                for batch in file.iter_batches(ROWS_AT_ONCE, columns=chosen):
+                for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns and chosen):
                     yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise VideoReadError(f"{path}: not a Parquet file that can be read ({error})") from error

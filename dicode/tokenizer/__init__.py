@@ -1,1 +1,1 @@
-"""Frames ⇄ deep tokens: image encoder, resampler, first stage, denoiser, and the diffusion that joins them."""
+"""Frames ⇄ deep tokens: first stage, linear code or resampler, denoiser, and the diffusion that joins them."""

@@ -140,7 +140,7 @@ class TokenizerConfig:
     tokens_per_keyframe: Width = 16
     token_width: Width = 32
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
-    # of pixels, as published, trained with the denoiser; none: a linear code of latents, which gives them back as well
+    # of pixels, as published, trained with the denoiser; None: a linear code of latents, which also decodes them
     resampler: ResamplerConfig | None = None
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     objective: Objective = "flow"
@@ -153,7 +153,7 @@ class TokenizerConfig:
 
     @property
     def has_key_latents(self) -> bool:
-        """Whether deep tokens give back their key frame's latents, which are then extra channels of the denoiser."""
+        """Whether deep tokens decode to their key frame's latents, which are then extra channels of the denoiser."""
         return self.resampler is None
 
     @property

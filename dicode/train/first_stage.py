@@ -251,7 +251,7 @@ class FirstStageTraining:
 
     @torch.no_grad()
     def through_tokens(self, pixels: KeyFramePixels) -> ImageLatents:
-        """Raw latents that an image's deep tokens give back: smoother than the encoder's."""
+        """Raw latents that an image's deep tokens decode to: smoother than the encoder's."""
         assert self.tokenizer is not None
         tokenizer = self.tokenizer.to(pixels.device)
         return self.raw(tokenizer.key_latents(tokenizer.tokens_of(tokenizer.source_of(pixels))))

@@ -214,7 +214,7 @@ class LanguageTraining:
         """Losses from the start of validation and of training clips, and how well captions and clips match.
 
         On `VALIDATION_CLIPS` or fewer of either split. `written_rank` is the mean of those of both splits. No sheet
-        where deep tokens do not give back their key frames, and clips would have to be rendered for it.
+        where deep tokens do not decode to key frames alone, and clips would have to be rendered for it.
         """
         metrics: dict[str, float] = {}
         held_out, trained = self.validation.columns, self.cache.columns

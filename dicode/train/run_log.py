@@ -13,6 +13,7 @@ step-…/, best/   checkpoints, and the best weights so far
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from dicode.device import compute_dtype, describe_device, measured_flops, pick_device
-from dicode.files import UNFINISHED, alone_with, put, put_text
+from dicode.files import alone_with, put, put_text
 from dicode.provenance import describe_commit, versions
 from dicode.stopwatch import EVERY_S, duration
 from dicode.train.distributed import Processes
@@ -35,7 +36,8 @@ from dicode.train.runs import LoopConfig, Tracker
 from dicode.train.speed import name_of
 
 ABOUT_SPEED = ("trained_s", "samples_per_s", "data_share", "eta_s", "memory_gib", "mfu")
-BEFORE_A_RUN = (".lock", "plan.json")  # in a folder of ours whose run has not begun
+# What a run writes, replaces or removes; other files of its folder stay as they are.
+OF_A_RUN = re.compile(r"best|last|sheets|(damaged-)?step-\d{8}|log\.jsonl|fit\.json|tracker-id|recipe[\w-]*\.(json|py)")
 UNSURE = ("device", "dtype", "threads", "processes")  # what the last digits of a run depend on
 
 
@@ -53,17 +55,15 @@ def claimed(folder: Path, data: str, config: LoopConfig, processes: Processes) -
                 import_tracker(config.tracker)
                 sessions = records(folder / "sessions.jsonl")
                 held = [] if sessions or not folder.exists() else os.listdir(folder)
-                if foreign := sorted(
-                    name for name in held if name not in BEFORE_A_RUN and not UNFINISHED.fullmatch(name)
-                ):
-                    raise ValueError(f"{folder}: holds {foreign[0]!r}, and no run; name another with --run-folder")
+                if foreign := sorted(filter(OF_A_RUN.fullmatch, held)):
+                    raise ValueError(f"{folder}: holds {foreign[0]!r}, and no run; name another folder")
                 folder.mkdir(parents=True, exist_ok=True)
                 lock(folder / ".lock", stack)
                 begun = [session["data"] for session in sessions if "data" in session]
                 if begun and begun[-1] != data:
                     problem = (
                         f"{folder} was begun with other data (index.json {begun[-1]} then, {data} now): name another "
-                        f"with --run-folder, where --init {folder}/best goes on from its weights, or delete this one"
+                        f"(--run-folder), where --init {folder}/best goes on from its weights, or delete this one"
                     )
             except (ValueError, OSError) as error:
                 problem = str(error)

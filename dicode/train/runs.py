@@ -126,7 +126,7 @@ class LinearCodeRun:
     cache: str = "cache/sprites"
     first_stage: str = "runs/sprites-first_stage/best"
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    mirror: bool = False  # fit to mirrored frames too; as the run of the denoiser, which then finds the same latents
+    mirror: bool = False  # fit to mirrored frames too; set it as in the denoiser's run, which reuses the latents
     device: str = "auto"
     precision: Precision = "auto"
 
@@ -135,7 +135,7 @@ class LinearCodeRun:
 class TokenizerRun:
     """Train the denoiser of a tokenizer, and its resampler if it has one, from the weights of `init`.
 
-    What these two are trained on stays as `init` has it: first stage, and linear code or image encoder.
+    First stage, and linear code or image encoder, stay as in `init`.
     """
 
     cache: str = "cache/sprites"

@@ -56,10 +56,12 @@ def check_sheet(path: Path | None) -> None:
 
 def is_sheet(path: Path) -> bool:
     """Whether an image file is one of `save_sheet`."""
+    Image.init()
+    read = Image.OPEN[Image.registered_extensions()[path.suffix.lower()]][0]  # `Image.open` refuses large pictures
     try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+        with path.open("rb") as file, read(file, str(path)) as image:
             return str(image.getexif().get(SOFTWARE, "")).startswith("dicode ")
-    except OSError:
+    except (OSError, SyntaxError):
         return False
 
 

@@ -289,8 +289,9 @@ class VideoWriter:
             if isinstance(self._sink, MovieSink):
                 self._sink.finish()
                 flush(self._partial)
+            self._place()  # the note first: without it, a movie would not be known as ours
+            if isinstance(self._sink, MovieSink):
                 os.replace(self._partial, self.path)
-            self._place()
         except BaseException:
             self._discard()
             raise

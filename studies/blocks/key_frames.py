@@ -1,6 +1,6 @@
 """Objects in the key frames that a language model of `blocks` writes, against those of the real key frames.
 
-It measures the language model alone: key frames are decoded by key-frame head and first stage, which are exact enough,
+It measures the language model alone: key frames are decoded by linear code and first stage, which are exact enough,
 and no frame between them is rendered.
 
     python studies/blocks/key_frames.py MODEL CACHE OUT.json --guidance 3 --sheet sheet.png

@@ -213,7 +213,7 @@ def captions_with_variants(captions: Sequence[str], least: int = 4) -> dict[str,
 
 @torch.no_grad()
 def key_frame_features(model: DiCoDe, extractor: EfficientNetLite0Features, caption: str, seed: int) -> np.ndarray:
-    """Features of the first key frame of several samples, as the key-frame head decodes it."""
+    """Features of the first key frame of several samples, as the linear code decodes it."""
     ids = model.text.encode([caption] * SAMPLES, model.lm.config.text_length)
     tokens = next(model.lm.generate(ids, 1, seed=seed, sampling=model.sampling))
     frames = model.tokenizer.frames_of(model.tokenizer.key_latents(tokens)[None])[0]

@@ -13,7 +13,7 @@ import numpy as np
 from dicode.data.cache import FrameCache
 from dicode.evaluate.generation import draw_prompts
 from dicode.pipeline import DiCoDe
-from dicode.video.sheet import save_sheet
+from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -35,10 +35,10 @@ def main(folder: str, cache: str) -> None:
             made = model.generate(instruction, seconds=4, sample_index=number, given=model.given(image=image))
             clips.append(np.concatenate(list(made)))
             labels.append(instruction)
-    save_sheet(DOCS / "world-instructions.webp", clips, labels, columns=9)
+    contact_sheet(clips, labels, columns=9).save(DOCS / "world-instructions.webp")
     prompts = drawn[-ROLLOUTS:]
     videos = [np.concatenate(list(model.generate(p, seconds=ROLLOUT_S, sample_index=i))) for i, p in enumerate(prompts)]
-    save_sheet(DOCS / "world-rollouts.webp", videos, prompts, columns=11)
+    contact_sheet(videos, prompts, columns=11).save(DOCS / "world-rollouts.webp")
 
 
 if __name__ == "__main__":
