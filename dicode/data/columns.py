@@ -78,7 +78,8 @@ def fault_of_columns(columns: Mapping[str, NDArray[Any]], videos: int, frames: i
     return ""
 
 
-class Videos(Sequence[CachedVideo]):
+# Any: of Sequence[CachedVideo], a type checker at run time reads a random video at every call
+class Videos(Sequence[Any]):
     """Videos as columns; an integer gives a `CachedVideo`, a slice or an array of integers some of the videos."""
 
     def __init__(
