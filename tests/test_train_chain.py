@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from dicode.train.chain import Chain, wired
 from dicode.train.distributed import Processes
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Stage
+from dicode.train.run_log import records
 from dicode.train.runs import LanguageRun, LinearCodeRun, LoopConfig
-from dicode.train.stages import Pace, measured_pace, plan_of, run_recipe, stage_of
+from dicode.train.stages import Pace, Plan, corrected, measured_pace, plan_of, run_recipe, stage_of
 
 RECIPE = """
 from dataclasses import replace
@@ -155,6 +157,7 @@ def test_minutes_become_steps_that_stay_as_they_are(
     command = ["train", f"{root}/toy.py:first_stage", "--cache", str(root / "cache"), "--run-folder", str(tmp_path)]
     monkeypatch.setattr("dicode.train.stages.measured_pace", lambda *_: Pace(step_s=0.5, evaluation_s=0.25))
     monkeypatch.setattr("dicode.train.stages.time", FrozenTime())
+    monkeypatch.setattr("dicode.train.stages.PLAN_OFF", math.inf)  # whatever the speed is then
     assert main([*command, "--minutes", "0.1"]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["steps"] == 10 and plan["evaluate_every"] == 4  # 6 s: 10 steps and 3 evaluations
@@ -165,6 +168,42 @@ def test_minutes_become_steps_that_stay_as_they_are(
     assert {p.name for p in tmp_path.glob("step-*")} == last
     assert main([*command, "--minutes", "0.2"]) == 2
     assert "this run has 10 steps, fixed when it began with --minutes 0.1, got 0.2" in capsys.readouterr().err
+
+
+def test_a_plan_of_a_moment_in_which_others_computed_is_corrected(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", f"{root}/toy.py:first_stage", "--cache", str(root / "cache"), "--run-folder", str(tmp_path)]
+    monkeypatch.setattr("dicode.train.stages.measured_pace", lambda *_: Pace(step_s=0.5, evaluation_s=0.25))
+    asked: list[tuple[int, float, float]] = []
+
+    def correct(plan: Plan, step: int, step_s: float, spent_s: float, decay_fraction: float) -> Plan:
+        asked.append((step, step_s, spent_s))
+        return corrected(plan, step, 0.25, step * 0.25, decay_fraction) if step == 4 else plan
+
+    monkeypatch.setattr("dicode.train.stages.time", FrozenTime())
+    monkeypatch.setattr("dicode.train.stages.corrected", correct)
+    assert main([*command, "--minutes", "0.1"]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["steps"] == 22 and plan["evaluate_every"] == 9 and plan["pace"]["step_s"] == 0.25
+    assert "22 steps: they take 0.25 s, not 0.5 s" in capsys.readouterr().out
+    assert (tmp_path / "step-00000022").is_dir()
+    done = [own["step"] for own in records(tmp_path / "log.jsonl") if own["kind"] == "validation"]
+    assert done == [4, 9, 18, 22] and [step for step, *_ in asked] == [4, 9, 18]
+    assert all(0 < step_s < spent_s for _, step_s, spent_s in asked)
+    assert main([*command, "--minutes", "0.1"]) == 0 and len(asked) == 3  # finished
+
+
+def test_a_plan_is_corrected_before_its_learning_rate_decays() -> None:
+    plan = Plan(10.0, 20.0, Pace(1.0, 5.0), steps=500, warmup_steps=50, evaluate_every=100, checkpoint_every=120)
+    assert corrected(plan, 100, 1.1, 115.0, 0.2) == plan  # near enough
+    fast = corrected(plan, 100, 0.1, 15.0, 0.2)
+    assert fast.steps == 100 + (600 - 20 - 15 - 4 * 5) / 0.1 and fast.evaluate_every == -(-(fast.steps - 100) // 4)
+    assert fast.warmup_steps == 50 and fast.pace == Pace(0.1, 5.0) and fast.checkpoint_every == 1200
+    slow = corrected(plan, 200, 2.0, 300.0, 0.2)
+    assert slow.steps == 200 + (600 - 20 - 300 - 3 * 5) // 2
+    assert corrected(plan, 300, 9.0, 550.0, 0.2).steps == 375  # as many as decay from now on
+    assert corrected(plan, 400, 0.01, 100.0, 0.2) == plan
 
 
 class FrozenTime:

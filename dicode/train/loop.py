@@ -6,7 +6,7 @@ continued is bit-equal to one that was not. The same command continues a run, wi
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -69,6 +69,10 @@ class Stage(Protocol):
         """Metrics on the validation split with the module as it stands, and a contact sheet."""
 
     def export(self, folder: Path) -> None: ...  # writes this stage's part of a checkpoint folder
+
+
+# The configuration to go on with, for steps done, seconds a step since the last evaluation, and seconds of training
+Replan = Callable[[int, float, float], LoopConfig]
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -163,12 +167,14 @@ def train(
     recipe: dict[str, Any],
     source: Path | None = None,
     within: tuple[Processes, StopSignal] | None = None,
+    replan: Replan | None = None,
 ) -> dict[str, float]:
     """Train to `config.optim.steps` in `folder`, continuing from its newest whole checkpoint; returns the best metrics.
 
-    `recipe` and the file `source` are copied there; `within` is a `session` that was begun. A SIGTERM or SIGINT
-    finishes the step, writes a checkpoint and raises `SystemExit(75)`. Raises `NonFiniteLossError`, and
-    `CheckpointError` for checkpoints that cannot be read or written.
+    `recipe` and the file `source` are copied there; `within` is a `session` that was begun; `replan` is asked after
+    every evaluation for the configuration to go on with. A SIGTERM or SIGINT finishes the step, writes a checkpoint and
+    raises `SystemExit(75)`. Raises `NonFiniteLossError`, and `CheckpointError` for checkpoints that cannot be read or
+    written.
     """
     with nullcontext(within) if within else session(folder, stage.run, config) as (processes, stop):
         run, state = Training(stage, config, processes), TrainState()
@@ -183,7 +189,7 @@ def train(
         with log, sdpa_kernel(attention_on(run.device)):
             if config.best and state.step == 0:
                 log.write("validation", 0, _first_metrics(run, stop))
-            _loop(run, state, folder, log, stop)
+            _loop(run, state, folder, log, stop, replan)
     return state.best or {}
 
 
@@ -211,17 +217,23 @@ def attention_on(device: torch.device) -> list[SDPBackend]:
     return [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
-def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: StopSignal) -> None:
-    config, steps = run.config, run.config.optim.steps
+def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: StopSignal, replan: Replan | None) -> None:
+    config = run.config
     speed = Speed(config, run.device, state.step)
     batches = draw_batches(run, state.step)
     kept = (state.step, state.evaluated)
     began_s = time.monotonic() - state.trained_s
+    since, since_s = state.step, state.trained_s  # the last evaluation
     while True:
         state.trained_s = time.monotonic() - began_s
-        finished = state.step >= steps
+        finished = state.step >= config.optim.steps
         due = state.step > state.evaluated and (finished or state.step % config.evaluate_every == 0)
+        step_s = (state.trained_s - since_s) / max(1, state.step - since)
         cut = due and not _evaluate(run, state, folder, log, stop)
+        if due and not cut:
+            since, since_s = state.step, time.monotonic() - began_s
+            if replan and not finished:
+                run.config = speed.config = config = replan(state.step, step_s, since_s)
         stopping = run.processes.any(stop.asked)
         keeping = finished or stopping or state.step % config.checkpoint_every == 0
         if keeping and (state.step, state.evaluated) != kept:
@@ -246,7 +258,7 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: Sto
         elif logs:
             log.write("train", state.step, {**scalars, "trained_s": state.trained_s, **speed.since_last(state.step)})
         else:
-            log.heartbeat(state.step, steps, scalars["loss"])
+            log.heartbeat(state.step, config.optim.steps, scalars["loss"])
 
 
 def draw_batches(run: Training, step: int) -> Iterator[dict[int, Any]]:

@@ -1,11 +1,13 @@
 """From a recipe's dataclass to its training: its stage, and how many of its steps a time allows on this machine.
 
-runs/NAME/plan.json     the steps that `--minutes` became when the run began, which stay as they are from then on
+runs/NAME/plan.json     the steps that `--minutes` became, from the speed of the first ones and then of the others
 """
 
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +26,7 @@ WARM_STEPS, TIMED_STEPS = 3, 10
 MOST_EVALUATIONS, EVALUATION_SHARE = 8, 0.15  # of a run of so many minutes: how often, and of its time
 CHECKPOINT_EVERY_S = 120.0
 PLAN = "plan.json"
+PLAN_OFF = 1.2
 Run = FirstStageRun | TokenizerRun | LanguageRun
 
 
@@ -67,7 +70,8 @@ def run_recipe(
         with stop.cutting(), Progress(f"preparing {folder.name}"):
             stage = stage_of(run)
             loop = planned(stage, run.loop, folder, minutes, began_s, processes)
-        return train(stage, loop, folder, recipe, source, (processes, stop))
+        replan = partial(replanned, folder, loop, processes) if read_plan(folder) else None
+        return train(stage, loop, folder, recipe, source, (processes, stop), replan)
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,8 @@ def planned(
 ) -> LoopConfig:
     """The loop of a run that may last so many minutes, counted from `began_s` of `time.monotonic`.
 
-    The number of steps follows from the speed of the first ones and is then kept in the run's folder, so that a
-    continued run is the same. Raises `ValueError` where it was begun with other minutes.
+    The number of steps follows from the speed of the first ones and is kept in the run's folder, so that a continued
+    run is the same; see `replanned`. Raises `ValueError` where it was begun with other minutes.
     """
     plan = read_plan(folder)
     if minutes is None or plan is not None:
@@ -133,6 +137,40 @@ def planned(
             flush=True,
         )
     return plan.applied(config)
+
+
+def replanned(
+    folder: Path, config: LoopConfig, processes: Processes, step: int, step_s: float, spent_s: float
+) -> LoopConfig:
+    """A planned run's loop after an evaluation, its plan corrected by the speed since the one before."""
+    plan = read_plan(folder)
+    assert plan is not None
+    changed = processes.from_first(corrected(plan, step, step_s, spent_s, config.optim.decay_fraction))
+    if changed != plan and processes.first:
+        put_text(folder / PLAN, json.dumps(asdict(changed), indent=1) + "\n")
+        paces = f"{changed.pace.step_s:.3g} s, not {plan.pace.step_s:.3g} s"
+        print(f"{changed.steps:,} steps: they take {paces}", flush=True)
+    return changed.applied(config)
+
+
+def corrected(plan: Plan, step: int, step_s: float, spent_s: float, decay_fraction: float) -> Plan:
+    """The plan with the steps that the rest of its time allows, where those are other than planned by `PLAN_OFF`.
+
+    Others may have computed while the first steps were timed, or begin to later. The learning rate is constant until it
+    decays: until then the number of steps has had no effect; from then on it stays.
+    """
+    constant = 1 - decay_fraction
+    if step >= plan.steps * constant:
+        return plan
+    evaluations = -(-(plan.steps - step) // plan.evaluate_every)
+    left_s = 60 * plan.minutes - plan.prepared_s - spent_s - evaluations * plan.pace.evaluation_s
+    steps = max(step + int(left_s / step_s), ceil(step / constant))
+    if 1 / PLAN_OFF < steps / plan.steps < PLAN_OFF:
+        return plan
+    every = -(-(steps - step) // evaluations)
+    checkpoint_every = max(1, min(steps, int(CHECKPOINT_EVERY_S / step_s)))
+    pace = replace(plan.pace, step_s=step_s)
+    return replace(plan, pace=pace, steps=steps, evaluate_every=every, checkpoint_every=checkpoint_every)
 
 
 def measured_pace(stage: Stage, config: LoopConfig, processes: Processes, timed: int = TIMED_STEPS) -> Pace:
