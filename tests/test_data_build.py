@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from dicode.data import cache as shards
 from dicode.data.build import COLOUR_LEVELS, CacheOptions, build_cache, look_of, repeats, scenes
 from dicode.data.cache import FrameCache
 from dicode.data.index import check_files, read_index
+from dicode.data.parallel_map import _start_ray
 from dicode.data.records import ClipRecord, described
 from dicode.files import place, put_text
 from dicode.video.read import VideoReadError, native_frames
@@ -77,6 +79,34 @@ def test_ray_makes_the_same_shards_though_a_worker_is_killed_midway(tmp_path: Pa
     assert "6 clips (1 for validation), 120 frames of 16×16" in done.stdout
     assert (tmp_path / "mark").exists()
     assert contents(tmp_path / "serial") == contents(tmp_path / "ray")
+
+
+SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
+
+
+@pytest.mark.parametrize(
+    ("failures", "error"),
+    [
+        ([SLOW, "RPC error: Deadline Exceeded"], None),
+        ([SLOW] * 6, r"--ray local: Ray did not start in 6 attempts, .*; --workers alone does without it"),
+        (["no such thing"], "no such thing"),
+    ],
+)
+def test_ray_that_is_slow_to_start_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, failures: list[str], error: str | None
+) -> None:
+    """Ray gives itself half a minute, which on a machine with twenty other programs is too short."""
+    left, ended = list(failures), []
+
+    def start(*_: object, **options: object) -> None:
+        assert options["num_cpus"] == 2
+        if left:
+            raise Exception(left.pop(0))
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=start, shutdown=lambda: ended.append(1)))
+    with pytest.raises(Exception, match=error) if error else nullcontext():
+        _start_ray(2)
+    assert not left and len(ended) == len(failures)
 
 
 def test_a_killed_process_says_what_to_do_and_the_same_command_continues(tmp_path: Path, drawn_clips: Path) -> None:

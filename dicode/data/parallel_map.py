@@ -15,6 +15,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ANSWERS_IN_S = 10.0
+RAY_STARTS = 6
 LOCAL_STORE_BYTES = 100 * 2**20  # of a Ray of our own: the result of a unit is some text
 
 
@@ -79,7 +80,7 @@ def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: s
         raise missing_extra(error, "cluster") from error
     start = not ray.is_initialized()
     if start and address == "local":
-        ray.init("local", num_cpus=workers, object_store_memory=LOCAL_STORE_BYTES, include_dashboard=False)
+        _start_ray(workers)
     elif start:
         _check_answers(address)
         ray.init(address)
@@ -96,6 +97,23 @@ def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: s
     finally:
         if start:
             ray.shutdown()
+
+
+def _start_ray(workers: int) -> None:
+    """Start a Ray of our own. Raises `OSError` where it does not come up: it gives itself half a minute."""
+    import ray
+
+    for attempt in range(1, RAY_STARTS + 1):
+        try:
+            ray.init("local", num_cpus=workers, object_store_memory=LOCAL_STORE_BYTES, include_dashboard=False)
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            ray.shutdown()
+            if not any(word in str(error).lower() for word in ("timed out", "timeout", "deadline")):
+                raise
+            if attempt == RAY_STARTS:
+                reason = f"Ray did not start in {RAY_STARTS} attempts, as on a machine that others use"
+                raise OSError(f"--ray local: {reason} ({error}); --workers alone does without it") from error
 
 
 def _check_answers(address: str) -> None:
