@@ -13,11 +13,12 @@ import torch
 from dicode.checkpoint import resolve
 from dicode.checkpoint.hub import push_folder
 from dicode.checkpoint.saving import write_config
+from dicode.lm.config import DeepLMConfig
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.seeds import SeedPlan
 from dicode.shapes import DeepTokens, FrameStack, KeyFrameTokens
 from dicode.storyboard import Shot, key_frames_of
-from dicode.tokenizer.config import SamplingConfig
+from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.video.timed import Still, Video
 
@@ -33,16 +34,20 @@ class Given:
     goal: KeyFrameTokens | Literal["first"] | None = None  # the key frame that the video ends on
 
 
+def check_shared(tokenizer: TokenizerConfig, lm: DeepLMConfig) -> None:
+    """Raise `ValueError` where a language model writes other tokens than a tokenizer has."""
+    ours, theirs = (f"{c.tokens_per_keyframe} + {c.motion_tokens} × {c.token_width}" for c in (tokenizer, lm))
+    if ours != theirs:
+        raise ValueError(
+            f"tokenizer and language model do not share tokens (key frame + motion × width): {ours} and {theirs}"
+        )
+
+
 class DiCoDe:
     """A tokenizer and a language model that share deep tokens."""
 
     def __init__(self, tokenizer: VideoTokenizer, lm: DeepTokenLM):
-        n, d = tokenizer.config.tokens_per_keyframe, tokenizer.config.token_width
-        if (n, d) != (lm.config.tokens_per_keyframe, lm.config.token_width):
-            raise ValueError(
-                f"tokenizer and language model do not share tokens: {n}×{d} a key frame against "
-                f"{lm.config.tokens_per_keyframe}×{lm.config.token_width}"
-            )
+        check_shared(tokenizer.config, lm.config)
         if lm.text is None:
             raise ValueError("the language model has no text tokenizer; load it with DeepTokenLM.from_pretrained")
         self.tokenizer, self.lm = tokenizer.eval(), lm.eval()
@@ -114,9 +119,9 @@ class DiCoDe:
         if continued is None:
             return Given(None if image is None else self.tokenizer.encode_frames(image), None, goal)
         spacing, context = self.tokenizer.config.tail_frame, self.tokenizer.config.denoiser.context_frames
-        before = continued[-1 - context : -1]
+        before, places = continued[-1 - context : -1], key_places(len(continued), spacing)
         return Given(
-            self.tokenizer.encode_frames(continued[key_places(len(continued), spacing)]),
+            self.tokenizer.encode_at(torch.from_numpy(np.ascontiguousarray(continued))[None], places),
             torch.from_numpy(before.copy())[None] if len(before) == context > 0 else None,
             goal,
         )

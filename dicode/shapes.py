@@ -1,9 +1,9 @@
 """The axes and aliases of tensors that cross a function boundary.
 
-    b  batch                    n  deep tokens a key frame
+    b  batch                    n  deep tokens a key frame, in sequences its motion tokens included
     f  frames in a clip         d  deep-token width
     k  key frames               t  text tokens
-    s  sequence positions       m  mixture components
+    s  sequence positions       m  mixture components, or motion tokens a clip
     c h w  channels, height, width of images; z y x  the same of first-stage latents
 
 Names tell ranges: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first stage, `tokens` from the
@@ -22,6 +22,7 @@ ClipLatents = Float[Tensor, "b f z y x"]
 ContextLatents = Float[Tensor, "b before z y x"]  # of the last frames of the clip before
 PatchFeatures = Float[Tensor, "b p width"]
 
+MotionTokens = Float[Tensor, "b m d"]
 DeepTokens = Float[Tensor, "b k n d"]
 KeyFrameTokens = Float[Tensor, "b n d"]
 TextIds = Int[Tensor, "b t"]

@@ -19,6 +19,8 @@ only 6, at a third of the size. A run reads its cache from disk through memory m
 16 kB, its deep tokens 33 kB.
 """
 
+from dataclasses import replace
+
 from dicode.lm.config import DeepLMConfig
 from dicode.lm.presets import SIZES
 from dicode.tokenizer.presets import TOKENIZERS
@@ -47,6 +49,12 @@ def paper_tokenizer_256() -> TokenizerRun:
     )
 
 
+def paper_motion() -> TokenizerRun:
+    """The same with 16 motion tokens a clip (docs/motion-tokens.md): an encoder of 56 M parameters more."""
+    run = paper_tokenizer_256()
+    return replace(run, model=TOKENIZERS["paper_motion"], loop=replace(run.loop, micro_batches=8))
+
+
 def gpt2_mini() -> LanguageRun:
     """51 M and 18 M parameters, from scratch."""
     return _language_model(SIZES["gpt2-mini"], lr=6e-4)
@@ -67,6 +75,12 @@ def gpt2() -> LanguageRun:
     `--vocabulary FOLDER` uses its vocabulary alone; without either, a vocabulary is learnt from the captions.
     """
     return _language_model(SIZES["gpt2"], lr=6e-4)
+
+
+def gpt2_motion() -> LanguageRun:
+    """GPT-2 on the tokens of `paper_motion`, 33 positions a key frame: more than its published weights have."""
+    model = replace(SIZES["gpt2"], motion_tokens=16, positions=80 + 33 * 32)
+    return replace(_language_model(model, lr=6e-4), tokenizer="runs/paper-paper_motion/best")
 
 
 def gpt2_medium() -> LanguageRun:

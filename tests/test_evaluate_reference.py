@@ -12,7 +12,7 @@ from test_tokenizer import tiny_config
 from toy_runs import write_cache
 
 from dicode.data.cache import FrameCache
-from dicode.evaluate.metrics import scores_of_pairs
+from dicode.evaluate.metrics import PAIR_METRICS, PERCEPTUAL, moving_box, scores_of_pairs
 from dicode.evaluate.reconstruction import hold_head, psnr_score
 from dicode.evaluate.report import page
 from dicode.evaluate.samples import RealClips
@@ -122,6 +122,27 @@ def test_errors_count_where_the_real_clip_moves() -> None:
     assert scores_of_pairs([hold_head(clip)], {"a": [clip]}, network)["psnr_in_motion"] is None
     both = scores_of_pairs([hold_head(clip), clip], {"a": [clip, clip]}, network)["psnr_in_motion"]
     assert both is not None and (both["a"].value, both["a"].n) == (60.0, 1)
+
+
+def test_errors_in_the_moving_box_are_those_of_the_frames_after_the_first_there() -> None:
+    real = np.full((5, 40, 30, 3), 100, np.uint8)
+    assert moving_box(real) is None
+    for i in range(5):
+        real[i, 3:8, 2 + 5 * i : 6 + 5 * i] = 180  # five rows, from column 2 to 25
+    real[2, 39, 0] = 123  # noise
+    assert moving_box(real) == (slice(0, 16), slice(2, 26))
+    real = np.roll(real, 32, axis=1)  # at the bottom edge: rows 35 to 39
+    assert moving_box(real) == (slice(24, 40), slice(2, 26))
+    network, name = EfficientNetLite0Features(), f"{PERCEPTUAL} in the moving box"
+    squared, perceived = (PAIR_METRICS[key].value for key in ("squared error in the moving box", name))
+    worse = real.copy()
+    worse[0] = worse[:, :24] = 0  # the first frame, and what is not in the box
+    assert squared(real, worse, network) == perceived(real, worse, network) == 0.0
+    worse[1:, 24:, 2:26] = real[1:, 24:, 2:26] + np.uint8(3)
+    assert squared(real, worse, network) == pytest.approx(9.0)
+    worse[1:, 24:, 2:26] = 255 - real[1:, 24:, 2:26]
+    assert (perceived(real, worse, network) or 0) > 0.01
+    assert squared(hold_head(real), real, network) is None
 
 
 def test_features_go_with_the_cache_that_they_are_of(tmp_path: Path, counted: Made) -> None:

@@ -20,7 +20,7 @@ from test_tokenizer import RESAMPLER, tiny_config
 from toy_runs import runs, write_cache, write_prior
 
 from dicode.lm.config import DeepLMConfig
-from dicode.tokenizer.config import DenoiserConfig, TokenizerConfig
+from dicode.tokenizer.config import DenoiserConfig, MotionConfig, TokenizerConfig
 from dicode.train.runs import FirstStageRun, TokenizerRun, load_run
 from dicode.train.stages import Run, run_recipe
 
@@ -31,13 +31,15 @@ FILES = {
     "scale": STUDIES / "scale/scale.py",
     "scale_large": STUDIES / "scale/scale_large.py",
 }
+MOTION = MotionConfig(tokens=3, width=16, depth=1, heads=2)
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 6
 NAMES = {
     "blocks": ("first_stage", "denoiser", "lm", "lm_sharp"),
     "sprites": ("first_stage", "first_stage_decoder", "denoiser", "lm"),
     "paper": (
-        "paper_tokenizer_256", "gpt2_mini", "distilgpt2", "gpt2", "gpt2_medium", "gpt2_large", "llama_1b", "llama_3b"
+        "paper_tokenizer_256", "gpt2_mini", "distilgpt2", "gpt2", "gpt2_medium", "gpt2_large", "llama_1b", "llama_3b",
+        "paper_motion", "gpt2_motion",
     ),
     "small": ("first_stage", "denoiser", "lm"),
     "heads": ("run",),
@@ -70,7 +72,8 @@ def toy(run: Run, root: Path) -> Run:
             "init": str(root / ("linear_code/best" if run.model.resampler is None else "prior")),
         }
     else:
-        changes |= {"tokenizer": str(root / "linear_code/best"), "model": toy_lm(run.model), "init": None}
+        tokenizer = "moving" if run.model.motion_tokens else "linear_code/best"
+        changes |= {"tokenizer": str(root / tokenizer), "model": toy_lm(run.model), "init": None}
         changes |= {"longer": tuple(min(5, count) for count in run.longer)}
     return dataclasses.replace(run, **changes)
 
@@ -82,7 +85,8 @@ def toy_tokenizer(model: TokenizerConfig) -> TokenizerConfig:
     if model.denoiser.kind == denoiser.kind:
         denoiser = dataclasses.replace(denoiser, predict_residual=model.denoiser.predict_residual)
     resampler = model.resampler and RESAMPLER
-    return dataclasses.replace(tiny, denoiser=denoiser, objective=model.objective, resampler=resampler)
+    own = {"denoiser": denoiser, "objective": model.objective, "resampler": resampler}
+    return dataclasses.replace(tiny, **own, motion=model.motion and MOTION)
 
 
 def toy_lm(model: DeepLMConfig) -> DeepLMConfig:
@@ -94,10 +98,11 @@ def toy_lm(model: DeepLMConfig) -> DeepLMConfig:
         head=dataclasses.replace(model.head, components=3, width=16),
         vocab_size=300,
         text_length=12,
-        positions=48,
+        positions=60 if model.motion_tokens else 48,
         max_keyframes=6,
         token_width=6,
         tokens_per_keyframe=4,
+        motion_tokens=MOTION.tokens if model.motion_tokens else 0,
     )
 
 
@@ -106,6 +111,7 @@ def curves(root: Path) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     write_cache(root / "cache")
     write_prior(root / "prior", objective="v_prediction")
+    write_prior(root / "moving", motion=MOTION)
     for name in ("first_stage", "linear_code"):
         run_recipe(runs(root)[name], root / name, {})
     found = {}

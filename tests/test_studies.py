@@ -18,6 +18,7 @@ from test_linear_code import CHANNELS, SIDE, TOKENS, WIDTH, error, fitted, pictu
 from test_tokenizer import conditioning, tiny_tokenizer
 from toy_runs import FLOW, write_cache
 
+from dicode.checkpoint.saving import write_config
 from dicode.config import DEFAULT_MODEL
 from dicode.config.user_code import load_file
 from dicode.data.blocks.clips import BlocksOptions
@@ -28,6 +29,8 @@ from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.text import TextTokenizer
 from dicode.pipeline import DiCoDe
 from dicode.tokenizer.encoder import LinearCode
+from dicode.tokenizer.presets import TOKENIZERS
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import train
 from dicode.train.runs import LoopConfig, OptimConfig, runs_of
 
@@ -269,6 +272,26 @@ def test_language_models_of_blocks(
     monkeypatch.delattr(own, "trained")
     own.main([*files, "--seeds", "1", "--steps", "4", "--count", "1", *work, "--only", *names])
     assert json.loads((results / "lms.json").read_text())["values"] == values  # what is finished is not trained again
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance")
+def test_motion_tokens(results: Path, blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, model = study("motion_tokens"), tmp_path / "model"
+    write_config(model, {"tokenizer": VideoTokenizer(TOKENIZERS["blocks"]).save_pretrained(model)})
+    files = [str(STUDIES.parent / "recipes/blocks.py"), str(blocks), str(model), str(results / "motion.json")]
+    flags = ["--seeds", "0", "--steps", "2", "--clips", "4", "--scripts", "1", "--work-folder", str(tmp_path / "work")]
+    own.main([*files, *flags, "--only", "none", "4", own.HALVED])
+    values = json.loads((results / "motion.json").read_text())["values"]
+    rates = {name: values[name]["0"]["tokens_per_s"] for name in ("none", "4", own.HALVED)}
+    assert rates == {"none": 8, "4": 10, own.HALVED: 16}
+    flops = [values[name]["0"]["flops"] / values[name]["0"]["steps"] for name in rates]
+    assert flops[1] > flops[0] > 1.8 * flops[2] and values[own.HALVED]["0"]["steps"] == 4
+    assert "half of them" in values["4"]["0"] and set(values["none"]["0"]["clauses_right"]) > {"seen", "within"}
+    less = values["less than none"]
+    assert all(own["value"] == 0 for own in less["none"].values()) and len(less[own.HALVED]) == 2
+    monkeypatch.delattr(own, "trained")
+    own.main([*files, *flags, "--only", "none", "4", own.HALVED])
+    assert json.loads((results / "motion.json").read_text())["values"] == values
 
 
 def test_real_videos_follow_their_scripts(blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ def conditioning(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> C
         torch.randn(b, 2, c, side, side, generator=g),
         torch.ones(b),
         torch.arange(1.0, b + 1),
+        torch.randn(b, 0, d),
     )
 
 
@@ -402,6 +403,7 @@ def test_a_residual_denoiser_that_predicts_zero_gives_the_best_guess_for_gaussia
         torch.zeros(b, 1),
         torch.zeros(b),
         torch.ones(b),
+        torch.zeros(b, 0, 1),
     )
     clips = cross_faded(given.key_latents, 4) + denoiser.deviation[:, None, None, None] * torch.randn(b, 4, 3, 4, 4)
     for t in (0.05, 0.5, 0.95):

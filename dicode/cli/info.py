@@ -196,7 +196,7 @@ def _rates(config: TokenizerConfig) -> dict[str, dict[str, float]]:
     """Tokens, numbers and bits of a second of video, as deep tokens, latents and pixels."""
     latents = config.first_stage.latent_channels
     counts = {  # tokens a second, numbers a token, bits a number
-        "deep tokens (float32)": (config.tokens_per_keyframe / config.clip_s, config.token_width, 32),
+        "deep tokens (float32)": (config.block_tokens / config.clip_s, config.token_width, 32),
         "latents (float32)": (config.fps * config.latent_size**2, latents, 32),
         "pixels (uint8)": (config.fps * config.size**2, 3, 8),
     }
@@ -243,7 +243,9 @@ def _summary(config: TokenizerConfig | DeepLMConfig) -> str:
     if isinstance(config, TokenizerConfig):
         clips = f"clips of {config.clip_frames} frames, a key frame every {config.clip_s:g} s"
         return f"{config.size}×{config.size} pixels, {config.fps:g} fps, {clips}"
-    tokens = f"{config.keyframe_limit} key frames of {config.tokens_per_keyframe} tokens × {config.token_width} numbers"
+    motion = f" + {config.motion_tokens}" if config.motion_tokens else ""
+    count = f"{config.keyframe_limit} key frames of {config.tokens_per_keyframe}{motion}"
+    tokens = f"{count} tokens × {config.token_width} numbers"
     body = config.body
     return f"{body.kind}: {body.depth} layers × {body.width}, {config.text_length} text tokens, {tokens}"
 

@@ -13,7 +13,10 @@ SUFFIX = ".safetensors"  # of a file of tokens
 
 @dataclass(frozen=True)
 class Tokenize:
-    """Encode a video into deep tokens: a tensor `tokens`, float32 k × n × d for k key frames of n tokens."""
+    """Encode a video into deep tokens: a tensor `tokens`, float32 k × n × d for k key frames of n tokens.
+
+    Motion tokens, where a model has them, are the last of the key frame that ends their clip.
+    """
 
     input: common.Input  # video, animated image, or folder of frames
     output: common.Output = "tokens.safetensors"  # .safetensors file to write
@@ -159,7 +162,7 @@ def _read_tokens(path: Path, config: Any, origin: dict[str, str]) -> tuple[Any, 
     tensors = read_tensors(path)
     with safe_open(path, framework="pt") as file:
         note = file.metadata() or {}
-    expected = (config.tokens_per_keyframe, config.token_width)
+    expected = (config.block_tokens, config.token_width)
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if list(found) != ["tokens"] or len(found["tokens"]) != 3 or found["tokens"][1:] != expected:
         raise ValueError(f"{path}: expected one tensor 'tokens' of k × {expected[0]} × {expected[1]}, got {found}")

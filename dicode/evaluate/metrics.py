@@ -24,12 +24,14 @@ from dicode.features.extract import (
     TextNetwork,
     perceptual_distance,
 )
-from dicode.features.metrics import check_pair
+from dicode.features.metrics import check_pair, squared_error
 from dicode.video.timed import Video
 
 # Mean PSNR counts a frame at most this much. Rounding to uint8 alone leaves 59 dB, so more says nothing; without a
 # ceiling one frame that is all white in both clips would make the mean infinite.
 PSNR_CEILING_DB = 60.0
+MOVES = 24  # of 255: more than noise of a camera
+LEAST_BOX = 16  # pixels a side
 PERCEPTUAL = f"perceptual-{EfficientNetLite0Features.name}"  # not LPIPS: another network, without learned weights
 
 
@@ -115,6 +117,38 @@ def psnr_in_motion(real: Video, candidate: Video, _: EfficientNetLite0Features) 
     return float(psnr_db((np.square(frames - candidate).mean(axis=-1) * weights).sum() / weights.sum()))
 
 
+def moving_box(clip: Video) -> tuple[slice, slice] | None:
+    """Rows and columns of all pixels that change by `MOVES` or more over a clip, `LEAST_BOX` or more of either.
+
+    None for a clip in which nothing does.
+    """
+    least, most = clip.min(axis=0).astype(np.int16), clip.max(axis=0).astype(np.int16)
+    moved = (most - least).max(axis=-1) >= MOVES
+    if not moved.any():
+        return None
+    sides = []
+    for axis in (1, 0):
+        (places,), size = np.nonzero(moved.any(axis=axis)), moved.shape[1 - axis]
+        more = max(0, LEAST_BOX - (places[-1] + 1 - places[0]))
+        start = int(np.clip(places[0] - more // 2, 0, max(0, size - LEAST_BOX)))
+        sides.append(slice(start, max(int(places[-1]) + 1, min(size, start + LEAST_BOX))))
+    return sides[0], sides[1]
+
+
+def in_moving_box(
+    real: Video,
+    candidate: Video,
+    extractor: EfficientNetLite0Features,
+    metric: Callable[[Video, Video, EfficientNetLite0Features], float],
+) -> float | None:
+    """A metric of the frames after a clip's first, inside its `moving_box`; None where nothing moves."""
+    check_pair(real, candidate)
+    if (box := moving_box(real)) is None:
+        return None
+    one, other = (np.ascontiguousarray(clip[1:, box[0], box[1]]) for clip in (real, candidate))
+    return metric(one, other, extractor)
+
+
 def ssim(reference: Video, candidate: Video) -> Float64[ndarray, "f"]:
     """Structural similarity of every frame, −1…1 (Wang et al. 2004: Gaussian window of 11, deviation 1.5, peak 255).
 
@@ -169,6 +203,14 @@ PAIR_METRICS = {
     ),
     PERCEPTUAL: PairMetric(
         "Distance of EfficientNet-lite0's feature maps, two frames a clip. Not LPIPS. Lower is better.", perceptual
+    ),
+    "squared error in the moving box": PairMetric(
+        "Mean squared error (peak 255) of the frames after the first, in the smallest box of all that moves. Lower is "
+        "better.",
+        partial(in_moving_box, metric=lambda real, candidate, _: squared_error(real, candidate).mean()),
+    ),
+    f"{PERCEPTUAL} in the moving box": PairMetric(
+        f"{PERCEPTUAL} inside the same box. Lower is better.", partial(in_moving_box, metric=perceptual)
     ),
 }
 SET_METRICS = {

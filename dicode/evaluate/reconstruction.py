@@ -112,7 +112,7 @@ def token_rate(config: TokenizerConfig) -> dict[str, float]:
 
     In the long run, with one key frame a clip.
     """
-    tokens = config.tokens_per_keyframe / config.clip_s
+    tokens = config.block_tokens / config.clip_s
     floats = tokens * config.token_width
     bits = 16 * floats
     return {"tokens": tokens, "floats": floats, "bits": bits, "compression": config.size**2 * 3 * 8 * config.fps / bits}

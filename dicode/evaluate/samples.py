@@ -161,8 +161,7 @@ class Samples:
 
 def first_clip(config: TokenizerConfig, cache: FrameCache, video: CachedVideo) -> Video:
     """The real clip that starts where the video does, up to its tail key frame: 17 frames of ours, 16 published."""
-    count = max(config.clip_frames, config.tail_frame + 1)
-    return cache.frames[cache.clip_rows(video, 0.0, count, config.fps)].numpy()
+    return cache.frames[cache.clip_rows(video, 0.0, config.clip_span, config.fps)].numpy()
 
 
 def split_videos(

@@ -8,6 +8,8 @@ block's tokens, place by place; the first block, which predicts the first key fr
 
 A *goal* is a later key frame given beforehand. Its block stands right after the first key frame's and predicts nothing
 of itself; in `keyframe` order the second key frame is predicted from it.
+
+A key frame's motion tokens are the last of its block, zeros in the first one. In `token` order blocks may hold fewer.
 """
 
 from types import ModuleType
@@ -34,7 +36,7 @@ class DeepTokenEmbedding(nn.Module):
         width = config.body.width
         self.mlp = nn.Sequential(nn.Linear(config.token_width, width), nn.GELU(), nn.Linear(width, width))
         self.keyframe = nn.Parameter(torch.empty(config.max_keyframes, width))
-        self.place = nn.Parameter(torch.empty(config.tokens_per_keyframe, width))
+        self.place = nn.Parameter(torch.empty(config.block_tokens, width))
         self.goal = nn.Parameter(torch.empty(width)) if config.end_frame_conditioning else None
 
     def forward(self, tokens: DeepTokens, first_keyframe: int = 0, first_place: int = 0) -> KeyFrameHidden:

@@ -44,12 +44,13 @@ class DeepLMConfig:
     """Everything that decides the shape and the training-time noise of a `DeepTokenLM`, as plain JSON values."""
 
     body: BodyConfig
-    positions: Entries  # longest sequence: text_length + max_keyframes * (1 + tokens_per_keyframe) or more
+    positions: Entries  # longest sequence: text_length + max_keyframes * block_length or more
     vocab_size: Entries
     token_width: Width
     max_keyframes: Width
     text_length: Width = 80
     tokens_per_keyframe: Width = 16
+    motion_tokens: Annotated[int, Range(0, 256)] = 0  # of the clip that a key frame ends, written after its own tokens
     pad_id: Entry = 0
     begin_id: Entry = 1  # the begin-of-image token, an entry of the text vocabulary
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -71,6 +72,19 @@ class DeepLMConfig:
         return min(self.max_keyframes, room - beside)
 
     @property
+    def block_tokens(self) -> int:
+        """Tokens of a key frame, motion tokens included."""
+        return self.tokens_per_keyframe + self.motion_tokens
+
+    @property
+    def nearest_goal(self) -> int:
+        """How many key frames after the first of a sequence a goal has to lie to be a condition.
+
+        Nothing lies before a nearer one but its motion, which in token order follows the goal's own tokens.
+        """
+        return 1 if self.motion_tokens and self.order == "keyframe" else 2
+
+    @property
     def block_length(self) -> int:
         """Positions that a key frame takes."""
-        return self.tokens_per_keyframe + (self.order == "token")  # the begin-of-image token
+        return self.block_tokens + (self.order == "token")  # the begin-of-image token

@@ -36,7 +36,7 @@ DEFAULT_SAMPLING = SamplingConfig()
 class DeepLMOutput:
     """A training step's loss and the values it is computed from."""
 
-    loss: Float[Tensor, ""]  # mean over the tokens of real key frames, float32
+    loss: Float[Tensor, ""]  # mean over real key frames, float32
     keyframe_loss: Float[Tensor, "b k"]  # mean over a key frame's tokens; 0 where the mask is False
     hidden: KeyFrameHidden  # the head's input for each deep token
 
@@ -58,7 +58,11 @@ class DeepTokenLM(nn.Module):
         if config.keyframe_limit < 1:
             raise ValueError(
                 f"{config.positions} positions and {config.max_keyframes} key frames hold no key frame of "
-                f"{config.tokens_per_keyframe} tokens after {config.text_length} text tokens"
+                f"{config.block_tokens} tokens after {config.text_length} text tokens"
+            )
+        if config.motion_tokens and config.order == "keyframe" and config.head.kind in ("mixture", "gaussian"):
+            raise ValueError(  # the first block's motion is always 0: a variance without bound
+                f"motion_tokens: in keyframe order expected a head 'flow' or 'regression', got {config.head.kind!r}"
             )
         if config.residual_anchor and not config.predict_residual:
             raise ValueError("residual_anchor: sets what a residual is added to; set predict_residual as well")
@@ -92,32 +96,71 @@ class DeepTokenLM(nn.Module):
         With `goal` the last key frame is an input from the second one on, and has no loss of its own. Key frames are
         embedded as number `first_keyframe` and following.
 
+        Of motion tokens the first key frame has none: zeros, without a loss in `token` order. There, `tokens` may lack
+        any last ones of each block. A goal's are predicted, since the video ends with them.
+
         In training mode the input tokens (not the targets) are mixed with Gaussian noise (CAM, arXiv 2411.18447), whose
         share is drawn for each sample from 0 … `input_noise` with a density that rises linearly. `generator` draws it
         (default: torch's own). Raises `ValueError` for a goal that does not fit the model or the mask.
         """
         config, k = self.config, tokens.shape[1]
+        has_motion = tokens.shape[2] > config.tokens_per_keyframe
         self._check(text_ids, tokens, first_keyframe + k, goal)
-        if goal and (k < 3 or (keyframe_mask is not None and not keyframe_mask[:, 1:].all())):
-            raise ValueError(f"goal: expected 3 key frames or more, all of them real, got {k}")
+        least = config.nearest_goal + 1
+        if goal and (k < least or (keyframe_mask is not None and not keyframe_mask[:, 1:].all())):
+            raise ValueError(f"goal: expected {least} key frames or more, all of them real, got {k}")
         inputs = _noised(tokens, config.input_noise, generator) if self.training else tokens
+        tokens, inputs = self._motionless(tokens, 0), self._motionless(inputs, 0)
         blocks = self.embedding(inputs, first_keyframe)
         if goal:
-            last = self.embedding.of_goal(inputs[:, -1], first_keyframe + k - 1)
-            blocks = torch.cat([blocks[:, :1], last, blocks[:, 1:-1]], dim=1)
-            tokens = tokens[:, :-1]
-            keyframe_mask = None if keyframe_mask is None else keyframe_mask[:, :-1]
+            last = self.embedding.of_goal(self._motionless(inputs, -1)[:, -1], first_keyframe + k - 1)
+            blocks = torch.cat([blocks[:, :1], last, blocks[:, 1:]], dim=1)
+            if not has_motion:
+                blocks, tokens = blocks[:, :-1], tokens[:, :-1]
+                keyframe_mask = None if keyframe_mask is None else keyframe_mask[:, :-1]
         hidden = self._hidden(text_ids, blocks)
         if goal:  # of these two blocks one predicts the goal (token order), or what the other does better (keyframe)
             hidden = torch.cat([hidden[:, :1], hidden[:, 2:]], dim=1)
         groups = rearrange(hidden, "b k (g p) width -> b k g p width", p=self.tokens_per_step)
-        targets = _residuals(tokens, config.residual_anchor) if config.predict_residual else tokens
+        targets = self._residuals(tokens) if config.predict_residual else tokens
         targets = rearrange(targets, "b k (g p) d -> b k g p d", p=self.tokens_per_step)
-        keyframe_loss = cast(Head, self.head).loss(groups, targets, generator).mean(-1)
+        losses = cast(Head, self.head).loss(groups, targets, generator)
+        if has_motion and config.order == "token":
+            weight = self._weights(losses.shape[1:], goal).to(losses)
+            keyframe_loss = (losses * weight).sum(-1) / weight.sum(-1)
+        else:
+            keyframe_loss = losses.mean(-1)
         if keyframe_mask is None:
             return DeepLMOutput(keyframe_loss.mean(), keyframe_loss, hidden)
         keyframe_loss = torch.where(keyframe_mask, keyframe_loss, 0.0)
         return DeepLMOutput(keyframe_loss.sum() / keyframe_mask.sum().clamp(min=1), keyframe_loss, hidden)
+
+    def _whole(self, tokens: Tensor) -> Tensor:
+        """Blocks `… n d` of all tokens, zeros for motion tokens that they lack."""
+        return nn.functional.pad(tokens, (0, 0, 0, self.config.block_tokens - tokens.shape[-2]))
+
+    def _motionless(self, tokens: DeepTokens, keyframe: int) -> DeepTokens:
+        """Zeros for the motion tokens of one key frame."""
+        if tokens.shape[2] == self.config.tokens_per_keyframe:
+            return tokens
+        tokens = tokens.clone()
+        tokens[:, keyframe, self.config.tokens_per_keyframe :] = 0
+        return tokens
+
+    def _weights(self, shape: torch.Size, goal: bool) -> Float[Tensor, "k n"]:
+        """1 for tokens with a loss: all but the first key frame's motion, and what is given of a goal."""
+        weight, own = torch.ones(shape), self.config.tokens_per_keyframe
+        weight[0, own:] = 0
+        if goal:
+            weight[-1, :own] = 0
+        return weight
+
+    def _residuals(self, tokens: DeepTokens) -> DeepTokens:
+        """Each key frame less a mean of the last and, by `residual_anchor`, the first one; the first is whole."""
+        own = tokens[:, :, : self.config.tokens_per_keyframe]
+        less = torch.lerp(own[:, :-1], own[:, :1], self.config.residual_anchor)
+        own = torch.cat([own[:, :1], own[:, 1:] - less], dim=1)
+        return torch.cat([own, tokens[:, :, own.shape[2] :]], dim=2)
 
     def _hidden(self, text_ids: TextIds, blocks: KeyFrameHidden) -> KeyFrameHidden:
         """The hidden states that predict each block."""
@@ -147,7 +190,7 @@ class DeepTokenLM(nn.Module):
     @property
     def tokens_per_step(self) -> int:
         """Tokens that are predicted at once."""
-        return self.config.tokens_per_keyframe if self.config.order == "keyframe" else 1
+        return self.config.block_tokens if self.config.order == "keyframe" else 1
 
     def generate(
         self,
@@ -167,9 +210,10 @@ class DeepTokenLM(nn.Module):
         entry of `sample_indices`, key frame index) only; the default indices are 0, 1, ….
 
         `goal` is the key frame that the video ends on: key frame `goal_keyframe` (default: the last one asked for) is
-        yielded as given, and those before it lead there (needs `end_frame_conditioning`); "first" ends on key frame 0,
-        a loop. `sampling.context_key_frames` limits the sequence, the key frame being generated included: beyond it
-        text and the later half are computed anew as if the video began there, for any length.
+        yielded as given, but for its motion tokens, and those before it lead there (needs `end_frame_conditioning`);
+        "first" ends on key frame 0, a loop. `sampling.context_key_frames` limits the sequence, the key frame being
+        generated included: beyond it text and the later half are computed anew as if the video began there, for any
+        length. In `token` order no more motion tokens than `sampling.motion_tokens` are written; zeros follow.
 
         Raises at the call, before anything is generated: `ValueError` when the key frames do not fit (see
         `DeepLMConfig.keyframe_limit`), when shapes do not match, or in training mode.
@@ -181,7 +225,7 @@ class DeepTokenLM(nn.Module):
         start = 0 if prefix is None else prefix.shape[1]
         last, window = start + num_keyframes - 1, sampling.context_key_frames
         target = None if goal is None else self._goal(goal, last, goal_keyframe, len(prompt_ids))
-        beside = target is not None and target.keyframe > 1  # else nothing lies between the first key frame and it
+        beside = target is not None and target.keyframe >= self.config.nearest_goal
         most = self.config.most_keyframes(beside)
         if window and not 2 <= window <= most:
             raise ValueError(f"context_key_frames: expected 2 to {most}, or 0, got {window}")
@@ -193,13 +237,13 @@ class DeepTokenLM(nn.Module):
         prompt_ids = nn.functional.pad(prompt_ids, (0, missing), value=self.config.pad_id)
         if sampling.guidance != 1.0:
             prompt_ids = torch.cat([prompt_ids, torch.full_like(prompt_ids, self.config.pad_id)])
-        written = [] if prefix is None else list(prefix.unbind(1))
+        written = [] if prefix is None else [*self._whole(prefix).unbind(1)]
         keyframes = range(start, start + num_keyframes)
         return self._generate(prompt_ids, keyframes, written, target, seed, indices, sampling)
 
     def _goal(self, goal: KeyFrameTokens | Literal["first"], last: int, keyframe: int | None, batch: int) -> Goal:
         found = Goal(None if isinstance(goal, str) else goal, last if keyframe is None else keyframe)
-        expected = (batch, self.config.tokens_per_keyframe, self.config.token_width)
+        expected = (batch, self.config.block_tokens, self.config.token_width)
         if found.tokens is not None and tuple(found.tokens.shape) != expected:
             raise ValueError(f"goal: expected shape (b, n, d) = {expected}, got {tuple(found.tokens.shape)}")
         if found.keyframe < max(1, last):
@@ -232,28 +276,36 @@ class DeepTokenLM(nn.Module):
                 if self.config.order == "keyframe":
                     sequence.append(self.embedding.start(self._begin(len(text_ids)))[:, 0])
                 for number, tokens in enumerate(written):
-                    self._append(sequence, self.embedding(self._repeated(tokens[:, None], sequence), number))
+                    tokens = tokens[:, None, : self._length(sampling)]
+                    tokens = tokens if number else self._motionless(tokens, 0)
+                    self._append(sequence, self.embedding(self._repeated(tokens, sequence), number))
                     if number == 0:
-                        self._append_goal(sequence, goal, first)
-            if goal and keyframe == goal.keyframe:
-                assert goal.tokens is not None, "key frame 0 comes before the goal"
-                yield goal.tokens.to(self.embedding.keyframe.device)
-                return
+                        self._append_goal(sequence, goal, first, sampling)
+            given = goal.tokens if goal and keyframe == goal.keyframe else None
             clip_seed = seed_of_clip(seed, max(0, keyframe - 1))  # a clip needs its tail; the first one its head too
             generators = [generator_for(clip_seed, "deep tokens", index, keyframe) for index in indices]
-            tokens = self._next_keyframe(sequence, written, generators, sampling if keyframe else first_sampling)
+            own = sampling if keyframe else first_sampling
+            tokens = self._next_keyframe(sequence, written, generators, own, given)
             if goal and keyframe == 0:
                 goal = goal if goal.tokens is not None else replace(goal, tokens=tokens)
-                self._append_goal(sequence, goal, first)
+                self._append_goal(sequence, goal, first, sampling)
             written.append(tokens)
             yield tokens
 
-    def _append_goal(self, sequence: CachedSequence, goal: Goal | None, first: int) -> None:
-        """Append the goal's block, unless it is the very next key frame."""
-        if goal is None or goal.keyframe <= first + 1:
+    def _length(self, sampling: SamplingConfig) -> int:
+        """Tokens of a block of the sequence."""
+        motion, most = self.config.motion_tokens, sampling.motion_tokens
+        if most is None or self.config.order == "keyframe":
+            return self.config.block_tokens
+        return self.config.tokens_per_keyframe + min(motion, most)
+
+    def _append_goal(self, sequence: CachedSequence, goal: Goal | None, first: int, sampling: SamplingConfig) -> None:
+        """Append the goal's block, unless it is too near to be a condition."""
+        if goal is None or goal.keyframe < first + self.config.nearest_goal:
             return
         assert goal.tokens is not None
-        tokens = self._repeated(goal.tokens.to(self.embedding.keyframe.device), sequence)
+        tokens = self._motionless(goal.tokens[:, None].to(self.embedding.keyframe.device), 0)[:, 0]
+        tokens = self._repeated(tokens[:, : self._length(sampling)], sequence)
         self._append(sequence, self.embedding.of_goal(tokens, goal.keyframe - first))
 
     def _append(self, sequence: CachedSequence, block: KeyFrameHidden) -> None:
@@ -271,22 +323,38 @@ class DeepTokenLM(nn.Module):
         written: Sequence[Tensor],
         generators: Sequence[torch.Generator],
         sampling: SamplingConfig,
+        given: KeyFrameTokens | None = None,
     ) -> KeyFrameTokens:
-        """Draw the tokens `b n d` of the key frame after `written`, together or one by one, and append them."""
-        b, drawn = len(generators), []
-        if self.config.order == "token":
+        """Draw the tokens `b n d` of the key frame after `written`, together or one by one, and append them.
+
+        The key frame's own may be `given`; the first one has no motion.
+        """
+        b, drawn, config = len(generators), [], self.config
+        own, length, device = config.tokens_per_keyframe, self._length(sampling), self.embedding.keyframe.device
+        begin, end = 0 if given is None else own, length if written else own  # of what is drawn
+        fixed = torch.zeros(b, length, config.token_width, device=device)
+        if given is not None:
+            fixed[:, :own] = given[:, :own]
+        if config.order == "token":
             sequence.append(self._begin(sequence.batch))
-        for place in range(0, self.config.tokens_per_keyframe, self.tokens_per_step):
-            hidden = sequence.last(self.tokens_per_step)
-            null_hidden = None if sequence.batch == b else hidden[b:]
-            tokens = cast(Head, self.head).sample(hidden[:b], generators, sampling, null_hidden)
-            if written and self.config.predict_residual:
-                last, first = (written[i][:, place : place + self.tokens_per_step].to(tokens) for i in (-1, 0))
-                tokens = torch.lerp(last, first, self.config.residual_anchor) + tokens
+        for place in range(0, length, self.tokens_per_step):
+            here = slice(place, place + self.tokens_per_step)
+            tokens = fixed[:, here]
+            if begin < here.stop and place < end:
+                hidden = sequence.last(self.tokens_per_step)
+                null_hidden = None if sequence.batch == b else hidden[b:]
+                tokens = cast(Head, self.head).sample(hidden[:b], generators, sampling, null_hidden)
+                if written and config.predict_residual:
+                    last, first = (written[i][:, here].to(tokens) for i in (-1, 0))
+                    less = torch.lerp(last, first, config.residual_anchor)
+                    less[:, max(0, own - place) :] = 0  # motion is whole
+                    tokens = less + tokens
+                if config.order == "keyframe":
+                    tokens[:, :begin], tokens[:, end:] = fixed[:, :begin], fixed[:, end:]
             block = self.embedding(self._repeated(tokens[:, None], sequence), len(written), place)
             sequence.append(block[:, 0])
             drawn.append(tokens)
-        return torch.cat(drawn, dim=1)
+        return self._whole(torch.cat(drawn, dim=1))
 
     def _begin(self, batch: int) -> BeginHidden:
         device = self.embedding.keyframe.device
@@ -297,9 +365,11 @@ class DeepTokenLM(nn.Module):
         length = text_ids.shape[1]
         if length != config.text_length if config.attend_padding else not 0 < length <= config.text_length:
             raise ValueError(f"text ids: expected {config.text_length} a text, got {length}")
-        expected = (len(text_ids), config.tokens_per_keyframe, config.token_width)
+        expected = (len(text_ids), config.block_tokens, config.token_width)
         if tokens is not None and (found := (len(tokens), *tokens.shape[2:])) != expected:
-            raise ValueError(f"deep tokens: expected (b, n, d) = {expected}, got {found}")
+            without = config.order == "token" and config.tokens_per_keyframe <= found[1] < expected[1]
+            if not without or found[::2] != expected[::2]:
+                raise ValueError(f"deep tokens: expected (b, n, d) = {expected}, got {found}")
         if goal and not config.end_frame_conditioning:
             raise ValueError("goal: expected a model trained with `end_frame_conditioning`; leave the end frame out")
         if num_keyframes > config.most_keyframes(goal):
@@ -342,11 +412,6 @@ def _window_start(keyframe: int, context_key_frames: int) -> int:
         return 0
     jump = max(1, context_key_frames // 2)
     return -(-(keyframe + 1 - context_key_frames) // jump) * jump
-
-
-def _residuals(tokens: DeepTokens, anchor: float) -> DeepTokens:
-    """Each key frame less a mean of the last and, by `anchor`, the first one; the first is whole."""
-    return torch.cat([tokens[:, :1], tokens[:, 1:] - torch.lerp(tokens[:, :-1], tokens[:, :1], anchor)], dim=1)
 
 
 def _noised(tokens: DeepTokens, strength: float, generator: torch.Generator | None) -> DeepTokens:

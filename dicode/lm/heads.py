@@ -155,7 +155,7 @@ class FlowHead(nn.Module):
 
     def __init__(self, config: DeepLMConfig) -> None:
         super().__init__()
-        places = config.tokens_per_keyframe if config.order == "keyframe" else 1
+        places = config.block_tokens if config.order == "keyframe" else 1
         self.token_width, width = config.token_width, config.head.width
         self.read = nn.Linear(self.token_width, width)
         self.condition = nn.Linear(config.body.width, width)

@@ -34,11 +34,13 @@ def size_tokenizer(config: TokenizerConfig) -> dict[str, dict[str, int]]:
     with torch.device("meta"):
         used = VideoTokenizer(config).eval().requires_grad_(False)
         key_frame = torch.empty(1, 3, config.size, config.size)
-        pair = torch.empty(1, 2, config.tokens_per_keyframe, config.token_width)
+        pair = torch.empty(1, 2, config.block_tokens, config.token_width)
         side = config.latent_size
         clip = torch.empty(1, config.clip_frames, config.first_stage.latent_channels, side, side)
+        frames = torch.empty(config.clip_span, 3, config.size, config.size)
         encode = cost(lambda: used.tokens_of(used.source_of(key_frame)))
         pairs, clips = pair.expand(guided, -1, -1, -1), clip.expand(guided, -1, -1, -1, -1)
+        motion = cost(lambda: used.motion_of(used.first_stage.encode(frames)[None])) if config.motion else None
         condition = cost(lambda: used.conditioning(pairs))
         denoise = cost(lambda: used.denoiser(clips, torch.empty(guided), used.conditioning(pairs)))
         first_stage = cost(lambda: used.frames_of(clip))
@@ -50,12 +52,13 @@ def size_tokenizer(config: TokenizerConfig) -> dict[str, dict[str, int]]:
         "parameters": {name: count for name, count in parts.items() if count},
         "flops": {
             "key frame encoded": encode.flops,
+            **({"motion of a clip encoded": motion.flops} if motion else {}),
             "denoiser once on a clip": once,
             f"clip decoded: {forwards} × denoiser, first stage": forwards * once + around,
         },
         "inference_bytes": {
             "weights": weight_bytes(used),
-            "activations": max(encode.peak_bytes, denoise.peak_bytes, first_stage.peak_bytes),
+            "activations": max(own.peak_bytes for own in (encode, motion, denoise, first_stage) if own),
         },
     }
 
@@ -70,7 +73,7 @@ def size_lm(config: DeepLMConfig) -> dict[str, Any]:
     with torch.device("meta"):
         used = DeepTokenLM(config).eval().requires_grad_(False)
         ids = torch.zeros(1, config.text_length, dtype=torch.long)
-        tokens = torch.empty(1, config.keyframe_limit, config.tokens_per_keyframe, config.token_width)
+        tokens = torch.empty(1, config.keyframe_limit, config.block_tokens, config.token_width)
         read = cost(lambda: used(ids, tokens))
         ahead = used.tokens_per_step  # positions computed for as many tokens
         prompt = cost(lambda: _next_tokens(used, used.backbone.new_cache(), config.text_length + ahead))

@@ -24,7 +24,7 @@ from dicode.train.loop import Stage
 from dicode.train.optim import make_optimizers
 from dicode.train.runs import LanguageRun, LoopConfig, TokenizerRun
 from dicode.train.speed import FLOAT32
-from dicode.train.tokenizer import TokenizerTraining
+from dicode.train.tokenizer import TokenizerTraining, freeze
 
 USABLE = 0.9  # of a GPU's memory: CUDA and its libraries take 1 to 2 GiB, an allocator's fragments the rest
 DAY_S = 86_400
@@ -164,6 +164,7 @@ def blank_stage(run: TokenizerRun | LanguageRun, fake: FakeTensorMode) -> Stage:
         if isinstance(run, TokenizerRun) and not run.lora.rank:
             stage = object.__new__(TokenizerTraining)
             stage.module, stage.head = VideoTokenizer(run.model), run.model.denoiser.context_frames
+            freeze(stage.module, run)
         elif isinstance(run, LanguageRun) and not run.lora.rank:
             stage = object.__new__(LanguageTraining)
             stage.module = DeepTokenLM(run.model)
@@ -186,7 +187,7 @@ def blank_batches(run: TokenizerRun | LanguageRun, samples: int) -> list[tuple[f
 
 def _clips(run: TokenizerRun, samples: int) -> dict[str, Tensor]:
     model = run.model
-    frames = model.denoiser.context_frames + max(model.clip_frames, model.tail_frame + 1)
+    frames = model.denoiser.context_frames + model.clip_span
     latents = model.first_stage.latent_channels, model.latent_size, model.latent_size
     source = latents if model.resampler is None else (3, model.size, model.size)
     return {
@@ -201,7 +202,7 @@ def _texts(run: LanguageRun, samples: int, key_frames: int) -> dict[str, Tensor]
     model = run.model
     return {
         "text_ids": torch.zeros(samples, model.text_length, dtype=torch.long),
-        "tokens": torch.empty(samples, key_frames, model.tokens_per_keyframe, model.token_width),
+        "tokens": torch.empty(samples, key_frames, model.block_tokens, model.token_width),
         "mask": torch.ones(samples, key_frames, dtype=torch.bool),
         "goal": torch.tensor(False),
         "first_keyframe": torch.tensor(0),

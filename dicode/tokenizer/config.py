@@ -68,6 +68,16 @@ class ResamplerConfig:
 
 
 @dataclass(frozen=True)
+class MotionConfig:
+    """Motion tokens: what happens in a clip between its two key frames (docs/motion-tokens.md)."""
+
+    tokens: Annotated[int, Range(1, 256)] = 16  # of a clip, as wide as a key frame's; any first ones of them decode
+    width: Width = 192  # of the transformer that computes them from the latents of the clip's frames
+    depth: Depth = 3
+    heads: Width = 6
+
+
+@dataclass(frozen=True)
 class DenoiserConfig:
     """Which network, and its sizes; a network reads only the fields that name it.
 
@@ -110,6 +120,7 @@ class SamplingConfig:
     eta: Share = 0.0  # DDIM's noise; published: 1.0
     motion_scale: Factor = 1.0  # factor on each frame's distance from its clip's mean: `scale_motion`
     joins: Joins = "chained"
+    motion_tokens: Whole | None = None  # most a clip, that are written and rendered from; None: all that there are
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -142,6 +153,7 @@ class TokenizerConfig:
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
     # of pixels, as published, trained with the denoiser; None: a linear code of latents, which also decodes them
     resampler: ResamplerConfig | None = None
+    motion: MotionConfig | None = None  # published: none
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     objective: Objective = "flow"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the defaults of generation
@@ -152,6 +164,16 @@ class TokenizerConfig:
         return self.size // self.first_stage.downsampling
 
     @property
+    def motion_tokens(self) -> int:
+        """Motion tokens of a clip."""
+        return 0 if self.motion is None else self.motion.tokens
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a key frame and of the motion that leads to it from the one before."""
+        return self.tokens_per_keyframe + self.motion_tokens
+
+    @property
     def has_key_latents(self) -> bool:
         """Whether deep tokens decode to their key frame's latents, which are then extra channels of the denoiser."""
         return self.resampler is None
@@ -160,6 +182,11 @@ class TokenizerConfig:
     def clip_s(self) -> float:
         """Seconds from one key frame to the next."""
         return self.tail_frame / self.fps
+
+    @property
+    def clip_span(self) -> int:
+        """Frames of a clip and its tail key frame, where that comes after them."""
+        return max(self.clip_frames, self.tail_frame + 1)
 
     @property
     def repeated_frames(self) -> int:

@@ -37,12 +37,14 @@ class ClipConditioning:
     context: Tensor  # b p c h w: the last p frames of the previous clip; zeros where absent
     context_mask: Tensor  # b: 1 where the context is given
     frame_stride: Tensor  # b: frames of the source video from one frame of the clip to the next, for `unet3d`
+    motion: Tensor  # b m d: motion tokens; zeros where dropped
 
     def with_null(self, tokens: Tensor) -> "ClipConditioning":
         """These clips, then the same ones as guidance steers away from them: null tokens `1 n d`, no key latents."""
         null = replace(
             self,
             tokens=tokens.to(self.tokens).expand_as(self.tokens),
+            motion=torch.zeros_like(self.motion),
             key_latents=torch.zeros_like(self.key_latents),
             keys_mask=torch.zeros_like(self.keys_mask),
         )
@@ -149,7 +151,8 @@ class ResidualDenoiser(nn.Module):
 class Hourglass(nn.Module):
     """Convolution blocks on every frame and position, around a transformer on a 2×2×2 coarser grid.
 
-    The transformer attends jointly to all coarse positions, the deep tokens of both key frames and the time.
+    The transformer attends jointly to all coarse positions, the deep tokens of both key frames and of motion, and the
+    time.
     Layout is channels-last throughout: `b f h w c` in memory.
     """
 
@@ -171,6 +174,9 @@ class Hourglass(nn.Module):
         self.tokens = nn.Linear(config.token_width, coarse)
         self.token_positions = nn.Parameter(grid_positions(config.tokens_per_keyframe, coarse).repeat(2, 1, 1))
         self.token_moments = nn.Parameter(normal_start(2, 1, coarse, deviation=1.0))
+        if config.motion:
+            self.motion = nn.Linear(config.token_width, coarse)
+            self.motion_places = nn.Parameter(normal_start(config.motion_tokens, coarse, deviation=1.0))
         self.blocks = transformer(coarse, sizes.depth, sizes.heads)
         self.up = nn.Linear(coarse, fine * 8)
         self.up_blocks = nn.ModuleList(FineBlock(fine) for _ in range(sizes.fine_blocks))
@@ -202,6 +208,8 @@ class Hourglass(nn.Module):
         places = self.positions + self.moments.expand(-1, h * w, -1).flatten(0, 1)
         token_places = self.token_positions + self.token_moments
         tokens = rearrange(self.tokens(conditioning.tokens.to(noisy)) + token_places, "b two n c -> b (two n) c")
+        if self.config.motion:
+            tokens = torch.cat([tokens, self.motion(conditioning.motion.to(noisy)) + self.motion_places], dim=1)
         sequence = torch.cat([coarse + places, tokens, self.time_token(time)[:, None]], dim=1)
         coarse = self.up(self.blocks(sequence)[:, : coarse.shape[1]])
         x = x + rearrange(coarse, "b (f h w) (i j k c) -> b (f i) (h j) (w k) c", f=f // 2, h=h, w=w, i=2, j=2, k=2)

@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from dicode.shapes import ClipLatents, KeyFramePixels, PatchFeatures
 from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, Objective, TokenizerConfig
 from dicode.tokenizer.denoiser import ClipConditioning, input_channels
+from dicode.tokenizer.encoder import normal_start
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -124,13 +125,19 @@ class UNet3D(nn.Module):
             if isinstance(module, ResnetBlock2D):
                 module.dropout.p = DROPOUT
         self.register_buffer("null_text", torch.zeros(1, sizes.text_tokens, sizes.text_width))
+        if config.motion:  # to a frame's attention tokens are a set: which one it is, and which frame reads
+            shape = config.clip_frames, config.motion_tokens, config.token_width
+            self.motion_places = nn.Parameter(normal_start(*shape, deviation=0.5))
 
     def forward(self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning) -> ClipLatents:
         """Noisy latents `b f c h w`, timestep `b` in 0…999 → prediction `b f c h w`, float32."""
         b, f = noisy.shape[:2]
         noisy = noisy.to(self.unet.dtype)
         halves = torch.arange(f, device=noisy.device) * 2 // f
-        frame_tokens = rearrange(conditioning.tokens[:, halves].to(noisy), "b f n d -> (b f) n d")
+        tokens = conditioning.tokens[:, halves]
+        if self.config.motion:
+            tokens = torch.cat([tokens, conditioning.motion[:, None] + self.motion_places], dim=2)
+        frame_tokens = rearrange(tokens.to(noisy), "b f n d -> (b f) n d")
         sample = rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b c f h w")
         prediction = self.unet(
             sample,
@@ -202,6 +209,8 @@ class Wan(nn.Module):
         super().__init__()
         self.config, sizes = config, config.denoiser
         self.token_places = nn.Parameter(torch.randn(2, config.tokens_per_keyframe, config.token_width) * 0.5)
+        if config.motion:
+            self.motion_places = nn.Parameter(normal_start(config.motion_tokens, config.token_width, deviation=0.5))
         self.transformer = WanTransformer3DModel(
             patch_size=(1, 1, 1),
             num_attention_heads=sizes.heads,
@@ -217,6 +226,8 @@ class Wan(nn.Module):
         """As `Hourglass.forward`."""
         noisy = noisy.to(self.token_places.dtype)
         x = rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b c f h w")
-        tokens = rearrange(conditioning.tokens + self.token_places, "b two n d -> b (two n) d").to(x)
-        y = self.transformer(x, timestep, tokens, return_dict=False)[0]
+        tokens = rearrange(conditioning.tokens + self.token_places, "b two n d -> b (two n) d")
+        if self.config.motion:
+            tokens = torch.cat([tokens, conditioning.motion + self.motion_places], dim=1)
+        y = self.transformer(x, timestep, tokens.to(x), return_dict=False)[0]
         return rearrange(y, "b c f h w -> b f c h w").float()

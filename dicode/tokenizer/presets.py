@@ -1,8 +1,11 @@
 """Tokenizers that have a name."""
 
+from dataclasses import replace
+
 from dicode.tokenizer.config import (
     DenoiserConfig,
     FirstStageConfig,
+    MotionConfig,
     ResamplerConfig,
     SamplingConfig,
     TokenizerConfig,
@@ -34,3 +37,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         ),
     ),
 }
+# Not published
+TOKENIZERS["paper_motion"] = replace(
+    TOKENIZERS["paper_tokenizer_256"], motion=MotionConfig(tokens=16, width=1024, depth=4, heads=16)
+)

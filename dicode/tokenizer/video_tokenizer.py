@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from dicode.shapes import (
     ImageLatents,
     KeyFramePixels,
     KeyFrameTokens,
+    MotionTokens,
 )
 from dicode.tokenizer.boundaries import blended_stream, key_frame_indices
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import ClipConditioning, build_denoiser, sample, scale_motion
 from dicode.tokenizer.encoder import DECODER, FirstStage, LinearCode, Resampler
+from dicode.tokenizer.motion import MotionEncoder, limited
 from dicode.video.timed import Video
 
 WEIGHTS = "tokenizer.safetensors"
@@ -71,6 +73,12 @@ class VideoTokenizer(nn.Module):
 
             self.encoder = ClipEncoder(config.resampler.encoder)
             self.resampler = Resampler(config.resampler, *tokens)
+        if config.motion:
+            if config.clip_frames % 2 or config.latent_size % 2:
+                raise ValueError("motion: needs an even number of frames and of latent positions a side")
+            if config.motion.width % config.motion.heads:
+                raise ValueError(f"motion: {config.motion.heads} heads do not divide a width of {config.motion.width}")
+            self.motion_encoder = MotionEncoder(config)
         self.denoiser = build_denoiser(config)
 
     @classmethod
@@ -103,16 +111,44 @@ class VideoTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: FrameStack) -> DeepTokens:
-        """uint8 frames `b f h w c` of the tokenizer's size and rate → deep tokens `b k n d`."""
-        keys = frames[:, key_frame_indices(frames.shape[1], self.config.tail_frame)]
-        tokens = self.tokens_of(self.source_of(self._pixels_of(keys)))
-        return rearrange(tokens, "(b k) n d -> b k n d", b=len(frames))
+        """uint8 frames `b f h w c` of the tokenizer's size and rate → deep tokens `b k n d`.
+
+        A key frame's own come first, then the motion tokens of the clip that it ends: zeros for the first one.
+        """
+        return self.encode_at(frames, key_frame_indices(frames.shape[1], self.config.tail_frame))
+
+    @torch.no_grad()
+    def encode_at(self, frames: FrameStack, places: Sequence[int]) -> DeepTokens:
+        """As `encode`, with key frames at these places. Of two that are nearer than a clip the later one is held."""
+        tokens = self.tokens_of(self.source_of(self._pixels_of(frames[:, list(places)])))
+        tokens = rearrange(tokens, "(b k) n d -> b k n d", b=len(frames))
+        if self.config.motion is None or len(places) < 2:
+            return self.with_motion(tokens)
+        span, motion = torch.arange(self.config.clip_span), []
+        for head, tail in pairwise(places):  # of a minute all frames at once would take gigabytes
+            latents = self.first_stage.encode(self._pixels_of(frames[:, (head + span).clamp(max=tail)]))
+            motion.append(self.motion_of(rearrange(latents, "(b f) ... -> b f ...", f=len(span))))
+        return self.with_motion(tokens, torch.stack(motion, dim=1))
 
     @torch.no_grad()
     def encode_frames(self, frames: Video) -> DeepTokens:
-        """Every frame, uint8 `f h w c` of the tokenizer's size, as a key frame: tokens `1 f n d`."""
+        """Every frame, uint8 `f h w c` of the tokenizer's size, as a key frame of its own: tokens `1 f n d`."""
         pixels = self._pixels_of(torch.from_numpy(np.ascontiguousarray(frames))[None])
-        return self.tokens_of(self.source_of(pixels))[None]
+        return self.with_motion(self.tokens_of(self.source_of(pixels))[None])
+
+    def with_motion(
+        self, tokens: Float[Tensor, "b k own d"], motion: Float[Tensor, "b clips m d"] | None = None
+    ) -> DeepTokens:
+        """Tokens of k key frames, each followed by the motion tokens of the clip that it ends, k−1 in all; or zeros."""
+        beside = tokens.new_zeros(*tokens.shape[:2], self.config.motion_tokens, tokens.shape[3])
+        if motion is not None:
+            beside[:, 1:] = motion
+        return torch.cat([tokens, beside], dim=2)
+
+    def motion_of(self, clips: ClipLatents) -> MotionTokens:
+        """Latents of clips `b f c h w`, `TokenizerConfig.clip_span` frames each → motion tokens, with gradients."""
+        keys = clips[:, [0, self.config.tail_frame]]
+        return self.motion_encoder(clips[:, : self.config.clip_frames], keys)
 
     def _pixels_of(self, frames: FrameStack) -> Tensor:
         """uint8 frames `b f h w c` → pixels `(b f) c h w`; raises `ValueError` for a size not the tokenizer's."""
@@ -170,6 +206,8 @@ class VideoTokenizer(nn.Module):
         """
         sampling = sampling or self.config.sampling
         draws = Draws(sampling, seed, sample_indices)
+        if sampling.motion_tokens and not self.config.motion:
+            raise ValueError("motion_tokens: this model has none; leave the option out")
         for name, value, least in (("clips_at_once", clips_at_once, 1), ("first_clip", first_clip, 0)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -222,7 +260,7 @@ class VideoTokenizer(nn.Module):
             for i in draws.sample_indices or range(len(pair))
         ]
         noise = torch.stack([normal(shape, seed, "clip", i, clip) for seed, i, clip in places]).to(self.device)
-        conditioning = self.conditioning(torch.cat(pairs).to(self.device), before)
+        conditioning = self.conditioning(torch.cat(pairs).to(self.device), before, draws.sampling.motion_tokens)
         if draws.sampling.decoder_guidance != 1.0:
             conditioning = conditioning.with_null(self.null_tokens())
         latents = sample(
@@ -253,15 +291,23 @@ class VideoTokenizer(nn.Module):
         latents = self.first_stage.encode(self._pixels_of(before[:, -frames:]))
         return rearrange(latents, "(b f) c h w -> b f c h w", f=frames)
 
-    def conditioning(self, pair: DeepTokens, before: ContextLatents | None = None) -> ClipConditioning:
-        """The conditioning of clips with these head and tail tokens `b 2 n d` and the latents `before` as context."""
-        b = len(pair)
+    def conditioning(
+        self, pair: DeepTokens, before: ContextLatents | None = None, motion_tokens: int | None = None
+    ) -> ClipConditioning:
+        """The conditioning of clips with these head and tail tokens `b 2 n d` and the latents `before` as context.
+
+        Of the tail's motion tokens at most `motion_tokens` are read; there may be fewer.
+        """
+        b, own = len(pair), self.config.tokens_per_keyframe
+        missing = own + self.config.motion_tokens - pair.shape[2]
+        motion = nn.functional.pad(pair[:, 1, own:], (0, 0, 0, missing))
+        pair, motion = pair[:, :, :own], limited(motion, motion_tokens)
         keys = rearrange(self.key_latents(rearrange(pair, "b two n d -> (b two) n d")), "(b two) ... -> b two ...", b=b)
         frames = self.config.denoiser.context_frames
         context = keys.new_zeros(b, frames, *keys.shape[2:]) if before is None else before
         given = keys.new_full((b,), float(before is not None))
         stride = keys.new_full((b,), self.config.denoiser.frame_stride)
-        return ClipConditioning(pair, keys, keys.new_ones(b), context, given, stride)
+        return ClipConditioning(pair, keys, keys.new_ones(b), context, given, stride, motion)
 
     def frames_of(self, latents: ClipLatents) -> FrameStack:
         """First-stage latents of clips → uint8 frames."""
@@ -274,7 +320,7 @@ class VideoTokenizer(nn.Module):
     def key_latents(self, tokens: KeyFrameTokens) -> ImageLatents:
         """The latents of single key frames: a preview without diffusion. Zeros where tokens do not give them back."""
         if self.config.has_key_latents:
-            return self.linear_code.latents(tokens)
+            return self.linear_code.latents(tokens[:, : self.config.tokens_per_keyframe])
         side = self.config.latent_size
         return tokens.new_zeros(len(tokens), self.config.first_stage.latent_channels, side, side)
 
@@ -304,7 +350,7 @@ def hash_of_tokens(
     """`VideoTokenizer.token_hash`, of the states of a first stage and of `TokenizerParts`."""
     digest = hashlib.sha256()
     named = [(name, value) for name, value in first_stage.items() if not name.startswith(DECODER)]
-    for part in ("linear_code.encode.", "encoder.", "resampler."):
+    for part in ("linear_code.encode.", "encoder.", "resampler.", "motion_encoder."):
         named += [(name.removeprefix(part), value) for name, value in parts.items() if name.startswith(part)]
     for name, value in named:
         digest.update(name.encode() + as_saved(value.detach().cpu(), dtype).float().contiguous().numpy().tobytes())

@@ -1,5 +1,6 @@
 """What stages read of a cache: pixels, first-stage latents and deep tokens, the latter two computed once and kept."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -77,37 +78,69 @@ def key_frames_of(video: CachedVideo, clip_s: float) -> int:
 def frame_tokens(
     tokenizer: VideoTokenizer, cache: FrameCache, source: Path, view: View | None = None, precision: Precision = "auto"
 ) -> Rows:
-    """Deep tokens of the frames that can be key frames, or of a view of them, float16 `f n d`.
+    """Deep tokens of the frames that can be key frames, or of a view of them, float16 `f n d`, motion tokens included.
 
     Those are all frames of a loop, and those a whole number of clips after the start of another video. Kept beside the
     shards, under a hash of the tokenizer's weights in `source`; computed from first-stage latents where a tokenizer's
-    training left them there.
+    training left them there. Where one frame is two key frames, its motion is that of the clip which ends on the first.
     """
     config, clip_s = tokenizer.config, tokenizer.config.clip_s
-    reads_latents = config.resampler is None and view is None
+    reads_latents = config.resampler is None or config.motion is not None
     names = [latents_name(source / FIRST_STAGE_WEIGHTS, mirror) for mirror in (False, True)]
 
-    def chosen(rows: range) -> Tensor:
-        found = [torch.empty(0, dtype=torch.long)]
+    def places(rows: range) -> Iterator[tuple[CachedVideo, Tensor, list[float]]]:
+        """Videos, the rows of their key frames, and the moments of these."""
         for video in cache.of_rows(rows):
-            every = torch.arange(video.first, video.first + video.count)
-            count = key_frames_of(video, clip_s)
-            found.append(every if video.loops else cache.clip_rows(video, 0.0, count, 1 / clip_s))
-        return torch.cat(found).unique()
+            if video.loops:
+                every = slice(video.first, video.first + video.count)
+                yield video, torch.arange(every.start, every.stop), cache.times_s[every].tolist()
+                continue
+            keys = cache.clip_rows(video, 0.0, key_frames_of(video, clip_s), 1 / clip_s)
+            first = torch.cat([torch.tensor([True]), keys[1:] != keys[:-1]])
+            yield video, keys[first], [number * clip_s for number in first.nonzero()[:, 0].tolist()]
+
+    def chosen(rows: range) -> Tensor:
+        return torch.cat([torch.empty(0, dtype=torch.long), *(keys for _, keys, _ in places(rows))])
+
+    def clips(rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each key frame the rows of the clip that it ends, and whether there is one."""
+        found, held = [], []
+        for video, _, moments_s in places(range(int(rows[0]), int(rows[-1]) + 1)):
+            held += [video.count > 1 and (video.loops or at_s > 0) for at_s in moments_s]
+            found += [cache.clip_rows(video, at_s - clip_s, config.clip_span, config.fps) for at_s in moments_s]
+        return torch.stack(found), torch.tensor(held)[:, None, None]
+
+    def pixels(rows: Tensor) -> Tensor:
+        frames = cache.frames[rows]
+        return frames_to_pixels(frames if view is None else view.of_frames(frames)).to(tokenizer.device)
+
+    def latents_of(rows: Tensor) -> Tensor:
+        kept = (cache.kept(name, rows) for name in names if view is None)
+        if (values := next((values for values in kept if values is not None), None)) is not None:
+            return values[:, 0]
+        encode = tokenizer.source_of if config.resampler is None else tokenizer.first_stage.encode
+        return torch.cat([encode(pixels(part)).cpu() for part in rows.split(at_once(128, config.size))])
 
     def tokens(rows: Tensor) -> Tensor:
-        kept = (cache.kept(name, rows) for name in names if reads_latents)
-        latents = next((values for values in kept if values is not None), None)
-        parts = [torch.empty(0, config.tokens_per_keyframe, config.token_width, dtype=torch.half)]
+        parts = [torch.empty(0, config.block_tokens, config.token_width, dtype=torch.half)]
+        if len(rows) == 0:
+            return parts[0]
+        ended, held = clips(rows) if config.motion else (rows[:, None], None)
+        needed = torch.cat([rows, ended.flatten()]).unique()
+        latents: Tensor | None = None
+
+        def read(rows: Tensor) -> Tensor:
+            assert latents is not None
+            return latents[torch.searchsorted(needed, rows)].float().to(tokenizer.device)
+
         with torch.no_grad(), autocast(tokenizer.device, precision):
+            latents = latents_of(needed) if reads_latents else None
             for at in torch.arange(len(rows)).split(at_once(128, config.size)):
-                if latents is not None:
-                    read = latents[at, 0].float().to(tokenizer.device)
-                else:
-                    frames = cache.frames[rows[at]]
-                    pixels = frames_to_pixels(frames if view is None else view.of_frames(frames))
-                    read = tokenizer.source_of(pixels.to(tokenizer.device))
-                parts.append(tokenizer.tokens_of(read).half().cpu())
+                keys = read(rows[at]) if config.resampler is None else tokenizer.source_of(pixels(rows[at]))
+                own = tokenizer.tokens_of(keys)
+                if held is not None:
+                    own = torch.cat([own, tokenizer.motion_of(read(ended[at])) * held[at].to(own)], dim=1)
+                parts.append(own.half().cpu())
         return torch.cat(parts)
 
     name = f"tokens-{content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)}-{clip_s:g}s"

@@ -18,6 +18,7 @@ from dicode.device import pick_device
 from dicode.files import read_json
 from dicode.lm.deep_lm import WEIGHTS, DeepTokenLM
 from dicode.lm.text import TextTokenizer
+from dicode.pipeline import check_shared
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.augment import View, augmented_caption
 from dicode.train.cached import at_once, frame_tokens, key_frames_of, pixels_to_frames, splits
@@ -27,6 +28,7 @@ from dicode.train.runs import VALIDATION_CLIPS, LanguageRun
 from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 
+WHOLE_MOTION = 0.5  # probability of a batch with all motion tokens
 RANKED_CLIPS = 48  # validation clips whose captions are matched with each other
 WRITTEN_CLIPS = 64  # captions of either split that the model generates from at every evaluation …
 WRITTEN_AMONG = 2048  # … and clips among which the result is looked up
@@ -49,6 +51,7 @@ class LanguageTraining:
         folder, precision = Path(run.tokenizer), run.loop.precision
         self.scorer: Any = None if run.scorer is None else self._scorer(run.scorer, folder)
         self.tokenizer = VideoTokenizer.from_pretrained(folder).to(pick_device(run.loop.device))
+        self._check(run, folder)
         cache, self.cache, self.validation = splits(run.cache)
         body = None
         if run.body:
@@ -86,6 +89,7 @@ class LanguageTraining:
         if len(videos) < 2 or max((self.run.key_frames, *self.run.longer)) < 2:
             return ""
         tokens = self.tokens[torch.stack([self.key_frames(video, 2)[0] for video in videos])].float()
+        tokens = tokens[:, :, : self.run.model.tokens_per_keyframe]
         residual = (tokens[:, 1] - tokens[:, 0]).square().mean().item()
         whole = (tokens[:, 1] - tokens[:, 1].mean(0)).square().mean().item()
         chosen, fits = self.run.model.predict_residual, residual < whole
@@ -94,12 +98,26 @@ class LanguageTraining:
             f"model.predict_residual {chosen} {'fits' if chosen == fits else 'may not fit, try ' + str(fits)}"
         )
 
+    def _check(self, run: LanguageRun, folder: Path) -> None:
+        """Raise `ValueError` for tokens that the model does not write, or that mean nothing yet; for long sequences."""
+        model = run.model
+        check_shared(self.tokenizer.config, model)
+        if model.motion_tokens and is_fit(folder):
+            raise ValueError(
+                f"tokenizer: {folder} computes no motion tokens yet; name a run that has trained them, such as "
+                "runs/NAME-denoiser/best"
+            )
+        if model.motion_tokens and model.order == "token" and run.loop.compile:
+            raise ValueError("loop.compile: sequences of motion tokens have many lengths; leave it out")
+        drawn = [count for count, share in zip(run.longer, run.longer_share, strict=True) if share > 0]
+        if (longest := max([run.key_frames, *drawn])) > model.keyframe_limit:
+            raise ValueError(f"key_frames and longer: expected up to {model.keyframe_limit}, got {longest}")
+
     def _scorer(self, spec: str, folder: Path) -> Any:
         """The `Scorer`. Raises `ValueError` where this tokenizer renders no clips to score."""
         from dicode.features.scorer import Scorer
 
-        note = folder.parent / "recipe.json"
-        if note.is_file() and "loop" not in read_json(note)["recipe"].get("run", {"loop": {}}):  # a linear code's fit
+        if is_fit(folder):
             raise ValueError(
                 f"scorer: {folder} has not learnt to render clips; name in tokenizer a run that has, of the same "
                 "tokens, such as runs/NAME-denoiser/best"
@@ -153,15 +171,20 @@ class LanguageTraining:
             texts.append(text)
         mask = torch.stack(masks)
         everywhere = 1 + int(mask[:, 1:].all(0).long().cumprod(0).sum())  # key frames that all samples have
-        goal = self.run.end_frame_prob > 0 and everywhere > 2 and chance() < self.run.end_frame_prob
+        reached = everywhere > self.run.model.nearest_goal
+        goal = self.run.end_frame_prob > 0 and reached and chance() < self.run.end_frame_prob
         length = everywhere if goal else 1 + int(mask[:, 1:].any(0).sum())
         beyond = self.run.model.most_keyframes(beside=goal) - length if self.run.augment.shift_key_frames else 0
+        first_keyframe = int(chance() * (beyond + 1)) if beyond > 0 else 0
+        count, motion = self.run.model.block_tokens, self.run.model.motion_tokens
+        if motion and self.run.model.order == "token" and chance() >= WHOLE_MOTION:
+            count -= int(chance() * (motion + 1))  # any first ones: so can fewer be written
         return {
             "text_ids": self.encode(texts),
-            "tokens": torch.stack(tokens)[:, :length].float(),
+            "tokens": torch.stack(tokens)[:, :length, :count].float(),
             "mask": mask[:, :length],  # False, no loss: past the end of a video, and the first key frame of a view
             "goal": torch.tensor(goal),
-            "first_keyframe": torch.tensor(int(chance() * (beyond + 1)) if beyond > 0 else 0),
+            "first_keyframe": torch.tensor(first_keyframe),
         }
 
     def later_start_s(self, video: CachedVideo, key_frames: int, drawn: float) -> float:
@@ -207,8 +230,9 @@ class LanguageTraining:
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
     def weight(self, batch: dict[str, Tensor]) -> float:
-        """Number of key frames with a loss; a goal has none."""
-        return float(batch["mask"][:, : -1 if batch["goal"] else None].sum())
+        """Number of key frames with a loss; of a goal only motion has one."""
+        has_motion = batch["tokens"].shape[2] > self.run.model.tokens_per_keyframe
+        return float(batch["mask"][:, : -1 if batch["goal"] and not has_motion else None].sum())
 
     def validate(self) -> tuple[dict[str, float], Image.Image | None]:
         """Losses from the start of validation and of training clips, and how well captions and clips match.
@@ -266,9 +290,11 @@ class LanguageTraining:
         if not captioned:
             return 0.0, 50.0
         numbers = spread_numbers(len(captioned), WRITTEN_CLIPS).tolist()
-        real = torch.cat([self.sample_of(part, key_frames=1)[1].flatten(1) for part in chunks(captioned, 256)])
+        count = self.run.model.tokens_per_keyframe
+        real = [self.sample_of(part, key_frames=1)[1][:, :, :count].flatten(1) for part in chunks(captioned, 256)]
+        real = torch.cat(real)
         ids, _ = self.sample_of([captioned[i] for i in numbers], key_frames=1)
-        distances = torch.cdist(next(self.written_of(ids, 1)).flatten(1).to(real), real)
+        distances = torch.cdist(next(self.written_of(ids, 1))[:, :count].flatten(1).to(real), real)
         own = torch.tensor(numbers, device=distances.device)
         nearest = distances.argmin(1).tolist()
         hits = [captioned[i].caption == captioned[j].caption for i, j in zip(nearest, numbers, strict=True)]
@@ -319,6 +345,12 @@ class LanguageTraining:
             section = self.module.save_pretrained(folder)
         tokenizer = read_config(Path(self.run.tokenizer))["tokenizer"]
         write_config(folder, {"lm": section, "tokenizer": tokenizer, "deep_tokens": self.tokenizer.token_hash()})
+
+
+def is_fit(folder: Path) -> bool:
+    """Whether a run's best/ is of a linear code's fit: the rest of its tokenizer has random weights."""
+    note = folder.parent / "recipe.json"
+    return note.is_file() and "loop" not in read_json(note)["recipe"].get("run", {"loop": {}})
 
 
 def chunks(videos: Sequence[CachedVideo], size: int) -> list[Sequence[CachedVideo]]:

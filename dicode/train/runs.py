@@ -120,7 +120,7 @@ class FirstStageRun:
 class LinearCodeRun:
     """Fit the linear code of a tokenizer, hence its deep tokens, to the latents of training frames; no step is taken.
 
-    The denoiser of the tokenizer that it writes has random weights.
+    The denoiser of the tokenizer that it writes has random weights, and so has what computes motion tokens.
     """
 
     cache: str = "cache/sprites"
@@ -133,7 +133,7 @@ class LinearCodeRun:
 
 @dataclass(frozen=True)
 class TokenizerRun:
-    """Train the denoiser of a tokenizer, and its resampler if it has one, from the weights of `init`.
+    """Train the denoiser of a tokenizer, its resampler and what computes motion tokens, from the weights of `init`.
 
     First stage, and linear code or image encoder, stay as in `init`.
     """
@@ -148,6 +148,7 @@ class TokenizerRun:
     drop_tokens: Share = 0.1  # probability of the null condition of guidance
     fused_guidance: Guidance = 1.0  # of a flow map: guidance that it learns, and sampling need not add
     mirror: bool = False  # half of the clips mirrored: twice the latents to compute and keep
+    freeze_encoder: bool = False  # the denoiser alone: deep tokens, hence what was trained on them, stay
     frame_strides: tuple[int, int] | None = None  # least and highest, drawn for each clip; none: the model's own
 
 

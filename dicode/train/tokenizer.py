@@ -21,6 +21,7 @@ from dicode.device import pick_device
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, noised
+from dicode.tokenizer.motion import limited
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
 from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, splits
 from dicode.train.flow_map import drawn_times, flow_map_loss
@@ -29,7 +30,8 @@ from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
 
 DROP_CONTEXT = 0.5  # probability of a clip without context, as the first of a video has none
 MEASURED_CLIPS = 512  # from which a residual denoiser's deviation is fitted
-DENOISER = "denoiser."  # what the names of its tensors in a checkpoint begin with
+WHOLE_MOTION = 0.5  # probability of a clip with all its motion tokens; others get any number of the first ones
+DENOISER, MOTION = "denoiser.", "motion"  # what the names of their tensors in a checkpoint begin with, or contain
 
 
 def check(run: TokenizerRun) -> None:
@@ -57,35 +59,48 @@ def load_first_stage(tokenizer: VideoTokenizer, folder: Path) -> None:
 def start_from(tokenizer: VideoTokenizer, folder: Path, strict: bool) -> None:
     """Take a run's or model's weights, all of them; where its denoiser is another network, ours starts afresh.
 
-    Raises `ValueError` for that if `strict`, and where the denoiser predicts another thing.
+    So do motion tokens, and what reads them, where it has none. Raises `ValueError` for either if `strict`, and where
+    the denoiser predicts another thing.
     """
     held, parts = read_section(folder, "tokenizer", TokenizerConfig), TokenizerParts(tokenizer)
-    ours = tokenizer.config.denoiser
+    ours, moves = tokenizer.config.denoiser, tokenizer.config.motion is not None and held.motion is None
+    if strict and moves:
+        raise ValueError(
+            f"lora and freeze_encoder: {folder} has no motion tokens, the recipe names {tokenizer.config.motion}"
+        )
+    own = {name: t for name, t in parts.state_dict().items() if moves and MOTION in name}
     begins = ours.flow_map and not held.denoiser.flow_map
     # a stride is an input, no other network; a flow map begins as the denoiser that it is made from
     if replace(held.denoiser, frame_stride=ours.frame_stride, flow_map=held.denoiser.flow_map or begins) == ours:
         check_objective(tokenizer.config, held, folder)
+        if not begins and not moves:
+            load_weights(parts, folder / WEIGHTS)
+            return
+        state = read_tensors(folder / WEIGHTS) | own
         if begins:
-            state = read_tensors(folder / WEIGHTS)
             times = {name: t for name, t in state.items() if name.startswith(DENOISER) and ".time." in name}
             state |= {name.replace(".time.", ".until."): t for name, t in times.items()}
-            load_state(parts, state, str(folder / WEIGHTS))
-        else:
-            load_weights(parts, folder / WEIGHTS)
+        load_state(parts, state, str(folder / WEIGHTS))
         return
     if strict:
         raise ValueError(f"lora: {folder} holds {held.denoiser}, the recipe names {ours}")
     print(f"{folder} holds another denoiser ({held.denoiser.kind}): this one starts with random weights", flush=True)
-    own = {name: t for name, t in parts.state_dict().items() if name.startswith(DENOISER)}
+    own |= {name: t for name, t in parts.state_dict().items() if name.startswith(DENOISER)}
     theirs = {name: t for name, t in read_tensors(folder / WEIGHTS).items() if not name.startswith(DENOISER)}
     load_state(parts, {**theirs, **own}, str(folder / WEIGHTS))
 
 
 def take_denoiser(tokenizer: VideoTokenizer, folder: Path) -> None:
-    """Begin with the denoiser of a model of other videos. Raises `CheckpointError` where it is another network."""
-    check_objective(tokenizer.config, read_section(folder, "tokenizer", TokenizerConfig), folder)
+    """Begin with the denoiser of a model of other videos; where it reads no motion tokens, ours begins to.
+
+    Raises `CheckpointError` where it is another network.
+    """
+    held = read_section(folder, "tokenizer", TokenizerConfig)
+    check_objective(tokenizer.config, held, folder)
     tensors = read_tensors(folder / WEIGHTS).items()
     theirs = {name.removeprefix(DENOISER): t for name, t in tensors if name.startswith(DENOISER)}
+    if not held.motion:
+        theirs |= {name: own for name, own in tokenizer.denoiser.state_dict().items() if MOTION in name}
     load_state(tokenizer.denoiser, theirs, str(folder / WEIGHTS))
 
 
@@ -97,6 +112,14 @@ def check_objective(ours: TokenizerConfig, held: TokenizerConfig, folder: Path) 
             f"would be lost: train with --model.objective {held.objective}, or begin with one that predicts "
             f"{ours.objective}"
         )
+
+
+def freeze(module: VideoTokenizer, run: TokenizerRun) -> None:
+    """Leave gradients to what a run trains; under adapters to nothing else."""
+    if run.lora.rank or run.freeze_encoder:
+        module.requires_grad_(False)
+    if run.freeze_encoder and not run.lora.rank:
+        module.denoiser.requires_grad_(True)
 
 
 class TokenizerTraining:
@@ -111,11 +134,11 @@ class TokenizerTraining:
         torch.manual_seed(run.loop.seed)
         self.module = module = VideoTokenizer(run.model)
         load_first_stage(module, Path(run.init))
-        start_from(module, Path(run.init), strict=bool(run.lora.rank))
+        start_from(module, Path(run.init), strict=bool(run.lora.rank) or run.freeze_encoder)
         if run.init_denoiser:
             take_denoiser(module, Path(run.init_denoiser))
+        freeze(module, run)
         if run.lora.rank:
-            module.requires_grad_(False)
             add_adapters(module.denoiser, run.lora, run.loop.seed)
         module.to(pick_device(run.loop.device))
         cache, self.cache, self.validation = splits(run.cache)
@@ -189,7 +212,7 @@ class TokenizerTraining:
 
         The clip begins at `start`, 0…1 of where it may: anywhere in a loop, elsewhere where it still lasts to its end.
         """
-        count = max(self.head + self.run.model.clip_frames, self.tail + 1)
+        count = self.head + self.run.model.clip_span
         return self.cache.clip_rows(video, self.first_s(video, start, stride), count, self.fps_of(stride))
 
     def first_s(self, video: CachedVideo, start: float, stride: int | None) -> float:
@@ -216,6 +239,9 @@ class TokenizerTraining:
         tokens = tokens + (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
         key_frames = pairs(tokens), pairs(self.module.key_latents(tokens))
         condition = self.training_condition(*key_frames, clips, batch, generator)
+        if self.run.model.motion:
+            motion = self.noisy_motion(clips, generator) * condition.keys_mask[:, None, None]
+            condition = replace(condition, motion=motion)
         loss = self.denoising_loss(self.within(clips), condition, generator)
         return loss, {"denoising_loss": loss.detach()}
 
@@ -230,12 +256,21 @@ class TokenizerTraining:
         read = (torch.rand(len(clips), generator=generator) >= DROP_CONTEXT) & batch["has_context"]
         return ClipConditioning(
             tokens=torch.where(kept[:, None, None, None], tokens, self.module.null_tokens()),
+            motion=tokens.new_zeros(len(tokens), self.run.model.motion_tokens, tokens.shape[-1]),
             key_latents=key_latents * kept[:, None, None, None, None],
             keys_mask=kept.to(tokens),
             context=clips[:, : self.head],
             context_mask=read.to(tokens),
             frame_stride=batch["frame_stride"].to(clips),
         )
+
+    def noisy_motion(self, clips: Tensor, generator: torch.Generator) -> Tensor:
+        """Motion tokens of clips, of many the first ones alone: nested dropout (arXiv 1402.0915)."""
+        motion = self.module.motion_of(clips[:, self.head :])
+        drawn, most = torch.rand(2, len(clips), generator=generator), motion.shape[1]
+        count = torch.where(drawn[0] < WHOLE_MOTION, most, (drawn[1] * (most + 1)).long())
+        level = self.run.token_noise * torch.rand(len(clips), 1, 1, generator=generator)
+        return limited(motion + (level * torch.randn(motion.shape, generator=generator)).to(motion), count)
 
     def within(self, clips: Tensor) -> Tensor:
         """The clips themselves, without the frames before and after them."""
@@ -281,22 +316,24 @@ class TokenizerTraining:
         losses = []
         for part, loops in zip(rows.split(at_once(32, size)), looped.split(at_once(32, size)), strict=True):
             clips = self.latents[part, 0].float().to(device)
-            condition = module.conditioning(pairs(self.key_tokens(part)), clips[:, : self.head])
+            condition = module.conditioning(self.blocks(part, clips), clips[:, : self.head])
             condition = replace(condition, context_mask=condition.context_mask * loops)  # others begin at frame 0
             losses.append(self.denoising_loss(self.within(clips), condition, generator))
         some = rows[:: max(1, len(rows) // 8)][:8]
         return {"denoising_loss": torch.stack(losses).mean().item()}, self.sheet(some)
 
-    def key_tokens(self, rows: Tensor) -> Tensor:
-        """Tokens of the head key frames of clips, then of their tails."""
+    def blocks(self, rows: Tensor, clips: Tensor) -> Tensor:
+        """Tokens of the head and tail key frames of clips, those of motion included: `b 2 n d`."""
         keys = torch.cat([rows[:, self.head], rows[:, self.tail]])
-        return self.module.tokens_of(self.sources(keys, torch.zeros_like(keys)).to(self.module.device))
+        tokens = pairs(self.module.tokens_of(self.sources(keys, torch.zeros_like(keys)).to(self.module.device)))
+        motion = self.module.motion_of(clips[:, self.head :])[:, None] if self.run.model.motion else None
+        return self.module.with_motion(tokens, motion)
 
     def sheet(self, rows: Tensor) -> Image.Image:
         """Strips of each clip: frames through the first stage, the head key frame through tokens, and rendered."""
         module = self.module
-        clips = self.within(self.latents[rows, 0].float().to(module.device))
-        pair = pairs(self.key_tokens(rows))
+        latents = self.latents[rows, 0].float().to(module.device)
+        clips, pair = self.within(latents), self.blocks(rows, latents)
         columns = [module.frames_of(clips[:, ::3])]
         if self.run.model.has_key_latents:
             columns.append(module.frames_of(module.key_latents(pair[:, 0])[:, None]))

@@ -28,12 +28,13 @@ def write_tiny(folder: Path, kind: str = "own", **changes: Any) -> Path:
     config = DeepLMConfig(
         BodyConfig("llama" if kind == "own" else "gpt2", width=24, depth=1, heads=2),
         head=HeadConfig("mixture" if kind == "own" else "flow", components=2, width=16, depth=1),
-        positions=12 + 10 * 5,
+        positions=12 + 10 * (5 + tokenizer.config.motion_tokens),
         vocab_size=300,
         token_width=tokenizer.config.token_width,
         max_keyframes=9,
         text_length=12,
         tokens_per_keyframe=tokenizer.config.tokens_per_keyframe,
+        motion_tokens=tokenizer.config.motion_tokens,
         end_frame_conditioning=True,
     )
     torch.manual_seed(1)
