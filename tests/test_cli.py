@@ -38,18 +38,18 @@ FLAGS = {
     "generate": "--context-key-frames --continue-from --decoder-guidance --decoder-temperature "
     "--device --dtype --eta --first-variance-scale --flow-steps --guidance --guidance-rescale --help --image "
     "--joins --last-image --loop --lossless --model "
-    "--motion-scale --output --preview --prompts --reroll-from --reroll-seed --revision --sample --scale "
-    "--seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale",
+    "--motion-scale --motion-tokens --output --preview --prompts --reroll-from --reroll-seed --revision --sample "
+    "--scale --seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale",
     "tokenize": "--device --help --model --output --revision",
     "reconstruct": "--decoder-guidance --decoder-temperature "
-    "--device --dtype --eta --guidance-rescale --help --joins --model --motion-scale --output --revision --scale "
-    "--seed --side-by-side --steps",
+    "--device --dtype --eta --guidance-rescale --help --joins --model --motion-scale --motion-tokens "
+    "--output --revision --scale --seed --side-by-side --steps",
     "train": "--help --minutes --run-folder",
     "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --minutes "
     "--model --output --parts --rank --revision --seed --steps --targets --work-folder",
     "assemble": "--context-key-frames --decoder-guidance --decoder-temperature "
     "--dtype --eta --first-stage --first-variance-scale --flow-steps --guidance --guidance-rescale --help --joins "
-    "--last --motion-scale --output --steps --temperature --variance-scale",
+    "--last --motion-scale --motion-tokens --output --steps --temperature --variance-scale",
     "evaluate": "--cache --device --dtype --features --help --long-prompts --long-seconds --output --parts "
     "--prompts --quick --repeats --report --scorer --seed --sheets",
     "benchmark": "--help",
@@ -150,6 +150,7 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
         "guidance_rescale": 0.0,
         "eta": 0.0,
         "motion_scale": 1.0,
+        "motion_tokens": None,
         "steps": 2,
         "joins": "chained",
         "model": "tiny",

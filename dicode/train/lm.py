@@ -291,8 +291,8 @@ class LanguageTraining:
             return 0.0, 50.0
         numbers = spread_numbers(len(captioned), WRITTEN_CLIPS).tolist()
         count = self.run.model.tokens_per_keyframe
-        real = [self.sample_of(part, key_frames=1)[1][:, :, :count].flatten(1) for part in chunks(captioned, 256)]
-        real = torch.cat(real)
+        parts = [self.sample_of(part, key_frames=1)[1][:, :, :count].flatten(1) for part in chunks(captioned, 256)]
+        real = torch.cat(parts)
         ids, _ = self.sample_of([captioned[i] for i in numbers], key_frames=1)
         distances = torch.cdist(next(self.written_of(ids, 1))[:, :count].flatten(1).to(real), real)
         own = torch.tensor(numbers, device=distances.device)
