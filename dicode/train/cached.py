@@ -75,6 +75,18 @@ def key_frames_of(video: CachedVideo, clip_s: float) -> int:
     return 1 if video.count == 1 else count + video.lasts(count * clip_s)
 
 
+def key_frames_in(cache: FrameCache, clip_s: float, rows: range) -> Iterator[tuple[CachedVideo, Tensor, list[float]]]:
+    """Videos that begin in these rows, the rows of frames that can be their key frames, and the moments of these."""
+    for video in cache.of_rows(rows):
+        if video.loops:
+            every = slice(video.first, video.first + video.count)
+            yield video, torch.arange(every.start, every.stop), cache.times_s[every].tolist()
+            continue
+        keys = cache.clip_rows(video, 0.0, key_frames_of(video, clip_s), 1 / clip_s)
+        first = torch.cat([torch.tensor([True]), keys[1:] != keys[:-1]])
+        yield video, keys[first], [number * clip_s for number in first.nonzero()[:, 0].tolist()]
+
+
 def frame_tokens(
     tokenizer: VideoTokenizer, cache: FrameCache, source: Path, view: View | None = None, precision: Precision = "auto"
 ) -> Rows:
@@ -88,24 +100,14 @@ def frame_tokens(
     reads_latents = config.resampler is None or config.motion is not None
     names = [latents_name(source / FIRST_STAGE_WEIGHTS, mirror) for mirror in (False, True)]
 
-    def places(rows: range) -> Iterator[tuple[CachedVideo, Tensor, list[float]]]:
-        """Videos, the rows of their key frames, and the moments of these."""
-        for video in cache.of_rows(rows):
-            if video.loops:
-                every = slice(video.first, video.first + video.count)
-                yield video, torch.arange(every.start, every.stop), cache.times_s[every].tolist()
-                continue
-            keys = cache.clip_rows(video, 0.0, key_frames_of(video, clip_s), 1 / clip_s)
-            first = torch.cat([torch.tensor([True]), keys[1:] != keys[:-1]])
-            yield video, keys[first], [number * clip_s for number in first.nonzero()[:, 0].tolist()]
-
     def chosen(rows: range) -> Tensor:
-        return torch.cat([torch.empty(0, dtype=torch.long), *(keys for _, keys, _ in places(rows))])
+        found = [keys for _, keys, _ in key_frames_in(cache, clip_s, rows)]
+        return torch.cat([torch.empty(0, dtype=torch.long), *found])
 
     def clips(rows: Tensor) -> tuple[Tensor, Tensor]:
         """Of each key frame the rows of the clip that it ends, and whether there is one."""
         found, held = [], []
-        for video, _, moments_s in places(range(int(rows[0]), int(rows[-1]) + 1)):
+        for video, _, moments_s in key_frames_in(cache, clip_s, range(int(rows[0]), int(rows[-1]) + 1)):
             held += [video.count > 1 and (video.loops or at_s > 0) for at_s in moments_s]
             found += [cache.clip_rows(video, at_s - clip_s, config.clip_span, config.fps) for at_s in moments_s]
         return torch.stack(found), torch.tensor(held)[:, None, None]
