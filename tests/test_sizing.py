@@ -427,7 +427,7 @@ def test_the_published_plans_are_of_the_paper_recipes_and_fit() -> None:
     root = Path(__file__).parents[1]
     plans = json.loads((root / "results/plans.json").read_text(encoding="utf-8"))["values"]
     assert plans.pop("assumed")["gpu"] == "a100-80gb"
-    assert len(plans) == 8
+    assert len(plans) == 10
     for name, plan in ((name, plans[name]["4 GPUs"]) for name in plans):
         loop = load_run(f"{root}/recipes/paper.py:{name}").loop
         asked = (
