@@ -100,7 +100,7 @@ def lm() -> LanguageRun:
             positions=112 + 17 * 33,
             input_noise=1.0,
             attend_padding=False,
-            predict_residual=True,
+            residual_anchor=0.0,
         ),
         from_start=1.0,
         key_frames=6,

@@ -138,7 +138,6 @@ def lm() -> LanguageRun:
             input_noise=0.6,
             order="keyframe",
             end_frame_conditioning=True,
-            predict_residual=True,
             residual_anchor=0.5,
         ),
         from_start=0.5,

@@ -92,8 +92,8 @@ PLAIN = Findings(
         ({"captioned": 0.25}, "75% of clips have no caption"),
         ({"text_tokens": 41}, "lm --model.text-length 48 --model.positions 576"),
         ({"captions": 3, "most_repeated": 600}, "few captions stand for many clips"),
-        ({"change_variance": 0.2}, "predict-residual is worth trying"),
-        ({}, "leave lm --model.predict-residual off"),
+        ({"change_variance": 0.2}, "residual-anchor 0 is worth trying"),
+        ({}, "leave lm --model.residual-anchor at None"),
     ],
 )
 def test_settings_follow_from_what_was_found(changes: dict[str, object], said: str) -> None:

@@ -30,9 +30,9 @@ def test_cached_generation_equals_uncached(head: str, order: str, guidance: floa
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("goal", [False, True])
-@pytest.mark.parametrize("change", [False, True])
-def test_what_regression_writes_has_no_loss(order: str, body: str, goal: bool, change: bool) -> None:
-    model = build(head="regression", order=order, body=body, end_frame_conditioning=True, predict_residual=change)
+@pytest.mark.parametrize("anchor", [None, 0.0])
+def test_what_regression_writes_has_no_loss(order: str, body: str, goal: bool, anchor: float | None) -> None:
+    model = build(head="regression", order=order, body=body, end_frame_conditioning=True, residual_anchor=anchor)
     tokens = written(model, num_keyframes=4, goal=torch.randn(3, 5, 7) if goal else None)
     with torch.no_grad():
         output = model(PROMPTS, tokens, goal=goal)
@@ -96,9 +96,11 @@ def test_a_goal_that_cannot_be_read_raises_before_anything_is_written() -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("context_key_frames", [2, 3, 4])
-@pytest.mark.parametrize("change", [False, True])
-def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, context_key_frames: int, change: bool) -> None:
-    model = build(order=order, head="regression", predict_residual=change)
+@pytest.mark.parametrize("anchor", [None, 0.0])
+def test_a_window_writes_on_as_if_the_video_began_with_it(
+    order: str, context_key_frames: int, anchor: float | None
+) -> None:
+    model = build(order=order, head="regression", residual_anchor=anchor)
     tokens = written(model, num_keyframes=13, context_key_frames=context_key_frames)  # the model holds 8
     jump = context_key_frames // 2
     for keyframe in range(context_key_frames, 13):
@@ -111,9 +113,9 @@ def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, context_ke
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("change", [False, True])
-def test_a_prefix_and_a_window_continue_what_one_call_writes(order: str, change: bool) -> None:
-    model = build(order=order, end_frame_conditioning=True, predict_residual=change)
+@pytest.mark.parametrize("anchor", [None, 0.0])
+def test_a_prefix_and_a_window_continue_what_one_call_writes(order: str, anchor: float | None) -> None:
+    model = build(order=order, end_frame_conditioning=True, residual_anchor=anchor)
     options: dict[str, Any] = {
         "context_key_frames": 4,
         "goal": "first",
@@ -147,7 +149,7 @@ def test_re_rolling_keeps_the_clips_before(order: str) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_model_of_residuals_keeps_an_image_where_it_predicts_zero(order: str) -> None:
-    model, image = build(order=order, head="regression", predict_residual=True), torch.randn(3, 1, 5, 7)
+    model, image = build(order=order, head="regression", residual_anchor=0.0), torch.randn(3, 1, 5, 7)
     for value in model.head.parameters():
         torch.nn.init.zeros_(value)
     tokens = written(model, num_keyframes=4, prefix=image, guidance=2.0)
@@ -159,7 +161,7 @@ def test_a_model_of_residuals_keeps_an_image_where_it_predicts_zero(order: str) 
 @pytest.mark.parametrize("goal", [False, True])
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_residuals_may_be_anchored_to_the_first_key_frame(order: str, goal: bool, share: float) -> None:
-    kind: dict[str, Any] = {"order": order, "head": "regression", "predict_residual": True, "residual_anchor": share}
+    kind: dict[str, Any] = {"order": order, "head": "regression", "residual_anchor": share}
     model = build(**kind, end_frame_conditioning=True)
     tokens = written(model, num_keyframes=4, goal=torch.randn(3, 5, 7) if goal else None)
     with torch.no_grad():
@@ -172,7 +174,7 @@ def test_residuals_may_be_anchored_to_the_first_key_frame(order: str, goal: bool
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("share", "added"), [(0.0, [1, 2, 3, 4]), (0.5, [1, 1.5, 1.75, 1.875]), (1.0, [1, 1, 1, 1])])
 def test_what_is_added_fades_by_the_share_of_the_first_key_frame(order: str, share: float, added: list[float]) -> None:
-    model = build(order=order, head="regression", predict_residual=True, residual_anchor=share)
+    model = build(order=order, head="regression", residual_anchor=share)
     image = torch.randn(3, 1, 5, 7)
     for name, value in model.head.named_parameters():
         torch.nn.init.constant_(value, 1.0 if name.endswith("bias") else 0.0)
@@ -183,8 +185,8 @@ def test_what_is_added_fades_by_the_share_of_the_first_key_frame(order: str, sha
 @pytest.mark.parametrize("head", HEADS)
 def test_a_model_of_residuals_has_the_same_loss_of_the_first_key_frame(head: str) -> None:
     tokens = torch.randn(3, 4, 5, 7)
-    plain, change = (build(head=head, predict_residual=value) for value in (False, True))
-    losses = [model(PROMPTS, tokens).keyframe_loss for model in (plain, change)]
+    plain, residual = (build(head=head, residual_anchor=value) for value in (None, 0.0))
+    losses = [model(PROMPTS, tokens).keyframe_loss for model in (plain, residual)]
     assert torch.equal(losses[0][:, 0], losses[1][:, 0])
     assert (losses[0][:, 1:] - losses[1][:, 1:]).abs().min() > 1e-4
 
@@ -224,10 +226,10 @@ def test_masked_key_frames_change_no_loss_and_autocast_keeps_it_in_float32(head:
 
 
 @pytest.mark.parametrize(
-    ("head", "order", "change"),
-    [("flow", "keyframe", False), ("flow", "keyframe", True), ("flow", "token", False), ("mixture", "keyframe", False)],
+    ("head", "order", "anchor"),
+    [("flow", "keyframe", None), ("flow", "keyframe", 0.0), ("flow", "token", None), ("mixture", "keyframe", None)],
 )
-def test_four_captions_are_memorised_and_written_back(head: str, order: str, change: bool) -> None:
+def test_four_captions_are_memorised_and_written_back(head: str, order: str, anchor: float | None) -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(
         CONFIG,
@@ -235,7 +237,7 @@ def test_four_captions_are_memorised_and_written_back(head: str, order: str, cha
         head=dataclasses.replace(CONFIG.head, kind=head, token_variance=0.03, width=96),
         order=order,
         end_frame_conditioning=True,
-        predict_residual=change,
+        residual_anchor=anchor,
     )
     model = DeepTokenLM(config, TEXT)
     ids, tokens = TEXT.encode(CAPTIONS, 12), torch.randn(4, 3, 5, 7)

@@ -157,7 +157,7 @@ ORDERS = ["token", "keyframe"]
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("goal", [False, True])
 def test_cached_generation_equals_uncached(order: str, goal: bool) -> None:
-    model = build(order=order, predict_residual=True, **MOVING)
+    model = build(order=order, residual_anchor=0.0, **MOVING)
     options: dict[str, Any] = {"guidance": 2.0, "goal": torch.randn(3, 6, 7) if goal else None}
     tokens = written(model, num_keyframes=4, **options)
     torch.testing.assert_close(tokens, written(uncached(model), num_keyframes=4, **options), **NEAR)
@@ -166,10 +166,12 @@ def test_cached_generation_equals_uncached(order: str, goal: bool) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("goal", [False, True])
-@pytest.mark.parametrize("change", [False, True])
+@pytest.mark.parametrize("anchor", [None, 0.0])
 @pytest.mark.parametrize("motion_tokens", [0, 1, None])
-def test_what_regression_writes_has_no_loss(order: str, goal: bool, change: bool, motion_tokens: int | None) -> None:
-    model = build(**MOVING | {"head": "regression", "order": order, "predict_residual": change})
+def test_what_regression_writes_has_no_loss(
+    order: str, goal: bool, anchor: float | None, motion_tokens: int | None
+) -> None:
+    model = build(**MOVING | {"head": "regression", "order": order, "residual_anchor": anchor})
     last = torch.randn(3, 6, 7) if goal else None
     tokens = written(model, num_keyframes=4, goal=last, motion_tokens=motion_tokens)
     if order == "token" and motion_tokens is not None:
@@ -229,9 +231,9 @@ def test_a_head_whose_variance_has_no_bound_is_refused() -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("change", [False, True])
-def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, change: bool) -> None:
-    model = build(order=order, predict_residual=change, **MOVING)
+@pytest.mark.parametrize("anchor", [None, 0.0])
+def test_a_window_writes_on_as_if_the_video_began_with_it(order: str, anchor: float | None) -> None:
+    model = build(order=order, residual_anchor=anchor, **MOVING)
     tokens = written(model, num_keyframes=6, context_key_frames=3, seed=4)
     again = written(model, num_keyframes=3, prefix=tokens[:, :3], context_key_frames=3, seed=4)
     torch.testing.assert_close(again, tokens[:, 3:], **NEAR)

@@ -28,6 +28,7 @@ from dicode.features.tinyvt import TinyVT
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.text import TextTokenizer
 from dicode.pipeline import DiCoDe
+from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, SamplingConfig
 from dicode.tokenizer.encoder import LinearCode
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
@@ -35,6 +36,22 @@ from dicode.train.loop import train
 from dicode.train.runs import LoopConfig, OptimConfig, runs_of
 
 STUDIES = Path(__file__).parents[1] / "studies"
+SMALL_BLOCKS = dataclasses.replace(
+    TOKENIZERS["blocks"],
+    first_stage=FirstStageConfig(channels=(8, 8, 8, 8), encoder_blocks=(0, 1, 1, 1), decoder_blocks=(1, 1, 1, 0)),
+    denoiser=DenoiserConfig(width=48, depth=1, heads=2, fine_width=16, fine_blocks=1, predict_residual=True),
+    sampling=SamplingConfig(steps=1),
+)
+SMALL_RECIPE = """
+from dataclasses import replace
+from test_studies import SMALL_BLOCKS, STUDIES
+from dicode.tokenizer.config import MotionConfig
+from dicode.train.runs import load_run
+
+def denoiser():
+    model = replace(SMALL_BLOCKS, motion=MotionConfig(width=24, depth=1, heads=2))
+    return replace(load_run(f"{STUDIES.parent / 'recipes/blocks.py'}:denoiser"), model=model)
+"""
 FAMILY = """
 from dicode.lm.presets import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig
@@ -260,10 +277,11 @@ def test_key_frames_of_blocks(results: Path, blocks: Path, monkeypatch: pytest.M
 def test_language_models_of_blocks(
     results: Path, blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = study("blocks", "language_models")
+    own, tokenizer = study("blocks", "language_models"), VideoTokenizer(SMALL_BLOCKS)
     monkeypatch.setattr(own, "SETS", ("seen",))
+    DiCoDe(tokenizer, DiCoDe.from_pretrained(DEFAULT_MODEL).lm).save_pretrained(tmp_path / "model")
     names, work = ["0.1 M", "flow, whole key frames"], ["--work-folder", str(tmp_path)]
-    files = [str(STUDIES.parent / "dicode/checkpoints/sprites"), str(blocks), str(blocks), str(results / "lms.json")]
+    files = [str(tmp_path / "model"), str(blocks), str(blocks), str(results / "lms.json")]
     own.main([*files, "--seeds", "1", "--steps", "4", "--count", "1", *work, "--only", *names])
     values = json.loads((results / "lms.json").read_text())["values"]
     assert [*values] == names and all(own["0"]["seen"]["all"] < 0.5 for own in values.values())
@@ -276,9 +294,10 @@ def test_language_models_of_blocks(
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance")
 def test_motion_tokens(results: Path, blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, model = study("motion_tokens"), tmp_path / "model"
-    write_config(model, {"tokenizer": VideoTokenizer(TOKENIZERS["blocks"]).save_pretrained(model)})
-    files = [str(STUDIES.parent / "recipes/blocks.py"), str(blocks), str(model), str(results / "motion.json")]
+    own, model, recipe = study("motion_tokens"), tmp_path / "model", tmp_path / "recipe.py"
+    write_config(model, {"tokenizer": VideoTokenizer(SMALL_BLOCKS).save_pretrained(model)})
+    recipe.write_text(SMALL_RECIPE)
+    files = [str(recipe), str(blocks), str(model), str(results / "motion.json")]
     flags = ["--seeds", "0", "--steps", "2", "--clips", "4", "--scripts", "1", "--work-folder", str(tmp_path / "work")]
     own.main([*files, *flags, "--only", "none", "4", own.HALVED])
     values = json.loads((results / "motion.json").read_text())["values"]

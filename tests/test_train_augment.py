@@ -34,7 +34,7 @@ def run_of(tiny_model: Path, root: Path) -> LanguageRun:
         tokens_per_keyframe=4,
         order="keyframe",
         end_frame_conditioning=True,
-        predict_residual=True,
+        residual_anchor=0.0,
     )
     return LanguageRun(
         cache=str(root / "cache"), tokenizer=str(tiny_model), model=model, loop=loop(4), key_frames=3, longer=(),

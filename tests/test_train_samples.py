@@ -280,7 +280,7 @@ class Drawn:
 
 
 @pytest.mark.parametrize(
-    ("kept", "drift", "residual", "whole", "end"), [(1, 0.1, 0.01, 1, "may not fit, try True"), (0, 2, 5, 4, "fits")]
+    ("kept", "drift", "residual", "whole", "end"), [(1, 0.1, 0.01, 1, "may not fit, try 0.0"), (0, 2, 5, 4, "fits")]
 )
 def test_a_run_compares_the_variance_of_residuals_with_that_of_key_frames(
     tiny_model: Path, cache: Path, kept: float, drift: float, residual: float, whole: float, end: str
@@ -290,7 +290,7 @@ def test_a_run_compares_the_variance_of_residuals_with_that_of_key_frames(
     line = stage.residual_variance()
     found = [float(number) for number in re.findall(r"(?<= )[\d.]+(?=,| \()", line)]
     assert found == pytest.approx([whole, residual], rel=0.1)
-    assert line.endswith(f"model.predict_residual False {end}")
+    assert line.endswith(f"model.residual_anchor None {end}")
 
 
 def test_the_real_side_of_an_evaluation_has_no_clip_that_is_held_to_its_end(tiny_model: Path, cache: Path) -> None:

@@ -112,7 +112,7 @@ PLAIN_CAPTIONS: dict[str, float] = {"null_captions": 0.0, "long_captions": 0.0, 
 
 
 FLOW = dataclasses.replace(
-    LM, head=dataclasses.replace(LM.head, kind="flow", width=16), order="keyframe", predict_residual=True
+    LM, head=dataclasses.replace(LM.head, kind="flow", width=16), order="keyframe", residual_anchor=0.0
 )
 
 

@@ -90,8 +90,8 @@ class Findings:
             (not good,
              f"{self.psnr_db[best]:.1f} dB ({self.moving_db[best]:.1f} where it moves) is below {GOOD_PSNR_DB:g} "
              f"({GOOD_MOVING_DB:g}): train a first stage of your own, as recipes/small.py does"),
-            (not changing, "key frames change little: lm --model.predict-residual is worth trying"),
-            (changing, "key frames change much: leave lm --model.predict-residual off"),
+            (not changing, "key frames change little: lm --model.residual-anchor 0 is worth trying"),
+            (changing, "key frames change much: leave lm --model.residual-anchor at None"),
         ]  # fmt: skip
         return [text for holds, text in rules if holds]
 

@@ -55,8 +55,8 @@ class DeepLMConfig:
     begin_id: Entry = 1  # the begin-of-image token, an entry of the text vocabulary
     head: HeadConfig = field(default_factory=HeadConfig)
     order: Order = "token"  # what is predicted at once (see backbone.py); published: a token
-    predict_residual: bool = False  # predict each later key frame as a residual to the previous one
-    residual_anchor: Share = 0.0  # share of the first key frame in what a residual is added to, so that errors fade
+    # predict each later key frame as a residual to the previous one, by this share to the first, so that errors fade
+    residual_anchor: Share | None = None  # None: each key frame whole
     end_frame_conditioning: bool = False  # whether a later key frame may be given: loops, a last image
     attend_padding: bool = True  # published; False: padding of texts is masked, and need not be there in training
     input_noise: Share = 0.0  # largest share (0…1) of noise in the deep tokens that are inputs in training

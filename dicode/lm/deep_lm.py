@@ -64,8 +64,6 @@ class DeepTokenLM(nn.Module):
             raise ValueError(  # the first block's motion is always 0: a variance without bound
                 f"motion_tokens: in keyframe order expected a head 'flow' or 'regression', got {config.head.kind!r}"
             )
-        if config.residual_anchor and not config.predict_residual:
-            raise ValueError("residual_anchor: sets what a residual is added to; set predict_residual as well")
         self.config, self.text = config, text
         self.backbone = Backbone(config)
         self.embedding = DeepTokenEmbedding(config)
@@ -122,7 +120,7 @@ class DeepTokenLM(nn.Module):
         if goal:  # of these two blocks one predicts the goal (token order), or what the other does better (keyframe)
             hidden = torch.cat([hidden[:, :1], hidden[:, 2:]], dim=1)
         groups = rearrange(hidden, "b k (g p) width -> b k g p width", p=self.tokens_per_step)
-        targets = self._residuals(tokens) if config.predict_residual else tokens
+        targets = self._residuals(tokens)
         targets = rearrange(targets, "b k (g p) d -> b k g p d", p=self.tokens_per_step)
         losses = cast(Head, self.head).loss(groups, targets, generator)
         if has_motion and config.order == "token":
@@ -157,6 +155,8 @@ class DeepTokenLM(nn.Module):
 
     def _residuals(self, tokens: DeepTokens) -> DeepTokens:
         """Each key frame less a mean of the last and, by `residual_anchor`, the first one; the first is whole."""
+        if self.config.residual_anchor is None:
+            return tokens
         own = tokens[:, :, : self.config.tokens_per_keyframe]
         less = torch.lerp(own[:, :-1], own[:, :1], self.config.residual_anchor)
         own = torch.cat([own[:, :1], own[:, 1:] - less], dim=1)
@@ -344,7 +344,7 @@ class DeepTokenLM(nn.Module):
                 hidden = sequence.last(self.tokens_per_step)
                 null_hidden = None if sequence.batch == b else hidden[b:]
                 tokens = cast(Head, self.head).sample(hidden[:b], generators, sampling, null_hidden)
-                if written and config.predict_residual:
+                if written and config.residual_anchor is not None:
                     last, first = (written[i][:, here].to(tokens) for i in (-1, 0))
                     less = torch.lerp(last, first, config.residual_anchor)
                     less[:, max(0, own - place) :] = 0  # motion is whole

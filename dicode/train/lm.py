@@ -84,7 +84,7 @@ class LanguageTraining:
             print(line, flush=True)
 
     def residual_variance(self) -> str:
-        """A line that compares `model.predict_residual` with the data; empty where key frames stand alone."""
+        """A line that compares `model.residual_anchor` with the data; empty where key frames stand alone."""
         videos = self.cache.columns.lasting(self.tokenizer.config.clip_s).spread(MEASURED_CLIPS)
         if len(videos) < 2 or max((self.run.key_frames, *self.run.longer)) < 2:
             return ""
@@ -92,10 +92,11 @@ class LanguageTraining:
         tokens = tokens[:, :, : self.run.model.tokens_per_keyframe]
         residual = (tokens[:, 1] - tokens[:, 0]).square().mean().item()
         whole = (tokens[:, 1] - tokens[:, 1].mean(0)).square().mean().item()
-        chosen, fits = self.run.model.predict_residual, residual < whole
+        anchor, fits = self.run.model.residual_anchor, residual < whole
+        advice = "fits" if (anchor is not None) == fits else f"may not fit, try {0.0 if fits else None}"
         return (
             f"variance of key frames {whole:.3g}, of their residuals {residual:.3g} ({len(videos)} clips): "
-            f"model.predict_residual {chosen} {'fits' if chosen == fits else 'may not fit, try ' + str(fits)}"
+            f"model.residual_anchor {anchor} {advice}"
         )
 
     def _check(self, run: LanguageRun, folder: Path) -> None:
