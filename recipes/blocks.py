@@ -2,10 +2,10 @@ r"""A model of `blocks`: captions of one to five clauses, in order, on scenes th
 
 64×64, 8 fps, 16 frames a clip (docs/blocks.md).
 
-    dicode data blocks -n 10000 -o cache/blocks --workers 2
+    dicode data blocks -n 10000 --within 0.15 -o cache/blocks --workers 2
     dicode train recipes/blocks.py:first_stage
     dicode train recipes/blocks.py:linear_code
-    dicode train recipes/blocks.py:denoiser             # these two are independent
+    dicode train recipes/blocks.py:denoiser             # motion tokens are learnt here, so it comes before lm
     dicode train recipes/blocks.py:lm
     dicode train recipes/blocks.py:lm_sharp
     dicode assemble runs/blocks-denoiser/best runs/blocks-lm_sharp/best -o blocks --dtype int8
@@ -59,7 +59,7 @@ def linear_code() -> LinearCodeRun:
 
 
 def denoiser() -> TokenizerRun:
-    """The video diffusion decoder on clips, tokens fixed."""
+    """The video diffusion decoder and what computes motion tokens, on clips; tokens of key frames are fixed."""
     return TokenizerRun(
         cache=CACHE,
         init="runs/blocks-linear_code/best",
@@ -89,7 +89,7 @@ def lm() -> LanguageRun:
     """
     return LanguageRun(
         cache=CACHE,
-        tokenizer="runs/blocks-linear_code/best",
+        tokenizer="runs/blocks-denoiser/best",
         model=replace(
             SIZES["sprites"],
             body=BodyConfig("llama", width=160, depth=6, heads=4, feed_forward=320),
@@ -97,7 +97,8 @@ def lm() -> LanguageRun:
             token_width=MODEL.token_width,
             vocab_size=512,
             text_length=112,
-            positions=112 + 17 * 33,
+            motion_tokens=MODEL.motion_tokens,
+            positions=112 + (MODEL.block_tokens + 1) * 33,
             input_noise=1.0,
             attend_padding=False,
             residual_anchor=0.0,

@@ -41,6 +41,7 @@ SMALL_BLOCKS = dataclasses.replace(
     first_stage=FirstStageConfig(channels=(8, 8, 8, 8), encoder_blocks=(0, 1, 1, 1), decoder_blocks=(1, 1, 1, 0)),
     denoiser=DenoiserConfig(width=48, depth=1, heads=2, fine_width=16, fine_blocks=1, predict_residual=True),
     sampling=SamplingConfig(steps=1),
+    motion=None,
 )
 SMALL_RECIPE = """
 from dataclasses import replace
@@ -298,14 +299,16 @@ def test_motion_tokens(results: Path, blocks: Path, tmp_path: Path, monkeypatch:
     write_config(model, {"tokenizer": VideoTokenizer(SMALL_BLOCKS).save_pretrained(model)})
     recipe.write_text(SMALL_RECIPE)
     files = [str(recipe), str(blocks), str(model), str(results / "motion.json")]
-    flags = ["--seeds", "0", "--steps", "2", "--clips", "4", "--scripts", "1", "--work-folder", str(tmp_path / "work")]
+    flags = ["--seeds", "0", "--steps", "2", "--language-steps", "4", "--clips", "4", "--scripts", "1"]
+    flags += ["--work-folder", str(tmp_path / "work")]
     own.main([*files, *flags, "--only", "none", "4", own.HALVED])
     values = json.loads((results / "motion.json").read_text())["values"]
     rates = {name: values[name]["0"]["tokens_per_s"] for name in ("none", "4", own.HALVED)}
     assert rates == {"none": 8, "4": 10, own.HALVED: 16}
     flops = [values[name]["0"]["flops"] / values[name]["0"]["steps"] for name in rates]
     assert flops[1] > flops[0] > 1.8 * flops[2] and values[own.HALVED]["0"]["steps"] == 4
-    assert "half of them" in values["4"]["0"] and set(values["none"]["0"]["clauses_right"]) > {"seen", "within"}
+    assert "half of them" in values["4"]["0"] and {*values["none"]["0"]["clauses_right"]} == {*own.SETS}
+    assert all(0 <= values[name]["0"]["language model"]["within"]["all"] <= 1 for name in rates)
     less = values["less than none"]
     assert all(own["value"] == 0 for own in less["none"].values()) and len(less[own.HALVED]) == 2
     monkeypatch.delattr(own, "trained")

@@ -103,6 +103,7 @@ def _start_ray(workers: int) -> None:
     """Start a Ray of our own. Raises `OSError` where it does not come up: it gives itself half a minute."""
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as --workers alone: by Ray's own 15, other programs starve them
     for attempt in range(1, RAY_STARTS + 1):
         try:
             ray.init("local", num_cpus=workers, object_store_memory=LOCAL_STORE_BYTES, include_dashboard=False)

@@ -30,6 +30,7 @@ from dicode.provenance import write_result
 from dicode.sizing.count import count_parameters
 from dicode.sizing.plan import Planner
 from dicode.stopwatch import tracked
+from dicode.tokenizer.config import TokenizerConfig
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import train
 from dicode.train.runs import LanguageRun, load_run
@@ -37,6 +38,7 @@ from dicode.train.runs import LanguageRun, load_run
 RECIPE = Path(__file__).parents[2] / "recipes/blocks.py"
 STEPS = 1000  # of 64 samples
 SHARP_SHARE = 0.3  # of the steps, the last ones, with little noise
+RECIPE_CLIP_S = 2.0
 SETS = ("seen", "combinations", "orders")
 MIXTURE = {
     "guidance": 1.5,
@@ -67,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(argv)
     model, scripts = DiCoDe.from_pretrained(asked.model), FrameCache.load(asked.scripts)
     chosen = [one for one in scripted_of(scripts, asked.count) if one.name in SETS]
-    base = Planner(run_of(BASE, "flow", "token")).step_flops()
     config, values = model.tokenizer.config, dict[str, Any]()
+    base = Planner(run_of(config, BASE)).step_flops()
     for seed in range(asked.seeds):
         for name in asked.only or [*SIZES, *[*ARRANGEMENTS][1:]]:
             size = name if name in SIZES else BASE
-            run = run_of(size, *ARRANGEMENTS.get(name, ("flow", "token")))
+            run = run_of(config, size, *ARRANGEMENTS.get(name, ("flow", "token")))
             flops = Planner(run).step_flops()
             steps = asked.steps if name in SIZES else round(asked.steps * base / flops)
             run = replace(run, cache=str(asked.cache), tokenizer=str(asked.model))
@@ -90,14 +92,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_result(asked.output, "language models of blocks", values, len(chosen), 0, command)
 
 
-def run_of(size: str, head: HeadName, order: Order) -> LanguageRun:
-    """The recipe's run with a transformer of this size, and this head and order."""
+def run_of(tokens: TokenizerConfig, size: str, head: HeadName = "flow", order: Order = "token") -> LanguageRun:
+    """The recipe's run of such tokens, with a transformer of this size, and this head and order; videos as long."""
     run = load_run(f"{RECIPE}:lm")
     assert isinstance(run, LanguageRun)
     width, depth, heads = SIZES[size]
-    body = BodyConfig("llama", width=width, depth=depth, heads=heads, feed_forward=2 * width)
-    model = replace(run.model, body=body, head=replace(run.model.head, kind=head, width=width * 3 // 4), order=order)
-    return replace(run, model=model)
+    clips = round((run.key_frames - 1) * RECIPE_CLIP_S / tokens.clip_s)
+    model = replace(
+        run.model,
+        body=BodyConfig("llama", width=width, depth=depth, heads=heads, feed_forward=2 * width),
+        head=replace(run.model.head, kind=head, width=width * 3 // 4),
+        order=order,
+        motion_tokens=tokens.motion_tokens,
+        positions=run.model.text_length + (tokens.block_tokens + 1) * run.model.max_keyframes,
+    )
+    return replace(run, model=model, key_frames=clips + 1)
 
 
 def trained(run: LanguageRun, steps: int, folder: Path) -> tuple[DeepTokenLM, dict[str, float]]:

@@ -4,7 +4,8 @@
 
 MODEL (a checkpoint or a run's best/) gives first stage and linear code; denoisers, and what computes motion tokens,
 start from random weights, as the recipe's run `denoiser` trains them. Of a cache of `dicode data blocks` events are
-counted too. The same command continues; measured runs are not trained again.
+counted too, and language models are trained, whose videos are compared with their scripts. The same command
+continues; measured runs are not trained again.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from dicode.checkpoint.saving import write_config
+from dicode.config.user_code import load_file
 from dicode.data.cache import FrameCache
 from dicode.evaluate.events import Scripted, scripted_of
 from dicode.evaluate.metrics import PAIR_METRICS, scores_of_sets
@@ -32,6 +34,7 @@ from dicode.features.extract import EfficientNetLite0Features
 from dicode.features.metrics import bootstrap_interval
 from dicode.features.tinyvt import TinyVT
 from dicode.files import put_text, read_json
+from dicode.pipeline import DiCoDe
 from dicode.provenance import write_result
 from dicode.sizing.plan import Planner
 from dicode.stopwatch import tracked
@@ -42,9 +45,12 @@ from dicode.train.runs import TokenizerRun, load_run
 from dicode.train.tokenizer import TokenizerTraining
 from dicode.video.timed import Video
 
-STEPS = 1500
+language_models = load_file(Path(__file__).parents[1] / "blocks/language_models.py", "study", "blocks")
+
+STEPS = 1000
 CLIPS = 200  # validation clips
 SCRIPTS = 24  # of each set
+SETS = ("seen", "combinations", "orders", "within")
 AT_ONCE = 20
 MOTION = {"none": 0, "4": 4, "8": 8, "16": 16}  # tokens a clip
 HALVED = "key frames twice as often"
@@ -61,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS, help="without motion tokens; others get as many FLOPs")
+    parser.add_argument("--language-steps", type=int, default=STEPS, help="as --steps; of a cache of blocks")
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--scripts", type=int, default=SCRIPTS, help="of each set, of a cache of blocks")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="these alone")
@@ -70,18 +77,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = load_run(f"{asked.recipe}:denoiser")
     assert isinstance(base, TokenizerRun)
     base = replace(base, cache=str(asked.cache), loop=replace(base.loop, tracker="none"))
-    flops = Planner(replace(base, model=replace(base.model, motion=None))).step_flops()
+    none = arranged(base.model, "none")
+    flops = asked.steps * Planner(replace(base, model=none)).step_flops()
+    language_flops = asked.language_steps * Planner(language_models.run_of(none, language_models.BASE)).step_flops()
     values: dict[str, Any] = {"baselines": baselines(cache, base.model, asked.clips)}
     for seed in asked.seeds:
         for name in asked.only:
             run = replace(base, model=arranged(base.model, name), loop=replace(base.loop, seed=seed))
             own_flops = Planner(run).step_flops()
-            steps = round(asked.steps * flops / own_flops)
+            steps = round(flops / own_flops)
             folder = asked.work_folder / f"{name.replace(' ', '-')}-{steps}-{seed}"
             if not (kept := folder / "figures.json").exists():
                 tokenizer = trained(run, steps, asked.model, folder)
                 figures = {"steps": steps, "flops": round(own_flops * steps), **rates(run.model)}
-                put_text(kept, json.dumps(figures | measured(tokenizer, cache, asked.clips, asked.scripts)))
+                chosen = [one for one in scripted_of(cache, asked.scripts) if one.name in SETS]
+                figures |= measured(tokenizer, cache, asked.clips, chosen)
+                if chosen:
+                    figures["language model"] = language_figures(run, tokenizer, language_flops, chosen, folder)
+                put_text(kept, json.dumps(figures))
             values.setdefault(name, {})[str(seed)] = read_json(kept)
             print(folder.name, json.dumps(without_clips(values[name][str(seed)])), flush=True)
     differences = {name: compared(values["none"], values[name]) for name in asked.only if "none" in values}
@@ -120,7 +133,22 @@ def trained(run: TokenizerRun, steps: int, model: Path, folder: Path) -> VideoTo
     loop = replace(run.loop, optim=optim, evaluate_every=steps, checkpoint_every=100)
     own = replace(run, init=str(folder / "start"), loop=loop)
     train(TokenizerTraining(own), loop, folder, {"name": folder.name})
-    return VideoTokenizer.from_pretrained(folder / "best")
+    tokenizer = VideoTokenizer.from_pretrained(folder / "best")
+    tokenizer.config = replace(tokenizer.config, sampling=start.config.sampling)
+    return tokenizer
+
+
+def language_figures(
+    run: TokenizerRun, tokenizer: VideoTokenizer, flops: float, chosen: Sequence[Scripted], folder: Path
+) -> dict[str, Any]:
+    """Losses of a language model of these tokens after so many FLOPs, and what of the scripts its videos show."""
+    own = language_models.run_of(run.model, language_models.BASE)
+    step_flops = Planner(own).step_flops()
+    own = replace(own, cache=run.cache, tokenizer=str(folder / "best"))
+    own = replace(own, loop=replace(own.loop, seed=run.loop.seed, tracker="none"))
+    lm, losses = language_models.trained(own, round(flops / step_flops), folder / "language-model")
+    followed = language_models.followed(DiCoDe(tokenizer, lm), chosen, run.loop.seed)
+    return {"steps": round(flops / step_flops), **losses, **followed}
 
 
 def real_clips(cache: FrameCache, config: TokenizerConfig, count: int, clip_s: float = 2.0) -> list[Video]:
@@ -166,11 +194,11 @@ def of_clips(real: Sequence[Video], made: Sequence[Video]) -> dict[str, Any]:
     return values
 
 
-def measured(tokenizer: VideoTokenizer, cache: FrameCache, clips: int, scripts: int) -> dict[str, Any]:
+def measured(tokenizer: VideoTokenizer, cache: FrameCache, clips: int, chosen: Sequence[Scripted]) -> dict[str, Any]:
     """Of validation clips, with all motion tokens and with half of them; and events, where there are scripts."""
     real, config = real_clips(cache, tokenizer.config, clips), tokenizer.config
     figures: dict[str, Any] = of_clips(real, reconstructed(tokenizer, real))
-    if chosen := scripted_of(cache, scripts):
+    if chosen:
         figures["clauses_right"] = events(tokenizer, cache, chosen)
     if config.motion_tokens > 1:
         tokenizer.config = replace(config, sampling=config.sampling.changed(motion_tokens=config.motion_tokens // 2))
@@ -185,8 +213,7 @@ def events(tokenizer: VideoTokenizer, cache: FrameCache, chosen: Sequence[Script
     right: dict[str, list[bool]] = defaultdict(list)
     groups: dict[tuple[str, int], list[Scripted]] = defaultdict(list)
     for one in chosen:
-        if one.name != "story":
-            groups[one.name, one.script.clips].append(one)
+        groups[one.name, one.script.clips].append(one)
     for (name, clips), those in tracked([*groups.items()], "videos of a set and length"):
         frames = round(clips * 2 * tokenizer.config.fps)
         real = [cache.frames[cache.clip_rows(o.video, 0.0, frames + 1, tokenizer.config.fps)].numpy() for o in those]
