@@ -5,16 +5,16 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import test_golden
 import torch
 import torch.distributed as dist
 from test_golden import EVERY, RECIPES, toy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dicode.train.checkpoint import TrainState
 from dicode.train.distributed import Processes, Strategy, full
 from dicode.train.lm import LanguageRun
-from dicode.train.loop import Training, draw_batches, train_step
+from dicode.train.loop import Training
 from dicode.train.optim import Muon
 from dicode.train.runs import load_run
 from dicode.train.stages import Run, stage_of
@@ -51,12 +51,8 @@ def first_steps(run: Run, processes: Processes) -> dict[str, Any]:
     with processes.one_first():
         stage = stage_of(run)
     training = Training(stage, run.loop, processes)
-    state, lines = TrainState(), []
-    batches = draw_batches(training, 0)
     start = {name: full(p.detach()).clone() for name, p in training.trained.items()}
-    for _ in range(STEPS):
-        lines.append(cast(dict[str, float], train_step(training, state, next(batches))))
-        state.step += 1
+    lines = test_golden.first_steps(training, STEPS)
     moved = torch.stack([(full(p.detach()) - start[name]).square().sum() for name, p in training.trained.items()]).sum()
     found = {"loss": [line["loss"] for line in lines], "norm": [line["gradient_norm"] for line in lines]}
     return {**found, "moved": moved.sqrt().item(), "gathers": gathers(training)}

@@ -12,17 +12,21 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from test_tokenizer import RESAMPLER, tiny_config
+from torch.nn.attention import sdpa_kernel
 from toy_runs import runs, write_cache, write_prior
 
 from dicode.lm.config import DeepLMConfig
 from dicode.tokenizer.config import DenoiserConfig, MotionConfig, TokenizerConfig
+from dicode.train.checkpoint import TrainState
+from dicode.train.distributed import Processes
+from dicode.train.loop import Training, attention_on, draw_batches, train_step
 from dicode.train.runs import FirstStageRun, TokenizerRun, load_run
-from dicode.train.stages import Run, run_recipe
+from dicode.train.stages import Run, run_recipe, stage_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 STUDIES = RECIPES.with_name("studies")
@@ -118,10 +122,19 @@ def curves(root: Path) -> dict[str, list[float]]:
     for name in EVERY:
         file, _, function = name.partition(":")
         run = toy(load_run(f"{FILES.get(file, RECIPES / f'{file}.py')}:{function}"), root)
-        run_recipe(run, root / name.replace(":", "-"), {})
-        lines = (root / name.replace(":", "-") / "log.jsonl").read_text().splitlines()
-        found[name] = [line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"]
+        training = Training(stage_of(run), run.loop, Processes())
+        found[name] = [line["loss"] for line in first_steps(training, STEPS)]
     return found
+
+
+def first_steps(training: Training, count: int) -> list[dict[str, float]]:
+    """What a run logs of its first steps; nothing is evaluated or kept."""
+    state, lines, batches = TrainState(), [], draw_batches(training, 0)
+    with sdpa_kernel(attention_on(training.device)):
+        for _ in range(count):
+            lines.append(cast(dict[str, float], train_step(training, state, next(batches))))
+            state.step += 1
+    return lines
 
 
 @pytest.fixture(scope="module")

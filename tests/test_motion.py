@@ -15,6 +15,7 @@ from test_train_samples import LM, language, plain_cache
 
 from dicode.cli.app import main
 from dicode.data.cache import CachedVideo, FrameCache
+from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe, check_shared
 from dicode.seeds import generator_for
 from dicode.sizing.count import size_lm, size_tokenizer
@@ -25,6 +26,7 @@ from dicode.tokenizer.motion import limited
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.cached import frame_tokens
+from dicode.train.lm import PLACE
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, TokenizerRun, runs_of
 from dicode.train.stages import run_recipe
 from dicode.train.tokenizer import TokenizerTraining
@@ -310,6 +312,19 @@ def test_a_model_without_motion_tokens_is_a_beginning(tmp_path: Path, tiny_model
             TokenizerTraining(dataclasses.replace(run, **change))
     other = dataclasses.replace(run_of(tmp_path / "run/best", cache), init_denoiser=str(tiny_model))
     TokenizerTraining(other)
+
+
+def test_a_language_model_without_motion_tokens_is_a_beginning(
+    moving_model: Path, tiny_model: Path, cache: Path
+) -> None:
+    plain, moving = (DeepTokenLM.from_pretrained(folder) for folder in (tiny_model, moving_model))
+    held, kept = plain.state_dict(), moving.state_dict()
+    state = language(moving_model, cache, model=moving.config, init=str(tiny_model)).module.state_dict()
+    own = len(held[PLACE])
+    assert all(torch.equal(state[name], value) for name, value in held.items() if name != PLACE)
+    assert torch.equal(state[PLACE][:own], held[PLACE]) and state[PLACE][own:].std() > 0.01
+    state = language(moving_model, cache, model=moving.config, init=str(moving_model)).module.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in kept.items())
 
 
 @pytest.mark.parametrize("loops", [False, True])

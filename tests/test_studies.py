@@ -33,7 +33,7 @@ from dicode.tokenizer.encoder import LinearCode
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import train
-from dicode.train.runs import LoopConfig, OptimConfig, runs_of
+from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, runs_of
 
 STUDIES = Path(__file__).parents[1] / "studies"
 SMALL_BLOCKS = dataclasses.replace(
@@ -299,8 +299,16 @@ def test_motion_tokens(results: Path, blocks: Path, tmp_path: Path, monkeypatch:
     write_config(model, {"tokenizer": VideoTokenizer(SMALL_BLOCKS).save_pretrained(model)})
     recipe.write_text(SMALL_RECIPE)
     files = [str(recipe), str(blocks), str(model), str(results / "motion.json")]
-    flags = ["--seeds", "0", "--steps", "2", "--language-steps", "4", "--clips", "4", "--scripts", "1"]
-    flags += ["--work-folder", str(tmp_path / "work")]
+    flags = ["--seeds", "0", "--steps", "2", "--clips", "4", "--scripts", "1", "--work-folder", str(tmp_path / "work")]
+    text, trained = TextTokenizer.train(["a red ball"], 300), []
+
+    def untrained(run: LanguageRun, steps: int, folder: Path) -> tuple[DeepTokenLM, dict[str, float]]:
+        trained.append((run.model.motion_tokens, run.key_frames, steps))
+        return DeepTokenLM(run.model, text), {"validation_loss": 1.0}
+
+    # test_language_models_of_blocks does both
+    monkeypatch.setattr(own.language_models, "trained", untrained)
+    monkeypatch.setattr(own.language_models, "followed", lambda model, scripts, seed: {"scripts": len(scripts)})
     own.main([*files, *flags, "--only", "none", "4", own.HALVED])
     values = json.loads((results / "motion.json").read_text())["values"]
     rates = {name: values[name]["0"]["tokens_per_s"] for name in ("none", "4", own.HALVED)}
@@ -308,7 +316,9 @@ def test_motion_tokens(results: Path, blocks: Path, tmp_path: Path, monkeypatch:
     flops = [values[name]["0"]["flops"] / values[name]["0"]["steps"] for name in rates]
     assert flops[1] > flops[0] > 1.8 * flops[2] and values[own.HALVED]["0"]["steps"] == 4
     assert "half of them" in values["4"]["0"] and {*values["none"]["0"]["clauses_right"]} == {*own.SETS}
-    assert all(0 <= values[name]["0"]["language model"]["within"]["all"] <= 1 for name in rates)
+    assert all(values[name]["0"]["language model"]["scripts"] == len(own.SETS) for name in rates)
+    assert [one[:2] for one in trained] == [(0, 6), (4, 6), (0, 11)]
+    assert trained[0][2] == own.STEPS > trained[1][2] > trained[2][2]
     less = values["less than none"]
     assert all(own["value"] == 0 for own in less["none"].values()) and len(less[own.HALVED]) == 2
     monkeypatch.delattr(own, "trained")

@@ -8,7 +8,7 @@ combine by their means, flows by their velocities. `HEADS` at the end of this fi
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +142,14 @@ class RegressionHead(nn.Module):
         return mean if null_hidden is None else mean + (sampling.guidance - 1) * (mean - self.mean(null_hidden))
 
 
+class Modulation(NamedTuple):
+    """What a block's normalised input is multiplied by and moved, and how much of the result counts."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
 class FlowHead(nn.Module):
     """A small network that predicts the velocities of all tokens of a group; a draw takes a few Euler steps.
 
@@ -169,10 +177,18 @@ class FlowHead(nn.Module):
         self, noisy: Float[Tensor, "*group p d"], sigma: Float[Tensor, "*group"], hidden: GroupHidden
     ) -> GroupTokens:
         """The expectation of `noise − tokens`, float32, at these shares of noise."""
-        condition = self.condition(hidden) + self.time(_waves(sigma).to(self.condition.weight.dtype)).unsqueeze(-2)
-        x, condition = self.read(noisy.to(condition.dtype)), F.silu(condition)
-        for block in self.blocks:
-            x = block(x, condition)
+        return self._velocity(noisy, [self._condition(sigma, hidden)] * len(self.blocks))
+
+    def _condition(self, sigma: Tensor, hidden: Tensor) -> Tensor:
+        """What all blocks read of hidden states and noise, whose shapes are broadcast: `*group p width`."""
+        time = self.time(_waves(sigma).to(self.condition.weight.dtype)).unsqueeze(-2)
+        return F.silu(self.condition(hidden) + time)
+
+    def _velocity(self, noisy: Tensor, told: Sequence[Tensor | Modulation]) -> Tensor:
+        """From what each block is told: the condition, or its modulation by it."""
+        x = self.read(noisy.to(self.read.weight.dtype))
+        for block, own in zip(self.blocks, told, strict=True):
+            x = block(x, own)
         return self.write(F.layer_norm(x, x.shape[-1:])).float()
 
     def loss(self, hidden: GroupHidden, target: GroupTokens, generator: torch.Generator | None = None) -> GroupLoss:
@@ -180,11 +196,12 @@ class FlowHead(nn.Module):
         if generator is None and not self.training:
             generator = torch.Generator().manual_seed(0)
         device = target.device if generator is None else generator.device
-        hidden, target = (x.expand(DRAWS, *x.shape) for x in (hidden, target.float()))
+        target = target.float().expand(DRAWS, *target.shape)
         sigma = torch.sigmoid(torch.randn(target.shape[:-2], generator=generator, device=device)).to(target)
         noise = torch.randn(target.shape, generator=generator, device=device).to(target)
         share = sigma[..., None, None]
-        predicted = self.velocity((1 - share) * target + share * noise, sigma, hidden)
+        told = [self._condition(sigma, hidden)] * len(self.blocks)
+        predicted = self._velocity((1 - share) * target + share * noise, told)
         return (predicted - (noise - target)).square().mean((0, -2, -1))
 
     def mean(self, hidden: GroupHidden) -> GroupTokens:
@@ -200,16 +217,21 @@ class FlowHead(nn.Module):
         null_hidden: StepHidden | None = None,
     ) -> StepTokens:
         """From noise, its variance scaled, in `flow_steps` Euler steps of null + guidance·(velocity − null)."""
-        b, p = hidden.shape[:2]
+        steps, p = sampling.flow_steps, hidden.shape[1]
         noise = torch.stack([torch.randn(p, self.token_width, generator=g) for g in generators])
         tokens = noise.to(hidden.device) * sampling.variance_scale**0.5
-        for step in range(sampling.flow_steps):
-            sigma = tokens.new_full((b,), 1 - step / sampling.flow_steps)
-            velocity = self.velocity(tokens, sigma, hidden)
-            if null_hidden is not None:
-                null = self.velocity(tokens, sigma, null_hidden)
-                velocity = null + sampling.guidance * (velocity - null)
-            tokens = tokens - velocity / sampling.flow_steps
+        both = hidden if null_hidden is None else torch.cat([hidden, null_hidden])
+        sigma = 1 - torch.arange(steps, device=hidden.device) / steps
+        condition = self._condition(sigma[:, None], both)  # of all steps at once, as what blocks make of it
+        modulations = [cast(_FlowBlock, block).modulation_of(condition) for block in self.blocks]
+        for step in range(steps):
+            told = [Modulation(*(part[step] for part in own)) for own in modulations]
+            if null_hidden is None:
+                velocity = self._velocity(tokens, told)
+            else:
+                velocity, null = self._velocity(tokens.repeat(2, 1, 1), told).chunk(2)
+                velocity = torch.lerp(null, velocity, sampling.guidance)
+            tokens = torch.sub(tokens, velocity, alpha=1 / steps)
         return tokens
 
 
@@ -224,12 +246,17 @@ class _FlowBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)  # every block begins as the identity (adaLN-Zero)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def modulation_of(self, condition: Tensor) -> Modulation:
         shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        return Modulation(shift, 1 + scale, gate)
+
+    def forward(self, x: Tensor, told: Tensor | Modulation) -> Tensor:
+        shift, scale, gate = self.modulation_of(told) if isinstance(told, Tensor) else told
         if self.mix is not None:
             normed = rearrange(F.layer_norm(x, x.shape[-1:]), "... p width -> ... width p")
             x = x + rearrange(self.mix(normed), "... width p -> ... p width")
-        return x + gate * self.mlp(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+        normed = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
+        return torch.addcmul(x, gate, self.mlp(normed))
 
 
 def _waves(sigma: Float[Tensor, "*group"]) -> Float[Tensor, "*group waves"]:

@@ -26,7 +26,7 @@ Added = Float[Tensor, "#b 1 s all"]
 class Surroundings(NamedTuple):
     """What all layers of a pass share."""
 
-    waves: tuple[Float[Tensor, "s e"], Float[Tensor, "s e"]]  # cosines and sines of the positions' angles
+    waves: tuple[Float[Tensor, "s e"], Float[Tensor, "s e"]]  # of the positions' angles, see `rotated`
     added: Added | None  # to the logits of attention
     causal: bool  # in place of a mask, for which torch has faster kernels
     fused: bool  # by torch's own attention
@@ -91,8 +91,9 @@ class Llama(nn.Module):
             mask = number[before:, None] >= number
         added = None if mask is None else added_to_logits(mask, computing_dtype(embeddings))
         angles = places[:, None] * self.frequencies
-        angles = torch.cat([angles, angles], dim=-1)
-        around = Surroundings((angles.cos(), angles.sin()), added, causal, fused, cache)
+        cosines, sines = angles.cos(), angles.sin()
+        waves = torch.cat([cosines, cosines], dim=-1), torch.cat([-sines, sines], dim=-1)
+        around = Surroundings(waves, added, causal, fused, cache)
         x = embeddings
         for layer in self.layers:
             x = layer(x, around)
@@ -134,7 +135,7 @@ class Attention(nn.Module):
             rearrange(projected(x), "b s (heads e) -> b heads s e", heads=heads)
             for projected, heads in ((self.q_proj, self.heads), (self.k_proj, self.shared), (self.v_proj, self.shared))
         )
-        q, k = (rotated(own, *around.waves) for own in (q, k))
+        q, k = rotated(torch.cat([q, k], dim=1), *around.waves).split((self.heads, self.shared), dim=1)
         if around.cache is not None:
             k, v = around.cache.extended(self.number, k, v)
         if self.shared < self.heads:
@@ -161,16 +162,14 @@ class GatedMLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / √mean(x²), in float32, times learned factors; the result has the type that layers compute in."""
+    """x / √mean(x²) times learned factors, in float32; the result has the type that layers compute in."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Hidden) -> Hidden:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
-        return (self.weight * normed.to(x.dtype)).to(computing_dtype(x))
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), EPSILON).to(computing_dtype(x))
 
 
 def plain_attention(q: HeadStates, k: AllStates, v: AllStates, added: Added | None, dropout: float) -> HeadStates:
@@ -196,9 +195,8 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 
 
 def rotated(x: HeadStates, cosines: Float[Tensor, "s e"], sines: Float[Tensor, "s e"]) -> HeadStates:
-    """Pairs of numbers, i and i + e/2, turned by their position's angles (Su et al. 2021)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cosines.to(x.dtype) + torch.cat([-second, first], dim=-1) * sines.to(x.dtype)
+    """Pairs of numbers, i and i + e/2, turned by their position's angles (Su et al. 2021); first sines are negative."""
+    return torch.addcmul(x * cosines.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sines.to(x.dtype))
 
 
 def rope_frequencies(width: int, base: float, factor: float) -> Float[Tensor, "half"]:

@@ -10,12 +10,13 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from dicode.checkpoint import load_weights, read_config
+from dicode.checkpoint import load_state, load_weights, read_config, read_section, read_tensors
 from dicode.checkpoint.hub import downloaded
 from dicode.checkpoint.saving import write_config
 from dicode.data.columns import CAPTIONED, CachedVideo, Videos, spread_numbers
 from dicode.device import pick_device
 from dicode.files import read_json
+from dicode.lm.config import DeepLMConfig
 from dicode.lm.deep_lm import WEIGHTS, DeepTokenLM
 from dicode.lm.text import TextTokenizer
 from dicode.pipeline import check_shared
@@ -28,6 +29,7 @@ from dicode.train.runs import VALIDATION_CLIPS, LanguageRun
 from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 
+PLACE = "embedding.place"
 WHOLE_MOTION = 0.5  # probability of a batch with all motion tokens
 RANKED_CLIPS = 48  # validation clips whose captions are matched with each other
 WRITTEN_CLIPS = 64  # captions of either split that the model generates from at every evaluation …
@@ -36,6 +38,16 @@ SCORED_CLIPS = 16  # validation captions whose generated videos are scored
 MEASURED_CLIPS = 512  # whose variances say whether residuals or whole key frames are easier to predict
 MOST_READ = 200_000  # training videos whose captions the vocabulary is learnt from
 BODY_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
+
+
+def start_from(module: DeepTokenLM, folder: Path) -> None:
+    """Take a trained language model's weights. One without motion tokens is a beginning: their places start afresh."""
+    if not module.config.motion_tokens or read_section(folder, "lm", DeepLMConfig).motion_tokens:
+        load_weights(module, folder / WEIGHTS)
+        return
+    state, place = read_tensors(folder / WEIGHTS), module.embedding.place.detach()
+    held = state[PLACE]
+    load_state(module, state | {PLACE: torch.cat([held, place[len(held) :].to(held)])}, str(folder / WEIGHTS))
 
 
 class LanguageTraining:
@@ -71,7 +83,7 @@ class LanguageTraining:
         config = replace(run.model, pad_id=self.text.pad_id, begin_id=self.text.begin_id)
         self.module = DeepTokenLM(config, self.text)
         if run.init:
-            load_weights(self.module, Path(run.init) / WEIGHTS)
+            start_from(self.module, Path(run.init))
         if body:
             from dicode.lm.library import load_pretrained
 
