@@ -333,7 +333,7 @@ def test_cached_tokens_are_those_of_encode(tmp_path: Path, moving_model: Path, l
     model = write_tiny_model(tmp_path / "model", motion=MOTION, **PUBLISHED) if published else moving_model
     tokenizer, folder = VideoTokenizer.from_pretrained(model), plain_cache(tmp_path / "cache", [1, 16, 40], loops)
     spacing, cache = tokenizer.config.tail_frame, FrameCache.load(folder)
-    tokens = frame_tokens(tokenizer, cache, model, precision="float32")
+    tokens = frame_tokens(tokenizer, cache, precision="float32")
     still, short, long = cache.videos[:3]
     assert not tokens[still.first][4:].any()
     near = {"rtol": 2e-3, "atol": 4e-3}
@@ -360,7 +360,7 @@ def test_motion_of_a_frame_that_is_shown_for_long_is_of_its_own_clip(tmp_path: P
     own, tokenizer = frames(50)[0], VideoTokenizer.from_pretrained(moving_model)
     FrameCache([video], own, times_s).save(tmp_path)
     cache = FrameCache.load(tmp_path)
-    tokens = frame_tokens(tokenizer, cache, moving_model, precision="float32")
+    tokens = frame_tokens(tokenizer, cache, precision="float32")
     shown = own[cache.clip_rows(video, 0.0, 90, 8.0)]
     encoded = tokenizer.encode(shown[:81][None])[0]  # at 0, 2, 4, 6, 8 and 10 s
     rows, numbers = [0, 16, 24, 25, 41], [0, 1, 2, 4, 5]

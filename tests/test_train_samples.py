@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dicode.checkpoint import content_hash
+from dicode.checkpoint.saving import write_config
 from dicode.data.cache import CachedVideo, FrameCache
 from dicode.data.columns import Videos
 from dicode.evaluate.samples import Samples
@@ -17,7 +18,7 @@ from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import SamplingConfig
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.augment import augmented_caption
 from dicode.train.cached import first_stage_latents, frame_tokens, key_frames_of, latents_name
 from dicode.train.distributed import Processes
@@ -128,7 +129,7 @@ def test_only_frames_that_can_be_key_frames_have_tokens_and_those_are_of_cached_
     read: list[int] = []
     real = VideoTokenizer.source_of
     monkeypatch.setattr(VideoTokenizer, "source_of", lambda self, p: read.append(len(p)) or real(self, p))
-    direct = frame_tokens(tokenizer, cache, tiny_model, precision="float32")
+    direct = frame_tokens(tokenizer, cache, precision="float32")
     key_rows = torch.tensor([0, 1, 17, 32, 33, 49, 65, 81, 97])  # of the training half; 4.0 s shows the last frame
     every = torch.cat([key_rows, key_rows + 105])
     assert sum(read) == 18 and torch.equal(load_file(next(folder.glob("*.tokens-*")))["rows"], every)
@@ -137,14 +138,27 @@ def test_only_frames_that_can_be_key_frames_have_tokens_and_those_are_of_cached_
     with pytest.raises(IndexError, match="no key frames"):
         direct[2]
     next(folder.glob("*.tokens-*")).unlink()
-    latents = first_stage_latents(tokenizer, cache, tiny_model / FIRST_STAGE_WEIGHTS, "float32")
-    assert latents.shape[1] == 1 and latents_name(tiny_model / FIRST_STAGE_WEIGHTS, False) in str(
-        list(folder.iterdir())
-    )
+    latents = first_stage_latents(tokenizer, cache, "float32")
+    assert latents.shape[1] == 1 and latents_name(tokenizer, False) in str(list(folder.iterdir()))
     read.clear()
-    again = frame_tokens(tokenizer, FrameCache.load(folder), tiny_model, precision="float32")
+    again = frame_tokens(tokenizer, FrameCache.load(folder), precision="float32")
     assert not read
     torch.testing.assert_close(again[every].float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_run_from_a_checkpoint_of_8_bits_and_one_from_its_weights_share_what_is_cached(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    DiCoDe.from_pretrained(tiny_model).save_pretrained(tmp_path / "small", dtype=torch.int8)
+    small = VideoTokenizer.from_pretrained(tmp_path / "small")
+    for parameter in small.denoiser.parameters():
+        parameter.data += 1
+    write_config(tmp_path / "trained", {"tokenizer": small.save_pretrained(tmp_path / "trained")})
+    first, second, other = (
+        VideoTokenizer.from_pretrained(folder) for folder in (tmp_path / "small", tmp_path / "trained", tiny_model)
+    )
+    assert first.latent_hash() == second.latent_hash() != other.latent_hash()
+    assert first.token_hash() == second.token_hash() != other.token_hash()
 
 
 def test_the_denoiser_learns_from_clips_that_last_and_from_a_context_that_was_recorded(

@@ -256,15 +256,14 @@ def encode(command: Encode, watch: Stopwatch) -> None:
     from dicode.device import pick_device
 
     with common.needs_extra("train"):
-        from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
+        from dicode.tokenizer.video_tokenizer import VideoTokenizer
         from dicode.train.cached import first_stage_latents, frame_tokens
-    source = resolve(command.model)
-    tokenizer = VideoTokenizer.from_pretrained(source).to(pick_device(command.device))
+    tokenizer = VideoTokenizer.from_pretrained(resolve(command.model)).to(pick_device(command.device))
     frames = FrameCache.load(command.cache)
     with watch.stage("latents"):
-        latents = first_stage_latents(tokenizer, frames, source / FIRST_STAGE_WEIGHTS, mirror=command.mirror)
+        latents = first_stage_latents(tokenizer, frames, mirror=command.mirror)
     with watch.stage("tokens"):
-        tokens = frame_tokens(tokenizer, frames, source)
+        tokens = frame_tokens(tokenizer, frames)
     sides = "frames and mirror images" if command.mirror else "frames"
     shape = f"{tokens.shape[1]}×{tokens.shape[2]}"
     print(f"{command.cache}: latents {tuple(latents.shape)} of {sides}, and {shape} deep tokens of every key frame")

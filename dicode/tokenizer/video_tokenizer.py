@@ -171,6 +171,10 @@ class VideoTokenizer(nn.Module):
         """Sixteen hexadecimal digits: a hash of all weights that deep tokens depend on, as saved in `dtype`."""
         return hash_of_tokens(self.first_stage.state_dict(), TokenizerParts(self).state_dict(), dtype)
 
+    def latent_hash(self) -> str:
+        """As `token_hash`, of all weights that first-stage latents depend on."""
+        return hash_of_tokens(self.first_stage.state_dict(), {})
+
     # tokens → frames
 
     def decode(self, tokens: DeepTokens, **options: Any) -> Iterator[FrameStack]:

@@ -1,18 +1,16 @@
 """What stages read of a cache: pixels, first-stage latents and deep tokens, the latter two computed once and kept."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from dicode.checkpoint import content_hash
 from dicode.config import Precision
 from dicode.data.cache import FrameCache, Rows
 from dicode.data.columns import CachedVideo
 from dicode.device import autocast
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.augment import View
 
 
@@ -43,17 +41,17 @@ def splits(folder: str) -> tuple[FrameCache, FrameCache, FrameCache]:
     return cache, cache.subset(validation=False), cache.subset(validation=True)
 
 
-def latents_name(weights: Path, mirror: bool) -> str:
+def latents_name(tokenizer: VideoTokenizer, mirror: bool) -> str:
     """Name of cached latents: of a first stage, with those of mirror images or without."""
-    return f"latents-{content_hash(weights)}" + ("-mirrored" if mirror else "")
+    return f"latents-{tokenizer.latent_hash()}" + ("-mirrored" if mirror else "")
 
 
 def first_stage_latents(
-    tokenizer: VideoTokenizer, cache: FrameCache, weights: Path, precision: Precision = "auto", mirror: bool = False
+    tokenizer: VideoTokenizer, cache: FrameCache, precision: Precision = "auto", mirror: bool = False
 ) -> Rows:
     """Latents of all cached frames, float16 `f 1 z y x`, or of them and their mirror images, `f 2 z y x`.
 
-    Kept beside the shards, under a hash of the first stage's `weights` file.
+    Kept beside the shards, under a hash of the first stage's weights.
     """
     sides, device = 2 if mirror else 1, tokenizer.device
 
@@ -66,7 +64,7 @@ def first_stage_latents(
                 parts.append(rearrange(both.half().cpu(), "(side f) c h w -> f side c h w", side=sides))
         return torch.cat(parts)
 
-    return cache.computed(latents_name(weights, mirror), latents)
+    return cache.computed(latents_name(tokenizer, mirror), latents)
 
 
 def key_frames_of(video: CachedVideo, clip_s: float) -> int:
@@ -88,17 +86,17 @@ def key_frames_in(cache: FrameCache, clip_s: float, rows: range) -> Iterator[tup
 
 
 def frame_tokens(
-    tokenizer: VideoTokenizer, cache: FrameCache, source: Path, view: View | None = None, precision: Precision = "auto"
+    tokenizer: VideoTokenizer, cache: FrameCache, view: View | None = None, precision: Precision = "auto"
 ) -> Rows:
     """Deep tokens of the frames that can be key frames, or of a view of them, float16 `f n d`, motion tokens included.
 
     Those are all frames of a loop, and those a whole number of clips after the start of another video. Kept beside the
-    shards, under a hash of the tokenizer's weights in `source`; computed from first-stage latents where a tokenizer's
-    training left them there. Where one frame is two key frames, its motion is that of the clip which ends on the first.
+    shards, under a hash of the weights that they depend on; computed from first-stage latents where training left them
+    there. Where one frame is two key frames, its motion is that of the clip which ends on the first.
     """
     config, clip_s = tokenizer.config, tokenizer.config.clip_s
     reads_latents = config.resampler is None or config.motion is not None
-    names = [latents_name(source / FIRST_STAGE_WEIGHTS, mirror) for mirror in (False, True)]
+    names = [latents_name(tokenizer, mirror) for mirror in (False, True)]
 
     def chosen(rows: range) -> Tensor:
         found = [keys for _, keys, _ in key_frames_in(cache, clip_s, rows)]
@@ -145,5 +143,5 @@ def frame_tokens(
                 parts.append(own.half().cpu())
         return torch.cat(parts)
 
-    name = f"tokens-{content_hash(source / FIRST_STAGE_WEIGHTS, source / WEIGHTS)}-{clip_s:g}s"
+    name = f"tokens-{tokenizer.token_hash()}-{clip_s:g}s"
     return cache.computed_of(name if view is None else f"{name}-{view.name}", chosen, tokens)

@@ -5,7 +5,6 @@ RUN/best         the tokenizer: first stage, linear code, and a denoiser of rand
 """
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,6 @@ def fit_run(run: LinearCodeRun, folder: Path, recipe: dict[str, Any], source: Pa
             metrics, sheet = fit(run, tokenizer, latents)
             with whole_folder(folder / "best") as new:
                 write_config(new, {"tokenizer": tokenizer.save_pretrained(new)})
-                # the same file, as latents that are cached carry its hash
-                shutil.copyfile(Path(run.first_stage) / FIRST_STAGE_WEIGHTS, new / FIRST_STAGE_WEIGHTS)
         with RunLog(folder, 0, loop.tracker, recipe) as log:
             log.write("validation", 0, metrics)
             log.sheet(0, sheet)
@@ -87,8 +84,7 @@ def unfitted(run: LinearCodeRun) -> tuple[VideoTokenizer, Rows]:
     tokenizer = VideoTokenizer(run.model).eval()
     load_first_stage(tokenizer, Path(run.first_stage))
     tokenizer.to(pick_device(run.device))
-    weights = Path(run.first_stage) / FIRST_STAGE_WEIGHTS
-    return tokenizer, first_stage_latents(tokenizer, splits(run.cache)[0], weights, run.precision, run.mirror)
+    return tokenizer, first_stage_latents(tokenizer, splits(run.cache)[0], run.precision, run.mirror)
 
 
 @torch.no_grad()

@@ -72,9 +72,9 @@ class LanguageTraining:
         self.text = self._text(body, captions)
         if self.text.vocab_size > run.model.vocab_size:
             raise ValueError(f"vocab_size: expected {self.text.vocab_size} or more, got {run.model.vocab_size}")
-        self.tokens = frame_tokens(self.tokenizer, cache, folder, precision=precision)
+        self.tokens = frame_tokens(self.tokenizer, cache, precision=precision)
         self.views = [View.numbered(number) for number in range(1, run.augment.views + 1)]
-        self.view_tokens = [frame_tokens(self.tokenizer, cache, folder, view, precision) for view in self.views]
+        self.view_tokens = [frame_tokens(self.tokenizer, cache, view, precision) for view in self.views]
         self.tokenizer.cpu()  # an accelerator's memory is for the language model
         torch.manual_seed(run.loop.seed)
         self.words = [[word for texts in captions for word in texts[kind].split()] for kind in (0, -1)]  # short, long

@@ -144,8 +144,7 @@ class TokenizerTraining:
         cache, self.cache, self.validation = splits(run.cache)
         self.videos = self._lasting("training", self.cache)
         self.validated = self._lasting("validation", self.validation).spread(VALIDATION_CLIPS)
-        weights = Path(run.init) / FIRST_STAGE_WEIGHTS
-        self.latents = first_stage_latents(module, cache, weights, run.loop.precision, run.mirror)
+        self.latents = first_stage_latents(module, cache, run.loop.precision, run.mirror)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
         if isinstance(module.denoiser, ResidualDenoiser) and not run.lora.rank:
             rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(MEASURED_CLIPS)])

@@ -11,7 +11,6 @@ continues; measured runs are not trained again.
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -39,7 +38,7 @@ from dicode.provenance import write_result
 from dicode.sizing.plan import Planner
 from dicode.stopwatch import tracked
 from dicode.tokenizer.config import MotionConfig, TokenizerConfig
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import train
 from dicode.train.runs import TokenizerRun, load_run
 from dicode.train.tokenizer import TokenizerTraining
@@ -72,11 +71,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scripts", type=int, default=SCRIPTS, help="of each set, of a cache of blocks")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="these alone")
     parser.add_argument("--work-folder", type=Path, default=Path("runs/motion-tokens"))
+    parser.add_argument("--models", nargs="+", help="measure these checkpoints or best/ folders; nothing is trained")
     asked = parser.parse_args(argv)
     cache = FrameCache.load(asked.cache)
     base = load_run(f"{asked.recipe}:denoiser")
     assert isinstance(base, TokenizerRun)
     base = replace(base, cache=str(asked.cache), loop=replace(base.loop, tracker="none"))
+    command = shlex.join(["python", *sys.argv])
+    if asked.models:
+        chosen = [one for one in scripted_of(cache, asked.scripts) if one.name in SETS]
+        tokenizers = {name: VideoTokenizer.from_pretrained(name) for name in asked.models}
+        shown = {name: without_clips(measured(own, cache, asked.clips, chosen)) for name, own in tokenizers.items()}
+        shown["baselines"] = baselines(cache, base.model, asked.clips)
+        write_result(asked.output, "motion tokens of models", shown, asked.clips, 0, command)
+        return
     none = arranged(base.model, "none")
     flops = asked.steps * Planner(replace(base, model=none)).step_flops()
     language_flops = asked.language_steps * Planner(language_models.run_of(none, language_models.BASE)).step_flops()
@@ -100,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     differences = {name: compared(values["none"], values[name]) for name in asked.only if "none" in values}
     shown = {name: own if name == "baselines" else {s: without_clips(of) for s, of in own.items()}
              for name, own in values.items()}  # fmt: skip
-    command = shlex.join(["python", *sys.argv])
     write_result(asked.output, "motion tokens", shown | {"less than none": differences}, asked.clips, 0, command)
 
 
@@ -127,8 +134,6 @@ def trained(run: TokenizerRun, steps: int, model: Path, folder: Path) -> VideoTo
     begun.first_stage.load_state_dict(start.first_stage.state_dict())
     begun.linear_code.load_state_dict(start.linear_code.state_dict())
     write_config(folder / "start", {"tokenizer": begun.save_pretrained(folder / "start")})
-    # the same file, as latents that are cached carry its hash
-    shutil.copyfile(model / FIRST_STAGE_WEIGHTS, folder / "start" / FIRST_STAGE_WEIGHTS)
     optim = replace(run.loop.optim, steps=steps, decay_fraction=0.4, ema_decay=0.995)
     loop = replace(run.loop, optim=optim, evaluate_every=steps, checkpoint_every=100)
     own = replace(run, init=str(folder / "start"), loop=loop)
@@ -195,15 +200,16 @@ def of_clips(real: Sequence[Video], made: Sequence[Video]) -> dict[str, Any]:
 
 
 def measured(tokenizer: VideoTokenizer, cache: FrameCache, clips: int, chosen: Sequence[Scripted]) -> dict[str, Any]:
-    """Of validation clips, with all motion tokens and with half of them; and events, where there are scripts."""
+    """Of validation clips, with all motion tokens, half and none of them; and events, where there are scripts."""
     real, config = real_clips(cache, tokenizer.config, clips), tokenizer.config
     figures: dict[str, Any] = of_clips(real, reconstructed(tokenizer, real))
     if chosen:
         figures["clauses_right"] = events(tokenizer, cache, chosen)
-    if config.motion_tokens > 1:
-        tokenizer.config = replace(config, sampling=config.sampling.changed(motion_tokens=config.motion_tokens // 2))
-        half = without_clips(of_clips(real, reconstructed(tokenizer, real)))
-        figures["half of them"] = half | ({"clauses_right": events(tokenizer, cache, chosen)} if chosen else {})
+    fewer = {"half of them": config.motion_tokens // 2, "none of them": 0} if config.motion else {}
+    for name, count in fewer.items():
+        tokenizer.config = replace(config, sampling=config.sampling.changed(motion_tokens=count))
+        part = without_clips(of_clips(real, reconstructed(tokenizer, real)))
+        figures[name] = part | ({"clauses_right": events(tokenizer, cache, chosen)} if chosen else {})
         tokenizer.config = config
     return figures
 

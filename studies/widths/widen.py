@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dicode.checkpoint import load_state, resolve
+from dicode.checkpoint import load_state
 from dicode.checkpoint.saving import check_model_folder, model_folder
 from dicode.data.cache import FrameCache
 from dicode.lm.deep_lm import DeepTokenLM
@@ -22,7 +22,7 @@ from dicode.pipeline import DiCoDe
 from dicode.shapes import ImageLatents
 from dicode.tokenizer.encoder import LinearCode
 from dicode.tokenizer.linear import fit_projections
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.cached import first_stage_latents
 from dicode.train.linear_code import MOST_FITTED
 
@@ -42,7 +42,7 @@ def widen(name_or_folder: str | Path, token_width: int, cache: FrameCache, outpu
     torch.manual_seed(0)
     wide = VideoTokenizer(replace(held.config, token_width=token_width))
     wide.first_stage.load_state_dict(held.first_stage.state_dict())
-    latents = first_stage_latents(held, cache, resolve(name_or_folder) / FIRST_STAGE_WEIGHTS)
+    latents = first_stage_latents(held, cache)
     rows = cache.subset(validation=False).frame_rows()
     extend(wide.linear_code, held.linear_code, latents[rows.spread(MOST_FITTED), 0].float())
     grow(wide.denoiser, held.denoiser.state_dict(), OF_DENOISER)
