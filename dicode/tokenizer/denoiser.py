@@ -71,7 +71,7 @@ def input_channels(config: TokenizerConfig) -> int:
 def cross_faded(keys: Tensor, frames: int) -> ClipLatents:
     """The simplest clip between head and tail latents `b 2 c h w`: frame i is i/f of the tail, the rest is head."""
     share = torch.arange(frames).to(keys)[:, None, None, None] / frames
-    return torch.lerp(keys[:, :1], keys[:, 1:], share)
+    return (1 - share) * keys[:, :1] + share * keys[:, 1:]
 
 
 def grid_positions(count: int, width: int) -> Tensor:
@@ -131,13 +131,11 @@ class ResidualDenoiser(nn.Module):
         given = conditioning.keys_mask[:, None].to(noisy)
         deviation = (given * self.deviation + 1 - given)[..., None, None, None]
         t = (timestep / 1000).to(noisy)[:, None, None, None, None]
-        residual = torch.addcmul(noisy, t - 1, fade)
-        scaled = (1 - t) * deviation
-        variance = scaled.square() + t.square()
-        factor = variance.rsqrt()
-        predicted = self.network(residual * factor, timestep, conditioning, *until)
-        skip = (t - scaled * deviation) / variance
-        return torch.addcmul(skip * residual - fade, deviation * factor, predicted)
+        residual = noisy - (1 - t) * fade
+        variance = ((1 - t) * deviation).square() + t.square()
+        skip = (t - (1 - t) * deviation.square()) / variance
+        predicted = self.network(residual * variance.rsqrt(), timestep, conditioning, *until)
+        return skip * residual + deviation * variance.rsqrt() * predicted - fade
 
     @torch.no_grad()
     def fit_deviation(self, clips: ClipLatents, tails: Tensor, smallest: float = 0.2) -> None:
@@ -243,7 +241,7 @@ class FineBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`b f h w c` → the same."""
         scale, shift = self.modulation(time)[:, None, None, None].chunk(2, dim=-1)
-        y = nn.functional.gelu(frames_convolved(self.space, torch.addcmul(shift, self.norm(x), 1 + scale)))
+        y = nn.functional.gelu(frames_convolved(self.space, self.norm(x) * (1 + scale) + shift))
         padded = nn.functional.pad(y, (0, 0, 0, 0, 0, 0, 1, 1))
         return x + self.frames(torch.cat([padded[:, :-2], y, padded[:, 2:]], dim=-1))
 
