@@ -230,8 +230,8 @@ class FlowHead(nn.Module):
                 velocity = self._velocity(tokens, told)
             else:
                 velocity, null = self._velocity(tokens.repeat(2, 1, 1), told).chunk(2)
-                velocity = torch.lerp(null, velocity, sampling.guidance)
-            tokens = torch.sub(tokens, velocity, alpha=1 / steps)
+                velocity = null + sampling.guidance * (velocity - null)
+            tokens = tokens - velocity / steps
         return tokens
 
 
@@ -255,8 +255,8 @@ class _FlowBlock(nn.Module):
         if self.mix is not None:
             normed = rearrange(F.layer_norm(x, x.shape[-1:]), "... p width -> ... width p")
             x = x + rearrange(self.mix(normed), "... width p -> ... p width")
-        normed = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
-        return torch.addcmul(x, gate, self.mlp(normed))
+        # not torch.addcmul, which rounds by a number's place in memory: a sample would depend on its batch
+        return x + gate * self.mlp(F.layer_norm(x, x.shape[-1:]) * scale + shift)
 
 
 def _waves(sigma: Float[Tensor, "*group"]) -> Float[Tensor, "*group waves"]:

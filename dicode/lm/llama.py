@@ -196,7 +196,7 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 
 def rotated(x: HeadStates, cosines: Float[Tensor, "s e"], sines: Float[Tensor, "s e"]) -> HeadStates:
     """Pairs of numbers, i and i + e/2, turned by their position's angles (Su et al. 2021); first sines are negative."""
-    return torch.addcmul(x * cosines.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sines.to(x.dtype))
+    return x * cosines.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sines.to(x.dtype)
 
 
 def rope_frequencies(width: int, base: float, factor: float) -> Float[Tensor, "half"]:
