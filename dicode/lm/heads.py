@@ -143,7 +143,7 @@ class RegressionHead(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What a block's normalised input is multiplied by and moved, and how much of the result counts."""
+    """What is added to a block's normalised input, after the factor `scale`; and the factor of its output."""
 
     shift: Tensor
     scale: Tensor
@@ -177,18 +177,18 @@ class FlowHead(nn.Module):
         self, noisy: Float[Tensor, "*group p d"], sigma: Float[Tensor, "*group"], hidden: GroupHidden
     ) -> GroupTokens:
         """The expectation of `noise − tokens`, float32, at these shares of noise."""
-        return self._velocity(noisy, [self._condition(sigma, hidden)] * len(self.blocks))
+        return self._velocity(noisy, self._condition(sigma, hidden))
 
     def _condition(self, sigma: Tensor, hidden: Tensor) -> Tensor:
         """What all blocks read of hidden states and noise, whose shapes are broadcast: `*group p width`."""
         time = self.time(_waves(sigma).to(self.condition.weight.dtype)).unsqueeze(-2)
         return F.silu(self.condition(hidden) + time)
 
-    def _velocity(self, noisy: Tensor, told: Sequence[Tensor | Modulation]) -> Tensor:
-        """From what each block is told: the condition, or its modulation by it."""
+    def _velocity(self, noisy: Tensor, condition: Tensor | Sequence[Modulation]) -> Tensor:
+        """By the condition, or by each block's modulation from it."""
         x = self.read(noisy.to(self.read.weight.dtype))
-        for block, own in zip(self.blocks, told, strict=True):
-            x = block(x, own)
+        for number, block in enumerate(self.blocks):
+            x = block(x, condition if isinstance(condition, Tensor) else condition[number])
         return self.write(F.layer_norm(x, x.shape[-1:])).float()
 
     def loss(self, hidden: GroupHidden, target: GroupTokens, generator: torch.Generator | None = None) -> GroupLoss:
@@ -200,8 +200,7 @@ class FlowHead(nn.Module):
         sigma = torch.sigmoid(torch.randn(target.shape[:-2], generator=generator, device=device)).to(target)
         noise = torch.randn(target.shape, generator=generator, device=device).to(target)
         share = sigma[..., None, None]
-        told = [self._condition(sigma, hidden)] * len(self.blocks)
-        predicted = self._velocity((1 - share) * target + share * noise, told)
+        predicted = self._velocity((1 - share) * target + share * noise, self._condition(sigma, hidden))
         return (predicted - (noise - target)).square().mean((0, -2, -1))
 
     def mean(self, hidden: GroupHidden) -> GroupTokens:
@@ -225,11 +224,11 @@ class FlowHead(nn.Module):
         condition = self._condition(sigma[:, None], both)  # of all steps at once, as what blocks make of it
         modulations = [cast(_FlowBlock, block).modulation_of(condition) for block in self.blocks]
         for step in range(steps):
-            told = [Modulation(*(part[step] for part in own)) for own in modulations]
+            of_step = [Modulation(*(part[step] for part in own)) for own in modulations]
             if null_hidden is None:
-                velocity = self._velocity(tokens, told)
+                velocity = self._velocity(tokens, of_step)
             else:
-                velocity, null = self._velocity(tokens.repeat(2, 1, 1), told).chunk(2)
+                velocity, null = self._velocity(tokens.repeat(2, 1, 1), of_step).chunk(2)
                 velocity = null + sampling.guidance * (velocity - null)
             tokens = tokens - velocity / steps
         return tokens
@@ -250,8 +249,8 @@ class _FlowBlock(nn.Module):
         shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
         return Modulation(shift, 1 + scale, gate)
 
-    def forward(self, x: Tensor, told: Tensor | Modulation) -> Tensor:
-        shift, scale, gate = self.modulation_of(told) if isinstance(told, Tensor) else told
+    def forward(self, x: Tensor, condition: Tensor | Modulation) -> Tensor:
+        shift, scale, gate = self.modulation_of(condition) if isinstance(condition, Tensor) else condition
         if self.mix is not None:
             normed = rearrange(F.layer_norm(x, x.shape[-1:]), "... p width -> ... width p")
             x = x + rearrange(self.mix(normed), "... width p -> ... p width")
