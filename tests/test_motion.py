@@ -367,6 +367,19 @@ def test_motion_of_a_frame_that_is_shown_for_long_is_of_its_own_clip(tmp_path: P
     torch.testing.assert_close(tokens[torch.tensor(rows)].float(), encoded[numbers], rtol=2e-3, atol=4e-3)
 
 
+def test_videos_that_share_frames_have_the_tokens_of_either(tmp_path: Path, moving_model: Path) -> None:
+    """Three clips of one video, its last two clips as another video, then a third video (as in caches of `blocks`)."""
+    spans = [(0, 49), (16, 33), (49, 17)]
+    videos = [CachedVideo("drawn", f"{i}.mp4", (), False, False, *span, span[1] / 8) for i, span in enumerate(spans)]
+    own, tokenizer = frames(66)[0], VideoTokenizer.from_pretrained(moving_model)
+    FrameCache(videos, own, torch.cat([torch.arange(49) / 8, torch.arange(17) / 8]).double()).save(tmp_path)
+    tokens = frame_tokens(tokenizer, FrameCache.load(tmp_path), precision="float32")
+    for first, count in (spans[0], spans[2]):
+        encoded = tokenizer.encode(own[first : first + count][None])[0]
+        found = tokens[first + 16 * torch.arange(len(encoded))].float()
+        torch.testing.assert_close(found, encoded, rtol=2e-3, atol=4e-3)
+
+
 def test_sequences_of_training_have_any_first_motion_tokens(moving_model: Path, cache: Path) -> None:
     model = dataclasses.replace(LM, motion_tokens=3, positions=110)
     stage = language(moving_model, cache, model=model, end_frame_prob=0.5)

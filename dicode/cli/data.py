@@ -69,6 +69,7 @@ class Blocks:
     validation: Annotated[int, Range(1, 100_000)] = 200  # scripts of every validation set; a tenth of `story`
     within: Share = 0.0  # share of training scripts with a quick event, inside one clip; their captions say so
     shots: Annotated[int, Range(0, 4)] = 1  # later clauses of a training script that are also clips of their own
+    key_frames_only: bool = False  # training videos at 0.5 fps, for a language model without motion tokens
     workers: Annotated[int, Range(1, 1024)] = 1  # processes
     ray: str | None = None  # Ray cluster to spread the work over: an address, auto, or local for one started here
 
@@ -203,7 +204,7 @@ def blocks(command: Blocks, watch: Stopwatch) -> None:
     from dicode.data.blocks.clips import BlocksOptions, build_blocks
     from dicode.files import place
 
-    names = ("count", "seed", "validation", "within", "shots")
+    names = ("count", "seed", "validation", "within", "shots", "key_frames_only")
     options = BlocksOptions(**{name: getattr(command, name) for name in names})
     with watch.stage("shards"):
         notes = build_blocks(options, place(common.named(command.output)), command.workers, command.ray)

@@ -180,7 +180,7 @@ class FrameCache:
         return self._computed(name, lambda rows: {"values": compute(self.frames[rows.start : rows.stop])})
 
     def computed_of(self, name: str, select: Callable[[range], Tensor], compute: Callable[[Tensor], Tensor]) -> Rows:
-        """The values of `compute` for the rows that `select` gives, in order, of a shard's; kept as `computed` does."""
+        """The values of `compute` for the rows that `select` gives of a shard's, ascending; kept as `computed` does."""
 
         def tensors(rows: range) -> dict[str, Tensor]:
             selected = select(rows)

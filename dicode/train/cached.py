@@ -92,7 +92,7 @@ def frame_tokens(
 
     Those are all frames of a loop, and those a whole number of clips after the start of another video. Kept beside the
     shards, under a hash of the weights that they depend on; computed from first-stage latents where training left them
-    there. Where one frame is two key frames, its motion is that of the clip which ends on the first.
+    there. Where one frame is two key frames, its motion is that of the first clip which ends there.
     """
     config, clip_s = tokenizer.config, tokenizer.config.clip_s
     reads_latents = config.resampler is None or config.motion is not None
@@ -100,15 +100,17 @@ def frame_tokens(
 
     def chosen(rows: range) -> Tensor:
         found = [keys for _, keys, _ in key_frames_in(cache, clip_s, rows)]
-        return torch.cat([torch.empty(0, dtype=torch.long), *found])
+        return torch.cat([torch.empty(0, dtype=torch.long), *found]).unique()  # videos may share frames
 
     def clips(rows: Tensor) -> tuple[Tensor, Tensor]:
         """Of each key frame the rows of the clip that it ends, and whether there is one."""
-        found, held = [], []
-        for video, _, moments_s in key_frames_in(cache, clip_s, range(int(rows[0]), int(rows[-1]) + 1)):
-            held += [video.count > 1 and (video.loops or at_s > 0) for at_s in moments_s]
-            found += [cache.clip_rows(video, at_s - clip_s, config.clip_span, config.fps) for at_s in moments_s]
-        return torch.stack(found), torch.tensor(held)[:, None, None]
+        ended: dict[int, Tensor] = {}
+        for video, keys, moments_s in key_frames_in(cache, clip_s, range(int(rows[0]), int(rows[-1]) + 1)):
+            for row, at_s in zip(keys.tolist(), moments_s, strict=True):
+                if row not in ended and video.count > 1 and (video.loops or at_s > 0):
+                    ended[row] = cache.clip_rows(video, at_s - clip_s, config.clip_span, config.fps)
+        found = [ended.get(row, torch.full((config.clip_span,), row)) for row in rows.tolist()]
+        return torch.stack(found), torch.tensor([row in ended for row in rows.tolist()])[:, None, None]
 
     def pixels(rows: Tensor) -> Tensor:
         frames = cache.frames[rows]

@@ -35,6 +35,7 @@ class BlocksOptions:
     validation: int = 200  # scripts of every other set; a tenth of `story`
     within: float = 0.0  # share of training scripts that are one quick jump, spin or rebound
     shots: int = 1  # later clauses of a training script that are clips of their own too, as shots of a storyboard
+    key_frames_only: bool = False  # of training: all that a language model without motion tokens reads
     scripts_per_shard: int = 64
 
     def __post_init__(self) -> None:
@@ -58,10 +59,15 @@ class SceneUnit:
         """What a shard is counted by."""
         return self.indices
 
+    @property
+    def every(self) -> int:
+        """Frames from one that is drawn to the next."""
+        return CLIP_FRAMES if self.options.key_frames_only and self.name == "training" else 1
+
     def inputs(self) -> str:
         """A digest of all that the shard depends on: the code that draws it too."""
         o = self.options
-        facts = (self.name, self.indices.start, self.indices.stop, o.seed, o.within, o.shots)
+        facts = (self.name, self.indices.start, self.indices.stop, o.seed, o.within, o.shots, self.every)
         return hashlib.sha256(repr((*facts, _code())).encode()).hexdigest()
 
 
@@ -89,21 +95,23 @@ def make_scenes(unit: SceneUnit) -> str:
         return text
     entries: list[Entry] = []
     frames: list[Video] = []
-    first = 0
+    first, every = 0, unit.every
     for record, index in enumerate(unit.indices):
         script = script_of(unit.options.seed, unit.name, index, unit.options.within)
-        frames.append(drawn(script, unit.options.seed, unit.name, index))
+        frames.append(drawn(script, unit.options.seed, unit.name, index, every))
         videos = videos_of(script, unit.options, unit.name, index)
-        entries += [Entry(replace(video, first=first + video.first), record=record) for video in videos]
+        for own in videos:
+            begin, count = first + own.first // every, -(-own.count // every)
+            entries.append(Entry(replace(own, first=begin, count=count), record=record))
         first += len(frames[-1])
-    times_s = np.concatenate([np.arange(len(own)) / FPS for own in frames])
+    times_s = np.concatenate([np.arange(len(own)) * every / FPS for own in frames])
     shard = write_shard(unit.output, name, torch.from_numpy(np.concatenate(frames)), torch.from_numpy(times_s))
     return ShardNote(unit.number, inputs, shard, tuple(entries), ()).write(unit.output)
 
 
-def drawn(script: Script, seed: int, name: str, index: int) -> Video:
-    """All frames of a script: 16 a clip, and the last key frame."""
-    return camera_of(script, seed, name, index).video(poses_of(script))
+def drawn(script: Script, seed: int, name: str, index: int, every: int = 1) -> Video:
+    """All frames of a script, 16 a clip, and the last key frame; or each one so many later than the last."""
+    return camera_of(script, seed, name, index).video(poses_of(script), every)
 
 
 def camera_of(script: Script, seed: int, name: str, index: int) -> Camera:

@@ -91,11 +91,11 @@ class Camera:
         lit = np.broadcast_to(value, (DRAWN, DRAWN)) * light * self.look.brightness
         return np.clip(lit[:, :, None] * tint, 0, 1).astype(np.float32)
 
-    def video(self, poses: Sequence[Poses]) -> Video:
-        """All frames of some objects."""
+    def video(self, poses: Sequence[Poses], every: int = 1) -> Video:
+        """Frames of some objects: all, or frame 0 and each one so many later."""
         frames: list[ndarray] = []
-        for f in range(len(poses[0].yaw)):
-            if f and all(own.at(f) == own.at(f - 1) for own in poses):
+        for f in range(0, len(poses[0].yaw), every):
+            if f and all(own.at(f) == own.at(f - every) for own in poses):
                 frames.append(frames[-1])
             else:
                 frames.append(self.frame(poses, f))
