@@ -5,8 +5,9 @@ r"""A model of `blocks`: captions of one to five clauses, in order, on scenes th
     dicode data blocks -n 10000 --within 0.15 -o cache/blocks --workers 2
     dicode train recipes/blocks.py:first_stage
     dicode train recipes/blocks.py:linear_code
-    dicode train recipes/blocks.py:denoiser             # motion tokens are learnt here, so it comes before lm
-    dicode train recipes/blocks.py:lm
+    dicode train recipes/blocks.py:motion
+    dicode train recipes/blocks.py:denoiser
+    dicode train recipes/blocks.py:lm                   # needs the tokens of `motion`; may be trained beside `denoiser`
     dicode train recipes/blocks.py:lm_sharp
     dicode assemble runs/blocks-denoiser/best runs/blocks-lm_sharp/best -o blocks --dtype int8
 
@@ -33,7 +34,7 @@ CACHE = "cache/blocks"
 MODEL = TOKENIZERS["blocks"]
 
 # For `dicode train recipes/blocks.py --all`: in order, with the share of the time that each is worth.
-STAGES = {"first_stage": 0.1, "linear_code": 0.05, "denoiser": 0.4, "lm": 0.35, "lm_sharp": 0.1}
+STAGES = {"first_stage": 0.1, "linear_code": 0.05, "motion": 0.1, "denoiser": 0.35, "lm": 0.3, "lm_sharp": 0.1}
 SAMPLING = {"guidance": 4.0}
 
 
@@ -58,12 +59,38 @@ def linear_code() -> LinearCodeRun:
     return LinearCodeRun(cache=CACHE, first_stage="runs/blocks-first_stage/best", model=MODEL)
 
 
-def denoiser() -> TokenizerRun:
-    """The video diffusion decoder and what computes motion tokens, on clips; tokens of key frames are fixed."""
+def motion() -> TokenizerRun:
+    """What computes motion tokens, and the clips that are expected of them; tokens of key frames are fixed."""
     return TokenizerRun(
         cache=CACHE,
         init="runs/blocks-linear_code/best",
         model=MODEL,
+        trains="motion",
+        whole_clips=True,  # every event begins and ends on a key frame
+        loop=LoopConfig(
+            evaluate_every=500,
+            checkpoint_every=100,
+            optim=OptimConfig(
+                optimizer="muon",
+                steps=6000,
+                batch_size=32,
+                lr=2e-3,
+                warmup_steps=100,
+                decay_fraction=0.5,
+                ema_decay=0.998,
+            ),
+        ),
+    )
+
+
+def denoiser() -> TokenizerRun:
+    """The video diffusion decoder, on clips; all tokens are fixed."""
+    return TokenizerRun(
+        cache=CACHE,
+        init="runs/blocks-motion/best",
+        model=MODEL,
+        trains="denoiser",
+        whole_clips=True,
         loop=LoopConfig(
             evaluate_every=500,
             checkpoint_every=100,
@@ -89,7 +116,7 @@ def lm() -> LanguageRun:
     """
     return LanguageRun(
         cache=CACHE,
-        tokenizer="runs/blocks-denoiser/best",
+        tokenizer="runs/blocks-motion/best",
         model=replace(
             SIZES["sprites"],
             body=BodyConfig("llama", width=160, depth=6, heads=4, feed_forward=320),

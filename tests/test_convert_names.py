@@ -39,7 +39,7 @@ def published_unet(null_text: Tensor) -> UNet3D:
 def told(head: Tensor, tail: Tensor, stride: Tensor) -> ClipConditioning:
     b, nothing = len(head), torch.zeros(len(head), 0)
     pair = torch.stack([head, tail], dim=1)
-    return ClipConditioning(pair, nothing, torch.ones(b), nothing, torch.zeros(b), stride, nothing)
+    return ClipConditioning(pair, nothing, torch.ones(b), nothing, torch.zeros(b), stride, nothing, nothing)
 
 
 def test_unet_prediction_is_the_published_one(unet_vectors: dict[str, Tensor]) -> None:

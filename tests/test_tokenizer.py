@@ -93,6 +93,7 @@ def conditioning(b: int, n: int = 4, d: int = 6, c: int = 5, side: int = 8) -> C
         torch.ones(b),
         torch.arange(1.0, b + 1),
         torch.randn(b, 0, d),
+        torch.randn(b, 16, c, side, side, generator=g),
     )
 
 
@@ -398,14 +399,15 @@ def test_a_residual_denoiser_that_predicts_zero_gives_the_best_guess_for_gaussia
     denoiser.deviation.copy_(torch.tensor([0.1, 0.5, 1.0, 2.0]))
     given = ClipConditioning(
         torch.zeros(b, 2, 1, 1),
-        torch.randn(b, 2, 3, 4, 4),
+        torch.zeros(b, 2, 3, 4, 4),
         torch.ones(b),
         torch.zeros(b, 1),
         torch.zeros(b),
         torch.ones(b),
         torch.zeros(b, 0, 1),
+        torch.randn(b, 4, 3, 4, 4),
     )
-    clips = cross_faded(given.key_latents, 4) + denoiser.deviation[:, None, None, None] * torch.randn(b, 4, 3, 4, 4)
+    clips = given.expected + denoiser.deviation[:, None, None, None] * torch.randn(b, 4, 3, 4, 4)
     for t in (0.05, 0.5, 0.95):
         noise = torch.randn_like(clips)
         predicted = denoiser((1 - t) * clips + t * noise, torch.full((b,), 1000 * t), given)
@@ -418,7 +420,7 @@ def test_the_residual_is_the_whole_clip_where_keys_are_dropped() -> None:
     denoiser = ResidualDenoiser(Silent(), 4)
     denoiser.deviation.fill_(0.1)
     given = conditioning(2)
-    dropped = dataclasses.replace(given, key_latents=given.key_latents * 0, keys_mask=torch.zeros(2))
+    dropped = dataclasses.replace(given, expected=given.expected[:, :4] * 0, keys_mask=torch.zeros(2))
     noisy, time = torch.randn(2, 4, 5, 8, 8), torch.full((2,), 1000.0)
     torch.testing.assert_close(denoiser(noisy, time, dropped), noisy)  # at t = 1, noise is the best guess
     torch.testing.assert_close(denoiser(noisy, time * 0, dropped), -noisy)  # at t = 0, minus the clip
@@ -426,10 +428,10 @@ def test_the_residual_is_the_whole_clip_where_keys_are_dropped() -> None:
 
 def test_deviations_of_the_residual_are_measured_a_frame() -> None:
     denoiser = ResidualDenoiser(Silent(), 4)
-    keys = torch.randn(50, 2, 5, 8, 8)
-    clips = cross_faded(keys, 4)
+    expected = torch.randn(50, 4, 5, 8, 8)
+    clips = expected.clone()
     clips[:, 2] += 3 * torch.randn_like(clips[:, 2])
-    denoiser.fit_deviation(clips, keys[:, 1], smallest=0.2)
+    denoiser.fit_deviation(clips, expected, smallest=0.2)
     torch.testing.assert_close(denoiser.deviation, torch.tensor([0.2, 0.2, 3.0, 0.2]), rtol=0.02, atol=0)
 
 

@@ -72,7 +72,7 @@ class MotionConfig:
     """Motion tokens: what happens in a clip between its two key frames (docs/motion-tokens.md)."""
 
     tokens: Annotated[int, Range(1, 256)] = 16  # of a clip, as wide as a key frame's; any first ones of them decode
-    width: Width = 192  # of the transformer that computes them from the latents of the clip's frames
+    width: Width = 192  # of the transformers that compute them from a clip's latents, and the clip from them
     depth: Depth = 3
     heads: Width = 6
 
@@ -86,7 +86,7 @@ class DenoiserConfig:
 
     kind: DenoiserName = "hourglass"
     context_frames: Annotated[int, Range(0, 256)] = 2
-    predict_residual: bool = False  # predict the difference from a cross-fade of the key latents (`ResidualDenoiser`)
+    predict_residual: bool = False  # predict the difference from the clip that tokens tell (`ResidualDenoiser`)
     flow_map: bool = False  # `hourglass`: jumps to any earlier time, for few steps (dicode.train.flow_map)
     depth: Depth = 2  # transformer blocks; `unet3d`: residual layers a level
     heads: Width = 4  # of attention; `unet3d`: at its finest level
@@ -177,6 +177,11 @@ class TokenizerConfig:
     def has_key_latents(self) -> bool:
         """Whether deep tokens decode to their key frame's latents, which are then extra channels of the denoiser."""
         return self.resampler is None
+
+    @property
+    def expects_motion(self) -> bool:
+        """Whether motion tokens and key latents give a clip without diffusion (`MotionDecoder`)."""
+        return self.motion is not None and self.has_key_latents
 
     @property
     def clip_s(self) -> float:

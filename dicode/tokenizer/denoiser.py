@@ -38,6 +38,7 @@ class ClipConditioning:
     context_mask: Tensor  # b: 1 where the context is given
     frame_stride: Tensor  # b: frames of the source video from one frame of the clip to the next, for `unet3d`
     motion: Tensor  # b m d: motion tokens; zeros where dropped
+    expected: Tensor  # b f c h w: the clip by key latents and motion alone, `VideoTokenizer.expected`; zeros likewise
 
     def with_null(self, tokens: Tensor) -> "ClipConditioning":
         """These clips, then the same ones as guidance steers away from them: null tokens `1 n d`, no key latents."""
@@ -45,13 +46,17 @@ class ClipConditioning:
             self,
             tokens=tokens.to(self.tokens).expand_as(self.tokens),
             motion=torch.zeros_like(self.motion),
+            expected=torch.zeros_like(self.expected),
             key_latents=torch.zeros_like(self.key_latents),
             keys_mask=torch.zeros_like(self.keys_mask),
         )
         return ClipConditioning(*(torch.cat([getattr(own, f.name) for own in (self, null)]) for f in fields(self)))
 
     def channels(self, noisy: ClipLatents, config: TokenizerConfig) -> Tensor:
-        """`noisy` with key-frame latents, context and its mask as extra channels of every frame: `b f channels y x`."""
+        """`noisy` with what else every frame has, as extra channels `b f channels y x`.
+
+        Key-frame latents, context and its mask; with motion tokens the expected clip.
+        """
         f, h, w = noisy.shape[1], *noisy.shape[-2:]
         parts = [noisy]
         if config.has_key_latents:
@@ -59,13 +64,15 @@ class ClipConditioning:
         if config.denoiser.context_frames:
             parts.append(repeat(self.context.to(noisy), "b p c h w -> b f (p c) h w", f=f))
             parts.append(repeat(self.context_mask.to(noisy), "b -> b f 1 h w", f=f, h=h, w=w))
+        if config.expects_motion:
+            parts.append(self.expected.to(noisy))  # last, where a denoiser that began without it has zeros to grow from
         return torch.cat(parts, dim=2)
 
 
 def input_channels(config: TokenizerConfig) -> int:
     """Channels of `ClipConditioning.channels`."""
     latents, frames = config.first_stage.latent_channels, config.denoiser.context_frames
-    return latents * (1 + 2 * config.has_key_latents + frames) + bool(frames)
+    return latents * (1 + 2 * config.has_key_latents + frames + config.expects_motion) + bool(frames)
 
 
 def cross_faded(keys: Tensor, frames: int) -> ClipLatents:
@@ -106,11 +113,11 @@ def build_denoiser(config: TokenizerConfig) -> nn.Module:
 
 
 class ResidualDenoiser(nn.Module):
-    """Any denoiser, trained on a clip's residual to the cross-fade of its key frames. Flow matching only.
+    """Any denoiser, trained on a clip's residual to the clip that is expected of its tokens. Flow matching only.
 
-    Flow matching is linear in the clip: subtract (1 − t)·fade from the input and −fade from the target, and both are of
-    the residual alone. `deviation` is the residual's for each frame, measured on training clips, small near a key
-    frame; input, output and a skip connection are scaled by it, so that the network's inputs and targets have unit
+    That is the cross-fade of its key frames, or what motion tokens make of it. Flow matching is linear in the clip:
+    subtract (1 − t)·expected from the input and −expected from the target, and both are of the residual alone.
+    `deviation` is the residual's for each frame, measured on training clips, small near a key frame; input, output and a skip connection are scaled by it, so that the network's inputs and targets have unit
     variance at every time (the preconditioning of Karras et al. 2022, for flow matching). Near its key frame a frame is
     copied by construction, where a plain network has to learn 16 channels' identity. Where the key frames are dropped
     the residual is the clip, of deviation 1.
@@ -127,25 +134,23 @@ class ResidualDenoiser(nn.Module):
         self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning, *until: Tensor
     ) -> ClipLatents:
         """As `Hourglass.forward`."""
-        fade = cross_faded(conditioning.key_latents, noisy.shape[1]).to(noisy)
+        expected = conditioning.expected.to(noisy)
         given = conditioning.keys_mask[:, None].to(noisy)
         deviation = (given * self.deviation + 1 - given)[..., None, None, None]
         t = (timestep / 1000).to(noisy)[:, None, None, None, None]
-        residual = noisy - (1 - t) * fade
+        residual = noisy - (1 - t) * expected
         variance = ((1 - t) * deviation).square() + t.square()
         skip = (t - (1 - t) * deviation.square()) / variance
         predicted = self.network(residual * variance.rsqrt(), timestep, conditioning, *until)
-        return skip * residual + deviation * variance.rsqrt() * predicted - fade
+        return skip * residual + deviation * variance.rsqrt() * predicted - expected
 
     @torch.no_grad()
-    def fit_deviation(self, clips: ClipLatents, tails: Tensor, smallest: float = 0.2) -> None:
-        """Measure each frame's deviation from the cross-fade, on clips `b f c h w` and their tail key frames `b c h w`.
+    def fit_deviation(self, clips: ClipLatents, expected: ClipLatents, smallest: float = 0.2) -> None:
+        """Measure each frame's deviation from the clip that is expected, on clips `b f c h w`.
 
         `smallest` stands for the error of the key latents.
         """
-        keys = torch.stack([clips[:, 0], tails], dim=1)
-        residual = clips - cross_faded(keys, clips.shape[1])
-        self.deviation.copy_(residual.square().mean((0, 2, 3, 4)).sqrt().clamp_min(smallest))
+        self.deviation.copy_((clips - expected).square().mean((0, 2, 3, 4)).sqrt().clamp_min(smallest))
 
 
 class Hourglass(nn.Module):

@@ -42,6 +42,41 @@ class MotionEncoder(nn.Module):
         return self.norm(self.write(self.blocks(sequence)[:, -queries.shape[1] :])).float()
 
 
+class MotionDecoder(nn.Module):
+    """What is expected of a clip: the cross-fade of its key latents, and what motion tokens add to it.
+
+    A transformer over a clip in blocks of 2×2×2, all of which begin as the key latents at their place, and over the
+    motion tokens. Trained by squared error, which reaches the motion tokens in far fewer steps than the denoiser's
+    loss does (docs/log.md).
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        assert config.motion is not None
+        self.frames, width = config.clip_frames, config.motion.width
+        side, moments = config.latent_size // 2, config.clip_frames // 2
+        self.read = nn.Linear(8 * config.first_stage.latent_channels, width)
+        self.positions = nn.Parameter(grid_positions(side**2, width))
+        self.moments = nn.Parameter(normal_start(moments, 1, width, deviation=1.0))
+        self.motion = nn.Linear(config.token_width, width)
+        self.places = nn.Parameter(normal_start(config.motion.tokens, width, deviation=1.0))
+        self.blocks = transformer(width, config.motion.depth, config.motion.heads)
+        self.write = nn.Linear(width, 8 * config.first_stage.latent_channels)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def forward(self, keys: Float[Tensor, "b two z y x"], motion: MotionTokens) -> ClipLatents:
+        """Latents of head and tail key frames `b 2 c h w` and motion tokens `b m d` → latents of clips, float32."""
+        both = rearrange(keys, "b two c (h j) (w k) -> b (h w) (two j k c)", j=2, k=2)
+        places = self.read(both.to(self.read.weight.dtype)) + self.positions
+        coarse = rearrange(places[:, None] + self.moments, "b f p c -> b (f p) c")
+        told = self.motion(motion.to(self.motion.weight.dtype)) + self.places
+        added = self.write(self.blocks(torch.cat([coarse, told], dim=1))[:, : coarse.shape[1]])
+        f, h = len(self.moments), keys.shape[-2] // 2
+        added = rearrange(added, "b (f h w) (i j k c) -> b (f i) c (h j) (w k)", f=f, h=h, i=2, j=2, k=2)
+        return cross_faded(keys, self.frames) + added.float()
+
+
 def limited(motion: Tensor, most: Tensor | int | None) -> Tensor:
     """Motion tokens `b m d` with zeros after the first `most` (one number, or `b`): as if the others were not there."""
     if most is None:

@@ -18,7 +18,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
             channels=(56, 56, 56, 56), encoder_blocks=(0, 1, 2, 2), decoder_blocks=(2, 2, 1, 0)
         ),
         denoiser=DenoiserConfig(width=256, depth=3, fine_width=96, fine_blocks=2, predict_residual=True),
-        motion=MotionConfig(tokens=8, width=160, depth=3, heads=5),
+        motion=MotionConfig(tokens=8, width=128, depth=3, heads=4),
     ),
     "sprites": TokenizerConfig(denoiser=DenoiserConfig(predict_residual=True)),
     # rooms need wider tokens (studies/widths)

@@ -30,9 +30,9 @@ from dicode.shapes import (
 )
 from dicode.tokenizer.boundaries import blended_stream, key_frame_indices
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
-from dicode.tokenizer.denoiser import ClipConditioning, build_denoiser, sample, scale_motion
+from dicode.tokenizer.denoiser import ClipConditioning, build_denoiser, cross_faded, sample, scale_motion
 from dicode.tokenizer.encoder import DECODER, FirstStage, LinearCode, Resampler
-from dicode.tokenizer.motion import MotionEncoder, limited
+from dicode.tokenizer.motion import MotionDecoder, MotionEncoder, limited
 from dicode.video.timed import Video
 
 WEIGHTS = "tokenizer.safetensors"
@@ -79,6 +79,8 @@ class VideoTokenizer(nn.Module):
             if config.motion.width % config.motion.heads:
                 raise ValueError(f"motion: {config.motion.heads} heads do not divide a width of {config.motion.width}")
             self.motion_encoder = MotionEncoder(config)
+        if config.expects_motion:
+            self.motion_decoder = MotionDecoder(config)
         self.denoiser = build_denoiser(config)
 
     @classmethod
@@ -311,7 +313,14 @@ class VideoTokenizer(nn.Module):
         context = keys.new_zeros(b, frames, *keys.shape[2:]) if before is None else before
         given = keys.new_full((b,), float(before is not None))
         stride = keys.new_full((b,), self.config.denoiser.frame_stride)
-        return ClipConditioning(pair, keys, keys.new_ones(b), context, given, stride, motion)
+        expected = self.expected(keys, motion)
+        return ClipConditioning(pair, keys, keys.new_ones(b), context, given, stride, motion, expected)
+
+    def expected(self, keys: Float[Tensor, "b two c h w"], motion: MotionTokens) -> ClipLatents:
+        """The clips that key latents and motion tokens `b m d` tell without diffusion; without motion a cross-fade."""
+        if self.config.expects_motion:
+            return self.motion_decoder(keys, motion)
+        return cross_faded(keys, self.config.clip_frames)
 
     def frames_of(self, latents: ClipLatents) -> FrameStack:
         """First-stage latents of clips → uint8 frames."""

@@ -3,6 +3,8 @@
 An image encoder that reads pixels gets them from the cached frames.
 """
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from dicode.data.columns import CachedVideo, Videos
 from dicode.device import pick_device
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
-from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, noised
+from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, cross_faded, noised
 from dicode.tokenizer.motion import limited
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
 from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, splits
@@ -43,6 +45,8 @@ def check(run: TokenizerRun) -> None:
             raise ValueError(f"frame_strides: expected two numbers from 1 on, for a denoiser 'unet3d', got {found}")
     if run.loop.compile:
         raise ValueError("loop.compile: compiled denoisers give NaN (docs/log.md); it is for language models alone")
+    if run.trains == "motion" and (run.lora.rank or not run.model.expects_motion):
+        raise ValueError("trains: 'motion' needs model.motion and a linear code, and no adapters")
     if run.fused_guidance != 1.0 and not run.model.denoiser.flow_map:
         raise ValueError("fused_guidance: for a flow map; set model.denoiser.flow_map")
 
@@ -66,7 +70,7 @@ def start_from(tokenizer: VideoTokenizer, folder: Path, strict: bool) -> None:
     ours, moves = tokenizer.config.denoiser, tokenizer.config.motion is not None and held.motion is None
     if strict and moves:
         raise ValueError(
-            f"lora and freeze_encoder: {folder} has no motion tokens, the recipe names {tokenizer.config.motion}"
+            f"lora and trains 'denoiser': {folder} has no motion tokens, the recipe names {tokenizer.config.motion}"
         )
     own = {name: t for name, t in parts.state_dict().items() if moves and MOTION in name}
     begins = ours.flow_map and not held.denoiser.flow_map
@@ -76,7 +80,7 @@ def start_from(tokenizer: VideoTokenizer, folder: Path, strict: bool) -> None:
         if not begins and not moves:
             load_weights(parts, folder / WEIGHTS)
             return
-        state = read_tensors(folder / WEIGHTS) | own
+        state = widened(read_tensors(folder / WEIGHTS) | own, parts.state_dict())
         if begins:
             times = {name: t for name, t in state.items() if name.startswith(DENOISER) and ".time." in name}
             state |= {name.replace(".time.", ".until."): t for name, t in times.items()}
@@ -90,6 +94,15 @@ def start_from(tokenizer: VideoTokenizer, folder: Path, strict: bool) -> None:
     load_state(parts, {**theirs, **own}, str(folder / WEIGHTS))
 
 
+def widened(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a denoiser, with zeros for input channels that they lack: those of the expected clip."""
+    found = dict(theirs)
+    for name, tensor in theirs.items():
+        if name in ours and tensor.ndim == 4 and (missing := ours[name].shape[1] - tensor.shape[1]) > 0:
+            found[name] = functional.pad(tensor, (0, 0, 0, 0, 0, missing))
+    return found
+
+
 def take_denoiser(tokenizer: VideoTokenizer, folder: Path) -> None:
     """Begin with the denoiser of a model of other videos; where it reads no motion tokens, ours begins to.
 
@@ -100,7 +113,8 @@ def take_denoiser(tokenizer: VideoTokenizer, folder: Path) -> None:
     tensors = read_tensors(folder / WEIGHTS).items()
     theirs = {name.removeprefix(DENOISER): t for name, t in tensors if name.startswith(DENOISER)}
     if not held.motion:
-        theirs |= {name: own for name, own in tokenizer.denoiser.state_dict().items() if MOTION in name}
+        ours = tokenizer.denoiser.state_dict()
+        theirs = widened(theirs | {name: own for name, own in ours.items() if MOTION in name}, ours)
     load_state(tokenizer.denoiser, theirs, str(folder / WEIGHTS))
 
 
@@ -116,10 +130,13 @@ def check_objective(ours: TokenizerConfig, held: TokenizerConfig, folder: Path) 
 
 def freeze(module: VideoTokenizer, run: TokenizerRun) -> None:
     """Leave gradients to what a run trains; under adapters to nothing else."""
-    if run.lora.rank or run.freeze_encoder:
+    if run.lora.rank or run.trains != "all":
         module.requires_grad_(False)
-    if run.freeze_encoder and not run.lora.rank:
+    if run.trains == "denoiser" and not run.lora.rank:
         module.denoiser.requires_grad_(True)
+    if run.trains == "motion":
+        module.motion_encoder.requires_grad_(True)
+        module.motion_decoder.requires_grad_(True)
 
 
 class TokenizerTraining:
@@ -130,11 +147,11 @@ class TokenizerTraining:
         self.run = run
         self.head = run.model.denoiser.context_frames  # where among the rows of `clip_rows` the clip begins …
         self.tail = self.head + run.model.tail_frame  # … and its tail key frame lies
-        self.best = "-denoising_loss"
+        self.best = "-motion_loss" if run.trains == "motion" else "-denoising_loss"
         torch.manual_seed(run.loop.seed)
         self.module = module = VideoTokenizer(run.model)
         load_first_stage(module, Path(run.init))
-        start_from(module, Path(run.init), strict=bool(run.lora.rank) or run.freeze_encoder)
+        start_from(module, Path(run.init), strict=bool(run.lora.rank) or run.trains == "denoiser")
         if run.init_denoiser:
             take_denoiser(module, Path(run.init_denoiser))
         freeze(module, run)
@@ -147,9 +164,19 @@ class TokenizerTraining:
         self.latents = first_stage_latents(module, cache, run.loop.precision, run.mirror)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
         if isinstance(module.denoiser, ResidualDenoiser) and not run.lora.rank:
-            rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(MEASURED_CLIPS)])
-            clips = self.latents[rows[:, self.head :], 0].float()
-            module.denoiser.fit_deviation(clips[:, :-1], clips[:, -1])
+            self.measure_deviation(module.denoiser)
+
+    @torch.no_grad()
+    def measure_deviation(self, denoiser: ResidualDenoiser) -> None:
+        """Fit it on training clips; what is expected of them is that of their own latents and motion."""
+        rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(MEASURED_CLIPS)])
+        clips, expected = [], []
+        for part in rows[:, self.head :].split(at_once(32, self.run.model.size)):
+            own = self.latents[part, 0].float().to(self.module.device)
+            motion = self.module.motion_of(own) if self.run.model.motion else own.new_zeros(len(own), 0, 1)
+            clips.append(own[:, :-1])
+            expected.append(self.module.expected(own[:, [0, -1]], motion))
+        denoiser.fit_deviation(torch.cat(clips), torch.cat(expected))
 
     def _lasting(self, split: str, cache: FrameCache) -> Videos:
         """Videos of a split to take clips from. Raises `ValueError` where there are none."""
@@ -217,7 +244,10 @@ class TokenizerTraining:
     def first_s(self, video: CachedVideo, start: float, stride: int | None) -> float:
         """The moment of the first of `clip_rows`."""
         fps = self.fps_of(stride)
-        latest_s = max(0.0, video.period_s - self.run.model.tail_frame / fps)
+        clip_s = self.run.model.tail_frame / fps
+        latest_s = max(0.0, video.period_s - clip_s)
+        if self.run.whole_clips and not video.loops:
+            return clip_s * int(start * (1 + int(latest_s / clip_s))) - self.head / fps
         return ((1 + start) * video.period_s if video.loops else start * latest_s) - self.head / fps
 
     def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
@@ -237,12 +267,18 @@ class TokenizerTraining:
         level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
         tokens = tokens + (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
         key_frames = pairs(tokens), pairs(self.module.key_latents(tokens))
-        condition = self.training_condition(*key_frames, clips, batch, generator)
+        condition, losses = self.training_condition(*key_frames, clips, batch, generator), {}
         if self.run.model.motion:
-            motion = self.noisy_motion(clips, generator) * condition.keys_mask[:, None, None]
-            condition = replace(condition, motion=motion)
-        loss = self.denoising_loss(self.within(clips), condition, generator)
-        return loss, {"denoising_loss": loss.detach()}
+            motion, kept = self.noisy_motion(clips, generator), condition.keys_mask[:, None, None]
+            condition = replace(condition, motion=motion * kept)
+            if self.run.model.expects_motion:
+                expected = self.module.expected(key_frames[1], motion)
+                condition = replace(condition, expected=expected.detach() * kept[..., None, None])
+                if self.run.trains != "denoiser":
+                    losses["motion_loss"] = functional.mse_loss(expected, self.within(clips))
+        if self.run.trains != "motion":
+            losses["denoising_loss"] = self.denoising_loss(self.within(clips), condition, generator)
+        return torch.stack([*losses.values()]).sum(), {name: loss.detach() for name, loss in losses.items()}
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         return 1.0
@@ -253,10 +289,12 @@ class TokenizerTraining:
         """Conditioning on tokens `b 2 n d` and key latents, at random without them, or without context."""
         kept = (torch.rand(len(clips), generator=generator) >= self.run.drop_tokens).to(tokens.device)
         read = (torch.rand(len(clips), generator=generator) >= DROP_CONTEXT) & batch["has_context"]
+        key_latents = key_latents * kept[:, None, None, None, None]
         return ClipConditioning(
             tokens=torch.where(kept[:, None, None, None], tokens, self.module.null_tokens()),
             motion=tokens.new_zeros(len(tokens), self.run.model.motion_tokens, tokens.shape[-1]),
-            key_latents=key_latents * kept[:, None, None, None, None],
+            key_latents=key_latents,
+            expected=cross_faded(key_latents, self.run.model.clip_frames),
             keys_mask=kept.to(tokens),
             context=clips[:, : self.head],
             context_mask=read.to(tokens),
@@ -307,19 +345,25 @@ class TokenizerTraining:
         return loss if self.module.training else plain
 
     def validate(self) -> tuple[dict[str, float], Image.Image]:
-        """Denoising loss with fixed noise; a sheet of real and rendered frames, and of key frames between them."""
+        """Losses with fixed noise; a sheet of real and rendered frames, and of key frames between them.
+
+        Rendered by the denoiser, or, where what has to do with motion is trained alone, as motion tokens tell.
+        """
         module, device, size = self.module, self.module.device, self.run.model.size
         generator = generator_for(0, "validation")
         rows = torch.stack([self.clip_rows(v, 0.0) for v in self.validated])
         looped = torch.tensor([v.loops for v in self.validated]).to(device)
-        losses = []
+        losses: dict[str, list[Tensor]] = defaultdict(list)
         for part, loops in zip(rows.split(at_once(32, size)), looped.split(at_once(32, size)), strict=True):
             clips = self.latents[part, 0].float().to(device)
             condition = module.conditioning(self.blocks(part, clips), clips[:, : self.head])
             condition = replace(condition, context_mask=condition.context_mask * loops)  # others begin at frame 0
-            losses.append(self.denoising_loss(self.within(clips), condition, generator))
+            if self.run.model.expects_motion:
+                losses["motion_loss"].append(functional.mse_loss(condition.expected, self.within(clips)))
+            if self.run.trains != "motion":
+                losses["denoising_loss"].append(self.denoising_loss(self.within(clips), condition, generator))
         some = rows[:: max(1, len(rows) // 8)][:8]
-        return {"denoising_loss": torch.stack(losses).mean().item()}, self.sheet(some)
+        return {name: torch.stack(parts).mean().item() for name, parts in losses.items()}, self.sheet(some)
 
     def blocks(self, rows: Tensor, clips: Tensor) -> Tensor:
         """Tokens of the head and tail key frames of clips, those of motion included: `b 2 n d`."""
@@ -336,7 +380,10 @@ class TokenizerTraining:
         columns = [module.frames_of(clips[:, ::3])]
         if self.run.model.has_key_latents:
             columns.append(module.frames_of(module.key_latents(pair[:, 0])[:, None]))
-        columns.append(next(module.decode(pair, seed=0))[:, ::3])
+        if self.run.trains == "motion":
+            columns.append(module.frames_of(module.conditioning(pair).expected[:, ::3]))
+        else:
+            columns.append(next(module.decode(pair, seed=0))[:, ::3])
         strips = [rearrange(column.cpu(), "b f h w c -> (b h) (f w) c") for column in columns]
         return Image.fromarray(torch.cat(strips, dim=1).numpy())
 
