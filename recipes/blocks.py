@@ -2,17 +2,18 @@ r"""A model of `blocks`: captions of one to five clauses, in order, on scenes th
 
 64×64, 8 fps, 16 frames a clip (docs/blocks.md).
 
-    dicode data blocks -n 10000 --within 0.15 -o cache/blocks --workers 2
+    dicode data blocks -n 40000 --key-frames-only -o cache/blocks-keys --workers 2
+    dicode data blocks -n 10000 --within 0.2 -o cache/blocks --workers 2
     dicode train recipes/blocks.py:first_stage
-    dicode train recipes/blocks.py:linear_code
+    dicode train recipes/blocks.py:code
+    dicode train recipes/blocks.py:lm                   # key frames alone; may be trained beside the next two
     dicode train recipes/blocks.py:motion
     dicode train recipes/blocks.py:denoiser
-    dicode train recipes/blocks.py:lm                   # needs the tokens of `motion`; may be trained beside `denoiser`
-    dicode train recipes/blocks.py:lm_sharp
-    dicode assemble runs/blocks-denoiser/best runs/blocks-lm_sharp/best -o blocks --dtype int8
+    dicode train recipes/blocks.py:lm_motion
+    dicode assemble runs/blocks-denoiser/best runs/blocks-lm_motion/best -o blocks --dtype int8
 
-The same command resumes an interrupted run. Where training stands, and the weights so far: studies/blocks. There the
-tokenizer was trained on 2,048 scripts, since its latents of every frame take long. Hours and results: docs/log.md.
+The same command resumes an interrupted run. Where training stands, and the weights so far: studies/blocks. Hours and
+results: docs/log.md.
 """
 
 from dataclasses import replace
@@ -24,17 +25,17 @@ from dicode.train.runs import (
     AugmentConfig,
     FirstStageRun,
     LanguageRun,
-    LinearCodeRun,
     LoopConfig,
     OptimConfig,
     TokenizerRun,
 )
 
-CACHE = "cache/blocks"
+CACHE, KEY_FRAMES = "cache/blocks", "cache/blocks-keys"
 MODEL = TOKENIZERS["blocks"]
+STILL = replace(MODEL, motion=None)
 
 # For `dicode train recipes/blocks.py --all`: in order, with the share of the time that each is worth.
-STAGES = {"first_stage": 0.1, "linear_code": 0.05, "motion": 0.1, "denoiser": 0.35, "lm": 0.3, "lm_sharp": 0.1}
+STAGES = {"first_stage": 0.1, "code": 0.1, "lm": 0.35, "motion": 0.1, "denoiser": 0.2, "lm_motion": 0.15}
 SAMPLING = {"guidance": 4.0}
 
 
@@ -54,16 +55,35 @@ def first_stage() -> FirstStageRun:
     )
 
 
-def linear_code() -> LinearCodeRun:
-    """The deep tokens: a linear code of the latents, fitted in closed form."""
-    return LinearCodeRun(cache=CACHE, first_stage="runs/blocks-first_stage/best", model=MODEL)
+def code() -> TokenizerRun:
+    """The deep tokens of key frames: a code of their latents."""
+    return TokenizerRun(
+        cache=KEY_FRAMES,
+        init="runs/blocks-first_stage/best",
+        model=STILL,
+        trains="code",
+        token_noise=0.4,
+        loop=LoopConfig(
+            evaluate_every=500,
+            checkpoint_every=100,
+            optim=OptimConfig(
+                optimizer="muon",
+                steps=6000,
+                batch_size=64,
+                lr=3e-3,
+                warmup_steps=100,
+                decay_fraction=0.5,
+                ema_decay=0.998,
+            ),
+        ),
+    )
 
 
 def motion() -> TokenizerRun:
     """What computes motion tokens, and the clips that are expected of them; tokens of key frames are fixed."""
     return TokenizerRun(
         cache=CACHE,
-        init="runs/blocks-linear_code/best",
+        init="runs/blocks-code/best",
         model=MODEL,
         trains="motion",
         whole_clips=True,  # every event begins and ends on a key frame
@@ -115,8 +135,8 @@ def lm() -> LanguageRun:
     caption would not be read: strong noise on them makes it be.
     """
     return LanguageRun(
-        cache=CACHE,
-        tokenizer="runs/blocks-motion/best",
+        cache=KEY_FRAMES,
+        tokenizer="runs/blocks-code/best",
         model=replace(
             SIZES["sprites"],
             body=BodyConfig("llama", width=160, depth=6, heads=4, feed_forward=320),
@@ -124,8 +144,7 @@ def lm() -> LanguageRun:
             token_width=MODEL.token_width,
             vocab_size=512,
             text_length=112,
-            motion_tokens=MODEL.motion_tokens,
-            positions=112 + (MODEL.block_tokens + 1) * 33,
+            positions=112 + (MODEL.tokens_per_keyframe + 1) * 33,
             input_noise=1.0,
             attend_padding=False,
             residual_anchor=0.0,
@@ -153,13 +172,16 @@ def lm() -> LanguageRun:
     )
 
 
-def lm_sharp() -> LanguageRun:
-    """The same with little noise, as it is sampled: objects keep their shapes from token to token."""
+def lm_motion() -> LanguageRun:
+    """The same with motion tokens, and with little noise, as it is sampled: objects keep their shapes."""
     run = lm()
-    optim = replace(run.loop.optim, steps=2500, warmup_steps=30, decay_fraction=0.8, ema_decay=0.99)
+    optim = replace(run.loop.optim, steps=4000, warmup_steps=30, decay_fraction=0.8, ema_decay=0.99)
+    positions = 112 + (MODEL.block_tokens + 1) * 33
     return replace(
         run,
+        cache=CACHE,
+        tokenizer="runs/blocks-motion/best",
         init="runs/blocks-lm/best",
-        model=replace(run.model, input_noise=0.3),
+        model=replace(run.model, motion_tokens=MODEL.motion_tokens, positions=positions, input_noise=0.3),
         loop=replace(run.loop, optim=optim),
     )

@@ -1,5 +1,6 @@
 """`blocks`: the same scripts and bytes whoever draws them, true captions, and splits that training never sees."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from drawn_blocks import training_scripts, write_blocks
 
 from dicode.cli.app import main
@@ -221,6 +223,20 @@ def test_a_cache_holds_scripts_sets_and_true_lengths(cache: Path) -> None:
     video = frames.videos[index]
     again = drawn(script_of(0, "seen", 1), 0, "seen", 1)
     assert np.array_equal(frames.frames[video.first : video.first + video.count].numpy(), again)
+
+
+def test_key_frames_of_training_can_be_drawn_alone(tmp_path: Path, cache: Path) -> None:
+    build_blocks(dataclasses.replace(OPTIONS, key_frames_only=True), tmp_path)
+    whole, alone = FrameCache.load(cache), FrameCache.load(tmp_path)
+    assert len(whole.videos) == len(alone.videos)
+    for video, other in zip(whole.videos, alone.videos, strict=True):
+        assert video == dataclasses.replace(other, first=video.first, count=video.count)
+        every = 1 if video.validation else 16
+        assert other.count == 1 + (video.count - 1) // every
+        frames = alone.frames[other.first : other.first + other.count]
+        assert torch.equal(frames, whole.frames[video.first : video.first + video.count : every])
+        times_s = alone.times_s[other.first : other.first + other.count]
+        assert torch.equal(times_s - times_s[0], torch.arange(other.count).double() * every / 8)
 
 
 def test_processes_make_the_bytes_that_one_process_makes(tmp_path: Path, cache: Path) -> None:

@@ -16,12 +16,13 @@ from typing import Any, cast
 
 import pytest
 import torch
+from fuzz.models import write_tiny
 from test_tokenizer import RESAMPLER, tiny_config
 from torch.nn.attention import sdpa_kernel
 from toy_runs import runs, write_cache, write_prior
 
 from dicode.lm.config import DeepLMConfig
-from dicode.tokenizer.config import DenoiserConfig, MotionConfig, TokenizerConfig
+from dicode.tokenizer.config import CodeConfig, DenoiserConfig, MotionConfig, TokenizerConfig
 from dicode.train.checkpoint import TrainState
 from dicode.train.distributed import Processes
 from dicode.train.loop import Training, attention_on, draw_batches, train_step
@@ -35,11 +36,12 @@ FILES = {
     "scale": STUDIES / "scale/scale.py",
     "scale_large": STUDIES / "scale/scale_large.py",
 }
+CODE = CodeConfig(width=16, depth=1, heads=2)
 MOTION = MotionConfig(tokens=3, width=16, depth=1, heads=2)
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 6
 NAMES = {
-    "blocks": ("first_stage", "denoiser", "lm", "lm_sharp"),
+    "blocks": ("first_stage", "code", "motion", "denoiser", "lm", "lm_motion"),
     "sprites": ("first_stage", "first_stage_decoder", "denoiser", "lm"),
     "paper": (
         "paper_tokenizer_256", "gpt2_mini", "distilgpt2", "gpt2", "gpt2_medium", "gpt2_large", "llama_1b", "llama_3b",
@@ -69,11 +71,14 @@ def toy(run: Run, root: Path) -> Run:
         changes |= {"model": tiny_config().first_stage, "init": init and str(root / "first_stage/best")}
         changes |= {"tokenizer": run.tokenizer and str(root / "linear_code/best")}
     elif isinstance(run, TokenizerRun):
+        before = "linear_code/best" if run.model.resampler is None else "prior"
+        if run.model.code or run.trains == "code":
+            before = "first_stage/best" if run.trains == "code" else "coded"
         changes |= {
             "model": toy_tokenizer(run.model),
             "init_denoiser": None,
             "frame_strides": None,  # of a denoiser that is not the toy's
-            "init": str(root / ("linear_code/best" if run.model.resampler is None else "prior")),
+            "init": str(root / before),
         }
     else:
         tokenizer = "moving" if run.model.motion_tokens else "linear_code/best"
@@ -90,7 +95,7 @@ def toy_tokenizer(model: TokenizerConfig) -> TokenizerConfig:
         denoiser = dataclasses.replace(denoiser, predict_residual=model.denoiser.predict_residual)
     resampler = model.resampler and RESAMPLER
     own = {"denoiser": denoiser, "objective": model.objective, "resampler": resampler}
-    return dataclasses.replace(tiny, **own, motion=model.motion and MOTION)
+    return dataclasses.replace(tiny, **own, motion=model.motion and MOTION, code=model.code and CODE)
 
 
 def toy_lm(model: DeepLMConfig) -> DeepLMConfig:
@@ -116,6 +121,7 @@ def curves(root: Path) -> dict[str, list[float]]:
     write_cache(root / "cache")
     write_prior(root / "prior", objective="v_prediction")
     write_prior(root / "moving", motion=MOTION)
+    write_tiny(root / "coded", motion=MOTION, code=CODE)
     for name in ("first_stage", "linear_code"):
         run_recipe(runs(root)[name], root / name, {})
     found = {}

@@ -21,16 +21,18 @@ from dicode.seeds import generator_for
 from dicode.sizing.count import size_lm, size_tokenizer
 from dicode.storyboard import parse_storyboard
 from dicode.tokenizer.config import FirstStageConfig, MotionConfig
-from dicode.tokenizer.denoiser import build_denoiser
+from dicode.tokenizer.denoiser import build_denoiser, cross_faded
 from dicode.tokenizer.motion import limited
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.cached import frame_tokens
 from dicode.train.lm import PLACE
+from dicode.train.loop import train
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, TokenizerRun, runs_of
 from dicode.train.stages import run_recipe
-from dicode.train.tokenizer import TokenizerTraining
+from dicode.train.tokenizer import TokenizerTraining, widened
 
+STEM = "denoiser.stem.weight"
 MOTION = MotionConfig(tokens=3, width=16, depth=1, heads=2)
 PUBLISHED: dict[str, Any] = {
     "first_stage": FirstStageConfig("kl", (8, 8, 8), 5, (1,), (1,)),
@@ -68,7 +70,8 @@ def test_motion_tokens_tell_of_the_frames_between_two_key_frames(changes: dict[s
 
 def test_key_frames_tokens_are_those_of_a_model_without_motion() -> None:
     moving, plain, video = tiny_tokenizer(motion=MOTION), tiny_tokenizer(), frames(33)
-    plain.load_state_dict({name: t for name, t in moving.state_dict().items() if "motion" not in name})
+    state = {name: t for name, t in moving.state_dict().items() if "motion" not in name}
+    plain.load_state_dict(widened(state, plain.state_dict()) | {STEM: state[STEM][:, :-5]})
     assert torch.equal(moving.encode(video)[:, :, :4], plain.encode(video))
     stills = moving.encode_frames(video[0].numpy())
     assert stills.shape == (1, 33, 7, 6) and not stills[:, :, 4:].any()
@@ -284,13 +287,73 @@ def test_the_encoder_learns_with_the_denoiser(tmp_path: Path, cache: Path, chang
     assert np.isfinite(metrics["denoising_loss"]) and sheet.width > 0
 
 
-def test_a_frozen_encoder_keeps_tokens(moving_model: Path, cache: Path, tmp_path: Path) -> None:
+def test_parts_are_trained_alone(moving_model: Path, cache: Path, tmp_path: Path) -> None:
+    """First what has to do with motion, then the denoiser, then all."""
+    run, held = run_of(moving_model, cache), VideoTokenizer.from_pretrained(moving_model).state_dict()
+    new = VideoTokenizer(run.model)
+    new.save_pretrained(shutil.copytree(moving_model, tmp_path / "new"))
+    with pytest.raises(ValueError, match="trains 'denoiser': what has to do with motion tokens is not trained in"):
+        TokenizerTraining(dataclasses.replace(run, init=str(tmp_path / "new"), trains="denoiser"))
+    parts = {"motion_encoder", "motion_decoder", "denoiser"}
+    for name, trained in (("motion", {"motion_encoder", "motion_decoder"}), ("denoiser", {"denoiser"}), ("all", parts)):
+        run_recipe(dataclasses.replace(run, trains=name), tmp_path / name, {})
+        run = dataclasses.replace(run, init=str(tmp_path / name / "best"))
+        state = VideoTokenizer.from_pretrained(tmp_path / name / "best").state_dict()
+        changed = {key.split(".")[0] for key, t in state.items() if not torch.equal(t, held[key]) and t.ndim > 1}
+        assert changed == trained
+        held = state
+
+
+def test_motion_is_trained_alone_where_there_is_motion(moving_model: Path, tiny_model: Path, cache: Path) -> None:
+    for run in (run_of(tiny_model, cache), run_of(tiny_model, cache, motion=MOTION, resampler=RESAMPLER)):
+        with pytest.raises(ValueError, match=r"trains: 'motion' needs .* and a linear code, and no adapters"):
+            TokenizerTraining(dataclasses.replace(run, trains="motion"))
+
+
+def test_what_is_expected_of_a_clip_begins_as_a_cross_fade() -> None:
+    tokenizer, tokens = VideoTokenizer(tiny_config(motion=MOTION)), torch.randn(2, 2, 7, 6)
+    given = tokenizer.conditioning(tokens)
+    torch.testing.assert_close(given.expected, cross_faded(given.key_latents, 16))
+    torch.nn.init.normal_(tokenizer.motion_decoder.write.weight)
+    given, fewer = tokenizer.conditioning(tokens), tokenizer.conditioning(tokens, motion_tokens=2)
+    assert torch.equal(given.expected, tokenizer.expected(given.key_latents, tokens[:, 1, 4:]))
+    assert not torch.equal(given.expected, fewer.expected)
+    assert not given.with_null(tokenizer.null_tokens()).expected[2:].any()
+
+
+def test_motion_tokens_learn_what_key_frames_do_not_tell(tmp_path: Path, moving_model: Path, cache: Path) -> None:
+    """Latents of zeros at both key frames; between them one row of the eight is 2."""
+    run = dataclasses.replace(run_of(moving_model, cache), trains="motion", token_noise=0.0)
+    videos = [CachedVideo("drawn", f"{i}", (), i >= 32, False, 17 * i, 17, 17 / 8) for i in range(40)]
+    FrameCache(videos, frames(17 * 40)[0], (torch.arange(17).double() / 8).repeat(40)).save(tmp_path / "cache")
+    stage = TokenizerTraining(dataclasses.replace(run, cache=str(tmp_path / "cache")))
+    latents = torch.zeros(40, 17, 5, 8, 8)
+    latents[torch.arange(40), 1:16, :, torch.arange(40) % 8] = 2.0
+    stage.latents = latents.flatten(0, 1)[:, None]  # type: ignore[assignment]
+    optim = OptimConfig(steps=250, batch_size=16, lr=1e-2, warmup_steps=10, optimizer="muon", ema_decay=0.9)
+    train(stage, dataclasses.replace(run.loop, optim=optim, evaluate_every=250), tmp_path / "run", {})
+    clips, tokenizer = latents, stage.module
+    keys = tokenizer.tokens_of(clips[:, [0, 16]].flatten(0, 1)).unflatten(0, (40, 2))
+    pair = tokenizer.with_motion(keys, tokenizer.motion_of(clips)[:, None])
+    expected = [tokenizer.conditioning(pair, motion_tokens=most).expected for most in (0, 1, 3)]
+    errors = [(own - clips[:, :16]).square().mean().item() for own in expected]
+    assert max(errors[1:]) < 0.93 * errors[0]
+
+
+def test_clips_of_training_may_lie_where_key_frames_are(moving_model: Path, cache: Path) -> None:
     run = run_of(moving_model, cache)
-    for name, frozen in (("frozen", True), ("trained", False)):
-        run_recipe(dataclasses.replace(run, freeze_encoder=frozen), tmp_path / name, {})
-        tokenizer = VideoTokenizer.from_pretrained(tmp_path / name / "best")
-        same = tokenizer.token_hash() == VideoTokenizer.from_pretrained(moving_model).token_hash()
-        assert same == frozen
+    video = next(video for video in FrameCache.load(cache).videos if video.count == 72)
+    anywhere, whole = (TokenizerTraining(dataclasses.replace(run, whole_clips=w)) for w in (False, True))
+    starts = torch.linspace(0, 0.999, 200).tolist()
+    assert {int(whole.clip_rows(video, s)[whole.head] - video.first) for s in starts} == {0, 16, 32, 48}
+    assert len({int(anywhere.clip_rows(video, s)[whole.head]) for s in starts}) > 50
+
+
+def test_a_tokenizer_is_not_trained_on_key_frames_alone(tmp_path: Path, moving_model: Path) -> None:
+    videos = [CachedVideo("drawn", f"{i}", (), i > 0, False, 2 * i, 2, 17 / 8) for i in range(2)]
+    FrameCache(videos, frames(4)[0], torch.tensor([0.0, 2.0, 0.0, 2.0]).double()).save(tmp_path)
+    with pytest.raises(ValueError, match=r"its training videos hold 1.9 frames a clip; cache all frames"):
+        TokenizerTraining(run_of(moving_model, tmp_path))
 
 
 def test_training_shows_any_first_motion_tokens(moving_model: Path, cache: Path) -> None:
@@ -307,8 +370,8 @@ def test_a_model_without_motion_tokens_is_a_beginning(tmp_path: Path, tiny_model
     run_recipe(run, tmp_path / "run", {})
     tokenizer = VideoTokenizer.from_pretrained(tmp_path / "run/best")
     assert tokenizer.config.motion == MOTION
-    for change in ({"lora": dataclasses.replace(run.lora, rank=2)}, {"freeze_encoder": True}):
-        with pytest.raises(ValueError, match=r"lora and freeze_encoder: .* has no motion tokens"):
+    for change in ({"lora": dataclasses.replace(run.lora, rank=2)}, {"trains": "denoiser"}):
+        with pytest.raises(ValueError, match=r"lora and trains 'denoiser': .* has no motion tokens"):
             TokenizerTraining(dataclasses.replace(run, **change))
     other = dataclasses.replace(run_of(tmp_path / "run/best", cache), init_denoiser=str(tiny_model))
     TokenizerTraining(other)

@@ -28,7 +28,7 @@ from dicode.features.tinyvt import TinyVT
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.lm.text import TextTokenizer
 from dicode.pipeline import DiCoDe
-from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, SamplingConfig
+from dicode.tokenizer.config import CodeConfig, DenoiserConfig, FirstStageConfig, SamplingConfig
 from dicode.tokenizer.encoder import LinearCode
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
@@ -41,6 +41,7 @@ SMALL_BLOCKS = dataclasses.replace(
     first_stage=FirstStageConfig(channels=(8, 8, 8, 8), encoder_blocks=(0, 1, 1, 1), decoder_blocks=(1, 1, 1, 0)),
     denoiser=DenoiserConfig(width=48, depth=1, heads=2, fine_width=16, fine_blocks=1, predict_residual=True),
     sampling=SamplingConfig(steps=1),
+    code=CodeConfig(width=24, depth=1, heads=2),
     motion=None,
 )
 SMALL_RECIPE = """

@@ -34,7 +34,6 @@ from dicode.tokenizer.denoiser import (
     ClipConditioning,
     ResidualDenoiser,
     build_denoiser,
-    cross_faded,
     noised,
     sample,
     scale_motion,

@@ -68,6 +68,15 @@ class ResamplerConfig:
 
 
 @dataclass(frozen=True)
+class CodeConfig:
+    """A learned code of key frames: a transformer from first-stage latents to tokens, and one back."""
+
+    width: Width = 160
+    depth: Depth = 3
+    heads: Width = 5
+
+
+@dataclass(frozen=True)
 class MotionConfig:
     """Motion tokens: what happens in a clip between its two key frames (docs/motion-tokens.md)."""
 
@@ -151,8 +160,9 @@ class TokenizerConfig:
     tokens_per_keyframe: Width = 16
     token_width: Width = 32
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
-    # of pixels, as published, trained with the denoiser; None: a linear code of latents, which also decodes them
+    # of pixels, as published, trained with the denoiser; None: a code of latents, which also decodes them
     resampler: ResamplerConfig | None = None
+    code: CodeConfig | None = None  # None: the linear one
     motion: MotionConfig | None = None  # published: none
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     objective: Objective = "flow"

@@ -117,10 +117,11 @@ class ResidualDenoiser(nn.Module):
 
     That is the cross-fade of its key frames, or what motion tokens make of it. Flow matching is linear in the clip:
     subtract (1 − t)·expected from the input and −expected from the target, and both are of the residual alone.
-    `deviation` is the residual's for each frame, measured on training clips, small near a key frame; input, output and a skip connection are scaled by it, so that the network's inputs and targets have unit
-    variance at every time (the preconditioning of Karras et al. 2022, for flow matching). Near its key frame a frame is
-    copied by construction, where a plain network has to learn 16 channels' identity. Where the key frames are dropped
-    the residual is the clip, of deviation 1.
+    `deviation` is the residual's for each frame, measured on training clips, small near a key frame; input, output and
+    a skip connection are scaled by it, so that the network's inputs and targets have unit variance at every time (the
+    preconditioning of Karras et al. 2022, for flow matching). Near its key frame a frame is copied by construction,
+    where a plain network has to learn 16 channels' identity. Where the key frames are dropped the residual is the clip,
+    of deviation 1.
     """
 
     deviation: Tensor

@@ -32,6 +32,7 @@ from dicode.tokenizer.boundaries import blended_stream, key_frame_indices
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import ClipConditioning, build_denoiser, cross_faded, sample, scale_motion
 from dicode.tokenizer.encoder import DECODER, FirstStage, LinearCode, Resampler
+from dicode.tokenizer.learned_code import LearnedCode
 from dicode.tokenizer.motion import MotionDecoder, MotionEncoder, limited
 from dicode.video.timed import Video
 
@@ -66,8 +67,11 @@ class VideoTokenizer(nn.Module):
         self.first_stage = FirstStage(config.first_stage).requires_grad_(False)
         tokens = config.tokens_per_keyframe, config.token_width
         if config.resampler is None:
-            self.linear_code = LinearCode(*tokens, config.first_stage.latent_channels, config.latent_size)
-            self.linear_code.requires_grad_(False)
+            if config.code is None:
+                self.linear_code = LinearCode(*tokens, config.first_stage.latent_channels, config.latent_size)
+            else:
+                self.learned_code = LearnedCode(config)
+            self.code.requires_grad_(False)
         else:
             from dicode.tokenizer.library import ClipEncoder
 
@@ -166,7 +170,7 @@ class VideoTokenizer(nn.Module):
     def tokens_of(self, source: Tensor) -> KeyFrameTokens:
         """`source_of`, one key frame a batch entry → tokens, with gradients."""
         if self.config.resampler is None:
-            return self.linear_code.tokens(source)
+            return self.code.tokens(source)
         return self.resampler(self.encoder(source)).float()
 
     def token_hash(self, dtype: torch.dtype | None = None) -> str:
@@ -333,7 +337,7 @@ class VideoTokenizer(nn.Module):
     def key_latents(self, tokens: KeyFrameTokens) -> ImageLatents:
         """The latents of single key frames: a preview without diffusion. Zeros where tokens do not give them back."""
         if self.config.has_key_latents:
-            return self.linear_code.latents(tokens[:, : self.config.tokens_per_keyframe])
+            return self.code.latents(tokens[:, : self.config.tokens_per_keyframe])
         side = self.config.latent_size
         return tokens.new_zeros(len(tokens), self.config.first_stage.latent_channels, side, side)
 
@@ -343,6 +347,11 @@ class VideoTokenizer(nn.Module):
         if config.null_tokens == "zeros":
             return torch.zeros(1, config.tokens_per_keyframe, config.token_width, device=self.device)
         return self.tokens_of(self.source_of(torch.zeros(1, 3, size, size, device=self.device)))
+
+    @property
+    def code(self) -> LinearCode | LearnedCode:
+        """Of key frames, where there is no resampler."""
+        return self.linear_code if self.config.code is None else self.learned_code
 
     @property
     def device(self) -> torch.device:
@@ -363,7 +372,7 @@ def hash_of_tokens(
     """`VideoTokenizer.token_hash`, of the states of a first stage and of `TokenizerParts`."""
     digest = hashlib.sha256()
     named = [(name, value) for name, value in first_stage.items() if not name.startswith(DECODER)]
-    for part in ("linear_code.encode.", "encoder.", "resampler.", "motion_encoder."):
+    for part in ("linear_code.encode.", "learned_code.encode.", "encoder.", "resampler.", "motion_encoder."):
         named += [(name.removeprefix(part), value) for name, value in parts.items() if name.startswith(part)]
     for name, value in named:
         digest.update(name.encode() + as_saved(value.detach().cpu(), dtype).float().contiguous().numpy().tobytes())

@@ -1,6 +1,7 @@
 """What stages read of a cache: pixels, first-stage latents and deep tokens, the latter two computed once and kept."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -10,6 +11,7 @@ from dicode.config import Precision
 from dicode.data.cache import FrameCache, Rows
 from dicode.data.columns import CachedVideo
 from dicode.device import autocast
+from dicode.files import read_json
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.augment import View
 
@@ -65,6 +67,13 @@ def first_stage_latents(
         return torch.cat(parts)
 
     return cache.computed(latents_name(tokenizer, mirror), latents)
+
+
+def trained_part(folder: Path) -> str:
+    """What the run that wrote a tokenizer's folder had trained: its `trains`, or 'code' for a linear one."""
+    note = folder.parent / "recipe.json"
+    run = read_json(note)["recipe"].get("run", {}) if note.is_file() else {}
+    return run.get("trains", "all" if "loop" in run or not run else "code")
 
 
 def key_frames_of(video: CachedVideo, clip_s: float) -> int:

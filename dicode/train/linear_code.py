@@ -51,8 +51,8 @@ def fit_run(run: LinearCodeRun, folder: Path, recipe: dict[str, Any], source: Pa
 
     Raises `ValueError` as `fit_projections`, and for a model with a resampler, which is trained with the denoiser.
     """
-    if run.model.resampler is not None:
-        raise ValueError("model.resampler: a tokenizer with one has no linear code to fit; train it as a TokenizerRun")
+    if run.model.resampler is not None or run.model.code is not None:
+        raise ValueError("model.resampler and model.code: expected neither; there is no linear code to fit then")
     began_s = time.monotonic()
     loop = LoopConfig(device=run.device, precision=run.precision, tracker="none")
     with session(folder, run, loop) as (processes, stop):

@@ -15,14 +15,13 @@ from dicode.checkpoint.hub import downloaded
 from dicode.checkpoint.saving import write_config
 from dicode.data.columns import CAPTIONED, CachedVideo, Videos, spread_numbers
 from dicode.device import pick_device
-from dicode.files import read_json
 from dicode.lm.config import DeepLMConfig
 from dicode.lm.deep_lm import WEIGHTS, DeepTokenLM
 from dicode.lm.text import TextTokenizer
 from dicode.pipeline import check_shared
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.augment import View, augmented_caption
-from dicode.train.cached import at_once, frame_tokens, key_frames_of, pixels_to_frames, splits
+from dicode.train.cached import at_once, frame_tokens, key_frames_of, pixels_to_frames, splits, trained_part
 from dicode.train.distributed import Processes
 from dicode.train.lora import add_adapters, merged
 from dicode.train.runs import VALIDATION_CLIPS, LanguageRun
@@ -115,10 +114,10 @@ class LanguageTraining:
         """Raise `ValueError` for tokens that the model does not write, or that mean nothing yet; for long sequences."""
         model = run.model
         check_shared(self.tokenizer.config, model)
-        if model.motion_tokens and is_fit(folder):
+        if model.motion_tokens and trained_part(folder) == "code":
             raise ValueError(
                 f"tokenizer: {folder} computes no motion tokens yet; name a run that has trained them, such as "
-                "runs/NAME-denoiser/best"
+                "runs/NAME-motion/best"
             )
         if model.motion_tokens and model.order == "token" and run.loop.compile:
             raise ValueError("loop.compile: sequences of motion tokens have many lengths; leave it out")
@@ -130,7 +129,7 @@ class LanguageTraining:
         """The `Scorer`. Raises `ValueError` where this tokenizer renders no clips to score."""
         from dicode.features.scorer import Scorer
 
-        if is_fit(folder):
+        if trained_part(folder) in ("code", "motion"):
             raise ValueError(
                 f"scorer: {folder} has not learnt to render clips; name in tokenizer a run that has, of the same "
                 "tokens, such as runs/NAME-denoiser/best"
@@ -358,12 +357,6 @@ class LanguageTraining:
             section = self.module.save_pretrained(folder)
         tokenizer = read_config(Path(self.run.tokenizer))["tokenizer"]
         write_config(folder, {"lm": section, "tokenizer": tokenizer, "deep_tokens": self.tokenizer.token_hash()})
-
-
-def is_fit(folder: Path) -> bool:
-    """Whether a run's best/ is of a linear code's fit: the rest of its tokenizer has random weights."""
-    note = folder.parent / "recipe.json"
-    return note.is_file() and "loop" not in read_json(note)["recipe"].get("run", {"loop": {}})
 
 
 def chunks(videos: Sequence[CachedVideo], size: int) -> list[Sequence[CachedVideo]]:

@@ -133,11 +133,11 @@ class LinearCodeRun:
 
 @dataclass(frozen=True)
 class TokenizerRun:
-    """Train the denoiser of a tokenizer, its resampler and what has to do with motion tokens, from the weights of `init`.
+    """Train the denoiser of a tokenizer, its resampler, and what has to do with motion tokens, from `init`.
 
-    First stage, and linear code or image encoder, stay as in `init`. `trains` names a part that is trained alone:
-    `motion`, what computes and reads motion tokens, by the squared error of the clips that are expected of them;
-    `denoiser`, so that deep tokens, and what was trained on them, stay.
+    First stage, and code or image encoder, stay as in `init`. `trains` names a part that is trained alone: `code`, a
+    learned code of key frames, by their squared error; `motion`, what computes and reads motion tokens, by the squared
+    error of the clips that are expected of them; `denoiser`, so that deep tokens, and what was trained on them, stay.
     """
 
     cache: str = "cache/sprites"
@@ -150,7 +150,7 @@ class TokenizerRun:
     drop_tokens: Share = 0.1  # probability of the null condition of guidance
     fused_guidance: Guidance = 1.0  # of a flow map: guidance that it learns, and sampling need not add
     mirror: bool = False  # half of the clips mirrored: twice the latents to compute and keep
-    trains: Literal["all", "motion", "denoiser"] = "all"
+    trains: Literal["all", "code", "motion", "denoiser"] = "all"
     whole_clips: bool = False  # clips lie where a language model has them: whole clips after their video's start
     frame_strides: tuple[int, int] | None = None  # least and highest, drawn for each clip; none: the model's own
 

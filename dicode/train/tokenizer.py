@@ -4,9 +4,10 @@ An image encoder that reads pixels gets them from the cached frames.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from einops import rearrange
@@ -25,7 +26,7 @@ from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, cross_faded, noised
 from dicode.tokenizer.motion import limited
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
-from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, splits
+from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, splits, trained_part
 from dicode.train.flow_map import drawn_times, flow_map_loss
 from dicode.train.lora import add_adapters, merged
 from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
@@ -47,6 +48,8 @@ def check(run: TokenizerRun) -> None:
         raise ValueError("loop.compile: compiled denoisers give NaN (docs/log.md); it is for language models alone")
     if run.trains == "motion" and (run.lora.rank or not run.model.expects_motion):
         raise ValueError("trains: 'motion' needs model.motion and a linear code, and no adapters")
+    if run.trains == "code" and (run.lora.rank or run.model.code is None):
+        raise ValueError("trains: 'code' needs model.code, and no adapters")
     if run.fused_guidance != 1.0 and not run.model.denoiser.flow_map:
         raise ValueError("fused_guidance: for a flow map; set model.denoiser.flow_map")
 
@@ -60,18 +63,24 @@ def load_first_stage(tokenizer: VideoTokenizer, folder: Path) -> None:
     load_weights(tokenizer.first_stage, folder / FIRST_STAGE_WEIGHTS)
 
 
-def start_from(tokenizer: VideoTokenizer, folder: Path, strict: bool) -> None:
-    """Take a run's or model's weights, all of them; where its denoiser is another network, ours starts afresh.
+def start_from(tokenizer: VideoTokenizer, run: TokenizerRun) -> None:
+    """Take the weights of `run.init`, all of them; where its denoiser is another network, ours starts afresh.
 
-    So do motion tokens, and what reads them, where it has none. Raises `ValueError` for either if `strict`, and where
-    the denoiser predicts another thing.
+    So do motion tokens, and what reads them, where it has none. Raises `ValueError` for what a run would leave with
+    random weights, and where the denoiser predicts another thing.
     """
+    folder, adapts = Path(run.init), bool(run.lora.rank)
+    if run.trains == "code" and "tokenizer" not in read_config(folder):
+        return  # a first stage
     held, parts = read_section(folder, "tokenizer", TokenizerConfig), TokenizerParts(tokenizer)
     ours, moves = tokenizer.config.denoiser, tokenizer.config.motion is not None and held.motion is None
-    if strict and moves:
+    if moves and (adapts or run.trains == "denoiser"):
         raise ValueError(
             f"lora and trains 'denoiser': {folder} has no motion tokens, the recipe names {tokenizer.config.motion}"
         )
+    if run.trains == "code" and held.code != tokenizer.config.code:
+        take_what_fits(parts, folder)
+        return
     own = {name: t for name, t in parts.state_dict().items() if moves and MOTION in name}
     begins = ours.flow_map and not held.denoiser.flow_map
     # a stride is an input, no other network; a flow map begins as the denoiser that it is made from
@@ -86,12 +95,20 @@ def start_from(tokenizer: VideoTokenizer, folder: Path, strict: bool) -> None:
             state |= {name.replace(".time.", ".until."): t for name, t in times.items()}
         load_state(parts, state, str(folder / WEIGHTS))
         return
-    if strict:
+    if adapts:
         raise ValueError(f"lora: {folder} holds {held.denoiser}, the recipe names {ours}")
     print(f"{folder} holds another denoiser ({held.denoiser.kind}): this one starts with random weights", flush=True)
     own |= {name: t for name, t in parts.state_dict().items() if name.startswith(DENOISER)}
     theirs = {name: t for name, t in read_tensors(folder / WEIGHTS).items() if not name.startswith(DENOISER)}
     load_state(parts, {**theirs, **own}, str(folder / WEIGHTS))
+
+
+def take_what_fits(parts: TokenizerParts, folder: Path) -> None:
+    """For a tokenizer with a new code: of a run's or model's weights those that do not depend on tokens' width."""
+    ours, theirs = parts.state_dict(), read_tensors(folder / WEIGHTS)
+    fitting = {name: t for name, t in theirs.items() if name in ours and t.shape == ours[name].shape}
+    print(f"{folder}: {len(fitting)} of {len(ours)} tensors are taken; the others have random weights", flush=True)
+    load_state(parts, ours | fitting, str(folder / WEIGHTS))
 
 
 def widened(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,6 +151,8 @@ def freeze(module: VideoTokenizer, run: TokenizerRun) -> None:
         module.requires_grad_(False)
     if run.trains == "denoiser" and not run.lora.rank:
         module.denoiser.requires_grad_(True)
+    if run.trains == "code":
+        module.code.requires_grad_(True)
     if run.trains == "motion":
         module.motion_encoder.requires_grad_(True)
         module.motion_decoder.requires_grad_(True)
@@ -147,11 +166,16 @@ class TokenizerTraining:
         self.run = run
         self.head = run.model.denoiser.context_frames  # where among the rows of `clip_rows` the clip begins …
         self.tail = self.head + run.model.tail_frame  # … and its tail key frame lies
-        self.best = "-motion_loss" if run.trains == "motion" else "-denoising_loss"
+        self.best = {"code": "-code_loss", "motion": "-motion_loss"}.get(run.trains, "-denoising_loss")
         torch.manual_seed(run.loop.seed)
         self.module = module = VideoTokenizer(run.model)
         load_first_stage(module, Path(run.init))
-        start_from(module, Path(run.init), strict=bool(run.lora.rank) or run.trains == "denoiser")
+        start_from(module, run)
+        if run.trains == "denoiser" and run.model.expects_motion and trained_part(Path(run.init)) == "code":
+            raise ValueError(
+                f"trains 'denoiser': what has to do with motion tokens is not trained in {run.init}; train it first, "
+                "with trains 'motion', and name that run in init"
+            )
         if run.init_denoiser:
             take_denoiser(module, Path(run.init_denoiser))
         freeze(module, run)
@@ -163,7 +187,7 @@ class TokenizerTraining:
         self.validated = self._lasting("validation", self.validation).spread(VALIDATION_CLIPS)
         self.latents = first_stage_latents(module, cache, run.loop.precision, run.mirror)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
-        if isinstance(module.denoiser, ResidualDenoiser) and not run.lora.rank:
+        if isinstance(module.denoiser, ResidualDenoiser) and run.trains in ("all", "denoiser") and not run.lora.rank:
             self.measure_deviation(module.denoiser)
 
     @torch.no_grad()
@@ -184,6 +208,14 @@ class TokenizerTraining:
         videos, clip_s = cache.columns.lasting(self.run.model.clip_s), self.run.model.clip_s
         if not videos:
             raise ValueError(f"{self.run.cache}: none of its {split} videos lasts {clip_s:g} s, as a clip does")
+        if self.run.trains == "code":
+            return videos  # of frames, not of clips
+        held = median(video.count / video.period_s for video in videos.spread(MEASURED_CLIPS)) * clip_s
+        if held < 2:
+            raise ValueError(
+                f"{self.run.cache}: its {split} videos hold {held:.2g} frames a clip; cache all frames "
+                "(--key-frames-only is for language models)"
+            )
         return videos
 
     def num_samples(self) -> int:
@@ -266,6 +298,9 @@ class TokenizerTraining:
         tokens = self.module.tokens_of(keys)
         level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
         tokens = tokens + (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
+        if self.run.trains == "code":
+            loss = functional.mse_loss(self.module.key_latents(tokens), keys)
+            return loss, {"code_loss": loss.detach()}
         key_frames = pairs(tokens), pairs(self.module.key_latents(tokens))
         condition, losses = self.training_condition(*key_frames, clips, batch, generator), {}
         if self.run.model.motion:
@@ -358,9 +393,11 @@ class TokenizerTraining:
             clips = self.latents[part, 0].float().to(device)
             condition = module.conditioning(self.blocks(part, clips), clips[:, : self.head])
             condition = replace(condition, context_mask=condition.context_mask * loops)  # others begin at frame 0
-            if self.run.model.expects_motion:
+            if self.run.trains == "code":
+                losses["code_loss"].append(functional.mse_loss(condition.key_latents[:, 0], clips[:, self.head]))
+            if self.run.trains != "code" and self.run.model.expects_motion:
                 losses["motion_loss"].append(functional.mse_loss(condition.expected, self.within(clips)))
-            if self.run.trains != "motion":
+            if self.run.trains in ("all", "denoiser"):
                 losses["denoising_loss"].append(self.denoising_loss(self.within(clips), condition, generator))
         some = rows[:: max(1, len(rows) // 8)][:8]
         return {name: torch.stack(parts).mean().item() for name, parts in losses.items()}, self.sheet(some)
@@ -380,16 +417,23 @@ class TokenizerTraining:
         columns = [module.frames_of(clips[:, ::3])]
         if self.run.model.has_key_latents:
             columns.append(module.frames_of(module.key_latents(pair[:, 0])[:, None]))
+        if self.run.trains == "code":
+            return strips_of(columns)
         if self.run.trains == "motion":
             columns.append(module.frames_of(module.conditioning(pair).expected[:, ::3]))
         else:
             columns.append(next(module.decode(pair, seed=0))[:, ::3])
-        strips = [rearrange(column.cpu(), "b f h w c -> (b h) (f w) c") for column in columns]
-        return Image.fromarray(torch.cat(strips, dim=1).numpy())
+        return strips_of(columns)
 
     def export(self, folder: Path) -> None:
         with merged(self.module):
             write_config(folder, {"tokenizer": self.module.save_pretrained(folder)})
+
+
+def strips_of(columns: Sequence[Tensor]) -> Image.Image:
+    """Frames `b f h w c` side by side, a clip a row."""
+    strips = [rearrange(column.cpu(), "b f h w c -> (b h) (f w) c") for column in columns]
+    return Image.fromarray(torch.cat(strips, dim=1).numpy())
 
 
 def pairs(heads_then_tails: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ def run_of(tokens: TokenizerConfig, size: str, head: HeadName = "flow", order: O
         head=replace(run.model.head, kind=head, width=width * 3 // 4),
         order=order,
         motion_tokens=tokens.motion_tokens,
+        token_width=tokens.token_width,
         positions=run.model.text_length + (tokens.block_tokens + 1) * run.model.max_keyframes,
     )
     return replace(run, model=model, key_frames=clips + 1)

@@ -2,10 +2,10 @@
 
     python studies/motion_tokens recipes/blocks.py cache/blocks MODEL results/motion-tokens-blocks.json
 
-MODEL (a checkpoint or a run's best/) gives first stage and linear code; denoisers, and what computes motion tokens,
-start from random weights, as the recipe's run `denoiser` trains them. Of a cache of `dicode data blocks` events are
-counted too, and language models are trained, whose videos are compared with their scripts. The same command
-continues; measured runs are not trained again.
+MODEL (a checkpoint or a run's best/) gives first stage and code of key frames; denoisers, and what has to do with
+motion tokens, start from random weights and are trained together, else as the recipe's run `denoiser`. Of a cache of
+`dicode data blocks` events are counted too, and language models are trained, whose videos are compared with their
+scripts. The same command continues; measured runs are not trained again.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dicode.checkpoint import read_section
 from dicode.checkpoint.saving import write_config
 from dicode.config.user_code import load_file
 from dicode.data.cache import FrameCache
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache = FrameCache.load(asked.cache)
     base = load_run(f"{asked.recipe}:denoiser")
     assert isinstance(base, TokenizerRun)
-    base = replace(base, cache=str(asked.cache), loop=replace(base.loop, tracker="none"))
+    base = replace(base, cache=str(asked.cache), trains="all", loop=replace(base.loop, tracker="none"))
     command = shlex.join(["python", *sys.argv])
     if asked.models:
         chosen = [one for one in scripted_of(cache, asked.scripts) if one.name in SETS]
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown["baselines"] = baselines(cache, base.model, asked.clips)
         write_result(asked.output, "motion tokens of models", shown, asked.clips, 0, command)
         return
+    held = read_section(asked.model, "tokenizer", TokenizerConfig)
+    base = replace(base, model=replace(base.model, code=held.code, token_width=held.token_width))
     none = arranged(base.model, "none")
     flops = asked.steps * Planner(replace(base, model=none)).step_flops()
     language_flops = asked.language_steps * Planner(language_models.run_of(none, language_models.BASE)).step_flops()
@@ -132,7 +135,7 @@ def trained(run: TokenizerRun, steps: int, model: Path, folder: Path) -> VideoTo
     torch.manual_seed(run.loop.seed)
     start, begun = VideoTokenizer.from_pretrained(model), VideoTokenizer(run.model)
     begun.first_stage.load_state_dict(start.first_stage.state_dict())
-    begun.linear_code.load_state_dict(start.linear_code.state_dict())
+    begun.code.load_state_dict(start.code.state_dict())
     write_config(folder / "start", {"tokenizer": begun.save_pretrained(folder / "start")})
     optim = replace(run.loop.optim, steps=steps, decay_fraction=0.4, ema_decay=0.995)
     loop = replace(run.loop, optim=optim, evaluate_every=steps, checkpoint_every=100)
