@@ -123,6 +123,18 @@ def test_every_denoiser_reads_motion_tokens_and_knows_which_is_which(kind: str) 
     assert (difference(given.motion.flip(1)) > 1e-6).all()
 
 
+@pytest.mark.parametrize("motion", [None, MOTION])
+def test_no_steps_show_what_is_expected(motion: MotionConfig | None) -> None:
+    tokenizer = tiny_tokenizer(motion=motion)
+    tokens = torch.randn(2, 3, tokenizer.config.block_tokens, 6)
+    clips = [*decoded(tokenizer, tokens, steps=0, decoder_guidance=2.0)]
+    expected = [tokenizer.conditioning(tokens[:, i : i + 2]).expected for i in range(2)]
+    assert all(torch.equal(clip, tokenizer.frames_of(own)) for clip, own in zip(clips, expected, strict=True))
+    published = tiny_tokenizer(**PUBLISHED)
+    with pytest.raises(ValueError, match="steps: 0 is for models whose deep tokens decode to key frames"):
+        next(decoded(published, torch.randn(1, 2, 4, 6), steps=0))
+
+
 def test_guidance_steers_away_from_no_motion_too() -> None:
     tokenizer = tiny_tokenizer(motion=MOTION)
     both = tokenizer.conditioning(torch.randn(2, 2, 7, 6)).with_null(tokenizer.null_tokens())

@@ -254,6 +254,21 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_blocks(tmp_path_factory.mktemp("blocks") / "cache", BlocksOptions(count=1, validation=1))
 
 
+def test_codes_of_blocks(results: Path, blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path, {"tokenizer": VideoTokenizer(SMALL_BLOCKS).save_pretrained(tmp_path)})
+    own = study("blocks", "codes")
+    monkeypatch.setattr(own, "NUMBERS", (1, 2))
+    own.main([str(tmp_path), str(blocks), str(results / "codes.json")])
+    values = json.loads((results / "codes.json").read_text())["values"]
+    assert [*values] == [
+        "the model's, 128 numbers",
+        "the model's, with noise of 0.3",
+        "linear, 1 numbers",
+        "linear, 2 numbers",
+    ]
+    assert values["linear, 1 numbers"]["error"] > values["linear, 2 numbers"]["error"] > 0
+
+
 def test_scorer_of_blocks(results: Path, blocks: Path) -> None:
     study("blocks", "scorer").main([str(blocks), str(results / "scorer.json")])
     values = json.loads((results / "scorer.json").read_text())["values"]

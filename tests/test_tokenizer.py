@@ -181,7 +181,7 @@ def test_seed_and_sample_index_change_the_clip() -> None:
 def test_impossible_options_are_refused_before_anything_is_made() -> None:
     tokenizer, tokens = tiny_tokenizer(), torch.randn(1, 2, 4, 6)
     wrong: dict[str, dict[str, Any]] = {
-        "steps": {"steps": 0},
+        "steps": {"steps": -1},
         "decoder_temperature": {"decoder_temperature": -0.5},
         "motion_scale": {"motion_scale": -0.5},
         "clips_at_once: expected at least 1": {"joins": "parallel", "clips_at_once": 0},

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from dicode.config import Factor, Guidance, Range, Share, Steps, Whole, missing_extra
+from dicode.config import Factor, Guidance, Range, Share, Steps, StepsOrNone, Whole, missing_extra
 from dicode.tokenizer.config import Joins
 
 Seconds = Annotated[float, Range(0, 86_400, above=True)]
@@ -57,7 +57,7 @@ class WriteFlags:
 class RenderFlags:
     """Sampling of the decoder; default: the model's own, listed by `dicode info`."""
 
-    steps: Steps | None = None  # denoising steps a clip, 1 to 1000
+    steps: StepsOrNone | None = None  # denoising steps a clip; 0: what key frames and motion tokens tell, at once
     decoder_guidance: Guidance | None = None  # guidance scale; above 1 follows the tokens more closely
     decoder_temperature: Factor | None = None  # noise scale; below 1 clips are more coherent and move less
     guidance_rescale: Share | None = None  # strength of contrast correction for guided predictions, 0 to 1

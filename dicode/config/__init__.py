@@ -66,6 +66,7 @@ Depth = Annotated[int, Range(0, 512)]  # in blocks
 Side = Annotated[int, Range(1, 2**13)]  # of a picture
 UpTo1000 = Annotated[float, Range(0, 1000, above=True)]
 Steps = Annotated[int, Range(1, 1000)]  # of a sampler
+StepsOrNone = Annotated[int, Range(0, 1000)]
 Guidance = Annotated[float, Range(0, 1000)]
 Share = Annotated[float, Range(0, 1)]
 Factor = Annotated[float, Range(0, 1000)]  # of a temperature or a scale

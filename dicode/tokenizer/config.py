@@ -13,6 +13,7 @@ from dicode.config import (
     Share,
     Side,
     Steps,
+    StepsOrNone,
     UpTo1000,
     Whole,
     Width,
@@ -122,7 +123,7 @@ class SamplingConfig:
     temperature: Factor = 1.0  # of the choice between the mixture's components; 0: the likeliest
     flow_steps: Steps = 8  # Euler steps of the flow head
     context_key_frames: Whole = 0  # most key frames in the language model's sequence, for any length; 0: no limit
-    steps: Steps = 12  # of the denoiser a clip
+    steps: StepsOrNone = 12  # of the denoiser a clip; 0: the clip that key frames and motion tokens tell without it
     decoder_guidance: Guidance = 1.0  # of the denoiser against null tokens
     decoder_temperature: Factor = 1.0  # of its noise; below 1 clips are more consistent and move less
     guidance_rescale: Share = 0.0  # pulls the deviation of a guided prediction back; published: 0.7

@@ -218,6 +218,8 @@ class VideoTokenizer(nn.Module):
         draws = Draws(sampling, seed, sample_indices)
         if sampling.motion_tokens and not self.config.motion:
             raise ValueError("motion_tokens: this model has none; leave the option out")
+        if sampling.steps == 0 and not self.config.has_key_latents:
+            raise ValueError("steps: 0 is for models whose deep tokens decode to key frames; take 1 or more")
         for name, value, least in (("clips_at_once", clips_at_once, 1), ("first_clip", first_clip, 0)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -271,6 +273,9 @@ class VideoTokenizer(nn.Module):
         ]
         noise = torch.stack([normal(shape, seed, "clip", i, clip) for seed, i, clip in places]).to(self.device)
         conditioning = self.conditioning(torch.cat(pairs).to(self.device), before, draws.sampling.motion_tokens)
+        keys = [0, config.tail_frame] if config.repeated_frames else [0]  # the key frames among a clip's frames
+        if draws.sampling.steps == 0:
+            return scale_motion(conditioning.expected, draws.sampling.motion_scale, keys).split([*map(len, pairs)])
         if draws.sampling.decoder_guidance != 1.0:
             conditioning = conditioning.with_null(self.null_tokens())
         latents = sample(
@@ -280,8 +285,7 @@ class VideoTokenizer(nn.Module):
             noise,
             [generator_for(seed, "sampler", i, clip) for seed, i, clip in places],
         )
-        keys = [0, config.tail_frame] if config.repeated_frames else [0]  # the key frames among a clip's frames
-        return scale_motion(latents, draws.sampling.motion_scale, keys).split([len(pair) for pair in pairs])
+        return scale_motion(latents, draws.sampling.motion_scale, keys).split([*map(len, pairs)])
 
     def velocity(
         self, conditioning: ClipConditioning, noisy: ClipLatents, timestep: Tensor, until: Tensor
