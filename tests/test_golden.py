@@ -115,13 +115,18 @@ def toy_lm(model: DeepLMConfig) -> DeepLMConfig:
     )
 
 
+def write_models(root: Path) -> None:
+    """What recipes begin with, beside what toy runs leave."""
+    write_prior(root / "prior", objective="v_prediction")
+    write_prior(root / "moving", motion=MOTION)
+    write_tiny(root / "coded", motion=MOTION, code=CODE)
+
+
 def curves(root: Path) -> dict[str, list[float]]:
     """The losses of each recipe's first steps, one process and one thread, in float32 throughout."""
     torch.set_num_threads(1)
     write_cache(root / "cache")
-    write_prior(root / "prior", objective="v_prediction")
-    write_prior(root / "moving", motion=MOTION)
-    write_tiny(root / "coded", motion=MOTION, code=CODE)
+    write_models(root)
     for name in ("first_stage", "linear_code"):
         run_recipe(runs(root)[name], root / name, {})
     found = {}

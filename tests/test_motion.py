@@ -302,10 +302,10 @@ def test_the_encoder_learns_with_the_denoiser(tmp_path: Path, cache: Path, chang
 def test_parts_are_trained_alone(moving_model: Path, cache: Path, tmp_path: Path) -> None:
     """First what has to do with motion, then the denoiser, then all."""
     run, held = run_of(moving_model, cache), VideoTokenizer.from_pretrained(moving_model).state_dict()
-    new = VideoTokenizer(run.model)
-    new.save_pretrained(shutil.copytree(moving_model, tmp_path / "new"))
+    shutil.copytree(moving_model, tmp_path / "new/best")
+    (tmp_path / "new/recipe.json").write_text('{"recipe": {"run": {"first_stage": "as of a linear code"}}}')
     with pytest.raises(ValueError, match="trains 'denoiser': what has to do with motion tokens is not trained in"):
-        TokenizerTraining(dataclasses.replace(run, init=str(tmp_path / "new"), trains="denoiser"))
+        TokenizerTraining(dataclasses.replace(run, init=str(tmp_path / "new/best"), trains="denoiser"))
     parts = {"motion_encoder", "motion_decoder", "denoiser"}
     for name, trained in (("motion", {"motion_encoder", "motion_decoder"}), ("denoiser", {"denoiser"}), ("all", parts)):
         run_recipe(dataclasses.replace(run, trains=name), tmp_path / name, {})

@@ -42,6 +42,7 @@ SMALL_BLOCKS = dataclasses.replace(
     denoiser=DenoiserConfig(width=48, depth=1, heads=2, fine_width=16, fine_blocks=1, predict_residual=True),
     sampling=SamplingConfig(steps=1),
     code=CodeConfig(width=24, depth=1, heads=2),
+    token_width=32,
     motion=None,
 )
 SMALL_RECIPE = """
@@ -261,7 +262,7 @@ def test_codes_of_blocks(results: Path, blocks: Path, tmp_path: Path, monkeypatc
     own.main([str(tmp_path), str(blocks), str(results / "codes.json")])
     values = json.loads((results / "codes.json").read_text())["values"]
     assert [*values] == [
-        "the model's, 128 numbers",
+        "the model's, 512 numbers",
         "the model's, with noise of 0.3",
         "linear, 1 numbers",
         "linear, 2 numbers",

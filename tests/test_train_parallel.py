@@ -17,9 +17,9 @@ from parallel_recipes import COMPARED, SHARED, recipe
 from parallel_recipes import NAMES as RECIPES
 from parallel_worker import STEPS, parallel_run
 from safetensors.torch import load_file
-from test_golden import MOTION
+from test_golden import write_models
 from torch import nn
-from toy_runs import loop, runs, write_cache, write_prior
+from toy_runs import loop, runs, write_cache
 
 from dicode.seeds import generator_for
 from dicode.train.distributed import Processes, StepModule, blocks_of, recompute_activations
@@ -83,8 +83,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     torch.set_num_threads(1)
     write_cache(folder / "cache")
-    write_prior(folder / "prior", objective="v_prediction")
-    write_prior(folder / "moving", motion=MOTION)
+    write_models(folder)
     for name in ("first_stage", "linear_code"):
         run_recipe(runs(folder)[name], folder / name, {})
     for name in (*NAMES, "flow"):

@@ -12,6 +12,7 @@ from dicode.data.cache import FrameCache, Rows
 from dicode.data.columns import CachedVideo
 from dicode.device import autocast
 from dicode.files import read_json
+from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.augment import View
 
@@ -94,6 +95,17 @@ def key_frames_in(cache: FrameCache, clip_s: float, rows: range) -> Iterator[tup
         yield video, keys[first], [number * clip_s for number in first.nonzero()[:, 0].tolist()]
 
 
+def clips_that_end(rows: Tensor, cache: FrameCache, config: TokenizerConfig) -> tuple[Tensor, Tensor]:
+    """Of each key frame the rows of the first clip that it ends, and whether there is one."""
+    ended: dict[int, Tensor] = {}
+    for video, keys, moments_s in key_frames_in(cache, config.clip_s, range(int(rows[0]), int(rows[-1]) + 1)):
+        for row, at_s in zip(keys.tolist(), moments_s, strict=True):
+            if row not in ended and video.count > 1 and (video.loops or at_s > 0):
+                ended[row] = cache.clip_rows(video, at_s - config.clip_s, config.clip_span, config.fps)
+    found = [ended.get(row, torch.full((config.clip_span,), row)) for row in rows.tolist()]
+    return torch.stack(found), torch.tensor([row in ended for row in rows.tolist()])[:, None, None]
+
+
 def frame_tokens(
     tokenizer: VideoTokenizer, cache: FrameCache, view: View | None = None, precision: Precision = "auto"
 ) -> Rows:
@@ -111,16 +123,6 @@ def frame_tokens(
         found = [keys for _, keys, _ in key_frames_in(cache, clip_s, rows)]
         return torch.cat([torch.empty(0, dtype=torch.long), *found]).unique()  # videos may share frames
 
-    def clips(rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each key frame the rows of the clip that it ends, and whether there is one."""
-        ended: dict[int, Tensor] = {}
-        for video, keys, moments_s in key_frames_in(cache, clip_s, range(int(rows[0]), int(rows[-1]) + 1)):
-            for row, at_s in zip(keys.tolist(), moments_s, strict=True):
-                if row not in ended and video.count > 1 and (video.loops or at_s > 0):
-                    ended[row] = cache.clip_rows(video, at_s - clip_s, config.clip_span, config.fps)
-        found = [ended.get(row, torch.full((config.clip_span,), row)) for row in rows.tolist()]
-        return torch.stack(found), torch.tensor([row in ended for row in rows.tolist()])[:, None, None]
-
     def pixels(rows: Tensor) -> Tensor:
         frames = cache.frames[rows]
         return frames_to_pixels(frames if view is None else view.of_frames(frames)).to(tokenizer.device)
@@ -136,7 +138,7 @@ def frame_tokens(
         parts = [torch.empty(0, config.block_tokens, config.token_width, dtype=torch.half)]
         if len(rows) == 0:
             return parts[0]
-        ended, held = clips(rows) if config.motion else (rows[:, None], None)
+        ended, held = clips_that_end(rows, cache, config) if config.motion else (rows[:, None], None)
         needed = torch.cat([rows, ended.flatten()]).unique()
         latents: Tensor | None = None
 
