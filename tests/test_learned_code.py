@@ -56,6 +56,13 @@ def test_what_fits_no_grid_is_refused() -> None:
             VideoTokenizer(tiny_config(code=CODE, **changes))
 
 
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="code: 3 heads do not divide a width of 16"):
+        VideoTokenizer(tiny_config(code=dataclasses.replace(CODE, heads=3)))
+    with pytest.raises(ValueError, match="code: expected none beside a resampler"):
+        VideoTokenizer(tiny_config(code=CODE, resampler=RESAMPLER))
+
+
 def test_the_hash_of_tokens_is_of_the_encoding_half() -> None:
     tokenizer = tiny_tokenizer(code=CODE)
     before = tokenizer.token_hash()

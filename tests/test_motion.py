@@ -318,7 +318,7 @@ def test_parts_are_trained_alone(moving_model: Path, cache: Path, tmp_path: Path
 
 def test_motion_is_trained_alone_where_there_is_motion(moving_model: Path, tiny_model: Path, cache: Path) -> None:
     for run in (run_of(tiny_model, cache), run_of(tiny_model, cache, motion=MOTION, resampler=RESAMPLER)):
-        with pytest.raises(ValueError, match=r"trains: 'motion' needs .* and a linear code, and no adapters"):
+        with pytest.raises(ValueError, match=r"trains: 'motion' needs .*, no resampler, and no adapters"):
             TokenizerTraining(dataclasses.replace(run, trains="motion"))
 
 

@@ -15,7 +15,8 @@ class LearnedCode(nn.Module):
     """First-stage latents ⇄ deep tokens, one a cell of a square grid over the image, by a transformer each way.
 
     Trained by squared error with noise on the tokens (`TokenizerRun.trains`), so that near tokens are like images. It
-    has the methods of `LinearCode`. Raises `ValueError` where the tokens are no square grid over the latents.
+    has the methods of `LinearCode`. Raises `ValueError` where the tokens are no square grid over the latents, and for
+    heads that do not divide the width.
     """
 
     def __init__(self, config: TokenizerConfig):
@@ -26,6 +27,8 @@ class LearnedCode(nn.Module):
         if self.side**2 != config.tokens_per_keyframe or config.latent_size % self.side:
             found = f"{config.tokens_per_keyframe} tokens, {config.latent_size}×{config.latent_size} latents"
             raise ValueError(f"code: expected tokens in a square grid that divides the latents, got {found}")
+        if config.code.width % config.code.heads:
+            raise ValueError(f"code: {config.code.heads} heads do not divide a width of {config.code.width}")
         cell = config.first_stage.latent_channels * self.patch**2
         self.encode = CellTransformer(config, cell, config.token_width)
         self.decode = CellTransformer(config, config.token_width, cell)

@@ -70,8 +70,8 @@ class MotionDecoder(nn.Module):
         both = rearrange(keys, "b two c (h j) (w k) -> b (h w) (two j k c)", j=2, k=2)
         places = self.read(both.to(self.read.weight.dtype)) + self.positions
         coarse = rearrange(places[:, None] + self.moments, "b f p c -> b (f p) c")
-        told = self.motion(motion.to(self.motion.weight.dtype)) + self.places
-        added = self.write(self.blocks(torch.cat([coarse, told], dim=1))[:, : coarse.shape[1]])
+        tokens = self.motion(motion.to(self.motion.weight.dtype)) + self.places
+        added = self.write(self.blocks(torch.cat([coarse, tokens], dim=1))[:, : coarse.shape[1]])
         f, h = len(self.moments), keys.shape[-2] // 2
         added = rearrange(added, "b (f h w) (i j k c) -> b (f i) c (h j) (w k)", f=f, h=h, i=2, j=2, k=2)
         return cross_faded(keys, self.frames) + added.float()

@@ -63,6 +63,8 @@ class VideoTokenizer(nn.Module):
             )
         if config.tail_frame not in (config.clip_frames, config.clip_frames - 1):
             raise ValueError(f"tail_frame: expected the clip's last frame or the one after it, got {config.tail_frame}")
+        if config.resampler is not None and config.code is not None:
+            raise ValueError("code: expected none beside a resampler, which makes the tokens")
         self.config = config
         self.first_stage = FirstStage(config.first_stage).requires_grad_(False)
         tokens = config.tokens_per_keyframe, config.token_width

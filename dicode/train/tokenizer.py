@@ -47,7 +47,7 @@ def check(run: TokenizerRun) -> None:
     if run.loop.compile:
         raise ValueError("loop.compile: compiled denoisers give NaN (docs/log.md); it is for language models alone")
     if run.trains == "motion" and (run.lora.rank or not run.model.expects_motion):
-        raise ValueError("trains: 'motion' needs model.motion and a linear code, and no adapters")
+        raise ValueError("trains: 'motion' needs model.motion, no resampler, and no adapters")
     if run.trains == "code" and (run.lora.rank or run.model.code is None):
         raise ValueError("trains: 'code' needs model.code, and no adapters")
     if run.fused_guidance != 1.0 and not run.model.denoiser.flow_map:
