@@ -55,6 +55,19 @@ def first_stage() -> FirstStageRun:
     )
 
 
+def _loop(steps: int, batch_size: int, lr: float) -> LoopConfig:
+    optim = OptimConfig(
+        optimizer="muon",
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        warmup_steps=100,
+        decay_fraction=0.5,
+        ema_decay=0.998,
+    )
+    return LoopConfig(evaluate_every=500, checkpoint_every=100, optim=optim)
+
+
 def code() -> TokenizerRun:
     """The deep tokens of key frames: a code of their latents."""
     return TokenizerRun(
@@ -63,19 +76,7 @@ def code() -> TokenizerRun:
         model=STILL,
         trains="code",
         token_noise=0.4,
-        loop=LoopConfig(
-            evaluate_every=500,
-            checkpoint_every=100,
-            optim=OptimConfig(
-                optimizer="muon",
-                steps=6000,
-                batch_size=64,
-                lr=3e-3,
-                warmup_steps=100,
-                decay_fraction=0.5,
-                ema_decay=0.998,
-            ),
-        ),
+        loop=_loop(steps=6000, batch_size=64, lr=3e-3),
     )
 
 
@@ -87,19 +88,7 @@ def motion() -> TokenizerRun:
         model=MODEL,
         trains="motion",
         whole_clips=True,  # every event begins and ends on a key frame
-        loop=LoopConfig(
-            evaluate_every=500,
-            checkpoint_every=100,
-            optim=OptimConfig(
-                optimizer="muon",
-                steps=6000,
-                batch_size=32,
-                lr=2e-3,
-                warmup_steps=100,
-                decay_fraction=0.5,
-                ema_decay=0.998,
-            ),
-        ),
+        loop=_loop(steps=6000, batch_size=32, lr=2e-3),
     )
 
 
@@ -111,19 +100,7 @@ def denoiser() -> TokenizerRun:
         model=MODEL,
         trains="denoiser",
         whole_clips=True,
-        loop=LoopConfig(
-            evaluate_every=500,
-            checkpoint_every=100,
-            optim=OptimConfig(
-                optimizer="muon",
-                steps=8000,
-                batch_size=16,
-                lr=1e-3,
-                warmup_steps=100,
-                decay_fraction=0.5,
-                ema_decay=0.998,
-            ),
-        ),
+        loop=_loop(steps=8000, batch_size=16, lr=1e-3),
     )
 
 

@@ -304,7 +304,7 @@ def test_parts_are_trained_alone(moving_model: Path, cache: Path, tmp_path: Path
     run, held = run_of(moving_model, cache), VideoTokenizer.from_pretrained(moving_model).state_dict()
     shutil.copytree(moving_model, tmp_path / "new/best")
     (tmp_path / "new/recipe.json").write_text('{"recipe": {"run": {"first_stage": "as of a linear code"}}}')
-    with pytest.raises(ValueError, match="trains 'denoiser': what has to do with motion tokens is not trained in"):
+    with pytest.raises(ValueError, match="trains 'denoiser': motion encoder and decoder are not trained in"):
         TokenizerTraining(dataclasses.replace(run, init=str(tmp_path / "new/best"), trains="denoiser"))
     parts = {"motion_encoder", "motion_decoder", "denoiser"}
     for name, trained in (("motion", {"motion_encoder", "motion_decoder"}), ("denoiser", {"denoiser"}), ("all", parts)):

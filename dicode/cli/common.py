@@ -57,7 +57,7 @@ class WriteFlags:
 class RenderFlags:
     """Sampling of the decoder; default: the model's own, listed by `dicode info`."""
 
-    steps: StepsOrNone | None = None  # denoising steps a clip; 0: what key frames and motion tokens tell, at once
+    steps: StepsOrNone | None = None  # denoising steps a clip; 0: the clip expected from key frames and motion
     decoder_guidance: Guidance | None = None  # guidance scale; above 1 follows the tokens more closely
     decoder_temperature: Factor | None = None  # noise scale; below 1 clips are more coherent and move less
     guidance_rescale: Share | None = None  # strength of contrast correction for guided predictions, 0 to 1

@@ -96,7 +96,7 @@ class DenoiserConfig:
 
     kind: DenoiserName = "hourglass"
     context_frames: Annotated[int, Range(0, 256)] = 2
-    predict_residual: bool = False  # predict the difference from the clip that tokens tell (`ResidualDenoiser`)
+    predict_residual: bool = False  # predict the difference from the expected clip (`ResidualDenoiser`)
     flow_map: bool = False  # `hourglass`: jumps to any earlier time, for few steps (dicode.train.flow_map)
     depth: Depth = 2  # transformer blocks; `unet3d`: residual layers a level
     heads: Width = 4  # of attention; `unet3d`: at its finest level
@@ -123,7 +123,7 @@ class SamplingConfig:
     temperature: Factor = 1.0  # of the choice between the mixture's components; 0: the likeliest
     flow_steps: Steps = 8  # Euler steps of the flow head
     context_key_frames: Whole = 0  # most key frames in the language model's sequence, for any length; 0: no limit
-    steps: StepsOrNone = 12  # of the denoiser a clip; 0: the clip that key frames and motion tokens tell without it
+    steps: StepsOrNone = 12  # of the denoiser a clip; 0: the expected clip (`VideoTokenizer.expected`)
     decoder_guidance: Guidance = 1.0  # of the denoiser against null tokens
     decoder_temperature: Factor = 1.0  # of its noise; below 1 clips are more consistent and move less
     guidance_rescale: Share = 0.0  # pulls the deviation of a guided prediction back; published: 0.7

@@ -15,7 +15,7 @@ class MotionEncoder(nn.Module):
     """A temporal resampler: learned queries among the latents of all frames of a clip, in blocks of 2×2×2.
 
     Beside each latent stands its difference from the cross-fade of the two key frames. Both of these pass as latents
-    of the video, whether or not tokens give key frames back: the tokens tell what key frames do not.
+    of the video, whether or not tokens give key frames back: the tokens encode what key frames do not.
     """
 
     def __init__(self, config: TokenizerConfig):

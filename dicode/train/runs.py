@@ -133,11 +133,11 @@ class LinearCodeRun:
 
 @dataclass(frozen=True)
 class TokenizerRun:
-    """Train the denoiser of a tokenizer, its resampler, and what has to do with motion tokens, from `init`.
+    """Train the denoiser of a tokenizer, its resampler, motion encoder and motion decoder, from `init`.
 
     First stage, and code or image encoder, stay as in `init`. `trains` names a part that is trained alone: `code`, a
-    learned code of key frames, by their squared error; `motion`, what computes and reads motion tokens, by the squared
-    error of the clips that are expected of them; `denoiser`, so that deep tokens, and what was trained on them, stay.
+    learned code of key frames, by their squared error; `motion`, motion encoder and decoder, by the squared error of
+    expected clips; `denoiser`, so that deep tokens, and what was trained on them, stay.
     """
 
     cache: str = "cache/sprites"

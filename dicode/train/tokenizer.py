@@ -173,7 +173,7 @@ class TokenizerTraining:
         start_from(module, run)
         if run.trains == "denoiser" and run.model.expects_motion and trained_part(Path(run.init)) == "code":
             raise ValueError(
-                f"trains 'denoiser': what has to do with motion tokens is not trained in {run.init}; train it first, "
+                f"trains 'denoiser': motion encoder and decoder are not trained in {run.init}; train them first, "
                 "with trains 'motion', and name that run in init"
             )
         if run.init_denoiser:
@@ -382,7 +382,7 @@ class TokenizerTraining:
     def validate(self) -> tuple[dict[str, float], Image.Image]:
         """Losses with fixed noise; a sheet of real and rendered frames, and of key frames between them.
 
-        Rendered by the denoiser, or, where what has to do with motion is trained alone, as motion tokens tell.
+        Rendered by the denoiser; the expected clips where the motion encoder and decoder are trained alone.
         """
         module, device, size = self.module, self.module.device, self.run.model.size
         generator = generator_for(0, "validation")
