@@ -327,7 +327,7 @@ class VideoTokenizer(nn.Module):
         return ClipConditioning(pair, keys, keys.new_ones(b), context, given, stride, motion, expected)
 
     def expected(self, keys: Float[Tensor, "b two c h w"], motion: MotionTokens) -> ClipLatents:
-        """Clips predicted from key latents and motion tokens `b m d`, without diffusion; without motion a cross-fade."""
+        """Clips predicted from key latents and motion tokens `b m d`, without diffusion; without motion cross-fades."""
         if self.config.expects_motion:
             return self.motion_decoder(keys, motion)
         return cross_faded(keys, self.config.clip_frames)
