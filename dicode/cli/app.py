@@ -27,6 +27,7 @@ from dicode.cli.data import Blocks, Cache, Check, Encode, Export, Index, Sheet, 
 from dicode.cli.evaluate import Evaluate, Tune
 from dicode.cli.generate import Generate
 from dicode.cli.info import Info
+from dicode.cli.serve import Serve
 from dicode.cli.tokenize import Reconstruct, Tokenize
 from dicode.cli.train import Assemble, Finetune, Train, TrainAll
 from dicode.config import check_ranges
@@ -41,7 +42,7 @@ BUG = 70  # EX_SOFTWARE
 GROUPS = re.compile(r"^(run|write|render)\.")  # of flags, whose names leave them out
 RECIPE = re.compile(r"\.py(:|$)")
 
-COMMANDS = (Generate, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Tune, Info)
+COMMANDS = (Generate, Serve, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Tune, Info)
 GROUPED = {
     "benchmark": ("Measure a model on public benchmarks: UCF-101, MSR-VTT, VBench.", (Ucf101, Msrvtt, Vbench)),
     "data": (

@@ -1,0 +1,50 @@
+"""`dicode serve`: an HTTP API, a queue and a page."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from dicode.cli import common
+from dicode.config import DEFAULT_MODEL, Count, Range
+from dicode.stopwatch import Stopwatch
+
+KEY = "DICODE_API_KEY"
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve models over HTTP: an API in the shape of OpenAI's videos, a queue, and a page at /. Ctrl-C ends it."""
+
+    model: tuple[str, ...] = (DEFAULT_MODEL, "sprites", "world")  # models by name, folder or Hub id, the default first
+    host: str = "127.0.0.1"  # address to listen on; any other than this machine's needs an API key
+    port: Annotated[int, Range(0, 65535)] = 8000
+    device: str = "auto"  # auto, cpu, cuda, or several with commas, such as cuda:0,cuda:1: a worker each
+    data_folder: Path = Path("serve")  # folder of jobs and videos; a later start goes on with it
+    api_key: str | None = None  # key that clients have to send; default: DICODE_API_KEY
+    hosts: tuple[str, ...] = ()  # host names that requests may be for, beside this machine's
+    queue: Count = 32  # jobs that may wait; more are refused with 429
+    max_seconds: common.Seconds = 600.0  # longest video in seconds
+
+
+def serve(command: Serve, watch: Stopwatch) -> None:
+    """Runs until a signal, then lets the clip at hand be finished."""
+    with common.needs_extra("serve"):
+        import uvicorn
+
+        from dicode.serve.app import LOCAL, Server, make_app
+    from dicode.serve.request import models_of
+    from dicode.serve.store import Store
+    from dicode.serve.supervisor import Supervisor
+
+    key = command.api_key or os.environ.get(KEY)
+    if command.host not in LOCAL and not key:
+        raise ValueError(f"--host: {command.host} can be reached from other machines; set --api-key or {KEY}")
+    models = models_of(list(command.model))
+    command.data_folder.mkdir(parents=True, exist_ok=True)
+    store = Store(command.data_folder)
+    supervisor = Supervisor(store, command.model, command.device.split(","))
+    hosts = (*LOCAL, *command.hosts) if command.hosts or command.host in LOCAL else ("*",)
+    server = Server(command.data_folder, models, store, supervisor, key, command.queue, command.max_seconds, hosts)
+    print(f"http://{command.host}:{command.port}: {', '.join(models)}; jobs in {command.data_folder}", flush=True)
+    uvicorn.run(make_app(server), host=command.host, port=command.port, log_level="warning")

@@ -1,0 +1,164 @@
+"""What a client may ask for, checked before it is queued, against the model's configuration alone."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dicode.checkpoint import read_section, resolve
+from dicode.config import CheckpointError
+from dicode.lm.config import DeepLMConfig
+from dicode.storyboard import Shot, key_frames_of
+from dicode.tokenizer.config import Joins, SamplingConfig, TokenizerConfig
+
+SAMPLING = {own.name for own in fields(SamplingConfig)}
+WHOLE = ("flow_steps", "context_key_frames", "steps", "motion_tokens")  # of these fields
+MOST_SHOTS, MOST_CHARACTERS = 200, 4000
+MOST_SIDE = 1024  # of a picture that is enlarged, in pixels
+LARGEST_SEED = 2**63 - 1
+
+
+class RequestError(ValueError):
+    """A request that no job can be made of; `param` names the field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ShotRequest(BaseModel):
+    """One shot of a storyboard."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS)
+    seconds: float = Field(gt=0, le=86_400)
+
+
+class VideoRequest(BaseModel):
+    """A video to make. What is left out is the model's own; fields of `dicode generate` have its flags' names."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())  # extra: fields of `SamplingConfig` alone
+    prompt: str = Field(default="", max_length=MOST_CHARACTERS, description="What the video shows, in order")
+    model: str | None = Field(default=None, description="A name of /v1/models")
+    seconds: float = Field(default=4.0, gt=0, le=86_400, description="Its length; a storyboard's shots have their own")
+    size: str | None = Field(default=None, pattern=r"^\d{2,4}x\d{2,4}$", description="WxH, the model's or a multiple")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    shots: list[ShotRequest] | None = Field(default=None, min_length=1, max_length=MOST_SHOTS)
+    loop: bool = Field(default=False, description="Ends on its first frame")
+    reroll_from: int | None = Field(default=None, ge=0, description="The first clip with another seed")
+    reroll_seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
+    remixed_from_video_id: str | None = None
+    extends: str | None = Field(default=None, description="The video that this one goes on from")
+
+    @field_validator("prompt")
+    @classmethod
+    def _printable(cls, prompt: str) -> str:
+        if "\0" in prompt or any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
+            raise ValueError("holds characters that are no text")
+        return prompt.strip()
+
+    @model_validator(mode="after")
+    def _whole(self) -> "VideoRequest":
+        if unknown := sorted(set(self.model_extra or {}) - SAMPLING):
+            raise ValueError(f"unknown fields: {', '.join(unknown)}")
+        if not self.prompt and not self.shots:
+            raise ValueError("prompt: expected a text of at least one word")
+        return self
+
+    @property
+    def storyboard(self) -> list[Shot] | None:
+        """The shots, where it has some."""
+        return [Shot(own.prompt, own.seconds) for own in self.shots] if self.shots else None
+
+    @property
+    def length_s(self) -> float:
+        """Seconds of the whole video."""
+        return sum(own.seconds for own in self.shots) if self.shots else self.seconds
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The fields of `SamplingConfig` that it changes."""
+        return dict(self.model_extra or {})
+
+
+class Model:
+    """A model of the server, by its configuration: nothing of it is loaded here."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.folder = name, resolve(name)
+        self.tokenizer = read_section(self.folder, "tokenizer", TokenizerConfig)
+        self.lm = read_section(self.folder, "lm", DeepLMConfig)
+
+    def scale(self, size: str | None, least_side: int) -> int:
+        """How many times frames are enlarged. Raises `RequestError`."""
+        own = self.tokenizer.size
+        if size is None:
+            return -(-least_side // own)
+        width, height = map(int, size.split("x"))
+        if width != height or width % own or not own <= width <= MOST_SIDE:
+            raise RequestError(f"size: expected {own}x{own} or a multiple up to {MOST_SIDE}, got {size}", "size")
+        return width // own
+
+    def check(self, request: VideoRequest, has_last_image: bool, most_s: float) -> SamplingConfig:
+        """The sampling of a request; raises `RequestError` where this model cannot do what it asks for."""
+        try:
+            sampling = self.tokenizer.sampling.changed(**numbers(request.sampling))
+        except ValueError as error:
+            raise RequestError(str(error), str(error).partition(":")[0]) from error
+        if request.length_s > most_s:
+            raise RequestError(f"seconds: expected at most {most_s:g}, got {request.length_s:g}", "seconds")
+        if (has_last_image or request.loop) and not self.lm.end_frame_conditioning:
+            param = "loop" if request.loop else "last_image"
+            raise RequestError(f"{param}: {self.name} was not trained with last images; leave it out", param)
+        if has_last_image and request.loop:
+            raise RequestError("loop: ends on the first frame; it cannot end on another image", "loop")
+        if request.reroll_from is None and request.reroll_seed is not None:
+            raise RequestError("reroll_seed: needs reroll_from, the first clip to take it", "reroll_seed")
+        config = self.tokenizer
+        key_frames = config.num_clips(max(1, round(request.length_s * config.fps))) + 1
+        if request.storyboard:
+            key_frames = max(key_frames, sum(key_frames_of(request.storyboard, config.clip_s)))
+        window, limit = sampling.context_key_frames, self.lm.most_keyframes()
+        if not window and key_frames > limit:
+            most = (limit - 1) * config.clip_s
+            message = f"seconds: {self.name} holds {most:g}; for more give context_key_frames, 2 to {limit}"
+            raise RequestError(message, "seconds")
+        return sampling
+
+
+def numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Sampling fields as JSON or a form has them, in the types that `SamplingConfig` expects."""
+    found = {}
+    for name, value in values.items():
+        if name != "joins":
+            if isinstance(value, bool) or not isinstance(value, int | float | str):
+                raise RequestError(f"{name}: expected a number", name)
+            try:
+                number = float(value)
+            except (ValueError, OverflowError) as error:
+                raise RequestError(f"{name}: expected a number, got {str(value)[:40]!r}", name) from error
+            value = int(number) if name in WHOLE and number.is_integer() else number
+        elif value not in get_args(Joins):
+            raise RequestError(f"joins: expected one of {', '.join(get_args(Joins))}", name)
+        found[name] = value
+    return found
+
+
+def parse(values: dict[str, Any]) -> VideoRequest:
+    """A request of JSON or form values. Raises `RequestError` that names the first field that is wrong."""
+    try:
+        return VideoRequest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        text = first["msg"].removeprefix("Value error, ")
+        raise RequestError(f"{name}: {text}" if name else text, name or text.partition(":")[0]) from error
+
+
+def models_of(names: list[str]) -> dict[str, Model]:
+    """By name, the default first. Raises `CheckpointError`."""
+    found = [Model(name) for name in names]
+    if not found:
+        raise CheckpointError("serve: expected a model")
+    return {Path(own.name).name: own for own in found}

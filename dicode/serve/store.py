@@ -1,0 +1,299 @@
+"""Jobs of the server, in SQLite: what was asked for, how far it is, what came of it. Any number of processes share it.
+
+A job is *queued* until a worker claims it, then *in_progress* under that claim until it is *completed* or *failed*. All
+that a worker writes names its claim: one that was thought dead, and whose job was queued again, changes nothing more.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    idempotency_key TEXT UNIQUE,
+    status TEXT NOT NULL,
+    request TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    started_at REAL,
+    completed_at REAL,
+    progress REAL NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    claim TEXT,
+    worker TEXT,
+    beat_at REAL,
+    cancelled INTEGER NOT NULL DEFAULT 0,
+    code TEXT,
+    message TEXT
+);
+CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, number);
+CREATE TABLE IF NOT EXISTS events (
+    job TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    data TEXT NOT NULL,
+    PRIMARY KEY (job, number)
+);
+"""
+BUSY_S = 10.0  # how long one process waits for another's transaction
+ATTEMPTS = 2  # a job whose worker died is begun once more
+Status = Literal["queued", "in_progress", "completed", "failed"]
+UNFINISHED = ("queued", "in_progress")
+
+
+class QueueFullError(Exception):
+    """As many jobs wait as may."""
+
+
+class LostClaimError(Exception):
+    """A job is no longer this worker's: it was cancelled, deleted, or given to another one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the table, `request` read; times are seconds since 1970."""
+
+    number: int
+    id: str
+    status: Status
+    request: dict[str, Any]
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    progress: float  # 0…1
+    attempts: int
+    claim: str | None
+    worker: str | None
+    cancelled: bool
+    code: str | None
+    message: str | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.status not in UNFINISHED
+
+
+COLUMNS = ", ".join(Job.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a job, in order: queued, started, clip, completed, failed."""
+
+    number: int
+    kind: str
+    data: dict[str, Any]
+
+
+class Store:
+    """The database of a data folder; its methods may be called from any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "jobs.sqlite"
+        self._local = threading.local()
+        with self._transaction() as db:
+            for statement in SCHEMA.split(";"):
+                db.execute(statement)
+
+    def _connection(self) -> sqlite3.Connection:
+        if not hasattr(self._local, "db"):
+            db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")  # whole after any crash; a power cut may lose the last jobs
+            self._local.db = db
+        return self._local.db
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        db = self._connection()
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield db
+        except BaseException:
+            db.execute("ROLLBACK")
+            raise
+        db.execute("COMMIT")
+
+    def _jobs(self, where: str, values: tuple[object, ...] = ()) -> list[Job]:
+        rows = self._connection().execute(f"SELECT {COLUMNS} FROM jobs {where}", values).fetchall()
+        return [_job(row) for row in rows]
+
+    # what clients do
+
+    @staticmethod
+    def new_id() -> str:
+        """A name for a job."""
+        return f"video_{uuid.uuid4().hex}"
+
+    def add(
+        self, job_id: str, request: Mapping[str, Any], most_waiting: int, idempotency_key: str | None = None
+    ) -> Job:
+        """Queue a job, or return the one that this key has queued before. Raises `QueueFullError`."""
+        with self._transaction() as db:
+            if idempotency_key is not None and (same := self._jobs("WHERE idempotency_key = ?", (idempotency_key,))):
+                return same[0]
+            if db.execute("SELECT count(*) FROM jobs WHERE status = 'queued'").fetchone()[0] >= most_waiting:
+                raise QueueFullError
+            db.execute(
+                "INSERT INTO jobs (id, idempotency_key, status, request, created_at) VALUES (?, ?, 'queued', ?, ?)",
+                (job_id, idempotency_key, json.dumps(request), time.time()),
+            )
+            self._note(db, job_id, "queued", {})
+        return self.get(job_id)
+
+    def get(self, job_id: str) -> Job:
+        """Raises `KeyError` for one that is not there."""
+        found = self._jobs("WHERE id = ?", (job_id,))
+        if not found:
+            raise KeyError(job_id)
+        return found[0]
+
+    def page(self, after: str | None, limit: int, newest_first: bool) -> tuple[list[Job], bool]:
+        """Up to `limit` jobs that follow the one named, and whether there are more. Raises `KeyError`."""
+        sign, order = ("<", "DESC") if newest_first else (">", "ASC")
+        where, values = "", tuple[object, ...]()
+        if after is not None:
+            where, values = f"WHERE number {sign} ? ", (self.get(after).number,)
+        found = self._jobs(f"{where}ORDER BY number {order} LIMIT ?", (*values, limit + 1))
+        return found[:limit], len(found) > limit
+
+    def position(self, job: Job) -> int:
+        """How many queued jobs are before it."""
+        query = "SELECT count(*) FROM jobs WHERE status = 'queued' AND number < ?"
+        return self._connection().execute(query, (job.number,)).fetchone()[0]
+
+    def running(self) -> list[Job]:
+        """Jobs that a worker has claimed."""
+        return self._jobs("WHERE status = 'in_progress'")
+
+    def counts(self) -> dict[str, int]:
+        """Jobs by status."""
+        return dict(self._connection().execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())
+
+    def cancel(self, job_id: str) -> Job:
+        """A queued job fails at once, a running one when its worker looks; a finished one stays as it is."""
+        with self._transaction() as db:
+            job = self.get(job_id)
+            if job.status == "queued":
+                self._finish(db, job_id, "failed", "cancelled", "cancelled before it was begun")
+            elif job.status == "in_progress":
+                db.execute("UPDATE jobs SET cancelled = 1 WHERE id = ?", (job_id,))
+        return self.get(job_id)
+
+    def delete(self, job_id: str) -> None:
+        """Forget a job; a worker that has it loses its claim. Raises `KeyError`."""
+        with self._transaction() as db:
+            self.get(job_id)
+            db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+            db.execute("DELETE FROM events WHERE job = ?", (job_id,))
+
+    def events(self, job_id: str, after: int = -1) -> list[Event]:
+        """What happened to a job, after the event of this number."""
+        query = "SELECT number, kind, data FROM events WHERE job = ? AND number > ? ORDER BY number"
+        rows = self._connection().execute(query, (job_id, after)).fetchall()
+        return [Event(number, kind, json.loads(data)) for number, kind, data in rows]
+
+    # what workers do
+
+    def claim(self, worker: str) -> Job | None:
+        """The oldest queued job, from now on this worker's; None where none waits."""
+        if not self._connection().execute("SELECT 1 FROM jobs WHERE status = 'queued' LIMIT 1").fetchone():
+            return None  # without a lock, as it is asked many times a second
+        with self._transaction() as db:
+            waiting = self._jobs("WHERE status = 'queued' ORDER BY number LIMIT 1")
+            if not waiting:
+                return None
+            now, job_id = time.time(), waiting[0].id
+            db.execute(
+                "UPDATE jobs SET status = 'in_progress', claim = ?, worker = ?, started_at = ?, beat_at = ?, "
+                "progress = 0, attempts = attempts + 1 WHERE id = ?",
+                (uuid.uuid4().hex, worker, now, now, job_id),
+            )
+            self._note(db, job_id, "started", {"attempt": waiting[0].attempts + 1})
+        return self.get(job_id)
+
+    def beat(self, job: Job) -> None:
+        """Say that a job is being worked on. Raises `LostClaimError` where it no longer is to be."""
+        with self._held(job) as db:
+            db.execute("UPDATE jobs SET beat_at = ? WHERE id = ?", (time.time(), job.id))
+
+    def advance(self, job: Job, progress: float, kind: str, data: Mapping[str, Any]) -> None:
+        """Note an event and how far the job is, 0…1. Raises `LostClaimError`."""
+        with self._held(job) as db:
+            db.execute("UPDATE jobs SET progress = ?, beat_at = ? WHERE id = ?", (progress, time.time(), job.id))
+            self._note(db, job.id, kind, data)
+
+    def complete(self, job: Job) -> None:
+        """Its files are whole. Raises `LostClaimError`, after which they are to be removed."""
+        with self._held(job) as db:
+            self._finish(db, job.id, "completed")
+
+    def fail(self, job: Job, code: str, message: str) -> None:
+        """A job has ended in an error; of a claim that was lost nothing is noted."""
+        with self._transaction() as db:
+            if self._jobs("WHERE id = ? AND claim = ?", (job.id, job.claim)):
+                self._finish(db, job.id, "failed", code, message)
+
+    def release(self, worker: str | None = None, silent_s: float | None = None) -> list[Job]:
+        """Queue the jobs of a dead worker again, or of all that have said nothing for so long; returns them.
+
+        One that was begun `ATTEMPTS` times fails.
+        """
+        with self._transaction() as db:
+            if worker is not None:
+                lost = self._jobs("WHERE status = 'in_progress' AND worker = ?", (worker,))
+            elif silent_s is not None:
+                lost = self._jobs("WHERE status = 'in_progress' AND beat_at < ?", (time.time() - silent_s,))
+            else:
+                lost = self._jobs("WHERE status = 'in_progress'")
+            for job in lost:
+                if job.cancelled:
+                    self._finish(db, job.id, "failed", "cancelled", "cancelled")
+                elif job.attempts < ATTEMPTS:
+                    db.execute("UPDATE jobs SET status = 'queued', claim = NULL, progress = 0 WHERE id = ?", (job.id,))
+                    self._note(db, job.id, "queued", {"again": True})
+                else:
+                    message = f"the worker died {job.attempts} times while it rendered this video"
+                    self._finish(db, job.id, "failed", "worker_died", message)
+        return lost
+
+    @contextmanager
+    def _held(self, job: Job) -> Iterator[sqlite3.Connection]:
+        """A transaction on a job that is this worker's and is not to be stopped; else raises `LostClaimError`."""
+        with self._transaction() as db:
+            if not self._jobs("WHERE id = ? AND claim = ? AND cancelled = 0", (job.id, job.claim)):
+                raise LostClaimError(job.id)
+            yield db
+
+    def _finish(
+        self, db: sqlite3.Connection, job_id: str, status: Status, code: str | None = None, message: str | None = None
+    ) -> None:
+        done = 1.0 if status == "completed" else None
+        db.execute(
+            "UPDATE jobs SET status = ?, completed_at = ?, progress = coalesce(?, progress), code = ?, message = ? "
+            "WHERE id = ?",
+            (status, time.time(), done, code, message, job_id),
+        )
+        self._note(db, job_id, status, {"code": code, "message": message} if code else {})
+
+    def _note(self, db: sqlite3.Connection, job_id: str, kind: str, data: Mapping[str, Any]) -> None:
+        db.execute(
+            "INSERT INTO events (job, number, kind, data) "
+            "SELECT ?, coalesce(max(number), -1) + 1, ?, ? FROM events WHERE job = ?",
+            (job_id, kind, json.dumps(data), job_id),
+        )
+
+
+def _job(row: tuple[Any, ...]) -> Job:
+    values = dict(zip(Job.__dataclass_fields__, row, strict=True))
+    values |= {"request": json.loads(values["request"]), "cancelled": bool(values["cancelled"])}
+    return Job(**values)

@@ -1,0 +1,93 @@
+"""Workers as processes of the server, one a device: begun with it, begun again when they die, ended with it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from dicode.serve.store import Store
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before a worker that died is begun again; doubled while it dies at once
+LIVED_S = 60.0  # a worker that lived so long is begun again after the first pause
+SILENT_S = 60.0  # a job whose worker has said nothing for so long is given to another
+
+
+class Supervisor:
+    """Keeps one worker a device alive, from `start` to `stop`."""
+
+    def __init__(self, store: Store, models: Sequence[str], devices: Sequence[str], threads: int | None = None) -> None:
+        self.store, self.models, self.devices, self.threads = store, list(models), list(devices), threads
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.ready: set[str] = set()
+        self.restarts = 0
+        self._ending = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Queue again what the server of before left behind, and begin all workers."""
+        own = f"{socket.gethostname()}:"
+        for name in {job.worker for job in self.store.running() if job.worker and job.worker.startswith(own)}:
+            self.release(name)
+        for number, device in enumerate(self.devices):
+            thread = threading.Thread(target=self._keep, args=(f"{own}{os.getpid()}:{number}", device), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self, wait_s: float = 20.0) -> None:
+        """Let every worker finish the clip at hand, then end them; their jobs are queued for the next start."""
+        self._ending.set()
+        for process in self.processes.values():
+            if process.stdin is not None:
+                try:
+                    process.stdin.write(b"drain\n")
+                    process.stdin.flush()
+                except OSError:
+                    pass  # it has ended
+        until_s = time.monotonic() + wait_s
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.1, until_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for thread in self._threads:
+            thread.join(5)
+
+    def release(self, name: str) -> None:
+        """Queue the jobs of a worker that has ended again, and remove what it had written of them."""
+        for job in self.store.release(worker=name):
+            shutil.rmtree(self.store.path.parent / "jobs" / job.id / str(job.claim), ignore_errors=True)
+
+    def _keep(self, name: str, device: str) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._ending.is_set():
+            began_s = time.monotonic()
+            with self._begin(name, device) as process:  # closes its pipes, and waits for it
+                self.processes[name] = process
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if line.strip() == b"ready":
+                        self.ready.add(name)
+            self.ready.discard(name)
+            self.release(name)
+            if self._ending.is_set():
+                return
+            self.restarts += 1
+            pause_s = FIRST_PAUSE_S if time.monotonic() - began_s > LIVED_S else min(2 * pause_s, LONGEST_PAUSE_S)
+            self._ending.wait(pause_s)
+
+    def _begin(self, name: str, device: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "dicode.serve.worker", str(self.store.path.parent), name, "--device", device]
+        environment = dict(os.environ)
+        if self.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
+        return subprocess.Popen(
+            [*command, "--models", *self.models],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            bufsize=0,
+        )
