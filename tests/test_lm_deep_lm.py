@@ -355,12 +355,19 @@ def test_padding_that_is_masked_changes_nothing_and_may_be_left_out(body: str, o
         assert torch.allclose(model(PROMPTS, tokens).hidden, before, **NEAR) == masked
 
 
-def test_key_frames_may_be_numbered_from_any_one_on() -> None:
-    model, other, tokens = build(), build(), torch.randn(3, 3, 5, 7)
+def test_key_frames_may_begin_at_any_number_and_place() -> None:
+    model, other, tokens = build(body="gpt2"), build(body="gpt2"), torch.randn(3, 3, 5, 7)
+    shift = 4 * model.config.block_length
     with torch.no_grad():
         other.embedding.keyframe[:3] = model.embedding.keyframe[4:7]
+        places = other.backbone.body.wpe.weight
+        places[12:-shift] = places[12 + shift :].clone()
     shifted = model(PROMPTS, tokens, first_keyframe=4).hidden
     torch.testing.assert_close(shifted, other(PROMPTS, tokens).hidden, **NEAR)
-    assert not torch.allclose(shifted, model(PROMPTS, tokens).hidden, **NEAR)
+    llama = build(body="llama")
+    plain = llama(PROMPTS, tokens).hidden
+    with torch.no_grad():
+        llama.embedding.keyframe[4:7] = llama.embedding.keyframe[:3]
+    assert not torch.allclose(llama(PROMPTS, tokens, first_keyframe=4).hidden, plain, **NEAR)  # further from the text
     with pytest.raises(ValueError, match="9 key frames asked for, this model holds 8"):
         model(PROMPTS, tokens, first_keyframe=6)

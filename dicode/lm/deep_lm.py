@@ -92,7 +92,7 @@ class DeepTokenLM(nn.Module):
         `keyframe_mask` is True where a key frame is real; padding comes after the last real one, where causality
         keeps it from every prediction. The first entry may be False too: that key frame is an input without a loss.
         With `goal` the last key frame is an input from the second one on, and has no loss of its own. Key frames are
-        embedded as number `first_keyframe` and following.
+        number `first_keyframe` and following, in place and embedding.
 
         Of motion tokens the first key frame has none: zeros, without a loss in `token` order. There, `tokens` may lack
         any last ones of each block. A goal's are predicted, since the video ends with them.
@@ -116,7 +116,7 @@ class DeepTokenLM(nn.Module):
             if not has_motion:
                 blocks, tokens = blocks[:, :-1], tokens[:, :-1]
                 keyframe_mask = None if keyframe_mask is None else keyframe_mask[:, :-1]
-        hidden = self._hidden(text_ids, blocks)
+        hidden = self._hidden(text_ids, blocks, first_keyframe)
         if goal:  # of these two blocks one predicts the goal (token order), or what the other does better (keyframe)
             hidden = torch.cat([hidden[:, :1], hidden[:, 2:]], dim=1)
         groups = rearrange(hidden, "b k (g p) width -> b k g p width", p=self.tokens_per_step)
@@ -162,8 +162,8 @@ class DeepTokenLM(nn.Module):
         own = torch.cat([own[:, :1], own[:, 1:] - less], dim=1)
         return torch.cat([own, tokens[:, :, own.shape[2] :]], dim=2)
 
-    def _hidden(self, text_ids: TextIds, blocks: KeyFrameHidden) -> KeyFrameHidden:
-        """The hidden states that predict each block."""
+    def _hidden(self, text_ids: TextIds, blocks: KeyFrameHidden, first_keyframe: int = 0) -> KeyFrameHidden:
+        """The hidden states that predict each block, the first of which is that of key frame `first_keyframe`."""
         text, begin = self.backbone.embed_text(text_ids), self._begin(len(text_ids))
         length, k, mask = text.shape[1], blocks.shape[1], None
         if self.config.order == "token":
@@ -179,6 +179,9 @@ class DeepTokenLM(nn.Module):
         if (attended := self._attended(text_ids)) is not None:
             mask = without_padding(mask, attended, len(positions), len(positions))
             positions[length:] += self.config.text_length - length
+        positions[length:] += first_keyframe * (sequence.shape[1] - length) // k
+        if first_keyframe and mask is None:  # without one, GPT-2 takes a leap of positions for a new sequence's start
+            mask = positions[:, None] >= positions
         hidden = self.backbone(sequence, mask=mask, positions=positions)[:, length:]
         hidden = rearrange(hidden, "b (k n) width -> b k n width", k=k)
         return hidden[:, :, :-1] if self.config.order == "token" else hidden

@@ -168,19 +168,24 @@ class LanguageTraining:
             if 0 <= drawn < share:
                 key_frames = longer
             drawn -= share
-        texts, tokens, masks = [], [], []
+        texts, masks = [], []
+        places: list[Tensor] = []
+        views: dict[int, Tensor] = {}
         for i in indices:
             video = self.cache.videos[int(i)]
             start_s = 0.0 if chance() < self.run.from_start else self.later_start_s(video, key_frames, chance())
             rows, real = self.key_frames(video, key_frames, start_s)
-            text, source = augmented_caption(video.captions, self.run.augment, self.words, generator), self.tokens
+            text = augmented_caption(video.captions, self.run.augment, self.words, generator)
             if self.views and chance() < self.run.augment.view_share:
                 number = int(chance() * len(self.views))
                 real[0], text = False, self.views[number].of_caption(text)
-                source = self.view_tokens[number]
-            tokens.append(source[rows])
+                views[len(places)] = self.view_tokens[number][rows]
+            places.append(rows)
             masks.append(real)
             texts.append(text)
+        tokens = self.tokens[torch.stack(places)]
+        for sample, of_view in views.items():
+            tokens[sample] = of_view
         mask = torch.stack(masks)
         everywhere = 1 + int(mask[:, 1:].all(0).long().cumprod(0).sum())  # key frames that all samples have
         reached = everywhere > self.run.model.nearest_goal
@@ -193,7 +198,7 @@ class LanguageTraining:
             count -= int(chance() * (motion + 1))  # any first ones: so can fewer be written
         return {
             "text_ids": self.encode(texts),
-            "tokens": torch.stack(tokens)[:, :length, :count].float(),
+            "tokens": tokens[:, :length, :count].float(),
             "mask": mask[:, :length],  # False, no loss: past the end of a video, and the first key frame of a view
             "goal": torch.tensor(goal),
             "first_keyframe": torch.tensor(first_keyframe),

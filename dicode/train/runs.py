@@ -167,7 +167,7 @@ class AugmentConfig:
     swapped_words: Share = 0.5  # … and the share replaced
     views: Whole = 0  # augmented copies of every training video (`View`), whose first key frame has no loss
     view_share: Share = 0.5  # probability of such a view
-    # number a step's key frames from a random one on: what is longer than any sample then meets no untrained embedding
+    # begin the key frames of a step at a random number and place, so that longer videos meet no untrained ones
     shift_key_frames: bool = False
 
 
