@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 FrameStack = UInt8[Tensor, "b f h w c"]
+Frames = UInt8[Tensor, "b h w c"]  # one of each video
 
 KeyFramePixels = Float[Tensor, "b c h w"]  # one key frame a batch entry, −1…1
 ImageLatents = Float[Tensor, "b z y x"]

@@ -150,6 +150,7 @@ def test_generate_writes_each_format_with_its_metadata(capsys, tmp_path, tiny_mo
         "guidance_rescale": 0.0,
         "eta": 0.0,
         "motion_scale": 1.0,
+        "dead_band": 0.0,
         "motion_tokens": None,
         "steps": 2,
         "joins": "chained",

@@ -40,7 +40,7 @@ from dicode.tokenizer.denoiser import (
 )
 from dicode.tokenizer.encoder import FirstStage, Resampler
 from dicode.tokenizer.library import ClipEncoder
-from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.tokenizer.video_tokenizer import VideoTokenizer, steadied
 
 DENOISERS = {
     "hourglass": DenoiserConfig(width=32, fine_width=16, fine_blocks=1, depth=1, heads=2),
@@ -214,6 +214,30 @@ def test_motion_scale_moves_frames_from_the_mean_of_their_clip_and_leaves_key_fr
     assert torch.equal(moved[:, keys], plain[:, keys])
     (still,) = latents_of(tokenizer, tokens, motion_scale=0.0)
     assert still[:, between].var(1).max() < 1e-10
+
+
+def test_a_dead_band_keeps_pixels_until_they_change_by_more() -> None:
+    values = torch.tensor([100, 102, 104, 103, 90], dtype=torch.uint8)
+    frames = torch.zeros(2, 5, 1, 1, 3, dtype=torch.uint8)
+    frames[0, :, 0, 0] = values[:, None]
+    frames[1, :, 0, 0, 2] = values  # one channel decides for all
+    kept = torch.tensor([100, 100, 104, 104, 90], dtype=torch.uint8)
+    assert torch.equal(steadied(frames, 3.0)[0, :, 0, 0, 0], kept)
+    assert torch.equal(steadied(frames, 3.0)[1, :, 0, 0, 2], kept)
+    after = steadied(frames, 3.0, last=torch.full((2, 1, 1, 3), 101, dtype=torch.uint8))
+    assert after[0, :, 0, 0, 0].tolist() == [101, 101, 101, 101, 90]
+    assert after[1, :, 0, 0, 0].tolist() == [0] * 5
+
+
+def test_a_dead_band_goes_on_over_joins_and_from_the_frames_before() -> None:
+    tokenizer, tokens = tiny_tokenizer(), torch.randn(2, 3, 4, 6)
+    before = torch.randint(0, 256, (2, 16, 32, 32, 3), dtype=torch.uint8)
+    for options in ({}, {"before": before}):
+        plain = torch.cat([*decoded(tokenizer, tokens, **options)], dim=1)
+        kept = torch.cat([*decoded(tokenizer, tokens, dead_band=20.0, **options)], dim=1)
+        last = options["before"][:, -1] if options else None
+        assert torch.equal(kept, steadied(plain, 20.0, last))
+        assert not torch.equal(kept, plain)
 
 
 def test_a_chained_clip_sees_the_one_before_as_it_was_shown() -> None:

@@ -63,6 +63,7 @@ class RenderFlags:
     guidance_rescale: Share | None = None  # strength of contrast correction for guided predictions, 0 to 1
     eta: Share | None = None  # DDIM's noise, 0 to 1, for models with its schedule
     motion_scale: Factor | None = None  # scale of the difference between frames; key frames stay as they are
+    dead_band: Factor | None = None  # grey levels, 0 to 255, up to which changes of a pixel are left out as flicker
     joins: Joins | None = None  # chained: the previous clip's end as context; parallel: blended clips of one batch
     motion_tokens: Whole | None = None  # most motion tokens of a clip to write and to render from; default: all
 

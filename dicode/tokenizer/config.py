@@ -129,6 +129,7 @@ class SamplingConfig:
     guidance_rescale: Share = 0.0  # pulls the deviation of a guided prediction back; published: 0.7
     eta: Share = 0.0  # DDIM's noise; published: 1.0
     motion_scale: Factor = 1.0  # factor on each frame's distance from its clip's mean: `scale_motion`
+    dead_band: Factor = 0.0  # grey levels by which a pixel has to change to change at all: what stands still is still
     joins: Joins = "chained"
     motion_tokens: Whole | None = None  # most a clip, that are written and rendered from; None: all that there are
 

@@ -22,6 +22,7 @@ from dicode.shapes import (
     ClipLatents,
     ContextLatents,
     DeepTokens,
+    Frames,
     FrameStack,
     ImageLatents,
     KeyFramePixels,
@@ -231,16 +232,21 @@ class VideoTokenizer(nn.Module):
             # with residual prediction a clip's first frame is exact, the key frame itself
             moves_later = not self.config.denoiser.predict_residual
             clips = blended_stream(clips, shares_frame=self.config.repeated_frames > 0, moves_later=moves_later)
-        return self._frames_of_stream(clips)
+        return self._frames_of_stream(clips, sampling.dead_band, None if before is None else before[:, -1])
 
     def render(self, pair: DeepTokens, sample_indices: Sequence[int]) -> ClipLatents:
         """The first-stage latents of the single clips that `decode` renders from head and tail tokens `b 2 n d`."""
         return self._render([pair], None, [0], Draws(self.config.sampling, 0, sample_indices))[0]
 
-    def _frames_of_stream(self, clips: Iterator[ClipLatents]) -> Iterator[FrameStack]:
+    def _frames_of_stream(
+        self, clips: Iterator[ClipLatents], dead_band: float, last: Frames | None
+    ) -> Iterator[FrameStack]:
         for position, latents in enumerate(clips):
             with torch.no_grad():
                 frames = self.frames_of(latents[:, self.config.repeated_frames if position else 0 :])
+            if dead_band:
+                frames = steadied(frames, dead_band, last)
+                last = frames[:, -1]
             yield frames
 
     def _clips(
@@ -363,6 +369,21 @@ class VideoTokenizer(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.first_stage.latent_mean.device
+
+
+def steadied(frames: FrameStack, band: float, last: Frames | None = None) -> FrameStack:
+    """Frames in which a pixel keeps its colour until a channel differs from it by more than `band` grey levels.
+
+    `last` is the frame before them. An image decoder changes pixels a little wherever something moves in the picture:
+    by a quarter of a grey level a frame in those of `blocks` that stand still (docs/log.md).
+    """
+    shown = []
+    for frame in frames.unbind(1):
+        if last is not None:
+            change = (frame.short() - last.to(frame).short()).abs().amax(-1, keepdim=True)
+            frame = torch.where(change > band, frame, last.to(frame))
+        shown.append(last := frame)
+    return torch.stack(shown, dim=1)
 
 
 class TokenizerParts(nn.ModuleDict):
