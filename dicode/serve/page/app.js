@@ -131,8 +131,8 @@ function show(videos) {
   $("stage").classList.toggle("four", videos.length > 1);
   $("stage").replaceChildren();
   $("frames").replaceChildren();
-  state.shown = videos.map(watch);
   state.current = videos[0];
+  state.shown = videos.map(watch);
   $("actions").hidden = false;
   drawActions();
   history.replaceState(null, "", videos.length === 1 ? `#${videos[0].id}` : "#");
@@ -152,16 +152,20 @@ function watch(video) {
     return { stop() {} };
   }
   const events = new EventSource(`${path}/events`);
-  let streaming = false;
+  let streaming = null;
   const update = async () => { Object.assign(video, await call(path)); say(video); drawActions(); };
   const finished = async () => { events.close(); await update(); refresh(); };
   events.addEventListener("queued", update);
   events.addEventListener("clip", async () => {
-    if (!streaming) { streaming = true; play(player, `${path}/stream`).catch(() => {}); }
+    streaming ??= play(player, `${path}/stream`).catch(() => false);
     await update();
     drawFrames(video);
   });
-  events.addEventListener("completed", async () => { await finished(); drawFrames(video); if (!player.currentSrc) player.src = `${path}/content`; });
+  events.addEventListener("completed", async () => {
+    await finished();
+    drawFrames(video);
+    if (!await streaming) player.src = `${path}/content`;
+  });
   events.addEventListener("failed", finished);
   events.addEventListener("deleted", () => events.close());
   say(video);
@@ -214,9 +218,9 @@ function drawFrames(video) {
   picture.src = `/v1/videos/${video.id}/content?variant=spritesheet&shown=${video.progress}`;
 }
 
-// Fragmented MP4 as it is written: the codec's name is in its first bytes.
+// Fragmented MP4 as it is written, whose codec is named in its first bytes; true once all of it is there.
 async function play(player, path) {
-  if (!("MediaSource" in window)) return;
+  if (!("MediaSource" in window)) return false;
   const source = new MediaSource(), waiting = [];
   player.src = URL.createObjectURL(source);
   await new Promise((opened) => source.addEventListener("sourceopen", opened, { once: true }));
@@ -240,7 +244,9 @@ async function play(player, path) {
     } else await append(value);
     player.play().catch(() => {});
   }
-  if (source.readyState === "open") source.endOfStream();
+  if (!buffer || source.readyState !== "open") return false;
+  source.endOfStream();
+  return true;
 }
 
 function indexOf(data, bytes) {
@@ -335,7 +341,7 @@ function keys(event) {
   const player = $("stage").querySelector("video"), model = state.models.find((own) => own.id === state.current?.model);
   if (!player || !model) return;
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (event.key === " ") { if (player.paused) player.play(); else player.pause(); }
+  if (event.key === " ") { if (player.paused) player.play().catch(() => {}); else player.pause(); }
   else if (step) { player.pause(); player.currentTime = Math.max(0, player.currentTime + step / model.fps); }
   else if (event.key.toLowerCase() === "r") again(state.current, { seed: Math.floor(Math.random() * 1e9), reroll_from: null, reroll_seed: null });
   else if (event.key.toLowerCase() === "e") extend();

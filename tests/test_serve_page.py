@@ -1,0 +1,158 @@
+"""The page of `dicode serve` in Chromium. Without browser or Playwright it is left out, but where CI asks for it."""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+
+from dicode.serve.app import Server, make_app
+from dicode.serve.request import models_of
+from dicode.serve.store import Store
+from dicode.serve.worker import Loaded, work
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if not os.environ.get("DICODE_BROWSER"):
+    pytest.importorskip("playwright", reason="no Playwright")
+    if BROWSER is None:
+        pytest.skip("no Chromium", allow_module_level=True)
+
+from playwright.sync_api import Page, sync_playwright
+
+PAGE = Path(__file__).parents[1] / "dicode/serve/page"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+PATIENCE_MS = 90_000
+MOST_BYTES = 200_000
+
+
+@pytest.fixture
+def address(tmp_path: Path, tiny_model: Path) -> Iterator[str]:
+    server = Server(tmp_path, models_of([str(tiny_model)]), Store(tmp_path))
+    running = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="error"))
+    ending, loaded = threading.Event(), Loaded(server.models, torch.device("cpu"), 1)
+
+    def claim() -> None:
+        while not ending.is_set():
+            if (job := server.store.claim("here")) is not None:
+                work(server.store, loaded, job, threading.Event())
+            time.sleep(0.01)
+
+    threads = [threading.Thread(target=target) for target in (running.run, claim)]
+    for thread in threads:
+        thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+    ending.set()
+    running.should_exit = True
+    for thread in threads:
+        thread.join()
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        faults: list[str] = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("response", lambda response: faults.append(response.url) if response.status >= 500 else None)
+        page.goto(address)
+        page.wait_for_function("document.querySelectorAll('#model option').length > 0")
+        yield page
+        browser.close()
+        assert not faults
+
+
+def finished(page: Page) -> None:
+    page.wait_for_function("document.querySelector('#state').textContent.includes('numbers')")
+
+
+def make(page: Page, prompt: str, seconds: str) -> None:
+    page.fill("#prompt", prompt)
+    page.fill("#seconds", seconds)
+    page.click("button.main")
+
+
+def test_a_video_appears_while_it_is_rendered(page: Page) -> None:
+    make(page, "a spark", "16")
+    page.wait_for_function("document.querySelector('.stage video')?.readyState >= 2")
+    assert "Rendering" in page.inner_text("#state") or "numbers" in page.inner_text("#state")
+    finished(page)
+    page.wait_for_function("document.querySelectorAll('#frames li').length == 9")
+    assert page.evaluate("document.querySelector('.stage video').error") is None
+    page.wait_for_function("document.querySelectorAll('#gallery img').length == 1")
+
+
+def test_again_from_here_extending_and_reopening(page: Page, address: str) -> None:
+    make(page, "a spark", "4")
+    finished(page)
+    first = page.evaluate("location.hash")
+    page.click("text=Again from here >> nth=1")
+    page.wait_for_function(f"location.hash != '{first}'")
+    finished(page)
+    own = page.evaluate("fetch('/v1/videos/' + location.hash.slice(1)).then((r) => r.json())")
+    assert own["request"]["reroll_from"] == 1
+    second = page.evaluate("location.hash")
+    page.fill("#more", "it goes on")
+    page.click("#extend")
+    page.wait_for_function(f"location.hash != '{second}'")
+    finished(page)
+    page.goto(f"{address}/{first}")
+    page.reload()
+    finished(page)
+    page.fill("#prompt", "something else")
+    page.click("#reopen")
+    assert page.input_value("#prompt") == "a spark"
+
+
+def test_storyboards_variations_and_errors(page: Page) -> None:
+    page.click("#add-shot")
+    page.fill("#shots input[type=text]", "it grows")
+    make(page, "a spark", "2")
+    finished(page)
+    own = page.evaluate("fetch('/v1/videos/' + location.hash.slice(1)).then((r) => r.json())")
+    assert [shot["prompt"] for shot in own["request"]["shots"]] == ["a spark", "it grows"]
+    page.click("[aria-label='Remove shot 2']")
+    page.click("#four")
+    page.wait_for_function("document.querySelectorAll('.stage video').length == 4")
+    page.fill("#seconds", "600")
+    page.click("button.main")
+    page.wait_for_function("document.querySelector('#error').textContent.includes('seconds')")
+
+
+def test_keys_and_names(page: Page) -> None:
+    make(page, "a spark", "2")
+    finished(page)
+    page.evaluate("document.activeElement.blur()")
+    page.wait_for_function("!document.querySelector('.stage video').paused")
+    page.keyboard.press(" ")
+    page.wait_for_function("document.querySelector('.stage video').paused")
+    before = page.evaluate("document.querySelector('.stage video').currentTime")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"document.querySelector('.stage video').currentTime != {before}")
+    nameless = page.evaluate(
+        "[...document.querySelectorAll('input, select, textarea, button, video')]"
+        ".filter((own) => !own.labels?.length && !own.ariaLabel && !own.textContent.trim()).map((own) => own.outerHTML)"
+    )
+    assert nameless == []
+
+
+def test_nothing_is_wider_than_a_phone(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    make(page, "a spark", "2")
+    finished(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_the_page_is_small_and_loads_nothing_from_elsewhere() -> None:
+    files: dict[str, Any] = {path.name: path.read_text() for path in PAGE.iterdir()}
+    assert sum(len(text.encode()) for text in files.values()) < MOST_BYTES
+    assert not [name for name, text in files.items() if "https://" in text or "//cdn" in text]
