@@ -34,7 +34,7 @@ from dicode.serve.worker import Loaded, work
 from dicode.video.read import read_video
 
 REQUEST = {"prompt": "a spark", "model": None, "size": None, "shots": None, "seconds": 2.0}
-PATIENCE_S = 120.0
+PATIENCE_S = 60.0
 
 
 def add(store: Store, key: str | None = None, most: int = 8) -> Job:
@@ -172,6 +172,7 @@ def test_a_job_is_queued_from_json_and_from_a_form(client: TestClient, server: S
         ({"prompt": "x" * 5000}, "prompt"),
         ({"prompt": "a", "seconds": 0}, "seconds"),
         ({"prompt": "a", "seconds": "soon"}, "seconds"),
+        ({"prompt": "a", "live": True, "seconds": 4000}, "seconds"),
         ({"prompt": "a", "seconds": 31}, "seconds"),
         ({"prompt": "a", "size": "100x100"}, "size"),
         ({"prompt": "a", "size": "big"}, "size"),
@@ -265,6 +266,13 @@ def test_a_key_guards_the_api_and_hosts_are_checked(server: Server) -> None:
         assert client.get("/healthz", headers={"Host": "evil.example"}).status_code == 400
 
 
+def test_pages_of_other_servers_queue_nothing(client: TestClient) -> None:
+    asked = {"data": {"prompt": "a"}}  # a form, which a browser sends to anywhere without asking
+    assert client.post("/v1/videos", headers={"Origin": "https://evil.example"}, **asked).status_code == 403
+    assert client.post("/v1/videos", headers={"Origin": "null"}, **asked).status_code == 403
+    assert client.post("/v1/videos", headers={"Origin": "http://testserver"}, **asked).status_code == 200
+
+
 def test_models_state_and_metrics(client: TestClient, server: Server, tiny_model: Path) -> None:
     assert [own["id"] for own in client.get("/v1/models").json()["data"]] == [tiny_model.name]
     assert client.get("/readyz").json() == {"status": "ready"}
@@ -339,6 +347,55 @@ def test_a_running_job_stops_where_it_is_cancelled(client: TestClient, server: S
     assert time.monotonic() - began_s < PATIENCE_S
     assert server.store.get(job_id).code == "cancelled"
     assert not [*server.job_folder(job_id).iterdir()]
+
+
+def test_a_job_of_a_server_that_ends_is_queued_again(client: TestClient, server: Server) -> None:
+    job_id = client.post("/v1/videos", json={"prompt": "a", "seconds": 16}).json()["id"]
+    draining = threading.Event()
+    draining.set()
+    for _ in range(3):  # as often as it happens
+        job = server.store.claim("here")
+        assert job is not None and job.id == job_id and job.attempts == 1
+        work(server.store, Loaded(server.models, torch.device("cpu"), 1), job, draining)
+        assert server.store.get(job_id).status == "queued"
+        assert not [*server.job_folder(job_id).iterdir()]
+
+
+def test_a_live_video_follows_its_prompts_until_it_is_ended(
+    address: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicode.serve.render.AHEAD_S", 1000.0)
+    with httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
+        asked = {"prompt": "a spark", "live": True, "seconds": 3600, "steps": 1, "size": "32x32"}
+        assert client.post("/v1/videos", json={**asked, "loop": True}).status_code == 400
+        job_id = client.post("/v1/videos", json=asked).json()["id"]
+        path = f"/v1/videos/{job_id}/direct"
+
+        def prompts() -> list[str]:
+            return [event.data["prompt"] for event in server.store.events(job_id) if event.kind == "clip"]
+
+        wait_for(lambda: len(prompts()) > 2)
+        assert client.post(path, json={"prompt": "it grows"}).status_code == 200
+        wait_for(lambda: prompts()[-1] == "it grows")
+        assert client.post(path, json={"prompt": ""}).status_code == 400
+        assert client.post(path, json={"end": True}).status_code == 200
+        wait_for(lambda: server.store.get(job_id).finished)
+        assert server.store.get(job_id).status == "completed"
+        frames = read_video(server.file(server.store.get(job_id), "video.mp4"), fps=None).frames
+        assert len(frames) == 16 * len(prompts())
+        assert client.post(path, json={"end": True}).status_code == 409
+
+
+def test_a_live_video_is_rendered_no_further_than_it_can_be_watched(address: str, server: Server) -> None:
+    with httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
+        asked = {"prompt": "a spark", "live": True, "seconds": 3600, "steps": 1}
+        job_id = client.post("/v1/videos", json=asked).json()["id"]
+        wait_for(lambda: len(server.store.events(job_id)) > 4)
+        time.sleep(2)
+        clips = len([event for event in server.store.events(job_id) if event.kind == "clip"])
+        assert clips <= 1 + (4 + 30) / 2  # four seconds, and those that went by
+        client.post(f"/v1/videos/{job_id}/cancel")
+        wait_for(lambda: server.store.get(job_id).code == "cancelled")
 
 
 # workers as processes

@@ -128,6 +128,21 @@ def test_storyboards_variations_and_errors(page: Page) -> None:
     page.wait_for_function("document.querySelector('#error').textContent.includes('seconds')")
 
 
+def test_a_live_video_is_directed(page: Page) -> None:
+    page.fill("#prompt", "a spark")
+    page.click("#live")
+    page.wait_for_function("document.querySelector('.stage video')?.readyState >= 2")
+    page.wait_for_function("!document.querySelector('#direct').hidden")
+    page.fill("#more", "it grows")
+    page.press("#more", "Enter")
+    page.wait_for_function("document.querySelector('#more').value == ''")
+    events = "fetch('/v1/videos/' + location.hash.slice(1)).then((r) => r.json())"
+    assert page.evaluate(events)["status"] == "in_progress"
+    page.click("#end")
+    finished(page)
+    assert page.evaluate(events)["status"] == "completed"
+
+
 def test_keys_and_names(page: Page) -> None:
     make(page, "a spark", "2")
     finished(page)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as InPath
@@ -34,7 +35,12 @@ POLL_MS = 500  # what clients are asked to wait between looks
 LOOK_S = 0.05  # between looks of ours, for events and growing files
 KEPT_ALIVE_S = 15.0  # of silence, before a stream of events says that it is there
 CHUNK = 2**16
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}  # of errors; others are invalid_request_error, from 500 on server_error
 JobId = Annotated[str, InPath(pattern=r"^video_[0-9a-f]{32}$", description="The id of a video")]
 VARIANTS = {
     "video": (VIDEO, "video/mp4"),
@@ -91,6 +97,8 @@ def make_app(server: Server) -> FastAPI:
         closed = server.api_key is not None and request.url.path.startswith(("/v1", "/metrics"))
         if closed and not _knows(server, request):
             response: Response = _error(401, "expected the server's API key as a bearer token")
+        elif request.method not in ("GET", "HEAD") and not _from_here(request):
+            response = _error(403, "requests of pages of other servers are refused")
         else:
             response = await call(request)
         counted.labels(str(response.status_code)).inc()
@@ -109,6 +117,12 @@ def _knows(server: Server, request: Request) -> bool:
     """Whether a request has the key, as a header or as the page's cookie."""
     given = request.headers.get("authorization", "").removeprefix("Bearer ") or request.cookies.get(COOKIE, "")
     return hmac.compare_digest(given.encode(), str(server.api_key).encode())
+
+
+def _from_here(request: Request) -> bool:
+    """Whether a request was not made by a page of another server: browsers say which."""
+    origin = request.headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == request.headers.get("host")
 
 
 async def _look_after(server: Server) -> None:
@@ -198,6 +212,11 @@ def _add_jobs(app: FastAPI, server: Server) -> None:
     def cancel(video_id: JobId) -> Any:
         return _video(server, server.store.cancel(video_id))
 
+    @app.post("/v1/videos/{video_id}/direct", summary="What a live video goes on with, or that it ends")
+    async def direct(video_id: JobId, request: Request) -> Any:
+        values, _ = await uploads.body_of(request)
+        return await run_in_threadpool(_directed, server, video_id, values)
+
     @app.post("/v1/videos/{video_id}/remix", summary="The same seeds under another prompt")
     async def remix(video_id: JobId, request: Request) -> Any:
         values, _ = await uploads.body_of(request)
@@ -251,6 +270,22 @@ def _queue(
     if job.id != job_id:  # its key was known
         shutil.rmtree(folder, ignore_errors=True)
     return _video(server, job)
+
+
+def _directed(server: Server, video_id: str, values: dict[str, Any]) -> dict[str, Any]:
+    job = server.store.get(video_id)
+    if not job.request["live"]:
+        raise RequestError("only a live video can be directed", "video_id")
+    try:
+        if values.get("end"):
+            server.store.direct(video_id, "end", {})
+        else:
+            server.store.direct(video_id, "prompt", {"prompt": parse({"prompt": values.get("prompt", "")}).prompt})
+    except RequestError:
+        raise
+    except ValueError as error:
+        raise HTTPException(409, str(error)) from error
+    return _video(server, server.store.get(video_id))
 
 
 def _remixed(server: Server, video_id: str, values: dict[str, Any]) -> dict[str, Any]:

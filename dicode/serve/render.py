@@ -8,7 +8,8 @@ FOLDER/jobs/ID/CLAIM/keyframes.png  thumbnail.jpg
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from dicode.checkpoint import model_origin
 from dicode.files import put
 from dicode.pipeline import DiCoDe, Given
 from dicode.seeds import SeedPlan
-from dicode.serve.request import Model, VideoRequest, numbers
+from dicode.serve.request import Model, RequestError, VideoRequest, numbers
 from dicode.shapes import DeepTokens, KeyFrameTokens
+from dicode.tokenizer.config import SamplingConfig
 from dicode.video.read import read_video
 from dicode.video.timed import Picture
 from dicode.video.write import VideoWriter
@@ -30,43 +32,106 @@ from dicode.video.write import VideoWriter
 VIDEO, PLAN, KEY_FRAMES, THUMBNAIL = "video.mp4", "plan.safetensors", "keyframes.png", "thumbnail.jpg"
 LEAST_SIDE = 256  # pixels of a video whose size is left open
 SHOWN_SIDE = 128  # pixels of a key frame in the picture of all
-Report = Callable[[float, str, dict[str, Any]], None]  # progress 0…1, kind of event, its data
+AHEAD_S = 4.0  # of a live video, rendered before it is watched: what is typed shows so much later
+LIVE_CONTEXT = 4  # key frames that a live video goes on from, where the model does not say
+Report = Callable[[float, str, dict[str, Any]], None]  # progress 0…1, kind of event ("": none), its data
 
 
-def render(model: DiCoDe, known: Model, request: VideoRequest, job_folder: Path, folder: Path, report: Report) -> None:
-    """Write all files of a job into a new folder; `report` is called before the first clip and after every one.
+@dataclass(frozen=True)
+class Work:
+    """A job to render: what was asked for, where its files are, and whom to tell."""
+
+    model: DiCoDe
+    known: Model
+    request: VideoRequest
+    job_folder: Path
+    folder: Path
+    report: Report
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The model's own, with what the request changes."""
+        return self.model.sampling.changed(**numbers(self.request.sampling))
+
+    def metadata(self) -> dict[str, Any]:
+        """Of the video, to make it again."""
+        shots = " ".join(f"[{own.seconds:g}s: {own.prompt}]" for own in self.request.shots or ())
+        return {
+            "prompt": self.request.prompt or shots,
+            **self.request.model_dump(exclude_none=True, exclude={"prompt", "model"}),
+            **asdict(self.sampling),
+            **model_origin(self.known.folder, *self.known.folder.glob("*.safetensors")),
+        }
+
+    def writer(self) -> VideoWriter:
+        """Of the video, which can be watched while it grows."""
+        scale, fps = self.known.scale(self.request.size, LEAST_SIDE), self.model.tokenizer.config.fps
+        return VideoWriter(self.folder / VIDEO, fps, self.metadata(), scale=scale, stream=True)
+
+
+def render(work: Work) -> None:
+    """Write all files of a job into a new folder; reports before the first clip and after every one.
 
     What it raises ends the job.
     """
-    folder.mkdir(parents=True)
-    config, seed = model.tokenizer.config, seed_of(request)
-    sampling = model.sampling.changed(**numbers(request.sampling))
-    given = given_of(model, request, job_folder)
-    prompt = request.storyboard or request.prompt
-    seconds = None if request.shots else request.seconds
-    draws: dict[str, Any] = {"seed": seed, "sampling": sampling, "given": given}
+    work.folder.mkdir(parents=True)
+    model, request, config = work.model, work.request, work.model.tokenizer.config
+    given = given_of(model, request, work.job_folder)
+    draws: dict[str, Any] = {"seed": seed_of(request), "sampling": work.sampling, "given": given}
     kept: list[KeyFrameTokens] = []
     total = config.num_clips(model.num_frames(request.length_s))
-    metadata = {
-        "prompt": request.prompt or " ".join(f"[{own.seconds:g}s: {own.prompt}]" for own in request.shots or ()),
-        **request.model_dump(exclude_none=True, exclude={"prompt", "model"}),
-        **asdict(sampling),
-        **model_origin(known.folder, *known.folder.glob("*.safetensors")),
-    }
+    prompt, seconds = request.storyboard or request.prompt, None if request.shots else request.seconds
     key_frames = keeping(model.write([prompt], seconds=seconds, **draws), kept)
     clips = model.render(key_frames, request.length_s, **draws)
-    scale = known.scale(request.size, LEAST_SIDE)
-    report(0.0, "rendering", {"clips": total, "fps": config.fps, "clip_s": config.clip_s})
-    with VideoWriter(folder / VIDEO, config.fps, metadata, scale=scale, stream=True) as writer:
+    work.report(0.0, "rendering", {"clips": total, "fps": config.fps, "clip_s": config.clip_s})
+    with work.writer() as writer:
         for number, clip in enumerate(clips, 1):
-            began_s = time.monotonic()
-            frames = clip[0].numpy()
-            writer.write(frames)
+            writer.write(clip[0].numpy())
             if number == 1:
-                save_picture(folder / THUMBNAIL, enlarged(frames[0], scale))
-            save_picture(folder / KEY_FRAMES, key_picture(model, torch.stack(kept, dim=1)))
-            report(number / (total + 1), "clip", {"number": number, "of": total, "write_s": time.monotonic() - began_s})
-    save_plan(folder / PLAN, torch.stack(kept, dim=1), metadata)
+                save_picture(work.folder / THUMBNAIL, enlarged(clip[0, 0].numpy(), writer.scale))
+            save_picture(work.folder / KEY_FRAMES, key_picture(model, torch.stack(kept, dim=1)))
+            work.report(number / (total + 1), "clip", {"number": number, "of": total})
+    save_plan(work.folder / PLAN, torch.stack(kept, dim=1), work.metadata())
+
+
+def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: float) -> None:
+    """A video that goes on, no more than `AHEAD_S` before it can be watched, until `directed` says that it ends.
+
+    `directed` gives the prompt for the next clip, and whether the last one was the end. A new prompt goes on from the
+    last key frame alone, as a storyboard's shot does; memory does not grow.
+    """
+    work.folder.mkdir(parents=True)
+    model, config, sampling = work.model, work.model.tokenizer.config, work.sampling
+    given, prompt, written_s = given_of(model, work.request, work.job_folder), work.request.prompt, 0.0
+    context = sampling.context_key_frames or min(LIVE_CONTEXT, model.lm.config.most_keyframes() - 1)
+    work.report(0.0, "rendering", {"clips": None, "fps": config.fps, "clip_s": config.clip_s})
+    began_s = time.monotonic()
+    with work.writer() as writer:
+        for number in count():
+            asked, ends = directed()
+            if ends or written_s >= most_s:
+                break
+            if asked != prompt and given.key_frames is not None:
+                given = replace(given, key_frames=given.key_frames[:, -1:])
+            prompt, kept = asked, list[KeyFrameTokens]()
+            draws: dict[str, Any] = {"seed": (work.request.seed + number) % 2**62, "sampling": sampling, "given": given}
+            key_frames = keeping(model.write([prompt], seconds=config.clip_s, **draws), kept)
+            (clip,) = model.render(key_frames, config.clip_s, **draws)
+            writer.write(clip[0].numpy())
+            if number == 0:
+                save_picture(work.folder / THUMBNAIL, enlarged(clip[0, 0].numpy(), writer.scale))
+            save_picture(work.folder / KEY_FRAMES, key_picture(model, torch.stack(kept[-1:], dim=1)))
+            new = torch.stack(kept if given.key_frames is None else kept[1:], dim=1).to(model.tokenizer.device)
+            before = new if given.key_frames is None else torch.cat([given.key_frames, new], dim=1)
+            frames = config.denoiser.context_frames
+            given = Given(before[:, -context:], clip[:, -frames:] if frames else None)
+            written_s += clip.shape[1] / config.fps
+            work.report(min(0.99, written_s / most_s), "clip", {"number": number + 1, "prompt": prompt})
+            while written_s - (time.monotonic() - began_s) > AHEAD_S:
+                time.sleep(0.05)
+                work.report(min(0.99, written_s / most_s), "", {})
+        if not writer.num_frames:
+            raise RequestError("live: ended before its first clip")
 
 
 def seed_of(request: VideoRequest) -> int | SeedPlan:

@@ -15,6 +15,7 @@ from dicode.tokenizer.config import Joins, SamplingConfig, TokenizerConfig
 SAMPLING = {own.name for own in fields(SamplingConfig)}
 WHOLE = ("flow_steps", "context_key_frames", "steps", "motion_tokens")  # of these fields
 MOST_SHOTS, MOST_CHARACTERS = 200, 4000
+MOST_LIVE_S = 3600.0  # of an endless video
 MOST_SIDE = 1024  # of a picture that is enlarged, in pixels
 LARGEST_SEED = 2**63 - 1
 
@@ -48,6 +49,7 @@ class VideoRequest(BaseModel):
     loop: bool = Field(default=False, description="Ends on its first frame")
     reroll_from: int | None = Field(default=None, ge=0, description="The first clip with another seed")
     reroll_seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
+    live: bool = Field(default=False, description="Goes on, in real time, until it is ended; its prompt may change")
     remixed_from_video_id: str | None = None
     extends: str | None = Field(default=None, description="The video that this one goes on from")
 
@@ -106,6 +108,7 @@ class Model:
             sampling = self.tokenizer.sampling.changed(**numbers(request.sampling))
         except ValueError as error:
             raise RequestError(str(error), str(error).partition(":")[0]) from error
+        most_s = MOST_LIVE_S if request.live else most_s
         if request.length_s > most_s:
             raise RequestError(f"seconds: expected at most {most_s:g}, got {request.length_s:g}", "seconds")
         if (has_last_image or request.loop) and not self.lm.end_frame_conditioning:
@@ -113,6 +116,8 @@ class Model:
             raise RequestError(f"{param}: {self.name} was not trained with last images; leave it out", param)
         if has_last_image and request.loop:
             raise RequestError("loop: ends on the first frame; it cannot end on another image", "loop")
+        if request.live and (request.shots or request.loop or has_last_image or request.reroll_from is not None):
+            raise RequestError("live: has one prompt at a time, and no end; leave shots, loop and the like out", "live")
         if request.reroll_from is None and request.reroll_seed is not None:
             raise RequestError("reroll_seed: needs reroll_from, the first clip to take it", "reroll_seed")
         config = self.tokenizer
@@ -120,7 +125,7 @@ class Model:
         if request.storyboard:
             key_frames = max(key_frames, sum(key_frames_of(request.storyboard, config.clip_s)))
         window, limit = sampling.context_key_frames, self.lm.most_keyframes()
-        if not window and key_frames > limit:
+        if not request.live and not window and key_frames > limit:
             most = (limit - 1) * config.clip_s
             message = f"seconds: {self.name} holds {most:g}; for more give context_key_frames, 2 to {limit}"
             raise RequestError(message, "seconds")

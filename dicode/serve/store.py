@@ -189,6 +189,13 @@ class Store:
                 db.execute("UPDATE jobs SET cancelled = 1 WHERE id = ?", (job_id,))
         return self.get(job_id)
 
+    def direct(self, job_id: str, kind: Literal["prompt", "end"], data: Mapping[str, Any]) -> None:
+        """Say what a live video goes on with, or that it ends. Raises `KeyError`, `ValueError` for a finished one."""
+        with self._transaction() as db:
+            if self.get(job_id).finished:
+                raise ValueError("the video is finished")
+            self._note(db, job_id, kind, data)
+
     def delete(self, job_id: str) -> None:
         """Forget a job; a worker that has it loses its claim. Raises `KeyError`."""
         with self._transaction() as db:
@@ -242,6 +249,17 @@ class Store:
         with self._transaction() as db:
             if self._jobs("WHERE id = ? AND claim = ?", (job.id, job.claim)):
                 self._finish(db, job.id, "failed", code, message)
+
+    def give_back(self, job: Job) -> None:
+        """Queue a job again that its worker leaves in good order; it does not count as begun."""
+        with self._transaction() as db:
+            if self._jobs("WHERE id = ? AND claim = ?", (job.id, job.claim)):
+                db.execute(
+                    "UPDATE jobs SET status = 'queued', claim = NULL, progress = 0, attempts = attempts - 1 "
+                    "WHERE id = ?",
+                    (job.id,),
+                )
+                self._note(db, job.id, "queued", {"again": True})
 
     def release(self, worker: str | None = None, silent_s: float | None = None) -> list[Job]:
         """Queue the jobs of a dead worker again, or of all that have said nothing for so long; returns them.

@@ -21,12 +21,16 @@ import torch
 
 from dicode.device import pick_device
 from dicode.pipeline import DiCoDe
-from dicode.serve.render import render
+from dicode.serve.render import Work, render, render_live
 from dicode.serve.request import Model, RequestError, models_of, parse
 from dicode.serve.store import Job, LostClaimError, Store
 
 POLL_S = 0.02  # between looks for a job
 LOOK_S = 0.1  # between looks at the job that is being rendered
+
+
+class DrainingError(Exception):
+    """The server ends: a clip is finished, and the rest is left."""
 
 
 class Watched:
@@ -43,10 +47,19 @@ class Watched:
             self.looked_s = now
 
     def report(self, progress: float, kind: str, data: dict[str, Any]) -> None:
-        """As `render` asks for it. Raises `SystemExit` after a clip where the server is ending."""
-        self.store.advance(self.job, progress, kind, data)
+        """As `render` asks for it. Raises `DrainingError` after a clip where the server is ending."""
+        if kind:
+            self.store.advance(self.job, progress, kind, data)
+        else:
+            self()
         if self.draining.is_set():
-            raise SystemExit(0)
+            raise DrainingError
+
+    def directed(self) -> tuple[str, bool]:
+        """As `render_live` asks for it: the last prompt that was sent, and whether the video is to end."""
+        sent = [event for event in self.store.events(self.job.id) if event.kind in ("prompt", "end")]
+        prompts = [event.data["prompt"] for event in sent if event.kind == "prompt"]
+        return [self.job.request["prompt"], *prompts][-1], any(event.kind == "end" for event in sent)
 
 
 class Loaded:
@@ -77,11 +90,17 @@ def work(store: Store, loaded: Loaded, job: Job, draining: threading.Event) -> N
         model = loaded.get(name)
         parts = (model.tokenizer.denoiser, model.tokenizer.first_stage, model.lm.backbone)
         hooks = [part.register_forward_pre_hook(watched) for part in parts]
-        render(model, loaded.known[name], request, job_folder, folder, watched.report)
+        own = Work(model, loaded.known[name], request, job_folder, folder, watched.report)
+        if request.live:
+            render_live(own, watched.directed, request.seconds)
+        else:
+            render(own)
         store.complete(job)
         return
     except LostClaimError:
         store.fail(job, "cancelled", "cancelled")
+    except DrainingError:
+        store.give_back(job)
     except (RequestError, ValueError) as error:
         store.fail(job, "invalid_request", one_line(error))
     except (MemoryError, torch.OutOfMemoryError):

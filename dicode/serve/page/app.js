@@ -18,6 +18,7 @@ const SAYS = {
 };
 const SAMPLING = ["guidance", "variance_scale", "first_variance_scale", "temperature", "flow_steps", "context_key_frames", "steps",
   "decoder_guidance", "decoder_temperature", "motion_scale", "dead_band", "motion_tokens"];
+const KEPT_S = 60;  // of an endless video, to go back in
 const state = { models: [], shots: [], shown: [], current: null, oldest: null };
 
 async function call(path, options = {}) {
@@ -46,7 +47,7 @@ function request() {
 }
 
 async function make(changes = {}) {
-  const values = { ...request(), ...changes };
+  const values = Object.fromEntries(Object.entries({ ...request(), ...changes }).filter(([, value]) => value !== undefined));
   const files = [["input_reference", $("first").files[0]], ["last_image", $("last").files[0]]].filter(([, file]) => file);
   if (!files.length) {
     return call("/v1/videos", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) });
@@ -74,6 +75,18 @@ async function four() {
   const first = Number($("seed").value);
   const videos = await attempt(() => Promise.all([0, 1, 2, 3].map((i) => make({ seed: first + i }))));
   if (videos) { show(videos); nextSeed(); refresh(); }
+}
+
+async function live() {
+  const { shots, ...own } = request();
+  const video = await attempt(() => make({ ...own, prompt: $("prompt").value, live: true, seconds: 3600, shots: undefined, loop: undefined }));
+  if (video) { show([video]); nextSeed(); $("more").focus(); }
+}
+
+async function direct(values) {
+  const path = `/v1/videos/${state.current.id}/direct`;
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) };
+  if (await attempt(() => call(path, options))) $("more").value = "";
 }
 
 async function again(video, changes) {
@@ -140,7 +153,7 @@ function show(videos) {
 
 function watch(video) {
   const player = document.createElement("video");
-  Object.assign(player, { controls: true, muted: true, autoplay: true, loop: true, playsInline: true });
+  Object.assign(player, { controls: true, muted: true, autoplay: true, loop: !video.request.live, playsInline: true });
   player.setAttribute("aria-label", `Video: ${video.prompt}`);
   player.onfocus = () => { state.current = video; drawActions(); };
   $("stage").append(player);
@@ -176,7 +189,7 @@ function say(video) {
   if (video.id !== state.current?.id) return;
   const texts = {
     queued: video.position ? `Waiting; ${video.position} before it.` : "Waiting for the worker.",
-    in_progress: `Rendering: ${video.progress} %.`,
+    in_progress: video.request.live ? "Live: what is typed takes over at the next key frame." : `Rendering: ${video.progress} %.`,
     completed: `${video.seconds} s, seed ${video.request.seed}, ${numbers(video)}`,
     failed: `Failed: ${video.error?.message}`,
   };
@@ -191,7 +204,7 @@ function numbers(video) {
 }
 
 function drawFrames(video) {
-  if (state.shown.length > 1 || video.id !== state.current.id) return;
+  if (state.shown.length > 1 || video.id !== state.current.id || video.request.live) return;
   const model = state.models.find((own) => own.id === video.model);
   const clip = model ? model.clip_s : 2, total = Math.ceil(Number(video.seconds) / clip - 1e-6) + 1;
   const picture = new Image();
@@ -242,6 +255,10 @@ async function play(player, path) {
       buffer = source.addSourceBuffer(`video/mp4; codecs="avc1.${name}"`);
       await append(head);
     } else await append(value);
+    if (player.currentTime > 2 * KEPT_S && !buffer.updating) {  // of an endless video
+      buffer.remove(0, player.currentTime - KEPT_S);
+      await new Promise((gone) => buffer.addEventListener("updateend", gone, { once: true }));
+    }
     player.play().catch(() => {});
   }
   if (!buffer || source.readyState !== "open") return false;
@@ -256,6 +273,9 @@ function indexOf(data, bytes) {
 
 function drawActions() {
   const video = state.current, done = video.status === "completed", path = `/v1/videos/${video.id}`;
+  const runs = video.request.live && video.status === "in_progress";
+  $("direct").hidden = $("end").hidden = !runs;
+  $("extend").hidden = runs;
   $("extend").disabled = !done;
   $("cancel").disabled = done || video.status === "failed";
   for (const [id, href, name] of [["download", `${path}/content`, `${video.id}.mp4`], ["plan", `${path}/plan`, `${video.id}.safetensors`]]) {
@@ -367,6 +387,10 @@ async function start() {
   $("four").onclick = four;
   $("add-shot").onclick = () => { state.shots.push({ prompt: "", seconds: 2 }); drawShots(); $("shots").lastElementChild.querySelector("input").focus(); };
   $("extend").onclick = extend;
+  $("live").onclick = live;
+  $("direct").onclick = () => direct({ prompt: $("more").value });
+  $("end").onclick = () => direct({ end: true });
+  $("more").onkeydown = (event) => { if (event.key === "Enter" && !$("direct").hidden) direct({ prompt: $("more").value }); };
   $("cancel").onclick = () => attempt(() => call(`/v1/videos/${state.current.id}/cancel`, { method: "POST" }));
   $("reopen").onclick = reopen;
   $("older").onclick = () => refresh(true);
