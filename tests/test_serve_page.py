@@ -1,5 +1,6 @@
 """The page of `dicode serve` in Chromium. Without browser or Playwright it is left out, but where CI asks for it."""
 
+import importlib
 import os
 import shutil
 import threading
@@ -18,12 +19,12 @@ from dicode.serve.store import Store
 from dicode.serve.worker import Loaded, work
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if not os.environ.get("DICODE_BROWSER"):
-    pytest.importorskip("playwright", reason="no Playwright")
+if os.environ.get("DICODE_BROWSER"):  # it has to be there
+    browsers: Any = importlib.import_module("playwright.sync_api")
+else:
+    browsers = pytest.importorskip("playwright.sync_api", reason="no Playwright")
     if BROWSER is None:
         pytest.skip("no Chromium", allow_module_level=True)
-
-from playwright.sync_api import Page, sync_playwright
 
 PAGE = Path(__file__).parents[1] / "dicode/serve/page"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -56,8 +57,8 @@ def address(tmp_path: Path, tiny_model: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def page(address: str) -> Iterator[Page]:
-    with sync_playwright() as playwright:
+def page(address: str) -> Iterator[Any]:
+    with browsers.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
         page = browser.new_page()
         page.set_default_timeout(PATIENCE_MS)
@@ -71,17 +72,17 @@ def page(address: str) -> Iterator[Page]:
         assert not faults
 
 
-def finished(page: Page) -> None:
+def finished(page: Any) -> None:
     page.wait_for_function("document.querySelector('#state').textContent.includes('numbers')")
 
 
-def make(page: Page, prompt: str, seconds: str) -> None:
+def make(page: Any, prompt: str, seconds: str) -> None:
     page.fill("#prompt", prompt)
     page.fill("#seconds", seconds)
     page.click("button.main")
 
 
-def test_a_video_appears_while_it_is_rendered(page: Page) -> None:
+def test_a_video_appears_while_it_is_rendered(page: Any) -> None:
     make(page, "a spark", "16")
     page.wait_for_function("document.querySelector('.stage video')?.readyState >= 2")
     assert "Rendering" in page.inner_text("#state") or "numbers" in page.inner_text("#state")
@@ -91,7 +92,7 @@ def test_a_video_appears_while_it_is_rendered(page: Page) -> None:
     page.wait_for_function("document.querySelectorAll('#gallery img').length == 1")
 
 
-def test_again_from_here_extending_and_reopening(page: Page, address: str) -> None:
+def test_again_from_here_extending_and_reopening(page: Any, address: str) -> None:
     make(page, "a spark", "4")
     finished(page)
     first = page.evaluate("location.hash")
@@ -113,7 +114,7 @@ def test_again_from_here_extending_and_reopening(page: Page, address: str) -> No
     assert page.input_value("#prompt") == "a spark"
 
 
-def test_storyboards_variations_and_errors(page: Page) -> None:
+def test_storyboards_variations_and_errors(page: Any) -> None:
     page.click("#add-shot")
     page.fill("#shots input[type=text]", "it grows")
     make(page, "a spark", "2")
@@ -128,7 +129,7 @@ def test_storyboards_variations_and_errors(page: Page) -> None:
     page.wait_for_function("document.querySelector('#error').textContent.includes('seconds')")
 
 
-def test_a_live_video_is_directed(page: Page) -> None:
+def test_a_live_video_is_directed(page: Any) -> None:
     page.fill("#prompt", "a spark")
     page.click("#live")
     page.wait_for_function("document.querySelector('.stage video')?.readyState >= 2")
@@ -143,7 +144,7 @@ def test_a_live_video_is_directed(page: Page) -> None:
     assert page.evaluate(events)["status"] == "completed"
 
 
-def test_keys_and_names(page: Page) -> None:
+def test_keys_and_names(page: Any) -> None:
     make(page, "a spark", "2")
     finished(page)
     page.evaluate("document.activeElement.blur()")
@@ -160,7 +161,7 @@ def test_keys_and_names(page: Page) -> None:
     assert nameless == []
 
 
-def test_nothing_is_wider_than_a_phone(page: Page) -> None:
+def test_nothing_is_wider_than_a_phone(page: Any) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     make(page, "a spark", "2")
     finished(page)
