@@ -1,8 +1,9 @@
-# make demo | test | lint | docs | clean.  Needs Python 3.11 or newer and nothing else: everything is installed into .venv.
+# make demo | serve | test | lint | docs | clean.  Needs Python 3.11 or newer and nothing else: everything is installed into .venv.
 
 VENV := .venv
 BIN := $(VENV)/bin
-PROMPT := a swirling ice vortex
+PROMPT := a red ball rolls in from the left, then it jumps
+SECONDS := 6
 
 # The first Python of these that is new enough, or the one given: make demo PYTHON=/opt/python3.12/bin/python3
 PYTHON ?= $(eval PYTHON := $(shell for python in python3.11 python3 python3.12 python3.13 python; do \
@@ -15,11 +16,14 @@ PROBE := import sys, urllib.request as u; \
 	sys.platform == "linux" and u.urlopen(u.Request("$(CPU_TORCH)/torch/", method="HEAD"), timeout=3) and print("$(CPU_TORCH)")
 TORCH_INDEX ?= $(eval TORCH_INDEX := $(shell $(PYTHON) -c '$(PROBE)' 2>/dev/null))$(TORCH_INDEX)
 
-.PHONY: demo test lint docs clean
+.PHONY: demo serve test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
-	$(BIN)/dicode generate "$(PROMPT)" -o demo.mp4 --sheet demo.png
+	$(BIN)/dicode generate "$(PROMPT)" --seconds $(SECONDS) -o demo.mp4 --sheet demo.png
+
+serve: $(VENV)/installed-serve
+	$(BIN)/dicode serve
 
 # A file's tests share what they prepare, minutes of it: each file in one process, in alphabetical order.
 test: $(VENV)/installed-dev
@@ -42,9 +46,13 @@ clean:
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/python
 	$(call install,.)
 
+$(VENV)/installed-serve: pyproject.toml constraints.txt | $(VENV)/python
+	$(call install,.[serve])
+	@touch $(VENV)/installed
+
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/python
 	$(call install,.[dev])
-	@touch $(VENV)/installed
+	@touch $(VENV)/installed $(VENV)/installed-serve
 
 $(VENV)/python:
 	@test -n "$(PYTHON)" || { echo "dicode needs Python 3.11 or newer and found $$(python3 --version 2>&1): install one, or" \

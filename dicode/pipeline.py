@@ -61,7 +61,7 @@ class DiCoDe:
         revision: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "DiCoDe":
-        """Load a checkpoint folder, a bundled model (default: `sprites`) or `owner/name` from the Hub, strictly.
+        """Load a checkpoint folder, a bundled model (default: `blocks`) or `owner/name` from the Hub, strictly.
 
         `revision` is a branch, tag or commit on the Hub, `dtype` that of the parameters (default: float32).
         """

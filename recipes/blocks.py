@@ -1,19 +1,20 @@
-r"""A model of `blocks`: captions of one to five clauses, in order, on scenes that `dicode` draws. Still in training.
+r"""The bundled model `blocks`: captions of one to five clauses, in order, on scenes that `dicode` draws.
 
 64×64, 8 fps, 16 frames a clip (docs/blocks.md).
 
     dicode data blocks -n 40000 --key-frames-only -o cache/blocks-keys --workers 2
-    dicode data blocks -n 10000 --within 0.2 -o cache/blocks --workers 2
+    dicode data blocks -n 20000 --within 0.2 -o cache/blocks --workers 2
     dicode train recipes/blocks.py:first_stage
     dicode train recipes/blocks.py:code
     dicode train recipes/blocks.py:lm                   # key frames alone; may be trained beside the next two
     dicode train recipes/blocks.py:motion
     dicode train recipes/blocks.py:denoiser
+    dicode train recipes/blocks.py:first_stage_decoder
     dicode train recipes/blocks.py:lm_motion
-    dicode assemble runs/blocks-denoiser/best runs/blocks-lm_motion/best -o blocks --dtype int8
+    dicode assemble runs/blocks-denoiser/best runs/blocks-lm_motion/best \
+        --first-stage runs/blocks-first_stage_decoder/best -o blocks --dtype int8
 
-The same command resumes an interrupted run. Where training stands, and the weights so far: studies/blocks. Hours and
-results: docs/log.md.
+The same command resumes an interrupted run. Where training stands: studies/blocks. Hours and results: docs/log.md.
 """
 
 from dataclasses import replace
@@ -35,8 +36,11 @@ MODEL = TOKENIZERS["blocks"]
 STILL = replace(MODEL, motion=None)
 
 # For `dicode train recipes/blocks.py --all`: in order, with the share of the time that each is worth.
-STAGES = {"first_stage": 0.1, "code": 0.1, "lm": 0.35, "motion": 0.1, "denoiser": 0.2, "lm_motion": 0.15}
-SAMPLING = {"guidance": 4.0}
+STAGES = {
+    "first_stage": 0.1, "code": 0.08, "lm": 0.2, "motion": 0.1, "denoiser": 0.12, "first_stage_decoder": 0.1,
+    "lm_motion": 0.3,
+}  # fmt: skip
+SAMPLING = {"guidance": 2.5, "steps": 0, "dead_band": 2.0}
 
 
 def first_stage() -> FirstStageRun:
@@ -93,14 +97,43 @@ def motion() -> TokenizerRun:
 
 
 def denoiser() -> TokenizerRun:
-    """The video diffusion decoder, on clips; all tokens are fixed."""
+    """The video diffusion decoder, on clips; all tokens are fixed, and always given: it samples without guidance."""
     return TokenizerRun(
         cache=CACHE,
         init="runs/blocks-motion/best",
         model=MODEL,
         trains="denoiser",
+        drop_tokens=0.0,
         whole_clips=True,
         loop=_loop(steps=8000, batch_size=16, lr=1e-3),
+    )
+
+
+def first_stage_decoder() -> FirstStageRun:
+    """The decoder of the first stage, fine-tuned on rendered frames too: sharp pictures from the same latents."""
+    return FirstStageRun(
+        cache=CACHE,
+        init="runs/blocks-first_stage/best",
+        freeze_encoder=True,
+        tokenizer="runs/blocks-denoiser/best",
+        model=MODEL.first_stage,
+        rendered_share=0.5,
+        perceptual_weight=0.3,
+        adversarial_weight=0.05,
+        mirror=False,
+        loop=LoopConfig(
+            evaluate_every=500,
+            checkpoint_every=100,
+            optim=OptimConfig(
+                steps=2000,
+                batch_size=16,
+                lr=4e-4,
+                warmup_steps=50,
+                decay_fraction=0.6,
+                beta1=0.5,  # of both players; with 0.9 they chase each other
+                ema_decay=0.995,
+            ),
+        ),
     )
 
 

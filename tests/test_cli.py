@@ -35,19 +35,19 @@ from dicode.video.read import read_metadata, read_video
 PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
-    "generate": "--context-key-frames --continue-from --decoder-guidance --decoder-temperature "
+    "generate": "--context-key-frames --continue-from --dead-band --decoder-guidance --decoder-temperature "
     "--device --dtype --eta --first-variance-scale --flow-steps --guidance --guidance-rescale --help --image "
     "--joins --last-image --loop --lossless --model "
     "--motion-scale --motion-tokens --output --preview --prompts --reroll-from --reroll-seed --revision --sample "
     "--scale --seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale",
     "tokenize": "--device --help --model --output --revision",
-    "reconstruct": "--decoder-guidance --decoder-temperature "
+    "reconstruct": "--dead-band --decoder-guidance --decoder-temperature "
     "--device --dtype --eta --guidance-rescale --help --joins --model --motion-scale --motion-tokens "
     "--output --revision --scale --seed --side-by-side --steps",
     "train": "--help --minutes --run-folder",
     "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --minutes "
     "--model --output --parts --rank --revision --seed --steps --targets --work-folder",
-    "assemble": "--context-key-frames --decoder-guidance --decoder-temperature "
+    "assemble": "--context-key-frames --dead-band --decoder-guidance --decoder-temperature "
     "--dtype --eta --first-stage --first-variance-scale --flow-steps --guidance --guidance-rescale --help --joins "
     "--last --motion-scale --motion-tokens --output --steps --temperature --variance-scale",
     "evaluate": "--cache --device --dtype --features --help --long-prompts --long-seconds --output --parts "

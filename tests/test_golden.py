@@ -41,7 +41,7 @@ MOTION = MotionConfig(tokens=3, width=16, depth=1, heads=2)
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 6
 NAMES = {
-    "blocks": ("first_stage", "code", "motion", "denoiser", "lm", "lm_motion"),
+    "blocks": ("first_stage", "code", "motion", "denoiser", "first_stage_decoder", "lm", "lm_motion"),
     "sprites": ("first_stage", "first_stage_decoder", "denoiser", "lm"),
     "paper": (
         "paper_tokenizer_256", "gpt2_mini", "distilgpt2", "gpt2", "gpt2_medium", "gpt2_large", "llama_1b", "llama_3b",

@@ -19,7 +19,7 @@ from test_tokenizer import conditioning, tiny_tokenizer
 from toy_runs import FLOW, write_cache
 
 from dicode.checkpoint.saving import write_config
-from dicode.config import DEFAULT_MODEL
+from dicode.config import DEFAULT_MODEL, FINETUNED_MODEL
 from dicode.config.user_code import load_file
 from dicode.data.blocks.clips import BlocksOptions
 from dicode.data.cache import FrameCache
@@ -297,7 +297,7 @@ def test_language_models_of_blocks(
 ) -> None:
     own, tokenizer = study("blocks", "language_models"), VideoTokenizer(SMALL_BLOCKS)
     monkeypatch.setattr(own, "SETS", ("seen",))
-    DiCoDe(tokenizer, DiCoDe.from_pretrained(DEFAULT_MODEL).lm).save_pretrained(tmp_path / "model")
+    DiCoDe(tokenizer, DiCoDe.from_pretrained(FINETUNED_MODEL).lm).save_pretrained(tmp_path / "model")
     names, work = ["0.1 M", "flow, whole key frames"], ["--work-folder", str(tmp_path)]
     files = [str(tmp_path / "model"), str(blocks), str(blocks), str(results / "lms.json")]
     own.main([*files, "--seeds", "1", "--steps", "4", "--count", "1", *work, "--only", *names])

@@ -12,8 +12,8 @@ START, END = "<!-- figures -->", "<!-- end of figures -->"
 
 def main() -> int:
     """Rewrite the block between the marks in each file; returns 1 where `--check` finds a stale one."""
-    table = figures("sprites")
-    tables = {"README.md": table, "dicode/checkpoints/sprites/README.md": table, "docs/paper-scale.md": plans()}
+    tables = {"README.md": blocks(), "dicode/checkpoints/blocks/README.md": blocks(), "docs/paper-scale.md": plans()}
+    tables["dicode/checkpoints/sprites/README.md"] = figures("sprites")
     tables |= {"studies/tokens/README.md": tokens(), "studies/widths/README.md": widths()}
     tables["docs/evaluation.md"] = tables["dicode/checkpoints/tinyvt/README.md"] = video_text()
     tables["dicode/checkpoints/world/README.md"] = tables["docs/world.md"] = figures("world")
@@ -35,12 +35,37 @@ def main() -> int:
     return int(bool(stale) and "--check" in sys.argv)
 
 
+def blocks() -> str:
+    """What videos of `blocks` show of their captions, and the rest of its results, as two Markdown tables."""
+    values = values_of("blocks-events")
+    what = {
+        "seen": "new scenes, one to three clauses",
+        "combinations": "of colour, shape and event that training never has",
+        "orders": "of two events that training has only the other way round",
+        "paraphrases": "wordings that training never has",
+        "swaps": "two clauses that can be exchanged",
+        "within": "a quick event between two key frames",
+        "lengths": "six to eight clauses; training has at most five",
+        "story": "a storyboard of 30 clauses, a minute",
+    }
+    cases = ("reconstruction", "generated", "generated, shuffled")
+    rows = [["clauses right, %", "", "reconstructed", "generated", "chance"]]
+    for name, meaning in what.items():
+        own = (values["clauses_right"].get(f"{name}: {case}") for case in cases)
+        cells = [f"{100 * one['value']:.0f} ({interval(one, 100)})" if one else "–" for one in own]
+        rows.append([f"`{name}`", meaning, *cells])
+    swap = values["swap"]["both right"]
+    rebuilt, speed = values_of("blocks-reconstruction"), values_of("blocks-speed")
+    others = [["measured", "value (95 % interval; all in results/)"]]
+    others += [["two clauses exchanged: both videos right", f"{swap['value']:.0%} ({interval(swap, 100)} %)"]]
+    others += [list(row) for row in (*rebuilt_rows(rebuilt), *speed_rows(speed))]
+    return as_table(rows) + "\n\n" + as_table(others)
+
+
 def figures(model: str) -> str:
     """The results of one bundled model as a Markdown table."""
     made, rebuilt, speed = (values_of(f"{model}-{part}") for part in ("generation", "reconstruction", "speed"))
     control, rank, motion = made["text_control"], made["validation_percentile"], made["motion"]
-    frechet = {name: score["value"] for name, score in rebuilt["FVD-EffLite0"].items()}
-    first_stage = rebuilt["first_stage_psnr"]
     rows = [
         (
             f"text control: nearest real training clip has the prompt's caption, {control['n']} training captions",
@@ -51,22 +76,8 @@ def figures(model: str) -> str:
             f"{rank['mean']:.1f} ({interval(rank)}; chance 50)",
         ),
         ("motion of generated clips against real ones", f"{motion['ratio']:.2f} ({interval(motion)})"),
-        (
-            f"reconstruction, FVD-EffLite0, {rebuilt['n']} validation clips (lower is better)",
-            f"{frechet['reconstruction']:.0f} ({interval(rebuilt['FVD-EffLite0']['reconstruction'])}); real head frame "
-            f"held {frechet['hold_head']:.0f}, real key frames cross-faded {frechet['cross_fade']:.0f}; the same from "
-            f"what the tokens hold {frechet['hold_head_of_tokens']:.0f}, {frechet['cross_fade_of_tokens']:.0f}; every "
-            f"frame through the first stage {frechet['first_stage']:.0f}",
-        ),
-        (
-            "first stage alone, PSNR on validation clips",
-            ", ".join(f"{source} {score['mean_db']:.1f} dB" for source, score in first_stage.items()),
-        ),
-        (
-            f"{speed['seconds_of_video']:g} s of video, {speed['threads']} CPU threads, model loaded",
-            f"{seconds(speed['median_s'])} s; the whole process {seconds(speed['process_s'])} s, "
-            f"{speed['peak_memory_gib']['value']:.2f} GiB",
-        ),
+        *rebuilt_rows(rebuilt),
+        *speed_rows(speed),
         *(long_rows(values_of(f"{model}-long")) if (ROOT / f"results/{model}-long.json").exists() else ()),
         *(instruction_rows(values_of(f"{model}-instructions")) if model == "world" else ()),
     ]
@@ -77,6 +88,35 @@ def figures(model: str) -> str:
             *(f"| {a} | {b} |" for a, b in rows),
         ]
     )
+
+
+def rebuilt_rows(rebuilt: dict[str, Any]) -> list[tuple[str, str]]:
+    """Clips through tokens and back."""
+    frechet = {name: score["value"] for name, score in rebuilt["FVD-EffLite0"].items()}
+    return [
+        (
+            f"reconstruction, FVD-EffLite0, {rebuilt['n']} validation clips (lower is better)",
+            f"{frechet['reconstruction']:.0f} ({interval(rebuilt['FVD-EffLite0']['reconstruction'])}); real head frame "
+            f"held {frechet['hold_head']:.0f}, real key frames cross-faded {frechet['cross_fade']:.0f}; the same from "
+            f"what the tokens hold {frechet['hold_head_of_tokens']:.0f}, {frechet['cross_fade_of_tokens']:.0f}; every "
+            f"frame through the first stage {frechet['first_stage']:.0f}",
+        ),
+        (
+            "first stage alone, PSNR on validation clips",
+            ", ".join(f"{source} {score['mean_db']:.1f} dB" for source, score in rebuilt["first_stage_psnr"].items()),
+        ),
+    ]
+
+
+def speed_rows(speed: dict[str, Any]) -> list[tuple[str, str]]:
+    """Time and memory of a video."""
+    return [
+        (
+            f"{speed['seconds_of_video']:g} s of video, {speed['threads']} CPU threads, model loaded",
+            f"{seconds(speed['median_s'])} s; the whole process {seconds(speed['process_s'])} s, "
+            f"{speed['peak_memory_gib']['value']:.2f} GiB",
+        )
+    ]
 
 
 def values_of(name: str) -> dict[str, Any]:

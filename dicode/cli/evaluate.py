@@ -13,7 +13,9 @@ from dicode.stopwatch import Progress, Stopwatch
 
 PARTS = ("generation", "reconstruction", "instructions", "scorer", "events", "speed", "long")
 QUICK_PARTS = ("generation", "reconstruction", "scorer")
-CacheOption = Annotated[Path, arg(help="real clips, a folder written by `dicode data cache`")]
+CacheOption = Annotated[
+    Path | None, arg(help="real clips, a folder written by `dicode data cache`; default: cache/ and the model's name")
+]
 ScorerFile = Annotated[
     str | None,
     arg(
@@ -31,7 +33,7 @@ class Evaluate:
     """
 
     model: common.Model = DEFAULT_MODEL  # bundled model, checkpoint folder, or owner/name on the Hub
-    cache: CacheOption = Path("cache/sprites")
+    cache: CacheOption = None
     output: common.OutputPath = Path("results")  # folder of the JSON files
     sheets: Path | None = None  # folder for contact sheets; the report includes earlier ones there
     report: Path | None = None  # HTML file of all results of this model in the folder
@@ -63,7 +65,7 @@ class Tune:
     """
 
     model: common.Model  # checkpoint folder; with -o also a bundled model or owner/name on the Hub
-    cache: CacheOption = Path("cache/sprites")
+    cache: CacheOption = None
     output: Annotated[Path | None, arg(aliases=("-o",))] = None  # new folder for the tuned model; default: in place
     scorer: ScorerFile = None  # default: percentile rank of captions by TinyVT
     prompts: Annotated[int, Range(8, 10_000)] = 32  # training captions
@@ -96,12 +98,13 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     scorer = None if command.scorer is None else Scorer(command.scorer)
     model, folder = common.load_model(command)
     device = model.tokenizer.device
-    cache, networks = FrameCache.load(command.cache), load_networks(command.features, device).values()
+    cache_folder = _cache_folder(command)
+    cache, networks = FrameCache.load(cache_folder), load_networks(command.features, device).values()
     if "events" in parts:
         check_scripts(model.tokenizer.config, cache)
     if "long" in parts:
         check_length(model, command.long_seconds)  # before the other parts take their hours
-    samples = Samples(model, cache, command.seed, command.cache, limits.validation, networks)
+    samples = Samples(model, cache, command.seed, cache_folder, limits.validation, networks)
     start_s = time.monotonic() - began_s
     with watch.stage("first clips"):
         print(suite.estimated_time(samples, parts, limits, start_s))
@@ -131,6 +134,10 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     if command.report is not None:
         _report(command, name, files, sheets)
     print(watch.text())
+
+
+def _cache_folder(command: Evaluate | Tune) -> Path:
+    return command.cache or Path("cache") / Path(command.model).name
 
 
 def _check_outputs(command: Evaluate, file: Path) -> None:
@@ -189,7 +196,8 @@ def tune(command: Tune, watch: Stopwatch) -> None:
     target = tuning.target_of(folder, command.output)
     scorer = None if command.scorer is None else Scorer(command.scorer)
     model, _ = common.load_model(command)
-    samples = Samples(model, FrameCache.load(command.cache), command.seed, command.cache)
+    cache_folder = _cache_folder(command)
+    samples = Samples(model, FrameCache.load(cache_folder), command.seed, cache_folder)
     with watch.stage("settings"):
         chosen, values = tuning.tune(
             samples, scorer, command.prompts, command.guidance, command.variance_scale, command.decoder_guidance

@@ -18,7 +18,7 @@ BATCH = 8  # videos
 LIST = "captions.jsonl"
 OWN = re.compile(r"\d{3,}(\.preview)?\.(mp4|json)")  # files of a folder of videos, beside their list
 LEAST_SIDE = 256  # pixels along a side of a file whose scale is left out: a 64×64 video is too small to watch
-PREVIEW_STEPS = 2  # without guidance: a twelfth of the work of the bundled `sprites`
+PREVIEW_STEPS = 2  # at most, without guidance: a twelfth of the work of the bundled `sprites`
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,8 @@ def _write_batch(shared: Shared, jobs: Sequence[Job]) -> float:
     if shared.command.preview:
         kept = list(key_frames)
         previews = [replace(job, output=beside(job.output, "preview"), sheet=None) for job in jobs]
-        quick = shared.draws["sampling"].changed(steps=PREVIEW_STEPS, decoder_guidance=1.0)
+        own = shared.draws["sampling"]
+        quick = own.changed(steps=min(own.steps, PREVIEW_STEPS), decoder_guidance=1.0)
         _decode(replace(shared, draws={**shared.draws, "sampling": quick}), previews, iter(kept), length)
         key_frames = iter(kept)
     _decode(shared, jobs, key_frames, length)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, Suppress, arg
 
 from dicode.cli import common
-from dicode.config import DEFAULT_MODEL, BatchSize, Items, LearningRate, Positive, Range, Seed, Share, TrainingSteps
+from dicode.config import FINETUNED_MODEL, BatchSize, Items, LearningRate, Positive, Range, Seed, Share, TrainingSteps
 from dicode.stopwatch import Stopwatch
 
 StoredOrInt8 = Annotated[
@@ -52,7 +52,7 @@ class Finetune:
 
     folders: common.Folders
     output: common.OutputFolder
-    model: common.ModelName = DEFAULT_MODEL
+    model: common.ModelName = FINETUNED_MODEL
     revision: common.Revision = None
     parts: Parts = ("denoiser", "lm")  # denoiser: how things look and move; lm: what captions mean
     steps: TrainingSteps = 500  # training steps of each part

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
-DEFAULT_MODEL = "sprites"  # the bundled model where none is named
+DEFAULT_MODEL = "blocks"  # the bundled model where none is named …
+FINETUNED_MODEL = "sprites"  # … and the one that is fine-tuned: `blocks` knows drawn scenes alone
 Precision = Literal["auto", "bfloat16", "float32"]
 MOST_INTEGER = 2**63 - 1
 T = TypeVar("T")

@@ -18,7 +18,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         first_stage=FirstStageConfig(
             channels=(56, 56, 56, 56), encoder_blocks=(0, 1, 2, 2), decoder_blocks=(2, 2, 1, 0)
         ),
-        denoiser=DenoiserConfig(width=256, depth=3, fine_width=96, fine_blocks=2, predict_residual=True),
+        denoiser=DenoiserConfig(width=192, depth=3, fine_width=96, fine_blocks=2, predict_residual=True),
         token_width=8,
         code=CodeConfig(width=128, depth=3, heads=4),
         motion=MotionConfig(tokens=8, width=128, depth=3, heads=4),
