@@ -19,9 +19,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image
+from serving import served
 from starlette.testclient import TestClient
 
 from dicode.pipeline import DiCoDe
@@ -433,24 +433,8 @@ def test_a_killed_worker_is_begun_again_and_its_job_too(tmp_path: Path, tiny_mod
 @pytest.fixture
 def address(server: Server) -> Iterator[str]:
     """The server on a port of its own, and a worker of this process."""
-    running = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="error"))
-    ending, loaded = threading.Event(), Loaded(server.models, torch.device("cpu"), 1)
-
-    def claim() -> None:
-        while not ending.is_set():
-            if (job := server.store.claim("here")) is not None:
-                work(server.store, loaded, job, threading.Event())
-            time.sleep(0.01)
-
-    threads = [threading.Thread(target=target) for target in (running.run, claim)]
-    for thread in threads:
-        thread.start()
-    wait_for(lambda: running.started)
-    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-    ending.set()
-    running.should_exit = True
-    for thread in threads:
-        thread.join()
+    with served(server) as address:
+        yield address
 
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # their service ends, not the client

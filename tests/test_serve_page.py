@@ -3,20 +3,16 @@
 import importlib
 import os
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import uvicorn
+from serving import served
 
-from dicode.serve.app import Server, make_app
+from dicode.serve.app import Server
 from dicode.serve.request import models_of
 from dicode.serve.store import Store
-from dicode.serve.worker import Loaded, work
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if os.environ.get("DICODE_BROWSER"):  # it has to be there
@@ -35,25 +31,8 @@ MOST_BYTES = 200_000
 @pytest.fixture
 def address(tmp_path: Path, tiny_model: Path) -> Iterator[str]:
     server = Server(tmp_path, models_of([str(tiny_model)]), Store(tmp_path))
-    running = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="error"))
-    ending, loaded = threading.Event(), Loaded(server.models, torch.device("cpu"), 1)
-
-    def claim() -> None:
-        while not ending.is_set():
-            if (job := server.store.claim("here")) is not None:
-                work(server.store, loaded, job, threading.Event())
-            time.sleep(0.01)
-
-    threads = [threading.Thread(target=target) for target in (running.run, claim)]
-    for thread in threads:
-        thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-    ending.set()
-    running.should_exit = True
-    for thread in threads:
-        thread.join()
+    with served(server) as address:
+        yield address
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Query, Request
@@ -26,15 +26,13 @@ from dicode.serve import uploads
 from dicode.serve.render import KEY_FRAMES, LEAST_SIDE, PLAN, THUMBNAIL, VIDEO
 from dicode.serve.request import Model, RequestError, VideoRequest, parse
 from dicode.serve.store import Job, QueueFullError, Store
+from dicode.serve.streams import events_of, growing
 from dicode.serve.supervisor import SILENT_S, Supervisor
 
 PAGE = Path(__file__).parent / "page"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 COOKIE = "dicode_key"
 POLL_MS = 500  # what clients are asked to wait between looks
-LOOK_S = 0.05  # between looks of ours, for events and growing files
-KEPT_ALIVE_S = 15.0  # of silence, before a stream of events says that it is there
-CHUNK = 2**16
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -232,7 +230,7 @@ def _add_jobs(app: FastAPI, server: Server) -> None:
         server.store.get(video_id)
         seen = request.headers.get("last-event-id", "")
         after = int(seen) if seen.isdecimal() and len(seen) < 10 else -1
-        return StreamingResponse(_events(server, video_id, after), media_type="text/event-stream")
+        return StreamingResponse(events_of(server.store, video_id, after), media_type="text/event-stream")
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
@@ -335,28 +333,6 @@ def _video(server: Server, job: Job) -> dict[str, Any]:
     return shown
 
 
-async def _events(server: Server, video_id: str, after: int) -> AsyncIterator[str]:
-    """Server-sent events until the job is finished or gone."""
-    silent_s = 0.0
-    while True:
-        try:
-            job = await run_in_threadpool(server.store.get, video_id)
-        except KeyError:
-            yield "event: deleted\ndata: {}\n\n"
-            return
-        found = await run_in_threadpool(server.store.events, video_id, after)
-        for event in found:
-            after, silent_s = event.number, 0.0
-            yield f"id: {event.number}\nevent: {event.kind}\ndata: {json.dumps(event.data)}\n\n"
-        if job.finished:
-            return
-        await asyncio.sleep(LOOK_S)
-        silent_s += LOOK_S
-        if silent_s >= KEPT_ALIVE_S:
-            silent_s = 0.0
-            yield ": still here\n\n"
-
-
 # files
 
 
@@ -384,39 +360,7 @@ def _add_files(app: FastAPI, server: Server) -> None:
     @app.get("/v1/videos/{video_id}/stream", summary="The video while it grows, as fragmented MP4")
     async def stream(video_id: JobId) -> Response:
         server.store.get(video_id)
-        return StreamingResponse(_growing(server, video_id), media_type="video/mp4")
-
-
-async def _growing(server: Server, video_id: str) -> AsyncIterator[bytes]:
-    """The bytes of a video from its first clip on, until it is finished; ends early where its worker died.
-
-    The file is opened once: in the end another one takes its name, and this one still has all clips.
-    """
-    claim, file = None, None
-    try:
-        while True:
-            try:
-                job = await run_in_threadpool(server.store.get, video_id)
-            except KeyError:
-                return
-            if file is None:
-                claim, file = job.claim, await run_in_threadpool(_opened, server.file(job, VIDEO))
-            if file is not None and job.claim == claim:
-                while data := await run_in_threadpool(file.read, CHUNK):
-                    yield data
-            if job.finished or (file is not None and job.claim != claim):
-                return
-            await asyncio.sleep(LOOK_S)
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _opened(path: Path) -> IO[bytes] | None:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        return None
+        return StreamingResponse(growing(server.store, server.file, video_id), media_type="video/mp4")
 
 
 # state
