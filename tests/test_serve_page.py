@@ -140,6 +140,19 @@ def test_keys_and_names(page: Any) -> None:
     assert nameless == []
 
 
+def test_what_a_model_cannot_do_is_not_offered(tmp_path: Path, tiny_model: Path) -> None:
+    models = models_of([str(tiny_model), "blocks"])
+    with served(Server(tmp_path, models, Store(tmp_path))) as address, browsers.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_function("document.querySelectorAll('#model option').length == 2")
+        assert page.is_visible("#loop-label") and page.is_visible("#last-drop") and page.is_hidden("#actions")
+        page.select_option("#model", "blocks")
+        assert page.is_hidden("#loop-label") and page.is_hidden("#last-drop")
+        browser.close()
+
+
 def test_nothing_is_wider_than_a_phone(page: Any) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     make(page, "a spark", "2")
