@@ -16,7 +16,7 @@ from dicode.serve.worker import Loaded, work
 def served(server: Server) -> Iterator[str]:
     """The address of the server, on a port of its own."""
     running = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="error"))
-    ending, loaded = threading.Event(), Loaded(server.models, torch.device("cpu"), 1)
+    ending, loaded = threading.Event(), Loaded(server.models, torch.device("cpu"))
 
     def claim() -> None:
         while not ending.is_set():

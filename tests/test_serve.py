@@ -24,6 +24,7 @@ from PIL import Image
 from serving import served
 from starlette.testclient import TestClient
 
+from dicode.cli.app import main
 from dicode.pipeline import DiCoDe
 from dicode.serve import uploads
 from dicode.serve.app import LOCAL, Server, make_app
@@ -290,7 +291,7 @@ def test_models_state_and_metrics(client: TestClient, server: Server, tiny_model
 def run_next(server: Server, tiny_model: Path) -> Job:
     job = server.store.claim("here")
     assert job is not None
-    work(server.store, Loaded(server.models, torch.device("cpu"), 1), job, threading.Event())
+    work(server.store, Loaded(server.models, torch.device("cpu")), job, threading.Event())
     return server.store.get(job.id)
 
 
@@ -311,7 +312,10 @@ def test_a_video_is_rendered_and_its_files_are_served(client: TestClient, server
     for variant, size in (("thumbnail", (128, 128)), ("spritesheet", (3 * 128, 128))):
         image = Image.open(io.BytesIO(client.get(f"/v1/videos/{job_id}/content?variant={variant}").content))
         assert image.size == size
-    assert client.get(f"/v1/videos/{job_id}/plan").content[:1]
+    plan, again = server.folder / "plan.safetensors", server.folder / "again.mp4"
+    plan.write_bytes(client.get(f"/v1/videos/{job_id}/plan").content)
+    assert main(["reconstruct", str(plan), "--model", str(tiny_model), "--scale", "1", "-o", str(again)]) == 0
+    assert read_video(again, fps=None).frames.shape == (24, 32, 32, 3)
     events = client.get(f"/v1/videos/{job_id}/events").text
     assert [line[7:] for line in events.splitlines() if line.startswith("event: ")] == [
         "queued", "started", "rendering", "clip", "clip", "completed",
@@ -331,9 +335,13 @@ def test_remixes_and_extensions(client: TestClient, server: Server, tiny_model: 
     remix = client.post(f"/v1/videos/{first['id']}/remix", json={"prompt": "b"}).json()
     assert remix["remixed_from_video_id"] == first["id"] and remix["prompt"] == "b"
     assert remix["request"]["seed"] == 3 and (server.job_folder(remix["id"]) / "image.png").is_file()
+    board = {"shots": [{"prompt": "a", "seconds": 2}, {"prompt": "b", "seconds": 4}], "steps": 1}
+    whole = client.post("/v1/videos", json=board).json()
+    run_next(server, tiny_model)
+    assert client.post(f"/v1/videos/{whole['id']}/remix", json={"prompt": "c"}).json()["seconds"] == "6"
     extended = client.post("/v1/videos/extensions", json={"prompt": "c", "seconds": 2, "video": {"id": first["id"]}})
     assert extended.status_code == 200
-    assert [run_next(server, tiny_model).status for _ in range(2)] == ["completed"] * 2
+    assert [run_next(server, tiny_model).status for _ in range(3)] == ["completed"] * 3
 
 
 def test_a_running_job_stops_where_it_is_cancelled(client: TestClient, server: Server, tiny_model: Path) -> None:
@@ -343,7 +351,7 @@ def test_a_running_job_stops_where_it_is_cancelled(client: TestClient, server: S
     cancelling = threading.Timer(0.5, server.store.cancel, (job_id,))
     cancelling.start()
     began_s = time.monotonic()
-    work(server.store, Loaded(server.models, torch.device("cpu"), 1), job, threading.Event())
+    work(server.store, Loaded(server.models, torch.device("cpu")), job, threading.Event())
     assert time.monotonic() - began_s < PATIENCE_S
     assert server.store.get(job_id).code == "cancelled"
     assert not [*server.job_folder(job_id).iterdir()]
@@ -356,7 +364,7 @@ def test_a_job_of_a_server_that_ends_is_queued_again(client: TestClient, server:
     for _ in range(3):  # as often as it happens
         job = server.store.claim("here")
         assert job is not None and job.id == job_id and job.attempts == 1
-        work(server.store, Loaded(server.models, torch.device("cpu"), 1), job, draining)
+        work(server.store, Loaded(server.models, torch.device("cpu")), job, draining)
         assert server.store.get(job_id).status == "queued"
         assert not [*server.job_folder(job_id).iterdir()]
 
@@ -384,6 +392,7 @@ def test_a_live_video_follows_its_prompts_until_it_is_ended(
         frames = read_video(server.file(server.store.get(job_id), "video.mp4"), fps=None).frames
         assert len(frames) == 16 * len(prompts())
         assert client.post(path, json={"end": True}).status_code == 409
+        assert client.get(f"/v1/videos/{job_id}/plan").status_code == 404
 
 
 def test_a_live_video_is_rendered_no_further_than_it_can_be_watched(address: str, server: Server) -> None:
@@ -410,7 +419,7 @@ def wait_for(done: Any) -> None:
 
 def test_a_killed_worker_is_begun_again_and_its_job_too(tmp_path: Path, tiny_model: Path) -> None:
     store = Store(tmp_path)
-    supervisor = Supervisor(store, [str(tiny_model)], ["cpu"], threads=1)
+    supervisor = Supervisor(store, [str(tiny_model)], ["cpu"])
     server = Server(tmp_path, models_of([str(tiny_model)]), store, supervisor, hosts=("*",))
     with TestClient(make_app(server)) as client:
         assert client.get("/readyz").status_code == 503

@@ -46,9 +46,8 @@ class Reconstruct:
 
 def tokenize(command: Tokenize, watch: Stopwatch) -> None:
     """The file's metadata names source, frames, fps and model."""
-    from safetensors.torch import save
-
     from dicode.files import check_file, check_parent, put
+    from dicode.tokenizer.video_tokenizer import tokens_file
 
     output = Path(command.output)
     if output.suffix != SUFFIX:
@@ -58,7 +57,7 @@ def tokenize(command: Tokenize, watch: Stopwatch) -> None:
     tokenizer, origin = _loaded(command, None)
     frames, tokens, source = _encoded(tokenizer, command.input, watch)
     fps = tokenizer.config.fps
-    data = save({"tokens": tokens[0].cpu()}, {"source": source, "frames": str(len(frames)), "fps": str(fps), **origin})
+    data = tokens_file(tokens, tokenizer.config, len(frames), source, origin)
     put(output, lambda partial: partial.write_bytes(data))
     k, n, d = tokens.shape[1:]
     print(f"{output}: {k} key frames × {n} tokens × {d} numbers for {len(frames)} frames at {fps:g} fps")

@@ -30,7 +30,7 @@ from dicode.serve.streams import events_of, growing
 from dicode.serve.supervisor import SILENT_S, Supervisor
 
 PAGE = Path(__file__).parent / "page"
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost")
 COOKIE = "dicode_key"
 POLL_MS = 500  # what clients are asked to wait between looks
 TYPES = {
@@ -118,7 +118,7 @@ def _knows(server: Server, request: Request) -> bool:
 
 
 def _from_here(request: Request) -> bool:
-    """Whether a request was not made by a page of another server: browsers say which."""
+    """Whether a request was not made by a page of another server: browsers name it."""
     origin = request.headers.get("origin")
     return origin is None or urlsplit(origin).netloc == request.headers.get("host")
 
@@ -167,7 +167,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def other(_: Request, __: Exception) -> Response:
-        return _error(500, "the server failed; its log says why")
+        return _error(500, "the server failed; its log has the reason")
 
 
 # jobs
@@ -291,8 +291,9 @@ def _remixed(server: Server, video_id: str, values: dict[str, Any]) -> dict[str,
     kept = {path.name: path.read_bytes() for path in server.job_folder(video_id).glob("*.*") if path.is_file()}
     files = {name: data for name, data in kept.items() if not name.startswith("continued")}
     given = server.job_folder(video_id) / "continued.mp4"
-    prompt = {"prompt": values.get("prompt", ""), "shots": None, "remixed_from_video_id": video_id}
-    return _queue(server, {**job.request, **prompt}, files, continued=given if given.is_file() else None)
+    own = {"prompt": values.get("prompt", ""), "shots": None, "remixed_from_video_id": video_id}
+    own["seconds"] = _length_s(job.request)
+    return _queue(server, {**job.request, **own}, files, continued=given if given.is_file() else None)
 
 
 def _extended(server: Server, values: dict[str, Any], key: str | None) -> dict[str, Any]:
@@ -307,11 +308,15 @@ def _extended(server: Server, values: dict[str, Any], key: str | None) -> dict[s
     return _queue(server, {**own, **values}, {}, key, continued=server.file(job, VIDEO))
 
 
+def _length_s(request: dict[str, Any]) -> float:
+    """Seconds of a video, of a request as it is stored."""
+    return sum(shot["seconds"] for shot in request["shots"]) if request["shots"] else request["seconds"]
+
+
 def _video(server: Server, job: Job) -> dict[str, Any]:
     """A job as the API shows it."""
     request, model = job.request, server.models.get(job.request["model"])
     side = model.tokenizer.size * model.scale(request["size"], LEAST_SIDE) if model else 0
-    length_s = sum(shot["seconds"] for shot in request["shots"]) if request["shots"] else request["seconds"]
     shown = {
         "id": job.id,
         "object": "video",
@@ -322,7 +327,7 @@ def _video(server: Server, job: Job) -> dict[str, Any]:
         "expires_at": None,
         "model": request["model"],
         "prompt": request["prompt"],
-        "seconds": f"{length_s:g}",
+        "seconds": f"{_length_s(request):g}",
         "size": f"{side}x{side}",
         "remixed_from_video_id": request["remixed_from_video_id"],
         "error": None if job.code is None else {"code": job.code, "message": job.message},
@@ -354,6 +359,8 @@ def _add_files(app: FastAPI, server: Server) -> None:
         job = server.store.get(video_id)
         if job.status != "completed":
             raise HTTPException(409, "the video is not completed yet")
+        if not server.file(job, PLAN).is_file():
+            raise HTTPException(404, "a live video keeps no tokens")
         name = f"{video_id}.safetensors"
         return FileResponse(server.file(job, PLAN), media_type="application/octet-stream", filename=name)
 

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from dicode.checkpoint import model_origin
 from dicode.files import put
 from dicode.pipeline import DiCoDe, Given
 from dicode.seeds import SeedPlan
 from dicode.serve.request import Model, RequestError, VideoRequest, numbers
-from dicode.shapes import DeepTokens, KeyFrameTokens
+from dicode.shapes import KeyFrameTokens
 from dicode.tokenizer.config import SamplingConfig
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, tokens_file
 from dicode.video.read import read_video
 from dicode.video.timed import Picture
 from dicode.video.write import VideoWriter
@@ -33,13 +33,13 @@ VIDEO, PLAN, KEY_FRAMES, THUMBNAIL = "video.mp4", "plan.safetensors", "keyframes
 LEAST_SIDE = 256  # pixels of a video whose size is left open
 SHOWN_SIDE = 128  # pixels of a key frame in the picture of all
 AHEAD_S = 4.0  # of a live video, rendered before it is watched: what is typed shows so much later
-LIVE_CONTEXT = 4  # key frames that a live video goes on from, where the model does not say
+LIVE_CONTEXT = 4  # key frames that a live video goes on from, where the model sets no number
 Report = Callable[[float, str, dict[str, Any]], None]  # progress 0…1, kind of event ("": none), its data
 
 
 @dataclass(frozen=True)
 class Work:
-    """A job to render: what was asked for, where its files are, and whom to tell."""
+    """A job to render: what was asked for, where its files are, and what to report to."""
 
     model: DiCoDe
     known: Model
@@ -79,6 +79,7 @@ def render(work: Work) -> None:
     given = given_of(model, request, work.job_folder)
     draws: dict[str, Any] = {"seed": seed_of(request), "sampling": work.sampling, "given": given}
     kept: list[KeyFrameTokens] = []
+    pictures: list[Picture] = []
     total = config.num_clips(model.num_frames(request.length_s))
     prompt, seconds = request.storyboard or request.prompt, None if request.shots else request.seconds
     key_frames = keeping(model.write([prompt], seconds=seconds, **draws), kept)
@@ -89,13 +90,16 @@ def render(work: Work) -> None:
             writer.write(clip[0].numpy())
             if number == 1:
                 save_picture(work.folder / THUMBNAIL, enlarged(clip[0, 0].numpy(), writer.scale))
-            save_picture(work.folder / KEY_FRAMES, key_picture(model, torch.stack(kept, dim=1)))
+            pictures += [key_picture(model, tokens) for tokens in kept[len(pictures) :]]
+            save_picture(work.folder / KEY_FRAMES, np.concatenate(pictures, axis=1))
             work.report(number / (total + 1), "clip", {"number": number, "of": total})
-    save_plan(work.folder / PLAN, torch.stack(kept, dim=1), work.metadata())
+    origin = model_origin(work.known.folder, work.known.folder / FIRST_STAGE_WEIGHTS, work.known.folder / WEIGHTS)
+    data = tokens_file(torch.stack(kept, dim=1), config, writer.num_frames, VIDEO, origin)
+    put(work.folder / PLAN, lambda partial: partial.write_bytes(data))
 
 
 def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: float) -> None:
-    """A video that goes on, no more than `AHEAD_S` before it can be watched, until `directed` says that it ends.
+    """A video that goes on, no more than `AHEAD_S` before it can be watched, until `directed` ends it.
 
     `directed` gives the prompt for the next clip, and whether the last one was the end. A new prompt goes on from the
     last key frame alone, as a storyboard's shot does; memory does not grow.
@@ -120,7 +124,7 @@ def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: fl
             writer.write(clip[0].numpy())
             if number == 0:
                 save_picture(work.folder / THUMBNAIL, enlarged(clip[0, 0].numpy(), writer.scale))
-            save_picture(work.folder / KEY_FRAMES, key_picture(model, torch.stack(kept[-1:], dim=1)))
+            save_picture(work.folder / KEY_FRAMES, key_picture(model, kept[-1]))
             new = torch.stack(kept if given.key_frames is None else kept[1:], dim=1).to(model.tokenizer.device)
             before = new if given.key_frames is None else torch.cat([given.key_frames, new], dim=1)
             frames = config.denoiser.context_frames
@@ -160,14 +164,14 @@ def keeping(key_frames: Iterator[KeyFrameTokens], kept: list[KeyFrameTokens]) ->
 
 
 @torch.no_grad()
-def key_picture(model: DiCoDe, tokens: DeepTokens) -> Picture:
-    """Key frames `1 k n d` side by side, one frame `h (k w) c`; grey where tokens alone give no picture."""
+def key_picture(model: DiCoDe, tokens: KeyFrameTokens) -> Picture:
+    """The picture of one key frame `1 n d`; grey where tokens alone give none."""
     config = model.tokenizer.config
     if not config.has_key_latents:
-        return np.full((config.size, config.size * tokens.shape[1], 3), 128, np.uint8)
-    latents = model.tokenizer.key_latents(tokens[0].to(model.tokenizer.device))
-    frames = model.tokenizer.frames_of(latents[:, None])[:, 0].cpu().numpy()
-    return np.concatenate([enlarged(frame, -(-SHOWN_SIDE // config.size)) for frame in frames], axis=1)
+        return np.full((SHOWN_SIDE, SHOWN_SIDE, 3), 128, np.uint8)
+    latents = model.tokenizer.key_latents(tokens.to(model.tokenizer.device))
+    frame = model.tokenizer.frames_of(latents[:, None])[0, 0].cpu().numpy()
+    return enlarged(frame, -(-SHOWN_SIDE // config.size))
 
 
 def enlarged(frame: Picture, scale: int) -> Picture:
@@ -179,9 +183,3 @@ def save_picture(path: Path, frame: Picture) -> None:
     """Write an image file, whole or not at all."""
     kind = Image.registered_extensions()[path.suffix]
     put(path, lambda partial: Image.fromarray(frame).save(partial, kind))
-
-
-def save_plan(path: Path, tokens: DeepTokens, metadata: dict[str, Any]) -> None:
-    """Deep tokens as `dicode tokenize` writes them, for `dicode reconstruct`."""
-    own = {name: str(metadata[name]) for name in ("model", "weights", "dicode")}
-    put(path, lambda partial: save_file({"tokens": tokens[0].contiguous()}, partial, own))

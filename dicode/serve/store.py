@@ -262,7 +262,7 @@ class Store:
                 self._note(db, job.id, "queued", {"again": True})
 
     def release(self, worker: str | None = None, silent_s: float | None = None) -> list[Job]:
-        """Queue the jobs of a dead worker again, or of all that have said nothing for so long; returns them.
+        """Queue the jobs of a dead worker again, or of all that have been silent for so long; returns them.
 
         One that was begun `ATTEMPTS` times fails.
         """

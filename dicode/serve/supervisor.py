@@ -13,14 +13,14 @@ from dicode.serve.store import Store
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before a worker that died is begun again; doubled while it dies at once
 LIVED_S = 60.0  # a worker that lived so long is begun again after the first pause
-SILENT_S = 60.0  # a job whose worker has said nothing for so long is given to another
+SILENT_S = 60.0  # a job whose worker has been silent for so long is given to another
 
 
 class Supervisor:
     """Keeps one worker a device alive, from `start` to `stop`."""
 
-    def __init__(self, store: Store, models: Sequence[str], devices: Sequence[str], threads: int | None = None) -> None:
-        self.store, self.models, self.devices, self.threads = store, list(models), list(devices), threads
+    def __init__(self, store: Store, models: Sequence[str], devices: Sequence[str]) -> None:
+        self.store, self.models, self.devices = store, list(models), list(devices)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.ready: set[str] = set()
         self.restarts = 0
@@ -81,13 +81,9 @@ class Supervisor:
 
     def _begin(self, name: str, device: str) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "dicode.serve.worker", str(self.store.path.parent), name, "--device", device]
-        environment = dict(os.environ)
-        if self.threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self.threads)
         return subprocess.Popen(
             [*command, "--models", *self.models],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
             bufsize=0,
         )

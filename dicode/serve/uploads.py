@@ -105,7 +105,7 @@ def keep(files: Files, folder: Path) -> None:
 
 
 class LimitedBodies:
-    """ASGI middleware: a body of more than `MOST_BYTES` is answered 413, whatever its length was said to be."""
+    """ASGI middleware: a body of more than `MOST_BYTES` is answered 413, whatever its headers claim."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

@@ -3,7 +3,7 @@
     python -m dicode.serve.worker FOLDER NAME --device cpu --models blocks sprites
 
 A job is looked after at every key frame and denoising step: there it stops where it was cancelled, deleted, or given to
-another worker, and there it says that it is alive.
+another worker, and there it shows that it is alive.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from dicode.serve.request import Model, RequestError, models_of, parse
 from dicode.serve.store import Job, LostClaimError, Store
 
 POLL_S = 0.02  # between looks for a job
+MOST_LOADED = 2  # models in memory
 LOOK_S = 0.1  # between looks at the job that is being rendered
 
 
@@ -63,16 +64,16 @@ class Watched:
 
 
 class Loaded:
-    """Models in memory, the last used ones: loaded when a job asks for one, left where memory is to be freed."""
+    """Models in memory, the last used ones: loaded when a job asks for one."""
 
-    def __init__(self, known: dict[str, Model], device: torch.device, most: int) -> None:
-        self.known, self.device, self.most = known, device, most
+    def __init__(self, known: dict[str, Model], device: torch.device) -> None:
+        self.known, self.device = known, device
         self.models: OrderedDict[str, DiCoDe] = OrderedDict()
 
     def get(self, name: str) -> DiCoDe:
         """The model of this name."""
         if name not in self.models:
-            while len(self.models) >= self.most:
+            while len(self.models) >= MOST_LOADED:
                 self.models.popitem(last=False)
             self.models[name] = DiCoDe.from_pretrained(self.known[name].folder, device=str(self.device))
         self.models.move_to_end(name)
@@ -121,7 +122,7 @@ def one_line(error: Exception) -> str:
 
 
 def end_with_parent(draining: threading.Event) -> None:
-    """End this process when the other end of its standard input says so, and at once when it is closed."""
+    """End this process when the other end of its standard input asks for it, and at once when it is closed."""
 
     def wait() -> None:
         while os.read(sys.stdin.fileno(), 64):
@@ -138,12 +139,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("name")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--most-loaded", type=int, default=2)
     asked = parser.parse_args(argv)
     draining = threading.Event()
     end_with_parent(draining)
     store = Store(asked.folder)
-    loaded = Loaded(models_of(asked.models), torch.device(pick_device(asked.device)), asked.most_loaded)
+    loaded = Loaded(models_of(asked.models), torch.device(pick_device(asked.device)))
     loaded.get(next(iter(loaded.known)))  # before the first job asks for it
     print("ready", flush=True)
     while not draining.is_set():
