@@ -6,7 +6,7 @@
     s  sequence positions       m  mixture components, or motion tokens a clip
     c h w  channels, height, width of images; z y x  the same of first-stage latents
 
-Names tell ranges: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first stage, `tokens` from the
+Names give ranges: `frames` are uint8 0…255, `pixels` float −1…1, `latents` come from the first stage, `tokens` from the
 linear code (unit variance a dimension) or the resampler, `features` from the latter's image encoder. Arrays of readers
 of files are in `dicode.video.timed`, without torch. Tests check the aliases (jaxtyping's import hook with beartype).
 """

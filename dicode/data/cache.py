@@ -47,7 +47,7 @@ class Shard:
 
 
 class CacheError(ValueError):
-    """A cache that cannot be read: says which file, what was expected and what was found."""
+    """A cache that cannot be read: names the file, what was expected and what was found."""
 
 
 def mapped(files: Sequence[Path], shards: Sequence[Shard] = ()) -> Callable[[int], dict[str, Tensor]]:

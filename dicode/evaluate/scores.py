@@ -166,7 +166,7 @@ def caption_rank(network: Network, clips: Features, captions: Sequence[str], see
 def blindness(network: Network, real: Features, captions: Sequence[str], seed: int = 0) -> str | None:
     """Why figures of a network mean nothing for these real clips: it ranks their captions no better than chance.
 
-    None for a network that tells them apart, and where there is no such rank.
+    None for a network that can distinguish them, and where there is no such rank.
     """
     rank = caption_rank(network, real, captions, seed)
     if rank is None or rank.interval is None or rank.interval[0] > CHANCE_RANK:

@@ -4,8 +4,9 @@ import asyncio
 import hmac
 import json
 import shutil
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -127,7 +128,8 @@ async def _look_after(server: Server) -> None:
     """Give the jobs of silent workers to others."""
     while True:
         await asyncio.sleep(SILENT_S / 4)
-        await run_in_threadpool(server.store.release, None, SILENT_S)
+        with suppress(sqlite3.OperationalError):  # busy: the next look will do
+            await run_in_threadpool(server.store.release, None, SILENT_S)
 
 
 # errors

@@ -190,7 +190,7 @@ class Store:
         return self.get(job_id)
 
     def direct(self, job_id: str, kind: Literal["prompt", "end"], data: Mapping[str, Any]) -> None:
-        """Say what a live video goes on with, or that it ends. Raises `KeyError`, `ValueError` for a finished one."""
+        """Note what a live video goes on with, or that it ends. Raises `KeyError`, `ValueError` for a finished one."""
         with self._transaction() as db:
             if self.get(job_id).finished:
                 raise ValueError("the video is finished")
@@ -229,7 +229,7 @@ class Store:
         return self.get(job_id)
 
     def beat(self, job: Job) -> None:
-        """Say that a job is being worked on. Raises `LostClaimError` where it no longer is to be."""
+        """Note that a job is being worked on. Raises `LostClaimError` where it no longer is to be."""
         with self._held(job) as db:
             db.execute("UPDATE jobs SET beat_at = ? WHERE id = ?", (time.time(), job.id))
 

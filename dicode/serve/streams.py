@@ -12,7 +12,7 @@ from dicode.serve.render import VIDEO
 from dicode.serve.store import Job, Store
 
 LOOK_S = 0.05  # between looks for events, and at growing files
-KEPT_ALIVE_S = 15.0  # of silence, before a stream of events says that it is there
+KEPT_ALIVE_S = 15.0  # of silence, before a stream of events sends a comment
 CHUNK = 2**16
 
 

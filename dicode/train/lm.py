@@ -34,7 +34,7 @@ RANKED_CLIPS = 48  # validation clips whose captions are matched with each other
 WRITTEN_CLIPS = 64  # captions of either split that the model generates from at every evaluation …
 WRITTEN_AMONG = 2048  # … and clips among which the result is looked up
 SCORED_CLIPS = 16  # validation captions whose generated videos are scored
-MEASURED_CLIPS = 512  # whose variances say whether residuals or whole key frames are easier to predict
+MEASURED_CLIPS = 512  # whose variances show whether residuals or whole key frames are easier to predict
 MOST_READ = 200_000  # training videos whose captions the vocabulary is learnt from
 BODY_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
 

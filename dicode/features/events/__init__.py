@@ -1,1 +1,1 @@
-"""What happens in videos of `blocks`, from their pixels alone, and how much of it is what a script says."""
+"""What happens in videos of `blocks`, from their pixels alone, and how much of it a script asks for."""
