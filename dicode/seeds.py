@@ -9,15 +9,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SeedPlan:
-    """A seed for the first clips of a video, and another one for the rest. Raises `ValueError` unless they differ."""
+    """A seed for a video, and another one for some of its clips. Raises `ValueError` unless they differ.
+
+    Clips after those have the first seed again, but go on from what is new: they change too, less than with another.
+    """
 
     seed: int
     reroll_from: int | None = None  # the first clip with the other seed
     reroll_seed: int = 0
+    reroll_clips: int | None = None  # how many have it; None: all that follow
 
     def __post_init__(self) -> None:
         if self.reroll_from is not None and self.reroll_from < 0:
             raise ValueError(f"reroll_from: expected the number of a clip, from 0, got {self.reroll_from}")
+        if self.reroll_clips is not None and self.reroll_clips < 1:
+            raise ValueError(f"reroll_clips: expected 1 or more, got {self.reroll_clips}")
         if self.reroll_from is not None and self.reroll_seed == self.seed:
             raise ValueError(f"reroll_seed: expected another seed than the video's, got {self.seed} for both")
 
@@ -26,7 +32,10 @@ def seed_of_clip(seed: int | SeedPlan, clip: int) -> int:
     """The seed of a clip."""
     if isinstance(seed, int):
         return seed
-    return seed.seed if seed.reroll_from is None or clip < seed.reroll_from else seed.reroll_seed
+    if seed.reroll_from is None or clip < seed.reroll_from:
+        return seed.seed
+    ended = seed.reroll_clips is not None and clip >= seed.reroll_from + seed.reroll_clips
+    return seed.seed if ended else seed.reroll_seed
 
 
 def generator_for(seed: int, *place: int | str) -> torch.Generator:

@@ -194,6 +194,7 @@ def test_commands_take_images_videos_and_storyboards(capsys: Any, tmp_path: Path
         "story": (["--storyboard", tmp_path / "story.yaml"], {"prompt": "[2s: a spark] [2s: a fireball]"}),
         "inline": (["[2s: a spark] [4s: a fireball]"], {"seconds": 6.0}),
         "reroll": ([PROMPT, "--reroll-from", 1, "--reroll-seed", 7], {"reroll_from": 1, "reroll_seed": 7}),
+        "reroll one": ([PROMPT, "--reroll-from", 0, "--reroll-clips", 1], {"reroll_seed": 1, "reroll_clips": 1}),
         "long": (
             [PROMPT, "--seconds", 20, "--context-key-frames", 3, "--steps", 1],
             {"context_key_frames": 3, "seconds": 20.0},
@@ -241,6 +242,7 @@ def test_exactly_one_source_of_prompts_is_asked_for(capsys: Any, tmp_path: Path)
         (["--prompts", tmp_path / "empty.txt"], "found none"),
         ([PROMPT, "--reroll-from", -1], "--reroll-from: expected 0 or more, got -1"),
         ([PROMPT, "--reroll-seed", 1], "--reroll-from"),
+        ([PROMPT, "--reroll-clips", 1], "--reroll-clips: needs --reroll-from"),
         (["[2s: ]"], "prompt"),
     ):
         code, _, err = run(capsys, "generate", *more)

@@ -145,6 +145,9 @@ def test_re_rolling_keeps_the_clips_before(order: str) -> None:
     again = written(model, num_keyframes=2, seed=2, prefix=first[:, :4])
     torch.testing.assert_close(rolled[:, 4:], again, **NEAR)
     assert torch.equal(written(model, num_keyframes=6, seed=SeedPlan(1, 0, 2)), other)
+    one = written(model, num_keyframes=6, seed=SeedPlan(1, 3, 2, reroll_clips=1))
+    assert torch.equal(one[:, :5], rolled[:, :5])
+    torch.testing.assert_close(one[:, 5:], written(model, num_keyframes=1, seed=1, prefix=rolled[:, :5]), **NEAR)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -184,6 +184,8 @@ def test_a_job_is_queued_from_json_and_from_a_form(client: TestClient, server: S
         ({"prompt": "a", "joins": "glued"}, "joins"),
         ({"prompt": "a", "colour": "red"}, "unknown fields"),
         ({"prompt": "a", "reroll_seed": 3}, "reroll_seed"),
+        ({"prompt": "a", "reroll_clips": 3}, "reroll_clips"),
+        ({"prompt": "a", "seed": 3, "reroll_from": 0, "reroll_seed": 3}, "reroll_seed"),
         ({"shots": [{"prompt": "", "seconds": 2}]}, "shots.0.prompt"),
         ({"prompt": "a", "input_reference": "http://example.org/a.png"}, None),
     ],

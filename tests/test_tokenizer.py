@@ -343,6 +343,9 @@ def test_a_rerolled_video_is_the_old_one_up_to_its_clip_and_another_after() -> N
         assert clips_equal(new, old) == [True, True, False, False]
     all_of_it = list(decoded(tokenizer, tokens, seed=SeedPlan(1, 0, 9)))
     assert clips_equal(all_of_it, list(decoded(tokenizer, tokens, seed=9))) == [True] * 4
+    one, independent = SeedPlan(1, 1, 9, reroll_clips=1), {"joins": "independent"}
+    old, new = (list(decoded(tokenizer, tokens, seed=seed, **independent)) for seed in (1, one))
+    assert clips_equal(new, old) == [True, False, True, True]
 
 
 def test_a_plan_that_rerolls_nothing_is_refused() -> None:
@@ -350,6 +353,8 @@ def test_a_plan_that_rerolls_nothing_is_refused() -> None:
         SeedPlan(1, -1, 2)
     with pytest.raises(ValueError, match="reroll_seed: expected another seed"):
         SeedPlan(3, 2, 3)
+    with pytest.raises(ValueError, match="reroll_clips: expected 1"):
+        SeedPlan(3, 2, 4, 0)
 
 
 def test_a_given_video_is_continued_as_an_own_clip_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from dicode.cli import common
-from dicode.config import DEFAULT_MODEL, Seed, Unicode, Whole
+from dicode.config import DEFAULT_MODEL, Count, Seed, Unicode, Whole
 from dicode.stopwatch import Progress, Stopwatch
 from dicode.tokenizer.config import TokenizerConfig
 
@@ -41,6 +41,7 @@ class Generate:
     continue_from: Path | None = None  # video to continue; the new one begins on its last frame
     reroll_from: Whole | None = None  # first clip, from 0, to take another seed; those before it stay
     reroll_seed: Seed | None = None  # seed for --reroll-from; default: the next one
+    reroll_clips: Count | None = None  # clips that take it; default: all that follow
     write: common.Write = common.WRITE
     render: common.Render = common.RENDER
     model: common.ModelName = DEFAULT_MODEL
@@ -156,8 +157,9 @@ def _jobs(command: Generate) -> list[Job]:
     sources = (command.prompt, command.storyboard, command.prompts)
     if sum(source is not None for source in sources) != 1:
         raise ValueError("expected one of PROMPT, --storyboard FILE and --prompts FILE")
-    if command.reroll_from is None and command.reroll_seed is not None:
-        raise ValueError("--reroll-seed: needs --reroll-from, the first clip to take it")
+    for name in ("reroll_seed", "reroll_clips"):
+        if command.reroll_from is None and getattr(command, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: needs --reroll-from, the first clip with another seed")
     from dicode.storyboard import parse_storyboard, read_storyboard
 
     if command.prompts is None:
@@ -237,8 +239,9 @@ def _shared(
         request["dtype"] = command.dtype
     if command.reroll_from is not None:
         other = command.seed + 1 if command.reroll_seed is None else command.reroll_seed
-        seed = SeedPlan(command.seed, command.reroll_from, other)
+        seed = SeedPlan(command.seed, command.reroll_from, other, command.reroll_clips)
         request |= {"reroll_from": command.reroll_from, "reroll_seed": other}
+        request |= {} if command.reroll_clips is None else {"reroll_clips": command.reroll_clips}
     draws = {
         "seed": seed,
         "given": model.given(**stills, continued=frames.get("continue_from"), loop=command.loop),

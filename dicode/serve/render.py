@@ -143,7 +143,7 @@ def seed_of(request: VideoRequest) -> int | SeedPlan:
     if request.reroll_from is None:
         return request.seed
     other = request.seed + 1 if request.reroll_seed is None else request.reroll_seed
-    return SeedPlan(request.seed, request.reroll_from, other)
+    return SeedPlan(request.seed, request.reroll_from, other, request.reroll_clips)
 
 
 def given_of(model: DiCoDe, request: VideoRequest, job_folder: Path) -> Given:

@@ -49,6 +49,7 @@ class VideoRequest(BaseModel):
     loop: bool = Field(default=False, description="Ends on its first frame")
     reroll_from: int | None = Field(default=None, ge=0, description="The first clip with another seed")
     reroll_seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
+    reroll_clips: int | None = Field(default=None, ge=1, le=100_000, description="How many have it; or all that follow")
     live: bool = Field(default=False, description="Goes on, in real time, until it is ended; its prompt may change")
     remixed_from_video_id: str | None = None
     extends: str | None = Field(default=None, description="The video that this one goes on from")
@@ -118,8 +119,11 @@ class Model:
             raise RequestError("loop: ends on the first frame; it cannot end on another image", "loop")
         if request.live and (request.shots or request.loop or has_last_image or request.reroll_from is not None):
             raise RequestError("live: has one prompt at a time, and no end; leave shots, loop and the like out", "live")
-        if request.reroll_from is None and request.reroll_seed is not None:
-            raise RequestError("reroll_seed: needs reroll_from, the first clip to take it", "reroll_seed")
+        for name in ("reroll_seed", "reroll_clips"):
+            if request.reroll_from is None and getattr(request, name) is not None:
+                raise RequestError(f"{name}: needs reroll_from, the first clip with another seed", name)
+        if request.reroll_from is not None and request.reroll_seed == request.seed:
+            raise RequestError("reroll_seed: expected another seed than the video's", "reroll_seed")
         config = self.tokenizer
         key_frames = config.num_clips(max(1, round(request.length_s * config.fps))) + 1
         if request.storyboard:
