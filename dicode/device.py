@@ -1,5 +1,6 @@
 """Which device to compute on and in which type; what devices are called, how fast they are, memory that was used."""
 
+import math
 import os
 import platform
 import re
@@ -94,6 +95,17 @@ def peak_memory_mib() -> float | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def available_bytes(device: torch.device) -> float:
+    """Memory that is free on a GPU, or that this machine can still give; infinite where it does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:  # not Linux
+        found = None
+    return int(found[1]) * 2.0**10 if found else math.inf
 
 
 def peak_memory_gib(device: torch.device) -> float:

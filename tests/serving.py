@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 import uvicorn
 
-from dicode.serve.app import Server, make_app
+from dicode.serve.app import make_app
+from dicode.serve.server import Server
 from dicode.serve.worker import Loaded, work
 
 

@@ -27,12 +27,14 @@ from starlette.testclient import TestClient
 from dicode.cli.app import main
 from dicode.pipeline import DiCoDe
 from dicode.serve import uploads
-from dicode.serve.app import LOCAL, Server, make_app
+from dicode.serve.app import forget_old, make_app
 from dicode.serve.request import models_of
+from dicode.serve.server import LOCAL, Server
 from dicode.serve.store import Job, LostClaimError, QueueFullError, Store
 from dicode.serve.supervisor import Supervisor
 from dicode.serve.worker import Loaded, work
 from dicode.video.read import read_video
+from dicode.video.write import VideoWriter
 
 REQUEST = {"prompt": "a spark", "model": None, "size": None, "shots": None, "seconds": 2.0}
 PATIENCE_S = 60.0
@@ -48,7 +50,7 @@ def add(store: Store, key: str | None = None, most: int = 8) -> Job:
 def test_jobs_are_claimed_in_order_and_once(tmp_path: Path) -> None:
     store, other = Store(tmp_path), Store(tmp_path)
     first, second = add(store), add(store)
-    assert [store.position(job) for job in (first, second)] == [0, 1]
+    assert store.waiting() == [first.id, second.id]
     claimed = [store.claim("a"), other.claim("b"), store.claim("a")]
     assert [job.id if job else None for job in claimed] == [first.id, second.id, None]
     assert store.get(first.id).status == "in_progress"
@@ -344,6 +346,87 @@ def test_remixes_and_extensions(client: TestClient, server: Server, tiny_model: 
     extended = client.post("/v1/videos/extensions", json={"prompt": "c", "seconds": 2, "video": {"id": first["id"]}})
     assert extended.status_code == 200
     assert [run_next(server, tiny_model).status for _ in range(3)] == ["completed"] * 3
+
+
+def test_a_given_video_is_rendered_from_its_own_tokens(
+    client: TestClient, server: Server, tiny_model: Path, tmp_path: Path
+) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), np.uint8)
+    with VideoWriter(tmp_path / "own.mp4", 10.0) as writer:
+        writer.write(frames)
+    files = {"video": ("../own.txt", (tmp_path / "own.mp4").read_bytes())}
+    found = client.post("/v1/videos/reconstructions", files=files, data={"seed": "3"}).json()
+    job = run_next(server, tiny_model)
+    assert (job.id, job.status) == (found["id"], "completed")
+    shown = client.get(f"/v1/videos/{job.id}").json()
+    assert shown["seconds"] == "3" and shown["request"]["reconstructs"]
+    for variant, form in (("source", "mp4"), ("video", "mp4"), ("gif", "gif"), ("webm", "webm")):
+        data = client.get(f"/v1/videos/{job.id}/content?variant={variant}").content
+        (tmp_path / f"{variant}.{form}").write_bytes(data)
+        assert len(read_video(tmp_path / f"{variant}.{form}", None).frames) == 24
+    again = client.get(f"/v1/videos/{job.id}/content?variant=gif").content
+    assert again == (tmp_path / "gif.gif").read_bytes()
+    (tmp_path / "plan.safetensors").write_bytes(client.get(f"/v1/videos/{job.id}/plan").content)
+    whole = ["reconstruct", str(tmp_path / "own.mp4"), "--model", str(tiny_model), "--seed", "3"]
+    assert main([*whole, "--scale", "8", "-o", str(tmp_path / "a.mp4")]) == 0
+    expected = read_video(tmp_path / "a.mp4", None).frames.astype(int)
+    assert np.abs(read_video(tmp_path / "video.mp4", None).frames.astype(int) - expected).mean() < 2
+    assert client.post(f"/v1/videos/{job.id}/remix", json={"prompt": "b"}).status_code == 400
+
+
+def test_what_is_no_video_is_refused_or_fails_by_name(client: TestClient, server: Server, tiny_model: Path) -> None:
+    reconstructions = "/v1/videos/reconstructions"
+    assert client.post(reconstructions, files={"video": b"no video at all"}).status_code == 415
+    for files, data in (({}, {"seed": "1"}), ({"input_reference": picture()}, {})):
+        assert client.post(reconstructions, files=files, data=data).status_code == 400
+    assert client.post("/v1/videos", data={"prompt": "a"}, files={"video": b"GIF89a"}).status_code == 400
+    assert client.post("/v1/videos", json={"reconstructs": True}).status_code == 400
+    assert client.post(reconstructions, files={"video": b"GIF89a"}, data={"loop": "true"}).status_code == 400
+    client.post(reconstructions, files={"video": b"GIF89a and then nothing"})
+    job = run_next(server, tiny_model)
+    assert job.code == "invalid_request" and str(job.message).startswith("video: ")
+    assert str(server.folder) not in str(job.message)
+    client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": b"\x89PNG\r\n\x1a\n and no more"})
+    job = run_next(server, tiny_model)
+    assert job.code == "invalid_request" and str(server.folder) not in str(job.message)
+
+
+def test_old_videos_and_folders_of_no_job_are_removed(client: TestClient, server: Server, tiny_model: Path) -> None:
+    for prompt in ("a", "b"):
+        client.post("/v1/videos", json={"prompt": prompt, "seconds": 2})
+    job = run_next(server, tiny_model)
+    assert client.get(f"/v1/videos/{job.id}").json()["expires_at"] is None
+    server.keep_days = 1.0
+    forget_old(server)
+    assert client.get(f"/v1/videos/{job.id}").json()["expires_at"] - int(job.completed_at or 0) in (86_400, 86_401)
+    (orphan := server.job_folder(Store.new_id())).mkdir()
+    server.sweep()
+    assert not orphan.exists() and server.job_folder(job.id).exists()
+    server.keep_days = 0.0
+    forget_old(server)
+    assert client.get(f"/v1/videos/{job.id}").status_code == 404 and not server.job_folder(job.id).exists()
+    assert server.store.counts() == {"queued": 1}
+
+
+def test_how_long_jobs_take_is_foreseen(client: TestClient, server: Server, tiny_model: Path) -> None:
+    for prompt in "abc":
+        client.post("/v1/videos", json={"prompt": prompt, "seconds": 2})
+    assert "seconds_left" not in client.get("/v1/videos").json()["data"][0]
+    run_next(server, tiny_model)
+    last, first, _ = client.get("/v1/videos").json()["data"]
+    assert (first["position"], last["position"]) == (0, 1)
+    assert last["seconds_left"] == pytest.approx(2 * first["seconds_left"], abs=0.1)
+
+
+def test_models_are_let_go_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    loaded = Loaded(models_of([str(tiny_model), "blocks"]), torch.device("cpu"))
+    assert loaded.get("blocks") is loaded.get("blocks")
+    loaded.get(tiny_model.name)
+    assert list(loaded.models) == ["blocks", tiny_model.name]
+    monkeypatch.setattr("dicode.serve.worker.available_bytes", lambda device: 0.0)
+    loaded.models.popitem()
+    loaded.get(tiny_model.name)
+    assert list(loaded.models) == [tiny_model.name]
 
 
 def test_a_running_job_stops_where_it_is_cancelled(client: TestClient, server: Server, tiny_model: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from serving import served
 
-from dicode.serve.app import Server
 from dicode.serve.request import models_of
+from dicode.serve.server import Server
 from dicode.serve.store import Store
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -12,6 +12,7 @@ from dicode.config import Factor, Guidance, Range, Share, Steps, StepsOrNone, Wh
 from dicode.tokenizer.config import Joins
 
 Seconds = Annotated[float, Range(0, 86_400, above=True)]
+Days = Annotated[float, Range(0, 36_500, above=True)]
 Minutes = Annotated[float, Range(0, 1_000_000, above=True)]
 Scaling = Annotated[int, Range(1, 64)]
 Enlarged = Annotated[

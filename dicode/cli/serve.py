@@ -25,6 +25,7 @@ class Serve:
     hosts: tuple[str, ...] = ()  # host names that requests may be for, beside this machine's
     queue: Count = 32  # jobs that may wait; more are refused with 429
     max_seconds: common.Seconds = 600.0  # longest video in seconds
+    keep_days: common.Days | None = None  # days that a finished video is kept; default: until it is deleted
 
 
 def serve(command: Serve, watch: Stopwatch) -> None:
@@ -32,8 +33,9 @@ def serve(command: Serve, watch: Stopwatch) -> None:
     with common.needs_extra("serve"):
         import uvicorn
 
-        from dicode.serve.app import LOCAL, Server, make_app
+        from dicode.serve.app import make_app
     from dicode.serve.request import models_of
+    from dicode.serve.server import LOCAL, Server
     from dicode.serve.store import Store
     from dicode.serve.supervisor import Supervisor
 
@@ -46,5 +48,7 @@ def serve(command: Serve, watch: Stopwatch) -> None:
     supervisor = Supervisor(store, command.model, command.device.split(","))
     hosts = (*LOCAL, *command.hosts) if command.hosts or command.host in LOCAL else ("*",)
     server = Server(command.data_folder, models, store, supervisor, key, command.queue, command.max_seconds, hosts)
+    server.keep_days = command.keep_days
+    server.sweep()
     print(f"http://{command.host}:{command.port}: {', '.join(models)}; jobs in {command.data_folder}", flush=True)
     uvicorn.run(make_app(server), host=command.host, port=command.port, log_level="warning")

@@ -1,10 +1,4 @@
-"""A job's files, written clip by clip: the video as it grows, then what is made of it in the end.
-
-FOLDER/jobs/ID/image.*  last_image.*            what the client sent
-FOLDER/jobs/ID/CLAIM/video.mp4  video.json      the video, which can be watched while it grows; its metadata
-FOLDER/jobs/ID/CLAIM/plan.safetensors           the deep tokens of its key frames
-FOLDER/jobs/ID/CLAIM/keyframes.png  thumbnail.jpg
-"""
+"""A job rendered: its files, written clip by clip."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -19,18 +13,17 @@ from PIL import Image
 
 from dicode.checkpoint import model_origin
 from dicode.files import put
-from dicode.pipeline import DiCoDe, Given
+from dicode.pipeline import DiCoDe, Given, trimmed
 from dicode.seeds import SeedPlan
+from dicode.serve.names import KEY_FRAMES, LEAST_SIDE, MOST_RECONSTRUCTED_S, PLAN, SOURCE, THUMBNAIL, VIDEO
 from dicode.serve.request import Model, RequestError, VideoRequest, numbers
 from dicode.shapes import KeyFrameTokens
-from dicode.tokenizer.config import SamplingConfig
+from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, tokens_file
-from dicode.video.read import read_video
-from dicode.video.timed import Picture
+from dicode.video.read import VideoReadError, read_video
+from dicode.video.timed import Picture, Video
 from dicode.video.write import VideoWriter
 
-VIDEO, PLAN, KEY_FRAMES, THUMBNAIL = "video.mp4", "plan.safetensors", "keyframes.png", "thumbnail.jpg"
-LEAST_SIDE = 256  # pixels of a video whose size is left open
 SHOWN_SIDE = 128  # pixels of a key frame in the picture of all
 AHEAD_S = 4.0  # of a live video, rendered before it is watched: what is typed shows so much later
 LIVE_CONTEXT = 4  # key frames that a live video goes on from, where the model sets no number
@@ -63,10 +56,24 @@ class Work:
             **model_origin(self.known.folder, *self.known.folder.glob("*.safetensors")),
         }
 
-    def writer(self) -> VideoWriter:
-        """Of the video, which can be watched while it grows."""
+    def writer(self, name: str = VIDEO) -> VideoWriter:
+        """Of a video, which can be watched while it grows."""
         scale, fps = self.known.scale(self.request.size, LEAST_SIDE), self.model.tokenizer.config.fps
-        return VideoWriter(self.folder / VIDEO, fps, self.metadata(), scale=scale, stream=True)
+        return VideoWriter(self.folder / name, fps, self.metadata(), scale=scale, stream=True)
+
+    def write_clips(self, writer: VideoWriter, clips: Iterator[Video], total: int, kept: list[KeyFrameTokens]) -> None:
+        """Write clips and pictures of the key frames `kept` as they come, and report; then the plan."""
+        model, pictures = self.model, list[Picture]()
+        for number, clip in enumerate(clips, 1):
+            writer.write(clip)
+            if number == 1:
+                save_picture(self.folder / THUMBNAIL, enlarged(clip[0], writer.scale))
+            pictures += [key_picture(model, tokens) for tokens in kept[len(pictures) :]]
+            save_picture(self.folder / KEY_FRAMES, np.concatenate(pictures, axis=1))
+            self.report(number / (total + 1), "clip", {"number": number, "of": total})
+        origin = model_origin(self.known.folder, self.known.folder / FIRST_STAGE_WEIGHTS, self.known.folder / WEIGHTS)
+        data = tokens_file(torch.stack(kept, dim=1), model.tokenizer.config, writer.num_frames, VIDEO, origin)
+        put(self.folder / PLAN, lambda partial: partial.write_bytes(data))
 
 
 def render(work: Work) -> None:
@@ -79,23 +86,34 @@ def render(work: Work) -> None:
     given = given_of(model, request, work.job_folder)
     draws: dict[str, Any] = {"seed": seed_of(request), "sampling": work.sampling, "given": given}
     kept: list[KeyFrameTokens] = []
-    pictures: list[Picture] = []
     total = config.num_clips(model.num_frames(request.length_s))
     prompt, seconds = request.storyboard or request.prompt, None if request.shots else request.seconds
     key_frames = keeping(model.write([prompt], seconds=seconds, **draws), kept)
     clips = model.render(key_frames, request.length_s, **draws)
     work.report(0.0, "rendering", {"clips": total, "fps": config.fps, "clip_s": config.clip_s})
     with work.writer() as writer:
-        for number, clip in enumerate(clips, 1):
-            writer.write(clip[0].numpy())
-            if number == 1:
-                save_picture(work.folder / THUMBNAIL, enlarged(clip[0, 0].numpy(), writer.scale))
-            pictures += [key_picture(model, tokens) for tokens in kept[len(pictures) :]]
-            save_picture(work.folder / KEY_FRAMES, np.concatenate(pictures, axis=1))
-            work.report(number / (total + 1), "clip", {"number": number, "of": total})
-    origin = model_origin(work.known.folder, work.known.folder / FIRST_STAGE_WEIGHTS, work.known.folder / WEIGHTS)
-    data = tokens_file(torch.stack(kept, dim=1), config, writer.num_frames, VIDEO, origin)
-    put(work.folder / PLAN, lambda partial: partial.write_bytes(data))
+        work.write_clips(writer, (clip[0].numpy() for clip in clips), total, kept)
+
+
+def reconstruct(work: Work) -> float:
+    """Write a given video from its own deep tokens, and beside it as the model sees it; returns its seconds.
+
+    Of a long one the first `MOST_RECONSTRUCTED_S` are taken. What it raises ends the job.
+    """
+    work.folder.mkdir(parents=True)
+    model, config = work.model, work.model.tokenizer.config
+    (path,) = work.job_folder.glob("source.*")
+    frames = frames_of(path, config, "video", end_s=MOST_RECONSTRUCTED_S, min_frames=2)
+    total = config.num_clips(len(frames))
+    work.report(0.0, "rendering", {"clips": total, "fps": config.fps, "clip_s": config.clip_s})
+    with work.writer(SOURCE) as writer:
+        writer.write(frames)
+    tokens = model.tokenizer.encode(torch.from_numpy(frames)[None])
+    clips = model.tokenizer.decode(tokens, seed=work.request.seed, sampling=work.sampling)
+    with work.writer() as writer:
+        shown = (clip[0].numpy() for clip in trimmed(clips, len(frames)))
+        work.write_clips(writer, shown, total, [*tokens.float().cpu().unbind(1)])
+    return writer.num_frames / config.fps
 
 
 def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: float) -> None:
@@ -151,9 +169,18 @@ def given_of(model: DiCoDe, request: VideoRequest, job_folder: Path) -> Given:
     config, found = model.tokenizer.config, {}
     for name in ("image", "last_image", "continued"):
         for path in job_folder.glob(f"{name}.*"):
-            frames = read_video(path, config.fps, config.size).frames
+            frames = frames_of(path, config, name)
             found[name] = frames if name == "continued" else frames[:1]
     return model.given(**found, loop=request.loop)
+
+
+def frames_of(path: Path, config: TokenizerConfig, name: str, **options: Any) -> Video:
+    """A client's file at the model's size and rate. Raises `RequestError` that names its field, not the file."""
+    try:
+        return read_video(path, config.fps, config.size, **options).frames
+    except VideoReadError as error:
+        reason = str(error).removeprefix(f"{path}: ").replace(str(path), "the file")
+        raise RequestError(f"{name}: {reason}", name) from error
 
 
 def keeping(key_frames: Iterator[KeyFrameTokens], kept: list[KeyFrameTokens]) -> Iterator[KeyFrameTokens]:

@@ -51,6 +51,7 @@ class VideoRequest(BaseModel):
     reroll_seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
     reroll_clips: int | None = Field(default=None, ge=1, le=100_000, description="How many have it; or all that follow")
     live: bool = Field(default=False, description="Goes on, in real time, until it is ended; its prompt may change")
+    reconstructs: bool = Field(default=False, description="Renders a given video from its own deep tokens")
     remixed_from_video_id: str | None = None
     extends: str | None = Field(default=None, description="The video that this one goes on from")
 
@@ -65,7 +66,7 @@ class VideoRequest(BaseModel):
     def _whole(self) -> "VideoRequest":
         if unknown := sorted(set(self.model_extra or {}) - SAMPLING):
             raise ValueError(f"unknown fields: {', '.join(unknown)}")
-        if not self.prompt and not self.shots:
+        if not self.prompt and not self.shots and not self.reconstructs:
             raise ValueError("prompt: expected a text of at least one word")
         return self
 
@@ -124,6 +125,11 @@ class Model:
                 raise RequestError(f"{name}: needs reroll_from, the first clip with another seed", name)
         if request.reroll_from is not None and request.reroll_seed == request.seed:
             raise RequestError("reroll_seed: expected another seed than the video's", "reroll_seed")
+        if request.reconstructs:
+            if request.live or request.shots or request.loop or has_last_image or request.reroll_from is not None:
+                message = "video: a reconstruction takes a model, size, seed and sampling fields alone"
+                raise RequestError(message, "video")
+            return sampling
         config = self.tokenizer
         key_frames = config.num_clips(max(1, round(request.length_s * config.fps))) + 1
         if request.storyboard:

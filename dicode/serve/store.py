@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 SCHEMA = """
@@ -47,6 +48,7 @@ BUSY_S = 10.0  # how long one process waits for another's transaction
 ATTEMPTS = 2  # a job whose worker died is begun once more
 Status = Literal["queued", "in_progress", "completed", "failed"]
 UNFINISHED = ("queued", "in_progress")
+RECENT = 10  # jobs, whose time says how long the next ones take
 
 
 class QueueFullError(Exception):
@@ -166,10 +168,25 @@ class Store:
         found = self._jobs(f"{where}ORDER BY number {order} LIMIT ?", (*values, limit + 1))
         return found[:limit], len(found) > limit
 
-    def position(self, job: Job) -> int:
-        """How many queued jobs are before it."""
-        query = "SELECT count(*) FROM jobs WHERE status = 'queued' AND number < ?"
-        return self._connection().execute(query, (job.number,)).fetchone()[0]
+    def waiting(self) -> list[str]:
+        """The ids of queued jobs, the next one first."""
+        rows = self._connection().execute("SELECT id FROM jobs WHERE status = 'queued' ORDER BY number").fetchall()
+        return [job_id for (job_id,) in rows]
+
+    def usual_s(self) -> float | None:
+        """Seconds that one of the last jobs took, their median; None before the first one."""
+        query = "SELECT completed_at - started_at FROM jobs WHERE status = 'completed' ORDER BY number DESC LIMIT ?"
+        lengths_s = [length_s for (length_s,) in self._connection().execute(query, (RECENT,)).fetchall()]
+        return median(lengths_s) if lengths_s else None
+
+    def ids(self) -> set[str]:
+        """Of all jobs."""
+        return {job_id for (job_id,) in self._connection().execute("SELECT id FROM jobs").fetchall()}
+
+    def finished_before(self, time_s: float) -> list[str]:
+        """The ids of jobs that were finished before this time."""
+        query = "SELECT id FROM jobs WHERE completed_at < ?"
+        return [job_id for (job_id,) in self._connection().execute(query, (time_s,)).fetchall()]
 
     def running(self) -> list[Job]:
         """Jobs that a worker has claimed."""
@@ -239,9 +256,15 @@ class Store:
             db.execute("UPDATE jobs SET progress = ?, beat_at = ? WHERE id = ?", (progress, time.time(), job.id))
             self._note(db, job.id, kind, data)
 
-    def complete(self, job: Job) -> None:
-        """Its files are whole. Raises `LostClaimError`, after which they are to be removed."""
+    def complete(self, job: Job, seconds: float | None = None) -> None:
+        """Its files are whole; `seconds`: of a video whose length was not known before.
+
+        Raises `LostClaimError`, after which the files are to be removed.
+        """
         with self._held(job) as db:
+            if seconds is not None:
+                request = json.dumps({**job.request, "seconds": seconds})
+                db.execute("UPDATE jobs SET request = ? WHERE id = ?", (request, job.id))
             self._finish(db, job.id, "completed")
 
     def fail(self, job: Job, code: str, message: str) -> None:

@@ -8,7 +8,7 @@ from typing import IO
 
 from fastapi.concurrency import run_in_threadpool
 
-from dicode.serve.render import VIDEO
+from dicode.serve.names import VIDEO
 from dicode.serve.store import Job, Store
 
 LOOK_S = 0.05  # between looks for events, and at growing files

@@ -4,6 +4,8 @@ import asyncio
 import base64
 import binascii
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +19,58 @@ from dicode.files import put
 MOST_BYTES = 32 * 2**20  # of a body
 MOST_FIELDS, MOST_FILES = 64, 4
 SLOWEST_S = 60.0  # for a whole body
-IMAGES = {b"\x89PNG\r\n\x1a\n": ".png", b"\xff\xd8\xff": ".jpg"}
-FILE_FIELDS = {"input_reference": "image", "last_image": "last_image"}
 Files = dict[str, bytes]  # by the name that the job's folder has them under
 
 
-async def body_of(request: Request) -> tuple[dict[str, Any], Files]:
+@dataclass(frozen=True)
+class Kind:
+    """Files that a request may have: the fields they come in, what they are called then, and how they begin."""
+
+    name: str
+    fields: Mapping[str, str]
+    magic: Sequence[tuple[int, bytes, str]]  # place, bytes, and the suffix of such files
+
+
+IMAGES = Kind(
+    "PNG, JPEG or WebP image",
+    {"input_reference": "image", "last_image": "last_image"},
+    [(0, b"\x89PNG\r\n\x1a\n", ".png"), (0, b"\xff\xd8\xff", ".jpg"), (8, b"WEBP", ".webp")],
+)
+MOVIES = Kind(
+    "MP4, MOV, WebM, Matroska, AVI or GIF video",
+    {"video": "source"},
+    [(4, b"ftyp", ".mp4"), (0, b"\x1aE\xdf\xa3", ".mkv"), (8, b"AVI ", ".avi"), (0, b"GIF8", ".gif")],
+)
+
+
+async def body_of(request: Request, kind_of_files: Kind = IMAGES) -> tuple[dict[str, Any], Files]:
     """The fields and files of a request. Raises `HTTPException` 400, 408, 413 and 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         async with asyncio.timeout(SLOWEST_S):
             if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-                return await _form(request)
+                return await _form(request, kind_of_files)
             if kind in ("", "application/json"):
-                return _json(await request.body())
+                return _json(await request.body(), kind_of_files)
     except TimeoutError as error:
         raise HTTPException(408, f"the body took longer than {SLOWEST_S:g} s") from error
     raise HTTPException(415, "content-type: expected multipart/form-data or application/json")
 
 
-async def _form(request: Request) -> tuple[dict[str, Any], Files]:
+async def _form(request: Request, kind: Kind) -> tuple[dict[str, Any], Files]:
     values: dict[str, Any] = {}
     files: Files = {}
+    seen: set[str] = set()
     try:
         async with request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS) as form:
             for name, value in form.multi_items():
-                if name in values or FILE_FIELDS.get(name) in files:
+                if name in seen:
                     raise HTTPException(400, f"{name[:40]}: given twice")
+                seen.add(name)
                 if isinstance(value, UploadFile):
-                    files |= _file(name, await value.read())
-                elif name in FILE_FIELDS:
-                    files |= _file(name, _of_data_url(name, value))
+                    files |= _file(kind, name, await value.read())
+                elif name in kind.fields:
+                    files |= _file(kind, name, _of_data_url(name, value))
                 else:
                     values[name] = value
     except MultiPartException as error:
@@ -57,15 +80,15 @@ async def _form(request: Request) -> tuple[dict[str, Any], Files]:
     return values, files
 
 
-def _json(body: bytes) -> tuple[dict[str, Any], Files]:
+def _json(body: bytes, kind: Kind) -> tuple[dict[str, Any], Files]:
     values = _json_value(body or b"{}")
     if not isinstance(values, dict):
         raise HTTPException(400, "expected a JSON object")
     files: Files = {}
-    for name in FILE_FIELDS:
+    for name in kind.fields:
         if (given := values.pop(name, None)) is not None:
             url = given.get("image_url") if isinstance(given, dict) else given
-            files |= _file(name, _of_data_url(name, url))
+            files |= _file(kind, name, _of_data_url(name, url))
     return values, files
 
 
@@ -86,15 +109,13 @@ def _of_data_url(name: str, url: object) -> bytes:
         raise HTTPException(400, f"{name}: its base64 cannot be read") from error
 
 
-def _file(name: str, data: bytes) -> Files:
-    if name not in FILE_FIELDS:
+def _file(kind: Kind, name: str, data: bytes) -> Files:
+    if name not in kind.fields:
         raise HTTPException(400, f"{name[:40]}: no file is expected there")
-    suffix = next((suffix for magic, suffix in IMAGES.items() if data.startswith(magic)), None)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        suffix = ".webp"
+    suffix = next((suffix for at, magic, suffix in kind.magic if data[at : at + len(magic)] == magic), None)
     if suffix is None:
-        raise HTTPException(415, f"{name}: expected a PNG, JPEG or WebP image")
-    return {f"{FILE_FIELDS[name]}{suffix}": data}
+        raise HTTPException(415, f"{name}: expected a {kind.name}")
+    return {f"{kind.fields[name]}{suffix}": data}
 
 
 def keep(files: Files, folder: Path) -> None:

@@ -7,6 +7,7 @@ another worker, and there it shows that it is alive.
 """
 
 import argparse
+import gc
 import os
 import shutil
 import sys
@@ -19,14 +20,14 @@ from typing import Any
 
 import torch
 
-from dicode.device import pick_device
+from dicode.device import available_bytes, pick_device
 from dicode.pipeline import DiCoDe
-from dicode.serve.render import Work, render, render_live
+from dicode.serve.render import Work, reconstruct, render, render_live
 from dicode.serve.request import Model, RequestError, models_of, parse
 from dicode.serve.store import Job, LostClaimError, Store
 
 POLL_S = 0.02  # between looks for a job
-MOST_LOADED = 2  # models in memory
+SPARE_BYTES = 3 * 2**30  # that are to be left before another model is loaded
 LOOK_S = 0.1  # between looks at the job that is being rendered
 
 
@@ -64,7 +65,7 @@ class Watched:
 
 
 class Loaded:
-    """Models in memory, the last used ones: loaded when a job asks for one."""
+    """Models in memory: loaded when a job asks for one, let go, the longest unused first, when memory is short."""
 
     def __init__(self, known: dict[str, Model], device: torch.device) -> None:
         self.known, self.device = known, device
@@ -73,8 +74,9 @@ class Loaded:
     def get(self, name: str) -> DiCoDe:
         """The model of this name."""
         if name not in self.models:
-            while len(self.models) >= MOST_LOADED:
+            while self.models and available_bytes(self.device) < SPARE_BYTES:
                 self.models.popitem(last=False)
+                gc.collect()
             self.models[name] = DiCoDe.from_pretrained(self.known[name].folder, device=str(self.device))
         self.models.move_to_end(name)
         return self.models[name]
@@ -91,12 +93,15 @@ def work(store: Store, loaded: Loaded, job: Job, draining: threading.Event) -> N
         model = loaded.get(name)
         parts = (model.tokenizer.denoiser, model.tokenizer.first_stage, model.lm.backbone)
         hooks = [part.register_forward_pre_hook(watched) for part in parts]
+        seconds: float | None = None
         own = Work(model, loaded.known[name], request, job_folder, folder, watched.report)
         if request.live:
             render_live(own, watched.directed, request.seconds)
+        elif request.reconstructs:
+            seconds = reconstruct(own)
         else:
             render(own)
-        store.complete(job)
+        store.complete(job, seconds)
         return
     except LostClaimError:
         store.fail(job, "cancelled", "cancelled")

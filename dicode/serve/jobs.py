@@ -1,0 +1,155 @@
+"""Endpoints of jobs: to queue, list, watch, change and forget them."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from dicode.serve import uploads
+from dicode.serve.names import LEAST_SIDE, VIDEO
+from dicode.serve.request import RequestError, VideoRequest, parse
+from dicode.serve.server import JobId, Server, inlined, length_s
+from dicode.serve.store import Store
+from dicode.serve.streams import events_of
+
+POLL_MS = 500  # what clients are asked to wait between looks
+
+
+def add_jobs(app: FastAPI, server: Server) -> None:
+    """The endpoints that make, list, change and forget jobs."""
+    content = {"application/json": {"schema": inlined(VideoRequest.model_json_schema())}}
+    body = {"requestBody": {"required": True, "content": content}}
+
+    @app.post("/v1/videos", openapi_extra=body, summary="Queue a video")
+    async def create(request: Request) -> Any:
+        values, files = await uploads.body_of(request)
+        return await run_in_threadpool(_queue, server, values, files, request.headers.get("idempotency-key"))
+
+    @app.get("/v1/videos", summary="Jobs, newest first")
+    def listed(
+        after: Annotated[str | None, Query(max_length=64)] = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Any:
+        jobs, more = server.store.page(after, limit, order == "desc")
+        data = server.shown(*jobs)
+        ends = {"first_id": jobs[0].id if jobs else None, "last_id": jobs[-1].id if jobs else None}
+        return {"object": "list", "data": data, **ends, "has_more": more}
+
+    @app.get("/v1/videos/{video_id}", summary="A job, and how far it is")
+    def retrieve(video_id: JobId, response: Response) -> Any:
+        job = server.store.get(video_id)
+        if not job.finished:
+            response.headers["openai-poll-after-ms"] = str(POLL_MS)
+        return server.shown(job)[0]
+
+    @app.delete("/v1/videos/{video_id}", summary="Forget a job, and remove its files")
+    def delete(video_id: JobId) -> Any:
+        server.forget(video_id)
+        return {"id": video_id, "object": "video.deleted", "deleted": True}
+
+    @app.post("/v1/videos/{video_id}/cancel", summary="Stop a job")
+    def cancel(video_id: JobId) -> Any:
+        return server.shown(server.store.cancel(video_id))[0]
+
+    @app.post("/v1/videos/{video_id}/direct", summary="What a live video goes on with, or that it ends")
+    async def direct(video_id: JobId, request: Request) -> Any:
+        values, _ = await uploads.body_of(request)
+        return await run_in_threadpool(_directed, server, video_id, values)
+
+    @app.post("/v1/videos/{video_id}/remix", summary="The same seeds under another prompt")
+    async def remix(video_id: JobId, request: Request) -> Any:
+        values, _ = await uploads.body_of(request)
+        return await run_in_threadpool(_remixed, server, video_id, values)
+
+    @app.post("/v1/videos/reconstructions", summary="A given video through its deep tokens and back")
+    async def reconstruct(request: Request) -> Any:
+        values, files = await uploads.body_of(request, uploads.MOVIES)
+        values["reconstructs"] = True
+        return await run_in_threadpool(_queue, server, values, files, request.headers.get("idempotency-key"))
+
+    @app.post("/v1/videos/extensions", summary="Go on from a finished video")
+    async def extend(request: Request) -> Any:
+        values, _ = await uploads.body_of(request)
+        return await run_in_threadpool(_extended, server, values, request.headers.get("idempotency-key"))
+
+    @app.get("/v1/videos/{video_id}/events", summary="What happens to a job, as server-sent events")
+    async def events(video_id: JobId, request: Request) -> Response:
+        server.store.get(video_id)
+        seen = request.headers.get("last-event-id", "")
+        after = int(seen) if seen.isdecimal() and len(seen) < 10 else -1
+        return StreamingResponse(events_of(server.store, video_id, after), media_type="text/event-stream")
+
+
+def _queue(
+    server: Server, values: dict[str, Any], files: uploads.Files, key: str | None = None, continued: Path | None = None
+) -> dict[str, Any]:
+    """Check a request, keep its files, and queue it."""
+    if server.draining:
+        raise HTTPException(503, "the server is ending; try again later")
+    request = parse({name: value for name, value in values.items() if value is not None})
+    name = request.model or next(iter(server.models))
+    if name not in server.models:
+        raise RequestError(f"model: expected one of {', '.join(server.models)}, got {name[:80]!r}", "model")
+    if request.reconstructs != any(own.startswith("source") for own in files):
+        raise RequestError("video: expected a video file, and that at /v1/videos/reconstructions alone", "video")
+    model = server.models[name]
+    model.scale(request.size, LEAST_SIDE)
+    model.check(request, any(own.startswith("last_image") for own in files), server.most_s)
+    job_id = Store.new_id()
+    folder = server.job_folder(job_id)
+    try:
+        uploads.keep(files, folder)
+        if continued is not None:
+            shutil.copyfile(continued, folder / "continued.mp4")
+        job = server.store.add(job_id, request.model_copy(update={"model": name}).model_dump(), server.queue, key)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if job.id != job_id:  # its key was known
+        shutil.rmtree(folder, ignore_errors=True)
+    return server.shown(job)[0]
+
+
+def _directed(server: Server, video_id: str, values: dict[str, Any]) -> dict[str, Any]:
+    job = server.store.get(video_id)
+    if not job.request["live"]:
+        raise RequestError("only a live video can be directed", "video_id")
+    try:
+        if values.get("end"):
+            server.store.direct(video_id, "end", {})
+        else:
+            server.store.direct(video_id, "prompt", {"prompt": parse({"prompt": values.get("prompt", "")}).prompt})
+    except RequestError:
+        raise
+    except ValueError as error:
+        raise HTTPException(409, str(error)) from error
+    return server.shown(server.store.get(video_id))[0]
+
+
+def _remixed(server: Server, video_id: str, values: dict[str, Any]) -> dict[str, Any]:
+    job = server.store.get(video_id)
+    if job.request["reconstructs"]:
+        raise RequestError("a reconstruction has no prompt to change", "video_id")
+    kept = {path.name: path.read_bytes() for path in server.job_folder(video_id).glob("*.*") if path.is_file()}
+    files = {name: data for name, data in kept.items() if not name.startswith("continued")}
+    given = server.job_folder(video_id) / "continued.mp4"
+    own = {"prompt": values.get("prompt", ""), "shots": None, "remixed_from_video_id": video_id}
+    own["seconds"] = length_s(job.request)
+    return _queue(server, {**job.request, **own}, files, continued=given if given.is_file() else None)
+
+
+def _extended(server: Server, values: dict[str, Any], key: str | None) -> dict[str, Any]:
+    source = values.pop("video", None)
+    source = source.get("id") if isinstance(source, dict) else source
+    if not isinstance(source, str):
+        raise RequestError("video: expected the id of a video", "video")
+    job = server.store.get(source)
+    if job.status != "completed":
+        raise HTTPException(409, "the video is not completed yet")
+    own = {"model": job.request["model"], "extends": source}
+    return _queue(server, {**own, **values}, {}, key, continued=server.file(job, VIDEO))
