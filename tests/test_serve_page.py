@@ -7,18 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from serving import served
 
 from dicode.serve.request import models_of
 from dicode.serve.server import Server
 from dicode.serve.store import Store
+from dicode.video.read import read_video
+from dicode.video.write import VideoWriter
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if os.environ.get("DICODE_BROWSER"):  # it has to be there
     browsers: Any = importlib.import_module("playwright.sync_api")
+    checks: Any = importlib.import_module("axe_playwright_python.sync_playwright")
 else:
     browsers = pytest.importorskip("playwright.sync_api", reason="no Playwright")
+    checks = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe")
     if BROWSER is None:
         pytest.skip("no Chromium", allow_module_level=True)
 
@@ -39,7 +44,7 @@ def address(tmp_path: Path, tiny_model: Path) -> Iterator[str]:
 def page(address: str) -> Iterator[Any]:
     with browsers.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page()
+        page = browser.new_page(bypass_csp=True)  # `wait_for_function` evaluates text
         page.set_default_timeout(PATIENCE_MS)
         faults: list[str] = []
         page.on("pageerror", lambda error: faults.append(str(error)))
@@ -146,11 +151,39 @@ def test_what_a_model_cannot_do_is_not_offered(tmp_path: Path, tiny_model: Path)
         browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
         page = browser.new_page()
         page.goto(address)
-        page.wait_for_function("document.querySelectorAll('#model option').length == 2")
+        page.wait_for_selector("#model option[value=blocks]", state="attached")
         assert page.is_visible("#loop-label") and page.is_visible("#last-drop") and page.is_hidden("#actions")
         page.select_option("#model", "blocks")
         assert page.is_hidden("#loop-label") and page.is_hidden("#last-drop")
         browser.close()
+
+
+def test_the_page_keeps_to_its_own_content_security_policy(address: str) -> None:
+    with browsers.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page, said = browser.new_page(), list[str]()
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(address)
+        page.wait_for_selector("#model option", state="attached")
+        make(page, "a spark", "4")
+        page.wait_for_selector("#frames li:nth-child(3)", timeout=PATIENCE_MS)
+        page.wait_for_selector("#gallery img")
+        browser.close()
+    assert not said
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(page: Any, scheme: str) -> None:
+    axe = checks.Axe()
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    page.click("#add-shot")
+    page.fill("#shots input[type=text]", "it grows")
+    page.click("summary")
+    make(page, "a spark", "2")
+    finished(page)
+    page.wait_for_selector("#gallery img")
+    found = axe.run(page)
+    assert found.violations_count == 0, found.generate_report()
 
 
 def test_nothing_is_wider_than_a_phone(page: Any) -> None:
@@ -164,3 +197,25 @@ def test_the_page_is_small_and_loads_nothing_from_elsewhere() -> None:
     files: dict[str, Any] = {path.name: path.read_text() for path in PAGE.iterdir()}
     assert sum(len(text.encode()) for text in files.values()) < MOST_BYTES
     assert not [name for name, text in files.items() if "https://" in text or "//cdn" in text]
+
+
+def test_one_clip_again_and_a_video_beside_its_reconstruction(page: Any, tmp_path: Path) -> None:
+    make(page, "a spark", "4")
+    finished(page)
+    first = page.evaluate("location.hash")
+    page.click("text=This clip alone >> nth=0")
+    page.wait_for_function(f"location.hash != '{first}'")
+    finished(page)
+    own = page.evaluate("fetch('/v1/videos/' + location.hash.slice(1)).then((r) => r.json())")
+    assert (own["request"]["reroll_from"], own["request"]["reroll_clips"]) == (0, 1)
+    with VideoWriter(tmp_path / "own.mp4") as writer:
+        writer.write(np.random.default_rng(0).integers(0, 255, (32, 32, 32, 3), np.uint8))
+    page.set_input_files("#own", tmp_path / "own.mp4")
+    page.wait_for_function("document.querySelector('#state').textContent.startsWith('Left what was given')")
+    page.wait_for_function("document.querySelectorAll('.both video').length == 2")
+    page.fill(".stage input[type=range]", "20")
+    assert "80%" in page.evaluate("document.querySelectorAll('.both video')[1].style.clipPath")
+    page.wait_for_function("[...document.querySelectorAll('.both video')].every((own) => own.readyState >= 2)")
+    with page.expect_download() as download:
+        page.click("#gif")
+    assert len(read_video(download.value.path(), None).frames) == 32

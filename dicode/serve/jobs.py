@@ -61,7 +61,7 @@ def add_jobs(app: FastAPI, server: Server) -> None:
         values, _ = await uploads.body_of(request)
         return await run_in_threadpool(_directed, server, video_id, values)
 
-    @app.post("/v1/videos/{video_id}/remix", summary="The same seeds under another prompt")
+    @app.post("/v1/videos/{video_id}/remix", summary="The same once more, but for the fields given: seeds under another prompt")
     async def remix(video_id: JobId, request: Request) -> Any:
         values, _ = await uploads.body_of(request)
         return await run_in_threadpool(_remixed, server, video_id, values)
@@ -138,9 +138,10 @@ def _remixed(server: Server, video_id: str, values: dict[str, Any]) -> dict[str,
     kept = {path.name: path.read_bytes() for path in server.job_folder(video_id).glob("*.*") if path.is_file()}
     files = {name: data for name, data in kept.items() if not name.startswith("continued")}
     given = server.job_folder(video_id) / "continued.mp4"
-    own = {"prompt": values.get("prompt", ""), "shots": None, "remixed_from_video_id": video_id}
-    own["seconds"] = length_s(job.request)
-    return _queue(server, {**job.request, **own}, files, continued=given if given.is_file() else None)
+    own: dict[str, Any] = {"remixed_from_video_id": video_id}
+    if values.get("prompt"):
+        own |= {"shots": None, "seconds": length_s(job.request)}
+    return _queue(server, {**job.request, **own, **values}, files, continued=given if given.is_file() else None)
 
 
 def _extended(server: Server, values: dict[str, Any], key: str | None) -> dict[str, Any]:

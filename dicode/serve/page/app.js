@@ -50,7 +50,7 @@ async function make(changes = {}) {
   const values = Object.fromEntries(Object.entries({ ...request(), ...changes }).filter(([, value]) => value !== undefined));
   const files = [["input_reference", $("first").files[0]], ["last_image", $("last").files[0]]].filter(([, file]) => file);
   if (!files.length) {
-    return call("/v1/videos", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) });
+    return call("/v1/videos", json(values));
   }
   const form = new FormData();
   for (const [name, value] of Object.entries(values)) form.append(name, typeof value === "object" ? JSON.stringify(value) : value);
@@ -84,25 +84,33 @@ async function live() {
 }
 
 async function direct(values) {
-  const path = `/v1/videos/${state.current.id}/direct`;
-  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) };
-  if (await attempt(() => call(path, options))) $("more").value = "";
+  if (await attempt(() => call(`/v1/videos/${state.current.id}/direct`, json(values)))) $("more").value = "";
 }
 
+const json = (values) => ({ method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) });
+
 async function again(video, changes) {
-  const { extends: source, ...own } = video.request;
-  const values = Object.fromEntries(Object.entries({ ...own, ...changes }).filter(([, value]) => value !== null));
-  if (values.shots) delete values.seconds;
-  const made = await attempt(() => call("/v1/videos", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) }));
+  if (video.request.reconstructs) return;
+  const made = await attempt(() => call(`/v1/videos/${video.id}/remix`, json(changes)));
   if (made) { show([made]); refresh(); }
+}
+
+async function reconstruct() {
+  const file = $("own").files[0];
+  if (!file) return;
+  const form = new FormData();
+  form.append("model", $("model").value);
+  form.append("video", file);
+  const video = await attempt(() => call("/v1/videos/reconstructions", { method: "POST", body: form }));
+  $("own").value = "";
+  if (video) { show([video]); refresh(); }
 }
 
 async function extend() {
   const video = state.current;
   if (!video) return;
   const text = $("more").value.trim() || video.prompt;
-  const made = await attempt(() => call("/v1/videos/extensions", { method: "POST", headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ prompt: text, seconds: 2, video: { id: video.id } }) }));
+  const made = await attempt(() => call("/v1/videos/extensions", json({ prompt: text || "it goes on", seconds: 2, model: video.model, video: { id: video.id } })));
   if (made) { show([made]); refresh(); }
 }
 
@@ -161,6 +169,7 @@ function watch(video) {
   if (video.status === "completed") {
     player.src = `${path}/content`;
     drawFrames(video);
+    compare(video, player);
     say(video);
     return { stop() {} };
   }
@@ -178,6 +187,7 @@ function watch(video) {
     await finished();
     drawFrames(video);
     if (!await streaming) player.src = `${path}/content`;
+    compare(video, player);
   });
   events.addEventListener("failed", finished);
   events.addEventListener("deleted", () => events.close());
@@ -185,12 +195,36 @@ function watch(video) {
   return { stop() { events.close(); } };
 }
 
+// What was given, over what its tokens hold, up to a slider.
+function compare(video, player) {
+  if (!video.request.reconstructs || $("stage").querySelector(".both")) return;
+  const both = document.createElement("div"), given = document.createElement("video"), slider = document.createElement("input");
+  both.className = "both";
+  Object.assign(given, { muted: true, playsInline: true, src: `/v1/videos/${video.id}/content?variant=source` });
+  given.setAttribute("aria-label", "The given video");
+  Object.assign(slider, { type: "range", min: 0, max: 100, value: 50 });
+  slider.setAttribute("aria-label", "Share of the picture that shows the given video; the rest is rendered from its tokens");
+  slider.oninput = () => { given.style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`; both.style.setProperty("--share", `${slider.value}%`); };
+  slider.oninput();
+  const follow = () => { if (Math.abs(given.currentTime - player.currentTime) > 0.06) given.currentTime = player.currentTime; };
+  Object.assign(player, { onplay: () => { given.play().catch(() => {}); }, onpause: () => given.pause(), ontimeupdate: follow, onseeked: follow });
+  player.replaceWith(both);
+  both.append(player, given);
+  const box = document.createElement("div");
+  box.className = "compare";
+  both.replaceWith(box);
+  box.append(both, slider);
+  player.play().catch(() => {});
+}
+
 function say(video) {
   if (video.id !== state.current?.id) return;
+  const left = video.seconds_left ? `, about ${Math.ceil(video.seconds_left)} s left` : "";
   const texts = {
-    queued: video.position ? `Waiting; ${video.position} before it.` : "Waiting for the worker.",
-    in_progress: video.request.live ? "Live: what is typed takes over at the next key frame." : `Rendering: ${video.progress} %.`,
-    completed: `${video.seconds} s, seed ${video.request.seed}, ${numbers(video)}`,
+    queued: `${video.position ? `Waiting; ${video.position} before it` : "Waiting for the worker"}${left}.`,
+    in_progress: video.request.live ? "Live: what is typed takes over at the next key frame." : `Rendering: ${video.progress} %${left}.`,
+    completed: video.request.reconstructs ? `Left what was given, right what ${numbers(video)} hold of it.`
+      : `${video.seconds} s, seed ${video.request.seed}, written as ${numbers(video)}.`,
     failed: `Failed: ${video.error?.message}`,
   };
   $("state").textContent = texts[video.status];
@@ -200,7 +234,7 @@ function numbers(video) {
   const model = state.models.find((own) => own.id === video.model);
   if (!model) return "";
   const count = Math.ceil(Number(video.seconds) / model.clip_s) + 1;
-  return `written as ${(count * model.numbers_per_keyframe).toLocaleString("en")} numbers.`;
+  return `${(count * model.numbers_per_keyframe).toLocaleString("en")} numbers`;
 }
 
 function drawFrames(video) {
@@ -218,11 +252,11 @@ function drawFrames(video) {
       frame.style.backgroundImage = `url(${picture.src})`;
       frame.style.backgroundPositionX = `${-104 * i}px`;
       item.append(frame, `${i * clip} s`);
-      if (i + 1 < total) {
+      if (i + 1 < total && !video.request.reconstructs) for (const [text, clips] of [["Again from here", null], ["This clip alone", 1]]) {
         const reroll = document.createElement("button");
         reroll.type = "button";
-        reroll.textContent = "Again from here";
-        reroll.onclick = () => again(video, { reroll_from: i, reroll_seed: Math.floor(Math.random() * 1e9) });
+        reroll.textContent = text;
+        reroll.onclick = () => again(video, { reroll_from: i, reroll_clips: clips, reroll_seed: Math.floor(Math.random() * 1e9) });
         item.append(reroll);
       }
       return item;
@@ -278,7 +312,9 @@ function drawActions() {
   $("extend").hidden = runs;
   $("extend").disabled = !done;
   $("cancel").disabled = done || video.status === "failed";
-  for (const [id, href, name] of [["download", `${path}/content`, `${video.id}.mp4`], ["plan", `${path}/plan`, `${video.id}.safetensors`]]) {
+  const content = `${path}/content`;
+  for (const [id, href, name] of [["download", content, `${video.id}.mp4`], ["gif", `${content}?variant=gif`, `${video.id}.gif`],
+    ["webm", `${content}?variant=webm`, `${video.id}.webm`], ["plan", `${path}/plan`, `${video.id}.safetensors`]]) {
     $(id).hidden = !done;
     $(id).href = href;
     $(id).download = name;
@@ -322,7 +358,7 @@ async function refresh(older = false) {
   const items = page.data.map((video) => {
     const item = document.createElement("li"), button = document.createElement("button"), text = document.createElement("span");
     button.type = "button";
-    text.textContent = video.prompt || (video.request.shots || []).map((shot) => shot.prompt).join(" · ");
+    text.textContent = video.prompt || (video.request.shots || []).map((shot) => shot.prompt).join(" · ") || "a given video";
     if (video.status === "completed") {
       const image = new Image();
       image.src = `/v1/videos/${video.id}/content?variant=thumbnail`; image.alt = ""; image.loading = "lazy";
@@ -363,7 +399,7 @@ function keys(event) {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (event.key === " ") { if (player.paused) player.play().catch(() => {}); else player.pause(); }
   else if (step) { player.pause(); player.currentTime = Math.max(0, player.currentTime + step / model.fps); }
-  else if (event.key.toLowerCase() === "r") again(state.current, { seed: Math.floor(Math.random() * 1e9), reroll_from: null, reroll_seed: null });
+  else if (event.key.toLowerCase() === "r") again(state.current, { seed: Math.floor(Math.random() * 1e9), reroll_from: null, reroll_seed: null, reroll_clips: null });
   else if (event.key.toLowerCase() === "e") extend();
   else return;
   event.preventDefault();
@@ -372,7 +408,12 @@ function keys(event) {
 function droppable(label, input) {
   label.ondragover = (event) => { event.preventDefault(); label.classList.add("over"); };
   label.ondragleave = () => label.classList.remove("over");
-  label.ondrop = (event) => { event.preventDefault(); label.classList.remove("over"); input.files = event.dataTransfer.files; };
+  label.ondrop = (event) => {
+    event.preventDefault();
+    label.classList.remove("over");
+    input.files = event.dataTransfer.files;
+    input.dispatchEvent(new Event("change"));
+  };
 }
 
 async function start() {
@@ -400,6 +441,8 @@ async function start() {
   };
   droppable($("first-drop"), $("first"));
   droppable($("last-drop"), $("last"));
+  droppable($("own-drop"), $("own"));
+  $("own").onchange = reconstruct;
   document.addEventListener("keydown", keys);
   await refresh();
   const linked = location.hash.slice(1);
