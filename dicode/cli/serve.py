@@ -1,9 +1,9 @@
 """`dicode serve`: an HTTP API, a queue and a page."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from dicode.cli import common
 from dicode.config import DEFAULT_MODEL, Count, Range
@@ -25,6 +25,9 @@ class Serve:
     hosts: tuple[str, ...] = ()  # host names that requests may be for, beside this machine's
     queue: Count = 32  # jobs that may wait; more are refused with 429
     max_seconds: common.Seconds = 600.0  # longest video in seconds
+    ray: str | None = None  # Ray cluster to serve on: an address, auto, or local for one started here; needs --database
+    workers: Count = 1  # worker replicas on the Ray cluster
+    database: str | None = None  # address of PostgreSQL, for several machines; default: DICODE_DATABASE, or SQLite
     keep_days: common.Days | None = None  # days that a finished video is kept; default: until it is deleted
 
 
@@ -36,19 +39,31 @@ def serve(command: Serve, watch: Stopwatch) -> None:
         from dicode.serve.app import make_app
     from dicode.serve.request import models_of
     from dicode.serve.server import LOCAL, Server
-    from dicode.serve.store import Store
+    from dicode.serve.store import DATABASE, Store
     from dicode.serve.supervisor import Supervisor
 
     key = command.api_key or os.environ.get(KEY)
     if command.host not in LOCAL and not key:
         raise ValueError(f"--host: {command.host} can be reached from other machines; set --api-key or {KEY}")
+    database = command.database or os.environ.get(DATABASE)
+    if command.ray and not database:
+        raise ValueError(f"--ray: machines share jobs in PostgreSQL; set --database or {DATABASE}")
     models = models_of(list(command.model))
     command.data_folder.mkdir(parents=True, exist_ok=True)
-    store = Store(command.data_folder)
-    supervisor = Supervisor(store, command.model, command.device.split(","))
     hosts = (*LOCAL, *command.hosts) if command.hosts or command.host in LOCAL else ("*",)
-    server = Server(command.data_folder, models, store, supervisor, key, command.queue, command.max_seconds, hosts)
-    server.keep_days = command.keep_days
-    server.sweep()
+    limits: dict[str, Any] = {"api_key": key, "queue": command.queue, "most_s": command.max_seconds, "hosts": hosts}
+    limits["keep_days"] = command.keep_days
     print(f"http://{command.host}:{command.port}: {', '.join(models)}; jobs in {command.data_folder}", flush=True)
+    if command.ray:
+        from dicode.serve.cluster import run
+
+        run(command.ray, (command.host, command.port), command.workers, {
+            "folder": str(command.data_folder.resolve()), "database": database, "models": list(command.model),
+            "device": command.device, **limits,
+        })  # fmt: skip
+        return
+    store = Store(command.data_folder, database)
+    server = Server(command.data_folder, models, store, Supervisor(store, command.model, command.device.split(",")))
+    server = replace(server, **limits)
+    server.sweep()
     uvicorn.run(make_app(server), host=command.host, port=command.port, log_level="warning")

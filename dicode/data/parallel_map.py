@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
@@ -73,18 +74,9 @@ def _run(work: Callable[[A], B], unit: A) -> B:
 
 
 def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: str) -> Iterator[B]:
-    try:
-        import ray
+    with ray_cluster(address, workers):
         import ray.data
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "cluster") from error
-    start = not ray.is_initialized()
-    if start and address == "local":
-        _start_ray(workers)
-    elif start:
-        _check_answers(address)
-        ray.init(address)
-    try:
+
         ray.data.DataContext.get_current().enable_progress_bars = False
 
         def run(row: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +86,23 @@ def _by_ray(work: Callable[[A], B], units: Sequence[A], workers: int, address: s
         blocks = ray.data.from_items(items, override_num_blocks=len(items))
         results = blocks.map(run, num_cpus=1, max_retries=4)  # a unit that kills five workers is an error, not bad luck
         yield from (row["result"] for row in results.iter_rows())
+
+
+@contextmanager
+def ray_cluster(address: str, workers: int) -> Iterator[None]:
+    """Be connected to the Ray cluster of `address`, `auto` or `local` (see `parallel_map`); one around is kept."""
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "cluster") from error
+    start = not ray.is_initialized()
+    if start and address == "local":
+        _start_ray(workers)
+    elif start:
+        _check_answers(address)
+        ray.init(address)
+    try:
+        yield
     finally:
         if start:
             ray.shutdown()

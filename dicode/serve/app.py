@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -26,7 +25,6 @@ from dicode.serve.jobs import add_jobs
 from dicode.serve.request import Model, RequestError
 from dicode.serve.server import DAY_S, Server
 from dicode.serve.store import QueueFullError
-from dicode.serve.supervisor import SILENT_S
 
 PAGE = Path(__file__).parent / "page"
 COOKIE = "dicode_key"
@@ -100,10 +98,10 @@ def _from_here(request: Request) -> bool:
 async def _look_after(server: Server) -> None:
     """Give the jobs of silent workers to others, and forget the old ones."""
     while True:
-        with suppress(sqlite3.OperationalError):  # busy: the next look will do
-            await run_in_threadpool(server.store.release, None, SILENT_S)
+        with suppress(*server.store.passing):  # busy: the next look will do
+            await run_in_threadpool(server.store.release, None, server.silent_s)
             await run_in_threadpool(forget_old, server)
-        await asyncio.sleep(SILENT_S / 4)
+        await asyncio.sleep(server.silent_s / 4)
 
 
 def forget_old(server: Server) -> None:

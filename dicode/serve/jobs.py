@@ -11,8 +11,8 @@ from starlette.exceptions import HTTPException
 
 from dicode.serve import uploads
 from dicode.serve.names import LEAST_SIDE, VIDEO
-from dicode.serve.request import RequestError, VideoRequest, parse
-from dicode.serve.server import JobId, Server, inlined, length_s
+from dicode.serve.request import RequestError, parse, schema_of_requests
+from dicode.serve.server import JobId, Server, length_s
 from dicode.serve.store import Store
 from dicode.serve.streams import events_of
 
@@ -21,10 +21,14 @@ POLL_MS = 500  # what clients are asked to wait between looks
 
 def add_jobs(app: FastAPI, server: Server) -> None:
     """The endpoints that make, list, change and forget jobs."""
-    content = {"application/json": {"schema": inlined(VideoRequest.model_json_schema())}}
-    body = {"requestBody": {"required": True, "content": content}}
+    whole, text, file = schema_of_requests(), {"type": "string"}, {"type": "string", "format": "binary"}
+    fields: dict[str, Any] = whole["properties"]
 
-    @app.post("/v1/videos", openapi_extra=body, summary="Queue a video")
+    @app.post(
+        "/v1/videos",
+        openapi_extra=_body({**fields, **dict.fromkeys(uploads.IMAGES.fields, text)}),
+        summary="Queue a video",
+    )
     async def create(request: Request) -> Any:
         values, files = await uploads.body_of(request)
         return await run_in_threadpool(_queue, server, values, files, request.headers.get("idempotency-key"))
@@ -56,23 +60,41 @@ def add_jobs(app: FastAPI, server: Server) -> None:
     def cancel(video_id: JobId) -> Any:
         return server.shown(server.store.cancel(video_id))[0]
 
-    @app.post("/v1/videos/{video_id}/direct", summary="What a live video goes on with, or that it ends")
+    @app.post(
+        "/v1/videos/{video_id}/direct",
+        openapi_extra=_body({"prompt": fields["prompt"], "end": fields["live"]}),
+        summary="What a live video goes on with, or that it ends",
+    )
     async def direct(video_id: JobId, request: Request) -> Any:
         values, _ = await uploads.body_of(request)
         return await run_in_threadpool(_directed, server, video_id, values)
 
-    @app.post("/v1/videos/{video_id}/remix", summary="The same once more, but for the fields given: seeds under another prompt")
+    @app.post(
+        "/v1/videos/{video_id}/remix",
+        openapi_extra=_body(fields),
+        summary="The same once more, but for the fields given: seeds under another prompt",
+    )
     async def remix(video_id: JobId, request: Request) -> Any:
         values, _ = await uploads.body_of(request)
         return await run_in_threadpool(_remixed, server, video_id, values)
 
-    @app.post("/v1/videos/reconstructions", summary="A given video through its deep tokens and back")
+    own = {name: fields[name] for name in ("model", "size", "seed")}
+
+    @app.post(
+        "/v1/videos/reconstructions",
+        openapi_extra=_body({**own, "video": file}, "video", form=True),
+        summary="A given video through its deep tokens and back",
+    )
     async def reconstruct(request: Request) -> Any:
         values, files = await uploads.body_of(request, uploads.MOVIES)
         values["reconstructs"] = True
         return await run_in_threadpool(_queue, server, values, files, request.headers.get("idempotency-key"))
 
-    @app.post("/v1/videos/extensions", summary="Go on from a finished video")
+    @app.post(
+        "/v1/videos/extensions",
+        openapi_extra=_body({**fields, "video": text}, "video", "prompt"),
+        summary="Go on from a finished video",
+    )
     async def extend(request: Request) -> Any:
         values, _ = await uploads.body_of(request)
         return await run_in_threadpool(_extended, server, values, request.headers.get("idempotency-key"))
@@ -83,6 +105,13 @@ def add_jobs(app: FastAPI, server: Server) -> None:
         seen = request.headers.get("last-event-id", "")
         after = int(seen) if seen.isdecimal() and len(seen) < 10 else -1
         return StreamingResponse(events_of(server.store, video_id, after), media_type="text/event-stream")
+
+
+def _body(properties: dict[str, Any], *required: str, form: bool = False) -> dict[str, Any]:
+    """OpenAPI's description of a request's body."""
+    schema = {"type": "object", "properties": properties, "required": [*required], "additionalProperties": False}
+    kind = "multipart/form-data" if form else "application/json"
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
 
 
 def _queue(

@@ -1,5 +1,6 @@
 """What a client may ask for, checked before it is queued, against the model's configuration alone."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -140,6 +141,18 @@ class Model:
             message = f"seconds: {self.name} holds {most:g}; for more give context_key_frames, 2 to {limit}"
             raise RequestError(message, "seconds")
         return sampling
+
+
+def schema_of_requests() -> dict[str, Any]:
+    """The JSON schema of a request: fields of `SamplingConfig` named, definitions in their places."""
+    schema = VideoRequest.model_json_schema()
+    text = json.dumps({name: value for name, value in schema.items() if name != "$defs"})
+    for name, own in schema.get("$defs", {}).items():
+        text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(own))
+    whole = json.loads(text)
+    whole["properties"] |= {name: {"type": "integer" if name in WHOLE else "number", "minimum": 0} for name in SAMPLING}
+    whole["properties"]["joins"] = {"enum": list(get_args(Joins))}
+    return {**whole, "additionalProperties": False}
 
 
 def numbers(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What all endpoints of the server share: its store, models and limits, and how a job is shown."""
 
-import json
 import math
 import shutil
 import time
@@ -34,6 +33,7 @@ class Server:
     most_s: float = 600.0  # seconds of a video
     hosts: tuple[str, ...] = LOCAL
     keep_days: float | None = None  # that a finished job is kept; None: until it is deleted
+    silent_s: float = 10.0  # after which the job of a worker that shows no sign of life is given to another
     draining: bool = False
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
@@ -98,12 +98,3 @@ class Server:
 def length_s(request: dict[str, Any]) -> float:
     """Seconds of a video, of a request as it is stored."""
     return sum(shot["seconds"] for shot in request["shots"]) if request["shots"] else request["seconds"]
-
-
-def inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema without definitions apart, which OpenAPI would look for elsewhere."""
-    definitions = schema.pop("$defs", {})
-    text = json.dumps(schema)
-    for name, own in definitions.items():
-        text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(own))
-    return json.loads(text)

@@ -1,11 +1,10 @@
-"""Jobs of the server, in SQLite: what was asked for, how far it is, what came of it. Any number of processes share it.
+"""Jobs of the server, in a database of any number of processes: what was asked for, how far it is, what came of it.
 
 A job is *queued* until a worker claims it, then *in_progress* under that claim until it is *completed* or *failed*. All
 that a worker writes names its claim: one that was thought dead, and whose job was queued again, changes nothing more.
 """
 
 import json
-import sqlite3
 import threading
 import time
 import uuid
@@ -16,35 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    idempotency_key TEXT UNIQUE,
-    status TEXT NOT NULL,
-    request TEXT NOT NULL,
-    created_at REAL NOT NULL,
-    started_at REAL,
-    completed_at REAL,
-    progress REAL NOT NULL DEFAULT 0,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    claim TEXT,
-    worker TEXT,
-    beat_at REAL,
-    cancelled INTEGER NOT NULL DEFAULT 0,
-    code TEXT,
-    message TEXT
-);
-CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, number);
-CREATE TABLE IF NOT EXISTS events (
-    job TEXT NOT NULL,
-    number INTEGER NOT NULL,
-    kind TEXT NOT NULL,
-    data TEXT NOT NULL,
-    PRIMARY KEY (job, number)
-);
-"""
-BUSY_S = 10.0  # how long one process waits for another's transaction
+from dicode.serve.database import Connection, Postgres, Sqlite
+
+DATABASE = "DICODE_DATABASE"  # environment variable: the address of PostgreSQL, which holds a password
 ATTEMPTS = 2  # a job whose worker died is begun once more
 Status = Literal["queued", "in_progress", "completed", "failed"]
 UNFINISHED = ("queued", "in_progress")
@@ -97,31 +70,37 @@ class Event:
 
 
 class Store:
-    """The database of a data folder; its methods may be called from any thread."""
+    """The jobs of a data folder, in a file there or in the database named; called from any thread."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "jobs.sqlite"
+    def __init__(self, folder: Path, database: str | None = None) -> None:
+        self.folder, self.database = folder, database
+        self._kind = Sqlite(folder) if database is None else Postgres(database)
         self._local = threading.local()
         with self._transaction() as db:
-            for statement in SCHEMA.split(";"):
+            for statement in self._kind.schema.split(";"):
                 db.execute(statement)
 
-    def _connection(self) -> sqlite3.Connection:
-        if not hasattr(self._local, "db"):
-            db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")  # whole after any crash; a power cut may lose the last jobs
-            self._local.db = db
+    @property
+    def passing(self) -> tuple[type[Exception], ...]:
+        """Errors of the database after which another try may do: it is busy, or away."""
+        return self._kind.passing
+
+    def _connection(self) -> Connection:
+        if not hasattr(self._local, "db") or not self._kind.works(self._local.db):
+            self._local.db = self._kind.connect()
         return self._local.db
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Iterator[Connection]:
         db = self._connection()
-        db.execute("BEGIN IMMEDIATE")
+        db.execute(self._kind.begin[0])
         try:
+            for statement in self._kind.begin[1:]:
+                db.execute(statement)
             yield db
         except BaseException:
-            db.execute("ROLLBACK")
+            if self._kind.works(db):
+                db.execute("ROLLBACK")
             raise
         db.execute("COMMIT")
 
@@ -308,7 +287,7 @@ class Store:
         return lost
 
     @contextmanager
-    def _held(self, job: Job) -> Iterator[sqlite3.Connection]:
+    def _held(self, job: Job) -> Iterator[Connection]:
         """A transaction on a job that is this worker's and is not to be stopped; else raises `LostClaimError`."""
         with self._transaction() as db:
             if not self._jobs("WHERE id = ? AND claim = ? AND cancelled = 0", (job.id, job.claim)):
@@ -316,7 +295,7 @@ class Store:
             yield db
 
     def _finish(
-        self, db: sqlite3.Connection, job_id: str, status: Status, code: str | None = None, message: str | None = None
+        self, db: Connection, job_id: str, status: Status, code: str | None = None, message: str | None = None
     ) -> None:
         done = 1.0 if status == "completed" else None
         db.execute(
@@ -326,7 +305,7 @@ class Store:
         )
         self._note(db, job_id, status, {"code": code, "message": message} if code else {})
 
-    def _note(self, db: sqlite3.Connection, job_id: str, kind: str, data: Mapping[str, Any]) -> None:
+    def _note(self, db: Connection, job_id: str, kind: str, data: Mapping[str, Any]) -> None:
         db.execute(
             "INSERT INTO events (job, number, kind, data) "
             "SELECT ?, coalesce(max(number), -1) + 1, ?, ? FROM events WHERE job = ?",

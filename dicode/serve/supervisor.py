@@ -9,11 +9,10 @@ import threading
 import time
 from collections.abc import Sequence
 
-from dicode.serve.store import Store
+from dicode.serve.store import DATABASE, Store
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before a worker that died is begun again; doubled while it dies at once
 LIVED_S = 60.0  # a worker that lived so long is begun again after the first pause
-SILENT_S = 60.0  # a job whose worker has been silent for so long is given to another
 
 
 class Supervisor:
@@ -59,7 +58,7 @@ class Supervisor:
     def release(self, name: str) -> None:
         """Queue the jobs of a worker that has ended again, and remove what it had written of them."""
         for job in self.store.release(worker=name):
-            shutil.rmtree(self.store.path.parent / "jobs" / job.id / str(job.claim), ignore_errors=True)
+            shutil.rmtree(self.store.folder / "jobs" / job.id / str(job.claim), ignore_errors=True)
 
     def _keep(self, name: str, device: str) -> None:
         pause_s = FIRST_PAUSE_S
@@ -80,9 +79,11 @@ class Supervisor:
             self._ending.wait(pause_s)
 
     def _begin(self, name: str, device: str) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "dicode.serve.worker", str(self.store.path.parent), name, "--device", device]
+        command = [sys.executable, "-m", "dicode.serve.worker", str(self.store.folder), name, "--device", device]
+        database = {DATABASE: self.store.database} if self.store.database else {}
         return subprocess.Popen(
             [*command, "--models", *self.models],
+            env={**os.environ, **database},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

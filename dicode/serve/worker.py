@@ -2,8 +2,7 @@
 
     python -m dicode.serve.worker FOLDER NAME --device cpu --models blocks sprites
 
-A job is looked after at every key frame and denoising step: there it stops where it was cancelled, deleted, or given to
-another worker, and there it shows that it is alive.
+A job stops at the next key frame or denoising step once it was cancelled, deleted, or given to another worker.
 """
 
 import argparse
@@ -15,20 +14,23 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dicode.config import CheckpointError
 from dicode.device import available_bytes, pick_device
 from dicode.pipeline import DiCoDe
 from dicode.serve.render import Work, reconstruct, render, render_live
-from dicode.serve.request import Model, RequestError, models_of, parse
-from dicode.serve.store import Job, LostClaimError, Store
+from dicode.serve.request import Model, VideoRequest, models_of, parse
+from dicode.serve.store import DATABASE, Job, LostClaimError, Store
 
 POLL_S = 0.02  # between looks for a job
+AWAY_S = 1.0  # before another look at a database that does not answer
 SPARE_BYTES = 3 * 2**30  # that are to be left before another model is loaded
-LOOK_S = 0.1  # between looks at the job that is being rendered
+LOOK_S = 0.1  # between signs of life, and looks at the job that is being rendered
 
 
 class DrainingError(Exception):
@@ -36,17 +38,35 @@ class DrainingError(Exception):
 
 
 class Watched:
-    """A job while it is rendered; calling it raises `LostClaimError` once the job is no longer to be."""
+    """A job while it is rendered: a thread shows that its worker is alive, and looks whether it is still to be.
+
+    Calling it raises `LostClaimError` once the job is not.
+    """
 
     def __init__(self, store: Store, job: Job, draining: threading.Event) -> None:
         self.store, self.job, self.draining = store, job, draining
-        self.looked_s = 0.0
+        self.lost, self._over = False, threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "Watched":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not (self.lost or self._over.wait(LOOK_S)):
+            with suppress(*self.store.passing):  # busy: the next look will do
+                try:
+                    self.store.beat(self.job)
+                except LostClaimError:
+                    self.lost = True
 
     def __call__(self, *_: Any) -> None:
-        now = time.monotonic()
-        if now - self.looked_s >= LOOK_S:
-            self.store.beat(self.job)
-            self.looked_s = now
+        if self.lost:
+            raise LostClaimError(self.job.id)
 
     def report(self, progress: float, kind: str, data: dict[str, Any]) -> None:
         """As `render` asks for it. Raises `DrainingError` after a clip where the server is ending."""
@@ -84,41 +104,49 @@ class Loaded:
 
 def work(store: Store, loaded: Loaded, job: Job, draining: threading.Event) -> None:
     """Render one job, and note how it ended; of a job that was lost no file is left."""
-    job_folder = store.path.parent / "jobs" / job.id
-    folder, watched = job_folder / str(job.claim), Watched(store, job, draining)
-    hooks = []
+    folder, completed = store.folder / "jobs" / job.id / str(job.claim), False
     try:
-        request = parse(job.request)
-        name = request.model or next(iter(loaded.known))
-        model = loaded.get(name)
-        parts = (model.tokenizer.denoiser, model.tokenizer.first_stage, model.lm.backbone)
-        hooks = [part.register_forward_pre_hook(watched) for part in parts]
-        seconds: float | None = None
-        own = Work(model, loaded.known[name], request, job_folder, folder, watched.report)
-        if request.live:
-            render_live(own, watched.directed, request.seconds)
-        elif request.reconstructs:
-            seconds = reconstruct(own)
-        else:
-            render(own)
+        with Watched(store, job, draining) as watched:
+            seconds = rendered(loaded, parse(job.request), folder, watched)
+            watched()
         store.complete(job, seconds)
-        return
+        completed = True
     except LostClaimError:
         store.fail(job, "cancelled", "cancelled")
     except DrainingError:
         store.give_back(job)
-    except (RequestError, ValueError) as error:
-        store.fail(job, "invalid_request", one_line(error))
     except (MemoryError, torch.OutOfMemoryError):
         loaded.models.clear()
         store.fail(job, "out_of_memory", "not enough memory for a video of this size and length")
     except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, CheckpointError):  # of the request
+            store.fail(job, "invalid_request", one_line(error))
+            return
         print(f"{job.id}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         store.fail(job, "server_error", "the server could not render this video")
     finally:
+        if not completed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def rendered(loaded: Loaded, request: VideoRequest, folder: Path, watched: Watched) -> float | None:
+    """Write a job's files; returns the seconds of a video whose length was not known before."""
+    name = request.model or next(iter(loaded.known))
+    model = loaded.get(name)
+    parts = (model.tokenizer.denoiser, model.tokenizer.first_stage, model.lm.backbone)
+    hooks = [part.register_forward_pre_hook(watched) for part in parts]
+    own = Work(model, loaded.known[name], request, folder.parent, folder, watched.report)
+    try:
+        if request.reconstructs:
+            return reconstruct(own)
+        if request.live:
+            render_live(own, watched.directed, request.seconds)
+        else:
+            render(own)
+        return None
+    finally:
         for hook in hooks:
             hook.remove()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def one_line(error: Exception) -> str:
@@ -137,6 +165,20 @@ def end_with_parent(draining: threading.Event) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def work_on(store: Store, loaded: Loaded, name: str, draining: threading.Event) -> None:
+    """Claim and render jobs under this name until the event is set."""
+    while not draining.is_set():
+        try:
+            job = store.claim(name)
+        except store.passing:
+            time.sleep(AWAY_S)
+            continue
+        if job is None:
+            time.sleep(POLL_S)
+        else:
+            work(store, loaded, job, draining)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Claim and render, until the parent ends or closes its pipe."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -147,15 +189,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(argv)
     draining = threading.Event()
     end_with_parent(draining)
-    store = Store(asked.folder)
+    store = Store(asked.folder, os.environ.get(DATABASE))
     loaded = Loaded(models_of(asked.models), torch.device(pick_device(asked.device)))
     loaded.get(next(iter(loaded.known)))  # before the first job asks for it
     print("ready", flush=True)
-    while not draining.is_set():
-        if (job := store.claim(asked.name)) is None:
-            time.sleep(POLL_S)
-        else:
-            work(store, loaded, job, draining)
+    work_on(store, loaded, asked.name, draining)
 
 
 if __name__ == "__main__":
