@@ -7,7 +7,6 @@ Each trial begins servers of its own, in folders that it removes, and writes its
 
 import argparse
 import contextlib
-import io
 import os
 import random
 import re
@@ -377,14 +376,14 @@ def live(minutes: float = 60.0) -> dict[str, Any]:
     with server() as own:
         began = own.add(live=True, seconds=60 * minutes).json()["id"]
         store, (worker,) = Store(own.folder), own.workers()
-        begun_s, sizes, behind_s, received = time.monotonic(), [], [], io.BytesIO()
+        begun_s, sizes, behind_s, received = time.monotonic(), [], [], [0]
         over = threading.Event()
 
         def watch() -> None:
-            with own.client.stream("GET", f"/v1/videos/{began}/stream", timeout=None) as response:
+            address = f"{own.url}/v1/videos/{began}/stream"
+            with contextlib.suppress(httpx.TransportError), httpx.stream("GET", address, timeout=None) as response:
                 for part in response.iter_bytes():
-                    received.seek(0)
-                    received.write(len(part).to_bytes(8, "big"))
+                    received.append(len(part))
                     if over.is_set():
                         return
 
@@ -401,20 +400,20 @@ def live(minutes: float = 60.0) -> dict[str, Any]:
             if len(sizes) % 6 == 0:
                 text = f"{prompts[len(asked) % len(prompts)]}{' ' * (len(asked) // len(prompts))}".strip()
                 httpx.post(f"{own.url}/v1/videos/{began}/direct", json={"prompt": text}).raise_for_status()
-                asked[text] = 2.0 * len(clips)
-        own.client.post(f"/v1/videos/{began}/direct", json={"end": True})
+                asked[text] = watched_s
         httpx.post(f"{own.url}/v1/videos/{began}/direct", json={"end": True})
         wait_for(lambda: store.get(began).finished)
         over.set()
         for event in store.events(began):
             if event.kind == "clip" and event.data["prompt"] in asked and event.data["number"] > 1:
                 start = asked.pop(event.data["prompt"])
-                taken.append(max(0.0, 2.0 * (event.data["number"] - 1) - start))
+                taken.append(2.0 * (event.data["number"] - 1) - start)
         status, count = store.get(began).status, sum(event.kind == "clip" for event in store.events(began))
     later = np.array([own for own in sizes if own[0] > 120])
     slopes = [60 * float(np.polyfit(later[:, 0], later[:, i], 1)[0]) for i in (1, 2)]
     return {
-        "status": status, "minutes": minutes, "clips": count, "most_behind_s": max(behind_s[1:]),
+        "status": status, "minutes": minutes, "clips": count, "received_mib": sum(received) / 2**20,
+        "most_behind_s": max(behind_s[1:]),
         "worker_memory_mib": [sizes[0][1], sizes[-1][1]], "server_memory_mib": [sizes[0][2], sizes[-1][2]],
         "memory_slope_mib_a_minute": {"worker": slopes[0], "server": slopes[1]},
         "video_s_until_a_prompt_shows": {"median": float(np.median(taken)), "longest": max(taken)} if taken else None,

@@ -25,7 +25,7 @@ from dicode.video.timed import Picture, Video
 from dicode.video.write import VideoWriter
 
 SHOWN_SIDE = 128  # pixels of a key frame in the picture of all
-AHEAD_S = 4.0  # of a live video, rendered before it is watched: what is typed shows so much later
+AHEAD_S = 2.0  # of a live video that is not watched yet, below which the next clip is rendered
 LIVE_CONTEXT = 4  # key frames that a live video goes on from, where the model sets no number
 Report = Callable[[float, str, dict[str, Any]], None]  # progress 0…1, kind of event ("": none), its data
 
@@ -117,7 +117,7 @@ def reconstruct(work: Work) -> float:
 
 
 def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: float) -> None:
-    """A video that goes on, no more than `AHEAD_S` before it can be watched, until `directed` ends it.
+    """A video that goes on, at most `AHEAD_S` and a clip before it can be watched, until `directed` ends it.
 
     `directed` gives the prompt for the next clip, and whether the last one was the end. A new prompt goes on from the
     last key frame alone, as a storyboard's shot does; memory does not grow.
