@@ -370,7 +370,9 @@ def test_flags_are_the_frozen_ones(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0
-    assert sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", out)) - {"--version"}) == FLAGS[command].split()
+    assert (
+        sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", out)) - {"--version", "--threads"}) == FLAGS[command].split()
+    )
     # tyro takes comments for help texts: a flag without one gets that of the flag above
     rows = re.split(r"^[│ ] (?=\S)", re.sub(r"^[╭╰ ][─-].*|│$", "", out, flags=re.MULTILINE), flags=re.MULTILINE)[1:]
     texts = [" ".join(row.partition("  ")[2].replace("│", " ").split()).partition("(default:")[0] for row in rows]
@@ -394,6 +396,28 @@ def test_help_and_version_need_no_library_that_takes_time_to_load():
         argv = [sys.executable, "-c", program, *words.split()]
         out = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout
         assert out.startswith(expected)
+
+
+def test_threads_are_limited_and_wait_asleep(capsys):
+    show = "sys.exit = lambda code: print(os.environ.get('GOMP_SPINCOUNT'), torch.get_num_threads())\n"
+    program = "import os, sys\nfrom dicode.cli.app import console\nimport torch\n" + show + "console()"
+    flags = ["info", "sprites", "--threads", "1"]
+    for given, expected in (
+        ({}, "2000 1"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 1"),
+        ({"OMP_WAIT_POLICY": "active"}, "None 1"),
+    ):
+        environment = {
+            **{k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")},
+            **given,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program, *flags], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == expected
+    for wrong in (["--threads", "0"], ["--threads"], ["--threads", "all"]):
+        code, _, err = run(capsys, "info", "sprites", *wrong)
+        assert code == 2 and "--threads: expected a number from 1 on" in err
 
 
 def test_train_hands_the_run_with_its_overrides_to_training(capsys, tmp_path, monkeypatch):

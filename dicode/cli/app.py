@@ -39,6 +39,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 USAGE_ERROR = 2  # as tyro and argparse
 NOT_FINITE = 1  # a training that met NaN or infinity
 BUG = 70  # EX_SOFTWARE
+THREADS = "--threads"  # of any command
+SPINS = "2000"  # that a thread of OpenMP waits awake; its own 300,000 take a busy machine 3 times as long (docs/log.md)
 GROUPS = re.compile(r"^(run|write|render)\.")  # of flags, whose names leave them out
 RECIPE = re.compile(r"\.py(:|$)")
 
@@ -57,6 +59,8 @@ def console() -> None:
     """The `dicode` command."""
     for stream in (sys.stdout, sys.stderr):  # a name that is not UTF-8, or a terminal that is none, stops nothing
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     sys.exit(main())
 
 
@@ -70,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _ended_by(signals), warnings.catch_warnings():
             warnings.showwarning = _warn_once()
+            argv = _with_threads(argv)
             command, watch = parse(argv or ["--help"]), Stopwatch()
             kind = type(command)
             with watch.stage("load"):  # imports, and what else is in no other stage
@@ -86,6 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, text = _explained(error)
         print(f"dicode: {' '.join(text.split())}", file=sys.stderr)
         return code
+
+
+def _with_threads(argv: list[str]) -> list[str]:
+    """Arguments without `--threads N`, which is in force from now on. Raises `ValueError` for what is no number."""
+    if THREADS not in argv:
+        return argv
+    at = argv.index(THREADS)
+    if not (at + 1 < len(argv) and argv[at + 1].isdecimal() and int(argv[at + 1]) > 0):
+        raise ValueError(f"{THREADS}: expected a number from 1 on, got {' '.join(argv[at + 1 : at + 2]) or 'nothing'}")
+    os.environ["OMP_NUM_THREADS"] = argv[at + 1]  # read when torch is imported
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(argv[at + 1]))
+    return argv[:at] + argv[at + 2 :]
 
 
 def _explained(error: Exception) -> tuple[int, str]:
@@ -157,7 +175,10 @@ def _parsed(argv: list[str]) -> Any:
         for part in commands:
             group.command(name=part.__name__.lower())(part)
         app.command(group, name=name, help=text)
-    description = "Text to video with a language model. `dicode --version` prints the version."
+    description = (
+        "Text to video with a language model. `dicode --version` prints the version; `--threads N`, after any command, "
+        "limits the processor's threads."
+    )
     parsed = app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
     if isinstance(parsed, Train):
         from dicode.train.runs import load_run
