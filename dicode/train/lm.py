@@ -241,8 +241,12 @@ class LanguageTraining:
         device = next(self.module.parameters()).device
         text_ids, tokens = batch["text_ids"].to(device), batch["tokens"].to(device)
         mask = None if batch["mask"].all() else batch["mask"].to(device)
+        draws: torch.Generator | None = generator
+        if self.run.loop.compile:  # a generator breaks a compiled graph in seven
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            draws = None
         output = self.module(
-            text_ids, tokens, mask, generator, goal=bool(batch["goal"]), first_keyframe=int(batch["first_keyframe"])
+            text_ids, tokens, mask, draws, goal=bool(batch["goal"]), first_keyframe=int(batch["first_keyframe"])
         )
         return output.loss, {"first_key_frame": output.keyframe_loss[:, 0].mean().detach()}
 
