@@ -1,6 +1,6 @@
 """What `dicode serve` stands: requests of every kind, load, deaths, cancelled jobs, hostile uploads, an hour live.
 
-    python tools/serve_trials.py requests load kills cancels uploads live
+    python tools/serve_trials.py requests load kills cancels uploads page live
 
 Each trial begins servers of its own, in folders that it removes, and writes its figures into results/serve.json.
 """
@@ -370,6 +370,34 @@ def slow_writer(own: Begun) -> socket.socket:
     return connection
 
 
+def page(times: int = 10) -> dict[str, Any]:
+    """The page in Chromium: seconds from the click to the first picture, and to the whole video of 6 s."""
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic"]
+    first_s, whole_s = [], []
+    with server() as own, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        shown = browser.new_page(bypass_csp=True)
+        shown.goto(own.url)
+        shown.wait_for_selector("#model option", state="attached")
+        shown.fill("#prompt", "a red ball rolls in from the left, then it jumps")
+        shown.fill("#seconds", "6")
+        for _ in range(times + 1):
+            began_s = time.monotonic()
+            shown.click("button.main")
+            shown.wait_for_function("document.querySelector('.stage video')?.readyState >= 2")
+            first_s.append(time.monotonic() - began_s)
+            shown.wait_for_function("document.querySelector('#state').textContent.includes('numbers')")
+            whole_s.append(time.monotonic() - began_s)
+            shown.evaluate(
+                "document.querySelector('.stage').replaceChildren(); document.querySelector('#state').textContent = ''"
+            )
+        browser.close()
+    found = {"first_picture_s": first_s[1:], "whole_video_of_6_s_s": whole_s[1:]}
+    return {name: {"median": float(np.median(own)), "longest": max(own)} for name, own in found.items()}
+
+
 def live(minutes: float = 60.0) -> dict[str, Any]:
     """An endless video that is watched, and directed every half minute."""
     prompts = ["a red ball jumps", "a blue cube falls from above", "a green cone grows", "a pink cylinder spins"]
@@ -420,7 +448,15 @@ def live(minutes: float = 60.0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-TRIALS = {"requests": requests, "load": load, "kills": kills, "cancels": cancels, "uploads": uploads, "live": live}
+TRIALS = {
+    "requests": requests,
+    "load": load,
+    "kills": kills,
+    "cancels": cancels,
+    "uploads": uploads,
+    "page": page,
+    "live": live,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
