@@ -122,7 +122,9 @@ def work(store: Store, loaded: Loaded, job: Job, draining: threading.Event) -> N
         if isinstance(error, ValueError) and not isinstance(error, CheckpointError):  # of the request
             store.fail(job, "invalid_request", one_line(error))
             return
-        print(f"{job.id}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        with suppress(LostClaimError):  # of a deleted job the folder is gone
+            store.beat(job)
+            print(f"{job.id}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         store.fail(job, "server_error", "the server could not render this video")
     finally:
         if not completed:
