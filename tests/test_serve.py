@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -175,6 +176,17 @@ def picture(side: int = 64, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(buffer, kind)
     return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a few kilobytes that claims 30,000 × 30,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    side = (30_000).to_bytes(4, "big")
+    header = chunk(b"IHDR", side + side + bytes([8, 2, 0, 0, 0]))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1_000_000))) + chunk(b"IEND", b"")
 
 
 def test_a_job_is_queued_from_json_and_from_a_form(client: TestClient, server: Server) -> None:
@@ -409,7 +421,10 @@ def test_what_is_no_video_is_refused_or_fails_by_name(client: TestClient, server
     job = run_next(server, tiny_model)
     assert job.code == "invalid_request" and str(job.message).startswith("video: ")
     assert str(server.folder) not in str(job.message)
-    client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": b"\x89PNG\r\n\x1a\n and no more"})
+    for data in (b"\x89PNG\r\n\x1a\n and no more", bomb()):
+        assert client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": data}).status_code == 400
+    cut = picture()[:-40]
+    assert client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": cut}).status_code == 200
     job = run_next(server, tiny_model)
     assert job.code == "invalid_request" and str(server.folder) not in str(job.message)
 
@@ -542,6 +557,18 @@ def test_a_killed_worker_is_begun_again_and_its_job_too(tmp_path: Path, tiny_mod
         assert kinds.count("started") == 2 and kinds.count("completed") == 1
         assert json.loads(client.get(f"/v1/videos/{job_id}").text)["progress"] == 100
     assert not supervisor.processes or all(own.poll() is not None for own in supervisor.processes.values())
+
+
+def test_every_device_has_a_worker(tmp_path: Path, tiny_model: Path) -> None:
+    store = Store(tmp_path)
+    supervisor = Supervisor(store, [str(tiny_model)], ["cpu", "cpu"])
+    with TestClient(
+        make_app(Server(tmp_path, models_of([str(tiny_model)]), store, supervisor, hosts=("*",)))
+    ) as client:
+        wait_for(lambda: len(supervisor.ready) == 2)
+        videos = [client.post("/v1/videos", json={"prompt": "a", "seconds": 12}).json()["id"] for _ in range(2)]
+        wait_for(lambda: all(store.get(video).finished for video in videos))
+        assert len({store.get(video).worker for video in videos}) == 2
 
 
 # clients

@@ -101,10 +101,11 @@ def test_again_from_here_extending_and_reopening(page: Any, address: str) -> Non
 def test_storyboards_variations_and_errors(page: Any) -> None:
     page.click("#add-shot")
     page.fill("#shots input[type=text]", "it grows")
+    page.fill("#shots input[type=range]", "4")
     make(page, "a spark", "2")
     finished(page)
     own = page.evaluate("fetch('/v1/videos/' + location.hash.slice(1)).then((r) => r.json())")
-    assert [shot["prompt"] for shot in own["request"]["shots"]] == ["a spark", "it grows"]
+    assert [(shot["prompt"], shot["seconds"]) for shot in own["request"]["shots"]] == [("a spark", 2), ("it grows", 4)]
     page.click("[aria-label='Remove shot 2']")
     page.click("#four")
     page.wait_for_function("document.querySelectorAll('.stage video').length == 4")

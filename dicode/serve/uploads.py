@@ -3,18 +3,22 @@
 import asyncio
 import base64
 import binascii
+import io
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
 from dicode.files import put
+from dicode.video.timed import MOST_PIXELS
 
 MOST_BYTES = 32 * 2**20  # of a body
 MOST_FIELDS, MOST_FILES = 64, 4
@@ -115,7 +119,20 @@ def _file(kind: Kind, name: str, data: bytes) -> Files:
     suffix = next((suffix for at, magic, suffix in kind.magic if data[at : at + len(magic)] == magic), None)
     if suffix is None:
         raise HTTPException(415, f"{name}: expected a {kind.name}")
+    if kind is IMAGES:
+        _check_image(name, data)
     return {f"{kind.fields[name]}{suffix}": data}
+
+
+def _check_image(name: str, data: bytes) -> None:
+    """Look at an image's header; its picture is decoded by the worker."""
+    try:
+        with warnings.catch_warnings(action="error"), Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as error:
+        raise HTTPException(400, f"{name}: the image cannot be read, or is too large") from error
+    if width * height > MOST_PIXELS:
+        raise HTTPException(400, f"{name}: expected at most {MOST_PIXELS:,} pixels, got {width}x{height}")
 
 
 def keep(files: Files, folder: Path) -> None:

@@ -121,14 +121,21 @@ function drawShots() {
     const item = document.createElement("li");
     item.draggable = true;
     item.innerHTML = `<label>Shot ${i + 2}<input type="text" maxlength="4000" required></label>
-      <div class="row"><label>Seconds<input type="number" min="1" max="60" step="1"></label>
+      <div class="row"><label><span></span><input type="range" min="1" max="20" step="1"></label>
       <button type="button" aria-label="Shot ${i + 2} earlier">←</button><button type="button" aria-label="Shot ${i + 2} later">→</button>
       <button type="button" aria-label="Remove shot ${i + 2}">×</button></div>`;
     const [text, seconds] = item.querySelectorAll("input");
     const [earlier, later, gone] = item.querySelectorAll("button");
     text.value = shot.prompt; seconds.value = shot.seconds;
     text.oninput = () => { shot.prompt = text.value; };
-    seconds.oninput = () => { shot.seconds = Number(seconds.value); };
+    seconds.oninput = () => {
+      shot.seconds = Number(seconds.value);
+      item.querySelector("span").textContent = `${shot.seconds} s`;
+      item.style.width = `${11 + 0.9 * shot.seconds}rem`;  // as long as it lasts
+    };
+    seconds.oninput();
+    seconds.draggable = true;  // the slider, not the card
+    seconds.ondragstart = (event) => { event.preventDefault(); event.stopPropagation(); };
     earlier.onclick = () => moveShot(i, i - 1);
     later.onclick = () => moveShot(i, i + 1);
     gone.onclick = () => { state.shots.splice(i, 1); drawShots(); };
@@ -314,7 +321,7 @@ function drawActions() {
   $("cancel").disabled = done || video.status === "failed";
   const content = `${path}/content`;
   for (const [id, href, name] of [["download", content, `${video.id}.mp4`], ["gif", `${content}?variant=gif`, `${video.id}.gif`],
-    ["webm", `${content}?variant=webm`, `${video.id}.webm`], ["plan", `${path}/plan`, `${video.id}.safetensors`]]) {
+    ["webm", `${content}?variant=webm`, `${video.id}.webm`], ["json", path, `${video.id}.json`], ["plan", `${path}/plan`, `${video.id}.safetensors`]]) {
     $(id).hidden = !done;
     $(id).href = href;
     $(id).download = name;
