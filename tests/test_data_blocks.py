@@ -213,6 +213,8 @@ def test_a_cache_holds_scripts_sets_and_true_lengths(cache: Path) -> None:
     assert counts["training"] == 5 and all(counts[name] == 2 for name in SETS[1:-1]) and counts["story"] == 1
     for video in frames.videos:
         assert video.validation == (video.extra["set"] not in ("training", "shots"))
+        own = torch.arange(video.first, video.first + video.count)
+        assert torch.equal(frames.clip_rows(video, 0.0, video.count, 8.0), own)  # of shots too, which begin later
         if video.extra["set"] == "shots":
             assert video.captions[0].startswith(("then ", "next, ", "after that, ")) and video.count in (17, 33)
             continue
@@ -237,6 +239,8 @@ def test_key_frames_of_training_can_be_drawn_alone(tmp_path: Path, cache: Path) 
         assert torch.equal(frames, whole.frames[video.first : video.first + video.count : every])
         times_s = alone.times_s[other.first : other.first + other.count]
         assert torch.equal(times_s - times_s[0], torch.arange(other.count).double() * every / 8)
+        rows = torch.arange(other.first, other.first + other.count)
+        assert torch.equal(alone.clip_rows(other, 0.0, other.count, 8 / every), rows)
 
 
 def test_processes_make_the_bytes_that_one_process_makes(tmp_path: Path, cache: Path) -> None:

@@ -233,8 +233,9 @@ class FrameCache:
         return FrameRows(self.columns)
 
     def clip_rows(self, video: CachedVideo, start_s: float, num_frames: int, fps: float) -> Tensor:
-        """Row of the frame at `start_s + i / fps`; a looping video wraps, another holds its last frame."""
+        """Row of the frame `start_s + i / fps` after a video's first; a loop wraps, another holds its last frame."""
         times = self.times_s[video.first : video.first + video.count].numpy()
+        times = times - times[:1]  # it may be a part of one whose frames it shares
         moments = start_s + np.arange(num_frames) / fps
         if video.loops:
             moments = moments % video.period_s
