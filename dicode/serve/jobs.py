@@ -17,21 +17,61 @@ from dicode.serve.store import Store
 from dicode.serve.streams import events_of
 
 POLL_MS = 500  # what clients are asked to wait between looks
+TEXT, FILE = {"type": "string"}, {"type": "string", "format": "binary"}
 
 
 def add_jobs(app: FastAPI, server: Server) -> None:
     """The endpoints that make, list, change and forget jobs."""
-    whole, text, file = schema_of_requests(), {"type": "string"}, {"type": "string", "format": "binary"}
-    fields: dict[str, Any] = whole["properties"]
+    _add_new(app, server)
+    _add_known(app, server)
+
+
+def _add_new(app: FastAPI, server: Server) -> None:
+    """What queues a job."""
+    fields: dict[str, Any] = schema_of_requests()["properties"]
 
     @app.post(
         "/v1/videos",
-        openapi_extra=_body({**fields, **dict.fromkeys(uploads.IMAGES.fields, text)}),
+        openapi_extra=_body({**fields, **dict.fromkeys(uploads.IMAGES.fields, TEXT)}),
         summary="Queue a video",
     )
     async def create(request: Request) -> Any:
         values, files = await uploads.body_of(request)
         return await run_in_threadpool(_queue, server, values, files, request.headers.get("idempotency-key"))
+
+    @app.post(
+        "/v1/videos/{video_id}/remix",
+        openapi_extra=_body(fields),
+        summary="The same once more, but for the fields given: seeds under another prompt",
+    )
+    async def remix(video_id: JobId, request: Request) -> Any:
+        values, _ = await uploads.body_of(request)
+        return await run_in_threadpool(_remixed, server, video_id, values)
+
+    own = {name: fields[name] for name in ("model", "size", "seed")}
+
+    @app.post(
+        "/v1/videos/reconstructions",
+        openapi_extra=_body({**own, "video": FILE}, "video", form=True),
+        summary="A given video through its deep tokens and back",
+    )
+    async def reconstruct(request: Request) -> Any:
+        values, files = await uploads.body_of(request, uploads.MOVIES)
+        values["reconstructs"] = True
+        return await run_in_threadpool(_queue, server, values, files, request.headers.get("idempotency-key"))
+
+    @app.post(
+        "/v1/videos/extensions",
+        openapi_extra=_body({**fields, "video": TEXT}, "video", "prompt"),
+        summary="Go on from a finished video",
+    )
+    async def extend(request: Request) -> Any:
+        values, _ = await uploads.body_of(request)
+        return await run_in_threadpool(_extended, server, values, request.headers.get("idempotency-key"))
+
+
+def _add_known(app: FastAPI, server: Server) -> None:
+    """What is asked of jobs, and done to them."""
 
     @app.get("/v1/videos", summary="Jobs, newest first")
     def listed(
@@ -62,42 +102,12 @@ def add_jobs(app: FastAPI, server: Server) -> None:
 
     @app.post(
         "/v1/videos/{video_id}/direct",
-        openapi_extra=_body({"prompt": fields["prompt"], "end": fields["live"]}),
+        openapi_extra=_body({"prompt": TEXT, "end": {"type": "boolean"}}),
         summary="What a live video goes on with, or that it ends",
     )
     async def direct(video_id: JobId, request: Request) -> Any:
         values, _ = await uploads.body_of(request)
         return await run_in_threadpool(_directed, server, video_id, values)
-
-    @app.post(
-        "/v1/videos/{video_id}/remix",
-        openapi_extra=_body(fields),
-        summary="The same once more, but for the fields given: seeds under another prompt",
-    )
-    async def remix(video_id: JobId, request: Request) -> Any:
-        values, _ = await uploads.body_of(request)
-        return await run_in_threadpool(_remixed, server, video_id, values)
-
-    own = {name: fields[name] for name in ("model", "size", "seed")}
-
-    @app.post(
-        "/v1/videos/reconstructions",
-        openapi_extra=_body({**own, "video": file}, "video", form=True),
-        summary="A given video through its deep tokens and back",
-    )
-    async def reconstruct(request: Request) -> Any:
-        values, files = await uploads.body_of(request, uploads.MOVIES)
-        values["reconstructs"] = True
-        return await run_in_threadpool(_queue, server, values, files, request.headers.get("idempotency-key"))
-
-    @app.post(
-        "/v1/videos/extensions",
-        openapi_extra=_body({**fields, "video": text}, "video", "prompt"),
-        summary="Go on from a finished video",
-    )
-    async def extend(request: Request) -> Any:
-        values, _ = await uploads.body_of(request)
-        return await run_in_threadpool(_extended, server, values, request.headers.get("idempotency-key"))
 
     @app.get("/v1/videos/{video_id}/events", summary="What happens to a job, as server-sent events")
     async def events(video_id: JobId, request: Request) -> Response:
