@@ -381,6 +381,7 @@ def test_loading_holds_one_tensor_of_the_file_at_a_time(tmp_path, monkeypatch):
 
 TOKENIZERS = {
     **{name: {"denoiser": denoiser} for name, denoiser in DENOISERS.items()},
+    "wan": {"denoiser": DENOISERS["wan"], "tail_frame": 15},
     "change": {"denoiser": dataclasses.replace(DENOISERS["hourglass"], predict_residual=True)},
     "clip and kl": {
         "first_stage": FirstStageConfig(

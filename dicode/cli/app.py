@@ -22,7 +22,7 @@ from tyro.extras import SubcommandApp
 
 from dicode import __version__
 from dicode.cli.benchmark import Msrvtt, Ucf101, Vbench
-from dicode.cli.convert import Clip, Dynamicrafter, Official, Vae
+from dicode.cli.convert import Clip, Dynamicrafter, Official, Vae, Wan
 from dicode.cli.data import Blocks, Cache, Check, Encode, Export, Index, Sheet, Verify
 from dicode.cli.evaluate import Evaluate, Tune
 from dicode.cli.generate import Generate
@@ -51,7 +51,7 @@ GROUPED = {
         "Check, cache, encode, export or draw folders of clips.",
         (Index, Cache, Blocks, Check, Verify, Encode, Export, Sheet),
     ),
-    "convert": ("Convert published weights into checkpoint folders.", (Official, Dynamicrafter, Clip, Vae)),
+    "convert": ("Convert published weights into checkpoint folders.", (Official, Dynamicrafter, Clip, Vae, Wan)),
 }
 
 

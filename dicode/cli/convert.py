@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from dicode.cli import common
+from dicode.config import Range, Side
 from dicode.stopwatch import Stopwatch
 
 Tower = Annotated[Path | None, arg(help="OpenCLIP ViT-H/14, file or folder, where the checkpoint lacks a tower")]
@@ -56,6 +57,24 @@ class Vae:
     dtype: common.StoredDtype = "float32"
 
 
+@dataclass(frozen=True)
+class Wan:
+    """Convert a folder of Wan 2.1, as diffusers writes it, into a checkpoint folder from which to train a tokenizer."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]  # with model_index.json, transformer/ and vae/
+    output: common.OutputFolder
+    null_text: Path | None = None  # safetensors file of the null prompt's 512 rows, in place of the text encoder
+    text_encoder: Path | None = None  # folder of UMT5 and its tokenizer; default: those of FOLDER
+    clip: Annotated[
+        Path | None, arg(help="vision tower that deep tokens come from; default: latents of key frames")
+    ] = None
+    size: Side = 256  # side of videos in pixels
+    clip_frames: Annotated[int, Range(5, 257)] = (
+        33  # frames of a clip of two seconds, both key frames among them: 4 n + 1
+    )
+    dtype: common.StoredDtype = "float16"
+
+
 def official(command: Official, watch: Stopwatch) -> None:
     """Reports what became of every tensor, as all of these commands do."""
     from dicode.checkpoint.hub import downloaded
@@ -83,6 +102,15 @@ def clip(command: Clip, watch: Stopwatch) -> None:
     from dicode.convert.priors import convert_clip
 
     _run(partial(convert_clip, command.weights, command.output), command, watch, own=())
+
+
+def wan(command: Wan, watch: Stopwatch) -> None:
+    """Writes a checkpoint folder."""
+    from dicode.convert.wan import convert_wan
+
+    names = ("null_text", "text_encoder", "clip", "size", "clip_frames")
+    named: dict[str, Any] = {name: getattr(command, name) for name in names}
+    _run(partial(convert_wan, command.folder, command.output, **named), command, watch)
 
 
 def vae(command: Vae, watch: Stopwatch) -> None:

@@ -119,7 +119,7 @@ def convert_official(
     if (output / "config.json").is_file():
         sections = {**read_config(output), **sections}
     sources = [path for path in (tokenizer, lm, clip) if path is not None]
-    _write(output, states, sections, dtype, sources, report, vocabulary if lm else None, keep=True)
+    write_model(output, states, sections, dtype, sources, report, vocabulary if lm else None, keep=True)
     return report
 
 
@@ -168,11 +168,11 @@ def convert_dynamicrafter(
     for name in [name for name in unet if name.endswith("attn2.to_k_ip.weight")]:
         unet.setdefault(name.replace("to_k_ip.weight", "alpha"), torch.zeros(()))  # scale 1 there; tanh(0) + 1 here
     states, sections = joined(public, config, clip, str(path), dtype, report)
-    _write(output, states, sections, dtype, [path], report)
+    write_model(output, states, sections, dtype, [path], report)
     return report
 
 
-def _write(
+def write_model(
     output: Path,
     states: Mapping[str, State],
     sections: Mapping[str, Any],

@@ -36,7 +36,7 @@ def size_tokenizer(config: TokenizerConfig) -> dict[str, dict[str, int]]:
         key_frame = torch.empty(1, 3, config.size, config.size)
         pair = torch.empty(1, 2, config.block_tokens, config.token_width)
         side = config.latent_size
-        clip = torch.empty(1, config.clip_frames, config.first_stage.latent_channels, side, side)
+        clip = torch.empty(1, config.latent_frames, config.first_stage.latent_channels, side, side)
         frames = torch.empty(config.clip_span, 3, config.size, config.size)
         encode = cost(lambda: used.tokens_of(used.source_of(key_frame)))
         pairs, clips = pair.expand(guided, -1, -1, -1), clip.expand(guided, -1, -1, -1, -1)
@@ -153,7 +153,8 @@ class FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], scale=(kwargs or {}).get("scale"))[0]
+        args, kwargs = positional(args, kwargs or {})
+        return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], scale=kwargs.get("scale"))[0]
 
 
 class GpuAutocast(TorchFunctionMode):
@@ -161,11 +162,18 @@ class GpuAutocast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.is_autocast_enabled("cpu"):
-            if func in (functional.layer_norm, functional.group_norm):
+            if func in (functional.layer_norm, functional.group_norm, functional.rms_norm):
                 args = (args[0].float(), *args[1:])
             elif func is functional.scaled_dot_product_attention:
+                args, kwargs = positional(args, kwargs or {})
                 args = (*(tensor.bfloat16() for tensor in args[:3]), *args[3:])
         return func(*args, **(kwargs or {}))
+
+
+def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of attention with query, key and value first, which diffusers gives by name."""
+    own = dict(kwargs)
+    return (*args, *(own.pop(name) for name in ("query", "key", "value")[len(args) :])), own
 
 
 def cost(work: Callable[[], object]) -> Meter:

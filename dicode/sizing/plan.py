@@ -21,6 +21,7 @@ from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.distributed import blocks_of, recompute_activations
 from dicode.train.lm import LanguageTraining
 from dicode.train.loop import Stage
+from dicode.train.lora import add_adapters, train_whole
 from dicode.train.optim import make_optimizers
 from dicode.train.runs import LanguageRun, LoopConfig, TokenizerRun
 from dicode.train.speed import FLOAT32
@@ -161,16 +162,19 @@ def blank_stage(run: TokenizerRun | LanguageRun, fake: FakeTensorMode) -> Stage:
     """A stage whose loss can be computed: without data, its weights fake CPU tensors."""
     stage: Any
     with torch.device("meta"):
-        if isinstance(run, TokenizerRun) and not run.lora.rank:
+        if isinstance(run, TokenizerRun):
             stage = object.__new__(TokenizerTraining)
-            stage.module, stage.head = VideoTokenizer(run.model), run.model.denoiser.context_frames
+            stage.module = VideoTokenizer(run.model)
             freeze(stage.module, run)
+            if run.lora.rank:
+                add_adapters(stage.module.denoiser, run.lora, run.loop.seed)
+                train_whole(stage.module, run.lora.whole)
         elif isinstance(run, LanguageRun) and not run.lora.rank:
             stage = object.__new__(LanguageTraining)
             stage.module = DeepTokenLM(run.model)
             stage.module.backbone.as_on_a_gpu = True
         else:
-            raise ValueError(f"{type(run).__name__}: plans are for a whole tokenizer or a language model")
+            raise ValueError(f"{type(run).__name__}: plans are for a tokenizer or a whole language model")
     stage.run, stage.best = run, ""
     with fake:
         stage.module.to_empty(device="cpu").train()
@@ -187,7 +191,8 @@ def blank_batches(run: TokenizerRun | LanguageRun, samples: int) -> list[tuple[f
 
 def _clips(run: TokenizerRun, samples: int) -> dict[str, Tensor]:
     model = run.model
-    frames = model.denoiser.context_frames + model.clip_span
+    whole = model.first_stage.frames_a_latent > 1  # context and tail key frame are among them
+    frames = model.latent_frames if whole else model.denoiser.context_frames + model.clip_span
     latents = model.first_stage.latent_channels, model.latent_size, model.latent_size
     source = latents if model.resampler is None else (3, model.size, model.size)
     return {

@@ -31,9 +31,12 @@ Objective = Literal["flow", "v_prediction", "epsilon"]
 
 @dataclass(frozen=True)
 class FirstStageConfig:
-    """`tiny` is diffusers' AutoencoderTiny, `kl` its AutoencoderKL; `channels` lists the widths from fine to coarse."""
+    """`tiny` is diffusers' AutoencoderTiny, `kl` its AutoencoderKL; `channels` lists the widths from fine to coarse.
 
-    kind: Literal["tiny", "kl"] = "tiny"
+    `wan` is its AutoencoderKLWan, which codes a clip as a whole: a latent for the first frame, then one every four.
+    """
+
+    kind: Literal["tiny", "kl", "wan"] = "tiny"
     channels: Widths = (64, 64, 64, 64)
     latent_channels: Width = 16
     encoder_blocks: Depths = (0, 2, 2, 3)
@@ -43,6 +46,11 @@ class FirstStageConfig:
     def downsampling(self) -> int:
         """Image pixels a latent position spans, along each side."""
         return 2 ** (len(self.channels) - 1)
+
+    @property
+    def frames_a_latent(self) -> int:
+        """Frames that a latent holds, but for the first, which is of one."""
+        return 4 if self.kind == "wan" else 1
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,10 @@ class DenoiserConfig:
     fine_width: Width = 128  # `hourglass`: of the convolutions around it
     fine_blocks: Depth = 3  # `hourglass`: on either side
     channels: Widths = (320, 640, 1280, 1280)  # `unet3d`: fine to coarse
-    text_width: Width = 1024  # `unet3d`: of the null text's tokens
-    text_tokens: Width = 77  # `unet3d`
+    text_width: Width = 1024  # `unet3d`, `wan`: of the null text's tokens
+    text_tokens: Width = 77  # `unet3d`, `wan`
+    feed_forward: Width | None = None  # `wan`: between the two layers of a block; None: four times its width
+    time_shift: Annotated[float, Range(0, 100, above=True)] = 1.0  # of a flow's times, towards noise: see `shifted`
     frame_stride: Annotated[int, Range(1, 256)] = 6  # `unet3d`: of clips at the tokenizer's own rate; public demos: 6
 
 
@@ -174,6 +184,11 @@ class TokenizerConfig:
     def latent_size(self) -> int:
         """Latent positions along a side."""
         return self.size // self.first_stage.downsampling
+
+    @property
+    def latent_frames(self) -> int:
+        """Latents of a clip."""
+        return 1 + (self.clip_frames - 1) // self.first_stage.frames_a_latent
 
     @property
     def motion_tokens(self) -> int:

@@ -109,7 +109,7 @@ def build_denoiser(config: TokenizerConfig) -> nn.Module:
             f"flow_map: expected 'hourglass' and 'flow', got {config.denoiser.kind!r}, {config.objective!r}"
         )
     network = DENOISERS[config.denoiser.kind](config)
-    return ResidualDenoiser(network, config.clip_frames) if config.denoiser.predict_residual else network
+    return ResidualDenoiser(network, config.latent_frames) if config.denoiser.predict_residual else network
 
 
 class ResidualDenoiser(nn.Module):
@@ -258,13 +258,18 @@ def frames_convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     return rearrange(y, "(b f) c h w -> b f h w c", f=x.shape[1])
 
 
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Shares of noise 0…1 moved towards 1, as larger pictures need it (Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
 def noised(
-    objective: Objective, latents: ClipLatents, noise: ClipLatents, generator: torch.Generator
+    objective: Objective, latents: ClipLatents, noise: ClipLatents, generator: torch.Generator, shift: float = 1.0
 ) -> tuple[ClipLatents, Tensor, ClipLatents]:
     """Latents at a random time: (noisy latents, timestep `b` in 0…1000, the denoiser's target)."""
     b = len(latents)
     if objective == "flow":
-        sigma = torch.sigmoid(torch.randn(b, generator=generator)).to(latents.device)
+        sigma = shifted(torch.sigmoid(torch.randn(b, generator=generator)), shift).to(latents.device)
         mix = sigma[:, None, None, None, None]
         return (1 - mix) * latents + mix * noise, sigma * 1000, noise - latents
     from dicode.tokenizer.library import ddim_scheduler
@@ -282,6 +287,7 @@ def sample(
     predict: Predict,
     noise: ClipLatents,
     generators: list[torch.Generator] | None = None,
+    shift: float = 1.0,
 ) -> ClipLatents:
     """Noise → clean latents, by a scheduler of `diffusers`, or in equal Euler steps, which are a flow map's jumps too.
 
@@ -303,7 +309,7 @@ def sample(
 
     latents = sampling.decoder_temperature * noise
     if objective == "flow":  # Euler steps through equally spaced times, from 1 to 0
-        sigmas = torch.linspace(1, 0, sampling.steps + 1, dtype=torch.float64).float()
+        sigmas = shifted(torch.linspace(1, 0, sampling.steps + 1, dtype=torch.float64), shift).float()
         for sigma, following in pairwise(sigmas):
             times = ((own * 1000).expand(len(latents)).to(noise) for own in (sigma, following))
             latents = latents + (following - sigma).to(noise) * guided(latents, *times)
@@ -339,7 +345,7 @@ def _unet3d(config: TokenizerConfig) -> nn.Module:
 
 
 def _wan(config: TokenizerConfig) -> nn.Module:
-    from dicode.tokenizer.library import Wan
+    from dicode.tokenizer.wan import Wan
 
     return Wan(config)
 

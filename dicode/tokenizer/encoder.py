@@ -4,10 +4,11 @@ from typing import Any, cast
 
 import torch
 from einops import rearrange, repeat
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dicode.shapes import ImageLatents, KeyFramePixels, KeyFrameTokens, PatchFeatures
+from dicode.shapes import ClipLatents, ImageLatents, KeyFramePixels, KeyFrameTokens, PatchFeatures
 from dicode.tokenizer.config import FirstStageConfig, ResamplerConfig
 from dicode.tokenizer.tiny import TinyAutoencoder
 
@@ -25,6 +26,10 @@ class FirstStage(nn.Module):
         self.config = config
         if config.kind == "tiny":
             self.autoencoder: Any = TinyAutoencoder(config)
+        elif config.kind == "wan":
+            from dicode.tokenizer.wan import autoencoder
+
+            self.autoencoder = autoencoder(config)
         else:
             from dicode.tokenizer.library import kl_autoencoder
 
@@ -43,9 +48,41 @@ class FirstStage(nn.Module):
     def raw_latents(self, pixels: KeyFramePixels) -> ImageLatents:
         """Latents before normalisation; a KL autoencoder gives the mode of its posterior."""
         pixels = pixels.to(self.dtype)
+        if self.config.kind == "wan":
+            return self._raw_clip_latents(pixels[:, None])[:, 0]
         if self.config.kind == "kl":
             return self.autoencoder.encode(pixels).latent_dist.mode()
         return self.autoencoder.encoder(pixels)
+
+    def encode_clips(self, pixels: Float[Tensor, "b all 3 py px"]) -> ClipLatents:
+        """Pixels of clips in −1…1 → their normalised latents, as many as there are frames but for `wan`.
+
+        Raises `ValueError` for a number of frames that `wan` would cut short.
+        """
+        if self.config.kind != "wan":
+            latents = self.encode(rearrange(pixels, "b f c y x -> (b f) c y x"))
+            return rearrange(latents, "(b f) c h w -> b f c h w", b=len(pixels))
+        if (pixels.shape[1] - 1) % self.config.frames_a_latent:
+            raise ValueError(f"wan: expected 4 n + 1 frames, got {pixels.shape[1]}")
+        raw = self._raw_clip_latents(pixels.to(self.dtype)).float()
+        return (raw - self.latent_mean[:, None, None]) / self.latent_deviation[:, None, None]
+
+    def decode_clips(self, latents: ClipLatents) -> Float[Tensor, "b all 3 py px"]:
+        """Normalised latents of clips → float32 pixels, not clamped."""
+        if self.config.kind != "wan":
+            pixels = self.decode(rearrange(latents, "b f c h w -> (b f) c h w"))
+            return rearrange(pixels, "(b f) c y x -> b f c y x", b=len(latents))
+        raw = latents * self.latent_deviation[:, None, None] + self.latent_mean[:, None, None]
+        return self._raw_decoded_clips(raw.to(self.dtype))
+
+    def _raw_clip_latents(self, pixels: Tensor) -> Tensor:
+        """Of `wan`, the mode of its distribution: `b f 3 y x` → `b 1+(f-1)/4 c h w`; latent 0 is of frame 0 alone."""
+        latents = self.autoencoder.encode(rearrange(pixels, "b f c y x -> b c f y x")).latent_dist.mode()
+        return rearrange(latents, "b c f h w -> b f c h w")
+
+    def _raw_decoded_clips(self, latents: Tensor) -> Tensor:
+        pixels = self.autoencoder.decode(rearrange(latents, "b f c h w -> b c f h w"), return_dict=False)[0]
+        return rearrange(pixels, "b c f y x -> b f c y x").float()
 
     def encode(self, pixels: KeyFramePixels) -> ImageLatents:
         """Pixels `b 3 h w` in −1…1 → normalised float32 latents `b c h/8 w/8`."""
@@ -60,6 +97,8 @@ class FirstStage(nn.Module):
     def raw_decode(self, latents: ImageLatents) -> KeyFramePixels:
         """Latents before normalisation → float32 pixels."""
         latents = latents.to(self.dtype)
+        if self.config.kind == "wan":
+            return self._raw_decoded_clips(latents[:, None])[:, 0]
         if self.config.kind == "kl":
             return self.autoencoder.decode(latents).sample.float()
         return self.autoencoder.decoder(latents).float()

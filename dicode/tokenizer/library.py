@@ -4,7 +4,7 @@
 """
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel, WanTransformer3DModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
@@ -197,37 +197,3 @@ class DeepTokenAttention(nn.Module):
 def _attend(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q, k, v = (rearrange(x, "b p (heads e) -> b heads p e", heads=attn.heads) for x in (query, key, value))
     return rearrange(functional.scaled_dot_product_attention(q, k, v), "b heads p e -> b p (heads e)")
-
-
-class Wan(nn.Module):
-    """diffusers' WanTransformer3DModel: full attention over all positions of a clip, deep tokens as its context.
-
-    To its cross-attention the context is a set, so tokens carry learned places: head or tail, and which of the n.
-    """
-
-    def __init__(self, config: TokenizerConfig):
-        super().__init__()
-        self.config, sizes = config, config.denoiser
-        self.token_places = nn.Parameter(torch.randn(2, config.tokens_per_keyframe, config.token_width) * 0.5)
-        if config.motion:
-            self.motion_places = nn.Parameter(normal_start(config.motion_tokens, config.token_width, deviation=0.5))
-        self.transformer = WanTransformer3DModel(
-            patch_size=(1, 1, 1),
-            num_attention_heads=sizes.heads,
-            attention_head_dim=sizes.width // sizes.heads,
-            in_channels=input_channels(config),
-            out_channels=config.first_stage.latent_channels,
-            text_dim=config.token_width,
-            ffn_dim=sizes.width * 4,
-            num_layers=sizes.depth,
-        )
-
-    def forward(self, noisy: ClipLatents, timestep: Tensor, conditioning: ClipConditioning) -> ClipLatents:
-        """As `Hourglass.forward`."""
-        noisy = noisy.to(self.token_places.dtype)
-        x = rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b c f h w")
-        tokens = rearrange(conditioning.tokens + self.token_places, "b two n d -> b (two n) d")
-        if self.config.motion:
-            tokens = torch.cat([tokens, conditioning.motion + self.motion_places], dim=1)
-        y = self.transformer(x, timestep, tokens.to(x), return_dict=False)[0]
-        return rearrange(y, "b c f h w -> b f c h w").float()

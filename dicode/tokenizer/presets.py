@@ -41,7 +41,22 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         ),
     ),
 }
-# Not published
+# Not published: Wan2.1-T2V-1.3B as `dicode convert wan --clip` writes it, with OpenCLIP ViT-H/14
+TOKENIZERS["wan"] = TokenizerConfig(
+    size=256,
+    fps=16.0,
+    clip_frames=33,
+    tail_frame=32,
+    null_tokens="grey_image",
+    token_width=1024,
+    first_stage=FirstStageConfig("wan", (96, 192, 384, 384), 16, (2,), (2,)),
+    resampler=ResamplerConfig(),
+    denoiser=DenoiserConfig(
+        "wan", context_frames=1, depth=30, heads=12, width=1536, feed_forward=8960, text_width=4096, text_tokens=512,
+        time_shift=3.0,
+    ),
+    sampling=SamplingConfig(steps=24, decoder_guidance=3.0),
+)  # fmt: skip
 TOKENIZERS["paper_motion"] = replace(
     TOKENIZERS["paper_tokenizer_256"], motion=MotionConfig(tokens=16, width=1024, depth=4, heads=16)
 )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -65,6 +65,12 @@ class VideoTokenizer(nn.Module):
             )
         if config.tail_frame not in (config.clip_frames, config.clip_frames - 1):
             raise ValueError(f"tail_frame: expected the clip's last frame or the one after it, got {config.tail_frame}")
+        whole = config.first_stage.frames_a_latent
+        if whole > 1 and ((config.clip_frames - 1) % whole or not config.repeated_frames or config.motion):
+            raise ValueError(
+                f"clip_frames: 'wan' codes {whole} n + 1 frames, both key frames among them, without motion tokens; "
+                f"got {config.clip_frames}, tail_frame {config.tail_frame}"
+            )
         if config.resampler is not None and config.code is not None:
             raise ValueError("code: expected none beside a resampler, which makes the tokens")
         self.config = config
@@ -222,6 +228,8 @@ class VideoTokenizer(nn.Module):
         draws = Draws(sampling, seed, sample_indices)
         if sampling.motion_tokens and not self.config.motion:
             raise ValueError("motion_tokens: this model has none; leave the option out")
+        if sampling.joins == "parallel" and self.config.first_stage.frames_a_latent > 1:
+            raise ValueError("joins: 'parallel' blends frames' latents; this model's hold four frames each")
         if sampling.steps == 0 and not self.config.has_key_latents:
             raise ValueError("steps: 0 is for models whose deep tokens decode to key frames; take 1 or more")
         for name, value, least in (("clips_at_once", clips_at_once, 1), ("first_clip", first_clip, 0)):
@@ -243,8 +251,10 @@ class VideoTokenizer(nn.Module):
         self, clips: Iterator[ClipLatents], dead_band: float, last: Frames | None
     ) -> Iterator[FrameStack]:
         for position, latents in enumerate(clips):
+            first = self.config.repeated_frames if position else 0
             with torch.no_grad():
-                frames = self.frames_of(latents[:, self.config.repeated_frames if position else 0 :])
+                whole = self.config.first_stage.frames_a_latent > 1  # a clip is decoded as one
+                frames = self.frames_of(latents)[:, first:] if whole else self.frames_of(latents[:, first:])
             if dead_band:
                 frames = steadied(frames, dead_band, last)
                 last = frames[:, -1]
@@ -264,7 +274,7 @@ class VideoTokenizer(nn.Module):
                 raise ValueError(f"before: expected a batch of {len(pairs[0])}, as the tokens, got {len(context)}")
             rendered = self._render(pairs, context, clips, draws)
             if joins == "chained" and frames:
-                context = rendered[-1][:, -frames:]
+                context = self._context_after(rendered[-1])
             yield from rendered
 
     @torch.no_grad()
@@ -274,7 +284,7 @@ class VideoTokenizer(nn.Module):
         """The latents of some clips, rendered as one batch of the denoiser; `before` is the context of every one."""
         config = self.config
         side = config.latent_size
-        shape = (config.clip_frames, config.first_stage.latent_channels, side, side)
+        shape = (config.latent_frames, config.first_stage.latent_channels, side, side)
         places = [
             (seed_of_clip(draws.seed, clip), i, clip)
             for clip, pair in zip(clips, pairs, strict=True)
@@ -282,7 +292,7 @@ class VideoTokenizer(nn.Module):
         ]
         noise = torch.stack([normal(shape, seed, "clip", i, clip) for seed, i, clip in places]).to(self.device)
         conditioning = self.conditioning(torch.cat(pairs).to(self.device), before, draws.sampling.motion_tokens)
-        keys = [0, config.tail_frame] if config.repeated_frames else [0]  # the key frames among a clip's frames
+        keys = [0, config.latent_frames - 1] if config.repeated_frames else [0]  # the key frames among a clip's latents
         if draws.sampling.steps == 0:
             return scale_motion(conditioning.expected, draws.sampling.motion_scale, keys).split([*map(len, pairs)])
         if draws.sampling.decoder_guidance != 1.0:
@@ -293,7 +303,10 @@ class VideoTokenizer(nn.Module):
             partial(self.velocity, conditioning),
             noise,
             [generator_for(seed, "sampler", i, clip) for seed, i, clip in places],
+            config.denoiser.time_shift,
         )
+        if before is not None and config.first_stage.frames_a_latent > 1:
+            latents[:, :1] = before  # it was given, not rendered
         return scale_motion(latents, draws.sampling.motion_scale, keys).split([*map(len, pairs)])
 
     def velocity(
@@ -313,6 +326,13 @@ class VideoTokenizer(nn.Module):
             return None
         latents = self.first_stage.encode(self._pixels_of(before[:, -frames:]))
         return rearrange(latents, "(b f) c h w -> b f c h w", f=frames)
+
+    @torch.no_grad()
+    def _context_after(self, latents: ClipLatents) -> ContextLatents | None:
+        """The context of the clip after this one: its last latents, or those of its last frames alone."""
+        if self.config.first_stage.frames_a_latent > 1:
+            return self.context_of(self.frames_of(latents))
+        return latents[:, -self.config.denoiser.context_frames :]
 
     def conditioning(
         self, pair: DeepTokens, before: ContextLatents | None = None, motion_tokens: int | None = None
@@ -337,15 +357,14 @@ class VideoTokenizer(nn.Module):
         """Clips predicted from key latents and motion tokens `b m d`, without diffusion; without motion cross-fades."""
         if self.config.expects_motion:
             return self.motion_decoder(keys, motion)
-        return cross_faded(keys, self.config.clip_frames)
+        return cross_faded(keys, self.config.latent_frames)
 
-    def frames_of(self, latents: ClipLatents) -> FrameStack:
+    def frames_of(self, latents: ClipLatents) -> UInt8[Tensor, "b all py px 3"]:
         """First-stage latents of clips → uint8 frames."""
-        pixels = self.first_stage.decode(rearrange(latents, "b f c h w -> (b f) c h w"))
+        pixels = self.first_stage.decode_clips(latents)
         if not pixels.isfinite().all():
             raise ValueError("rendered frames hold values that are not finite: the model's weights are damaged")
-        frames = (pixels * 127.5 + 127.5).round().clamp(0, 255).byte()
-        return rearrange(frames, "(b f) c h w -> b f h w c", b=len(latents))
+        return rearrange((pixels * 127.5 + 127.5).round().clamp(0, 255).byte(), "b f c h w -> b f h w c")
 
     def key_latents(self, tokens: KeyFrameTokens) -> ImageLatents:
         """The latents of single key frames: a preview without diffusion. Zeros where tokens do not give them back."""

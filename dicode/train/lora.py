@@ -6,8 +6,8 @@ the output adapter of `nn.MultiheadAttention` twice, and torch's fused encoder l
 (docs/finetune.md).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,12 +28,13 @@ class LowRank(nn.Module):
         rows, columns = weight.flatten(1).shape
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
         # A starts as a linear layer's weight does, so that its size does not depend on the rank
-        initial = (2 * torch.rand(config.rank, columns, generator=generator) - 1) / columns**0.5
+        initial = (2 * torch.rand(config.rank, columns, generator=generator, device="cpu") - 1) / columns**0.5
         self.a = nn.Parameter(initial.to(weight.device))
         self.b = nn.Parameter(torch.zeros(rows, config.rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):  # what is merged is float32 too
+        meta = weight.device.type == "meta"  # sizing counts there; torch has no autocast for it
+        with nullcontext() if meta else torch.autocast(weight.device.type, enabled=False):  # merged: float32 too
             a = functional.dropout(self.a, self.dropout, self.training)
             return weight + (self.scale * self.b @ a).view(weight.shape).to(weight.dtype)
 
@@ -61,6 +62,16 @@ def add_adapters(module: nn.Module, config: LoRAConfig, seed: int) -> None:
     for layer_name, layer, name in layers:
         if layer_name.endswith(ends):
             parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), config, generator))
+
+
+def train_whole(module: nn.Module, parts: Sequence[str]) -> None:
+    """Train weights with one of these in their names, too. Raises `ValueError` for a part that no name has."""
+    for part in parts:
+        found = [p for name, p in module.named_parameters() if part in name and ".parametrizations." not in name]
+        if not found:
+            raise ValueError(f"lora.whole: no weight has {part!r} in its name")
+        for p in found:
+            p.requires_grad_(True)
 
 
 @contextmanager

@@ -93,6 +93,7 @@ class LoRAConfig:
     alpha: Positive = 16.0  # what an adapter adds is scaled by alpha/rank
     dropout: Share = 0.0  # share of A that is left out of a training step
     targets: tuple[str, ...] = ()  # layers, by the ends of their names (q_proj v_proj); none named: every layer
+    whole: tuple[str, ...] = ()  # parts of the names of weights that are trained whole, beside the adapters
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dicode.checkpoint.saving import write_config
 from dicode.config import config_from_dict
 from dicode.data.cache import FrameCache
 from dicode.data.columns import CachedVideo, Videos
-from dicode.device import pick_device
+from dicode.device import autocast, pick_device
 from dicode.seeds import generator_for
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, cross_faded, noised
@@ -28,7 +28,7 @@ from dicode.tokenizer.motion import limited
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, TokenizerParts, VideoTokenizer
 from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, splits, trained_part
 from dicode.train.flow_map import drawn_times, flow_map_loss
-from dicode.train.lora import add_adapters, merged
+from dicode.train.lora import add_adapters, merged, train_whole
 from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
 
 DROP_CONTEXT = 0.5  # probability of a clip without context, as the first of a video has none
@@ -164,8 +164,7 @@ class TokenizerTraining:
     def __init__(self, run: TokenizerRun):
         check(run)
         self.run = run
-        self.head = run.model.denoiser.context_frames  # where among the rows of `clip_rows` the clip begins …
-        self.tail = self.head + run.model.tail_frame  # … and its tail key frame lies
+        self.tail = self.head + run.model.tail_frame  # where among the rows of `clip_rows` its tail key frame lies
         self.best = {"code": "-code_loss", "motion": "-motion_loss"}.get(run.trains, "-denoising_loss")
         torch.manual_seed(run.loop.seed)
         self.module = module = VideoTokenizer(run.model)
@@ -181,14 +180,26 @@ class TokenizerTraining:
         freeze(module, run)
         if run.lora.rank:
             add_adapters(module.denoiser, run.lora, run.loop.seed)
+            train_whole(module, run.lora.whole)
         module.to(pick_device(run.loop.device))
         cache, self.cache, self.validation = splits(run.cache)
         self.videos = self._lasting("training", self.cache)
         self.validated = self._lasting("validation", self.validation).spread(VALIDATION_CLIPS)
-        self.latents = first_stage_latents(module, cache, run.loop.precision, run.mirror)
+        if not self.whole:
+            self.latents = first_stage_latents(module, cache, run.loop.precision, run.mirror)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
         if isinstance(module.denoiser, ResidualDenoiser) and run.trains in ("all", "denoiser") and not run.lora.rank:
             self.measure_deviation(module.denoiser)
+
+    @property
+    def head(self) -> int:
+        """Where among the rows of `clip_rows` the clip begins."""
+        return 0 if self.whole else self.run.model.denoiser.context_frames
+
+    @property
+    def whole(self) -> bool:
+        """Whether the first stage codes clips as one, with the frame that is their context."""
+        return self.run.model.first_stage.frames_a_latent > 1
 
     @torch.no_grad()
     def measure_deviation(self, denoiser: ResidualDenoiser) -> None:
@@ -233,10 +244,12 @@ class TokenizerTraining:
         rows = torch.stack([self.clip_rows(*place) for place in places])
         first_s = [self.first_s(*place) for place in places]
         return {
-            "clips": self.latents[rows, mirrored[:, None]].float(),
+            "clips": self.clips_of(rows, mirrored),
             "keys": self.sources(torch.cat([rows[:, self.head], rows[:, self.tail]]), mirrored.repeat(2)),
             # False where nothing was recorded before the clip
-            "has_context": torch.tensor([v.loops or s >= 0 for v, s in zip(videos, first_s, strict=True)]),
+            "has_context": torch.tensor(
+                [self.whole or v.loops or s >= 0 for v, s in zip(videos, first_s, strict=True)]
+            ),
             "frame_stride": torch.tensor(strides, dtype=torch.float32),
         }
 
@@ -282,12 +295,23 @@ class TokenizerTraining:
             return clip_s * int(start * (1 + int(latest_s / clip_s))) - self.head / fps
         return ((1 + start) * video.period_s if video.loops else start * latest_s) - self.head / fps
 
+    def clips_of(self, rows: Tensor, mirrored: Tensor) -> Tensor:
+        """Latents of clips, cached, or encoded where they are of whole clips; mirrored where `mirrored` is 1."""
+        if not self.whole:
+            return self.latents[rows, mirrored[:, None]].float()
+        pixels = frames_to_pixels(self.cache.frames[rows.flatten()]).unflatten(0, rows.shape)
+        pixels = torch.where(mirrored[:, None, None, None, None] == 1, pixels.flip(-1), pixels)
+        with torch.no_grad(), autocast(self.module.device, self.run.loop.precision):
+            return self.module.first_stage.encode_clips(pixels.to(self.module.device)).cpu()
+
     def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
         """What tokens of cached frames are computed from, mirrored where `mirrored` is 1."""
-        if self.run.model.resampler is None:
+        if self.run.model.resampler is None and not self.whole:
             return self.latents[rows, mirrored].float()
         pixels = frames_to_pixels(self.cache.frames[rows])
-        return torch.where(mirrored[:, None, None, None] == 1, pixels.flip(-1), pixels)
+        pixels = torch.where(mirrored[:, None, None, None] == 1, pixels.flip(-1), pixels)
+        with torch.no_grad(), autocast(self.module.device, self.run.loop.precision):
+            return pixels if self.run.model.resampler else self.module.source_of(pixels.to(self.module.device)).cpu()
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         # in eval mode what is not trained: the loop puts everything in training mode
@@ -329,9 +353,9 @@ class TokenizerTraining:
             tokens=torch.where(kept[:, None, None, None], tokens, self.module.null_tokens()),
             motion=tokens.new_zeros(len(tokens), self.run.model.motion_tokens, tokens.shape[-1]),
             key_latents=key_latents,
-            expected=cross_faded(key_latents, self.run.model.clip_frames),
+            expected=cross_faded(key_latents, self.run.model.latent_frames),
             keys_mask=kept.to(tokens),
-            context=clips[:, : self.head],
+            context=clips[:, : self.run.model.denoiser.context_frames],
             context_mask=read.to(tokens),
             frame_stride=batch["frame_stride"].to(clips),
         )
@@ -346,7 +370,7 @@ class TokenizerTraining:
 
     def within(self, clips: Tensor) -> Tensor:
         """The clips themselves, without the frames before and after them."""
-        return clips[:, self.head : self.head + self.run.model.clip_frames]
+        return clips[:, self.head : self.head + self.run.model.latent_frames]
 
     def denoising_loss(self, clips: Tensor, condition: ClipConditioning, generator: torch.Generator) -> Tensor:
         """Mean squared error of the denoiser's prediction at random times; hidden context is zeroed by its mask."""
@@ -354,8 +378,15 @@ class TokenizerTraining:
         noise = torch.randn(clips.shape, generator=generator).to(clips)
         if self.run.model.denoiser.flow_map:
             return self.jumping_loss(clips, noise, condition, generator)
-        noisy, timestep, target = noised(self.run.model.objective, clips, noise, generator)
-        return functional.mse_loss(self.module.denoiser(noisy, timestep, condition), target)
+        shift = self.run.model.denoiser.time_shift
+        noisy, timestep, target = noised(self.run.model.objective, clips, noise, generator, shift)
+        predicted = self.module.denoiser(noisy, timestep, condition)
+        if self.whole and self.run.model.denoiser.context_frames:  # where the first latent is given, it has no loss
+            given = condition.context_mask[:, None, None, None].to(target)
+            target = torch.cat(
+                [torch.lerp(target[:, :1], predicted[:, :1], given[:, None]).detach(), target[:, 1:]], dim=1
+            )
+        return functional.mse_loss(predicted, target)
 
     def jumping_loss(
         self, clips: Tensor, noise: Tensor, condition: ClipConditioning, generator: torch.Generator
@@ -390,8 +421,9 @@ class TokenizerTraining:
         looped = torch.tensor([v.loops for v in self.validated]).to(device)
         losses: dict[str, list[Tensor]] = defaultdict(list)
         for part, loops in zip(rows.split(at_once(32, size)), looped.split(at_once(32, size)), strict=True):
-            clips = self.latents[part, 0].float().to(device)
-            condition = module.conditioning(self.blocks(part, clips), clips[:, : self.head])
+            clips = self.clips_of(part, torch.zeros(len(part), dtype=torch.long)).to(device)
+            context = clips[:, : self.run.model.denoiser.context_frames]
+            condition = module.conditioning(self.blocks(part, clips), context)
             condition = replace(condition, context_mask=condition.context_mask * loops)  # others begin at frame 0
             if self.run.trains == "code":
                 losses["code_loss"].append(functional.mse_loss(condition.key_latents[:, 0], clips[:, self.head]))
@@ -412,9 +444,9 @@ class TokenizerTraining:
     def sheet(self, rows: Tensor) -> Image.Image:
         """Strips of each clip: frames through the first stage, the head key frame through tokens, and rendered."""
         module = self.module
-        latents = self.latents[rows, 0].float().to(module.device)
+        latents = self.clips_of(rows, torch.zeros(len(rows), dtype=torch.long)).to(module.device)
         clips, pair = self.within(latents), self.blocks(rows, latents)
-        columns = [module.frames_of(clips[:, ::3])]
+        columns = [module.frames_of(clips)[:, ::3] if self.whole else module.frames_of(clips[:, ::3])]
         if self.run.model.has_key_latents:
             columns.append(module.frames_of(module.key_latents(pair[:, 0])[:, None]))
         if self.run.trains == "code":

@@ -1,0 +1,237 @@
+"""A folder of Wan 2.1 as diffusers writes it → a checkpoint folder from which to train a tokenizer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanImageEmbedding
+from torch import Tensor, nn
+
+from dicode.checkpoint import read_tensors
+from dicode.config import CheckpointError, config_to_dict
+from dicode.convert.files import State
+from dicode.convert.official import CLIP_HEAD_WIDTH, Report, fitted, read_clip, tower_sizes, write_model
+from dicode.files import read_json, sha256_of
+from dicode.tokenizer.config import (
+    CodeConfig,
+    DenoiserConfig,
+    EncoderConfig,
+    FirstStageConfig,
+    ResamplerConfig,
+    SamplingConfig,
+    TokenizerConfig,
+)
+from dicode.tokenizer.encoder import Resampler
+from dicode.tokenizer.learned_code import LearnedCode
+from dicode.tokenizer.video_tokenizer import (
+    FIRST_STAGE_WEIGHTS,
+    WEIGHTS,
+    TokenizerParts,
+    VideoTokenizer,
+    hash_of_tokens,
+)
+from dicode.tokenizer.wan import PATCH, TEXT_ROWS
+
+CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
+# what the adapter is built for; a folder that says otherwise is another model
+TRANSFORMER = {
+    "patch_size": [*PATCH], "image_dim": None, "added_kv_proj_dim": None, "cross_attn_norm": True, "freq_dim": 256,
+    "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "pos_embed_seq_len": None,
+}  # fmt: skip
+VAE = {"attn_scales": [], "is_residual": False, "patch_size": None, "in_channels": 3, "out_channels": 3}
+TOKENS, TOKEN_WIDTH, CODE_WIDTH = 16, 1024, 64  # of a key frame; of features, and of latents
+TIME_SHIFT = 3.0  # as Wan 2.1 samples 480 lines and fewer
+STEPS = 24
+
+
+def convert_wan(
+    path: Path,
+    output: Path,
+    *,
+    null_text: Path | None = None,
+    text_encoder: Path | None = None,
+    clip: Path | None = None,
+    size: int = 256,
+    clip_frames: int = 33,
+    dtype: torch.dtype = torch.float32,
+) -> Report:
+    """Write the folder `output` from a folder with `model_index.json`, `transformer/` and `vae/`, sharded or not.
+
+    Deep tokens come from `clip`, a vision tower, by a resampler, or without one from the latents of key frames, by a
+    learned code; either has random weights, and so has what the transformer reads them by, which starts without effect.
+    `null_text` is a safetensors file of the null prompt's rows, `text_encoder` a folder of UMT5 and its tokenizer to
+    compute them by (default: `text_encoder/` and `tokenizer/` of the folder). Raises `CheckpointError` for another
+    model, for pickles, and where a tensor is missing, misshapen or unknown; nothing is written then.
+    """
+    check_index(path)
+    settings, vae = (
+        checked(path / part / "config.json", known) for part, known in (("transformer", TRANSFORMER), ("vae", VAE))
+    )
+    config = configured(settings, vae, path, clip, size, clip_frames)
+    report = Report()
+    own, used = sharded(path / "transformer", report)
+    autoencoder, more = sharded(path / "vae", report)
+    parts = {f"denoiser.transformer.{name}": value for name, value in {**own, **image_path(own, config)}.items()}
+    parts["denoiser.null_text"] = null_rows(path, null_text, text_encoder, config.denoiser.text_width)
+    parts |= token_parts(config, clip)
+    stage = {f"autoencoder.{name}": value for name, value in autoencoder.items()}
+    stage["latent_mean"] = torch.tensor(vae["latents_mean"])
+    stage["latent_deviation"] = torch.tensor(vae["latents_std"])
+    with torch.device("meta"):
+        model = VideoTokenizer(config)
+    stage = fitted(stage, model.first_stage, str(path / "vae"))
+    parts = fitted(parts, TokenizerParts(model), str(path / "transformer"))
+    report.use("first stage", autoencoder)
+    report.use("denoiser", own)
+    new = {name: value for name, value in parts.items() if name.removeprefix("denoiser.transformer.") not in own}
+    report.use("new, to be trained", new)
+    report.notes += [f"sha256 {digest}  {file}" for file, digest in sorted({**used, **more}.items())]
+    sections = {"tokenizer": config_to_dict(config), "deep_tokens": hash_of_tokens(stage, parts)}
+    write_model(output, {FIRST_STAGE_WEIGHTS: stage, WEIGHTS: parts}, sections, dtype, [path], report)
+    return report
+
+
+def check_index(path: Path) -> None:
+    """Raise `CheckpointError` unless the folder is of a pipeline with Wan's transformer and autoencoder."""
+    index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+    for part, expected in CLASSES.items():
+        found = index.get(part)
+        if not (isinstance(found, list) and len(found) == 2 and found[1] == expected):
+            raise CheckpointError(f"{path}/model_index.json: expected {part} of class {expected}, got {found}")
+
+
+def checked(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a part. Raises `CheckpointError` where one is not as the adapter is built for."""
+    settings = read_json(path)
+    for name, expected in known.items():
+        if name in settings and settings[name] != expected:
+            raise CheckpointError(f"{path}: {name} is {settings[name]!r}, expected {expected!r}: another kind of Wan")
+    return settings
+
+
+def configured(
+    settings: Mapping[str, Any], vae: Mapping[str, Any], path: Path, clip: Path | None, size: int, clip_frames: int
+) -> TokenizerConfig:
+    """The tokenizer's configuration; the rate is such that a clip lasts two seconds."""
+    if settings["in_channels"] != vae["z_dim"] or settings["out_channels"] != vae["z_dim"]:
+        raise CheckpointError(
+            f"{path}: transformer and vae have latents of {settings['in_channels']} and {vae['z_dim']}"
+        )
+    stages = vae["temperal_downsample"]
+    if stages != [level >= len(stages) - 2 for level in range(len(stages))]:
+        raise CheckpointError(f"{path}/vae: temperal_downsample {stages}, expected the last two stages")
+    blocks = (vae["num_res_blocks"],)
+    stage = FirstStageConfig("wan", tuple(vae["base_dim"] * m for m in vae["dim_mult"]), vae["z_dim"], blocks, blocks)
+    width = settings["num_attention_heads"] * settings["attention_head_dim"]
+    denoiser = DenoiserConfig(
+        kind="wan",
+        context_frames=1,
+        depth=settings["num_layers"],
+        heads=settings["num_attention_heads"],
+        width=width,
+        feed_forward=settings["ffn_dim"],
+        text_width=settings["text_dim"],
+        text_tokens=TEXT_ROWS,
+        time_shift=TIME_SHIFT,
+    )
+    resampler = None
+    if clip is not None:
+        resampler = ResamplerConfig(encoder=encoder_of(clip))
+    return TokenizerConfig(
+        size=size,
+        fps=(clip_frames - 1) / 2,
+        clip_frames=clip_frames,
+        tail_frame=clip_frames - 1,
+        null_tokens="grey_image",
+        tokens_per_keyframe=TOKENS,
+        token_width=TOKEN_WIDTH if resampler else CODE_WIDTH,
+        first_stage=stage,
+        resampler=resampler,
+        code=None if resampler else CodeConfig(width=512, depth=4, heads=8),
+        denoiser=denoiser,
+        sampling=SamplingConfig(steps=STEPS, decoder_guidance=3.0),
+    )
+
+
+def encoder_of(clip: Path) -> EncoderConfig:
+    """Sizes of a vision tower, by its weights."""
+    state = read_clip(clip)[0]
+    sizes = tower_sizes(state, "vision", "vision_model.")
+    patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    side = round((len(state["vision_model.embeddings.position_embedding.weight"]) - 1) ** 0.5) * patch
+    width = sizes["hidden_size"]
+    return EncoderConfig(width, sizes["num_hidden_layers"], max(1, width // CLIP_HEAD_WIDTH["vision"]), side, patch)
+
+
+def sharded(folder: Path, report: Report) -> tuple[State, dict[str, str]]:
+    """The tensors of a part, of one file or several, and the hashes of these."""
+    name = "diffusion_pytorch_model.safetensors"
+    files = [folder / name]
+    expected: set[str] | None = None
+    if (index := folder / f"{name}.index.json").is_file():
+        places: dict[str, str] = read_json(index)["weight_map"]
+        files = [folder / Path(file).name for file in sorted(set(places.values()))]  # never outside
+        expected = set(places)
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file; safetensors are read, pickles are not")
+    state = {key: value for file in files for key, value in read_tensors(file).items()}
+    if expected is not None and (differing := expected ^ state.keys()):
+        raise CheckpointError(f"{index}: {len(differing)} tensors are not where it says, such as {min(differing)}")
+    return state, {f"{folder.name}/{file.name}": sha256_of(file) for file in files}
+
+
+def image_path(state: State, config: TokenizerConfig) -> State:
+    """What deep tokens are read by: keys as those of the text, values without effect, places small and random."""
+    rows = 2 * config.tokens_per_keyframe
+    torch.manual_seed(0)
+    embedder = WanImageEmbedding(config.token_width, config.denoiser.width, pos_embed_seq_len=rows)
+    nn.init.normal_(embedder.pos_embed, std=0.02)
+    added = {f"condition_embedder.image_embedder.{name}": value for name, value in embedder.state_dict().items()}
+    for number in range(config.denoiser.depth):
+        own = f"blocks.{number}.attn2."
+        for kind in ("weight", "bias"):
+            added[f"{own}add_k_proj.{kind}"] = state[f"{own}to_k.{kind}"].clone()
+            added[f"{own}add_v_proj.{kind}"] = torch.zeros_like(state[f"{own}to_v.{kind}"])
+        added[f"{own}norm_added_k.weight"] = state[f"{own}norm_k.weight"].clone()
+    return added
+
+
+def token_parts(config: TokenizerConfig, clip: Path | None) -> State:
+    """What computes deep tokens: a vision tower and a resampler, or a code of latents."""
+    torch.manual_seed(0)
+    if clip is None:
+        return {f"learned_code.{name}": value for name, value in LearnedCode(config).state_dict().items()}
+    assert config.resampler is not None
+    module = Resampler(config.resampler, config.tokens_per_keyframe, config.token_width)
+    parts = {f"resampler.{name}": value for name, value in module.state_dict().items()}
+    tower = {name: t for name, t in read_clip(clip)[0].items() if name.startswith("vision_model.")}
+    return parts | {f"encoder.tower.{name.removeprefix('vision_model.')}": t for name, t in tower.items()}
+
+
+def null_rows(path: Path, file: Path | None, text_encoder: Path | None, width: int) -> Tensor:
+    """The embedding of the null prompt, `1 512 width`: its one token, then zeros."""
+    if file is not None:
+        held = read_tensors(file)
+        rows = next(iter(held.values())) if len(held) == 1 else torch.empty(0)
+        if tuple(rows.shape[-2:]) != (TEXT_ROWS, width) or rows.numel() != TEXT_ROWS * width:
+            raise CheckpointError(
+                f"{file}: expected one tensor of {TEXT_ROWS} x {width}, got {[[*t.shape] for t in held.values()]}"
+            )
+        return rows.float().reshape(1, TEXT_ROWS, width)
+    encoder = text_encoder or path / "text_encoder"
+    words = path / "tokenizer" if text_encoder is None else text_encoder
+    if not (encoder / "config.json").is_file():
+        raise CheckpointError(
+            f"{encoder}: no text encoder; name one with --text-encoder, or a file of the rows with --null-text"
+        )
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    ids = AutoTokenizer.from_pretrained(words, local_files_only=True)("", return_tensors="pt").input_ids
+    model = UMT5EncoderModel.from_pretrained(encoder, local_files_only=True, use_safetensors=True).eval()
+    with torch.no_grad():
+        rows = model(ids).last_hidden_state.float()
+    if rows.shape[-1] != width:
+        raise CheckpointError(f"{encoder}: rows of {rows.shape[-1]} numbers, the transformer reads {width}")
+    return nn.functional.pad(rows, (0, 0, 0, TEXT_ROWS - rows.shape[1]))

@@ -1,0 +1,148 @@
+"""`dicode convert wan`: a tiny folder of diffusers computes what diffusers computes, and everything else stops."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from test_wan import given
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from dicode.cli.app import main
+from dicode.config import CheckpointError
+from dicode.convert.wan import convert_wan
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
+
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": 8}
+VAE = {"base_dim": 4, "z_dim": 5, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]}
+
+
+def write_wan(folder: Path, shard: str = "5GB", vae: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A pipeline of random weights, as `save_pretrained` writes one."""
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(in_channels=5, out_channels=5, **{**SIZES, **changes})
+    transformer.save_pretrained(folder / "transformer", max_shard_size=shard)
+    statistics = {"latents_mean": [0.1 * i for i in range(5)], "latents_std": [1 + 0.1 * i for i in range(5)]}
+    AutoencoderKLWan(**{**VAE, **statistics, **(vae or {})}).save_pretrained(folder / "vae")
+    config = UMT5Config(
+        vocab_size=12, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(
+        folder / "tokenizer"
+    )
+    index = {
+        "_class_name": "WanPipeline",
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_the_converted_model_computes_what_the_pipelines_parts_do(tmp_path: Path, shard: str) -> None:
+    source = write_wan(tmp_path / "wan", shard)
+    assert (len(list((source / "transformer").glob("*.safetensors"))) > 1) == (shard == "20KB")
+    flags = ["-o", tmp_path / "out", "--size", "32", "--clip-frames", "17", "--dtype", "float32"]
+    assert main(["convert", "wan", *map(str, [source, *flags])]) == 0
+    made = VideoTokenizer.from_pretrained(tmp_path / "out")
+    config = made.config
+    assert (config.clip_frames, config.tail_frame, config.fps, config.latent_frames) == (17, 16, 8.0, 5)
+    transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(source / "transformer"))
+    state = {n: t for file in (source / "transformer").glob("*.safetensors") for n, t in load_file(file).items()}
+    transformer.load_state_dict(state)
+    vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(source / "vae")).eval()
+    vae.load_state_dict(load_file(source / "vae/diffusion_pytorch_model.safetensors"))
+    text = made.denoiser.null_text
+    assert text.shape == (1, 512, 8) and text[0, 0].any() and not text[0, 1:].any()
+    noisy, t = torch.randn(2, 5, 5, 8, 8), torch.tensor([900.0, 20.0])
+    condition = given(tokens=torch.randn(2, 2, 16, 64), context_mask=torch.zeros(2))
+    with torch.no_grad():
+        expected = transformer(noisy.transpose(1, 2), t, text.expand(2, -1, -1), return_dict=False)[0]
+        torch.testing.assert_close(made.denoiser(noisy, t, condition), expected.transpose(1, 2), rtol=0, atol=1e-5)
+        alone = dataclasses.replace(config.denoiser, context_frames=0)  # one time for all positions, not one each
+        made.denoiser.config = dataclasses.replace(config, denoiser=alone)
+        assert torch.equal(made.denoiser(noisy, t, condition), expected.transpose(1, 2))  # before any training
+        pixels = torch.rand(1, 17, 3, 32, 32) * 2 - 1
+        latents = vae.encode(rearrange(pixels, "b f c y x -> b c f y x")).latent_dist.mode()
+        mean, deviation = (
+            torch.tensor(vae.config[name])[:, None, None, None] for name in ("latents_mean", "latents_std")
+        )
+        own = made.first_stage.encode_clips(pixels)
+        torch.testing.assert_close(own, ((latents - mean) / deviation).transpose(1, 2))
+        torch.testing.assert_close(
+            made.first_stage.decode_clips(own),
+            vae.decode(latents, return_dict=False)[0].transpose(1, 2),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    card = (tmp_path / "out/README.md").read_text()
+    assert "sha256" in card and "new, to be trained" in card
+
+
+def renamed(folder: Path, old: str, new: str) -> None:
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state[new] = state.pop(old)
+    save_file(state, path)
+
+
+def changed(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+TRAPS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another pipeline": (
+        lambda f: changed(f / "model_index.json", transformer=["diffusers", "FluxTransformer2DModel"]),
+        "class",
+    ),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json"),
+    "an image-to-video model": (lambda f: changed(f / "transformer/config.json", image_dim=1280), "image_dim"),
+    "the autoencoder of 2.2": (lambda f: changed(f / "vae/config.json", is_residual=True), "is_residual"),
+    "other stages": (
+        lambda f: changed(f / "vae/config.json", temperal_downsample=[True, False]),
+        "temperal_downsample",
+    ),
+    "a missing tensor": (
+        lambda f: renamed(f, "blocks.0.attn2.to_q.weight", "blocks.9.attn2.to_q.weight"),
+        "do not fit",
+    ),
+    "pickles": (
+        lambda f: (f / "vae/diffusion_pytorch_model.safetensors").rename(f / "vae/diffusion_pytorch_model.bin"),
+        "pickles",
+    ),
+    "no text encoder": (lambda f: (f / "text_encoder/config.json").unlink(), "--null-text"),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_what_it_is_not_made_for_stops_and_writes_nothing(tmp_path: Path, name: str) -> None:
+    spoil, said = TRAPS[name]
+    source = write_wan(tmp_path / "wan")
+    spoil(source)
+    with pytest.raises(CheckpointError, match=said):
+        convert_wan(source, tmp_path / "out", size=32, clip_frames=17)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_null_prompt_may_come_from_a_file(tmp_path: Path) -> None:
+    source, rows = write_wan(tmp_path / "wan"), torch.randn(512, 8)
+    save_file({"null": rows}, tmp_path / "null.safetensors")
+    convert_wan(source, tmp_path / "out", size=32, clip_frames=17, null_text=tmp_path / "null.safetensors")
+    assert torch.equal(VideoTokenizer.from_pretrained(tmp_path / "out").denoiser.null_text[0], rows)
+    save_file({"null": rows[:77]}, tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match="512 x 8"):
+        convert_wan(source, tmp_path / "no", size=32, clip_frames=17, null_text=tmp_path / "short.safetensors")

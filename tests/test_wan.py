@@ -1,0 +1,190 @@
+"""Wan behind the tokenizer's interfaces, at toy size: its own classes are the reference."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from einops import rearrange
+from test_tokenizer import RESAMPLER, conditioning
+from toy_runs import LM, assert_same_checkpoint, loop, train_in_parts, write_cache
+
+from dicode.checkpoint.saving import write_config
+from dicode.cli.app import main
+from dicode.pipeline import DiCoDe
+from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, SamplingConfig, TokenizerConfig
+from dicode.tokenizer.denoiser import shifted
+from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.tokenizer.wan import IMAGE_PATH, TEXT_ROWS, Wan, begin_image_path
+from dicode.train.runs import LanguageRun, LoRAConfig, TokenizerRun
+from dicode.train.stages import run_recipe
+from dicode.train.tokenizer import TokenizerTraining
+
+FIRST_STAGE = FirstStageConfig(
+    kind="wan", channels=(4, 8, 8), latent_channels=5, encoder_blocks=(1,), decoder_blocks=(1,)
+)
+CONFIG = TokenizerConfig(
+    size=32,
+    clip_frames=17,
+    tokens_per_keyframe=4,
+    token_width=6,
+    first_stage=FIRST_STAGE,
+    resampler=RESAMPLER,
+    denoiser=DenoiserConfig(
+        kind="wan", width=24, depth=2, heads=2, text_width=8, text_tokens=TEXT_ROWS, context_frames=1, time_shift=3.0
+    ),
+    sampling=SamplingConfig(steps=2),
+)
+
+
+def tokenizer(**changes: Any) -> VideoTokenizer:
+    torch.manual_seed(0)
+    return VideoTokenizer(dataclasses.replace(CONFIG, **changes)).eval()
+
+
+def clips(frames: int = 17, b: int = 2) -> torch.Tensor:
+    return torch.rand(b, frames, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def given(**changes: Any) -> Any:
+    context = torch.randn(2, 1, 5, 8, 8, generator=torch.Generator().manual_seed(2))
+    own = dataclasses.replace(conditioning(2), context=context, context_mask=torch.tensor([1.0, 0.0]))
+    return dataclasses.replace(own, **changes)
+
+
+def test_the_first_stage_codes_clips_as_the_library_does() -> None:
+    stage = tokenizer().first_stage
+    stage.latent_mean.copy_(torch.arange(5) / 10)
+    pixels = clips()
+    expected = stage.autoencoder.encode(rearrange(pixels, "b f c y x -> b c f y x")).latent_dist.mode()
+    expected = rearrange(expected, "b c f h w -> b f c h w") - stage.latent_mean[:, None, None]
+    latents = stage.encode_clips(pixels)
+    assert latents.shape == (2, 5, 5, 8, 8)
+    torch.testing.assert_close(latents, expected)
+    assert stage.decode_clips(latents).shape == pixels.shape
+    torch.testing.assert_close(stage.encode(pixels[:, 0]), latents[:, 0], rtol=1e-4, atol=1e-5)  # of frame 0 alone
+    assert stage.decode(latents[:, 0]).shape == (2, 3, 32, 32)
+    for frames in (16, 18):  # the library drops three frames without a word
+        with pytest.raises(ValueError, match="4 n"):
+            stage.encode_clips(clips(frames))
+
+
+def test_without_effect_deep_tokens_leave_the_text_model_as_it_was() -> None:
+    model = tokenizer().denoiser
+    assert isinstance(model, Wan)
+    own = model.transformer
+    plain = WanTransformer3DModel.from_config({**own.config, "image_dim": None, "added_kv_proj_dim": None})
+    state = {name: t for name, t in own.state_dict().items() if not any(part in name for part in IMAGE_PATH)}
+    plain.load_state_dict(state)
+    begin_image_path(own)
+    noisy, t, condition = torch.randn(2, 5, 5, 8, 8), torch.tensor([500.0, 20.0]), given()
+    condition = dataclasses.replace(condition, context_mask=torch.zeros(2))
+    expected = plain(noisy.transpose(1, 2), t, model.null_text.expand(2, -1, -1), return_dict=False)[0]
+    torch.testing.assert_close(model(noisy, t, condition), expected.transpose(1, 2), rtol=0, atol=1e-5)
+
+
+def test_head_and_tail_are_told_apart_and_every_token_matters() -> None:
+    model = tokenizer().denoiser
+    noisy, t, condition = torch.randn(2, 5, 5, 8, 8), torch.tensor([500.0, 20.0]), given()
+    made = model(noisy, t, condition)
+    swapped = model(noisy, t, dataclasses.replace(condition, tokens=condition.tokens.flip(1)))
+    assert (made - swapped).abs().max() > 1e-6
+    for place in range(8):
+        tokens = condition.tokens.clone()
+        tokens[:, place // 4, place % 4] += torch.randn(6)
+        assert (model(noisy, t, dataclasses.replace(condition, tokens=tokens)) - made).abs().max() > 1e-6
+
+
+def test_a_given_first_latent_is_clean_and_its_noise_is_not_read() -> None:
+    model = tokenizer().denoiser
+    noisy, t, condition = torch.randn(2, 5, 5, 8, 8), torch.tensor([500.0, 500.0]), given()
+    made, other = model(noisy, t, condition), noisy.clone()
+    other[:, 0] += 1
+    changed = model(other, t, condition) - made
+    assert changed[0].abs().max() == 0 and changed[1].abs().max() > 1e-6
+
+
+def test_clips_meet_in_the_frame_that_they_share() -> None:
+    model, tokens = tokenizer(), torch.randn(1, 4, 4, 6)
+    clips = list(model.decode(tokens, seed=1))
+    assert [clip.shape[1] for clip in clips] == [17, 16, 16]
+    again = torch.cat(list(model.decode(tokens, seed=1)), dim=1)
+    assert torch.equal(torch.cat(clips, dim=1), again)
+    with pytest.raises(ValueError, match="parallel"):
+        next(model.decode(tokens, sampling=model.config.sampling.changed(joins="parallel")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"clip_frames": 16}, "clip_frames"),
+        ({"clip_frames": 17, "tail_frame": 17}, "clip_frames"),
+        ({"denoiser": dataclasses.replace(CONFIG.denoiser, text_tokens=77)}, "text_tokens"),
+        ({"denoiser": dataclasses.replace(CONFIG.denoiser, context_frames=2)}, "context_frames"),
+    ],
+)
+def test_what_it_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tokenizer(**changes)
+
+
+def test_times_move_towards_noise_and_keep_their_ends() -> None:
+    sigma = torch.linspace(0, 1, 5)
+    assert torch.equal(shifted(sigma, 1.0), sigma)
+    moved = shifted(sigma, 3.0)
+    assert moved[0] == 0 and moved[-1] == 1 and (moved[1:-1] > sigma[1:-1]).all()
+    torch.testing.assert_close(moved[2], torch.tensor(0.75))
+
+
+def test_the_library_still_counts_what_it_did() -> None:
+    """The published sizes with deep tokens of 1,024: 159 tensors more than the text model has."""
+    with torch.device("meta"):
+        sizes = dataclasses.replace(CONFIG.denoiser, width=1536, depth=30, heads=12, feed_forward=8960, text_width=4096)
+        stage = FirstStageConfig("wan", (96, 192, 384, 384), 16, (2,), (2,))
+        config = dataclasses.replace(
+            CONFIG, size=256, token_width=1024, tokens_per_keyframe=16, denoiser=sizes, first_stage=stage
+        )
+        model = Wan(config).transformer
+        AutoencoderKLWan()
+    added = {name: t.numel() for name, t in model.named_parameters() if any(part in name for part in IMAGE_PATH)}
+    assert len(added) == 159 and sum(added.values()) == pytest.approx(144.4e6, rel=1e-3)
+
+
+def test_it_is_trained_resumed_and_writes_videos_that_go_on(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache")
+    prior = tokenizer()
+    write_config(tmp_path / "prior", {"tokenizer": prior.save_pretrained(tmp_path / "prior")})
+    run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=CONFIG, loop=loop(4))
+    metrics = run_recipe(run, tmp_path / "whole", {})
+    assert np.isfinite(metrics["denoising_loss"])
+    train_in_parts(run, tmp_path / "parts")
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts", 4)
+    best = str(tmp_path / "whole/best")
+    lm = LanguageRun(run.cache, best, model=LM, loop=loop(4), longer=(5,), longer_share=(0.5,))
+    run_recipe(lm, tmp_path / "lm", {})
+    assert main(["assemble", best, str(tmp_path / "lm/best"), "-o", str(tmp_path / "model")]) == 0
+    model = DiCoDe.from_pretrained(tmp_path / "model")
+    made = np.concatenate(list(model.generate("a red square", seconds=4.0, seed=1)))
+    assert made.shape == (32, 32, 32, 3)
+    more = list(model.generate("a red square", seconds=2.0, seed=2, given=model.given(continued=made)))
+    assert sum(map(len, more)) == 16
+    assert sum(map(len, model.reconstruct(made))) == 32
+
+
+def test_adapters_train_with_what_is_new_and_leave_the_rest(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache")
+    prior = tokenizer()
+    write_config(tmp_path / "prior", {"tokenizer": prior.save_pretrained(tmp_path / "prior")})
+    lora = LoRAConfig(rank=2, targets=("to_q", "to_k", "to_v"), whole=("image_embedder", "add_k_proj", "resampler"))
+    run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=CONFIG, lora=lora, loop=loop(4))
+    run_recipe(run, tmp_path / "run", {})
+    before, after = prior.state_dict(), VideoTokenizer.from_pretrained(tmp_path / "run/best").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(any(part in name for part in (*lora.targets, *lora.whole)) for name in changed)
+    for part in (*lora.targets, *lora.whole):
+        assert any(part in name for name in changed), part
+    with pytest.raises(ValueError, match=r"lora\.whole"):
+        TokenizerTraining(dataclasses.replace(run, lora=dataclasses.replace(lora, whole=("none",))))
