@@ -59,7 +59,7 @@ class Vae:
 
 @dataclass(frozen=True)
 class Wan:
-    """Convert a folder of Wan 2.1, as diffusers writes it, into a checkpoint folder from which to train a tokenizer."""
+    """Convert a folder of Wan 2.1 or 2.2, as diffusers writes it, into a checkpoint to train a tokenizer from."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]  # with model_index.json, transformer/ and vae/
     output: common.OutputFolder

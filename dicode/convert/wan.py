@@ -1,8 +1,8 @@
-"""A folder of Wan 2.1 as diffusers writes it → a checkpoint folder from which to train a tokenizer."""
+"""A folder of Wan 2.1 or 2.2 as diffusers writes it → a checkpoint folder from which to train a tokenizer."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanImageEmbedding
@@ -39,9 +39,10 @@ TRANSFORMER = {
     "patch_size": [*PATCH], "image_dim": None, "added_kv_proj_dim": None, "cross_attn_norm": True, "freq_dim": 256,
     "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "pos_embed_seq_len": None,
 }  # fmt: skip
-VAE = {"attn_scales": [], "is_residual": False, "patch_size": None, "in_channels": 3, "out_channels": 3}
+VAE = {"attn_scales": [], "in_channels": 3, "out_channels": 3, "patch_size": None}
+VAE_22 = {"attn_scales": [], "in_channels": 12, "out_channels": 12, "patch_size": 2}
 TOKENS, TOKEN_WIDTH, CODE_WIDTH = 16, 1024, 64  # of a key frame; of features, and of latents
-TIME_SHIFT = 3.0  # as Wan 2.1 samples 480 lines and fewer
+TIME_SHIFT = {"wan": 3.0, "wan22": 5.0}  # as 2.1 samples 480 lines and fewer, and 2.2
 STEPS = 24
 
 
@@ -65,9 +66,9 @@ def convert_wan(
     model, for pickles, and where a tensor is missing, misshapen or unknown; nothing is written then.
     """
     check_index(path)
-    settings, vae = (
-        checked(path / part / "config.json", known) for part, known in (("transformer", TRANSFORMER), ("vae", VAE))
-    )
+    settings = checked(path / "transformer/config.json", TRANSFORMER)
+    residual = read_json(path / "vae/config.json").get("is_residual", False)
+    vae = checked(path / "vae/config.json", VAE_22 if residual else VAE)
     config = configured(settings, vae, path, clip, size, clip_frames)
     report = Report()
     own, used = sharded(path / "transformer", report)
@@ -122,7 +123,9 @@ def configured(
     if stages != [level >= len(stages) - 2 for level in range(len(stages))]:
         raise CheckpointError(f"{path}/vae: temperal_downsample {stages}, expected the last two stages")
     blocks = (vae["num_res_blocks"],)
-    stage = FirstStageConfig("wan", tuple(vae["base_dim"] * m for m in vae["dim_mult"]), vae["z_dim"], blocks, blocks)
+    channels, residual = tuple(vae["base_dim"] * m for m in vae["dim_mult"]), vae.get("is_residual", False)
+    kind: Literal["wan", "wan22"] = "wan22" if residual else "wan"
+    stage = FirstStageConfig(kind, channels, vae["z_dim"], blocks, blocks, vae.get("decoder_base_dim"))
     width = settings["num_attention_heads"] * settings["attention_head_dim"]
     denoiser = DenoiserConfig(
         kind="wan",
@@ -133,7 +136,7 @@ def configured(
         feed_forward=settings["ffn_dim"],
         text_width=settings["text_dim"],
         text_tokens=TEXT_ROWS,
-        time_shift=TIME_SHIFT,
+        time_shift=TIME_SHIFT[kind],
     )
     resampler = None
     if clip is not None:

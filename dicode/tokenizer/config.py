@@ -34,23 +34,25 @@ class FirstStageConfig:
     """`tiny` is diffusers' AutoencoderTiny, `kl` its AutoencoderKL; `channels` lists the widths from fine to coarse.
 
     `wan` is its AutoencoderKLWan, which codes a clip as a whole: a latent for the first frame, then one every four.
+    `wan22` is the same as Wan 2.2 has it: residual, of patches of 2×2 pixels.
     """
 
-    kind: Literal["tiny", "kl", "wan"] = "tiny"
+    kind: Literal["tiny", "kl", "wan", "wan22"] = "tiny"
     channels: Widths = (64, 64, 64, 64)
     latent_channels: Width = 16
     encoder_blocks: Depths = (0, 2, 2, 3)
     decoder_blocks: Depths = (3, 2, 2, 1)
+    decoder_width: Width | None = None  # `wan22`: of its decoder, where the encoder has the first of `channels`
 
     @property
     def downsampling(self) -> int:
         """Image pixels a latent position spans, along each side."""
-        return 2 ** (len(self.channels) - 1)
+        return 2 ** (len(self.channels) - 1 + (self.kind == "wan22"))
 
     @property
     def frames_a_latent(self) -> int:
         """Frames that a latent holds, but for the first, which is of one."""
-        return 4 if self.kind == "wan" else 1
+        return 4 if self.kind in ("wan", "wan22") else 1
 
 
 @dataclass(frozen=True)

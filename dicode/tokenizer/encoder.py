@@ -26,7 +26,7 @@ class FirstStage(nn.Module):
         self.config = config
         if config.kind == "tiny":
             self.autoencoder: Any = TinyAutoencoder(config)
-        elif config.kind == "wan":
+        elif config.frames_a_latent > 1:
             from dicode.tokenizer.wan import autoencoder
 
             self.autoencoder = autoencoder(config)
@@ -48,7 +48,7 @@ class FirstStage(nn.Module):
     def raw_latents(self, pixels: KeyFramePixels) -> ImageLatents:
         """Latents before normalisation; a KL autoencoder gives the mode of its posterior."""
         pixels = pixels.to(self.dtype)
-        if self.config.kind == "wan":
+        if self.config.frames_a_latent > 1:
             return self._raw_clip_latents(pixels[:, None])[:, 0]
         if self.config.kind == "kl":
             return self.autoencoder.encode(pixels).latent_dist.mode()
@@ -59,7 +59,7 @@ class FirstStage(nn.Module):
 
         Raises `ValueError` for a number of frames that `wan` would cut short.
         """
-        if self.config.kind != "wan":
+        if self.config.frames_a_latent == 1:
             latents = self.encode(rearrange(pixels, "b f c y x -> (b f) c y x"))
             return rearrange(latents, "(b f) c h w -> b f c h w", b=len(pixels))
         if (pixels.shape[1] - 1) % self.config.frames_a_latent:
@@ -69,7 +69,7 @@ class FirstStage(nn.Module):
 
     def decode_clips(self, latents: ClipLatents) -> Float[Tensor, "b all 3 py px"]:
         """Normalised latents of clips → float32 pixels, not clamped."""
-        if self.config.kind != "wan":
+        if self.config.frames_a_latent == 1:
             pixels = self.decode(rearrange(latents, "b f c h w -> (b f) c h w"))
             return rearrange(pixels, "(b f) c y x -> b f c y x", b=len(latents))
         raw = latents * self.latent_deviation[:, None, None] + self.latent_mean[:, None, None]
@@ -97,7 +97,7 @@ class FirstStage(nn.Module):
     def raw_decode(self, latents: ImageLatents) -> KeyFramePixels:
         """Latents before normalisation → float32 pixels."""
         latents = latents.to(self.dtype)
-        if self.config.kind == "wan":
+        if self.config.frames_a_latent > 1:
             return self._raw_decoded_clips(latents[:, None])[:, 0]
         if self.config.kind == "kl":
             return self.autoencoder.decode(latents).sample.float()

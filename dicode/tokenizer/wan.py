@@ -101,8 +101,13 @@ def autoencoder(config: FirstStageConfig) -> AutoencoderKLWan:
     base = config.channels[0]
     if any(width % base for width in config.channels) or len(config.channels) < 2:
         raise ValueError(f"channels: expected multiples of the first, for 'wan', got {config.channels}")
-    levels = len(config.channels) - 1
+    levels, patches = (
+        len(config.channels) - 1,
+        {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12},
+    )
     return AutoencoderKLWan(
+        **(patches if config.kind == "wan22" else {}),
+        decoder_base_dim=config.decoder_width,
         base_dim=base,
         z_dim=config.latent_channels,
         dim_mult=[width // base for width in config.channels],
