@@ -30,6 +30,7 @@ def adapters() -> TokenizerRun:
         token_noise=0.0,
         loop=LoopConfig(
             micro_batches=8,
+            checkpoint_activations=True,
             evaluate_every=1000,
             checkpoint_every=500,
             optim=OptimConfig(steps=20_000, batch_size=8, lr=1e-4, warmup_steps=500, ema_decay=0.999),
@@ -41,7 +42,7 @@ def whole() -> TokenizerRun:
     """All of the transformer, after its adapters."""
     first = adapters()
     optim = replace(first.loop.optim, steps=100_000, batch_size=32, lr=1e-5, ema_decay=0.9999)
-    loop = replace(first.loop, micro_batches=16, optim=optim)
+    loop = replace(first.loop, micro_batches=8, optim=optim)
     return replace(first, init="runs/wan-adapters/best", lora=LoRAConfig(), loop=loop)
 
 

@@ -19,7 +19,8 @@ from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, SamplingCo
 from dicode.tokenizer.denoiser import shifted
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.tokenizer.wan import IMAGE_PATH, TEXT_ROWS, Wan, begin_image_path
-from dicode.train.runs import LanguageRun, LoRAConfig, TokenizerRun
+from dicode.train.first_stage import FirstStageTraining
+from dicode.train.runs import FirstStageRun, LanguageRun, LoRAConfig, TokenizerRun
 from dicode.train.stages import run_recipe
 from dicode.train.tokenizer import TokenizerTraining
 
@@ -129,6 +130,11 @@ def test_clips_meet_in_the_frame_that_they_share() -> None:
 def test_what_it_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         tokenizer(**changes)
+
+
+def test_its_autoencoder_is_not_trained_here() -> None:
+    with pytest.raises(ValueError, match="dicode convert wan"):
+        FirstStageTraining(FirstStageRun(model=FIRST_STAGE))
 
 
 def test_times_move_towards_noise_and_keep_their_ends() -> None:

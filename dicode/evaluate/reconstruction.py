@@ -54,16 +54,16 @@ def reconstructions(samples: Samples) -> dict[str, Sequence[Video]]:
     count, tail = config.clip_frames, config.tail_frame
     rendered, tokens = samples.reconstructed
     # head and tail key frame from their tokens alone, and every frame through the first stage alone
-    keys = [tokenizer.frames_of(tokenizer.key_latents(pair)[None])[0].cpu().numpy() for pair in tokens]
+    keys = [tokenizer.frames_of(tokenizer.key_latents(pair)[:, None])[:, 0].cpu().numpy() for pair in tokens]
     pixels = (torch.from_numpy(clip).permute(0, 3, 1, 2).float() / 127.5 - 1 for clip in samples.clips)
-    latents = (tokenizer.first_stage.encode(images.to(tokenizer.device)) for images in pixels)
+    latents = (tokenizer.first_stage.encode_clips(images[None].to(tokenizer.device)) for images in pixels)
     return {
         "reconstruction": rendered,
         "hold_head": [hold_head(clip) for clip in samples.clips],
         "cross_fade": [cross_fade(clip[0], clip[tail], count, tail) for clip in samples.real],
         "hold_head_of_tokens": [np.repeat(pair[:1], count, axis=0) for pair in keys],
         "cross_fade_of_tokens": [cross_fade(pair[0], pair[1], count, tail) for pair in keys],
-        "first_stage": [tokenizer.frames_of(of_clip[None])[0].cpu().numpy() for of_clip in latents],
+        "first_stage": [tokenizer.frames_of(of_clip)[0].cpu().numpy() for of_clip in latents],
     }
 
 

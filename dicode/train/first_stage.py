@@ -155,6 +155,10 @@ def rendered_clips(tokenizer: VideoTokenizer, cache: FrameCache, run: FirstStage
 
 def check(run: FirstStageRun) -> None:
     """Raise `ValueError` for options that need others."""
+    if run.model.frames_a_latent > 1:
+        raise ValueError(
+            f"model.kind: {run.model.kind!r} codes clips; it is converted (dicode convert wan), not trained"
+        )
     if run.freeze_encoder and not run.init:
         raise ValueError("freeze_encoder: name the trained first stage in init; a random encoder would stay random")
     if run.tokenizer and not run.freeze_encoder:
