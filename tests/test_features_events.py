@@ -21,10 +21,10 @@ REVERSIBLE = (*SLOW, "pass", "wait")  # what they say is as true backwards
 @cache
 def single(event: str, seed: int = 0) -> tuple[Script, np.ndarray]:
     """A script of one clause, of this event, and its video without the last key frame."""
-    index = next(i for i in range(2000) if (s := script_of(seed, "training", i)).clauses[0].event == event
+    index = next(i for i in range(2000) if (s := script_of(seed, "seen", i)).clauses[0].event == event
                  and len(s.clauses) == 1)  # fmt: skip
-    script = script_of(seed, "training", index)
-    return script, drawn(script, seed, "training", index)[:-1]
+    script = script_of(seed, "seen", index)
+    return script, drawn(script, seed, "seen", index)[:-1]
 
 
 @cache
