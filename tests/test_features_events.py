@@ -24,7 +24,7 @@ def single(event: str, seed: int = 0) -> tuple[Script, np.ndarray]:
     index = next(i for i in range(2000) if (s := script_of(seed, "seen", i)).clauses[0].event == event
                  and len(s.clauses) == 1)  # fmt: skip
     script = script_of(seed, "seen", index)
-    return script, drawn(script, seed, "seen", index)[:-1]
+    return script, drawn(script, seed, "training", index)[:-1]
 
 
 @cache
