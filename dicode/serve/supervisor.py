@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from dicode.serve.store import DATABASE, Store
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before a worker that died is begun again; doubled while it dies at once
-LIVED_S = 60.0  # a worker that lived so long is begun again after the first pause
+# before a worker that died is begun again; doubled while it dies before it was ready
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 
 class Supervisor:
@@ -63,19 +63,19 @@ class Supervisor:
     def _keep(self, name: str, device: str) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._ending.is_set():
-            began_s = time.monotonic()
             with self._begin(name, device) as process:  # closes its pipes, and waits for it
                 self.processes[name] = process
                 assert process.stdout is not None
                 for line in process.stdout:
                     if line.strip() == b"ready":
                         self.ready.add(name)
+            worked = name in self.ready
             self.ready.discard(name)
             self.release(name)
             if self._ending.is_set():
                 return
             self.restarts += 1
-            pause_s = FIRST_PAUSE_S if time.monotonic() - began_s > LIVED_S else min(2 * pause_s, LONGEST_PAUSE_S)
+            pause_s = FIRST_PAUSE_S if worked else min(2 * pause_s, LONGEST_PAUSE_S)
             self._ending.wait(pause_s)
 
     def _begin(self, name: str, device: str) -> "subprocess.Popen[bytes]":
