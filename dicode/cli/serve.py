@@ -1,7 +1,7 @@
 """`dicode serve`: an HTTP API, a queue and a page."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +63,7 @@ def serve(command: Serve, watch: Stopwatch) -> None:
         })  # fmt: skip
         return
     store = Store(command.data_folder, database)
-    server = Server(command.data_folder, models, store, Supervisor(store, command.model, command.device.split(",")))
-    server = replace(server, **limits)
+    supervisor = Supervisor(store, command.model, command.device.split(","))
+    server = Server(command.data_folder, models, store, supervisor, **limits)
     server.sweep()
     uvicorn.run(make_app(server), host=command.host, port=command.port, log_level="warning")

@@ -99,7 +99,7 @@ async def _look_after(server: Server) -> None:
     """Give the jobs of silent workers to others, and forget the old ones."""
     while True:
         with suppress(*server.store.passing):  # busy: the next look will do
-            await run_in_threadpool(server.store.release, None, server.silent_s)
+            await run_in_threadpool(server.release_silent)
             await run_in_threadpool(forget_old, server)
         await asyncio.sleep(server.silent_s / 4)
 

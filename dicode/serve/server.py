@@ -50,6 +50,11 @@ class Server:
         self.store.delete(job_id)
         shutil.rmtree(self.job_folder(job_id), ignore_errors=True)
 
+    def release_silent(self) -> None:
+        """Give the jobs of silent workers to others, and remove what those had written of them."""
+        for job in self.store.release(silent_s=self.silent_s):
+            shutil.rmtree(self.job_folder(job.id) / str(job.claim), ignore_errors=True)
+
     def sweep(self) -> None:
         """Remove folders of jobs that were never queued: the server died between their files and their row."""
         known = self.store.ids()

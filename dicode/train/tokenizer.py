@@ -299,8 +299,8 @@ class TokenizerTraining:
         """Latents of clips, cached, or encoded where they are of whole clips; mirrored where `mirrored` is 1."""
         if not self.whole:
             return self.latents[rows, mirrored[:, None]].float()
-        pixels = frames_to_pixels(self.cache.frames[rows.flatten()]).unflatten(0, rows.shape)
-        pixels = torch.where(mirrored[:, None, None, None, None] == 1, pixels.flip(-1), pixels)
+        count = rows.shape[1]
+        pixels = self.pixels_of(rows.flatten(), mirrored.repeat_interleave(count)).unflatten(0, rows.shape)
         with torch.no_grad(), autocast(self.module.device, self.run.loop.precision):
             return self.module.first_stage.encode_clips(pixels.to(self.module.device)).cpu()
 
@@ -308,10 +308,16 @@ class TokenizerTraining:
         """What tokens of cached frames are computed from, mirrored where `mirrored` is 1."""
         if self.run.model.resampler is None and not self.whole:
             return self.latents[rows, mirrored].float()
-        pixels = frames_to_pixels(self.cache.frames[rows])
-        pixels = torch.where(mirrored[:, None, None, None] == 1, pixels.flip(-1), pixels)
+        pixels = self.pixels_of(rows, mirrored)
+        if self.run.model.resampler is not None:
+            return pixels
         with torch.no_grad(), autocast(self.module.device, self.run.loop.precision):
-            return pixels if self.run.model.resampler else self.module.source_of(pixels.to(self.module.device)).cpu()
+            return self.module.source_of(pixels.to(self.module.device)).cpu()
+
+    def pixels_of(self, rows: Tensor, mirrored: Tensor) -> Tensor:
+        """Pixels `b 3 h w` of cached frames."""
+        pixels = frames_to_pixels(self.cache.frames[rows])
+        return torch.where(mirrored[:, None, None, None] == 1, pixels.flip(-1), pixels)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         # in eval mode what is not trained: the loop puts everything in training mode
