@@ -25,12 +25,13 @@ from dicode.tokenizer.denoiser import build_denoiser, cross_faded
 from dicode.tokenizer.motion import limited
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.begin import widened
 from dicode.train.cached import frame_tokens
 from dicode.train.lm import PLACE
 from dicode.train.loop import train
 from dicode.train.runs import LanguageRun, LoopConfig, OptimConfig, TokenizerRun, runs_of
 from dicode.train.stages import run_recipe
-from dicode.train.tokenizer import TokenizerTraining, widened
+from dicode.train.tokenizer import TokenizerTraining
 
 STEM = "denoiser.stem.weight"
 MOTION = MotionConfig(tokens=3, width=16, depth=1, heads=2)

@@ -23,11 +23,11 @@ from dicode.files import put_text, read_json, whole_folder
 from dicode.stopwatch import Progress
 from dicode.tokenizer.linear import fit_projections
 from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, VideoTokenizer
+from dicode.train.begin import load_first_stage
 from dicode.train.cached import first_stage_latents, psnr_db, splits
 from dicode.train.loop import data_of, environment_of, session
 from dicode.train.run_log import RunLog, note_start
 from dicode.train.runs import VALIDATION_CLIPS, LinearCodeRun, LoopConfig
-from dicode.train.tokenizer import load_first_stage
 
 MOST_FITTED = 20_000  # frames, mirrored ones included
 FIT = "fit.json"
