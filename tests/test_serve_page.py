@@ -66,6 +66,20 @@ def make(page: Any, prompt: str, seconds: str) -> None:
     page.click("button.main")
 
 
+def shown(page: Any) -> dict[str, Any]:
+    """The video on the page, as the API has it."""
+    return page.evaluate("fetch('/v1/videos/' + location.hash.slice(1)).then((r) => r.json())")
+
+
+def other_shown(page: Any, button: str) -> dict[str, Any]:
+    """The video that a button makes of the one on the page."""
+    before = page.evaluate("location.hash")
+    page.click(button)
+    page.wait_for_function(f"location.hash != '{before}'")
+    finished(page)
+    return shown(page)
+
+
 def test_a_video_appears_while_it_is_rendered(page: Any) -> None:
     make(page, "a spark", "16")
     page.wait_for_function("document.querySelector('.stage video')?.readyState >= 2")
@@ -80,16 +94,10 @@ def test_again_from_here_extending_and_reopening(page: Any, address: str) -> Non
     make(page, "a spark", "4")
     finished(page)
     first = page.evaluate("location.hash")
-    page.click("text=Again from here >> nth=1")
-    page.wait_for_function(f"location.hash != '{first}'")
-    finished(page)
-    own = page.evaluate("fetch('/v1/videos/' + location.hash.slice(1)).then((r) => r.json())")
+    own = other_shown(page, "text=Again from here >> nth=1")
     assert own["request"]["reroll_from"] == 1
-    second = page.evaluate("location.hash")
     page.fill("#more", "it goes on")
-    page.click("#extend")
-    page.wait_for_function(f"location.hash != '{second}'")
-    finished(page)
+    other_shown(page, "#extend")
     page.goto(f"{address}/{first}")
     page.reload()
     finished(page)
@@ -104,7 +112,7 @@ def test_storyboards_variations_and_errors(page: Any) -> None:
     page.fill("#shots input[type=range]", "4")
     make(page, "a spark", "2")
     finished(page)
-    own = page.evaluate("fetch('/v1/videos/' + location.hash.slice(1)).then((r) => r.json())")
+    own = shown(page)
     assert [(shot["prompt"], shot["seconds"]) for shot in own["request"]["shots"]] == [("a spark", 2), ("it grows", 4)]
     page.click("[aria-label='Remove shot 2']")
     page.click("#four")
@@ -203,11 +211,7 @@ def test_the_page_is_small_and_loads_nothing_from_elsewhere() -> None:
 def test_one_clip_again_and_a_video_beside_its_reconstruction(page: Any, tmp_path: Path) -> None:
     make(page, "a spark", "4")
     finished(page)
-    first = page.evaluate("location.hash")
-    page.click("text=This clip alone >> nth=0")
-    page.wait_for_function(f"location.hash != '{first}'")
-    finished(page)
-    own = page.evaluate("fetch('/v1/videos/' + location.hash.slice(1)).then((r) => r.json())")
+    own = other_shown(page, "text=This clip alone >> nth=0")
     assert (own["request"]["reroll_from"], own["request"]["reroll_clips"]) == (0, 1)
     with VideoWriter(tmp_path / "own.mp4") as writer:
         writer.write(np.random.default_rng(0).integers(0, 255, (32, 32, 32, 3), np.uint8))
