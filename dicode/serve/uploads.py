@@ -119,7 +119,7 @@ def _file(kind: Kind, name: str, data: bytes) -> Files:
     suffix = next((suffix for at, magic, suffix in kind.magic if data[at : at + len(magic)] == magic), None)
     if suffix is None:
         raise HTTPException(415, f"{name}: expected a {kind.name}")
-    if kind is IMAGES:
+    if kind is IMAGES or suffix == ".gif":
         _check_image(name, data)
     return {f"{kind.fields[name]}{suffix}": data}
 
