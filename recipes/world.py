@@ -8,6 +8,7 @@ r"""The bundled model `world`: video prediction for robot cameras from an instru
     dicode train recipes/world.py:denoiser              # these two are independent
     dicode train recipes/world.py:lm
     dicode train recipes/world.py:lm_own
+    dicode train recipes/world.py:flow_map
     dicode train recipes/world.py:first_stage_decoder
     dicode assemble runs/world-denoiser/best runs/world-lm_own/best -o world \
         --first-stage runs/world-first_stage_decoder/best
@@ -40,6 +41,7 @@ from dicode.train.runs import (
 CACHE = "cache/world"
 SPRITES = "dicode/checkpoints/sprites"
 MODEL = TOKENIZERS["world"]
+STEPS_OF_MAP = 1500
 
 # For `dicode train recipes/world.py --all`: in order, with the share of the time that each is worth.
 STAGES = {
@@ -113,6 +115,20 @@ def denoiser() -> TokenizerRun:
                 ema_decay=0.999,
             ),
         ),
+    )
+
+
+def flow_map() -> TokenizerRun:
+    """The denoiser as a flow map, as that of `sprites`."""
+    run = denoiser()
+    optim = replace(run.loop.optim, steps=STEPS_OF_MAP, batch_size=32, lr=3e-4, warmup_steps=50, decay_fraction=0.6)
+    return replace(
+        run,
+        init="runs/world-denoiser/best",
+        init_denoiser=None,
+        model=replace(MODEL, denoiser=replace(MODEL.denoiser, flow_map=True)),
+        fused_guidance=1.5,
+        loop=replace(run.loop, evaluate_every=STEPS_OF_MAP, optim=optim),
     )
 
 

@@ -42,14 +42,14 @@ GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 6
 NAMES = {
     "blocks": ("first_stage", "code", "motion", "denoiser", "first_stage_decoder", "lm", "lm_motion"),
-    "sprites": ("first_stage", "first_stage_decoder", "denoiser", "lm"),
+    "sprites": ("first_stage", "first_stage_decoder", "denoiser", "flow_map", "lm"),
     "paper": (
         "paper_tokenizer_256", "gpt2_mini", "distilgpt2", "gpt2", "gpt2_medium", "gpt2_large", "llama_1b", "llama_3b",
         "paper_motion", "gpt2_motion",
     ),
     "small": ("first_stage", "denoiser", "lm"),
     "heads": ("run",),
-    "world": ("first_stage", "first_stage_decoder", "denoiser", "lm", "lm_own"),
+    "world": ("first_stage", "first_stage_decoder", "denoiser", "flow_map", "lm", "lm_own"),
     "scale": ("llama_200k", "llama_19m"),  # at toy size others have the same, or differ in learning rate alone
     "scale_large": ("llama_1b",),
 }  # fmt: skip
@@ -92,7 +92,8 @@ def toy_tokenizer(model: TokenizerConfig) -> TokenizerConfig:
     tiny = tiny_config()
     denoiser: DenoiserConfig = tiny.denoiser
     if model.denoiser.kind == denoiser.kind:
-        denoiser = dataclasses.replace(denoiser, predict_residual=model.denoiser.predict_residual)
+        asked = {name: getattr(model.denoiser, name) for name in ("predict_residual", "flow_map")}
+        denoiser = dataclasses.replace(denoiser, **asked)
     resampler = model.resampler and RESAMPLER
     own = {"denoiser": denoiser, "objective": model.objective, "resampler": resampler}
     return dataclasses.replace(tiny, **own, motion=model.motion and MOTION, code=model.code and CODE)
