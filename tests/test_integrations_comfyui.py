@@ -90,7 +90,8 @@ def run(nodes: dict[str, Any], node_id: str, /, **inputs: Any) -> tuple[Any, ...
     for own in nodes[node_id].GET_SCHEMA().inputs:
         if own.get_io_type() in WIDGETS:
             inputs.setdefault(own.id, own.default)
-    return node.EXECUTE_NORMALIZED(**inputs).args
+    with torch.inference_mode():  # as ComfyUI runs a workflow
+        return node.EXECUTE_NORMALIZED(**inputs).args
 
 
 @pytest.fixture(scope="module")

@@ -64,11 +64,18 @@ def generated(loaded: Loaded, request: Request) -> io.NodeOutput:
     """Frames, video and tokens of a request."""
     model, prompt = loaded.model, parse_storyboard(request.prompt) or request.prompt
     draws: dict[str, Any] = {"seed": request.seed, "given": request.given, "sampling": loaded.sampling}
-    length = length_s([prompt], request.seconds)
-    tokens = torch.stack(list(model.write([prompt], seconds=request.seconds, **draws)), dim=1)
-    written = Written(tokens.float().cpu(), model.num_frames(length), request)
-    images = gathered(loaded, model.render(iter(tokens.unbind(1)), length, **draws), written.frames)
+    length, kept = length_s([prompt], request.seconds), list[torch.Tensor]()
+    key_frames = keeping(model.write([prompt], seconds=request.seconds, **draws), kept)
+    images = gathered(loaded, model.render(key_frames, length, **draws), model.num_frames(length))
+    written = Written(torch.stack(kept, dim=1), len(images), request)
     return io.NodeOutput(images, video_of(loaded, images), written)
+
+
+def keeping(key_frames: Iterator[torch.Tensor], kept: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same tokens `1 n d`, each appended to a list as it is written."""
+    for tokens in key_frames:
+        kept.append(tokens.float().cpu())
+        yield tokens
 
 
 def gathered(loaded: Loaded, clips: Iterator[torch.Tensor], frames: int) -> torch.Tensor:
@@ -135,7 +142,8 @@ class LoadModel(io.ComfyNode):
     def execute(cls, name: str, device: str) -> io.NodeOutput:
         """Nothing is downloaded but what a Hub id names."""
         folder = resolve(name)
-        model = DiCoDe.from_pretrained(folder, device=str(pick_device(device)))
+        with torch.inference_mode(False):  # ComfyUI's mode would make weights that autograd refuses from then on
+            model = DiCoDe.from_pretrained(folder, device=str(pick_device(device)))
         return io.NodeOutput(Loaded(model, folder, model.sampling))
 
 
