@@ -29,6 +29,8 @@ from dicode.video.images import fitted
 CATEGORY = "dicode"
 SAMPLING = {name: hint for name, hint in get_type_hints(SamplingConfig).items() if name != "joins"}
 EXAMPLE = "[2s: a blue cube falls from above] [2s: then the blue cube turns green]"
+# ComfyUI runs nodes in torch's inference mode, in which frames differ by rounding from those of `dicode generate`.
+ordinary = torch.inference_mode(mode=False)
 Model, Tokens = io.Custom("DICODE_MODEL"), io.Custom("DICODE_TOKENS")
 
 
@@ -60,6 +62,7 @@ class Written:
     request: Request | None = None
 
 
+@ordinary
 def generated(loaded: Loaded, request: Request) -> io.NodeOutput:
     """Frames, video and tokens of a request."""
     model, prompt = loaded.model, parse_storyboard(request.prompt) or request.prompt
@@ -139,11 +142,11 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
+    @ordinary
     def execute(cls, name: str, device: str) -> io.NodeOutput:
         """Nothing is downloaded but what a Hub id names."""
         folder = resolve(name)
-        with torch.inference_mode(False):  # ComfyUI's mode would make weights that autograd refuses from then on
-            model = DiCoDe.from_pretrained(folder, device=str(pick_device(device)))
+        model = DiCoDe.from_pretrained(folder, device=str(pick_device(device)))
         return io.NodeOutput(Loaded(model, folder, model.sampling))
 
 
@@ -239,6 +242,7 @@ class ImageToVideo(io.ComfyNode):
         )
 
     @classmethod
+    @ordinary
     def execute(
         cls,
         model: Loaded,
@@ -301,6 +305,7 @@ class EncodeVideo(io.ComfyNode):
         )
 
     @classmethod
+    @ordinary
     def execute(cls, model: Loaded, video: Any) -> io.NodeOutput:
         """Frames at the model's rate, cropped to its square. Raises `ValueError` for fewer than two."""
         parts, fps = video.get_components(), model.model.tokenizer.config.fps
@@ -331,6 +336,7 @@ class DecodeTokens(io.ComfyNode):
         )
 
     @classmethod
+    @ordinary
     def execute(cls, model: Loaded, tokens: Written, seed: int) -> io.NodeOutput:
         """Another seed renders another video of the same plan."""
         clips = model.model.tokenizer.decode(tokens.tokens, seed=seed, sampling=model.sampling)
