@@ -29,7 +29,7 @@ from dicode.video.images import fitted
 CATEGORY = "dicode"
 SAMPLING = {name: hint for name, hint in get_type_hints(SamplingConfig).items() if name != "joins"}
 EXAMPLE = "[2s: a blue cube falls from above] [2s: then the blue cube turns green]"
-# ComfyUI runs nodes in torch's inference mode, in which frames differ by rounding from those of `dicode generate`.
+# ComfyUI runs nodes in torch's inference mode, in which frames may differ by rounding from those of `dicode generate`.
 ordinary = torch.inference_mode(mode=False)
 Model, Tokens = io.Custom("DICODE_MODEL"), io.Custom("DICODE_TOKENS")
 
