@@ -1,6 +1,6 @@
 """`DiCoDe` as a pipeline of `diffusers`, with the call, the output and the callbacks of its text-to-video pipelines."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from einops import rearrange
 from PIL import Image
 
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.pipeline import DiCoDe, Given, length_s
+from dicode.pipeline import DiCoDe, Given, Prompt, length_s
 from dicode.shapes import FrameStack
 from dicode.storyboard import parse_storyboard
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
@@ -129,27 +129,11 @@ class DiCoDePipeline(DiffusionPipeline):
             seconds = num_frames / self.fps
         if unknown := set(callback_on_step_end_tensor_inputs) - {*self._callback_tensor_inputs}:
             raise ValueError(f"callback_on_step_end_tensor_inputs: expected 'frames', got {sorted(unknown)}")
+        self.model.sampling.changed(**sampling)  # of these alone: no seed
         texts = [prompt] if isinstance(prompt, str) else prompt
         prompts = [parse_storyboard(text) or text for text in texts for _ in range(num_videos_per_prompt)]
-        generators = generator if isinstance(generator, list) else [generator]
-        if len(generators) not in (1, len(prompts)):
-            raise ValueError(
-                f"generator: expected one, or one for each of {len(prompts)} videos, not {len(generators)}"
-            )
-        size = len(prompts) // len(generators)
-        given = None if image is None else self._given(image, size)
-        streams = [
-            self.model.generate_batch(
-                prompts[number * size : (number + 1) * size],
-                seconds=seconds,
-                seed=int(torch.randint(LARGEST_SEED, (), generator=own, device="cpu" if own is None else own.device)),
-                given=given,
-                guidance=guidance_scale,
-                steps=num_inference_steps,
-                **sampling,
-            )
-            for number, own in enumerate(generators)
-        ]
+        options = {"seconds": seconds, "guidance": guidance_scale, "steps": num_inference_steps, **sampling}
+        streams = self._streams(prompts, image, generator if isinstance(generator, list) else [generator], options)
         clips: list[FrameStack] = []
         self._interrupt = False
         total = self.tokenizer.config.num_clips(self.model.num_frames(length_s(prompts, seconds)))
@@ -167,6 +151,27 @@ class DiCoDePipeline(DiffusionPipeline):
         pixels = rearrange(torch.cat(clips, dim=1), "b f h w c -> b c f h w").float() / 255
         frames = self.video_processor.postprocess_video(pixels, output_type)
         return DiCoDePipelineOutput(frames) if return_dict else (frames,)
+
+    def _streams(
+        self,
+        prompts: Sequence[Prompt],
+        image: Picture | None,
+        generators: Sequence[torch.Generator | None],
+        options: dict[str, Any],
+    ) -> list[Iterator[FrameStack]]:
+        """Clips of all videos, in a batch for each generator."""
+        if len(generators) not in (1, len(prompts)):
+            raise ValueError(
+                f"generator: expected one, or one for each of {len(prompts)} videos, not {len(generators)}"
+            )
+        size, streams = len(prompts) // len(generators), []
+        given = None if image is None else self._given(image, size)
+        for number, generator in enumerate(generators):
+            device = "cpu" if generator is None else generator.device
+            seed = int(torch.randint(LARGEST_SEED, (), generator=generator, device=device))
+            batch = prompts[number * size : (number + 1) * size]
+            streams.append(self.model.generate_batch(batch, seed=seed, given=given, **options))
+        return streams
 
     def _given(self, image: Picture, videos: int) -> Given:
         """The image as the first frame of so many videos."""

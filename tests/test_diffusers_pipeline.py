@@ -123,6 +123,7 @@ def test_a_storyboard_has_lengths_of_its_own(pipeline):
     [
         ({"num_frames": 8, "seconds": 1.0}, "got both: 8 and 1.0"),
         ({"negative_prompt": "noise"}, r"unknown options \['negative_prompt'\]"),
+        ({"seed": 1}, r"unknown options \['seed'\]"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, r"expected 'frames', got \['latents'\]"),
         ({"num_frames": 0}, "expected a positive number"),
     ],
