@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.3.0"
 
 if TYPE_CHECKING:
+    from dicode.diffusers_pipeline import DiCoDePipeline as DiCoDePipeline
     from dicode.lm.deep_lm import DeepTokenLM as DeepTokenLM
     from dicode.pipeline import DiCoDe as DiCoDe
     from dicode.tokenizer.video_tokenizer import VideoTokenizer as VideoTokenizer
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DiCoDe": "dicode.pipeline",
+    "DiCoDePipeline": "dicode.diffusers_pipeline",
     "DeepTokenLM": "dicode.lm.deep_lm",
     "VideoTokenizer": "dicode.tokenizer.video_tokenizer",
     "VideoReadError": "dicode.video.read",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dicode.cli import common
-from dicode.config import DEFAULT_MODEL, Seed, shortened
+from dicode.config import DEFAULT_MODEL, Seed
 from dicode.stopwatch import Progress, Stopwatch
 
 SUFFIX = ".safetensors"  # of a file of tokens
@@ -47,7 +47,7 @@ class Reconstruct:
 def tokenize(command: Tokenize, watch: Stopwatch) -> None:
     """The file's metadata names source, frames, fps and model."""
     from dicode.files import check_file, check_parent, put
-    from dicode.tokenizer.video_tokenizer import tokens_file
+    from dicode.tokenizer.tokens_file import tokens_file
 
     output = Path(command.output)
     if output.suffix != SUFFIX:
@@ -71,6 +71,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> None:
     from dicode.cli.generate import default_scale, speed, summary, write_clips
     from dicode.files import check_apart
     from dicode.pipeline import trimmed
+    from dicode.tokenizer.tokens_file import read_tokens
     from dicode.video.write import VideoWriter, check_output
 
     is_saved = Path(command.input).suffix == SUFFIX
@@ -81,7 +82,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> None:
     tokenizer, origin = _loaded(command, getattr(torch, command.dtype))
     config, frames = tokenizer.config, None
     if is_saved:
-        tokens, num_frames, source = _read_tokens(Path(command.input), config, origin)
+        tokens, num_frames, source = read_tokens(Path(command.input), config, origin)
     else:
         frames, tokens, source = _encoded(tokenizer, command.input, watch)
         num_frames = len(frames)
@@ -150,32 +151,3 @@ def _is_tokens(path: Path) -> bool:
             return list(file.keys()) == ["tokens"]
     except (SafetensorError, OSError):
         return False
-
-
-def _read_tokens(path: Path, config: Any, origin: dict[str, str]) -> tuple[Any, int, str]:
-    """A file's tokens `1 k n d`, the video's frames and name. Raises `ValueError` for those of another model."""
-    from safetensors import safe_open
-
-    from dicode.checkpoint import is_finite, read_tensors
-
-    tensors = read_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        note = file.metadata() or {}
-    expected = (config.block_tokens, config.token_width)
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if list(found) != ["tokens"] or len(found["tokens"]) != 3 or found["tokens"][1:] != expected:
-        raise ValueError(f"{path}: expected one tensor 'tokens' of k × {expected[0]} × {expected[1]}, got {found}")
-    if note.get("weights", origin["weights"]) != origin["weights"]:
-        raise ValueError(
-            f"{path}: made by model {note.get('model')!r} with weights {note['weights']}; this is {origin['model']!r} "
-            f"with weights {origin['weights']}: name the right one with --model"
-        )
-    if not (tensors["tokens"].is_floating_point() and is_finite(tensors["tokens"])):
-        raise ValueError(f"{path}: expected tokens of finite floats, got {tensors['tokens'].dtype}, or NaN or infinity")
-    tokens = tensors["tokens"][None].float()
-    most = (tokens.shape[1] - 1) * config.tail_frame + max(1, config.repeated_frames)
-    frames = note.get("frames", str(most))
-    if not (frames.isdecimal() and len(frames) < 10 and 1 <= int(frames) <= most):
-        about = f"{tokens.shape[1]} key frames, got {shortened(frames)}"
-        raise ValueError(f"{path}: expected 1 to {most} frames of {about}")
-    return tokens, int(frames), note.get("source", path.name)

@@ -19,7 +19,8 @@ from dicode.serve.names import KEY_FRAMES, LEAST_SIDE, MOST_RECONSTRUCTED_S, PLA
 from dicode.serve.request import Model, RequestError, VideoRequest, numbers
 from dicode.shapes import KeyFrameTokens
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
-from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, tokens_file
+from dicode.tokenizer.tokens_file import tokens_file
+from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS
 from dicode.video.read import VideoReadError, read_video
 from dicode.video.timed import Picture, Video
 from dicode.video.write import VideoWriter

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from dicode.checkpoint import load_model, read_section, resolve
@@ -404,17 +403,6 @@ def steadied(frames: FrameStack, band: float, last: Frames | None = None) -> Fra
             frame = torch.where(change > band, frame, last.to(frame))
         shown.append(last := frame)
     return torch.stack(shown, dim=1)
-
-
-def tokens_file(
-    tokens: DeepTokens, config: TokenizerConfig, frames: int, source: str, origin: Mapping[str, str]
-) -> bytes:
-    """The content of a file of one video's tokens `1 k n d`, for `dicode reconstruct`.
-
-    `origin` is the `model_origin` of first stage and tokenizer, `frames` how many the video has.
-    """
-    note = {"source": source, "frames": str(frames), "fps": str(config.fps), **origin}
-    return save({"tokens": tokens[0].cpu().contiguous()}, note)
 
 
 class TokenizerParts(nn.ModuleDict):
