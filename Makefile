@@ -34,6 +34,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python tools/figures.py --check
+	$(BIN)/python tools/cards.py --check
 
 # Pages of every module's docstrings, build/docs/index.html
 docs: $(VENV)/installed-dev

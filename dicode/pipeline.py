@@ -52,6 +52,7 @@ class DiCoDe:
             raise ValueError("the language model has no text tokenizer; load it with DeepTokenLM.from_pretrained")
         self.tokenizer, self.lm = tokenizer.eval(), lm.eval()
         self.text = lm.text
+        self.card: str | None = None  # README.md of the folder that the model was loaded from
 
     @classmethod
     def from_pretrained(
@@ -67,7 +68,10 @@ class DiCoDe:
         """
         folder = resolve(name_or_folder, revision)
         tokenizer = VideoTokenizer.from_pretrained(folder, dtype=dtype).to(device)
-        return cls(tokenizer, DeepTokenLM.from_pretrained(folder, dtype=dtype).to(device))
+        model = cls(tokenizer, DeepTokenLM.from_pretrained(folder, dtype=dtype).to(device))
+        if (folder / "README.md").is_file():
+            model.card = (folder / "README.md").read_text(encoding="utf-8")
+        return model
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint folder (weights and `config.json`, without a model card)."""
@@ -79,12 +83,14 @@ class DiCoDe:
         write_config(Path(folder), sections)
 
     def push_to_hub(self, repo_id: str, *, dtype: torch.dtype | None = None, **options: Any) -> str:
-        """Upload the model and a model card to a repository on the Hub; returns its address.
+        """Upload the model and its card to a repository on the Hub; returns its address.
 
         Options are those of `push_folder`: private, revision, token, commit_message, card.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, dtype)
+            if self.card is not None:
+                (Path(folder) / "README.md").write_text(self.card, encoding="utf-8")
             return push_folder(Path(folder), repo_id, **options)
 
     @property

@@ -1,21 +1,14 @@
-"""Checkpoints: the Hub (a small server in this process plays it), strict and lean loading, dtypes."""
+"""Checkpoints: strict and lean loading, dtypes."""
 
 import dataclasses
 import json
-import re
-import shutil
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from hashlib import sha1
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors import safe_open
@@ -25,7 +18,7 @@ from test_tokenizer import DENOISERS, RESAMPLER, tiny_tokenizer
 from torch import Tensor, nn
 
 from dicode import checkpoint as hub
-from dicode.checkpoint import CHECKPOINTS, SEAL, check_seal, load_state, load_weights, read_config, resolve
+from dicode.checkpoint import CHECKPOINTS, SEAL, check_seal, load_state, load_weights, read_config
 from dicode.checkpoint.saving import check_model_folder, model_folder, save_weights, write_config
 from dicode.cli.app import main
 from dicode.config import CheckpointError
@@ -33,114 +26,9 @@ from dicode.lm.deep_lm import DeepTokenLM
 from dicode.pipeline import DiCoDe
 from dicode.tokenizer.config import FirstStageConfig, SamplingConfig
 from dicode.tokenizer.video_tokenizer import TokenizerParts, VideoTokenizer
-from dicode.video.read import read_metadata
 
 REPOSITORY = "someone/tiny"
 CHECKPOINT = ["config.json", "first_stage.safetensors", "lm.safetensors", "tokenizer.json", "tokenizer.safetensors"]
-
-
-class FakeHub:
-    """As much of the Hub as a download needs: folders under a repository's name and revision."""
-
-    def __init__(self) -> None:
-        self.folders: dict[tuple[str, str], Path] = {}
-        self.gated: set[str] = set()
-        self.asked: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                status, headers, body = hub.answer(unquote(urlsplit(self.path).path))
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-            do_HEAD = do_GET
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    def stop(self) -> None:
-        if self.thread.is_alive():
-            self.server.shutdown()
-            self.thread.join()
-            self.server.server_close()
-
-    def commit(self, repository: str, revision: str) -> str:
-        return sha1(f"{repository} {revision}".encode()).hexdigest()
-
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        self.asked.append(path)
-        match = re.fullmatch(r"/api/models/(?P<id>[^/]+/[^/]+)/(?P<what>revision|tree)/(?P<revision>.+)", path)
-        match = match or re.fullmatch(r"/(?P<id>[^/]+/[^/]+)/(?P<what>resolve)/(?P<revision>[^/]+)/(?P<file>.+)", path)
-        if match is None:  # the library asks for more than it needs
-            return 404, {}, b""
-        repository, what, revision = match["id"], match["what"], match["revision"]
-        if repository in self.gated:
-            return 403, {"X-Error-Code": "GatedRepo"}, b""
-        held = {name: folder for (owner, name), folder in self.folders.items() if owner == repository}
-        if not held:
-            return 401, {"X-Error-Code": "RepoNotFound"}, b""
-        commits = {name: self.commit(repository, name) for name in held}
-        folder = held.get(revision) or next((held[n] for n, commit in commits.items() if commit == revision), None)
-        if folder is None:
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        commit = commits.get(revision, revision)
-        if what == "revision":
-            return 200, {}, json.dumps({"id": repository, "sha": commit, "siblings": []}).encode()
-        if what == "tree":
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            entries = [
-                {
-                    "type": "file",
-                    "path": file.relative_to(folder).as_posix(),
-                    "size": file.stat().st_size,
-                    "oid": sha1(file.read_bytes()).hexdigest(),
-                }
-                for file in files
-            ]
-            return 200, {}, json.dumps(entries).encode()
-        body = (folder / match["file"]).read_bytes()
-        return 200, {"X-Repo-Commit": commit, "ETag": f'"{sha1(body).hexdigest()}"'}, body
-
-
-@pytest.fixture
-def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A Hub with one repository, the tiny model with code and pickles beside it; the cache is empty."""
-    constants = huggingface_hub.constants
-    fake = FakeHub()
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    huggingface_hub.utils.close_session()
-    yield fake
-    huggingface_hub.utils.close_session()
-    fake.stop()
-
-
-@pytest.fixture
-def published(tmp_path: Path, fake_hub: FakeHub, tiny_model: Path) -> Path:
-    """The folder that the fake Hub serves as the main branch of `REPOSITORY`."""
-    folder = tmp_path / "published"
-    shutil.copytree(tiny_model, folder)
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    for name in ("modeling.py", "pytorch_model.bin", "old/lm.safetensors"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(b"import this")
-    fake_hub.folders[REPOSITORY, "main"] = folder
-    return folder
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -158,152 +46,6 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype, name
         assert torch.equal(value, theirs[name]), name
-
-
-# the Hub
-
-
-def test_a_hub_id_gives_the_model_and_its_card_and_downloads_no_code(fake_hub, published, tiny_model):
-    folder = resolve(REPOSITORY)
-    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) == sorted(
-        [*CHECKPOINT, "README.md"]
-    )
-    assert not [path for path in fake_hub.asked if path.endswith((".py", ".bin", "old/lm.safetensors"))]
-    model, expected = DiCoDe.from_pretrained(REPOSITORY), DiCoDe.from_pretrained(tiny_model)
-    assert_same(model.tokenizer, expected.tokenizer)
-    assert_same(model.lm, expected.lm)
-    assert_same(VideoTokenizer.from_pretrained(REPOSITORY), expected.tokenizer)
-    assert_same(DeepTokenLM.from_pretrained(REPOSITORY), expected.lm)
-
-
-def test_a_revision_gives_its_own_weights(fake_hub, published, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(published, other)
-    weights = load_file(other / "lm.safetensors")
-    save_file({**weights, "embedding.place": weights["embedding.place"] + 1}, other / "lm.safetensors")
-    fake_hub.folders[REPOSITORY, "v1"] = other
-    main_, v1 = (DiCoDe.from_pretrained(REPOSITORY, revision=name).lm.embedding.place for name in (None, "v1"))
-    torch.testing.assert_close(v1, main_ + 1)
-    commit = fake_hub.commit(REPOSITORY, "v1")
-    assert torch.equal(DeepTokenLM.from_pretrained(REPOSITORY, revision=commit).embedding.place, v1)
-
-
-@pytest.mark.parametrize("offline", ["told to be", "server down"])
-def test_what_was_downloaded_once_loads_offline(fake_hub, published, monkeypatch, offline):
-    before = DiCoDe.from_pretrained(REPOSITORY)
-    fake_hub.stop()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline == "told to be")
-    assert_same(DiCoDe.from_pretrained(REPOSITORY).lm, before.lm)
-    for name, revision in ((REPOSITORY, "v1"), ("someone/else", None)):
-        with pytest.raises(CheckpointError, match=r"not in the cache .*connect once, or unset HF_HUB_OFFLINE"):
-            resolve(name, revision)
-
-
-@pytest.mark.parametrize(
-    ("name", "revision", "message"),
-    [
-        ("someone/else", None, r"'someone/else': no folder here and no repository at http.*/else"),
-        (REPOSITORY, "v9", r"'someone/tiny' at revision 'v9': no such branch, tag or commit"),
-        ("someone/gated", None, r"'someone/gated': gated; ask for access at http.*/someone/gated, then run `hf auth"),
-        ("someone/empty", None, r"'someone/empty': no config.json .* this is no dicode checkpoint"),
-        ("some--one/tiny", None, r"'some--one/tiny': download failed.*HFValidationError"),
-        ("./nowhere", None, r"no checkpoint at './nowhere': expected a folder"),
-        ("sprites", "v1", r"revision 'v1': .*sprites is a folder, which has none"),
-        ("published", "v1", r"revision 'v1': published is a folder, which has none"),
-        ("published/old", None, r"no checkpoint at 'published/old': expected a folder with config.json, one of"),
-        (Path(REPOSITORY), None, r"no checkpoint at 'someone.tiny': expected a folder"),
-    ],
-)
-def test_what_cannot_be_found_is_one_clear_error(fake_hub, published, tmp_path, monkeypatch, name, revision, message):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "README.md").write_text("nothing here")
-    fake_hub.folders["someone/empty", "main"] = tmp_path / "empty"
-    fake_hub.gated.add("someone/gated")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=message):
-        DiCoDe.from_pretrained(name, revision=revision)
-    if name == Path(REPOSITORY) or not str(name).startswith("some"):
-        assert fake_hub.asked == []
-
-
-def test_a_truncated_upload_is_refused_when_it_loads(fake_hub, published):
-    weights = published / "tokenizer.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"tokenizer.safetensors: not a readable safetensors file"):
-        DiCoDe.from_pretrained(REPOSITORY)
-
-
-def test_commands_take_a_hub_id_and_a_revision_and_note_the_commit(fake_hub, published, tmp_path, capsys):
-    fake_hub.folders[REPOSITORY, "v1"] = published
-    model = ["--model", REPOSITORY, "--revision", "v1"]
-    argv = ["generate", "a red square", "--seconds", "0.5", "--scale", "1", "-o", f"{tmp_path}/a/", *model]
-    assert main(argv) == 0, capsys.readouterr().err
-    assert read_metadata(tmp_path / "a")["model"] == f"{REPOSITORY}@{fake_hub.commit(REPOSITORY, 'v1')}"
-    tokens = str(tmp_path / "tokens.safetensors")
-    assert main(["tokenize", f"{tmp_path}/a", "-o", tokens, *model]) == 0, capsys.readouterr().err
-    assert main(["reconstruct", tokens, "-o", f"{tmp_path}/b/", *model]) == 0, capsys.readouterr().err
-    assert main(["info", REPOSITORY, "--revision", "v1"]) == 0
-    assert "licence: mit" in capsys.readouterr().out
-    assert main(["info", REPOSITORY, "--revision", "v9"]) == 2
-    assert "no such branch, tag or commit" in capsys.readouterr().err
-
-
-# pushing
-
-
-@pytest.fixture
-def pushed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What reaches the Hub's API; a test may say what is there already."""
-    seen: dict[str, Any] = {"files": {}, "has_card": False, "is_private": None}
-
-    def create_repo(self: Any, repo_id: str, **options: Any) -> huggingface_hub.RepoUrl:
-        seen["create"] = {"token": self.token, **options}
-        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'me/{repo_id}'}")
-
-    def upload_folder(self: Any, *, folder_path: Path, **options: Any) -> None:
-        seen["upload"] = options
-        seen["files"] = {path.relative_to(folder_path).as_posix(): path.read_bytes() for path in folder_path.iterdir()}
-
-    api = huggingface_hub.HfApi
-    monkeypatch.setattr(api, "create_repo", create_repo)
-    monkeypatch.setattr(api, "upload_folder", upload_folder)
-    monkeypatch.setattr(api, "create_branch", lambda self, repo_id, **options: seen.update(branch=(repo_id, options)))
-    monkeypatch.setattr(api, "file_exists", lambda *_, **__: seen["has_card"])
-    info = huggingface_hub.ModelInfo
-    monkeypatch.setattr(api, "model_info", lambda self, repo_id: info(id=repo_id, private=seen["is_private"]))
-    return seen
-
-
-def test_push_sends_the_checkpoint_and_a_card_and_nothing_else(pushed, tiny_model, tmp_path):
-    model = DiCoDe.from_pretrained(tiny_model)
-    url = model.push_to_hub("tiny", private=True, token="hf_secret", commit_message="Second try")
-    assert url == "https://huggingface.co/me/tiny"
-    assert pushed["create"] == {"token": "hf_secret", "private": True, "exist_ok": True}
-    assert pushed["upload"] == {"repo_id": "me/tiny", "revision": None, "commit_message": "Second try"}
-    assert sorted(pushed["files"]) == sorted([*CHECKPOINT, "README.md"])
-    card = pushed["files"].pop("README.md").decode()
-    assert card.startswith("---\nlibrary_name: dicode\npipeline_tag: text-to-video\n---\n")
-    assert "--model me/tiny" in card
-    model.save_pretrained(tmp_path)
-    assert pushed["files"] == {name: (tmp_path / name).read_bytes() for name in CHECKPOINT}
-
-
-def test_push_keeps_the_card_that_is_there_unless_given_one(pushed, tiny_model):
-    model = DiCoDe.from_pretrained(tiny_model)
-    pushed["has_card"] = True
-    model.push_to_hub(REPOSITORY, revision="v2", dtype=torch.float16)
-    assert sorted(pushed["files"]) == sorted(CHECKPOINT)
-    assert pushed["branch"] == (REPOSITORY, {"branch": "v2", "exist_ok": True})
-    assert pushed["upload"]["revision"] == "v2"
-    model.push_to_hub(REPOSITORY, card="# Mine")
-    assert pushed["files"]["README.md"] == b"# Mine"
-
-
-def test_push_refuses_to_put_a_private_model_into_a_public_repository(pushed, tiny_model):
-    pushed["is_private"] = False
-    with pytest.raises(ValueError, match=r"someone/tiny exists and is public: make it private at https"):
-        DiCoDe.from_pretrained(tiny_model).push_to_hub(REPOSITORY, private=True)
-    assert pushed["files"] == {}
 
 
 # strict and lean loading

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -198,6 +199,13 @@ def test_losses_on_the_clips_fall_and_the_card_says_so(finetuned: Path) -> None:
         assert f"| {part}: {loss.replace('_', ' ')} | {before:.4g} | {after:.4g} |" in card
     assert (figures["n"], values["clips"], values["lora"]["rank"]) == (1, 6, 8)
     assert "`tiny`, fine-tuned on 5 clips" in card and "--model mine" in card
+    data = huggingface_hub.ModelCard(card).data
+    assert (data.model_name, data.base_model) == ("mine", None)  # `tiny` has no id on the Hub
+    assert {result.metric_name: result.metric_value for result in data.eval_results} == {
+        f"{part}: {name.replace('_', ' ')}": pytest.approx(value, rel=1e-3)
+        for part in ("denoiser", "lm")
+        for name, value in values[part]["after"].items()
+    }
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(capsys, monkeypatch, tmp_path, tiny_model, drawn_clips):

@@ -1,5 +1,6 @@
 """Checkpoints to and from the Hugging Face Hub."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ pipeline_tag: text-to-video
 
 A text-to-video model: `dicode generate "a prompt" --model {repo_id}`
 """
+RELATIVE_LINK = re.compile(r"!?\[([^\]]*)\]\((?!https?://|#)[^)]*\)")  # to a file beside the card, as ../README.md
 
 
 def downloaded(repo_id: str, files: Sequence[str], revision: str | None = None) -> Path:
@@ -54,8 +56,9 @@ def push_folder(
     """Upload a checkpoint folder to the Hub; returns its address.
 
     Creates the repository and the branch `revision` (default: main) where missing. `card` is the text of README.md;
-    without one the repository's card stays, or a short one is written. Raises `ValueError` for a public repository
-    where `private` is requested.
+    without one the repository's card stays. Where it has none, the folder's is taken, its links to other files of the
+    package as plain text, or a short one is written. Raises `ValueError` for a public repository where `private` is
+    requested, and for a card whose metadata the Hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -66,7 +69,18 @@ def push_folder(
         raise ValueError(f"{repo_id} exists and is public: make it private at {url}/settings, or push another name")
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if card is not None or not api.file_exists(repo_id, "README.md", revision=revision):
-        (folder / "README.md").write_text(CARD.format(repo_id=repo_id) if card is None else card, encoding="utf-8")
-    api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
+    readme = folder / "README.md"
+    stays = card is None and api.file_exists(repo_id, readme.name, revision=revision)
+    if card is None:
+        own = readme.read_text(encoding="utf-8") if readme.is_file() else CARD.format(repo_id=repo_id)
+        card = RELATIVE_LINK.sub(r"\1", own)
+    if not stays:
+        readme.write_text(card, encoding="utf-8")
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=commit_message,
+        ignore_patterns=[readme.name] if stays else None,
+    )
     return str(url)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from dicode import __version__
 from dicode.checkpoint import content_hash, model_name, read_section
 from dicode.config import config_to_dict
@@ -28,9 +30,7 @@ NOTE = "finetune.json"  # of a working folder: model and clips that it was begun
 SHARES = {"denoiser": 0.8, "lm": 0.2}  # of the time, as equal numbers of steps of the bundled models' parts take it
 END_FRAME_PROB = 0.2  # where the model has end-frame conditioning: often enough not to forget it
 CARD = """---
-library_name: dicode
-pipeline_tag: text-to-video
----
+{metadata}---
 
 # {name}
 
@@ -134,13 +134,29 @@ def train_part(part: str, run: Run, folder: Path, minutes: float | None) -> Figu
 def model_card(
     output: Path, base: Path, prompt: str, command: str, counts: tuple[int, int], figures: Mapping[str, Figures]
 ) -> str:
-    """The README.md of a fine-tuned model; `counts` are of training and of validation clips."""
+    """The README.md of a fine-tuned model, with metadata for the Hub; `counts` are of training and validation clips."""
     table = [
         f"| {part}: {name.replace('_', ' ')} | {value:.4g} | {both['after'][name]:.4g} |"
         for part, both in figures.items()
         for name, value in both["before"].items()
     ]
+    hub_id, _, commit = model_name(base).partition("@")
+    measured = [
+        {"type": name.replace("_", "-"), "name": f"{part}: {name.replace('_', ' ')}", "value": float(f"{value:.4g}")}
+        for part, both in figures.items()
+        for name, value in both["after"].items()
+    ]
+    data = {"type": output.name, "name": f"{counts[1]} validation clips of its own data"}
+    result = {"task": {"type": "text-to-video"}, "dataset": data, "metrics": measured}
+    metadata = {
+        "library_name": "dicode",
+        "pipeline_tag": "text-to-video",
+        **({"base_model": hub_id} if commit else {}),  # bundled models and folders have no id on the Hub
+        "tags": ["text-to-video", "dicode", "lora"],
+        "model-index": [{"name": output.name, "results": [result]}],
+    }
     return CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         name=output.name,
         base=model_name(base),
         version=__version__,
