@@ -36,9 +36,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/python tools/figures.py --check
 	$(BIN)/python tools/cards.py --check
 
-# Pages of every module's docstrings, build/docs/index.html
+# The site, build/docs/index.html: docs/, model cards, references from docstrings, flags and OpenAPI. Needs no network.
 docs: $(VENV)/installed-dev
-	$(BIN)/python tools/api.py build/docs
+	$(BIN)/python tools/site
+	$(BIN)/zensical build --clean --strict
+	$(BIN)/python tools/site --check
 
 clean:
 	rm -rf $(VENV) build dist demo.mp4 demo.json demo.png .pytest_cache .mypy_cache .ruff_cache
@@ -63,8 +65,9 @@ $(VENV)/python:
 	@touch $@
 
 define install
-@echo "installing $(1) into $(VENV), some minutes; torch from $(or $(TORCH_INDEX),where pip is set to look)"
+@echo "installing $(1) into $(VENV), some minutes; torch from $(or $(TORCH_INDEX),where pip looks (of PyPI on Linux: with CUDA, gigabytes))"
 @$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 	$(addprefix --extra-index-url ,$(TORCH_INDEX)) --editable "$(1)"
+@$(BIN)/python -c 'from importlib.metadata import version as v; print("installed: dicode", v("dicode") + ", torch", v("torch"))'
 @touch $@
 endef

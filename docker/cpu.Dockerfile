@@ -8,5 +8,6 @@ RUN pip install --no-cache-dir -c constraints.txt --extra-index-url https://down
 USER dicode
 VOLUME /data
 EXPOSE 8000
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=5)"]
 # any address but this machine's own needs a key: docker run -e DICODE_API_KEY=…
 CMD ["dicode", "serve", "--host", "0.0.0.0", "--data-folder", "/data"]
