@@ -43,9 +43,9 @@ def installed(python: str, wheel: Path, folder: Path) -> dict[str, object]:
         home = Path(name)
         subprocess.run([python, "-m", "venv", home / "env"], check=True)
         own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        pins = ["-c", ROOT / "constraints.txt"]
-        subprocess.run([home / "env/bin/pip", "install", "--quiet", *pins, wheel], check=True, env=own)
-        generate = [home / "env/bin/dicode", "generate", PROMPT, "--device", "cpu", "-o", home / "ball.mp4"]
+        pins, video = str(ROOT / "constraints.txt"), home / "ball.mp4"
+        subprocess.run([home / "env/bin/pip", "install", "--quiet", "-c", pins, wheel], check=True, env=own)
+        generate = [str(home / "env/bin/dicode"), "generate", PROMPT, "--device", "cpu", "-o", str(video)]
         subprocess.run(generate, check=True, cwd=home, env=own)
         found = subprocess.run(
             [home / "env/bin/python", "-c", VERSIONS], check=True, cwd=home, env=own, stdout=subprocess.PIPE, text=True
@@ -54,7 +54,7 @@ def installed(python: str, wheel: Path, folder: Path) -> dict[str, object]:
             path.lstat().st_size for path in (home / "env").rglob("*") if path.is_file() and not path.is_symlink()
         )
         versions = dict(zip(("python", "torch", "dicode"), found.stdout.split(), strict=True))
-        return {**versions, "gb": size / 1e9, "sha256": hashlib.sha256((home / "ball.mp4").read_bytes()).hexdigest()}
+        return {**versions, "gb": size / 1e9, "sha256": hashlib.sha256(video.read_bytes()).hexdigest()}
 
 
 if __name__ == "__main__":

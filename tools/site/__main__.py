@@ -97,7 +97,8 @@ def linked(page: Path, quoted: set[Path], found: re.Match[str]) -> str:
     if place_of(target).startswith("source/"):
         quoted.add(target)
     relative = os.path.relpath(PAGES / place_of(target), (PAGES / place_of(page)).parent)
-    text = f"[{title_of(target)}]" if found[1] in (f"[{found[2]}]", f"[{target.name}]") else found[1]
+    named = {found[2], target.name, target.relative_to(ROOT).as_posix()}
+    text = f"[{title_of(target)}]" if found[1][1:-1] in named else found[1]
     return f"{text}({relative}{found[3] or ''})"
 
 
@@ -156,6 +157,7 @@ def main() -> int:
     for fault in found:
         print(fault, file=sys.stderr)
     print(f"{SITE}: {len(list(SITE.rglob('*.html')))} pages, {len(found)} faults")
+    print(f"to read it, with its search: python -m http.server -d {SITE.relative_to(ROOT)}")
     return int(bool(found))
 
 

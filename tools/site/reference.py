@@ -29,7 +29,7 @@ def python_pages() -> dict[str, str]:
     names = ", ".join(f"`{name}`" for name in dicode.__all__ if not name.startswith("_"))
     pages["index"] = (
         f"# Python\n\nPublic names, imported on first use: `from dicode import …` of {names}. The other modules are "
-        f"imported by their full names.\n\n| module | |\n|---|---|\n{rows}\n"
+        f'imported by their full names.\n\n<div class="flags" markdown>\n\n| module | |\n|---|---|\n{rows}\n\n</div>\n'
     )
     return pages
 

@@ -47,7 +47,7 @@ def described(name: str) -> dict[str, str]:
     length_s, threads = speed["seconds_of_video"], speed["threads"]
     bytes_ = sum(path.stat().st_size for path in folder.iterdir())
     return {
-        "draws": _first_paragraph(name).split(". ")[0].removeprefix("Text to video of ").rstrip("."),
+        "draws": _first_paragraph(name).split(":")[0].removeprefix("Text to video of "),
         "parameters": f"{parameters / 1e6:.1f} M",
         "on disk": f"{bytes_ / 1e6:.1f} MB",
         f"{length_s:g} s of video, {threads} CPU threads": f"{speed['median_s']['value']:.1f} s",
