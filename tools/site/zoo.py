@@ -10,10 +10,11 @@ from dicode.sizing.count import size_lm, size_tokenizer
 from dicode.tokenizer.config import TokenizerConfig
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES = "the example prompts on the page of `dicode serve`, 4 s, seed 0"  # python tools/examples_picture.py
 PICTURES = {
-    "blocks": ("blocks.webp", "two validation prompts of each of five sets that training never has, seed 0"),
-    "sprites": ("long.webp", "a storyboard, a first image, a loop, a continuation, a first and a last image"),
-    "world": ("world-rollouts.webp", "ten seconds from real first images"),
+    "blocks": ("blocks.webp", "the first two validation prompts of five sets that training never has, seed 0"),
+    "sprites": ("sprites.webp", EXAMPLES),
+    "world": ("world.webp", EXAMPLES),
 }
 
 
@@ -32,7 +33,7 @@ def zoo_page() -> str:
     ]
     for name, (picture, caption) in PICTURES.items():
         what = f"*{caption[0].upper()}{caption[1:]}; not selected.*"
-        parts += [f"## {name}", _first_paragraph(name), *_commands(name), f"![{caption}]({picture})"]
+        parts += [f"## {name}", _first_paragraph(name), *_commands(name), f"![videos and their prompts]({picture})"]
         parts += [f"{what} Figures, data, licences, limits: [card](models/{name}.md)."]
     parts += ["## tinyvt", f"{_first_paragraph('tinyvt')} [Card](models/tinyvt.md)."]
     return "\n\n".join(parts) + "\n"
