@@ -39,8 +39,9 @@ def place_of(path: Path) -> str:
         return place_of(path / "README.md") if (path / "README.md").is_file() else f"source/{name}.md"
     if name.startswith("docs/"):
         return name.removeprefix("docs/")
-    if name.startswith("dicode/checkpoints/") or (name.startswith("studies/") and path.name == "README.md"):
-        return f"{'studies' if name.startswith('studies') else 'models'}/{path.parent.name}.md"
+    name = name.replace("dicode/checkpoints/", "models/")
+    if path.name == "README.md":  # of a folder, which it is named after
+        return f"{name.removesuffix('/README.md')}.md"
     if name.startswith("studies/") and path.suffix == ".svg":
         return f"studies/{path.name}"
     return f"{path.stem.lower()}.md" if path.suffix == ".md" else f"source/{name}.md"
@@ -53,6 +54,7 @@ def written() -> list[Path]:
         *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
         *sorted(ROOT.glob("dicode/checkpoints/*/README.md")),
         *sorted(ROOT.glob("studies/*/README.md")),
+        *sorted(ROOT.glob("integrations/*/README.md")),
         *sorted(ROOT.glob("studies/*/*.svg")),
         ROOT / "studies/README.md",
     ]
