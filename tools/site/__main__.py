@@ -33,6 +33,7 @@ def place_of(path: Path) -> str:
     """Where a file of the repository is in the folder of pages; other files than Markdown and pictures are quoted."""
     name = path.relative_to(ROOT).as_posix()
     fixed = {"README.md": "index.md", "studies/README.md": "studies/index.md", "dicode/checkpoints": "models.md"}
+    fixed["integrations"] = "integrations.md"
     if name in fixed:
         return fixed[name]
     if path.is_dir():
