@@ -1,6 +1,8 @@
 """What several test files share. `dicode` is imported inside: the shape checks hook its import after this file's."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +32,25 @@ def drawn_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from synthetic import write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("drawn"), count=6, num_frames=20, size=40)
+
+
+@pytest.fixture
+def server(tmp_path: Path, tiny_model: Path) -> Any:
+    """The `Server` of an empty folder, for `dicode serve`, without workers."""
+    from dicode.serve.request import models_of
+    from dicode.serve.server import LOCAL, Server
+    from dicode.serve.store import Store
+
+    hosts = (*LOCAL, "testserver")
+    return Server(tmp_path, models_of([str(tiny_model)]), Store(tmp_path), queue=4, most_s=30.0, hosts=hosts)
+
+
+@pytest.fixture
+def client(server: Any) -> Iterator[Any]:
+    """A `TestClient` of that server."""
+    from starlette.testclient import TestClient
+
+    from dicode.serve.app import make_app
+
+    with TestClient(make_app(server), raise_server_exceptions=False) as client:
+        yield client

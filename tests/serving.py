@@ -1,16 +1,22 @@
-"""A server of `dicode serve` in this process, with a worker, for tests of its clients."""
+"""A server of `dicode serve` in this process, with a worker, and what its tests share."""
 
+import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import uvicorn
+from PIL import Image
 
 from dicode.serve.app import make_app
 from dicode.serve.server import Server
+from dicode.serve.store import Job
 from dicode.serve.worker import Loaded, work
+
+PATIENCE_S = 60.0
 
 
 @contextmanager
@@ -37,3 +43,24 @@ def served(server: Server) -> Iterator[str]:
         running.should_exit = True
         for thread in threads:
             thread.join()
+
+
+def run_next(server: Server) -> Job:
+    """The next job of the queue, rendered in this thread."""
+    job = server.store.claim("here")
+    assert job is not None
+    work(server.store, Loaded(server.models, torch.device("cpu")), job, threading.Event())
+    return server.store.get(job.id)
+
+
+def picture(side: int = 64, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < until_s, "nothing happened"
+        time.sleep(0.02)

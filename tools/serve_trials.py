@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -318,6 +317,9 @@ def cancels(times: int = 200) -> dict[str, Any]:
 
 def uploads(payloads: int = 500) -> dict[str, Any]:
     """Names that leave the folder, files that unfold or are none, a thousand parts, writers that never end."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from hostile import bomb
+
     random.seed(2)
     counts: Counter[int] = Counter()
     with server("--queue", "1000000") as own:
@@ -356,17 +358,6 @@ def uploads(payloads: int = 500) -> dict[str, Any]:
         "server_memory_mib": [before, after], "worker_memory_mib": [worker_before, worker_after],
         "worker_survived": alive, "answers_with_20_slow_writers": answered, "new_files_outside": new,
     }  # fmt: skip
-
-
-def bomb() -> bytes:
-    """A PNG of a few kilobytes that claims 30,000 × 30,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    side = (30_000).to_bytes(4, "big")
-    header = chunk(b"IHDR", side + side + bytes([8, 2, 0, 0, 0]))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
 
 
 def slow_writer(own: Begun) -> socket.socket:

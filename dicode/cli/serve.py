@@ -34,9 +34,7 @@ class Serve:
 def serve(command: Serve, watch: Stopwatch) -> None:
     """Runs until a signal, then lets the clip at hand be finished."""
     with common.needs_extra("serve"):
-        import uvicorn
-
-        from dicode.serve.app import make_app
+        from dicode.serve.running import Draining
     from dicode.serve.request import models_of
     from dicode.serve.server import LOCAL, Server
     from dicode.serve.store import DATABASE, Store
@@ -66,4 +64,4 @@ def serve(command: Serve, watch: Stopwatch) -> None:
     supervisor = Supervisor(store, command.model, command.device.split(","))
     server = Server(command.data_folder, models, store, supervisor, **limits)
     server.sweep()
-    uvicorn.run(make_app(server), host=command.host, port=command.port, log_level="warning")
+    Draining(server, command.host, command.port).run()

@@ -3,12 +3,12 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -17,15 +17,16 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import Counter, Gauge, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Match, Route
 
 from dicode.serve import uploads
 from dicode.serve.downloads import add_files
 from dicode.serve.jobs import add_jobs
 from dicode.serve.request import Model, RequestError
 from dicode.serve.server import DAY_S, Server
-from dicode.serve.store import QueueFullError
+from dicode.serve.store import KeyReusedError, QueueFullError, UnknownJobError
 
+NOTHING: Mapping[str, str] = {}
 PAGE = Path(__file__).parent / "page"
 COOKIE = "dicode_key"
 HEADERS = {
@@ -40,6 +41,7 @@ TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }  # of errors; others are invalid_request_error, from 500 on server_error
+PLAIN = {400: "range: expected bytes=FIRST-LAST", 416: "range: begins behind the end of the file"}  # Starlette's errors
 
 
 def make_app(server: Server) -> FastAPI:
@@ -51,41 +53,51 @@ def make_app(server: Server) -> FastAPI:
         if server.supervisor is not None:
             await run_in_threadpool(server.supervisor.start)
         yield
-        server.draining = True
         look.cancel()
-        if server.supervisor is not None:
-            await run_in_threadpool(server.supervisor.stop)
+        await run_in_threadpool(server.drain)
 
     app = FastAPI(title="dicode", version=version("dicode"), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(uploads.LimitedBodies)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if "*" in server.hosts else [*server.hosts])
     counted = Counter("dicode_requests", "Requests by status", ["status"], registry=server.registry)
 
     @app.middleware("http")
     async def guarded(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
         closed = server.api_key is not None and request.url.path.startswith(("/v1", "/metrics"))
-        if closed and not _knows(server, request):
-            response: Response = _error(401, "expected the server's API key as a bearer token")
+        if not _is_for(server, request):
+            response: Response = _error(400, "host: the server is not called so; start it with --hosts and this name")
+        elif closed and not _knows(server, request):
+            response = _error(401, "expected the server's API key as a bearer token")
         elif request.method not in ("GET", "HEAD") and not _from_here(request):
             response = _error(403, "requests of pages of other servers are refused")
         else:
             response = await call(request)
+            if response.status_code in PLAIN and "json" not in response.headers.get("content-type", ""):
+                response = _error(response.status_code, PLAIN[response.status_code], headers=response.headers)
         counted.labels(str(response.status_code)).inc()
         for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
         return response
 
-    _handle_errors(app)
+    _handle_errors(app, server)
     add_jobs(app, server)
     add_files(app, server)
     _add_state(app, server)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    _add_page(app)
     return app
+
+
+def _is_for(server: Server, request: Request) -> bool:
+    """Whether a request is for one of the server's names, or it takes any."""
+    try:
+        name = urlsplit(f"//{request.headers.get('host', '')}").hostname
+    except ValueError:  # half of an IPv6 address
+        name = None
+    return "*" in server.hosts or name in server.hosts
 
 
 def _knows(server: Server, request: Request) -> bool:
     """Whether a request has the key, as a header or as the page's cookie."""
-    given = request.headers.get("authorization", "").removeprefix("Bearer ") or request.cookies.get(COOKIE, "")
+    given = request.headers.get("authorization", "").removeprefix("Bearer ") or unquote(request.cookies.get(COOKIE, ""))
     return hmac.compare_digest(given.encode(), str(server.api_key).encode())
 
 
@@ -98,7 +110,7 @@ def _from_here(request: Request) -> bool:
 async def _look_after(server: Server) -> None:
     """Give the jobs of silent workers to others, and forget the old ones."""
     while True:
-        with suppress(*server.store.passing):  # busy: the next look will do
+        with suppress(*server.store.passing, OSError):  # busy: the next look will do
             await run_in_threadpool(server.release_silent)
             await run_in_threadpool(forget_old, server)
         await asyncio.sleep(server.silent_s / 4)
@@ -108,21 +120,26 @@ def forget_old(server: Server) -> None:
     """Delete jobs that were finished longer ago than they are kept."""
     if server.keep_days is not None:
         for job_id in server.store.finished_before(time.time() - server.keep_days * DAY_S):
-            with suppress(KeyError):  # somebody else was faster
+            with suppress(UnknownJobError):  # somebody else was faster
                 server.forget(job_id)
 
 
 # errors
 
 
-def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+def _error(
+    status: int, message: str, param: str | None = None, code: str | None = None, headers: Mapping[str, str] = NOTHING
+) -> JSONResponse:
+    """An error as all clients of this API expect it, and of the headers those that belong to it."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    headers = {"Retry-After": "5"} if status in (429, 503) else {}
+    kept = {name: value for name, value in headers.items() if name.lower() in ("allow", "content-range")}
+    kept |= {"Retry-After": "5"} if status in (429, 503) else {}
+    kept |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return JSONResponse(body, status, headers)
+    return JSONResponse(body, status, kept)
 
 
-def _handle_errors(app: FastAPI) -> None:
+def _handle_errors(app: FastAPI, server: Server) -> None:
     @app.exception_handler(RequestError)
     async def of_request(_: Request, error: RequestError) -> Response:
         return _error(400, str(error), error.param)
@@ -136,23 +153,52 @@ def _handle_errors(app: FastAPI) -> None:
         return _error(400, f"{name}: {first['msg']}", name)
 
     @app.exception_handler(QueueFullError)
-    async def full(_: Request, __: QueueFullError) -> Response:
+    async def many(_: Request, __: QueueFullError) -> Response:
         return _error(429, "the queue is full; try again later", code="queue_full")
 
-    @app.exception_handler(KeyError)
-    async def missing(_: Request, __: KeyError) -> Response:
+    @app.exception_handler(KeyReusedError)
+    async def reused(_: Request, __: KeyReusedError) -> Response:
+        message = "Idempotency-Key: came before with another request; take a new one"
+        return _error(409, message, code="idempotency_key_reused")
+
+    @app.exception_handler(UnknownJobError)
+    async def missing(_: Request, __: UnknownJobError) -> Response:
         return _error(404, "no such video", "video_id", "not_found")
 
     @app.exception_handler(HTTPException)
-    async def of_http(_: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, str(error.detail))
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        headers = error.headers or NOTHING
+        if error.status_code == 405:  # the routes of one path are several, each with its method
+            found = [
+                own for own in app.routes if isinstance(own, Route) and own.matches(request.scope)[0] != Match.NONE
+            ]
+            headers = {"Allow": ", ".join(sorted({method for own in found for method in own.methods or ()}))}
+        return _error(error.status_code, str(error.detail), headers=headers)
+
+    async def full(_: Request, __: Exception) -> Response:
+        return _error(503, "the server cannot store anything at the moment; try again later", code="unavailable")
+
+    for kind in (*server.store.passing, OSError):  # the database is busy or away, or the disk is full
+        app.exception_handler(kind)(full)
 
     @app.exception_handler(Exception)
     async def other(_: Request, __: Exception) -> Response:
         return _error(500, "the server failed; its log has the reason")
 
 
-# state
+# the page, and state
+
+
+def _add_page(app: FastAPI) -> None:
+    """Its files, which browsers ask for again each time: another version may serve them."""
+    files = StaticFiles(directory=PAGE)
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/{name}", include_in_schema=False)
+    async def page(request: Request, name: str = "index.html") -> Response:
+        found = await files.get_response(name, request.scope)
+        found.headers["Cache-Control"] = "no-cache"
+        return found
 
 
 def _add_state(app: FastAPI, server: Server) -> None:
@@ -164,7 +210,7 @@ def _add_state(app: FastAPI, server: Server) -> None:
         return {"object": "list", "data": [_model(name, own) for name, own in server.models.items()]}
 
     @app.get("/healthz", summary="Whether the server answers")
-    def healthz() -> Any:
+    async def healthz() -> Any:  # though all threads may wait for the database
         return {"status": "ok"}
 
     @app.get("/readyz", summary="Whether a worker is ready for a job")

@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS events (
 )
 """
 BUSY_S = 10.0  # how long one process waits for another's transaction
+DEAD_S = 30.0  # after which PostgreSQL ends a transaction whose client is silent, and holds the lock
 LOCK = 0xD1C0DE  # PostgreSQL's number for the lock that its transactions take, one after the other, as in SQLite
 
 
@@ -84,7 +85,10 @@ class Postgres:
 
     def connect(self) -> Connection:
         """Of a server that answers within a few seconds."""
-        return PostgresConnection(self.library.connect(self.address, autocommit=True, connect_timeout=int(BUSY_S)))
+        limits = {"lock_timeout": BUSY_S, "idle_in_transaction_session_timeout": DEAD_S}
+        options = " ".join(f"-c {name}={1000 * limit_s:.0f}" for name, limit_s in limits.items())
+        connection = self.library.connect(self.address, autocommit=True, connect_timeout=int(BUSY_S), options=options)
+        return PostgresConnection(connection)
 
     def works(self, connection: Connection) -> bool:
         """False after the server, or the way there, was lost."""

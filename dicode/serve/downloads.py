@@ -1,14 +1,18 @@
 """Endpoints of a job's files."""
 
+import asyncio
+from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from dicode.serve.names import KEY_FRAMES, PLAN, SOURCE, THUMBNAIL, VIDEO
-from dicode.serve.server import JobId, Server
+from dicode.serve.request import RequestError
+from dicode.serve.server import JobId, Server, length_s
 from dicode.serve.streams import growing
 
 Variant = Literal["video", "gif", "webm", "source", "thumbnail", "spritesheet"]
@@ -28,22 +32,27 @@ assert set(VARIANTS) == set(get_args(Variant))
 
 def add_files(app: FastAPI, server: Server) -> None:
     """The endpoints of what came of a job."""
+    converting = asyncio.Lock()  # one after the other: a conversion takes a core
 
     @app.get("/v1/videos/{video_id}/content", summary="The video, a picture of it, or its key frames")
-    def content(video_id: JobId, variant: Variant = "video") -> Response:
-        job = server.store.get(video_id)
+    async def content(video_id: JobId, variant: Variant = "video") -> Response:
+        job = await run_in_threadpool(server.store.get, video_id)
         name, kind = VARIANTS[variant]
         path = server.file(job, name)
         if job.status == "failed":
             raise HTTPException(409, f"the video has failed: {job.message}")
         if job.status != "completed" and (variant in WHOLE or not path.is_file()):
             raise HTTPException(409, "the video is not completed yet")
-        if variant in CONVERTED and not path.is_file():
-            _convert(server.file(job, VIDEO), path)
+        if variant in CONVERTED:
+            async with converting:
+                if not path.is_file():
+                    await run_in_threadpool(_convert, server.file(job, VIDEO), path, length_s(job.request))
         if not path.is_file():
             raise HTTPException(404, f"this video has no {variant}")
         name = f"{video_id}{path.suffix}"
         return FileResponse(path, media_type=kind, filename=name, content_disposition_type="inline")
+
+    app.add_api_route("/v1/videos/{video_id}/content", content, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/v1/videos/{video_id}/plan", summary="Deep tokens of its key frames, as safetensors")
     def plan(video_id: JobId) -> Response:
@@ -58,19 +67,22 @@ def add_files(app: FastAPI, server: Server) -> None:
     @app.get("/v1/videos/{video_id}/stream", summary="The video while it grows, as fragmented MP4")
     async def stream(video_id: JobId) -> Response:
         server.store.get(video_id)
-        return StreamingResponse(growing(server.store, server.file, video_id), media_type="video/mp4")
+        return StreamingResponse(growing(server, video_id), media_type="video/mp4")
 
 
-def _convert(video: Path, path: Path) -> None:
-    """Write a completed video in another format, whole or not at all."""
-    from dicode.video.read import VideoReadError, read_metadata, read_video
+def _convert(video: Path, path: Path, seconds: float) -> None:
+    """Write a completed video in another format, picture by picture, whole or not at all."""
+    from dicode.video.container import container_frames
+    from dicode.video.read import VideoReadError, read_metadata
     from dicode.video.write import VideoWriter
 
+    if seconds > MOST_CONVERTED_S:
+        raise RequestError(f"variant: a video of more than {MOST_CONVERTED_S:g} s is there as mp4 alone", "variant")
     try:
-        frames, fps = read_video(video, None, end_s=MOST_CONVERTED_S)
-    except VideoReadError as error:
+        frames = container_frames(video)
+        first = next(frames)
+        with VideoWriter(path, 1 / (first.end_s - first.start_s), read_metadata(video) or None) as writer:
+            for frame in chain([first], frames):
+                writer.write(frame.render()[None])
+    except (VideoReadError, FileNotFoundError) as error:  # deleted just now
         raise HTTPException(409, "the video cannot be read") from error
-    if len(frames) >= MOST_CONVERTED_S * fps:
-        raise HTTPException(400, f"variant: a video of {MOST_CONVERTED_S:g} s and more is there as mp4 alone")
-    with VideoWriter(path, fps, read_metadata(video) or None) as writer:
-        writer.write(frames)

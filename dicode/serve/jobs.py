@@ -11,9 +11,9 @@ from starlette.exceptions import HTTPException
 
 from dicode.serve import uploads
 from dicode.serve.names import LEAST_SIDE, VIDEO
-from dicode.serve.request import RequestError, parse, schema_of_requests
+from dicode.serve.request import OWN, RequestError, numbers, parse, schema_of_requests
 from dicode.serve.server import JobId, Server, length_s
-from dicode.serve.store import Store
+from dicode.serve.store import FinishedError, Store, UnknownJobError
 from dicode.serve.streams import events_of
 
 POLL_MS = 500  # what clients are asked to wait between looks
@@ -37,16 +37,16 @@ def _add_new(app: FastAPI, server: Server) -> None:
     )
     async def create(request: Request) -> Any:
         values, files = await uploads.body_of(request)
-        return await run_in_threadpool(_queue, server, values, files, request.headers.get("idempotency-key"))
+        return await run_in_threadpool(_queue, server, _clients(values), files, _key(request))
 
     @app.post(
         "/v1/videos/{video_id}/remix",
-        openapi_extra=_body(fields),
+        openapi_extra=_body({**fields, **dict.fromkeys(uploads.IMAGES.fields, TEXT)}),
         summary="The same once more, but for the fields given: seeds under another prompt",
     )
     async def remix(video_id: JobId, request: Request) -> Any:
-        values, _ = await uploads.body_of(request)
-        return await run_in_threadpool(_remixed, server, video_id, values)
+        values, files = await uploads.body_of(request)
+        return await run_in_threadpool(_remixed, server, video_id, _clients(values), files, _key(request))
 
     own = {name: fields[name] for name in ("model", "size", "seed")}
 
@@ -57,17 +57,16 @@ def _add_new(app: FastAPI, server: Server) -> None:
     )
     async def reconstruct(request: Request) -> Any:
         values, files = await uploads.body_of(request, uploads.MOVIES)
-        values["reconstructs"] = True
-        return await run_in_threadpool(_queue, server, values, files, request.headers.get("idempotency-key"))
+        return await run_in_threadpool(_queue, server, {**_clients(values), "reconstructs": True}, files, _key(request))
 
     @app.post(
         "/v1/videos/extensions",
         openapi_extra=_body({**fields, "video": TEXT}, "video", "prompt"),
-        summary="Go on from a finished video",
+        summary="Go on from a finished video, by its id, or from one that is given",
     )
     async def extend(request: Request) -> Any:
-        values, _ = await uploads.body_of(request)
-        return await run_in_threadpool(_extended, server, values, request.headers.get("idempotency-key"))
+        values, files = await uploads.body_of(request, uploads.BEGINNINGS)
+        return await run_in_threadpool(_extended, server, _clients(values), files, _key(request))
 
 
 def _add_known(app: FastAPI, server: Server) -> None:
@@ -79,7 +78,10 @@ def _add_known(app: FastAPI, server: Server) -> None:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> Any:
-        jobs, more = server.store.page(after, limit, order == "desc")
+        try:
+            jobs, more = server.store.page(after, limit, order == "desc")
+        except UnknownJobError as error:
+            raise HTTPException(404, "after: no such video") from error
         data = server.shown(*jobs)
         ends = {"first_id": jobs[0].id if jobs else None, "last_id": jobs[-1].id if jobs else None}
         return {"object": "list", "data": data, **ends, "has_more": more}
@@ -114,7 +116,7 @@ def _add_known(app: FastAPI, server: Server) -> None:
         server.store.get(video_id)
         seen = request.headers.get("last-event-id", "")
         after = int(seen) if seen.isdecimal() and len(seen) < 10 else -1
-        return StreamingResponse(events_of(server.store, video_id, after), media_type="text/event-stream")
+        return StreamingResponse(events_of(server, video_id, after), media_type="text/event-stream")
 
 
 def _body(properties: dict[str, Any], *required: str, form: bool = False) -> dict[str, Any]:
@@ -122,6 +124,18 @@ def _body(properties: dict[str, Any], *required: str, form: bool = False) -> dic
     schema = {"type": "object", "properties": properties, "required": [*required], "additionalProperties": False}
     kind = "multipart/form-data" if form else "application/json"
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
+
+
+def _clients(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request. Raises `RequestError` for those that only the server sets."""
+    if taken := [name for name in OWN if values.get(name)]:
+        message = f"{taken[0]}: is not for clients to set; use …/remix, /v1/videos/extensions or …/reconstructions"
+        raise RequestError(message, taken[0])
+    return {name: value for name, value in values.items() if name not in OWN}
+
+
+def _key(request: Request) -> str | None:
+    return request.headers.get("idempotency-key") or None
 
 
 def _queue(
@@ -144,10 +158,13 @@ def _queue(
     try:
         uploads.keep(files, folder)
         if continued is not None:
-            shutil.copyfile(continued, folder / "continued.mp4")
-        job = server.store.add(job_id, request.model_copy(update={"model": name}).model_dump(), server.queue, key)
-    except BaseException:
+            shutil.copyfile(continued, folder / f"continued{continued.suffix}")
+        stored = {**request.model_dump(), **numbers(request.sampling), "model": name}
+        job = server.store.add(job_id, stored, server.queue, key)
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, FileNotFoundError):  # what it goes on from, or is a remix of, was deleted just now
+            raise UnknownJobError(job_id) from error
         raise
     if job.id != job_id:  # its key was known
         shutil.rmtree(folder, ignore_errors=True)
@@ -158,38 +175,51 @@ def _directed(server: Server, video_id: str, values: dict[str, Any]) -> dict[str
     job = server.store.get(video_id)
     if not job.request["live"]:
         raise RequestError("only a live video can be directed", "video_id")
+    if unknown := sorted(values.keys() - {"prompt", "end"}):
+        raise RequestError(f"{unknown[0][:80]}: unknown field", unknown[0][:80])
+    if (ends := values.get("end")) not in (None, True, False, "true", "false"):
+        raise RequestError("end: expected true or false", "end")
     try:
-        if values.get("end"):
+        if ends in (True, "true"):
             server.store.direct(video_id, "end", {})
         else:
             server.store.direct(video_id, "prompt", {"prompt": parse({"prompt": values.get("prompt", "")}).prompt})
-    except RequestError:
-        raise
-    except ValueError as error:
-        raise HTTPException(409, str(error)) from error
+    except FinishedError as error:
+        raise HTTPException(409, "the video is finished") from error
     return server.shown(server.store.get(video_id))[0]
 
 
-def _remixed(server: Server, video_id: str, values: dict[str, Any]) -> dict[str, Any]:
+def _remixed(
+    server: Server, video_id: str, values: dict[str, Any], files: uploads.Files, key: str | None
+) -> dict[str, Any]:
+    """The same request with other fields and files; a file's place is taken by one of the same field."""
     job = server.store.get(video_id)
     if job.request["reconstructs"]:
         raise RequestError("a reconstruction has no prompt to change", "video_id")
-    kept = {path.name: path.read_bytes() for path in server.job_folder(video_id).glob("*.*") if path.is_file()}
-    files = {name: data for name, data in kept.items() if not name.startswith("continued")}
-    given = server.job_folder(video_id) / "continued.mp4"
+    given = {path.name: path for path in server.job_folder(video_id).glob("*.*") if path.is_file()}
+    replaced = {name.partition(".")[0] for name in files}
+    kept = {name: path for name, path in given.items() if name.partition(".")[0] not in replaced}
+    continued = next((kept.pop(name) for name in [*kept] if name.startswith("continued.")), None)
     own: dict[str, Any] = {"remixed_from_video_id": video_id}
     if values.get("prompt"):
         own |= {"shots": None, "seconds": length_s(job.request)}
-    return _queue(server, {**job.request, **own, **values}, files, continued=given if given.is_file() else None)
+    try:
+        files = {**{name: path.read_bytes() for name, path in kept.items()}, **files}
+    except FileNotFoundError as error:  # deleted just now
+        raise UnknownJobError(video_id) from error
+    return _queue(server, {**job.request, **own, **values}, files, key, continued)
 
 
-def _extended(server: Server, values: dict[str, Any], key: str | None) -> dict[str, Any]:
+def _extended(server: Server, values: dict[str, Any], files: uploads.Files, key: str | None) -> dict[str, Any]:
+    """Go on from a video of this server, or from a file."""
     source = values.pop("video", None)
     source = source.get("id") if isinstance(source, dict) else source
+    if files and source is None:
+        return _queue(server, values, files, key)
     if not isinstance(source, str):
-        raise RequestError("video: expected the id of a video", "video")
+        raise RequestError("video: expected the id of a video, or a video file", "video")
     job = server.store.get(source)
     if job.status != "completed":
         raise HTTPException(409, "the video is not completed yet")
-    own = {"model": job.request["model"], "extends": source}
+    own = {"model": job.request["model"], "size": job.request["size"], "extends": source}
     return _queue(server, {**own, **values}, {}, key, continued=server.file(job, VIDEO))

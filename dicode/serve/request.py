@@ -3,12 +3,12 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dicode.checkpoint import read_section, resolve
-from dicode.config import CheckpointError
+from dicode.config import CheckpointError, nearest
 from dicode.lm.config import DeepLMConfig
 from dicode.storyboard import Shot, key_frames_of
 from dicode.tokenizer.config import Joins, SamplingConfig, TokenizerConfig
@@ -19,6 +19,13 @@ MOST_SHOTS, MOST_CHARACTERS = 200, 4000
 MOST_LIVE_S = 3600.0  # of an endless video
 MOST_SIDE = 1024  # of a picture that is enlarged, in pixels
 LARGEST_SEED = 2**63 - 1
+MOST_CLIPS = 100_000
+JOB_ID = r"^video_[0-9a-f]{32}$"
+OWN = (
+    "extends",
+    "remixed_from_video_id",
+    "reconstructs",
+)  # fields that the server sets, by the endpoint that is called
 
 
 class RequestError(ValueError):
@@ -29,11 +36,25 @@ class RequestError(ValueError):
         self.param = param
 
 
+def _text(prompt: str) -> str:
+    """Without space around it. Raises `ValueError` for a NUL; lone surrogates are refused by pydantic."""
+    if "\0" in prompt:
+        raise ValueError("holds characters that are no text")
+    return prompt.strip()
+
+
+def _words(prompt: str) -> str:
+    """A text that is not empty. Raises `ValueError`."""
+    if not (found := _text(prompt)):
+        raise ValueError("expected a text of at least one word")
+    return found
+
+
 class ShotRequest(BaseModel):
     """One shot of a storyboard."""
 
     model_config = ConfigDict(extra="forbid")
-    prompt: str = Field(min_length=1, max_length=MOST_CHARACTERS)
+    prompt: Annotated[str, AfterValidator(_words)] = Field(max_length=MOST_CHARACTERS)
     seconds: float = Field(gt=0, le=86_400)
 
 
@@ -41,32 +62,30 @@ class VideoRequest(BaseModel):
     """A video to make. What is left out is the model's own; fields of `dicode generate` have its flags' names."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())  # extra: fields of `SamplingConfig` alone
-    prompt: str = Field(default="", max_length=MOST_CHARACTERS, description="What the video shows, in order")
+    prompt: Annotated[str, AfterValidator(_text)] = Field(
+        default="", max_length=MOST_CHARACTERS, description="What the video shows, in order"
+    )
     model: str | None = Field(default=None, description="A name of /v1/models")
     seconds: float = Field(default=4.0, gt=0, le=86_400, description="Its length; a storyboard's shots have their own")
     size: str | None = Field(default=None, pattern=r"^\d{2,4}x\d{2,4}$", description="WxH, the model's or a multiple")
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     shots: list[ShotRequest] | None = Field(default=None, min_length=1, max_length=MOST_SHOTS)
     loop: bool = Field(default=False, description="Ends on its first frame")
-    reroll_from: int | None = Field(default=None, ge=0, description="The first clip with another seed")
+    reroll_from: int | None = Field(default=None, ge=0, le=MOST_CLIPS, description="The first clip with another seed")
     reroll_seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
-    reroll_clips: int | None = Field(default=None, ge=1, le=100_000, description="How many have it; or all that follow")
+    reroll_clips: int | None = Field(
+        default=None, ge=1, le=MOST_CLIPS, description="How many have it; or all that follow"
+    )
     live: bool = Field(default=False, description="Goes on, in real time, until it is ended; its prompt may change")
     reconstructs: bool = Field(default=False, description="Renders a given video from its own deep tokens")
-    remixed_from_video_id: str | None = None
-    extends: str | None = Field(default=None, description="The video that this one goes on from")
-
-    @field_validator("prompt")
-    @classmethod
-    def _printable(cls, prompt: str) -> str:
-        if "\0" in prompt or any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
-            raise ValueError("holds characters that are no text")
-        return prompt.strip()
+    remixed_from_video_id: str | None = Field(default=None, pattern=JOB_ID)
+    extends: str | None = Field(default=None, pattern=JOB_ID, description="The video that this one goes on from")
 
     @model_validator(mode="after")
     def _whole(self) -> "VideoRequest":
         if unknown := sorted(set(self.model_extra or {}) - SAMPLING):
-            raise ValueError(f"unknown fields: {', '.join(unknown)}")
+            known = [*type(self).model_fields, *SAMPLING]
+            raise ValueError(f"{unknown[0][:80]}: unknown field{nearest(unknown[0][:80], known)}")
         if not self.prompt and not self.shots and not self.reconstructs:
             raise ValueError("prompt: expected a text of at least one word")
         return self
@@ -134,7 +153,10 @@ class Model:
         config = self.tokenizer
         key_frames = config.num_clips(max(1, round(request.length_s * config.fps))) + 1
         if request.storyboard:
-            key_frames = max(key_frames, sum(key_frames_of(request.storyboard, config.clip_s)))
+            try:
+                key_frames = max(key_frames, sum(key_frames_of(request.storyboard, config.clip_s)))
+            except ValueError as error:  # a shot that ends between two key frames
+                raise RequestError(f"shots: {error}", "shots") from error
         window, limit = sampling.context_key_frames, self.lm.most_keyframes()
         if not request.live and not window and key_frames > limit:
             most = (limit - 1) * config.clip_s
@@ -152,6 +174,8 @@ def schema_of_requests() -> dict[str, Any]:
     whole = json.loads(text)
     whole["properties"] |= {name: {"type": "integer" if name in WHOLE else "number", "minimum": 0} for name in SAMPLING}
     whole["properties"]["joins"] = {"enum": list(get_args(Joins))}
+    for name in OWN:
+        del whole["properties"][name]
     return {**whole, "additionalProperties": False}
 
 
@@ -166,7 +190,9 @@ def numbers(values: dict[str, Any]) -> dict[str, Any]:
                 number = float(value)
             except (ValueError, OverflowError) as error:
                 raise RequestError(f"{name}: expected a number, got {str(value)[:40]!r}", name) from error
-            value = int(number) if name in WHOLE and number.is_integer() else number
+            if name in WHOLE and not number.is_integer():
+                raise RequestError(f"{name}: expected a whole number, got {number:g}", name)
+            value = int(number) if name in WHOLE else number
         elif value not in get_args(Joins):
             raise RequestError(f"joins: expected one of {', '.join(get_args(Joins))}", name)
         found[name] = value
@@ -181,7 +207,9 @@ def parse(values: dict[str, Any]) -> VideoRequest:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(map(str, first["loc"]))
         text = first["msg"].removeprefix("Value error, ")
-        raise RequestError(f"{name}: {text}" if name else text, name or text.partition(":")[0]) from error
+        if name:
+            text = f"{name}: {text}"
+        raise RequestError(text, text.partition(": ")[0] if ": " in text else None) from error
 
 
 def models_of(names: list[str]) -> dict[str, Model]:

@@ -8,8 +8,8 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,18 @@ class QueueFullError(Exception):
     """As many jobs wait as may."""
 
 
+class UnknownJobError(KeyError):
+    """There is no such job, or no longer."""
+
+
+class KeyReusedError(Exception):
+    """An idempotency key came before, with another request."""
+
+
+class FinishedError(Exception):
+    """A job is finished, and cannot be directed any more."""
+
+
 class LostClaimError(Exception):
     """A job is no longer this worker's: it was cancelled, deleted, or given to another one."""
 
@@ -42,6 +54,7 @@ class Job:
     request: dict[str, Any]
     created_at: float
     started_at: float | None
+    beat_at: float | None  # when its worker last showed that it lives, by that machine's clock
     completed_at: float | None
     progress: float  # 0…1
     attempts: int
@@ -98,11 +111,12 @@ class Store:
             for statement in self._kind.begin[1:]:
                 db.execute(statement)
             yield db
-        except BaseException:
+            db.execute("COMMIT")
+        except BaseException:  # of a full disk, which the last statement may be the first to find
             if self._kind.works(db):
-                db.execute("ROLLBACK")
+                with suppress(*self.passing):  # SQLite may have rolled back already
+                    db.execute("ROLLBACK")
             raise
-        db.execute("COMMIT")
 
     def _jobs(self, where: str, values: tuple[object, ...] = ()) -> list[Job]:
         rows = self._connection().execute(f"SELECT {COLUMNS} FROM jobs {where}", values).fetchall()
@@ -118,28 +132,37 @@ class Store:
     def add(
         self, job_id: str, request: Mapping[str, Any], most_waiting: int, idempotency_key: str | None = None
     ) -> Job:
-        """Queue a job, or return the one that this key has queued before. Raises `QueueFullError`."""
+        """Queue a job, or return the one that this key has queued before.
+
+        Raises `QueueFullError`, and `KeyReusedError` where the key has queued another request.
+        """
+        text = json.dumps(request)
         with self._transaction() as db:
             if idempotency_key is not None and (same := self._jobs("WHERE idempotency_key = ?", (idempotency_key,))):
+                own = json.loads(text)
+                if own["reconstructs"]:  # its length is found out when it is rendered
+                    own["seconds"] = same[0].request["seconds"]
+                if same[0].request != own:
+                    raise KeyReusedError(idempotency_key)
                 return same[0]
             if db.execute("SELECT count(*) FROM jobs WHERE status = 'queued'").fetchone()[0] >= most_waiting:
                 raise QueueFullError
             db.execute(
                 "INSERT INTO jobs (id, idempotency_key, status, request, created_at) VALUES (?, ?, 'queued', ?, ?)",
-                (job_id, idempotency_key, json.dumps(request), time.time()),
+                (job_id, idempotency_key, text, time.time()),
             )
             self._note(db, job_id, "queued", {})
         return self.get(job_id)
 
     def get(self, job_id: str) -> Job:
-        """Raises `KeyError` for one that is not there."""
+        """Raises `UnknownJobError` for one that is not there."""
         found = self._jobs("WHERE id = ?", (job_id,))
         if not found:
-            raise KeyError(job_id)
+            raise UnknownJobError(job_id)
         return found[0]
 
     def page(self, after: str | None, limit: int, newest_first: bool) -> tuple[list[Job], bool]:
-        """Up to `limit` jobs that follow the one named, and whether there are more. Raises `KeyError`."""
+        """Up to `limit` jobs that follow the one named, and whether there are more. Raises `UnknownJobError`."""
         sign, order = ("<", "DESC") if newest_first else (">", "ASC")
         where, values = "", tuple[object, ...]()
         if after is not None:
@@ -156,7 +179,7 @@ class Store:
         """Seconds that one of the last jobs took, their median; None before the first one."""
         query = "SELECT completed_at - started_at FROM jobs WHERE status = 'completed' ORDER BY number DESC LIMIT ?"
         lengths_s = [length_s for (length_s,) in self._connection().execute(query, (RECENT,)).fetchall()]
-        return median(lengths_s) if lengths_s else None
+        return max(0.0, median(lengths_s)) if lengths_s else None  # a clock may have been set back
 
     def ids(self) -> set[str]:
         """Of all jobs."""
@@ -186,14 +209,14 @@ class Store:
         return self.get(job_id)
 
     def direct(self, job_id: str, kind: Literal["prompt", "end"], data: Mapping[str, Any]) -> None:
-        """Note what a live video goes on with, or that it ends. Raises `KeyError`, `ValueError` for a finished one."""
+        """Note what a live video goes on with, or that it ends. Raises `UnknownJobError`, `FinishedError`."""
         with self._transaction() as db:
             if self.get(job_id).finished:
-                raise ValueError("the video is finished")
+                raise FinishedError(job_id)
             self._note(db, job_id, kind, data)
 
     def delete(self, job_id: str) -> None:
-        """Forget a job; a worker that has it loses its claim. Raises `KeyError`."""
+        """Forget a job; a worker that has it loses its claim. Raises `UnknownJobError`."""
         with self._transaction() as db:
             self.get(job_id)
             db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
@@ -263,18 +286,16 @@ class Store:
                 )
                 self._note(db, job.id, "queued", {"again": True})
 
-    def release(self, worker: str | None = None, silent_s: float | None = None) -> list[Job]:
-        """Queue the jobs of a dead worker again, or of all that have been silent for so long; returns them.
+    def release(self, worker: str | None = None, silent: Sequence[Job] = ()) -> list[Job]:
+        """Queue the jobs of a dead worker again, or those that were `silent` since they were read; returns them.
 
         One that was begun `ATTEMPTS` times fails.
         """
         with self._transaction() as db:
-            if worker is not None:
-                lost = self._jobs("WHERE status = 'in_progress' AND worker = ?", (worker,))
-            elif silent_s is not None:
-                lost = self._jobs("WHERE status = 'in_progress' AND beat_at < ?", (time.time() - silent_s,))
-            else:
-                lost = self._jobs("WHERE status = 'in_progress'")
+            lost = self._jobs("WHERE status = 'in_progress' AND worker = ?", (worker,)) if worker else []
+            for own in silent:
+                values = (own.id, own.claim, own.beat_at)
+                lost += self._jobs("WHERE status = 'in_progress' AND id = ? AND claim = ? AND beat_at = ?", values)
             for job in lost:
                 if job.cancelled:
                     self._finish(db, job.id, "failed", "cancelled", "cancelled")

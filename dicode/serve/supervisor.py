@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from dicode.serve.store import DATABASE, Store
 
 # before a worker that died is begun again; doubled while it dies before it was ready
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+LONGEST_CLIP_S = 60.0  # that is waited for when the server ends
 
 
 class Supervisor:
@@ -30,24 +32,23 @@ class Supervisor:
         """Queue again what the server of before left behind, and begin all workers."""
         own = f"{socket.gethostname()}:"
         for name in {job.worker for job in self.store.running() if job.worker and job.worker.startswith(own)}:
-            self.release(name)
+            if not lives(int(name.removeprefix(own).partition(":")[0])):
+                self.release(name)
         for number, device in enumerate(self.devices):
             thread = threading.Thread(target=self._keep, args=(f"{own}{os.getpid()}:{number}", device), daemon=True)
             thread.start()
             self._threads.append(thread)
 
-    def stop(self, wait_s: float = 20.0) -> None:
+    def stop(self, wait_s: float = LONGEST_CLIP_S) -> None:
         """Let every worker finish the clip at hand, then end them; their jobs are queued for the next start."""
         self._ending.set()
-        for process in self.processes.values():
+        for process in [*self.processes.values()]:
             if process.stdin is not None:
-                try:
+                with suppress(OSError, ValueError):  # it has ended, and its pipe may be closed
                     process.stdin.write(b"drain\n")
                     process.stdin.flush()
-                except OSError:
-                    pass  # it has ended
         until_s = time.monotonic() + wait_s
-        for process in self.processes.values():
+        for process in [*self.processes.values()]:
             try:
                 process.wait(max(0.1, until_s - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -56,9 +57,13 @@ class Supervisor:
             thread.join(5)
 
     def release(self, name: str) -> None:
-        """Queue the jobs of a worker that has ended again, and remove what it had written of them."""
-        for job in self.store.release(worker=name):
-            shutil.rmtree(self.store.folder / "jobs" / job.id / str(job.claim), ignore_errors=True)
+        """Queue the jobs of a worker that has ended again, and remove what it had written of them.
+
+        Where the database is busy or away, that is left to those who look for silent workers.
+        """
+        with suppress(*self.store.passing):
+            for job in self.store.release(worker=name):
+                shutil.rmtree(self.store.folder / "jobs" / job.id / str(job.claim), ignore_errors=True)
 
     def _keep(self, name: str, device: str) -> None:
         pause_s = FIRST_PAUSE_S
@@ -88,3 +93,14 @@ class Supervisor:
             stdout=subprocess.PIPE,
             bufsize=0,
         )
+
+
+def lives(number: int) -> bool:
+    """Whether another process of this machine has this number. That of a server in a container may be its own again."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return number != os.getpid()

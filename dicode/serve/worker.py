@@ -6,8 +6,10 @@ A job stops at the next key frame or denoising step once it was cancelled, delet
 """
 
 import argparse
+import errno
 import gc
 import os
+import re
 import shutil
 import sys
 import threading
@@ -24,8 +26,8 @@ from dicode.config import CheckpointError
 from dicode.device import available_bytes, pick_device
 from dicode.pipeline import DiCoDe
 from dicode.serve.render import Work, reconstruct, render, render_live
-from dicode.serve.request import Model, VideoRequest, models_of, parse
-from dicode.serve.store import DATABASE, Job, LostClaimError, Store
+from dicode.serve.request import Model, RequestError, VideoRequest, models_of, parse
+from dicode.serve.store import DATABASE, Job, LostClaimError, Store, UnknownJobError
 
 POLL_S = 0.02  # between looks for a job
 AWAY_S = 1.0  # before another look at a database that does not answer
@@ -45,7 +47,7 @@ class Watched:
 
     def __init__(self, store: Store, job: Job, draining: threading.Event) -> None:
         self.store, self.job, self.draining = store, job, draining
-        self.lost, self._over = False, threading.Event()
+        self.lost, self._over, self._clip_began_s = False, threading.Event(), time.monotonic()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "Watched":
@@ -71,7 +73,10 @@ class Watched:
     def report(self, progress: float, kind: str, data: dict[str, Any]) -> None:
         """As `render` asks for it. Raises `DrainingError` after a clip where the server is ending."""
         if kind:
-            self.store.advance(self.job, progress, kind, data)
+            now_s = time.monotonic()
+            took = {"ms": round(1000 * (now_s - self._clip_began_s))} if kind == "clip" else {}
+            self.store.advance(self.job, progress, kind, {**data, **took})
+            self._clip_began_s = now_s
         else:
             self()
         if self.draining.is_set():
@@ -92,43 +97,78 @@ class Loaded:
         self.models: OrderedDict[str, DiCoDe] = OrderedDict()
 
     def get(self, name: str) -> DiCoDe:
-        """The model of this name."""
+        """The model of this name. Raises `RequestError` for one that is not served, or no longer."""
+        if name not in self.known:
+            raise RequestError(f"model: {name} is not served any more", "model")
         if name not in self.models:
             while self.models and available_bytes(self.device) < SPARE_BYTES:
                 self.models.popitem(last=False)
-                gc.collect()
+                self.free()
             self.models[name] = DiCoDe.from_pretrained(self.known[name].folder, device=str(self.device))
         self.models.move_to_end(name)
         return self.models[name]
 
+    def free(self) -> None:
+        """Give the memory of models that were let go back to the device."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 def work(store: Store, loaded: Loaded, job: Job, draining: threading.Event) -> None:
-    """Render one job, and note how it ended; of a job that was lost no file is left."""
-    folder, completed = store.folder / "jobs" / job.id / str(job.claim), False
+    """Render one job, and note how it ended; of a job that was lost no file is left.
+
+    Raises what `store.passing` holds, and leaves the files: who finds the job silent removes them.
+    """
+    folder, kept = store.folder / "jobs" / job.id / str(job.claim), False
     try:
         with Watched(store, job, draining) as watched:
             seconds = rendered(loaded, parse(job.request), folder, watched)
             watched()
         store.complete(job, seconds)
-        completed = True
+        kept = True
     except LostClaimError:
         store.fail(job, "cancelled", "cancelled")
+        remove_deleted(store, job)
     except DrainingError:
         store.give_back(job)
-    except (MemoryError, torch.OutOfMemoryError):
-        loaded.models.clear()
-        store.fail(job, "out_of_memory", "not enough memory for a video of this size and length")
+    except store.passing:
+        kept = True  # the database may have noted that the job is completed
+        raise
     except Exception as error:
-        if isinstance(error, ValueError) and not isinstance(error, CheckpointError):  # of the request
-            store.fail(job, "invalid_request", one_line(error))
-            return
-        with suppress(LostClaimError):  # of a deleted job the folder is gone
-            store.beat(job)
-            print(f"{job.id}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        store.fail(job, "server_error", "the server could not render this video")
+        fail(store, loaded, job, error)
     finally:
-        if not completed:
+        if not kept:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def fail(store: Store, loaded: Loaded, job: Job, error: Exception) -> None:
+    """Note why a job has failed: what its client can mend, or what is in the server's log."""
+    if isinstance(error, ValueError) and not isinstance(error, CheckpointError):  # of the request
+        store.fail(job, "invalid_request", one_line(error))
+        return
+    try:
+        store.beat(job)
+    except LostClaimError:  # of a deleted job the folder is gone
+        remove_deleted(store, job)
+    else:
+        print(f"{job.id}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory", str(error)):
+        loaded.models.clear()
+        loaded.free()
+        store.fail(job, "out_of_memory", "not enough memory; ask for a shorter video, a smaller size or another model")
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        store.fail(job, "disk_full", "the server's disk is full; delete videos, or try again later")
+    else:
+        store.fail(job, "server_error", "the server could not render this video; its log has the reason")
+
+
+def remove_deleted(store: Store, job: Job) -> None:
+    """Remove the folder of a job that was deleted: its worker may have written into it since."""
+    try:
+        store.get(job.id)
+    except UnknownJobError:
+        shutil.rmtree(store.folder / "jobs" / job.id, ignore_errors=True)
 
 
 def rendered(loaded: Loaded, request: VideoRequest, folder: Path, watched: Watched) -> float | None:
@@ -172,13 +212,13 @@ def work_on(store: Store, loaded: Loaded, name: str, draining: threading.Event) 
     while not draining.is_set():
         try:
             job = store.claim(name)
-        except store.passing:
+            if job is not None:
+                work(store, loaded, job, draining)
+        except store.passing:  # busy or away; a job whose end could not be noted is given to another, being silent
             time.sleep(AWAY_S)
             continue
         if job is None:
             time.sleep(POLL_S)
-        else:
-            work(store, loaded, job, draining)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
