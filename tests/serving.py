@@ -1,11 +1,18 @@
 """A server of `dicode serve` in this process, with a worker, and what its tests share."""
 
 import io
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import torch
 import uvicorn
@@ -64,3 +71,39 @@ def wait_for(done: Callable[[], bool]) -> None:
     while not done():
         assert time.monotonic() < until_s, "nothing happened"
         time.sleep(0.02)
+
+
+class Served:
+    """`dicode serve` as users start it, on a port of its own; ended with the block."""
+
+    def __init__(self, model: Path, folder: Path, port: int | None = None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = port or free.getsockname()[1]
+        flags = ["--model", str(model), "--port", str(self.port), "--data-folder", str(folder)]
+        self.command = [sys.executable, "-m", "dicode", "serve", *flags]
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def begin(self) -> "subprocess.Popen[bytes]":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.processes.append(subprocess.Popen(self.command, env=environment, stdout=subprocess.DEVNULL))
+        return self.processes[-1]
+
+    def ready(self) -> bool:
+        try:
+            return self.client.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def add(self, **request: Any) -> str:
+        return self.client.post("/v1/videos", json={"prompt": "a", **request}).json()["id"]

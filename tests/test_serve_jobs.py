@@ -1,6 +1,10 @@
 """Jobs of `dicode serve` rendered: their files, what is made of them, how they end."""
 
+import errno
 import io
+import json
+import os
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +16,7 @@ import pytest
 import torch
 from hostile import bomb
 from PIL import Image
-from serving import PATIENCE_S, picture, run_next, wait_for
+from serving import PATIENCE_S, picture, run_next, served, wait_for
 from starlette.testclient import TestClient
 
 from dicode.cli.app import main
@@ -20,8 +24,8 @@ from dicode.pipeline import DiCoDe
 from dicode.serve.app import forget_old
 from dicode.serve.request import models_of
 from dicode.serve.server import Server
-from dicode.serve.store import Store
-from dicode.serve.worker import Loaded, work
+from dicode.serve.store import Job, Store
+from dicode.serve.worker import Loaded, work, work_on
 from dicode.video.read import read_video
 from dicode.video.write import VideoWriter
 
@@ -109,7 +113,8 @@ def test_what_is_no_video_is_refused_or_fails_by_name(client: TestClient, server
     assert client.post("/v1/videos", data={"prompt": "a"}, files={"video": b"GIF89a"}).status_code == 400
     assert client.post("/v1/videos", json={"reconstructs": True}).status_code == 400
     assert client.post(reconstructions, files={"video": b"GIF89a"}, data={"loop": "true"}).status_code == 400
-    client.post(reconstructions, files={"video": b"GIF89a and then nothing"})
+    assert client.post(reconstructions, files={"video": b"GIF89a and then nothing"}).status_code == 400
+    client.post(reconstructions, files={"video": b"\0\0\0\x18ftypmp42 and then nothing"})
     job = run_next(server)
     assert job.code == "invalid_request" and str(job.message).startswith("video: ")
     assert str(server.folder) not in str(job.message)
@@ -227,3 +232,106 @@ def test_a_live_video_is_rendered_no_further_than_it_can_be_watched(address: str
         assert clips <= 1 + (4 + 30) / 2  # four seconds, and those that went by
         client.post(f"/v1/videos/{job_id}/cancel")
         wait_for(lambda: server.store.get(job_id).code == "cancelled")
+
+
+def test_a_deleted_job_leaves_no_folder_however_far_it_was(address: str, server: Server) -> None:
+    with httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
+        for clips in (0, 1, 3):
+            job_id = client.post("/v1/videos", json={"prompt": "a", "seconds": 30, "context_key_frames": 4}).json()[
+                "id"
+            ]
+            wait_for(lambda: len(server.store.events(job_id)) > 2 + clips)  # noqa: B023
+            assert client.delete(f"/v1/videos/{job_id}").status_code == 200
+            last = client.post("/v1/videos", json={"prompt": "b", "seconds": 2, "steps": 1}).json()["id"]
+            wait_for(lambda: server.store.get(last).finished)  # noqa: B023
+        assert len([*(server.folder / "jobs").iterdir()]) == 3
+
+
+def test_what_a_job_fails_of_is_said_with_a_remedy(
+    client: TestClient, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory() -> None:
+        torch.empty(2**62, dtype=torch.uint8)
+
+    def no_space() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(server.folder))
+
+    for cause, code in ((no_memory, "out_of_memory"), (no_space, "disk_full"), ([].clear, None)):
+        client.post("/v1/videos", json={"prompt": "a", "seconds": 2, "steps": 1})
+        monkeypatch.setattr("dicode.serve.render.save_picture", lambda *_, cause=cause: cause())
+        job = run_next(server)
+        assert job.code == code and str(server.folder) not in str(job.message)
+    client.post("/v1/videos", json={"prompt": "a", "seconds": 2})
+    job = server.store.claim("here")
+    assert job is not None
+    work(server.store, Loaded(models_of(["blocks"]), torch.device("cpu")), job, threading.Event())
+    assert server.store.get(job.id).message == "model: tiny is not served any more"
+
+
+def test_a_job_whose_end_cannot_be_noted_is_done_again(
+    client: TestClient, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = client.post("/v1/videos", json={"prompt": "a", "seconds": 2, "steps": 1}).json()["id"]
+    draining, tries = threading.Event(), [0]
+    complete = server.store.complete
+
+    def sometimes(job: Job, seconds: float | None = None) -> None:
+        tries[0] += 1
+        if tries[0] == 1:
+            raise sqlite3.OperationalError("database is locked")
+        complete(job, seconds)
+        draining.set()
+
+    monkeypatch.setattr(server.store, "complete", sometimes)
+    monkeypatch.setattr("dicode.serve.worker.AWAY_S", 0.0)
+    loaded = Loaded(server.models, torch.device("cpu"))
+    working = threading.Thread(target=work_on, args=(server.store, loaded, "here", draining))
+    working.start()
+    wait_for(lambda: tries[0] == 1)
+    server.silent_s = 0.5
+    wait_for(lambda: bool(server.release_silent()) or tries[0] == 2)
+    working.join()
+    assert server.store.get(job_id).status == "completed"
+    assert [path.name for path in server.job_folder(job_id).iterdir()] == [str(server.store.get(job_id).claim)]
+
+
+def test_events_tell_the_place_in_the_queue_and_how_long_clips_took(address: str, server: Server) -> None:
+    with httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
+
+        def add(**request: object) -> str:
+            return client.post("/v1/videos", json={"prompt": "a", "seconds": 2, "steps": 1, **request}).json()["id"]
+
+        first = add(live=True, seconds=30)
+        wait_for(lambda: server.store.get(first).status == "in_progress")
+        before, last = add(), add()
+        places = []
+        with client.stream("GET", f"/v1/videos/{last}/events") as response:
+            for line in response.iter_lines():
+                if line.startswith('data: {"position"'):
+                    places.append(json.loads(line[6:])["position"])
+                    server.store.cancel(before if len(places) == 1 else first)
+        assert places == [1, 0]
+        assert server.store.get(last).status == "completed"
+        (clip,) = [event.data for event in server.store.events(last) if event.kind == "clip"]
+        assert clip["ms"] > 0 and clip["of"] == 1
+
+
+def test_a_remix_takes_the_images_that_are_given(client: TestClient, server: Server) -> None:
+    first = client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": picture()}).json()["id"]
+    other = {"input_reference": picture(48, "JPEG")}
+    remix = client.post(f"/v1/videos/{first}/remix", data={"prompt": "b"}, files=other).json()["id"]
+    assert [path.name for path in server.job_folder(remix).iterdir()] == ["image.jpg"]
+
+
+def test_a_live_video_is_as_long_as_it_was_watched(address: str, server: Server) -> None:
+    with httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
+        job_id = client.post("/v1/videos", json={"prompt": "a", "live": True, "steps": 1, "seconds": 60}).json()["id"]
+        wait_for(lambda: server.store.get(job_id).progress > 0)
+        client.post(f"/v1/videos/{job_id}/direct", json={"end": True})
+        wait_for(lambda: server.store.get(job_id).finished)
+        clips = [event.kind for event in server.store.events(job_id)].count("clip")
+        assert client.get(f"/v1/videos/{job_id}").json()["seconds"] == str(2 * clips)
+        assert client.get(f"/v1/videos/{job_id}/content?variant=gif").content[:4] == b"GIF8"
+        remix = client.post(f"/v1/videos/{job_id}/remix", json={"prompt": "b"}).json()
+        assert remix["request"]["live"] and remix["seconds"] == "3600"
+        client.post(f"/v1/videos/{remix['id']}/cancel")

@@ -2,14 +2,18 @@
 
 import importlib
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
-from serving import served
+from serving import Served, picture, served, wait_for
 
 from dicode.serve.request import models_of
 from dicode.serve.server import Server
@@ -34,8 +38,12 @@ MOST_BYTES = 200_000
 
 
 @pytest.fixture
-def address(tmp_path: Path, tiny_model: Path) -> Iterator[str]:
-    server = Server(tmp_path, models_of([str(tiny_model)]), Store(tmp_path))
+def server(tmp_path: Path, tiny_model: Path) -> Server:
+    return Server(tmp_path, models_of([str(tiny_model)]), Store(tmp_path))
+
+
+@pytest.fixture
+def address(server: Server) -> Iterator[str]:
     with served(server) as address:
         yield address
 
@@ -107,14 +115,22 @@ def test_again_from_here_extending_and_reopening(page: Any, address: str) -> Non
 
 
 def test_storyboards_variations_and_errors(page: Any) -> None:
+    page.fill("#prompt", "a spark")
+    page.fill("#seconds", "3")  # prompts change at key frames: two clips
     page.click("#add-shot")
-    page.fill("#shots input[type=text]", "it grows")
-    page.fill("#shots input[type=range]", "4")
-    make(page, "a spark", "2")
+    page.fill("#shots li:nth-child(2) input[type=text]", "it grows")
+    page.fill("#shots li:nth-child(2) input[type=range]", "2")
+    page.click("[aria-label='Shot 2 earlier']")
+    page.click("button.main")
     finished(page)
     own = shown(page)
-    assert [(shot["prompt"], shot["seconds"]) for shot in own["request"]["shots"]] == [("a spark", 2), ("it grows", 4)]
-    page.click("[aria-label='Remove shot 2']")
+    assert [(shot["prompt"], shot["seconds"]) for shot in own["request"]["shots"]] == [("it grows", 2), ("a spark", 4)]
+    page.wait_for_function("document.querySelectorAll('#shots li:nth-child(2) .strip div').length == 2")
+    assert page.locator("#shots li:nth-child(1) .strip div").count() == 1
+    widths = [page.locator(f"#shots li:nth-child({i})").bounding_box()["width"] for i in (1, 2)]
+    assert widths[1] > widths[0]  # as long as it lasts
+    page.click("[aria-label='Remove shot 1']")
+    assert page.input_value("#prompt") == "a spark" and page.locator("#shots li").count() == 0
     page.click("#four")
     page.wait_for_function("document.querySelectorAll('.stage video').length == 4")
     page.fill("#seconds", "600")
@@ -185,11 +201,13 @@ def test_the_page_keeps_to_its_own_content_security_policy(address: str) -> None
 def test_axe_finds_nothing(page: Any, scheme: str) -> None:
     axe = checks.Axe()
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-    page.click("#add-shot")
-    page.fill("#shots input[type=text]", "it grows")
     page.click("summary")
     make(page, "a spark", "2")
     finished(page)
+    page.click("#reopen")
+    page.set_input_files("#first", {"name": "a.png", "mimeType": "image/png", "buffer": picture()})
+    page.click("#add-shot")
+    page.fill("#shots li:nth-child(2) input[type=text]", "it grows")
     page.wait_for_selector("#gallery img")
     found = axe.run(page)
     assert found.violations_count == 0, found.generate_report()
@@ -224,3 +242,165 @@ def test_one_clip_again_and_a_video_beside_its_reconstruction(page: Any, tmp_pat
     with page.expect_download() as download:
         page.click("#gif")
     assert len(read_video(download.value.path(), None).frames) == 32
+
+
+def test_all_settings_come_back_with_images_and_rerolled_clips(page: Any, address: str) -> None:
+    page.set_input_files("#first", {"name": "a.png", "mimeType": "image/png", "buffer": picture()})
+    page.wait_for_selector("#first-drop + img")
+    page.click("summary")
+    page.fill("#s-steps", "2")
+    make(page, "a spark", "4")
+    finished(page)
+    own = other_shown(page, "text=This clip alone >> nth=1")
+    page.reload()
+    finished(page)
+    page.click("#reopen")
+    assert "its first image" in page.inner_text("#base") and "clips 2 to 2" in page.inner_text("#base")
+    page.fill("#s-steps", "3")
+    again = other_shown(page, "button.main")
+    different = {name for name, value in again["request"].items() if value != own["request"][name]}
+    assert different == {"steps", "remixed_from_video_id"}
+    page.click("#unbase")
+    page.click("#four")
+    page.wait_for_function("document.querySelectorAll('.stage video').length == 4")
+    newest = page.evaluate("fetch('/v1/videos?limit=1').then((r) => r.json())")["data"][0]["request"]
+    assert newest["given"] == [] and newest["reroll_from"] is None
+
+
+def test_what_is_copied_makes_the_same_video(page: Any, address: str, tmp_path: Path) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+
+    def copied(kind: str) -> str:
+        page.click(f"[data-copy={kind}]")
+        page.wait_for_function("document.querySelector('#state').textContent == 'Copied.'")
+        text = page.evaluate("navigator.clipboard.readText()")
+        page.evaluate("document.querySelector('#state').textContent = ''")
+        return text
+
+    def newest() -> dict[str, Any]:
+        request = page.evaluate("fetch('/v1/videos?limit=1').then((r) => r.json())")["data"][0]["request"]
+        return {name: value for name, value in request.items() if name != "remixed_from_video_id"}
+
+    page.click("summary")
+    page.fill("#s-steps", "2")
+    page.fill("#prompt", 'it\'s a spark, "quoted"')
+    page.fill("#seconds", "2")
+    page.click("#add-shot")
+    page.fill("#shots li:nth-child(2) input[type=text]", "it grows")
+    page.click("button.main")
+    finished(page)
+    first = other_shown(page, "text=Again from here >> nth=1")["request"]
+    first = {name: value for name, value in first.items() if name != "remixed_from_video_id"}
+    (tmp_path / "a.py").write_text(copied("python"))
+    subprocess.run([sys.executable, "-W", "ignore", "a.py"], cwd=tmp_path, check=True)
+    assert newest() == first and (tmp_path / "video.mp4").stat().st_size
+    command = shlex.split(copied("cli").replace("-o video.mp4", "-o cli.mp4"))
+    assert command[0] == "dicode"
+    model = {"tiny": str(next(iter(tmp_path.parent.glob("models*/tiny"))))}
+    command = [sys.executable, "-m", *(model.get(word, word) for word in command)]
+    subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    assert len(read_video(tmp_path / "cli.mp4", None).frames) == 32
+    if shutil.which("curl"):
+        subprocess.run(["sh", "-c", copied("curl")], check=True, capture_output=True)
+        assert newest() == first
+    page.goto(f"{address}/")
+    page.set_input_files("#first", {"name": "a.png", "mimeType": "image/png", "buffer": picture()})
+    make(page, "a spark", "2")
+    finished(page)
+    with_image = newest()
+    (tmp_path / "first.png").write_bytes(picture())
+    (tmp_path / "a.py").write_text(copied("python"))
+    subprocess.run([sys.executable, "-W", "ignore", "a.py"], cwd=tmp_path, check=True)
+    assert newest() == with_image and with_image["given"] == ["image"]
+    other_shown(page, "#extend")
+    extended = newest()
+    (tmp_path / "a.py").write_text(copied("python"))
+    subprocess.run([sys.executable, "-W", "ignore", "a.py"], cwd=tmp_path, check=True)
+    assert newest() == extended and extended["given"] == ["continued"]
+
+
+def test_the_queue_is_watched_while_it_moves(page: Any, address: str) -> None:
+    make_live = {"prompt": "a", "live": True, "seconds": 60, "steps": 1}
+    first, second = (httpx.post(f"{address}/v1/videos", json=own).json()["id"] for own in (make_live, {"prompt": "b"}))
+    make(page, "a spark", "2")
+    page.wait_for_function("document.querySelector('#state').textContent.startsWith('Waiting; 1 before it')")
+    httpx.post(f"{address}/v1/videos/{second}/cancel")
+    page.wait_for_function("document.querySelector('#state').textContent.startsWith('Next in the queue')")
+    page.click("#cancel")
+    page.wait_for_function("document.querySelector('#state').textContent == 'Cancelled.'")
+    assert page.is_hidden("#cancel")
+    httpx.post(f"{address}/v1/videos/{first}/cancel")
+
+
+def test_a_video_whose_worker_died_is_shown_whole(page: Any, address: str, server: Server) -> None:
+    make(page, "a spark", "16")
+    page.wait_for_function("document.querySelector('.stage video')?.readyState >= 2")
+    server.store.release(worker="here")  # as when it was killed: the job begins anew
+    finished(page)
+    page.wait_for_function("Math.abs(document.querySelector('.stage video').duration - 16) < 0.3")
+
+
+def test_another_video_ends_the_stream_of_the_one_before(page: Any, address: str) -> None:
+    page.fill("#prompt", "a spark")
+    page.click("#live")
+    page.wait_for_function("document.querySelector('.stage video')?.readyState >= 2")
+    ended: list[str] = []
+    page.on("requestfailed", lambda request: ended.append(request.url))
+    live = page.evaluate("location.hash.slice(1)")
+    page.evaluate("location.hash = ''")
+    make(page, "another", "2")
+    page.wait_for_function("document.querySelectorAll('.stage video').length == 1")
+    page.wait_for_timeout(500)
+    assert any(url.endswith(f"{live}/stream") for url in ended)
+    httpx.post(f"{address}/v1/videos/{live}/direct", json={"end": True})
+    finished(page)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.click("#delete")
+    page.wait_for_function("document.querySelector('#state').textContent == 'Deleted.'")
+    assert page.is_hidden("#actions")
+
+
+def test_a_page_whose_server_is_begun_again_goes_on(tmp_path: Path, tiny_model: Path) -> None:
+    with Served(tiny_model, tmp_path / "serve") as own, browsers.sync_playwright() as playwright:
+        process = own.begin()
+        wait_for(own.ready)
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page = browser.new_page(bypass_csp=True)
+        page.goto(f"http://127.0.0.1:{own.port}")
+        page.wait_for_selector("#model option", state="attached")
+        page.click("summary")
+        page.fill("#s-steps", "40")
+        make(page, "a spark", "16")
+        page.wait_for_function("document.querySelector('.stage video')?.readyState >= 2", timeout=PATIENCE_MS)
+        process.kill()
+        page.wait_for_function("document.querySelector('#state').textContent.includes('does not answer')")
+        own.begin()
+        page.wait_for_function("document.querySelector('#state').textContent.includes('numbers')", timeout=PATIENCE_MS)
+        page.wait_for_function("Math.abs(document.querySelector('.stage video').duration - 16) < 0.3")
+        browser.close()
+
+
+def test_an_api_key_of_any_characters_is_asked_for_once(tmp_path: Path, tiny_model: Path) -> None:
+    key, asked = "a/b+c=;%ü", list[str]()
+    server = Server(tmp_path, models_of([str(tiny_model)]), Store(tmp_path), api_key=key)
+    with served(server) as address, browsers.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page = browser.new_page()
+        page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept(key)))
+        page.goto(address)
+        page.wait_for_selector("#model option", state="attached")
+        browser.close()
+    assert len(asked) == 1
+
+
+def test_a_file_that_is_dropped_beside_its_place_does_not_leave_the_page(page: Any) -> None:
+    prevented = "new DragEvent('drop', {bubbles: true, cancelable: true})"
+    assert page.evaluate(f"!document.querySelector('h1').dispatchEvent({prevented})")
+
+
+def test_videos_of_reduced_motion_do_not_loop(page: Any) -> None:
+    for motion, loops in (("reduce", False), ("no-preference", True)):
+        page.emulate_media(reduced_motion=motion)
+        make(page, "a spark", "2")
+        finished(page)
+        assert page.evaluate("document.querySelector('.stage video').loop") is loops

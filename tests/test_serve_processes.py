@@ -3,19 +3,16 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
-from serving import PATIENCE_S, picture, wait_for
+from serving import PATIENCE_S, Served, picture, served, wait_for
 from starlette.testclient import TestClient
 
 from dicode.serve.app import make_app
@@ -52,6 +49,12 @@ def test_the_client_of_openai(address: str, tiny_model: Path, tmp_path: Path) ->
         assert client.videos.delete(made.id).deleted
         with pytest.raises(NotFoundError):
             client.videos.retrieve(made.id)
+        board = {"shots": [{"prompt": "a", "seconds": 2}, {"prompt": "b", "seconds": 4}], "steps": 1, "loop": False}
+        shots = client.videos.create(prompt="", extra_body=board)
+        assert client.videos.poll(shots.id).seconds == "6"
+        with (tmp_path / "got.mp4").open("rb") as video:
+            extended = client.videos.extend(prompt="b", seconds="2", video=video)  # type: ignore[arg-type]
+        assert client.videos.poll(extended.id).status == "completed"
         with pytest.raises(BadRequestError, match="seconds"):
             client.videos.create(prompt="a", seconds="1000")
 
@@ -125,36 +128,17 @@ def test_every_device_has_a_worker(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def test_a_killed_server_goes_on_where_it_was(tmp_path: Path, tiny_model: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = tmp_path / "serve"
-    flags = ["--model", str(tiny_model), "--port", str(port), "--data-folder", str(folder)]
-    command = [sys.executable, "-m", "dicode", "serve", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def begin() -> "subprocess.Popen[bytes]":
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        wait_for(lambda: answers("/readyz"))
-        return process
-
-    def answers(path: str) -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    with ExitStack() as ending:
-        process = ending.enter_context(begin())
-        ending.callback(process.kill)
-        url = f"http://127.0.0.1:{port}/v1/videos"
-        made = [httpx.post(url, json={"prompt": str(i), "seconds": 16}).json()["id"] for i in range(2)]
+    with Served(tiny_model, folder) as own:
+        process = own.begin()
+        wait_for(own.ready)
+        made = [own.add(prompt=str(i), seconds=16) for i in range(2)]
         store = Store(folder)
         wait_for(lambda: len(store.events(made[0])) > 3)
         process.kill()
         process.wait()
-        process = ending.enter_context(begin())
-        ending.callback(process.kill)
+        process = own.begin()
+        wait_for(own.ready)
         wait_for(lambda: store.counts() == {"completed": 2})
         for job_id in made:
             assert [event.kind for event in store.events(job_id)].count("completed") == 1
@@ -162,3 +146,73 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path, tiny_model: Path) 
         assert len(files) == 2 * 5, files  # of the claims that are left; nothing unfinished
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+def test_a_server_that_is_ended_answers_until_the_clip_at_hand_is_whole(tmp_path: Path, tiny_model: Path) -> None:
+    with Served(tiny_model, tmp_path / "serve") as own:
+        process = own.begin()
+        wait_for(own.ready)
+        # every clip takes a while, and those who follow the video would do so for an hour
+        job_id = own.add(live=True, seconds=3600, size="1024x1024", steps=400)
+        store = Store(tmp_path / "serve")
+        followed: list[str] = []
+
+        def follow(path: str) -> None:
+            with httpx.stream("GET", f"{own.client.base_url}/v1/videos/{job_id}/{path}", timeout=None) as response:
+                for _ in response.iter_bytes():
+                    pass
+            followed.append(path)
+
+        threads = [threading.Thread(target=follow, args=(path,), daemon=True) for path in ("events", "stream")]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: "rendering" in [event.kind for event in store.events(job_id)])
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: own.client.get("/readyz").status_code == 503)
+        refused = own.client.post("/v1/videos", json={"prompt": "b"})
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        assert own.client.get(f"/v1/videos/{job_id}").status_code == 200
+        process.wait(PATIENCE_S)
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert sorted(followed) == ["events", "stream"]
+        assert (store.get(job_id).status, store.get(job_id).attempts) == ("queued", 0)
+        assert [event.kind for event in store.events(job_id)].count("clip") == 1
+
+
+def test_a_second_server_of_a_folder_leaves_the_jobs_of_the_first_alone(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "serve"
+    with Served(tiny_model, folder) as own, Served(tiny_model, folder, own.port) as second:
+        own.begin()
+        wait_for(own.ready)
+        job_id = own.add(live=True, seconds=600, steps=1)
+        store = Store(folder)
+        wait_for(lambda: "clip" in [event.kind for event in store.events(job_id)])
+        assert second.begin().wait(PATIENCE_S) != 0  # the port is taken
+        assert (store.get(job_id).status, store.get(job_id).attempts) == ("in_progress", 1)
+        own.client.post(f"/v1/videos/{job_id}/direct", json={"end": True})
+        wait_for(lambda: store.get(job_id).finished)
+        assert store.get(job_id).status == "completed"
+
+
+def test_a_worker_is_begun_again_while_the_database_is_busy(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicode.serve.database.BUSY_S", 0.2)  # of this process
+    store = Store(tmp_path)
+    supervisor = Supervisor(store, [str(tiny_model)], ["cpu"])
+    supervisor.start()
+    try:
+        wait_for(lambda: bool(supervisor.ready))
+        (process,) = supervisor.processes.values()
+        with sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None) as other:
+            other.execute("BEGIN IMMEDIATE")
+            process.kill()
+            wait_for(lambda: supervisor.restarts == 1)
+            other.execute("ROLLBACK")
+        wait_for(lambda: bool(supervisor.ready))
+        process.poll()
+    finally:
+        supervisor.stop()
+    assert all(own.poll() is not None for own in supervisor.processes.values())
+    supervisor.stop()  # once more: its pipes are closed

@@ -15,7 +15,15 @@ from dicode.serve.database import Postgres
 from dicode.serve.server import Server
 from dicode.serve.store import Job, LostClaimError, QueueFullError, Store
 
-REQUEST = {"prompt": "a spark", "model": None, "size": None, "shots": None, "seconds": 2.0, "reconstructs": False}
+REQUEST = {
+    "prompt": "a spark",
+    "model": None,
+    "size": None,
+    "shots": None,
+    "seconds": 2.0,
+    "reconstructs": False,
+    "live": False,
+}
 
 
 def add(store: Store, key: str | None = None, most: int = 8) -> Job:
@@ -138,7 +146,7 @@ import resource, sys
 from pathlib import Path
 from dicode.serve.server import Server
 from dicode.serve.store import Store
-store, request = Store(Path(sys.argv[1])), {"prompt": "x" * 3000, "reconstructs": False}
+store, request = Store(Path(sys.argv[1])), {"prompt": "x" * 3000, "reconstructs": False, "live": False}
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 refused = 0

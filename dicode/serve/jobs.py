@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from dicode.serve import uploads
 from dicode.serve.names import LEAST_SIDE, VIDEO
-from dicode.serve.request import OWN, RequestError, numbers, parse, schema_of_requests
+from dicode.serve.request import MOST_LIVE_S, OWN, RequestError, numbers, parse, schema_of_requests
 from dicode.serve.server import JobId, Server, length_s
 from dicode.serve.store import FinishedError, Store, UnknownJobError
 from dicode.serve.streams import events_of
@@ -159,7 +159,8 @@ def _queue(
         uploads.keep(files, folder)
         if continued is not None:
             shutil.copyfile(continued, folder / f"continued{continued.suffix}")
-        stored = {**request.model_dump(), **numbers(request.sampling), "model": name}
+        given = sorted(path.stem for path in folder.glob("*.*"))
+        stored = {**request.model_dump(), **numbers(request.sampling), "model": name, "given": given}
         job = server.store.add(job_id, stored, server.queue, key)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -201,8 +202,10 @@ def _remixed(
     kept = {name: path for name, path in given.items() if name.partition(".")[0] not in replaced}
     continued = next((kept.pop(name) for name in [*kept] if name.startswith("continued.")), None)
     own: dict[str, Any] = {"remixed_from_video_id": video_id}
+    if job.request["live"]:
+        own["seconds"] = MOST_LIVE_S  # as long as it is not ended
     if values.get("prompt"):
-        own |= {"shots": None, "seconds": length_s(job.request)}
+        own |= {"seconds": length_s(job.request), **own, "shots": None}
     try:
         files = {**{name: path.read_bytes() for name, path in kept.items()}, **files}
     except FileNotFoundError as error:  # deleted just now

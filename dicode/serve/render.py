@@ -52,7 +52,7 @@ class Work:
         shots = " ".join(f"[{own.seconds:g}s: {own.prompt}]" for own in self.request.shots or ())
         return {
             "prompt": self.request.prompt or shots,
-            **self.request.model_dump(exclude_none=True, exclude={"prompt", "model"}),
+            **self.request.model_dump(exclude_none=True, exclude={"prompt", "model", "given"}),
             **asdict(self.sampling),
             **model_origin(self.known.folder, *self.known.folder.glob("*.safetensors")),
         }
@@ -117,8 +117,10 @@ def reconstruct(work: Work) -> float:
     return writer.num_frames / config.fps
 
 
-def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: float) -> None:
+def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: float) -> float:
     """A video that goes on, at most `AHEAD_S` and a clip before it can be watched, until `directed` ends it.
+
+    Returns its seconds.
 
     `directed` gives the prompt for the next clip, and whether the last one was the end. A new prompt goes on from the
     last key frame alone, as a storyboard's shot does; memory does not grow.
@@ -155,6 +157,7 @@ def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: fl
                 work.report(min(0.99, written_s / most_s), "", {})
         if not writer.num_frames:
             raise RequestError("live: ended before its first clip")
+    return written_s
 
 
 def seed_of(request: VideoRequest) -> int | SeedPlan:

@@ -23,6 +23,7 @@ MOST_CLIPS = 100_000
 JOB_ID = r"^video_[0-9a-f]{32}$"
 OWN = (
     "extends",
+    "given",
     "remixed_from_video_id",
     "reconstructs",
 )  # fields that the server sets, by the endpoint that is called
@@ -78,6 +79,7 @@ class VideoRequest(BaseModel):
     )
     live: bool = Field(default=False, description="Goes on, in real time, until it is ended; its prompt may change")
     reconstructs: bool = Field(default=False, description="Renders a given video from its own deep tokens")
+    given: list[str] = Field(default=[], description="Files that came with it")
     remixed_from_video_id: str | None = Field(default=None, pattern=JOB_ID)
     extends: str | None = Field(default=None, pattern=JOB_ID, description="The video that this one goes on from")
 

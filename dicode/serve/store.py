@@ -140,7 +140,7 @@ class Store:
         with self._transaction() as db:
             if idempotency_key is not None and (same := self._jobs("WHERE idempotency_key = ?", (idempotency_key,))):
                 own = json.loads(text)
-                if own["reconstructs"]:  # its length is found out when it is rendered
+                if own["reconstructs"] or own["live"]:  # its length is found out when it is rendered
                     own["seconds"] = same[0].request["seconds"]
                 if same[0].request != own:
                     raise KeyReusedError(idempotency_key)

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fastapi.concurrency import run_in_threadpool
 
@@ -46,7 +46,7 @@ async def events_of(server: Server, video_id: str, after: int) -> AsyncIterator[
             yield ": still here\n\n"
 
 
-def _place(server: Server, job: Job) -> dict[str, float] | None:
+def _place(server: Server, job: Job) -> dict[str, Any] | None:
     """Where a queued job is in the queue, and how long that takes; None for another one."""
     if job.status != "queued":
         return None

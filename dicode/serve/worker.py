@@ -182,9 +182,8 @@ def rendered(loaded: Loaded, request: VideoRequest, folder: Path, watched: Watch
         if request.reconstructs:
             return reconstruct(own)
         if request.live:
-            render_live(own, watched.directed, request.seconds)
-        else:
-            render(own)
+            return render_live(own, watched.directed, request.seconds)
+        render(own)
         return None
     finally:
         for hook in hooks:

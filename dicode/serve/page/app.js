@@ -1,6 +1,10 @@
 // The page of `dicode serve`. A video appears clip by clip while it is rendered; all state is the server's.
 
-const $ = (id) => document.getElementById(id);
+import { copied } from "./copy.js";
+import { compare, play } from "./player.js";
+import { $, state } from "./state.js";
+import { addShot, clipS, drawShots, drawStrips, removeShot } from "./storyboard.js";
+
 const EXAMPLES = {
   blocks: ["a red ball rolls in from the left, then it jumps", "a blue cube falls from above. then it turns green",
     "a big yellow cylinder spins, then it shrinks", "a purple ball pushes an orange cube", "a green cone grows",
@@ -17,12 +21,12 @@ const SAYS = {
   world: "Draws what a robot's camera sees.",
 };
 const SAMPLING = ["guidance", "variance_scale", "first_variance_scale", "temperature", "flow_steps", "context_key_frames", "steps",
-  "decoder_guidance", "decoder_temperature", "motion_scale", "dead_band", "motion_tokens"];
-const KEPT_S = 60;  // of an endless video, to go back in
-const state = { models: [], shots: [], shown: [], current: null, oldest: null };
+  "decoder_guidance", "decoder_temperature", "guidance_rescale", "eta", "motion_scale", "dead_band", "motion_tokens"];
+const MOST_CONVERTED_S = 120;  // of a gif or webm
+const CALM = matchMedia("(prefers-reduced-motion: reduce)");
 
 async function call(path, options = {}) {
-  const response = await fetch(path, options);
+  const response = await fetch(path, options).catch(() => { throw new Error("The server does not answer; see whether it runs, and try again."); });
   if (response.status === 401) {
     const key = prompt("API key of this server");
     if (key) {
@@ -38,25 +42,26 @@ async function call(path, options = {}) {
 // ---- making
 
 function request() {
-  const values = { model: $("model").value, seed: Number($("seed").value) };
-  if (state.shots.length) values.shots = [{ prompt: $("prompt").value, seconds: Number($("seconds").value) }, ...state.shots];
-  else Object.assign(values, { prompt: $("prompt").value, seconds: Number($("seconds").value) });
-  if ($("loop").checked && !$("loop-label").hidden) values.loop = true;
-  for (const name of SAMPLING) if ($(`s-${name}`).value !== "") values[name] = Number($(`s-${name}`).value);
+  const values = { model: $("model").value, seed: Number($("seed").value), prompt: $("prompt").value, seconds: Number($("seconds").value),
+    shots: null, loop: $("loop").checked && !$("loop-label").hidden, live: false, joins: $("s-joins").value || null };
+  if (state.shots.length) Object.assign(values, { prompt: "", shots: state.shots.map((shot) => ({ ...shot })) });
+  for (const name of SAMPLING) values[name] = $(`s-${name}`).value === "" ? null : Number($(`s-${name}`).value);
   return values;
 }
 
 async function make(changes = {}) {
-  const values = Object.fromEntries(Object.entries({ ...request(), ...changes }).filter(([, value]) => value !== undefined));
-  const files = [["input_reference", $("first").files[0]], ["last_image", $("last").files[0]]].filter(([, file]) => file);
-  if (!files.length) {
-    return call("/v1/videos", json(values));
+  const values = { ...request(), ...changes };
+  for (const [name, input] of [["input_reference", $("first")], ["last_image", $("last")]]) {
+    if (input.files[0] && !input.closest("label").hidden) values[name] = await dataUrl(input.files[0]);
   }
-  const form = new FormData();
-  for (const [name, value] of Object.entries(values)) form.append(name, typeof value === "object" ? JSON.stringify(value) : value);
-  for (const [name, file] of files) form.append(name, file);
-  return call("/v1/videos", { method: "POST", body: form });
+  return call(state.base ? `/v1/videos/${state.base.id}/remix` : "/v1/videos", json(values));
 }
+
+const dataUrl = (file) => new Promise((read, failed) => {
+  const reader = new FileReader();
+  Object.assign(reader, { onload: () => read(reader.result), onerror: () => failed(new Error(`${file.name} cannot be read; choose it again`)) });
+  reader.readAsDataURL(file);
+});
 
 async function attempt(action) {
   $("error").textContent = "";
@@ -68,18 +73,19 @@ function nextSeed() { if (!$("lock").checked) $("seed").value = Math.floor(Math.
 async function submit(event) {
   event.preventDefault();
   const video = await attempt(() => make());
-  if (video) { show([video]); nextSeed(); refresh(); }
+  if (video) { show([video]); nextSeed(); await attempt(refresh); }
 }
 
 async function four() {
   const first = Number($("seed").value);
   const videos = await attempt(() => Promise.all([0, 1, 2, 3].map((i) => make({ seed: first + i }))));
-  if (videos) { show(videos); nextSeed(); refresh(); }
+  if (videos) { show(videos); nextSeed(); await attempt(refresh); }
 }
 
 async function live() {
-  const { shots, ...own } = request();
-  const video = await attempt(() => make({ ...own, prompt: $("prompt").value, live: true, seconds: 3600, shots: undefined, loop: undefined }));
+  const prompt = state.shots.length ? state.shots[0].prompt : $("prompt").value;
+  const rest = { shots: null, loop: false, reroll_from: null, reroll_seed: null, reroll_clips: null };
+  const video = await attempt(() => make({ ...rest, prompt, live: true, seconds: 3600 }));
   if (video) { show([video]); nextSeed(); $("more").focus(); }
 }
 
@@ -92,7 +98,7 @@ const json = (values) => ({ method: "POST", headers: { "Content-Type": "applicat
 async function again(video, changes) {
   if (video.request.reconstructs) return;
   const made = await attempt(() => call(`/v1/videos/${video.id}/remix`, json(changes)));
-  if (made) { show([made]); refresh(); }
+  if (made) { show([made]); await attempt(refresh); }
 }
 
 async function reconstruct() {
@@ -103,53 +109,15 @@ async function reconstruct() {
   form.append("video", file);
   const video = await attempt(() => call("/v1/videos/reconstructions", { method: "POST", body: form }));
   $("own").value = "";
-  if (video) { show([video]); refresh(); }
+  if (video) { show([video]); await attempt(refresh); }
 }
 
 async function extend() {
   const video = state.current;
   if (!video) return;
-  const text = $("more").value.trim() || video.prompt;
+  const text = $("more").value.trim() || video.prompt || (video.request.shots || []).at(-1)?.prompt;
   const made = await attempt(() => call("/v1/videos/extensions", json({ prompt: text || "it goes on", seconds: 2, model: video.model, video: { id: video.id } })));
-  if (made) { show([made]); refresh(); }
-}
-
-// ---- the storyboard
-
-function drawShots() {
-  $("shots").replaceChildren(...state.shots.map((shot, i) => {
-    const item = document.createElement("li");
-    item.draggable = true;
-    item.innerHTML = `<label>Shot ${i + 2}<input type="text" maxlength="4000" required></label>
-      <div class="row"><label><span></span><input type="range" min="1" max="20" step="1"></label>
-      <button type="button" aria-label="Shot ${i + 2} earlier">←</button><button type="button" aria-label="Shot ${i + 2} later">→</button>
-      <button type="button" aria-label="Remove shot ${i + 2}">×</button></div>`;
-    const [text, seconds] = item.querySelectorAll("input");
-    const [earlier, later, gone] = item.querySelectorAll("button");
-    text.value = shot.prompt; seconds.value = shot.seconds;
-    text.oninput = () => { shot.prompt = text.value; };
-    seconds.oninput = () => {
-      shot.seconds = Number(seconds.value);
-      item.querySelector("span").textContent = `${shot.seconds} s`;
-      item.style.width = `${11 + 0.9 * shot.seconds}rem`;  // as long as it lasts
-    };
-    seconds.oninput();
-    seconds.draggable = true;  // the slider, not the card
-    seconds.ondragstart = (event) => { event.preventDefault(); event.stopPropagation(); };
-    earlier.onclick = () => moveShot(i, i - 1);
-    later.onclick = () => moveShot(i, i + 1);
-    gone.onclick = () => { state.shots.splice(i, 1); drawShots(); };
-    item.ondragstart = (event) => event.dataTransfer.setData("text/plain", String(i));
-    item.ondragover = (event) => { event.preventDefault(); item.classList.add("over"); };
-    item.ondragleave = () => item.classList.remove("over");
-    item.ondrop = (event) => { event.preventDefault(); moveShot(Number(event.dataTransfer.getData("text/plain")), i); };
-    return item;
-  }));
-}
-
-function moveShot(from, to) {
-  if (to >= 0 && to < state.shots.length) state.shots.splice(to, 0, ...state.shots.splice(from, 1));
-  drawShots();
+  if (made) { show([made]); await attempt(refresh); }
 }
 
 // ---- showing
@@ -168,71 +136,65 @@ function show(videos) {
 
 function watch(video) {
   const player = document.createElement("video");
-  Object.assign(player, { controls: true, muted: true, autoplay: true, loop: !video.request.live, playsInline: true });
-  player.setAttribute("aria-label", `Video: ${video.prompt}`);
-  player.onfocus = () => { state.current = video; drawActions(); };
+  Object.assign(player, { controls: true, muted: true, playsInline: true, autoplay: true, loop: !video.request.live && !CALM.matches });
+  player.setAttribute("aria-label", `Video: ${video.prompt || "of several shots"}`);
+  player.onfocus = player.onclick = () => { state.current = video; mark(player); drawActions(); say(video); };
   $("stage").append(player);
+  if (video === state.current) mark(player);
   const path = `/v1/videos/${video.id}`;
   if (video.status === "completed") {
     player.src = `${path}/content`;
     drawFrames(video);
-    compare(video, player);
+    compare(video, player, $("stage"));
     say(video);
     return { stop() {} };
   }
-  const events = new EventSource(`${path}/events`);
+  const events = new EventSource(`${path}/events`), ending = new AbortController();
   let streaming = null;
-  const update = async () => { Object.assign(video, await call(path)); say(video); drawActions(); };
-  const finished = async () => { events.close(); await update(); refresh(); };
-  events.addEventListener("queued", update);
+  const update = async (changes = {}) => {
+    try { Object.assign(video, await call(path), changes); } catch { return; }  // the next event will do
+    say(video);
+    if (video.id === state.current?.id) drawActions();
+  };
+  const finished = async () => { events.close(); await update(); refresh().catch(() => {}); };
+  events.addEventListener("queued", () => { streaming = null; update(); });  // anew where its worker died
+  events.addEventListener("position", (event) => { Object.assign(video, { status: "queued" }, JSON.parse(event.data)); say(video); });
+  for (const kind of ["started", "rendering"]) events.addEventListener(kind, () => update());
   events.addEventListener("clip", async () => {
-    streaming ??= play(player, `${path}/stream`).catch(() => false);
+    streaming ??= play(player, `${path}/stream`, ending.signal).catch(() => false);
     await update();
     drawFrames(video);
   });
   events.addEventListener("completed", async () => {
     await finished();
     drawFrames(video);
-    if (!await streaming) player.src = `${path}/content`;
-    compare(video, player);
+    if (!await streaming && !ending.signal.aborted) player.src = `${path}/content`;
+    compare(video, player, $("stage"));
   });
   events.addEventListener("failed", finished);
-  events.addEventListener("deleted", () => events.close());
+  events.addEventListener("deleted", () => { events.close(); $("state").textContent = "This video was deleted."; });
+  events.onopen = () => say(video);
+  events.onerror = () => {  // the browser tries again by itself, but not where it was refused
+    if (video.id === state.current?.id) $("state").textContent = "The server does not answer; waiting for it.";
+    if (events.readyState === EventSource.CLOSED) setTimeout(() => { if (!ending.signal.aborted) show([video]); }, 2000);
+  };
   say(video);
-  return { stop() { events.close(); } };
+  return { stop() { events.close(); ending.abort(); } };
 }
 
-// What was given, over what its tokens hold, up to a slider.
-function compare(video, player) {
-  if (!video.request.reconstructs || $("stage").querySelector(".both")) return;
-  const both = document.createElement("div"), given = document.createElement("video"), slider = document.createElement("input");
-  both.className = "both";
-  Object.assign(given, { muted: true, playsInline: true, src: `/v1/videos/${video.id}/content?variant=source` });
-  given.setAttribute("aria-label", "The given video");
-  Object.assign(slider, { type: "range", min: 0, max: 100, value: 50 });
-  slider.setAttribute("aria-label", "Share of the picture that shows the given video; the rest is rendered from its tokens");
-  slider.oninput = () => { given.style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`; both.style.setProperty("--share", `${slider.value}%`); };
-  slider.oninput();
-  const follow = () => { if (Math.abs(given.currentTime - player.currentTime) > 0.06) given.currentTime = player.currentTime; };
-  Object.assign(player, { onplay: () => { given.play().catch(() => {}); }, onpause: () => given.pause(), ontimeupdate: follow, onseeked: follow });
-  player.replaceWith(both);
-  both.append(player, given);
-  const box = document.createElement("div");
-  box.className = "compare";
-  both.replaceWith(box);
-  box.append(both, slider);
-  player.play().catch(() => {});
+function mark(player) {
+  for (const own of $("stage").querySelectorAll("video")) own.classList.toggle("current", own === player);
 }
 
 function say(video) {
   if (video.id !== state.current?.id) return;
   const left = video.seconds_left ? `, about ${Math.ceil(video.seconds_left)} s left` : "";
   const texts = {
-    queued: `${video.position ? `Waiting; ${video.position} before it` : "Waiting for the worker"}${left}.`,
+    queued: `${video.position ? `Waiting; ${video.position} before it` : "Next in the queue"}${left}.`,
     in_progress: video.request.live ? "Live: what is typed takes over at the next key frame." : `Rendering: ${video.progress} %${left}.`,
     completed: video.request.reconstructs ? `Left what was given, right what ${numbers(video)} hold of it.`
       : `${video.seconds} s, seed ${video.request.seed}, written as ${numbers(video)}.`,
-    failed: `Failed: ${video.error?.message}`,
+    failed: video.error?.code === "cancelled" ? "Cancelled." : `Failed: ${video.error?.message}`,
   };
   $("state").textContent = texts[video.status];
 }
@@ -250,6 +212,9 @@ function drawFrames(video) {
   const clip = model ? model.clip_s : 2, total = Math.ceil(Number(video.seconds) / clip - 1e-6) + 1;
   const picture = new Image();
   picture.onload = () => {
+    if (video.id !== state.current?.id) return;
+    state.picture = picture.src;
+    drawStrips();
     const count = Math.min(total, Math.round(picture.width / picture.height));
     $("frames").replaceChildren(...Array.from({ length: count }, (_, i) => {
       const item = document.createElement("li"), frame = document.createElement("div");
@@ -272,95 +237,59 @@ function drawFrames(video) {
   picture.src = `/v1/videos/${video.id}/content?variant=spritesheet&shown=${video.progress}`;
 }
 
-// Fragmented MP4 as it is written, whose codec is named in its first bytes; true once all of it is there.
-async function play(player, path) {
-  if (!("MediaSource" in window)) return false;
-  const source = new MediaSource(), waiting = [];
-  player.src = URL.createObjectURL(source);
-  await new Promise((opened) => source.addEventListener("sourceopen", opened, { once: true }));
-  const reader = (await fetch(path)).body.getReader();
-  let buffer = null, head = new Uint8Array();
-  const append = async (data) => {
-    buffer.appendBuffer(data);
-    await new Promise((done) => buffer.addEventListener("updateend", done, { once: true }));
-  };
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) break;
-    if (!buffer) {
-      const joined = new Uint8Array(head.length + value.length);
-      joined.set(head); joined.set(value, head.length); head = joined;
-      const at = indexOf(head, [0x61, 0x76, 0x63, 0x43]); // avcC
-      if (at < 0 || at + 8 > head.length) continue;
-      const name = [...head.slice(at + 5, at + 8)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-      buffer = source.addSourceBuffer(`video/mp4; codecs="avc1.${name}"`);
-      await append(head);
-    } else await append(value);
-    if (player.currentTime > 2 * KEPT_S && !buffer.updating) {  // of an endless video
-      buffer.remove(0, player.currentTime - KEPT_S);
-      await new Promise((gone) => buffer.addEventListener("updateend", gone, { once: true }));
-    }
-    player.play().catch(() => {});
-  }
-  if (!buffer || source.readyState !== "open") return false;
-  source.endOfStream();
-  return true;
-}
-
-function indexOf(data, bytes) {
-  for (let i = 0; i + bytes.length <= data.length; i++) if (bytes.every((byte, j) => data[i + j] === byte)) return i;
-  return -1;
-}
-
 function drawActions() {
   const video = state.current, done = video.status === "completed", path = `/v1/videos/${video.id}`;
   const runs = video.request.live && video.status === "in_progress";
   $("direct").hidden = $("end").hidden = !runs;
   $("extend").hidden = runs;
   $("extend").disabled = !done;
-  $("cancel").disabled = done || video.status === "failed";
+  $("extend").textContent = `Extend by ${clipS()} s`;
+  $("cancel").hidden = done || video.status === "failed";
+  $("reopen").hidden = video.request.reconstructs;
+  $("link").href = `#${video.id}`;
   const content = `${path}/content`;
   for (const [id, href, name] of [["download", content, `${video.id}.mp4`], ["gif", `${content}?variant=gif`, `${video.id}.gif`],
     ["webm", `${content}?variant=webm`, `${video.id}.webm`], ["json", path, `${video.id}.json`], ["plan", `${path}/plan`, `${video.id}.safetensors`]]) {
-    $(id).hidden = !done;
+    $(id).hidden = !done || (id === "plan" && video.request.live) || (["gif", "webm"].includes(id) && Number(video.seconds) > MOST_CONVERTED_S);
     $(id).href = href;
     $(id).download = name;
   }
 }
 
+// All settings of a video: those the page has no field for, images and rerolled clips, come with the video itself.
 function reopen() {
   const own = state.current.request;
-  $("model").value = own.model; chosen();
-  state.shots = (own.shots || []).slice(1).map((shot) => ({ ...shot }));
-  $("prompt").value = own.shots ? own.shots[0].prompt : own.prompt;
-  $("seconds").value = own.shots ? own.shots[0].seconds : own.seconds;
-  $("seed").value = own.seed; $("loop").checked = own.loop;
+  if (state.models.some((model) => model.id === own.model)) $("model").value = own.model;
+  chosen();
+  state.base = state.current;
+  state.shots = (own.shots || []).map((shot) => ({ ...shot }));
+  $("prompt").value = own.prompt;
+  if (!own.live) $("seconds").value = own.seconds;
+  $("seed").value = own.seed; $("loop").checked = own.loop; $("s-joins").value = own.joins ?? "";
   for (const name of SAMPLING) $(`s-${name}`).value = own[name] ?? "";
+  $("sampling").closest("details").open ||= [...SAMPLING, "joins"].some((name) => own[name] !== undefined);
+  $("first").value = $("last").value = "";
+  if (state.shots.length === 1) removeShot(1);
   drawShots();
-  $("prompt").focus();
+  drawBase();
+  (state.shots.length ? $("shots").querySelector("input") : $("prompt")).focus();
 }
 
-function copied(kind) {
-  const own = Object.fromEntries(Object.entries(state.current.request).filter(([, value]) => value !== null && value !== false));
-  const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
-  if (kind === "curl") return `curl ${location.origin}/v1/videos -H 'Content-Type: application/json' -d ${quoted(JSON.stringify(own))}`;
-  if (kind === "python") {
-    const { model, prompt: text, seconds, ...rest } = own;
-    return `from openai import OpenAI\n\nclient = OpenAI(base_url=${JSON.stringify(`${location.origin}/v1`)}, api_key="none")\n` +
-      `video = client.videos.create_and_poll(model=${JSON.stringify(model)}, prompt=${JSON.stringify(text)}, seconds="${seconds}", extra_body=${JSON.stringify(rest).replaceAll(":true", ":True")})\n` +
-      `client.videos.download_content(video.id).write_to_file("video.mp4")`;
-  }
-  const { prompt: text, shots, extends: _, remixed_from_video_id: __, size, ...flags } = own;
-  const board = shots ? shots.map((shot) => `[${shot.seconds}s: ${shot.prompt}]`).join(" ") : text;
-  if (shots) delete flags.seconds;
-  const given = Object.entries(flags).map(([name, value]) => `--${name.replaceAll("_", "-")}${value === true ? "" : ` ${value}`}`);
-  return `dicode generate ${quoted(board)} ${given.join(" ")} -o video.mp4`;
+function drawBase() {
+  const own = state.base?.request;
+  $("base").hidden = !own;
+  if (!own) return;
+  const names = { image: "its first image", last_image: "its last image", continued: "the video it goes on from" };
+  const kept = (own.given || []).map((name) => names[name]).filter(Boolean);
+  if (own.reroll_from !== null) kept.push(own.reroll_clips ? `clips ${own.reroll_from + 1} to ${own.reroll_from + own.reroll_clips} with seed ${own.reroll_seed}` : `clip ${own.reroll_from + 1} on with seed ${own.reroll_seed}`);
+  if (own.size) kept.push(`size ${own.size}`);
+  $("base-text").textContent = `Settings of “${(own.prompt || own.shots?.[0].prompt || "").slice(0, 60)}”${kept.length ? `, with ${kept.join(", ")}` : ""}.`;
 }
 
 // ---- the gallery
 
 async function refresh(older = false) {
-  const query = older && state.oldest ? `&after=${state.oldest}` : "";
+  const query = older === true && state.oldest ? `&after=${state.oldest}` : "";
   const page = await call(`/v1/videos?limit=24${query}`);
   const items = page.data.map((video) => {
     const item = document.createElement("li"), button = document.createElement("button"), text = document.createElement("span");
@@ -380,7 +309,7 @@ async function refresh(older = false) {
     item.append(button);
     return item;
   });
-  if (older) $("gallery").append(...items); else $("gallery").replaceChildren(...items);
+  if (older === true) $("gallery").append(...items); else $("gallery").replaceChildren(...items);
   state.oldest = page.last_id;
   $("older").hidden = !page.has_more;
 }
@@ -389,6 +318,9 @@ async function refresh(older = false) {
 
 function chosen() {
   const name = $("model").value, model = state.models.find((own) => own.id === name);
+  state.base = null;
+  drawBase();
+  drawShots();
   $("about").textContent = SAYS[name] || "Text to video with a language model.";
   $("loop-label").hidden = $("last-drop").hidden = !model.loops;
   $("examples").replaceChildren(...(EXAMPLES[name] || []).map((text) => {
@@ -414,6 +346,7 @@ function keys(event) {
 
 function droppable(label, input) {
   label.ondragover = (event) => { event.preventDefault(); label.classList.add("over"); };
+  input.addEventListener("change", () => label.classList.toggle("given", input.files.length > 0));
   label.ondragleave = () => label.classList.remove("over");
   label.ondrop = (event) => {
     event.preventDefault();
@@ -423,8 +356,25 @@ function droppable(label, input) {
   };
 }
 
+// An image is shown once it is chosen, and can be taken back.
+function pictured(input) {
+  const image = new Image(), gone = document.createElement("button");
+  image.alt = ""; image.hidden = gone.hidden = true;
+  Object.assign(gone, { type: "button", textContent: "Remove" });
+  gone.setAttribute("aria-label", `Remove the ${input.id} image`);
+  const draw = () => {
+    const [file] = input.files;
+    image.hidden = gone.hidden = !file;
+    if (image.src) URL.revokeObjectURL(image.src);
+    if (file) image.src = URL.createObjectURL(file);
+  };
+  gone.onclick = () => { input.value = ""; draw(); };
+  input.addEventListener("change", draw);
+  input.closest("label").after(image, gone);
+}
+
 async function start() {
-  $("sampling").innerHTML = SAMPLING.map((name) => `<label>--${name.replaceAll("_", "-")}<input id="s-${name}" type="number" step="any" min="0"></label>`).join("");
+  $("sampling").innerHTML = `<label>--joins<select id="s-joins"><option value=""></option><option>chained</option><option>parallel</option></select></label>` + SAMPLING.map((name) => `<label>--${name.replaceAll("_", "-")}<input id="s-${name}" type="number" step="any" min="0"></label>`).join("");
   state.models = (await call("/v1/models")).data;
   $("model").replaceChildren(...state.models.map((own) => new Option(own.id, own.id)));
   chosen();
@@ -433,7 +383,9 @@ async function start() {
   $("model").onchange = chosen;
   $("make").onsubmit = submit;
   $("four").onclick = four;
-  $("add-shot").onclick = () => { state.shots.push({ prompt: "", seconds: 2 }); drawShots(); $("shots").lastElementChild.querySelector("input").focus(); };
+  $("add-shot").onclick = addShot;
+  $("unbase").onclick = () => { state.base = null; drawBase(); };
+  $("delete").onclick = remove;
   $("extend").onclick = extend;
   $("live").onclick = live;
   $("direct").onclick = () => direct({ prompt: $("more").value });
@@ -441,19 +393,42 @@ async function start() {
   $("more").onkeydown = (event) => { if (event.key === "Enter" && !$("direct").hidden) direct({ prompt: $("more").value }); };
   $("cancel").onclick = () => attempt(() => call(`/v1/videos/${state.current.id}/cancel`, { method: "POST" }));
   $("reopen").onclick = reopen;
-  $("older").onclick = () => refresh(true);
+  $("older").onclick = () => attempt(() => refresh(true));
   for (const button of document.querySelectorAll("[data-copy]")) button.onclick = async () => {
-    await navigator.clipboard.writeText(copied(button.dataset.copy));
-    $("state").textContent = "Copied.";
+    const video = state.current, model = state.models.find((own) => own.id === video.model);
+    const text = copied(button.dataset.copy, video, model, location.origin, document.cookie.includes("dicode_key="));
+    if (await attempt(() => navigator.clipboard.writeText(text).then(() => true, () => { throw new Error(text); }))) $("state").textContent = "Copied.";
   };
   droppable($("first-drop"), $("first"));
   droppable($("last-drop"), $("last"));
   droppable($("own-drop"), $("own"));
-  $("own").onchange = reconstruct;
+  pictured($("first"));
+  pictured($("last"));
+  for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => event.preventDefault());  // else the page is left for the file
+  $("own").addEventListener("change", reconstruct);
+  addEventListener("hashchange", linked);
   document.addEventListener("keydown", keys);
   await refresh();
-  const linked = location.hash.slice(1);
-  if (/^video_[0-9a-f]{32}$/.test(linked)) { const video = await attempt(() => call(`/v1/videos/${linked}`)); if (video) show([video]); }
+  await linked();
+}
+
+async function linked() {
+  const name = location.hash.slice(1);
+  if (!/^video_[0-9a-f]{32}$/.test(name) || name === state.current?.id) return;
+  const video = await attempt(() => call(`/v1/videos/${name}`));
+  if (video) show([video]);
+}
+
+async function remove() {
+  const video = state.current;
+  if (!confirm("Delete this video?") || !await attempt(() => call(`/v1/videos/${video.id}`, { method: "DELETE" }))) return;
+  for (const own of state.shown) own.stop();
+  Object.assign(state, { shown: [], current: null });
+  $("stage").replaceChildren(); $("frames").replaceChildren();
+  $("actions").hidden = true;
+  $("state").textContent = "Deleted.";
+  history.replaceState(null, "", "#");
+  await attempt(refresh);
 }
 
 attempt(start);
