@@ -283,7 +283,7 @@ def test_what_is_copied_makes_the_same_video(page: Any, address: str, tmp_path: 
 
     page.click("summary")
     page.fill("#s-steps", "2")
-    page.fill("#prompt", 'it\'s a spark, "quoted"')
+    page.fill("#prompt", "it's")
     page.fill("#seconds", "2")
     page.click("#add-shot")
     page.fill("#shots li:nth-child(2) input[type=text]", "it grows")
