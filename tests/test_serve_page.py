@@ -52,7 +52,7 @@ def address(server: Server) -> Iterator[str]:
 def page(address: str) -> Iterator[Any]:
     with browsers.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page(bypass_csp=True)  # `wait_for_function` evaluates text
+        page = browser.new_context(bypass_csp=True).new_page()  # `wait_for_function` evaluates text
         page.set_default_timeout(PATIENCE_MS)
         faults: list[str] = []
         page.on("pageerror", lambda error: faults.append(str(error)))
@@ -255,7 +255,7 @@ def test_all_settings_come_back_with_images_and_rerolled_clips(page: Any, addres
     page.reload()
     finished(page)
     page.click("#reopen")
-    assert "its first image" in page.inner_text("#base") and "clips 2 to 2" in page.inner_text("#base")
+    assert "its first image" in page.inner_text("#base") and "clip 2 with seed" in page.inner_text("#base")
     page.fill("#s-steps", "3")
     again = other_shown(page, "button.main")
     different = {name for name, value in again["request"].items() if value != own["request"][name]}
@@ -332,6 +332,24 @@ def test_the_queue_is_watched_while_it_moves(page: Any, address: str) -> None:
     httpx.post(f"{address}/v1/videos/{first}/cancel")
 
 
+def test_videos_that_wait_keep_no_connection(page: Any, address: str) -> None:
+    live = httpx.post(f"{address}/v1/videos", json={"prompt": "a", "live": True, "seconds": 120, "steps": 1}).json()[
+        "id"
+    ]
+    pages = [page, page.context.new_page(), page.context.new_page()]
+    for own in pages[:2]:  # a browser has six connections to a server
+        own.goto(address)
+        own.wait_for_selector("#model option", state="attached")
+        own.fill("#prompt", "a spark")
+        own.click("#four")
+        own.wait_for_function("document.querySelectorAll('.stage video').length == 4")
+    pages[2].goto(address, timeout=20_000)
+    pages[2].wait_for_selector("#model option", state="attached", timeout=20_000)
+    for video in httpx.get(f"{address}/v1/videos").json()["data"]:
+        httpx.post(f"{address}/v1/videos/{video['id']}/cancel")
+    assert httpx.get(f"{address}/v1/videos/{live}").json()["status"] in ("in_progress", "failed")
+
+
 def test_a_video_whose_worker_died_is_shown_whole(page: Any, address: str, server: Server) -> None:
     make(page, "a spark", "16")
     page.wait_for_function("document.querySelector('.stage video')?.readyState >= 2")
@@ -404,3 +422,29 @@ def test_videos_of_reduced_motion_do_not_loop(page: Any) -> None:
         make(page, "a spark", "2")
         finished(page)
         assert page.evaluate("document.querySelector('.stage video').loop") is loops
+
+
+def test_every_control_is_reached_by_keyboard(page: Any) -> None:
+    page.keyboard.press("Tab")
+    page.keyboard.type("a spark")  # the prompt is first
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('button.main')"):
+            break
+    page.fill("#seconds", "2")
+    page.focus("button.main")
+    page.keyboard.press("Enter")
+    finished(page)
+    page.wait_for_selector("#frames button")
+    assert "a spark" in shown(page)["prompt"]
+    page.evaluate("document.activeElement.blur()")
+    page.evaluate(
+        "window.reached = new Set(); addEventListener('focusin', (event) => window.reached.add(event.target))"
+    )
+    for _ in range(80):
+        page.keyboard.press("Tab")
+    missed = page.evaluate(
+        "[...document.querySelectorAll('button, input, select, textarea, a, summary, video')]"
+        ".filter((own) => own.checkVisibility() && !own.disabled && !reached.has(own)).map((own) => own.outerHTML)"
+    )
+    assert missed == []

@@ -64,4 +64,7 @@ def serve(command: Serve, watch: Stopwatch) -> None:
     supervisor = Supervisor(store, command.model, command.device.split(","))
     server = Server(command.data_folder, models, store, supervisor, **limits)
     server.sweep()
-    Draining(server, command.host, command.port).run()
+    running = Draining(server, command.host, command.port)
+    running.run()
+    if not running.started:
+        raise OSError("the server could not be started; what it printed before says why")

@@ -37,7 +37,8 @@ async def events_of(server: Server, video_id: str, after: int) -> AsyncIterator[
             return
         if (found := await run_in_threadpool(_place, server, job)) != place:
             place = found
-            yield f"event: position\ndata: {json.dumps(place)}\n\n" if place else ""
+            if place is not None:
+                yield f"event: position\ndata: {json.dumps(place)}\n\n"
         pause_s = min(max(LOOK_SHARE * silent_s, FIRST_LOOK_S), LAST_LOOK_S)
         await asyncio.sleep(pause_s)
         silent_s, kept_s = silent_s + pause_s, kept_s + pause_s

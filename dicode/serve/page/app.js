@@ -22,6 +22,7 @@ const SAYS = {
 };
 const SAMPLING = ["guidance", "variance_scale", "first_variance_scale", "temperature", "flow_steps", "context_key_frames", "steps",
   "decoder_guidance", "decoder_temperature", "guidance_rescale", "eta", "motion_scale", "dead_band", "motion_tokens"];
+const LOOK_MS = 1000;  // between looks at a video that waits
 const MOST_CONVERTED_S = 120;  // of a gif or webm
 const CALM = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -149,37 +150,46 @@ function watch(video) {
     say(video);
     return { stop() {} };
   }
-  const events = new EventSource(`${path}/events`), ending = new AbortController();
-  let streaming = null;
+  const ending = new AbortController();
+  let events = null, streaming = null;
   const update = async (changes = {}) => {
-    try { Object.assign(video, await call(path), changes); } catch { return; }  // the next event will do
+    try { Object.assign(video, await call(path), changes); } catch { return; }  // the next look will do
     say(video);
     if (video.id === state.current?.id) drawActions();
   };
   const finished = async () => { events.close(); await update(); refresh().catch(() => {}); };
-  events.addEventListener("queued", () => { streaming = null; update(); });  // anew where its worker died
-  events.addEventListener("position", (event) => { Object.assign(video, { status: "queued" }, JSON.parse(event.data)); say(video); });
-  for (const kind of ["started", "rendering"]) events.addEventListener(kind, () => update());
-  events.addEventListener("clip", async () => {
-    streaming ??= play(player, `${path}/stream`, ending.signal).catch(() => false);
-    await update();
-    drawFrames(video);
-  });
-  events.addEventListener("completed", async () => {
-    await finished();
-    drawFrames(video);
-    if (!await streaming && !ending.signal.aborted) player.src = `${path}/content`;
-    compare(video, player, $("stage"));
-  });
-  events.addEventListener("failed", finished);
-  events.addEventListener("deleted", () => { events.close(); $("state").textContent = "This video was deleted."; });
-  events.onopen = () => say(video);
-  events.onerror = () => {  // the browser tries again by itself, but not where it was refused
-    if (video.id === state.current?.id) $("state").textContent = "The server does not answer; waiting for it.";
-    if (events.readyState === EventSource.CLOSED) setTimeout(() => { if (!ending.signal.aborted) show([video]); }, 2000);
+  const follow = () => {
+    events = new EventSource(`${path}/events`);
+    events.addEventListener("queued", () => { streaming = null; update(); });  // anew where its worker died
+    for (const kind of ["started", "rendering"]) events.addEventListener(kind, () => update());
+    events.addEventListener("clip", async () => {
+      streaming ??= play(player, `${path}/stream`, ending.signal).catch(() => false);
+      await update();
+      drawFrames(video);
+    });
+    events.addEventListener("completed", async () => {
+      await finished();
+      drawFrames(video);
+      if (!await streaming && !ending.signal.aborted) player.src = `${path}/content`;
+      compare(video, player, $("stage"));
+    });
+    events.addEventListener("failed", finished);
+    events.addEventListener("deleted", () => { events.close(); $("state").textContent = "This video was deleted."; });
+    events.onopen = () => say(video);
+    events.onerror = () => {  // the browser tries again by itself, but not where it was refused
+      if (video.id === state.current?.id) $("state").textContent = "The server does not answer; waiting for it.";
+      if (events.readyState === EventSource.CLOSED) setTimeout(() => { if (!ending.signal.aborted) show([video]); }, 2000);
+    };
   };
+  (async () => {  // browsers have six connections to a server, in all tabs: none is kept while others are before it
+    while (video.status === "queued" && video.position > 0 && !ending.signal.aborted) {
+      await new Promise((over) => setTimeout(over, LOOK_MS));
+      await update();
+    }
+    if (!ending.signal.aborted) follow();
+  })();
   say(video);
-  return { stop() { events.close(); ending.abort(); } };
+  return { stop() { events?.close(); ending.abort(); } };
 }
 
 function mark(player) {
@@ -281,7 +291,10 @@ function drawBase() {
   if (!own) return;
   const names = { image: "its first image", last_image: "its last image", continued: "the video it goes on from" };
   const kept = (own.given || []).map((name) => names[name]).filter(Boolean);
-  if (own.reroll_from !== null) kept.push(own.reroll_clips ? `clips ${own.reroll_from + 1} to ${own.reroll_from + own.reroll_clips} with seed ${own.reroll_seed}` : `clip ${own.reroll_from + 1} on with seed ${own.reroll_seed}`);
+  if (own.reroll_from !== null) {
+    const first = own.reroll_from + 1, last = own.reroll_from + own.reroll_clips;
+    kept.push(`${own.reroll_clips === null ? `clip ${first} on` : first === last ? `clip ${first}` : `clips ${first} to ${last}`} with seed ${own.reroll_seed}`);
+  }
   if (own.size) kept.push(`size ${own.size}`);
   $("base-text").textContent = `Settings of “${(own.prompt || own.shots?.[0].prompt || "").slice(0, 60)}”${kept.length ? `, with ${kept.join(", ")}` : ""}.`;
 }
