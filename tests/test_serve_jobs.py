@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from starlette.testclient import TestClient
 from dicode.cli.app import main
 from dicode.pipeline import DiCoDe
 from dicode.serve.app import forget_old
+from dicode.serve.downloads import _convert
 from dicode.serve.render import save_picture
-from dicode.serve.request import models_of
+from dicode.serve.request import RequestError, models_of
 from dicode.serve.server import Server
 from dicode.serve.store import Job, Store
 from dicode.serve.worker import Loaded, work, work_on
@@ -341,3 +343,19 @@ def test_a_live_video_is_as_long_as_it_was_watched(address: str, server: Server)
         remix = client.post(f"/v1/videos/{job_id}/remix", json={"prompt": "b"}).json()
         assert remix["request"]["live"] and remix["seconds"] == "3600"
         client.post(f"/v1/videos/{remix['id']}/cancel")
+
+
+def test_a_conversion_holds_few_pictures_at_a_time(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (40, 8, 8, 3), np.uint8).repeat(32, 1).repeat(32, 2)
+    with VideoWriter(tmp_path / "video.mp4", 8.0) as writer:
+        writer.write(frames)
+    tracemalloc.start()
+    try:
+        _convert(tmp_path / "video.mp4", tmp_path / "video.gif", 5.0)
+        assert tracemalloc.get_traced_memory()[1] < frames.nbytes / 3
+    finally:
+        tracemalloc.stop()
+    made = read_video(tmp_path / "video.gif", None)
+    assert len(made.frames) == 40 and made.fps == pytest.approx(8.0, rel=0.02)
+    with pytest.raises(RequestError, match="mp4 alone"):
+        _convert(tmp_path / "video.mp4", tmp_path / "long.gif", 121.0)
