@@ -359,3 +359,22 @@ def test_a_conversion_holds_few_pictures_at_a_time(tmp_path: Path) -> None:
     assert len(made.frames) == 40 and made.fps == pytest.approx(8.0, rel=0.02)
     with pytest.raises(RequestError, match="mp4 alone"):
         _convert(tmp_path / "video.mp4", tmp_path / "long.gif", 121.0)
+
+
+def test_a_live_video_ends_when_nobody_watches_it_any_more(
+    address: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("streams", "worker"):
+        monkeypatch.setattr(f"dicode.serve.{module}.ALONE_S", 3.0)
+    with httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
+        asked = {"prompt": "a", "live": True, "steps": 1, "seconds": 120, "size": "32x32"}
+        job_id = client.post("/v1/videos", json=asked).json()["id"]
+        with client.stream("GET", f"/v1/videos/{job_id}/stream") as response:
+            began_s = time.monotonic()
+            for _ in response.iter_bytes():
+                if time.monotonic() - began_s > 7:  # longer than it may be alone
+                    break
+        assert server.store.get(job_id).status == "in_progress"
+        wait_for(lambda: server.store.get(job_id).finished)
+        assert server.store.get(job_id).status == "completed"
+        assert "watched" not in client.get(f"/v1/videos/{job_id}/events").text

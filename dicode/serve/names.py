@@ -11,4 +11,5 @@ VIDEO, SOURCE, PLAN, KEY_FRAMES, THUMBNAIL = (
     "video.mp4", "source.mp4", "plan.safetensors", "keyframes.png", "thumbnail.jpg",
 )  # fmt: skip
 LEAST_SIDE = 256  # pixels of a video whose size is left open
+ALONE_S = 60.0  # after which a live video ends that was watched and is no longer
 MOST_RECONSTRUCTED_S = 60.0  # of a longer video the beginning

@@ -208,8 +208,11 @@ class Store:
                 db.execute("UPDATE jobs SET cancelled = 1 WHERE id = ?", (job_id,))
         return self.get(job_id)
 
-    def direct(self, job_id: str, kind: Literal["prompt", "end"], data: Mapping[str, Any]) -> None:
-        """Note what a live video goes on with, or that it ends. Raises `UnknownJobError`, `FinishedError`."""
+    def direct(self, job_id: str, kind: Literal["prompt", "end", "watched"], data: Mapping[str, Any]) -> None:
+        """Note what a live video goes on with, that it ends, or is watched.
+
+        Raises `UnknownJobError` and `FinishedError`.
+        """
         with self._transaction() as db:
             if self.get(job_id).finished:
                 raise FinishedError(job_id)

@@ -2,15 +2,17 @@
 
 import asyncio
 import json
+import math
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO, Any
 
 from fastapi.concurrency import run_in_threadpool
 
-from dicode.serve.names import VIDEO
+from dicode.serve.names import ALONE_S, VIDEO
 from dicode.serve.server import Server
-from dicode.serve.store import Job, UnknownJobError
+from dicode.serve.store import FinishedError, Job, UnknownJobError
 
 # between looks for events, and at growing files: a share of the time since the last one, from the first to the second
 FIRST_LOOK_S, LAST_LOOK_S, LOOK_SHARE = 0.05, 0.5, 0.05
@@ -31,7 +33,10 @@ async def events_of(server: Server, video_id: str, after: int) -> AsyncIterator[
             yield "event: deleted\ndata: {}\n\n"
             return
         for event in await run_in_threadpool(store.events, video_id, after):
-            after, silent_s, kept_s = event.number, 0.0, 0.0
+            after = event.number
+            if event.kind == "watched":
+                continue
+            silent_s, kept_s = 0.0, 0.0
             yield f"id: {event.number}\nevent: {event.kind}\ndata: {json.dumps(event.data)}\n\n"
         if job.finished:
             return
@@ -58,13 +63,19 @@ def _place(server: Server, job: Job) -> dict[str, Any] | None:
 async def growing(server: Server, video_id: str) -> AsyncIterator[bytes]:
     """The bytes of a video from its first clip on, until it is finished; ends early where its worker died.
 
-    The file is opened once: in the end another one takes its name, and this one still has all clips.
+    Of a live one it notes again and again that it is watched. The file is opened once: in the end another one takes its
+    name, and this one still has all clips.
     """
-    claim, file, silent_s = None, None, 0.0
+    claim, file, silent_s, noted_s = None, None, 0.0, -math.inf
     try:
         while not server.ended:
             try:
                 job = await run_in_threadpool(server.store.get, video_id)
+                if job.request["live"] and not job.finished and time.monotonic() - noted_s > ALONE_S / 3:
+                    await run_in_threadpool(server.store.direct, video_id, "watched", {})
+                    noted_s = time.monotonic()
+            except FinishedError:  # just now
+                continue
             except UnknownJobError:
                 return
             if file is None:

@@ -25,6 +25,7 @@ import torch
 from dicode.config import CheckpointError
 from dicode.device import available_bytes, pick_device
 from dicode.pipeline import DiCoDe
+from dicode.serve.names import ALONE_S
 from dicode.serve.render import Work, reconstruct, render, render_live
 from dicode.serve.request import Model, RequestError, VideoRequest, models_of, parse
 from dicode.serve.store import DATABASE, Job, LostClaimError, Store, UnknownJobError
@@ -48,6 +49,7 @@ class Watched:
     def __init__(self, store: Store, job: Job, draining: threading.Event) -> None:
         self.store, self.job, self.draining = store, job, draining
         self.lost, self._over, self._clip_began_s = False, threading.Event(), time.monotonic()
+        self._watched: tuple[int, float] | None = None  # the last event that says so, and when it was first seen
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "Watched":
@@ -83,10 +85,17 @@ class Watched:
             raise DrainingError
 
     def directed(self) -> tuple[str, bool]:
-        """As `render_live` asks for it: the last prompt that was sent, and whether the video is to end."""
-        sent = [event for event in self.store.events(self.job.id) if event.kind in ("prompt", "end")]
+        """As `render_live` asks for it: the last prompt that was sent, and whether the video is to end.
+
+        It ends too once it was watched and is no longer, so that a closed page does not keep a worker for an hour.
+        """
+        sent, now_s = self.store.events(self.job.id), time.monotonic()
         prompts = [event.data["prompt"] for event in sent if event.kind == "prompt"]
-        return [self.job.request["prompt"], *prompts][-1], any(event.kind == "end" for event in sent)
+        for event in sent:
+            if event.kind == "watched" and (self._watched is None or event.number > self._watched[0]):
+                self._watched = (event.number, now_s)
+        alone = self._watched is not None and now_s - self._watched[1] > ALONE_S
+        return [self.job.request["prompt"], *prompts][-1], alone or any(event.kind == "end" for event in sent)
 
 
 class Loaded:
