@@ -168,6 +168,8 @@ def test_minutes_become_steps_that_stay_as_they_are(
     assert {p.name for p in tmp_path.glob("step-*")} == last
     assert main([*command, "--minutes", "0.2"]) == 2
     assert "this run has 10 steps, fixed when it began with --minutes 0.1, got 0.2" in capsys.readouterr().err
+    assert main([*command, "--loop.optim.steps", "99"]) == 2  # not left unheeded
+    assert "fixed when it began with --minutes 0.1, got loop.optim.steps 99" in capsys.readouterr().err
 
 
 def test_a_plan_of_a_moment_in_which_others_computed_is_corrected(

@@ -93,6 +93,7 @@ class Plan:
     warmup_steps: int
     evaluate_every: int
     checkpoint_every: int
+    replaced_steps: int | None = None  # those of the recipe; None: kept by an earlier version
 
     def applied(self, config: LoopConfig) -> LoopConfig:
         """The loop with these steps in place of its recipe's."""
@@ -112,7 +113,7 @@ def planned(
     """The loop of a run that may last so many minutes, counted from `began_s` of `time.monotonic`.
 
     The number of steps follows from the speed of the first ones and is kept in the run's folder, so that a continued
-    run is the same; see `replanned`. Raises `ValueError` where it was begun with other minutes.
+    run is the same; see `replanned`. Raises `ValueError` where it was begun with other minutes, or with other steps.
     """
     plan = read_plan(folder)
     if minutes is None or plan is not None:
@@ -120,6 +121,11 @@ def planned(
             raise ValueError(
                 f"{folder / PLAN}: this run has {plan.steps} steps, fixed when it began with --minutes "
                 f"{plan.minutes:g}, got {minutes:g}; leave the flag out, or give another --run-folder"
+            )
+        if plan is not None and plan.replaced_steps not in (None, config.optim.steps):
+            raise ValueError(
+                f"{folder / PLAN}: this run has {plan.steps} steps, fixed when it began with --minutes "
+                f"{plan.minutes:g}, got loop.optim.steps {config.optim.steps}; leave the flag out, or delete {PLAN} for other steps"
             )
         return config if plan is None else plan.applied(config)
     if checkpoints(folder):
@@ -206,4 +212,5 @@ def plan_of(minutes: float, prepared_s: float, pace: Pace, config: LoopConfig) -
     steps = max(1, int((left_s - evaluations * pace.evaluation_s) / pace.step_s))
     warmup_steps, evaluate_every = min(config.optim.warmup_steps, steps // 10), -(-steps // evaluations)
     checkpoint_every = max(1, min(steps, int(CHECKPOINT_EVERY_S / pace.step_s)))
-    return Plan(minutes, prepared_s, pace, steps, warmup_steps, evaluate_every, checkpoint_every)
+    every = (evaluate_every, checkpoint_every)
+    return Plan(minutes, prepared_s, pace, steps, warmup_steps, *every, replaced_steps=config.optim.steps)
