@@ -137,6 +137,44 @@ def test_its_autoencoder_is_not_trained_here() -> None:
         FirstStageTraining(FirstStageRun(model=FIRST_STAGE))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("context_frames", [0, 1])
+def test_a_flow_map_begins_as_its_denoiser_and_reads_where_a_jump_ends(tmp_path: Path, context_frames: int) -> None:
+    plain = dataclasses.replace(CONFIG.denoiser, context_frames=context_frames)
+    before = tokenizer(denoiser=plain)
+    write_config(tmp_path / "prior", {"tokenizer": before.save_pretrained(tmp_path / "prior")})
+    own = dataclasses.replace(CONFIG, denoiser=dataclasses.replace(plain, flow_map=True))
+    write_cache(tmp_path / "cache")
+    run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=own, loop=loop(1), trains="denoiser")
+    now = TokenizerTraining(run).module.eval()
+    noisy, t, condition = torch.randn(2, 5, 5, 8, 8), torch.tensor([500.0, 20.0]), given()
+    expected = before.velocity(condition, noisy, t, t)
+    same = now.velocity(condition, noisy, t, t)
+    torch.testing.assert_close(same, expected, rtol=0, atol=1e-6)
+    jumping = now.velocity(condition, noisy, t, t / 2)
+    assert (jumping - same).abs().amax((1, 2, 3, 4)).min() > 1e-5
+
+
+def test_a_given_first_latent_of_a_flow_map_has_no_loss(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache")
+    prior = tokenizer()
+    write_config(tmp_path / "prior", {"tokenizer": prior.save_pretrained(tmp_path / "prior")})
+    own = dataclasses.replace(CONFIG, denoiser=dataclasses.replace(CONFIG.denoiser, flow_map=True))
+    run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=own, loop=loop(1), fused_guidance=2.0)
+    stage = TokenizerTraining(run)
+    clips, noise = torch.randn(2, 2, 5, 5, 8, 8, generator=torch.Generator().manual_seed(3))
+    everything = given(context_mask=torch.ones(2))
+    losses = []
+    for moved in (0.0, 5.0):  # of the first latents' noise alone, which nothing reads where they are given
+        moving = noise.clone()
+        moving[:, 0] += moved
+        losses.append(stage.jumping_loss(clips, moving, everything, torch.Generator().manual_seed(0)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    free = given(context_mask=torch.zeros(2))
+    moved_loss = stage.jumping_loss(clips, moving, free, torch.Generator().manual_seed(0)).item()
+    assert moved_loss > 1.5 * stage.jumping_loss(clips, noise, free, torch.Generator().manual_seed(0)).item()
+
+
 def test_times_move_towards_noise_and_keep_their_ends() -> None:
     sigma = torch.linspace(0, 1, 5)
     assert torch.equal(shifted(sigma, 1.0), sigma)

@@ -31,12 +31,12 @@ from dicode.tokenizer.video_tokenizer import (
     VideoTokenizer,
     hash_of_tokens,
 )
-from dicode.tokenizer.wan import PATCH, TEXT_ROWS
+from dicode.tokenizer.wan import PATCH, TEXT_ROWS, WAVES
 
 CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 # what the adapter is built for; a folder that says otherwise is another model
 TRANSFORMER = {
-    "patch_size": [*PATCH], "image_dim": None, "added_kv_proj_dim": None, "cross_attn_norm": True, "freq_dim": 256,
+    "patch_size": [*PATCH], "image_dim": None, "added_kv_proj_dim": None, "cross_attn_norm": True, "freq_dim": WAVES,
     "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "pos_embed_seq_len": None,
 }  # fmt: skip
 VAE = {"attn_scales": [], "in_channels": 3, "out_channels": 3, "patch_size": None}

@@ -107,7 +107,7 @@ class DenoiserConfig:
     kind: DenoiserName = "hourglass"
     context_frames: Annotated[int, Range(0, 256)] = 2
     predict_residual: bool = False  # predict the difference from the expected clip (`ResidualDenoiser`)
-    flow_map: bool = False  # `hourglass`: jumps to any earlier time, for few steps (dicode.train.flow_map)
+    flow_map: bool = False  # `hourglass`, `wan`: jumps to any earlier time, for few steps (dicode.train.flow_map)
     depth: Depth = 2  # transformer blocks; `unet3d`: residual layers a level
     heads: Width = 4  # of attention; `unet3d`: at its finest level
     width: Width = 224  # `hourglass`: of the transformer
