@@ -15,7 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dicode.device import Gpu
 from dicode.lm.config import DeepLMConfig
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.sizing.count import MicroBatchCost, batch_flops, count_parameters, micro_batch_cost, weight_bytes
+from dicode.sizing.count import (
+    FusedAttention,
+    MicroBatchCost,
+    batch_flops,
+    count_parameters,
+    micro_batch_cost,
+    weight_bytes,
+)
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.distributed import blocks_of, recompute_activations
@@ -24,7 +31,7 @@ from dicode.train.loop import Stage
 from dicode.train.lora import add_adapters, train_whole
 from dicode.train.optim import make_optimizers
 from dicode.train.runs import LanguageRun, LoopConfig, TokenizerRun
-from dicode.train.speed import FLOAT32
+from dicode.train.speed import FLOAT32, Meter
 from dicode.train.tokenizer import TokenizerTraining, freeze
 
 USABLE = 0.9  # of a GPU's memory: CUDA and its libraries take 1 to 2 GiB, an allocator's fragments the rest
@@ -46,7 +53,9 @@ class Planner:
         if (samples, recomputes) not in self.costs:
             with self.fake:
                 batch, bf16 = blank_batches(self.run, samples)[-1][1], self.loop.precision != "float32"
-                self.costs[samples, recomputes] = micro_batch_cost(self.stages[recomputes], batch, bf16)
+                cost = micro_batch_cost(self.stages[recomputes], batch, bf16)
+                encoding = encoding_bytes(self.stages[recomputes], self.run, samples, bf16)
+            self.costs[samples, recomputes] = cost._replace(peak_bytes=max(cost.peak_bytes, encoding))
         return self.costs[samples, recomputes]
 
     def step_flops(self) -> float:
@@ -193,14 +202,25 @@ def _clips(run: TokenizerRun, samples: int) -> dict[str, Tensor]:
     model = run.model
     whole = model.first_stage.frames_a_latent > 1  # context and tail key frame are among them
     frames = model.latent_frames if whole else model.denoiser.context_frames + model.clip_span
-    latents = model.first_stage.latent_channels, model.latent_size, model.latent_size
-    source = latents if model.resampler is None else (3, model.size, model.size)
+    latents = model.first_stage.latent_channels, *model.latent_shape
+    source = latents if model.resampler is None else (3, *model.frame_shape)
     return {
         "clips": torch.empty(samples, frames, *latents),
         "keys": torch.empty(2 * samples, *source),
         "has_context": torch.ones(samples, dtype=torch.bool),
         "frame_stride": torch.ones(samples),
     }
+
+
+def encoding_bytes(stage: Stage, run: TokenizerRun | LanguageRun, samples: int, bf16: bool) -> int:
+    """The most bytes while a micro-batch's clips are encoded, before its loss; 0 where their latents are cached."""
+    if not isinstance(run, TokenizerRun) or run.model.first_stage.frames_a_latent == 1:
+        return 0
+    first_stage = cast(VideoTokenizer, stage.module).first_stage
+    pixels = torch.empty(samples, run.model.clip_frames, 3, *run.model.frame_shape)
+    with Meter() as meter, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), FusedAttention():
+        first_stage.encode_clips(pixels)
+    return meter.peak_bytes
 
 
 def _texts(run: LanguageRun, samples: int, key_frames: int) -> dict[str, Tensor]:

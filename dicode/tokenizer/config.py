@@ -166,7 +166,8 @@ class TokenizerConfig:
     that both key frames are the clip's own and the next clip begins with the same frame again (output once).
     """
 
-    size: Side = 64
+    size: Side = 64  # of frames in pixels; their height, where `frame_width` is given
+    frame_width: Side | None = None  # `wan` with a resampler: of frames that are not square; None: as `size`
     fps: UpTo1000 = 8.0
     clip_frames: Annotated[int, Range(2, 4096)] = 16
     tail_frame: Annotated[int, Range(1, 4096)] = 16  # where a clip's tail key frame lies: `clip_frames`, or one less
@@ -183,8 +184,19 @@ class TokenizerConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the defaults of generation
 
     @property
+    def frame_shape(self) -> tuple[int, int]:
+        """Height and width of frames in pixels."""
+        return self.size, self.frame_width or self.size
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """Latent positions along the height and along the width."""
+        height, width = self.frame_shape
+        return height // self.first_stage.downsampling, width // self.first_stage.downsampling
+
+    @property
     def latent_size(self) -> int:
-        """Latent positions along a side."""
+        """Latent positions along a side of a square frame."""
         return self.size // self.first_stage.downsampling
 
     @property

@@ -57,6 +57,7 @@ TOKENIZERS["wan"] = TokenizerConfig(
     ),
     sampling=SamplingConfig(steps=24, decoder_guidance=3.0),
 )  # fmt: skip
+TOKENIZERS["wan_480p"] = replace(TOKENIZERS["wan"], size=480, frame_width=832)
 TOKENIZERS["paper_motion"] = replace(
     TOKENIZERS["paper_tokenizer_256"], motion=MotionConfig(tokens=16, width=1024, depth=4, heads=16)
 )

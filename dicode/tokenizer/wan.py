@@ -60,8 +60,8 @@ class Wan(nn.Module):
             raise ValueError(f"context_frames: expected 0 or 1, the first latent, got {sizes.context_frames}")
         if sizes.context_frames and not config.repeated_frames:
             raise ValueError("context_frames: Wan's is the clip's own first frame, which the clip before has to end on")
-        if config.latent_size % 2:
-            raise ValueError(f"wan: expected an even number of latents a side, got {config.latent_size}")
+        if any(side % own for side, own in zip(config.latent_shape, PATCH[1:], strict=True)):
+            raise ValueError(f"wan: expected an even number of latents a side, got {config.latent_shape}")
         self.transformer = transformer(config)
         places = self.transformer.condition_embedder.image_embedder.pos_embed
         nn.init.normal_(places, std=0.02)  # zero in diffusers: head and tail could not be told apart
@@ -146,6 +146,7 @@ def autoencoder(config: FirstStageConfig) -> AutoencoderKLWan:
         dim_mult=[width // base for width in config.channels],
         num_res_blocks=config.encoder_blocks[0],
         temperal_downsample=[level >= levels - 2 for level in range(levels)],
+        scale_factor_spatial=config.downsampling,  # only tiles ask for it
         latents_mean=[0.0] * config.latent_channels,
         latents_std=[1.0] * config.latent_channels,
     )
