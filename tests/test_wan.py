@@ -20,6 +20,7 @@ from dicode.tokenizer.denoiser import shifted
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.tokenizer.wan import IMAGE_PATH, TEXT_ROWS, Wan, begin_image_path
 from dicode.train.first_stage import FirstStageTraining
+from dicode.train.flow_map import drawn_times, flow_map_loss
 from dicode.train.runs import FirstStageRun, LanguageRun, LoRAConfig, TokenizerRun
 from dicode.train.stages import run_recipe
 from dicode.train.tokenizer import TokenizerTraining
@@ -118,9 +119,32 @@ def test_clips_meet_in_the_frame_that_they_share() -> None:
         next(model.decode(tokens, sampling=model.config.sampling.changed(joins="parallel")))
 
 
+def test_frames_need_not_be_square() -> None:
+    model = tokenizer(frame_width=48, null_tokens="grey_image", sampling=SamplingConfig(steps=2, decoder_guidance=2.0))
+    tokens = torch.randn(1, 3, 4, 6)
+    frames = torch.cat(list(model.decode(tokens, seed=1)), dim=1)
+    assert frames.shape == (1, 33, 32, 48, 3)
+    assert model.encode(frames).shape == tokens.shape
+    more = torch.cat(list(model.decode(tokens, seed=2, before=frames)), dim=1)
+    assert more.shape == frames.shape and not torch.equal(more, frames)
+    with pytest.raises(ValueError, match=r"\(32, 48, 3\), got \(32, 32, 3\)"):
+        model.encode(frames[:, :, :, :32])
+
+
+def test_a_cache_of_other_frames_is_refused(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache")
+    prior = tokenizer(frame_width=48)
+    write_config(tmp_path / "prior", {"tokenizer": prior.save_pretrained(tmp_path / "prior")})
+    run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=prior.config, loop=loop(1))
+    with pytest.raises(ValueError, match="32x48.*holds 32x32"):
+        TokenizerTraining(run)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"frame_width": 36}, "even number of latents"),
+        ({"frame_width": 48, "resampler": None}, "frame_width"),
         ({"clip_frames": 16}, "clip_frames"),
         ({"clip_frames": 17, "tail_frame": 17}, "clip_frames"),
         ({"denoiser": dataclasses.replace(CONFIG.denoiser, text_tokens=77)}, "text_tokens"),
@@ -173,6 +197,37 @@ def test_a_given_first_latent_of_a_flow_map_has_no_loss(tmp_path: Path) -> None:
     free = given(context_mask=torch.zeros(2))
     moved_loss = stage.jumping_loss(clips, moving, free, torch.Generator().manual_seed(0)).item()
     assert moved_loss > 1.5 * stage.jumping_loss(clips, noise, free, torch.Generator().manual_seed(0)).item()
+
+
+def test_a_flow_map_learns_to_jump_between_gaussians() -> None:
+    """In one step, where a step along the velocity alone would end on the mean: an error of the deviation squared."""
+    torch.manual_seed(0)
+    mean, deviation, channels = 1.5, 0.4, 2
+    stage = dataclasses.replace(FIRST_STAGE, latent_channels=channels)
+    denoiser = dataclasses.replace(CONFIG.denoiser, context_frames=0, flow_map=True, width=32, time_shift=1.0)
+    model = Wan(dataclasses.replace(CONFIG, size=8, first_stage=stage, denoiser=denoiser))
+    tokens = dataclasses.replace(given(), tokens=torch.zeros(1, 2, 4, 6))
+    generator, steps = torch.Generator().manual_seed(0), 400
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def u(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        same = dataclasses.replace(tokens, tokens=tokens.tokens.expand(len(x), -1, -1, -1))
+        return model(x, 1000 * t, same, 1000 * r)
+
+    for _ in range(steps):
+        clips, noise = torch.randn(2, 32, 1, channels, 2, 2, generator=generator)
+        t, r = drawn_times(32, generator)
+        loss, _ = flow_map_loss(u, lambda x, t, r: torch.zeros_like(x), mean + deviation * clips, noise, t, r)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    noise = torch.randn(256, 1, channels, 2, 2, generator=generator)
+    with torch.no_grad():
+        found = noise - u(noise, torch.ones(256), torch.zeros(256))
+    error = (found - mean - deviation * noise).square().mean().item()
+    assert error < 0.5 * deviation**2, error
 
 
 def test_times_move_towards_noise_and_keep_their_ends() -> None:

@@ -54,16 +54,18 @@ class Planner:
             with self.fake:
                 batch, bf16 = blank_batches(self.run, samples)[-1][1], self.loop.precision != "float32"
                 cost = micro_batch_cost(self.stages[recomputes], batch, bf16)
-                encoding = encoding_bytes(self.stages[recomputes], self.run, samples, bf16)
-            self.costs[samples, recomputes] = cost._replace(peak_bytes=max(cost.peak_bytes, encoding))
+                encoded = encoding(self.stages[recomputes], self.run, samples, bf16)
+            cost = cost._replace(flops=cost.flops + encoded.flops, peak_bytes=max(cost.peak_bytes, encoded.peak_bytes))
+            self.costs[samples, recomputes] = cost
         return self.costs[samples, recomputes]
 
     def step_flops(self) -> float:
         """FLOPs of a step without recomputation: the mean over the kinds of batches that its stage draws."""
+        samples = self.loop.optim.batch_size // self.loop.micro_batches
         with self.fake:
-            batches = blank_batches(self.run, self.loop.optim.batch_size // self.loop.micro_batches)
+            batches, encoded = blank_batches(self.run, samples), encoding(self.stages[False], self.run, samples, False)
         flops = sum(share * batch_flops(self.stages[False], batch, self.fake) for share, batch in batches)
-        return self.loop.micro_batches * flops
+        return self.loop.micro_batches * (flops + encoded.flops)
 
     def plan(self, gpus: int, gpu: Gpu, mfu: float) -> dict[str, Any]:
         """The run on this many GPUs, with the micro-batches of its recipe.
@@ -212,15 +214,15 @@ def _clips(run: TokenizerRun, samples: int) -> dict[str, Tensor]:
     }
 
 
-def encoding_bytes(stage: Stage, run: TokenizerRun | LanguageRun, samples: int, bf16: bool) -> int:
-    """The most bytes while a micro-batch's clips are encoded, before its loss; 0 where their latents are cached."""
-    if not isinstance(run, TokenizerRun) or run.model.first_stage.frames_a_latent == 1:
-        return 0
-    first_stage = cast(VideoTokenizer, stage.module).first_stage
-    pixels = torch.empty(samples, run.model.clip_frames, 3, *run.model.frame_shape)
-    with Meter() as meter, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), FusedAttention():
-        first_stage.encode_clips(pixels)
-    return meter.peak_bytes
+def encoding(stage: Stage, run: TokenizerRun | LanguageRun, samples: int, bf16: bool) -> Meter:
+    """What it takes to encode a micro-batch's clips before its loss: nothing where their latents are cached."""
+    meter = Meter()
+    if isinstance(run, TokenizerRun) and run.model.first_stage.frames_a_latent > 1:
+        first_stage = cast(VideoTokenizer, stage.module).first_stage
+        pixels = torch.empty(samples, run.model.clip_frames, 3, *run.model.frame_shape)
+        with meter, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), FusedAttention():
+            first_stage.encode_clips(pixels)
+    return meter
 
 
 def _texts(run: LanguageRun, samples: int, key_frames: int) -> dict[str, Tensor]:

@@ -57,13 +57,15 @@ class FirstStageConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A vision tower of CLIP, frozen; the defaults are those of the published ViT-H/14."""
+    """A vision tower of CLIP or SigLIP, frozen; the defaults are those of the published ViT-H/14."""
 
     width: Width = 1280
     depth: Depth = 32
     heads: Width = 16
     size: Side = 224  # of the image, in pixels
     patch: Side = 14
+    kind: Literal["clip", "siglip"] = "clip"
+    feed_forward: Width | None = None  # `siglip`: between the two layers of a block; None: four times its width
 
 
 @dataclass(frozen=True)

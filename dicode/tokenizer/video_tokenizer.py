@@ -87,9 +87,9 @@ class VideoTokenizer(nn.Module):
                 self.learned_code = LearnedCode(config)
             self.code.requires_grad_(False)
         else:
-            from dicode.tokenizer.library import ClipEncoder
+            from dicode.tokenizer.library import image_encoder
 
-            self.encoder = ClipEncoder(config.resampler.encoder)
+            self.encoder = image_encoder(config.resampler.encoder)
             self.resampler = Resampler(config.resampler, *tokens)
         if config.motion:
             if config.clip_frames % 2 or config.latent_size % 2:

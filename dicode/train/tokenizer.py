@@ -89,6 +89,9 @@ class TokenizerTraining:
             train_whole(module, run.lora.whole)
         module.to(pick_device(run.loop.device))
         cache, self.cache, self.validation = splits(run.cache)
+        if self.whole and tuple(cache.frames.shape[1:3]) != run.model.frame_shape:  # else latents have the cache's size
+            found = f"{run.cache} holds {cache.frames.shape[1]}x{cache.frames.shape[2]}"
+            raise ValueError(f"size: the model's frames are {'x'.join(map(str, run.model.frame_shape))}, {found}")
         self.videos = self._lasting("training", self.cache)
         self.validated = self._lasting("validation", self.validation).spread(VALIDATION_CLIPS)
         if not self.whole:
