@@ -81,7 +81,7 @@ def offload(tokenizer: VideoTokenizer, lm: DeepTokenLM, device: torch.device) ->
 
 
 class Int8(nn.Module):
-    """A weight of 8 bits a number and a float32 scale a row, expanded when it is read: `save_weights` stores the same."""
+    """A weight of 8 bits a number and a float32 scale a row, as `save_weights` stores it, expanded when it is read."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()

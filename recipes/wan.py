@@ -1,6 +1,6 @@
 """A tokenizer on Wan2.1-T2V-1.3B, and a language model of its deep tokens: 256×256, 16 fps, 33 frames a clip.
 
-    dicode convert wan Wan2.1-T2V-1.3B-Diffusers -o checkpoints/wan --clip open_clip_pytorch_model.bin
+    dicode convert wan Wan2.1-T2V-1.3B-Diffusers -o checkpoints/wan --image-encoder open_clip_pytorch_model.bin
     dicode data cache FOLDER… -o cache/videos --size 256 --max-fps 16
     dicode train recipes/wan.py:adapters            # one GPU of 24 GB: what is new, and adapters of the transformer
     dicode train recipes/wan.py:whole               # one of 80 GB, or several: everything
@@ -18,6 +18,7 @@ from dicode.lm.presets import SIZES
 from dicode.tokenizer.presets import TOKENIZERS
 from dicode.train.runs import AugmentConfig, LanguageRun, LoopConfig, LoRAConfig, OptimConfig, TokenizerRun
 
+MODEL = TOKENIZERS["wan"]  # with OpenCLIP's tower; "wan_siglip": as `--image-encoder` names one of SigLIP
 NEW = ("image_embedder", "add_k_proj", "add_v_proj", "norm_added_k", "resampler")  # random, or without effect, at first
 
 
@@ -26,7 +27,7 @@ def adapters() -> TokenizerRun:
     return TokenizerRun(
         cache="cache/videos",
         init="checkpoints/wan",
-        model=TOKENIZERS["wan"],
+        model=MODEL,
         lora=LoRAConfig(rank=32, alpha=32.0, targets=("to_q", "to_k", "to_v"), whole=NEW),
         token_noise=0.0,
         loop=LoopConfig(
@@ -61,7 +62,7 @@ def flow_map() -> TokenizerRun:
         init="runs/wan-whole/best",
         model=model,
         trains="denoiser",
-        fused_guidance=TOKENIZERS["wan"].sampling.decoder_guidance,
+        fused_guidance=MODEL.sampling.decoder_guidance,
         loop=replace(run.loop, optim=optim),
     )
 

@@ -11,19 +11,26 @@ import torch
 from test_sizing import most_allocated
 from test_tokenizer import tiny_tokenizer
 from test_wan import CONFIG, FIRST_STAGE, tokenizer
-from toy_runs import LM
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from toy_runs import LM, write_cache
 
-from dicode.checkpoint.saving import as_saved
+from dicode.checkpoint.saving import as_saved, write_config
 from dicode.cli.app import main
 from dicode.lm.config import BodyConfig
 from dicode.lm.deep_lm import DeepTokenLM
 from dicode.memory import Offload, offload, to_int8, to_int8_tokenizer
 from dicode.pipeline import DiCoDe, at_first
-from dicode.sizing.count import weight_bytes
+from dicode.seeds import generator_for
+from dicode.sizing.count import micro_batch_cost, weight_bytes
 from dicode.sizing.generation import ALL, OFFLOAD, REST, generation_bytes, generation_parts, in_turns
+from dicode.sizing.plan import blank_batches, blank_stage, encoding
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
+from dicode.train.runs import LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.speed import Meter
+from dicode.train.stages import stage_of
 from dicode.video.read import read_metadata
 
 CPU = torch.device("cpu")
@@ -107,6 +114,8 @@ def test_a_model_with_turns_generates_what_it_does_without(tiny_model: Path) -> 
         assert (one == other).all()
     with pytest.raises(ValueError, match="other than the CPU"):
         DiCoDe.from_pretrained(tiny_model, offload=True)
+    with pytest.raises(ValueError, match="save it with dtype"):  # whose tensors have other names
+        DiCoDe.from_pretrained(tiny_model, int8=True).save_pretrained(tiny_model)
 
 
 @pytest.mark.parametrize("kind", ["wan", "wan22"])
@@ -207,3 +216,36 @@ def test_less_memory_is_counted_for_each_flag() -> None:
     counted = list(generation_bytes(config, LM, torch.bfloat16).values())
     assert len(counted) == 4 and counted == sorted(counted, reverse=True) and counted[0] > counted[-1]
     assert len(generation_bytes(TokenizerConfig(), None, torch.float32)) == 2  # no tiles
+
+
+def test_what_a_plan_says_that_a_micro_batch_of_wan_takes_is_what_is_allocated(tmp_path: Path) -> None:
+    """But for the encoding of its clips, which is counted beside it: see above for CPUs."""
+    write_cache(tmp_path / "cache")
+    prior = wan()
+    write_config(tmp_path / "prior", {"tokenizer": prior.save_pretrained(tmp_path / "prior")})
+    for flow_map in (False, True):
+        denoiser = dataclasses.replace(prior.config.denoiser, flow_map=flow_map)
+        model = dataclasses.replace(prior.config, denoiser=denoiser)
+        optim = OptimConfig(batch_size=6)
+        loop = LoopConfig(precision="float32", micro_batches=2, optim=optim)
+        run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=model, loop=loop)
+        stage, fake = stage_of(run), FakeTensorMode(allow_non_fake_inputs=True)
+        batch = stage.batch(torch.arange(3), generator_for(0))
+        for parameter in stage.module.train().parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+        def work(stage: Any = stage, batch: Any = batch) -> None:
+            with sdpa_kernel([SDPBackend.MATH]):
+                stage.loss(batch, generator_for(1))[0].backward()
+
+        blank = blank_stage(run, fake)
+        with fake:
+            given = blank_batches(run, 3)[0][1]
+            assert {name: t.shape for name, t in given.items()} == {name: t.shape for name, t in batch.items()}
+            counted = micro_batch_cost(blank, given, bf16=False, on_gpu=False).peak_bytes
+            encoded = encoding(blank, run, 3, bf16=False)
+        assert counted == pytest.approx(most_allocated(work), rel=0.1)
+        pixels = torch.zeros(3, 17, 3, 32, 32)
+        with Meter() as meter, torch.no_grad():
+            stage.module.first_stage.encode_clips(pixels)
+        assert encoded.peak_bytes == pytest.approx(meter.peak_bytes, rel=0.1) and encoded.flops > 0

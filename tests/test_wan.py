@@ -17,6 +17,7 @@ from dicode.cli.app import main
 from dicode.pipeline import DiCoDe
 from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, SamplingConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import shifted
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.tokenizer.wan import IMAGE_PATH, TEXT_ROWS, Wan, begin_image_path
 from dicode.train.first_stage import FirstStageTraining
@@ -119,6 +120,14 @@ def test_clips_meet_in_the_frame_that_they_share() -> None:
         next(model.decode(tokens, sampling=model.config.sampling.changed(joins="parallel")))
 
 
+def test_a_model_renders_other_frames_once_its_configuration_says_so(tmp_path: Path) -> None:
+    prior, tokens = tokenizer(), torch.randn(1, 2, 4, 6)
+    section = prior.save_pretrained(tmp_path)
+    write_config(tmp_path, {"tokenizer": {**section, "size": 40, "frame_width": 64}})
+    (clip,) = VideoTokenizer.from_pretrained(tmp_path).decode(tokens)
+    assert clip.shape == (1, 17, 40, 64, 3)
+
+
 def test_frames_need_not_be_square() -> None:
     model = tokenizer(frame_width=48, null_tokens="grey_image", sampling=SamplingConfig(steps=2, decoder_guidance=2.0))
     tokens = torch.randn(1, 3, 4, 6)
@@ -136,7 +145,7 @@ def test_a_cache_of_other_frames_is_refused(tmp_path: Path) -> None:
     prior = tokenizer(frame_width=48)
     write_config(tmp_path / "prior", {"tokenizer": prior.save_pretrained(tmp_path / "prior")})
     run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=prior.config, loop=loop(1))
-    with pytest.raises(ValueError, match="32x48.*holds 32x32"):
+    with pytest.raises(ValueError, match=r"32x48.*holds 32x32"):
         TokenizerTraining(run)
 
 
@@ -250,6 +259,17 @@ def test_the_library_still_counts_what_it_did() -> None:
         AutoencoderKLWan()
     added = {name: t.numel() for name, t in model.named_parameters() if any(part in name for part in IMAGE_PATH)}
     assert len(added) == 159 and sum(added.values()) == pytest.approx(144.4e6, rel=1e-3)
+
+
+def test_presets_of_wan_have_the_published_towers_and_frames() -> None:
+    with torch.device("meta"):
+        siglip, wide = (VideoTokenizer(TOKENIZERS[name]) for name in ("wan_siglip", "wan_480p"))
+        pixels = torch.empty(1, 3, 256, 256)
+        assert siglip.encoder(pixels).shape == (1, 729, 1152)
+        assert siglip.tokens_of(siglip.source_of(pixels)).shape == (1, 16, 1024)
+    assert wide.config.latent_shape == (60, 104)
+    tower = sum(p.numel() for p in siglip.encoder.parameters())
+    assert tower == pytest.approx(412.4e6, rel=0.01)  # so400m without the head that pools
 
 
 def test_it_is_trained_resumed_and_writes_videos_that_go_on(tmp_path: Path) -> None:

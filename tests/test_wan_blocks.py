@@ -33,7 +33,13 @@ STEPS, STOPPED = 60, 33
 def loop(**changes: Any) -> LoopConfig:
     optim = OptimConfig(steps=STEPS, batch_size=4, lr=3e-3, warmup_steps=5, ema_decay=0.9)
     return LoopConfig(
-        precision="float32", tracker="none", log_every=1, evaluate_every=STEPS, checkpoint_every=20, optim=optim, **changes
+        precision="float32",
+        tracker="none",
+        log_every=1,
+        evaluate_every=STEPS,
+        checkpoint_every=20,
+        optim=optim,
+        **changes,
     )
 
 

@@ -1,7 +1,8 @@
-"""A folder of Wan2.1-T2V-1.3B's sizes with random weights, as diffusers writes it: how much memory its conversion takes.
+"""A folder of Wan2.1-T2V-1.3B's sizes with random weights, as diffusers writes it, and the memory of its conversion.
 
-    python tools/full_size_wan.py FOLDER        # 6.2 GB of disk, and 3.6 GB for what is written from it
-    results/convert-wan.json
+    python tools/full_size_wan.py FOLDER        # 6.2 GB of disk, and 3.4 GB for what is written from it
+
+The result is in results/convert-wan.json.
 """
 
 import json
@@ -41,7 +42,7 @@ def write_wan(folder: Path) -> None:
         shards[-1][name] = value
     (folder / "transformer").mkdir(parents=True)
     (folder / "vae").mkdir()
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / "transformer" / file, shard, torch.float32)

@@ -73,7 +73,7 @@ class RenderFlags:
 class MemoryFlags:
     """Less memory on the device."""
 
-    offload: bool = False  # keep first stage, image encoder, denoiser and language model on the CPU while others compute
+    offload: bool = False  # keep first stage, image encoder, denoiser and language model on the CPU until they compute
     vae_tiling: bool = False  # encode and decode frames above 256 pixels a side in tiles, for a first stage of Wan
     int8: bool = False  # keep matrices of denoiser, image encoder and language model 8-bit; they compute in --dtype
 

@@ -71,9 +71,7 @@ class Wan:
     ] = None
     size: Side = 256  # side of videos in pixels; their height with --frame-width
     frame_width: Side | None = None  # width of videos in pixels, where they are not square; needs an image encoder
-    clip_frames: Annotated[int, Range(5, 257)] = (
-        33  # frames of a clip of two seconds, both key frames among them: 4 n + 1
-    )
+    clip_frames: Annotated[int, Range(5, 257)] = 33  # frames of a clip of two seconds, with both key frames: 4 n + 1
     dtype: common.StoredDtype = "float16"
 
 

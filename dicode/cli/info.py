@@ -96,9 +96,11 @@ def _sizes(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
             _print_bytes("read for a deep token", read)
         _print_bytes(f"on a GPU to train it, batch of {batch_size}", _transposed(training))
     if isinstance(tokenizer := described.get("tokenizer"), TokenizerConfig):
-        values["generation_bytes"] = held = _generation(tokenizer, described.get("language model"))
-        title = "to generate with it, a video at a time" if len(described) > 1 else "to decode with it, a clip at a time"
-        _print_bytes(f"on a device {title}", held)
+        values["generation_bytes"] = flags = _generation(tokenizer, described.get("language model"))
+        title = (
+            "to generate with it, a video at a time" if len(described) > 1 else "to decode with it, a clip at a time"
+        )
+        _print_bytes(f"on a device {title}", flags)
     if "a_second_of_video" in values:
         _print_table("a second of video", values["a_second_of_video"], "{:,.1f}")
     return values

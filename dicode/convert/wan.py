@@ -62,7 +62,8 @@ def convert_wan(
     """Write the folder `output` from a folder with `model_index.json`, `transformer/` and `vae/`, sharded or not.
 
     Deep tokens come from `image_encoder`, a tower of CLIP or SigLIP, by a resampler, or without one from the latents of
-    key frames, by a learned code; either has random weights, and so has what the transformer reads them by, which starts without effect.
+    key frames, by a learned code. Either has random weights, and so has what the transformer reads tokens by, which
+    starts without effect.
     `null_text` is a safetensors file of the null prompt's rows, `text_encoder` a folder of UMT5 and its tokenizer to
     compute them by (default: `text_encoder/` and `tokenizer/` of the folder). Raises `CheckpointError` for another
     model, for pickles, and where a tensor is missing, misshapen or unknown; nothing is written then.
@@ -167,7 +168,7 @@ def configured(
 
 
 def read_tower(path: Path) -> State:
-    """An image tower of CLIP or SigLIP under its own names, from a file or folder with it alone or with a text tower."""
+    """An image tower of CLIP or SigLIP under its own names, from a file or folder of it alone or of both towers."""
     state = read_weights(path)
     if CLASS_TOKEN in state or "embeddings.patch_embedding.bias" in state:  # saved alone, by transformers from 5.0 on
         return {name: value for name, value in state.items() if not name.endswith(".position_ids")}

@@ -27,7 +27,12 @@ class Part(NamedTuple):
 
 
 def generation_parts(
-    config: TokenizerConfig, lm: DeepLMConfig | None, dtype: torch.dtype, *, vae_tiling: bool = False, int8: bool = False
+    config: TokenizerConfig,
+    lm: DeepLMConfig | None,
+    dtype: torch.dtype,
+    *,
+    vae_tiling: bool = False,
+    int8: bool = False,
 ) -> dict[str, Part]:
     """Weights and activations of each part for one video, in `dtype`, counted on tensors without content."""
     guided = 1 if config.sampling.decoder_guidance == 1.0 else 2  # as in `size_tokenizer`

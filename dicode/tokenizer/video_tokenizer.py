@@ -72,8 +72,8 @@ class VideoTokenizer(nn.Module):
             )
         if len({*config.frame_shape}) == 2 and (config.resampler is None or config.denoiser.kind != "wan"):
             raise ValueError(
-                f"frame_width: expected {config.size}, since only the denoiser 'wan' with a resampler renders frames that "
-                f"are not square; got {config.frame_width}"
+                f"frame_width: expected {config.size}, got {config.frame_width}; only the denoiser 'wan' with a "
+                "resampler renders frames that are not square"
             )
         if config.resampler is not None and config.code is not None:
             raise ValueError("code: expected none beside a resampler, which makes the tokens")
