@@ -1,7 +1,7 @@
 """Text to video: prompt → key frames (language model) → clips (decoder)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +53,7 @@ class DiCoDe:
         self.tokenizer, self.lm = tokenizer.eval(), lm.eval()
         self.text = lm.text
         self.card: str | None = None  # README.md of the folder that the model was loaded from
+        self.offloads = self.int8 = False  # whether parts take turns on the device, and matrices are 8-bit
 
     @classmethod
     def from_pretrained(
@@ -61,20 +62,56 @@ class DiCoDe:
         device: str = "cpu",
         revision: str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        offload: bool = False,
+        vae_tiling: bool = False,
+        int8: bool = False,
     ) -> "DiCoDe":
         """Load a checkpoint folder, a bundled model (default: `blocks`) or `owner/name` from the Hub, strictly.
 
-        `revision` is a branch, tag or commit on the Hub, `dtype` that of the parameters (default: float32).
+        `revision` is a branch, tag or commit on the Hub, `dtype` that of the parameters (default: float32). For less
+        memory: `offload` keeps first stage, image encoder, denoiser and language model in the CPU's memory but for the
+        one that computes; `vae_tiling` codes large frames in tiles, which changes them a little (a first stage of Wan);
+        `int8` keeps matrices of denoiser, image encoder and language model 8-bit. Raises `ValueError` where that cannot
+        be.
         """
-        folder = resolve(name_or_folder, revision)
-        tokenizer = VideoTokenizer.from_pretrained(folder, dtype=dtype).to(device)
-        model = cls(tokenizer, DeepTokenLM.from_pretrained(folder, dtype=dtype).to(device))
+        if offload and torch.device(device).type == "cpu":
+            raise ValueError("offload: expected a device other than the CPU, in whose memory the model is already")
+        folder, loaded = resolve(name_or_folder, revision), None if int8 else dtype
+        model = cls(
+            VideoTokenizer.from_pretrained(folder, dtype=loaded), DeepTokenLM.from_pretrained(folder, dtype=loaded)
+        )
+        if vae_tiling:
+            model.tokenizer.first_stage.enable_tiling()
+        if int8:
+            from dicode.memory import to_int8, to_int8_tokenizer
+
+            to_int8_tokenizer(model.tokenizer, dtype or torch.float32)
+            to_int8(model.lm, dtype or torch.float32)
+            model.int8 = True
+        if offload:
+            model.offload(device)
+        else:
+            model.tokenizer.to(device)
+            model.lm.to(device)
         if (folder / "README.md").is_file():
             model.card = (folder / "README.md").read_text(encoding="utf-8")
         return model
 
+    def offload(self, device: str) -> None:
+        """Have the parts of a model on the CPU take turns on a device; key frames are then written before any clip."""
+        from dicode.memory import offload
+
+        offload(self.tokenizer, self.lm, torch.device(device))
+        self.offloads = True
+
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a checkpoint folder (weights and `config.json`, without a model card)."""
+        """Write a checkpoint folder (weights and `config.json`, without a model card).
+
+        Raises `ValueError` for a model loaded with `int8`.
+        """
+        if self.int8:
+            raise ValueError("int8: load the model without it, and save it with dtype=torch.int8")
         sections = {
             "tokenizer": self.tokenizer.save_pretrained(folder, dtype),
             "lm": self.lm.save_pretrained(folder, dtype),
@@ -205,7 +242,7 @@ class DiCoDe:
                     yield tokens
 
         written(0, given.key_frames, sum(counts))  # generates nothing yet: it checks the whole length
-        return shots()
+        return at_first(shots) if self.offloads else shots()
 
     def render(
         self,
@@ -234,6 +271,11 @@ class DiCoDe:
         tokens = self.tokenizer.encode(torch.from_numpy(np.ascontiguousarray(frames))[None])
         clips = self.tokenizer.decode(tokens, seed=seed, sampling=self.sampling.changed(**options))
         return (clip[0].numpy() for clip in trimmed(clips, len(frames)))
+
+
+def at_first(shots: Callable[[], Iterator[KeyFrameTokens]]) -> Iterator[KeyFrameTokens]:
+    """All key frames, written when the first one is asked for: a language model is moved once, not for every clip."""
+    yield from list(shots())
 
 
 def key_places(frames: int, spacing: int) -> list[int]:

@@ -36,10 +36,11 @@ PROMPT = "a swirling ice vortex"
 FLAGS = {
     "": "--help",
     "generate": "--context-key-frames --continue-from --dead-band --decoder-guidance --decoder-temperature "
-    "--device --dtype --eta --first-variance-scale --flow-steps --guidance --guidance-rescale --help --image "
-    "--joins --last-image --loop --lossless --model --motion-scale --motion-tokens --output --preview --prompts "
-    "--reroll-clips --reroll-from --reroll-seed --revision --sample "
-    "--scale --seconds --seed --sheet --steps --storyboard --stream --temperature --timings --variance-scale",
+    "--device --dtype --eta --first-variance-scale --flow-steps --guidance --guidance-rescale --help --image --int8 "
+    "--joins --last-image --loop --lossless --model --motion-scale --motion-tokens --offload --output --preview "
+    "--prompts --reroll-clips --reroll-from --reroll-seed --revision --sample "
+    "--scale --seconds --seed --sheet --steps --storyboard --stream --temperature --timings --vae-tiling "
+    "--variance-scale",
     "tokenize": "--device --help --model --output --revision",
     "reconstruct": "--dead-band --decoder-guidance --decoder-temperature "
     "--device --dtype --eta --guidance-rescale --help --joins --model --motion-scale --motion-tokens "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -15,11 +16,21 @@ from test_wan import given
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from dicode.cli.app import main
 from dicode.config import CheckpointError
 from dicode.convert.wan import convert_wan
+from dicode.tokenizer.library import resized
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": 8}
@@ -152,3 +163,84 @@ def test_the_null_prompt_may_come_from_a_file(tmp_path: Path) -> None:
     save_file({"null": rows[:77]}, tmp_path / "short.safetensors")
     with pytest.raises(CheckpointError, match="512 x 8"):
         convert_wan(source, tmp_path / "no", size=32, clip_frames=17, null_text=tmp_path / "short.safetensors")
+
+
+TOWER = {
+    "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 30,
+    "patch_size": 8,
+}  # fmt: skip
+
+
+def write_siglip(folder: Path) -> SiglipModel:
+    """A model of random weights with both towers, whose picture is no whole number of patches, as so400m's is not."""
+    torch.manual_seed(1)
+    text = {**TOWER, "vocab_size": 12, "max_position_embeddings": 4, "projection_size": 16}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config={**TOWER, "intermediate_size": 40})).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def converted(source: Path, output: Path, tower: Path) -> VideoTokenizer:
+    flags = ["-o", output, "--size", "32", "--clip-frames", "17", "--dtype", "float32", "--image-encoder", tower]
+    assert main(["convert", "wan", *map(str, [source, *flags])]) == 0
+    return VideoTokenizer.from_pretrained(output)
+
+
+@torch.no_grad()
+def test_a_siglip_tower_gives_the_features_of_its_own_library(tmp_path: Path) -> None:
+    theirs = write_siglip(tmp_path / "siglip")
+    made = converted(write_wan(tmp_path / "wan"), tmp_path / "out", tmp_path / "siglip")
+    assert made.config.resampler is not None
+    encoder = made.config.resampler.encoder
+    assert (encoder.kind, encoder.heads, encoder.feed_forward, encoder.size) == ("siglip", 4, 40, 30)
+    y, x, phases = np.arange(32)[:, None, None], np.arange(32)[None, :, None], np.arange(3)
+    frame = (128 + 90 * np.sin(0.7 * x + phases) * np.cos(0.5 * y)).round().astype(np.uint8)
+    processor = SiglipImageProcessor(size={"height": 30, "width": 30})
+    pixels = torch.as_tensor(np.array(processor(frame)["pixel_values"][0]))[None]
+    expected = theirs.vision_model(pixels).last_hidden_state
+    read: list[torch.Tensor] = []
+    made.encoder.tower.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    own = made.encoder(made._pixels_of(torch.from_numpy(frame)[None, None]))
+    assert own.shape == expected.shape == (1, 9, 16)
+    assert (own - expected).norm() < 0.02 * expected.norm()
+    other = resized(made._pixels_of(torch.from_numpy(frame)[None, None]), 30)
+    errors = [(scaled - pixels).abs().max().item() * 127.5 for scaled in (read[0], other)]
+    assert errors[0] < 1.1 and errors[1] > 3, errors  # grey levels, to which the processor rounds twice
+    torch.testing.assert_close(made.encoder.tower(pixels).last_hidden_state, expected)
+    tokens = made.encode(torch.from_numpy(frame).expand(1, 17, -1, -1, -1))
+    assert tokens.shape == (1, 2, 16, 1024) and tokens.isfinite().all()
+    assert not any(p.requires_grad for p in made.encoder.parameters())
+    assert "pools the image encoder" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_tower_that_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
+    source = write_wan(tmp_path / "wan")
+    write_siglip(tmp_path / "siglip")
+    (tmp_path / "siglip/config.json").unlink()
+    torch.manual_seed(2)
+    CLIPVisionModel(CLIPVisionConfig(**{**TOWER, "image_size": 32})).save_pretrained(tmp_path / "quick")
+    for tower, said in (("siglip", "config.json"), ("quick", "quick_gelu")):
+        with pytest.raises(CheckpointError, match=said):
+            convert_wan(source, tmp_path / "out", image_encoder=tmp_path / tower, size=32, clip_frames=17)
+
+
+@torch.no_grad()
+def test_a_clip_tower_has_the_heads_that_its_folder_says(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    theirs = CLIPVisionModel(CLIPVisionConfig(**{**TOWER, "image_size": 32, "hidden_act": "gelu"})).eval()
+    theirs.save_pretrained(tmp_path / "clip")
+    made = converted(write_wan(tmp_path / "wan"), tmp_path / "out", tmp_path / "clip")
+    pixels = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(made.encoder.tower(pixels).last_hidden_state, theirs(pixels).last_hidden_state)
+
+
+def test_frames_need_not_be_square_with_an_image_encoder(tmp_path: Path) -> None:
+    source = write_wan(tmp_path / "wan")
+    write_siglip(tmp_path / "siglip")
+    shape: dict[str, Any] = {"size": 32, "frame_width": 48, "clip_frames": 17}
+    convert_wan(source, tmp_path / "out", image_encoder=tmp_path / "siglip", **shape)
+    made = VideoTokenizer.from_pretrained(tmp_path / "out")
+    assert made.config.frame_shape == (32, 48) and made.config.latent_shape == (8, 12)
+    with pytest.raises(ValueError, match="frame_width"):
+        convert_wan(source, tmp_path / "no", **shape)
+    assert not (tmp_path / "no").exists()

@@ -145,7 +145,7 @@ def test_a_trained_one_is_saved_with_its_kind_and_renders_in_one_step(root: Path
 
 def test_what_a_flow_map_cannot_be_is_an_error(root: Path) -> None:
     run = map_run(root, False)
-    with pytest.raises(ValueError, match="flow_map: expected 'hourglass' and 'flow'"):
+    with pytest.raises(ValueError, match="flow_map: expected 'hourglass' or 'wan', and 'flow'"):
         build_denoiser(dataclasses.replace(run.model, objective="epsilon"))
     with pytest.raises(ValueError, match="fused_guidance: for a flow map"):
         stage_of(dataclasses.replace(runs(root)["denoiser"], fused_guidance=2.0))

@@ -17,9 +17,11 @@ from dicode.cli.app import main
 from dicode.pipeline import DiCoDe
 from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, SamplingConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import shifted
+from dicode.tokenizer.presets import TOKENIZERS
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.tokenizer.wan import IMAGE_PATH, TEXT_ROWS, Wan, begin_image_path
 from dicode.train.first_stage import FirstStageTraining
+from dicode.train.flow_map import drawn_times, flow_map_loss
 from dicode.train.runs import FirstStageRun, LanguageRun, LoRAConfig, TokenizerRun
 from dicode.train.stages import run_recipe
 from dicode.train.tokenizer import TokenizerTraining
@@ -118,9 +120,40 @@ def test_clips_meet_in_the_frame_that_they_share() -> None:
         next(model.decode(tokens, sampling=model.config.sampling.changed(joins="parallel")))
 
 
+def test_a_model_renders_other_frames_once_its_configuration_says_so(tmp_path: Path) -> None:
+    prior, tokens = tokenizer(), torch.randn(1, 2, 4, 6)
+    section = prior.save_pretrained(tmp_path)
+    write_config(tmp_path, {"tokenizer": {**section, "size": 40, "frame_width": 64}})
+    (clip,) = VideoTokenizer.from_pretrained(tmp_path).decode(tokens)
+    assert clip.shape == (1, 17, 40, 64, 3)
+
+
+def test_frames_need_not_be_square() -> None:
+    model = tokenizer(frame_width=48, null_tokens="grey_image", sampling=SamplingConfig(steps=2, decoder_guidance=2.0))
+    tokens = torch.randn(1, 3, 4, 6)
+    frames = torch.cat(list(model.decode(tokens, seed=1)), dim=1)
+    assert frames.shape == (1, 33, 32, 48, 3)
+    assert model.encode(frames).shape == tokens.shape
+    more = torch.cat(list(model.decode(tokens, seed=2, before=frames)), dim=1)
+    assert more.shape == frames.shape and not torch.equal(more, frames)
+    with pytest.raises(ValueError, match=r"\(32, 48, 3\), got \(32, 32, 3\)"):
+        model.encode(frames[:, :, :, :32])
+
+
+def test_a_cache_of_other_frames_is_refused(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache")
+    prior = tokenizer(frame_width=48)
+    write_config(tmp_path / "prior", {"tokenizer": prior.save_pretrained(tmp_path / "prior")})
+    run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=prior.config, loop=loop(1))
+    with pytest.raises(ValueError, match=r"32x48.*holds 32x32"):
+        TokenizerTraining(run)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"frame_width": 36}, "even number of latents"),
+        ({"frame_width": 48, "resampler": None}, "frame_width"),
         ({"clip_frames": 16}, "clip_frames"),
         ({"clip_frames": 17, "tail_frame": 17}, "clip_frames"),
         ({"denoiser": dataclasses.replace(CONFIG.denoiser, text_tokens=77)}, "text_tokens"),
@@ -135,6 +168,75 @@ def test_what_it_cannot_be_is_refused(changes: dict[str, Any], said: str) -> Non
 def test_its_autoencoder_is_not_trained_here() -> None:
     with pytest.raises(ValueError, match="dicode convert wan"):
         FirstStageTraining(FirstStageRun(model=FIRST_STAGE))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context_frames", [0, 1])
+def test_a_flow_map_begins_as_its_denoiser_and_reads_where_a_jump_ends(tmp_path: Path, context_frames: int) -> None:
+    plain = dataclasses.replace(CONFIG.denoiser, context_frames=context_frames)
+    before = tokenizer(denoiser=plain)
+    write_config(tmp_path / "prior", {"tokenizer": before.save_pretrained(tmp_path / "prior")})
+    own = dataclasses.replace(CONFIG, denoiser=dataclasses.replace(plain, flow_map=True))
+    write_cache(tmp_path / "cache")
+    run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=own, loop=loop(1), trains="denoiser")
+    now = TokenizerTraining(run).module.eval()
+    noisy, t, condition = torch.randn(2, 5, 5, 8, 8), torch.tensor([500.0, 20.0]), given()
+    expected = before.velocity(condition, noisy, t, t)
+    same = now.velocity(condition, noisy, t, t)
+    torch.testing.assert_close(same, expected, rtol=0, atol=1e-6)
+    jumping = now.velocity(condition, noisy, t, t / 2)
+    assert (jumping - same).abs().amax((1, 2, 3, 4)).min() > 1e-5
+
+
+def test_a_given_first_latent_of_a_flow_map_has_no_loss(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache")
+    prior = tokenizer()
+    write_config(tmp_path / "prior", {"tokenizer": prior.save_pretrained(tmp_path / "prior")})
+    own = dataclasses.replace(CONFIG, denoiser=dataclasses.replace(CONFIG.denoiser, flow_map=True))
+    run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=own, loop=loop(1), fused_guidance=2.0)
+    stage = TokenizerTraining(run)
+    clips, noise = torch.randn(2, 2, 5, 5, 8, 8, generator=torch.Generator().manual_seed(3))
+    everything = given(context_mask=torch.ones(2))
+    losses = []
+    for moved in (0.0, 5.0):  # of the first latents' noise alone, which nothing reads where they are given
+        moving = noise.clone()
+        moving[:, 0] += moved
+        losses.append(stage.jumping_loss(clips, moving, everything, torch.Generator().manual_seed(0)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    free = given(context_mask=torch.zeros(2))
+    moved_loss = stage.jumping_loss(clips, moving, free, torch.Generator().manual_seed(0)).item()
+    assert moved_loss > 1.5 * stage.jumping_loss(clips, noise, free, torch.Generator().manual_seed(0)).item()
+
+
+def test_a_flow_map_learns_to_jump_between_gaussians() -> None:
+    """In one step, where a step along the velocity alone would end on the mean: an error of the deviation squared."""
+    torch.manual_seed(0)
+    mean, deviation, channels = 1.5, 0.4, 2
+    stage = dataclasses.replace(FIRST_STAGE, latent_channels=channels)
+    denoiser = dataclasses.replace(CONFIG.denoiser, context_frames=0, flow_map=True, width=32, time_shift=1.0)
+    model = Wan(dataclasses.replace(CONFIG, size=8, first_stage=stage, denoiser=denoiser))
+    tokens = dataclasses.replace(given(), tokens=torch.zeros(1, 2, 4, 6))
+    generator, steps = torch.Generator().manual_seed(0), 400
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def u(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        same = dataclasses.replace(tokens, tokens=tokens.tokens.expand(len(x), -1, -1, -1))
+        return model(x, 1000 * t, same, 1000 * r)
+
+    for _ in range(steps):
+        clips, noise = torch.randn(2, 32, 1, channels, 2, 2, generator=generator)
+        t, r = drawn_times(32, generator)
+        loss, _ = flow_map_loss(u, lambda x, t, r: torch.zeros_like(x), mean + deviation * clips, noise, t, r)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    noise = torch.randn(256, 1, channels, 2, 2, generator=generator)
+    with torch.no_grad():
+        found = noise - u(noise, torch.ones(256), torch.zeros(256))
+    error = (found - mean - deviation * noise).square().mean().item()
+    assert error < 0.5 * deviation**2, error
 
 
 def test_times_move_towards_noise_and_keep_their_ends() -> None:
@@ -157,6 +259,17 @@ def test_the_library_still_counts_what_it_did() -> None:
         AutoencoderKLWan()
     added = {name: t.numel() for name, t in model.named_parameters() if any(part in name for part in IMAGE_PATH)}
     assert len(added) == 159 and sum(added.values()) == pytest.approx(144.4e6, rel=1e-3)
+
+
+def test_presets_of_wan_have_the_published_towers_and_frames() -> None:
+    with torch.device("meta"):
+        siglip, wide = (VideoTokenizer(TOKENIZERS[name]) for name in ("wan_siglip", "wan_480p"))
+        pixels = torch.empty(1, 3, 256, 256)
+        assert siglip.encoder(pixels).shape == (1, 729, 1152)
+        assert siglip.tokens_of(siglip.source_of(pixels)).shape == (1, 16, 1024)
+    assert wide.config.latent_shape == (60, 104)
+    tower = sum(p.numel() for p in siglip.encoder.parameters())
+    assert tower == pytest.approx(412.4e6, rel=0.01)  # so400m without the head that pools
 
 
 def test_it_is_trained_resumed_and_writes_videos_that_go_on(tmp_path: Path) -> None:

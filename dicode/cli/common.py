@@ -69,9 +69,19 @@ class RenderFlags:
     motion_tokens: Whole | None = None  # most motion tokens of a clip to write and to render from; default: all
 
 
+@dataclass(frozen=True)
+class MemoryFlags:
+    """Less memory on the device."""
+
+    offload: bool = False  # keep first stage, image encoder, denoiser and language model on the CPU until they compute
+    vae_tiling: bool = False  # encode and decode frames above 256 pixels a side in tiles, for a first stage of Wan
+    int8: bool = False  # keep matrices of denoiser, image encoder and language model 8-bit; they compute in --dtype
+
+
 Write = Annotated[WriteFlags, arg(name="")]
 Render = Annotated[RenderFlags, arg(name="")]
-WRITE, RENDER = WriteFlags(), RenderFlags()  # nothing given
+Memory = Annotated[MemoryFlags, arg(name="")]
+WRITE, RENDER, MEMORY = WriteFlags(), RenderFlags(), MemoryFlags()  # nothing given
 
 
 def sampling_flags(write: WriteFlags, render: RenderFlags) -> dict[str, Any]:
@@ -88,7 +98,8 @@ def load_model(command: Any) -> tuple[Any, Path]:
     from dicode.pipeline import DiCoDe
 
     folder, device = resolve(command.model, getattr(command, "revision", None)), str(pick_device(command.device))
-    return DiCoDe.from_pretrained(folder, device=device, dtype=getattr(torch, command.dtype)), folder
+    flags = asdict(getattr(command, "memory", MEMORY))
+    return DiCoDe.from_pretrained(folder, device, dtype=getattr(torch, command.dtype), **flags), folder
 
 
 def named(output: str) -> str:

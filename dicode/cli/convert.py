@@ -65,13 +65,13 @@ class Wan:
     output: common.OutputFolder
     null_text: Path | None = None  # safetensors file of the null prompt's 512 rows, in place of the text encoder
     text_encoder: Path | None = None  # folder of UMT5 and its tokenizer; default: those of FOLDER
-    clip: Annotated[
-        Path | None, arg(help="vision tower that deep tokens come from; default: latents of key frames")
+    image_encoder: Annotated[
+        Path | None,
+        arg(help="tower of CLIP or SigLIP, file or folder, that deep tokens come from; default: latents of key frames"),
     ] = None
-    size: Side = 256  # side of videos in pixels
-    clip_frames: Annotated[int, Range(5, 257)] = (
-        33  # frames of a clip of two seconds, both key frames among them: 4 n + 1
-    )
+    size: Side = 256  # side of videos in pixels; their height with --frame-width
+    frame_width: Side | None = None  # width of videos in pixels, where they are not square; needs an image encoder
+    clip_frames: Annotated[int, Range(5, 257)] = 33  # frames of a clip of two seconds, with both key frames: 4 n + 1
     dtype: common.StoredDtype = "float16"
 
 
@@ -108,7 +108,7 @@ def wan(command: Wan, watch: Stopwatch) -> None:
     """Writes a checkpoint folder."""
     from dicode.convert.wan import convert_wan
 
-    names = ("null_text", "text_encoder", "clip", "size", "clip_frames")
+    names = ("null_text", "text_encoder", "image_encoder", "size", "frame_width", "clip_frames")
     named: dict[str, Any] = {name: getattr(command, name) for name in names}
     _run(partial(convert_wan, command.folder, command.output, **named), command, watch)
 

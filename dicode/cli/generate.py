@@ -54,6 +54,7 @@ class Generate:
     sheet: Path | None = None  # image file for a contact sheet, one row a clip
     device: common.Device = "auto"
     dtype: common.WeightsDtype = "float32"
+    memory: common.Memory = common.MEMORY
     timings: bool = False  # also print the times of every clip, and the peak memory
 
 
@@ -229,7 +230,7 @@ def _shared(
     if files:
         from dicode.video.read import read_video
 
-        frames = {name: read_video(path, config.fps, config.size).frames for name, path in files.items()}
+        frames = {name: read_video(path, config.fps, config.frame_shape).frames for name, path in files.items()}
     stills = {name: frames[name][:1] if name in frames else None for name in ("image", "last_image")}
     seed: int | SeedPlan = command.seed
     request: dict[str, Any] = {name: printable(path.name) for name, path in files.items()}
@@ -237,6 +238,7 @@ def _shared(
         request["loop"] = True
     if command.dtype != "float32":
         request["dtype"] = command.dtype
+    request |= {name: True for name in ("vae_tiling", "int8") if getattr(command.memory, name)}
     if command.reroll_from is not None:
         other = command.seed + 1 if command.reroll_seed is None else command.reroll_seed
         seed = SeedPlan(command.seed, command.reroll_from, other, command.reroll_clips)

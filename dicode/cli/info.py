@@ -1,5 +1,6 @@
 """`dicode info`: parameters, FLOPs, memory and training plans, counted from configurations."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -74,7 +75,8 @@ def _sizes(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
 
     batch_size = command.batch_size or 1
     values: dict[str, Any] = {"batch_size": batch_size}
-    for part, config in _described(command).items():
+    described = _described(command)
+    for part, config in described.items():
         flops, needs = training_needs(config, batch_size, gpus)
         training = {f"{n} GPU{'s' * (n > 1)}": held for n, held in needs.items()}
         if isinstance(config, TokenizerConfig):
@@ -93,9 +95,25 @@ def _sizes(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
             read = {"weights and key/value cache": {"bfloat16": sizing["bytes_a_token"]}}
             _print_bytes("read for a deep token", read)
         _print_bytes(f"on a GPU to train it, batch of {batch_size}", _transposed(training))
+    if isinstance(tokenizer := described.get("tokenizer"), TokenizerConfig):
+        values["generation_bytes"] = flags = _generation(tokenizer, described.get("language model"))
+        title = (
+            "to generate with it, a video at a time" if len(described) > 1 else "to decode with it, a clip at a time"
+        )
+        _print_bytes(f"on a device {title}", flags)
     if "a_second_of_video" in values:
         _print_table("a second of video", values["a_second_of_video"], "{:,.1f}")
     return values
+
+
+def _generation(tokenizer: TokenizerConfig, lm: Any) -> dict[str, dict[str, int]]:
+    """Bytes on a device by flags of `dicode generate` and type of the weights."""
+    import torch
+
+    from dicode.sizing.generation import generation_bytes
+
+    columns = {name: generation_bytes(tokenizer, lm, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    return _transposed(columns)
 
 
 def _plans(command: Info, gpus: tuple[int, ...]) -> dict[str, Any]:
@@ -194,11 +212,11 @@ def _runs(command: Info) -> dict[str, Any]:
 
 def _rates(config: TokenizerConfig) -> dict[str, dict[str, float]]:
     """Tokens, numbers and bits of a second of video, as deep tokens, latents and pixels."""
-    latents = config.first_stage.latent_channels
+    latents, latents_s = config.first_stage.latent_channels, config.fps / config.first_stage.frames_a_latent
     counts = {  # tokens a second, numbers a token, bits a number
         "deep tokens (float32)": (config.block_tokens / config.clip_s, config.token_width, 32),
-        "latents (float32)": (config.fps * config.latent_size**2, latents, 32),
-        "pixels (uint8)": (config.fps * config.size**2, 3, 8),
+        "latents (float32)": (latents_s * math.prod(config.latent_shape), latents, 32),
+        "pixels (uint8)": (config.fps * math.prod(config.frame_shape), 3, 8),
     }
     return {
         name: {"tokens": tokens, "numbers": tokens * numbers, "bits": tokens * numbers * bits}
@@ -242,7 +260,8 @@ def _described(command: Info) -> Configs:
 def _summary(config: TokenizerConfig | DeepLMConfig) -> str:
     if isinstance(config, TokenizerConfig):
         clips = f"clips of {config.clip_frames} frames, a key frame every {config.clip_s:g} s"
-        return f"{config.size}×{config.size} pixels, {config.fps:g} fps, {clips}"
+        height, width = config.frame_shape
+        return f"{width}×{height} pixels, {config.fps:g} fps, {clips}"
     motion = f" + {config.motion_tokens}" if config.motion_tokens else ""
     count = f"{config.keyframe_limit} key frames of {config.tokens_per_keyframe}{motion}"
     tokens = f"{count} tokens × {config.token_width} numbers"

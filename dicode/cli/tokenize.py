@@ -138,7 +138,7 @@ def _encoded(tokenizer: Any, path: str, watch: Stopwatch) -> tuple[Any, Any, str
 
     config = tokenizer.config
     with watch.stage("encode"):
-        frames = read_video(path, config.fps, config.size, min_frames=2).frames
+        frames = read_video(path, config.fps, config.frame_shape, min_frames=2).frames
         return frames, tokenizer.encode(torch.from_numpy(frames)[None]).float(), printable(Path(path).name)
 
 

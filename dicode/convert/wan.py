@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dicode.checkpoint import read_tensors
 from dicode.config import CheckpointError, config_to_dict
-from dicode.convert.files import State
+from dicode.convert.files import State, read_weights, taken
 from dicode.convert.official import CLIP_HEAD_WIDTH, Report, fitted, read_clip, tower_sizes, write_model
 from dicode.files import read_json, sha256_of
 from dicode.tokenizer.config import (
@@ -31,17 +31,18 @@ from dicode.tokenizer.video_tokenizer import (
     VideoTokenizer,
     hash_of_tokens,
 )
-from dicode.tokenizer.wan import PATCH, TEXT_ROWS
+from dicode.tokenizer.wan import PATCH, TEXT_ROWS, WAVES
 
 CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 # what the adapter is built for; a folder that says otherwise is another model
 TRANSFORMER = {
-    "patch_size": [*PATCH], "image_dim": None, "added_kv_proj_dim": None, "cross_attn_norm": True, "freq_dim": 256,
+    "patch_size": [*PATCH], "image_dim": None, "added_kv_proj_dim": None, "cross_attn_norm": True, "freq_dim": WAVES,
     "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "pos_embed_seq_len": None,
 }  # fmt: skip
 VAE = {"attn_scales": [], "in_channels": 3, "out_channels": 3, "patch_size": None}
 VAE_22 = {"attn_scales": [], "in_channels": 12, "out_channels": 12, "patch_size": 2}
 TOKENS, TOKEN_WIDTH, CODE_WIDTH = 16, 1024, 64  # of a key frame; of features, and of latents
+CLASS_TOKEN = "embeddings.class_embedding"  # which CLIP has, and SigLIP has not
 TIME_SHIFT = {"wan": 3.0, "wan22": 5.0}  # as 2.1 samples 480 lines and fewer, and 2.2
 STEPS = 24
 
@@ -52,15 +53,17 @@ def convert_wan(
     *,
     null_text: Path | None = None,
     text_encoder: Path | None = None,
-    clip: Path | None = None,
+    image_encoder: Path | None = None,
     size: int = 256,
+    frame_width: int | None = None,
     clip_frames: int = 33,
     dtype: torch.dtype = torch.float32,
 ) -> Report:
     """Write the folder `output` from a folder with `model_index.json`, `transformer/` and `vae/`, sharded or not.
 
-    Deep tokens come from `clip`, a vision tower, by a resampler, or without one from the latents of key frames, by a
-    learned code; either has random weights, and so has what the transformer reads them by, which starts without effect.
+    Deep tokens come from `image_encoder`, a tower of CLIP or SigLIP, by a resampler, or without one from the latents of
+    key frames, by a learned code. Either has random weights, and so has what the transformer reads tokens by, which
+    starts without effect.
     `null_text` is a safetensors file of the null prompt's rows, `text_encoder` a folder of UMT5 and its tokenizer to
     compute them by (default: `text_encoder/` and `tokenizer/` of the folder). Raises `CheckpointError` for another
     model, for pickles, and where a tensor is missing, misshapen or unknown; nothing is written then.
@@ -69,13 +72,13 @@ def convert_wan(
     settings = checked(path / "transformer/config.json", TRANSFORMER)
     residual = read_json(path / "vae/config.json").get("is_residual", False)
     vae = checked(path / "vae/config.json", VAE_22 if residual else VAE)
-    config = configured(settings, vae, path, clip, size, clip_frames)
+    config = configured(settings, vae, path, image_encoder, (size, frame_width), clip_frames)
     report = Report()
     own, used = sharded(path / "transformer", report)
     autoencoder, more = sharded(path / "vae", report)
     parts = {f"denoiser.transformer.{name}": value for name, value in {**own, **image_path(own, config)}.items()}
     parts["denoiser.null_text"] = null_rows(path, null_text, text_encoder, config.denoiser.text_width)
-    parts |= token_parts(config, clip)
+    parts |= token_parts(config, image_encoder, report)
     stage = {f"autoencoder.{name}": value for name, value in autoencoder.items()}
     stage["latent_mean"] = torch.tensor(vae["latents_mean"])
     stage["latent_deviation"] = torch.tensor(vae["latents_std"])
@@ -85,7 +88,8 @@ def convert_wan(
     parts = fitted(parts, TokenizerParts(model), str(path / "transformer"))
     report.use("first stage", autoencoder)
     report.use("denoiser", own)
-    new = {name: value for name, value in parts.items() if name.removeprefix("denoiser.transformer.") not in own}
+    given = (*(f"denoiser.transformer.{name}" for name in own), "denoiser.null_text", "encoder.")
+    new = {name: value for name, value in parts.items() if not name.startswith(given)}
     report.use("new, to be trained", new)
     report.notes += [f"sha256 {digest}  {file}" for file, digest in sorted({**used, **more}.items())]
     sections = {"tokenizer": config_to_dict(config), "deep_tokens": hash_of_tokens(stage, parts)}
@@ -112,7 +116,12 @@ def checked(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def configured(
-    settings: Mapping[str, Any], vae: Mapping[str, Any], path: Path, clip: Path | None, size: int, clip_frames: int
+    settings: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    path: Path,
+    image_encoder: Path | None,
+    frame: tuple[int, int | None],
+    clip_frames: int,
 ) -> TokenizerConfig:
     """The tokenizer's configuration; the rate is such that a clip lasts two seconds."""
     if settings["in_channels"] != vae["z_dim"] or settings["out_channels"] != vae["z_dim"]:
@@ -139,10 +148,11 @@ def configured(
         time_shift=TIME_SHIFT[kind],
     )
     resampler = None
-    if clip is not None:
-        resampler = ResamplerConfig(encoder=encoder_of(clip))
+    if image_encoder is not None:
+        resampler = ResamplerConfig(encoder=encoder_of(image_encoder))
     return TokenizerConfig(
-        size=size,
+        size=frame[0],
+        frame_width=frame[1],
         fps=(clip_frames - 1) / 2,
         clip_frames=clip_frames,
         tail_frame=clip_frames - 1,
@@ -157,14 +167,40 @@ def configured(
     )
 
 
-def encoder_of(clip: Path) -> EncoderConfig:
-    """Sizes of a vision tower, by its weights."""
-    state = read_clip(clip)[0]
-    sizes = tower_sizes(state, "vision", "vision_model.")
-    patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-    side = round((len(state["vision_model.embeddings.position_embedding.weight"]) - 1) ** 0.5) * patch
-    width = sizes["hidden_size"]
-    return EncoderConfig(width, sizes["num_hidden_layers"], max(1, width // CLIP_HEAD_WIDTH["vision"]), side, patch)
+def read_tower(path: Path) -> State:
+    """An image tower of CLIP or SigLIP under its own names, from a file or folder of it alone or of both towers."""
+    state = read_weights(path)
+    if CLASS_TOKEN in state or "embeddings.patch_embedding.bias" in state:  # saved alone, by transformers from 5.0 on
+        return {name: value for name, value in state.items() if not name.endswith(".position_ids")}
+    if not (tower := taken(read_clip(path)[0], "vision_model.")):
+        raise CheckpointError(f"{path}: expected an image tower of CLIP or SigLIP, got tensors such as {min(state)}")
+    return tower
+
+
+def encoder_of(path: Path) -> EncoderConfig:
+    """Sizes of an image tower, by its weights, and by the `config.json` of its folder.
+
+    Raises `CheckpointError` for a tower of SigLIP without one, which alone has the number of heads, and for a CLIP that
+    does not compute as ViT-H/14 of OpenCLIP.
+    """
+    state = read_tower(path)
+    file = path / "config.json"
+    said = read_json(file) if file.is_file() else {}
+    said = said.get("vision_config", said)
+    sizes = tower_sizes(state, "vision", "")
+    width, depth, between = (sizes[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+    patch = state["embeddings.patch_embedding.weight"].shape[-1]
+    places = len(state["embeddings.position_embedding.weight"])
+    if CLASS_TOKEN in state:
+        heads = said.get("num_attention_heads", max(1, width // CLIP_HEAD_WIDTH["vision"]))
+        if (used := said.get("hidden_act", "gelu")) != "gelu" or between != 4 * width:
+            raise CheckpointError(f"{path}: {used!r}, {between} numbers between layers: expected 'gelu', {4 * width}")
+        return EncoderConfig(width, depth, heads, round((places - 1) ** 0.5) * patch, patch)
+    if "num_attention_heads" not in said:
+        raise CheckpointError(f"{path}: a tower of SigLIP: name the folder, with config.json and model.safetensors")
+    # 384 pixels of so400m are 27.4 patches: the rest of a row is not read
+    size = said.get("image_size", round(places**0.5) * patch)
+    return EncoderConfig(width, depth, said["num_attention_heads"], size, patch, "siglip", between)
 
 
 def sharded(folder: Path, report: Report) -> tuple[State, dict[str, str]]:
@@ -195,22 +231,25 @@ def image_path(state: State, config: TokenizerConfig) -> State:
     for number in range(config.denoiser.depth):
         own = f"blocks.{number}.attn2."
         for kind in ("weight", "bias"):
-            added[f"{own}add_k_proj.{kind}"] = state[f"{own}to_k.{kind}"].clone()
-            added[f"{own}add_v_proj.{kind}"] = torch.zeros_like(state[f"{own}to_v.{kind}"])
-        added[f"{own}norm_added_k.weight"] = state[f"{own}norm_k.weight"].clone()
+            added[f"{own}add_k_proj.{kind}"] = state[f"{own}to_k.{kind}"]
+            added[f"{own}add_v_proj.{kind}"] = torch.zeros(()).expand(state[f"{own}to_v.{kind}"].shape)  # no memory
+        added[f"{own}norm_added_k.weight"] = state[f"{own}norm_k.weight"]
     return added
 
 
-def token_parts(config: TokenizerConfig, clip: Path | None) -> State:
-    """What computes deep tokens: a vision tower and a resampler, or a code of latents."""
+def token_parts(config: TokenizerConfig, image_encoder: Path | None, report: Report) -> State:
+    """What computes deep tokens: an image tower and a resampler, or a code of latents."""
     torch.manual_seed(0)
-    if clip is None:
+    if image_encoder is None:
         return {f"learned_code.{name}": value for name, value in LearnedCode(config).state_dict().items()}
     assert config.resampler is not None
     module = Resampler(config.resampler, config.tokens_per_keyframe, config.token_width)
     parts = {f"resampler.{name}": value for name, value in module.state_dict().items()}
-    tower = {name: t for name, t in read_clip(clip)[0].items() if name.startswith("vision_model.")}
-    return parts | {f"encoder.tower.{name.removeprefix('vision_model.')}": t for name, t in tower.items()}
+    tower = read_tower(image_encoder)
+    if config.resampler.encoder.kind == "siglip":
+        report.leave("pools the image encoder's features, which are read one by one", [*taken(tower, "head.")])
+    report.use("image encoder", tower)
+    return parts | {f"encoder.tower.{name}": t for name, t in tower.items()}
 
 
 def null_rows(path: Path, file: Path | None, text_encoder: Path | None, width: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Clips decoded from their own tokens, against the real ones and against baselines."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,4 +116,9 @@ def token_rate(config: TokenizerConfig) -> dict[str, float]:
     tokens = config.block_tokens / config.clip_s
     floats = tokens * config.token_width
     bits = 16 * floats
-    return {"tokens": tokens, "floats": floats, "bits": bits, "compression": config.size**2 * 3 * 8 * config.fps / bits}
+    return {
+        "tokens": tokens,
+        "floats": floats,
+        "bits": bits,
+        "compression": math.prod(config.frame_shape) * 3 * 8 * config.fps / bits,
+    }

@@ -181,7 +181,7 @@ def given_of(model: DiCoDe, request: VideoRequest, job_folder: Path) -> Given:
 def frames_of(path: Path, config: TokenizerConfig, name: str, **options: Any) -> Video:
     """A client's file at the model's size and rate. Raises `RequestError` that names its field, not the file."""
     try:
-        return read_video(path, config.fps, config.size, **options).frames
+        return read_video(path, config.fps, config.frame_shape, **options).frames
     except VideoReadError as error:
         reason = str(error).removeprefix(f"{path}: ").replace(str(path), "the file")
         raise RequestError(f"{name}: {reason}", name) from error

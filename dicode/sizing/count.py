@@ -33,11 +33,10 @@ def size_tokenizer(config: TokenizerConfig) -> dict[str, dict[str, int]]:
     guided = 1 if config.sampling.decoder_guidance == 1.0 else 2  # with guidance a clip is denoised twice, as a batch
     with torch.device("meta"):
         used = VideoTokenizer(config).eval().requires_grad_(False)
-        key_frame = torch.empty(1, 3, config.size, config.size)
+        key_frame = torch.empty(1, 3, *config.frame_shape)
         pair = torch.empty(1, 2, config.block_tokens, config.token_width)
-        side = config.latent_size
-        clip = torch.empty(1, config.latent_frames, config.first_stage.latent_channels, side, side)
-        frames = torch.empty(config.clip_span, 3, config.size, config.size)
+        clip = torch.empty(1, config.latent_frames, config.first_stage.latent_channels, *config.latent_shape)
+        frames = torch.empty(config.clip_span, 3, *config.frame_shape)
         encode = cost(lambda: used.tokens_of(used.source_of(key_frame)))
         pairs, clips = pair.expand(guided, -1, -1, -1), clip.expand(guided, -1, -1, -1, -1)
         motion = cost(lambda: used.motion_of(used.first_stage.encode(frames)[None])) if config.motion else None

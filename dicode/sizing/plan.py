@@ -15,7 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dicode.device import Gpu
 from dicode.lm.config import DeepLMConfig
 from dicode.lm.deep_lm import DeepTokenLM
-from dicode.sizing.count import MicroBatchCost, batch_flops, count_parameters, micro_batch_cost, weight_bytes
+from dicode.sizing.count import (
+    FusedAttention,
+    MicroBatchCost,
+    batch_flops,
+    count_parameters,
+    micro_batch_cost,
+    weight_bytes,
+)
 from dicode.tokenizer.config import TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.distributed import blocks_of, recompute_activations
@@ -24,7 +31,7 @@ from dicode.train.loop import Stage
 from dicode.train.lora import add_adapters, train_whole
 from dicode.train.optim import make_optimizers
 from dicode.train.runs import LanguageRun, LoopConfig, TokenizerRun
-from dicode.train.speed import FLOAT32
+from dicode.train.speed import FLOAT32, Meter
 from dicode.train.tokenizer import TokenizerTraining, freeze
 
 USABLE = 0.9  # of a GPU's memory: CUDA and its libraries take 1 to 2 GiB, an allocator's fragments the rest
@@ -46,15 +53,19 @@ class Planner:
         if (samples, recomputes) not in self.costs:
             with self.fake:
                 batch, bf16 = blank_batches(self.run, samples)[-1][1], self.loop.precision != "float32"
-                self.costs[samples, recomputes] = micro_batch_cost(self.stages[recomputes], batch, bf16)
+                cost = micro_batch_cost(self.stages[recomputes], batch, bf16)
+                encoded = encoding(self.stages[recomputes], self.run, samples, bf16)
+            cost = cost._replace(flops=cost.flops + encoded.flops, peak_bytes=max(cost.peak_bytes, encoded.peak_bytes))
+            self.costs[samples, recomputes] = cost
         return self.costs[samples, recomputes]
 
     def step_flops(self) -> float:
         """FLOPs of a step without recomputation: the mean over the kinds of batches that its stage draws."""
+        samples = self.loop.optim.batch_size // self.loop.micro_batches
         with self.fake:
-            batches = blank_batches(self.run, self.loop.optim.batch_size // self.loop.micro_batches)
+            batches, encoded = blank_batches(self.run, samples), encoding(self.stages[False], self.run, samples, False)
         flops = sum(share * batch_flops(self.stages[False], batch, self.fake) for share, batch in batches)
-        return self.loop.micro_batches * flops
+        return self.loop.micro_batches * (flops + encoded.flops)
 
     def plan(self, gpus: int, gpu: Gpu, mfu: float) -> dict[str, Any]:
         """The run on this many GPUs, with the micro-batches of its recipe.
@@ -193,14 +204,25 @@ def _clips(run: TokenizerRun, samples: int) -> dict[str, Tensor]:
     model = run.model
     whole = model.first_stage.frames_a_latent > 1  # context and tail key frame are among them
     frames = model.latent_frames if whole else model.denoiser.context_frames + model.clip_span
-    latents = model.first_stage.latent_channels, model.latent_size, model.latent_size
-    source = latents if model.resampler is None else (3, model.size, model.size)
+    latents = model.first_stage.latent_channels, *model.latent_shape
+    source = latents if model.resampler is None else (3, *model.frame_shape)
     return {
         "clips": torch.empty(samples, frames, *latents),
         "keys": torch.empty(2 * samples, *source),
         "has_context": torch.ones(samples, dtype=torch.bool),
         "frame_stride": torch.ones(samples),
     }
+
+
+def encoding(stage: Stage, run: TokenizerRun | LanguageRun, samples: int, bf16: bool) -> Meter:
+    """What it takes to encode a micro-batch's clips before its loss: nothing where their latents are cached."""
+    meter = Meter()
+    if isinstance(run, TokenizerRun) and run.model.first_stage.frames_a_latent > 1:
+        first_stage = cast(VideoTokenizer, stage.module).first_stage
+        pixels = torch.empty(samples, run.model.clip_frames, 3, *run.model.frame_shape)
+        with meter, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), FusedAttention():
+            first_stage.encode_clips(pixels)
+    return meter
 
 
 def _texts(run: LanguageRun, samples: int, key_frames: int) -> dict[str, Tensor]:

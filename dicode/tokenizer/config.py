@@ -57,13 +57,15 @@ class FirstStageConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A vision tower of CLIP, frozen; the defaults are those of the published ViT-H/14."""
+    """A vision tower of CLIP or SigLIP, frozen; the defaults are those of the published ViT-H/14."""
 
     width: Width = 1280
     depth: Depth = 32
     heads: Width = 16
     size: Side = 224  # of the image, in pixels
     patch: Side = 14
+    kind: Literal["clip", "siglip"] = "clip"
+    feed_forward: Width | None = None  # `siglip`: between the two layers of a block; None: four times its width
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class DenoiserConfig:
     kind: DenoiserName = "hourglass"
     context_frames: Annotated[int, Range(0, 256)] = 2
     predict_residual: bool = False  # predict the difference from the expected clip (`ResidualDenoiser`)
-    flow_map: bool = False  # `hourglass`: jumps to any earlier time, for few steps (dicode.train.flow_map)
+    flow_map: bool = False  # `hourglass`, `wan`: jumps to any earlier time, for few steps (dicode.train.flow_map)
     depth: Depth = 2  # transformer blocks; `unet3d`: residual layers a level
     heads: Width = 4  # of attention; `unet3d`: at its finest level
     width: Width = 224  # `hourglass`: of the transformer
@@ -166,7 +168,8 @@ class TokenizerConfig:
     that both key frames are the clip's own and the next clip begins with the same frame again (output once).
     """
 
-    size: Side = 64
+    size: Side = 64  # of frames in pixels; their height, where `frame_width` is given
+    frame_width: Side | None = None  # `wan` with a resampler: of frames that are not square; None: as `size`
     fps: UpTo1000 = 8.0
     clip_frames: Annotated[int, Range(2, 4096)] = 16
     tail_frame: Annotated[int, Range(1, 4096)] = 16  # where a clip's tail key frame lies: `clip_frames`, or one less
@@ -183,8 +186,19 @@ class TokenizerConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # the defaults of generation
 
     @property
+    def frame_shape(self) -> tuple[int, int]:
+        """Height and width of frames in pixels."""
+        return self.size, self.frame_width or self.size
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """Latent positions along the height and along the width."""
+        height, width = self.frame_shape
+        return height // self.first_stage.downsampling, width // self.first_stage.downsampling
+
+    @property
     def latent_size(self) -> int:
-        """Latent positions along a side."""
+        """Latent positions along a side of a square frame."""
         return self.size // self.first_stage.downsampling
 
     @property

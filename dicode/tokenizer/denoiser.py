@@ -104,10 +104,9 @@ def transformer(width: int, depth: int, heads: int) -> nn.TransformerEncoder:
 
 def build_denoiser(config: TokenizerConfig) -> nn.Module:
     """The denoiser of a tokenizer's configuration, with random weights."""
-    if config.denoiser.flow_map and (config.denoiser.kind, config.objective) != ("hourglass", "flow"):
-        raise ValueError(
-            f"flow_map: expected 'hourglass' and 'flow', got {config.denoiser.kind!r}, {config.objective!r}"
-        )
+    if config.denoiser.flow_map and (config.denoiser.kind == "unet3d" or config.objective != "flow"):
+        found = f"{config.denoiser.kind!r}, {config.objective!r}"
+        raise ValueError(f"flow_map: expected 'hourglass' or 'wan', and 'flow', got {found}")
     network = DENOISERS[config.denoiser.kind](config)
     return ResidualDenoiser(network, config.latent_frames) if config.denoiser.predict_residual else network
 

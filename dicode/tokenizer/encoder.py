@@ -103,6 +103,16 @@ class FirstStage(nn.Module):
             return self.autoencoder.decode(latents).sample.float()
         return self.autoencoder.decoder(latents).float()
 
+    def enable_tiling(self, side: int = 256) -> None:
+        """Encode and decode frames in tiles of so many pixels a side, which overlap by a quarter, a sample at a time.
+
+        Frames no larger are coded whole. Raises `ValueError` for an autoencoder without tiles.
+        """
+        if self.config.frames_a_latent == 1:
+            raise ValueError(f"vae_tiling: for the video autoencoders of Wan, this one is {self.config.kind!r}")
+        self.autoencoder.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+        self.autoencoder.enable_slicing()
+
     def freeze_encoder(self) -> None:
         """Leave gradients to what acts after the latents alone (see `DECODER`)."""
         for name, parameter in self.named_parameters():

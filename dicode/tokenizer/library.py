@@ -1,6 +1,7 @@
 """Networks of transformers and diffusers behind the tokenizer's interfaces; bundled models need none of them.
 
-`ClipEncoder` and `UNet3D` are the published tokenizer's (arXiv 2412.04446, section 3.1).
+`ClipEncoder` and `UNet3D` are the published tokenizer's (arXiv 2412.04446, section 3.1); `SiglipEncoder` is another
+image tower to compute deep tokens from.
 """
 
 import torch
@@ -12,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from dicode.shapes import ClipLatents, KeyFramePixels, PatchFeatures
 from dicode.tokenizer.config import EncoderConfig, FirstStageConfig, Objective, TokenizerConfig
@@ -79,6 +80,36 @@ class ClipEncoder(nn.Module):
         """Pixels −1…1 of any size → the tower's last hidden state, class token first (ViT-H/14: `b 257 1280`)."""
         normalised = ((resized(pixels, self.size) + 1) / 2 - self.mean) / self.deviation
         return self.tower(normalised).last_hidden_state
+
+
+class SiglipEncoder(nn.Module):
+    """A SigLIP image tower from transformers (Zhai et al. 2023, arXiv 2303.15343), without the head that pools."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.size = config.size
+        self.tower = SiglipVisionModel(
+            SiglipVisionConfig(
+                hidden_size=config.width,
+                intermediate_size=config.feed_forward or config.width * 4,
+                num_hidden_layers=config.depth,
+                num_attention_heads=config.heads,
+                image_size=config.size,
+                patch_size=config.patch,
+                vision_use_head=False,
+            )
+        )
+        self.requires_grad_(False)
+
+    def forward(self, pixels: KeyFramePixels) -> PatchFeatures:
+        """Pixels −1…1, as the tower takes them, of any size → its last hidden state (so400m at 384: `b 729 1152`)."""
+        scaled = functional.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+        return self.tower(scaled).last_hidden_state
+
+
+def image_encoder(config: EncoderConfig) -> ClipEncoder | SiglipEncoder:
+    """The image tower of a configuration, with random weights, frozen."""
+    return SiglipEncoder(config) if config.kind == "siglip" else ClipEncoder(config)
 
 
 def resized(pixels: KeyFramePixels, size: int) -> Float[Tensor, "b c size size"]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from dicode.tokenizer.config import (
     CodeConfig,
     DenoiserConfig,
+    EncoderConfig,
     FirstStageConfig,
     MotionConfig,
     ResamplerConfig,
@@ -57,6 +58,11 @@ TOKENIZERS["wan"] = TokenizerConfig(
     ),
     sampling=SamplingConfig(steps=24, decoder_guidance=3.0),
 )  # fmt: skip
+TOKENIZERS["wan_siglip"] = replace(  # the same with google/siglip-so400m-patch14-384
+    TOKENIZERS["wan"],
+    resampler=ResamplerConfig(encoder=EncoderConfig(1152, 27, 16, size=384, kind="siglip", feed_forward=4304)),
+)
+TOKENIZERS["wan_480p"] = replace(TOKENIZERS["wan"], size=480, frame_width=832)
 TOKENIZERS["paper_motion"] = replace(
     TOKENIZERS["paper_tokenizer_256"], motion=MotionConfig(tokens=16, width=1024, depth=4, heads=16)
 )

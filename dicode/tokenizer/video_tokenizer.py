@@ -70,6 +70,11 @@ class VideoTokenizer(nn.Module):
                 f"clip_frames: 'wan' codes {whole} n + 1 frames, both key frames among them, without motion tokens; "
                 f"got {config.clip_frames}, tail_frame {config.tail_frame}"
             )
+        if len({*config.frame_shape}) == 2 and (config.resampler is None or config.denoiser.kind != "wan"):
+            raise ValueError(
+                f"frame_width: expected {config.size}, got {config.frame_width}; only the denoiser 'wan' with a "
+                "resampler renders frames that are not square"
+            )
         if config.resampler is not None and config.code is not None:
             raise ValueError("code: expected none beside a resampler, which makes the tokens")
         self.config = config
@@ -82,9 +87,9 @@ class VideoTokenizer(nn.Module):
                 self.learned_code = LearnedCode(config)
             self.code.requires_grad_(False)
         else:
-            from dicode.tokenizer.library import ClipEncoder
+            from dicode.tokenizer.library import image_encoder
 
-            self.encoder = ClipEncoder(config.resampler.encoder)
+            self.encoder = image_encoder(config.resampler.encoder)
             self.resampler = Resampler(config.resampler, *tokens)
         if config.motion:
             if config.clip_frames % 2 or config.latent_size % 2:
@@ -167,7 +172,7 @@ class VideoTokenizer(nn.Module):
 
     def _pixels_of(self, frames: FrameStack) -> Tensor:
         """uint8 frames `b f h w c` → pixels `(b f) c h w`; raises `ValueError` for a size not the tokenizer's."""
-        expected = (self.config.size, self.config.size, 3)
+        expected = (*self.config.frame_shape, 3)
         if tuple(frames.shape[2:]) != expected:
             raise ValueError(f"expected frames of {expected}, got {tuple(frames.shape[2:])}; resize them first")
         return rearrange(frames, "b f h w c -> (b f) c h w").to(self.device).float() / 127.5 - 1
@@ -282,8 +287,7 @@ class VideoTokenizer(nn.Module):
     ) -> Sequence[ClipLatents]:
         """The latents of some clips, rendered as one batch of the denoiser; `before` is the context of every one."""
         config = self.config
-        side = config.latent_size
-        shape = (config.latent_frames, config.first_stage.latent_channels, side, side)
+        shape = (config.latent_frames, config.first_stage.latent_channels, *config.latent_shape)
         places = [
             (seed_of_clip(draws.seed, clip), i, clip)
             for clip, pair in zip(clips, pairs, strict=True)
@@ -369,15 +373,14 @@ class VideoTokenizer(nn.Module):
         """The latents of single key frames: a preview without diffusion. Zeros where tokens do not give them back."""
         if self.config.has_key_latents:
             return self.code.latents(tokens[:, : self.config.tokens_per_keyframe])
-        side = self.config.latent_size
-        return tokens.new_zeros(len(tokens), self.config.first_stage.latent_channels, side, side)
+        return tokens.new_zeros(len(tokens), self.config.first_stage.latent_channels, *self.config.latent_shape)
 
     def null_tokens(self) -> Float[Tensor, "1 n d"]:
         """In place of tokens that guidance drops: zeros, or the tokens of a mid-grey image, zeros in −1…1."""
-        config, size = self.config, self.config.size
+        config = self.config
         if config.null_tokens == "zeros":
             return torch.zeros(1, config.tokens_per_keyframe, config.token_width, device=self.device)
-        return self.tokens_of(self.source_of(torch.zeros(1, 3, size, size, device=self.device)))
+        return self.tokens_of(self.source_of(torch.zeros(1, 3, *config.frame_shape, device=self.device)))
 
     @property
     def code(self) -> LinearCode | LearnedCode:

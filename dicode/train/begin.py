@@ -52,9 +52,10 @@ def start_from(tokenizer: VideoTokenizer, run: TokenizerRun) -> None:
             load_weights(parts, folder / WEIGHTS)
             return
         state = widened(read_tensors(folder / WEIGHTS) | own, parts.state_dict())
-        if begins:
-            times = {name: t for name, t in state.items() if name.startswith(DENOISER) and ".time." in name}
-            state |= {name.replace(".time.", ".until."): t for name, t in times.items()}
+        if begins:  # ends of jumps are embedded as times are: by `time` beside `until`, or by what holds `until`
+            ends = [name for name in parts.state_dict() if name.startswith(DENOISER) and ".until." in name]
+            times = {name: name.replace(".until.", ".time.") for name in ends}
+            state |= {e: state[t] if t in state else state[e.replace(".until.", ".")] for e, t in times.items()}
         load_state(parts, state, str(folder / WEIGHTS))
         return
     if adapts:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dicode.shapes import ClipLatents
+from dicode.tokenizer.denoiser import shifted
 
 EPSILON = 0.02  # half the time between the two values of a difference; with 0.005 bfloat16 rounds half of it away
 SAME, TO_THE_END = 0.5, 0.25  # shares of samples whose r is t, and is 0; of the others it is drawn as t is
@@ -18,9 +19,9 @@ SAME, TO_THE_END = 0.5, 0.25  # shares of samples whose r is t, and is 0; of the
 Velocity = Callable[[ClipLatents, Tensor, Tensor], ClipLatents]  # of x, t and r, `b` each, 0…1
 
 
-def drawn_times(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """t ≥ r of each sample, logit-normal as the times of plain flow matching."""
-    one, other = torch.sigmoid(torch.randn(2, count, generator=generator))
+def drawn_times(count: int, generator: torch.Generator, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+    """t ≥ r of each sample, logit-normal and `shifted` as the times of plain flow matching."""
+    one, other = shifted(torch.sigmoid(torch.randn(2, count, generator=generator)), shift)
     kind = torch.rand(count, generator=generator)
     t, r = torch.maximum(one, other), torch.minimum(one, other)
     r = torch.where(kind < SAME + TO_THE_END, torch.zeros_like(r), r)
@@ -43,7 +44,7 @@ def flow_map_loss(
         target = v - (t - r).view(broad) * change
     errors = (u(x, t, r) - target).square().flatten(1).mean(1)
     same = t == r
-    plain = errors[same].mean() if same.any() else errors.mean()
-    jumps = errors[~same].mean() if (~same).any() else plain
-    scale = (plain / jumps.clamp_min(1e-8)).detach()
-    return torch.where(same, errors, scale * errors).mean(), plain.detach()
+    found = errors.detach()  # means without branches on their content, so that plans can count on tensors without any
+    plain = torch.where(same.any(), (found * same).sum() / same.sum(), found.mean())
+    jumps = torch.where(same.all(), plain, (found * ~same).sum() / (~same).sum())
+    return torch.where(same, errors, plain / jumps.clamp_min(1e-8) * errors).mean(), plain

@@ -89,6 +89,9 @@ class TokenizerTraining:
             train_whole(module, run.lora.whole)
         module.to(pick_device(run.loop.device))
         cache, self.cache, self.validation = splits(run.cache)
+        if self.whole and tuple(cache.frames.shape[1:3]) != run.model.frame_shape:  # else latents have the cache's size
+            found = f"{run.cache} holds {cache.frames.shape[1]}x{cache.frames.shape[2]}"
+            raise ValueError(f"size: the model's frames are {'x'.join(map(str, run.model.frame_shape))}, {found}")
         self.videos = self._lasting("training", self.cache)
         self.validated = self._lasting("validation", self.validation).spread(VALIDATION_CLIPS)
         if not self.whole:
@@ -293,12 +296,14 @@ class TokenizerTraining:
         shift = self.run.model.denoiser.time_shift
         noisy, timestep, target = noised(self.run.model.objective, clips, noise, generator, shift)
         predicted = self.module.denoiser(noisy, timestep, condition)
-        if self.whole and self.run.model.denoiser.context_frames:  # where the first latent is given, it has no loss
-            given = condition.context_mask[:, None, None, None].to(target)
-            target = torch.cat(
-                [torch.lerp(target[:, :1], predicted[:, :1], given[:, None]).detach(), target[:, 1:]], dim=1
-            )
-        return functional.mse_loss(predicted, target)
+        return functional.mse_loss(self.with_given(predicted, target, condition), target)
+
+    def with_given(self, predicted: Tensor, target: Tensor, condition: ClipConditioning) -> Tensor:
+        """A prediction with the target in place of a first latent that is given: it has no loss, and no gradient."""
+        if not (self.whole and self.run.model.denoiser.context_frames):
+            return predicted
+        given = condition.context_mask[:, None, None, None, None] == 1
+        return torch.cat([torch.where(given, target[:, :1], predicted[:, :1]), predicted[:, 1:]], dim=1)
 
     def jumping_loss(
         self, clips: Tensor, noise: Tensor, condition: ClipConditioning, generator: torch.Generator
@@ -309,7 +314,8 @@ class TokenizerTraining:
         """
 
         def u(x: Tensor, t: Tensor, r: Tensor, condition: ClipConditioning = condition) -> Tensor:
-            return self.module.velocity(condition, x, t * 1000, r * 1000)
+            velocity = (noise - clips).repeat(len(x) // len(clips), 1, 1, 1, 1)
+            return self.with_given(self.module.velocity(condition, x, t * 1000, r * 1000), velocity, condition)
 
         def guide(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             if self.run.fused_guidance == 1.0:
@@ -318,7 +324,7 @@ class TokenizerTraining:
             conditional, null = u(x.repeat(2, 1, 1, 1, 1), t.repeat(2), r.repeat(2), both).chunk(2)
             return (self.run.fused_guidance - 1) * (conditional - null) * condition.keys_mask[:, None, None, None, None]
 
-        t, r = (own.to(clips) for own in drawn_times(len(clips), generator))
+        t, r = (own.to(clips) for own in drawn_times(len(clips), generator, self.run.model.denoiser.time_shift))
         loss, plain = flow_map_loss(u, guide, clips, noise, t, r)
         return loss if self.module.training else plain
 
