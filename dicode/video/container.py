@@ -75,6 +75,22 @@ def container_comment(path: Path) -> str:
         return next((text for key, text in container.metadata.items() if key.lower() == "comment"), "")
 
 
+def container_header(path: Path) -> tuple[int, float] | None:
+    """Frames and seconds of a file whose header gives both, None for other kinds of files.
+
+    Raises `VideoReadError` for a file that is shorter than its header says.
+    """
+    with _opened(path) as container:
+        kind, stream = container.format.name, _video_stream(path, container)
+        if not any(name in kind for name in _SEEKABLE):
+            return None
+        if (declared := _declared_size(path, kind)) > (size := path.stat().st_size):
+            raise VideoReadError(f"{path}: breaks off: {size:,} of the {declared:,} bytes its header names; {ADVICE}")
+        length_s = _seconds(stream.duration, stream.time_base) or _declared_end_s(container, stream) or 0.0
+        count = stream.frames or round(length_s / _tick_s(stream))
+        return (count, length_s) if length_s > 0 and count > 0 else None
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[InputContainer]:
     """The file by its content: FFmpeg believes names such as a.png, and JPEGs in a row may be anything to it."""
