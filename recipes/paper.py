@@ -15,7 +15,8 @@ None of these runs has been made. Steps, batch sizes and learning rates are comm
 and results are unknown. The tokenizer uses v-prediction and a schedule of zero terminal SNR, as DynamiCrafter-512 does.
 DynamiCrafter-256 predicts epsilon: starting from it needs `--model.objective epsilon` and is refused without. Clips are
 sampled with frame strides of 1 to 6, as far as the cache has the frames: a cache at 24 fps allows 2 to 6, one at 8 fps
-only 6, at a third of the size. A run reads its cache from disk through memory maps: a frame takes 0.2 MB, its latents
+only 6, at a third of the size; archives that are decoded while it trains (`dicode data stream`, docs/data.md) have all
+the frames of their videos. A run reads its cache from disk through memory maps: a frame takes 0.2 MB, its latents
 16 kB, its deep tokens 33 kB.
 """
 

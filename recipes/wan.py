@@ -8,6 +8,11 @@
     dicode train recipes/wan.py:flow_map            # one of 80 GB, or several: clips in 1 to 4 steps without guidance
     dicode assemble runs/wan-flow_map/best runs/wan-gpt2/best -o wan
 
+The first two also train without a cache, on archives of videos of several shapes (docs/data.md):
+
+    dicode data stream TARS… -o cache/stream
+    dicode train recipes/wan.py:whole --cache cache/stream --stream.buckets 256 256 192 320 320 192
+
 None of these runs has been made: memory and days are computed (`dicode info recipes/wan.py:whole --gpu h100-80gb`).
 Clips are encoded while training, by the frozen autoencoder, so that no latents are kept.
 """

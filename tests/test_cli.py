@@ -64,6 +64,7 @@ FLAGS = {
     "data index": "--help --validation-by",
     "data cache": "--dedupe --device --encode --files-per-shard --help --loops --max-fps --output --ray --scenes "
     "--size --validation-by --workers",
+    "data stream": "--help --output --validation-by --workers",
     "data blocks": "--count --help --key-frames-only --output --ray --seed --shots --validation --within --workers",
     "data verify": "--help",
     "data encode": "--device --help --mirror --model",

@@ -12,9 +12,9 @@ from dicode.lm.deep_lm import DeepTokenLM
 from dicode.tokenizer.encoder import FirstStage
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.lm import LanguageRun
-from dicode.train.loop import sample_indices
 from dicode.train.lora import LoRAConfig, add_adapters
 from dicode.train.optim import COEFFICIENTS, Muon, OptimConfig, decayed, make_optimizers, orthogonalised
+from dicode.train.order import sample_indices
 from dicode.train.runs import FirstStageRun, load_run
 from dicode.train.tokenizer import TokenizerRun
 

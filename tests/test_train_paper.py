@@ -150,7 +150,7 @@ def test_a_clip_is_read_with_the_stride_drawn_and_the_network_is_given_it(root: 
     assert set(TokenizerTraining(run(root)).batch(torch.arange(4), generator_for(0))["frame_stride"].tolist()) == {6.0}
     fast = CachedVideo("", "48 frames a second", (), False, False, 0, 480, 10.0)
     stage = TokenizerTraining(run(root, frame_strides=(1, 6)))
-    assert {stage.stride_of(fast, generator_for(0, i)) for i in range(200)} == {1, 2, 3, 4, 5, 6}
+    assert {stage.places.stride_of(fast, generator_for(0, i)) for i in range(200)} == {1, 2, 3, 4, 5, 6}
     with pytest.raises(ValueError, match=r"frame_strides: expected two numbers from 1 on.*got \(3, 2\)"):
         TokenizerTraining(run(root, frame_strides=(3, 2)))
 

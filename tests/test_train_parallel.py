@@ -13,6 +13,7 @@ import numpy as np
 import parallel_recipes
 import pytest
 import torch
+from drawn_archives import write_archives
 from parallel_recipes import COMPARED, SHARED, recipe
 from parallel_recipes import NAMES as RECIPES
 from parallel_worker import STEPS, parallel_run
@@ -28,8 +29,8 @@ from dicode.train.stages import run_recipe, stage_of
 
 HERE = Path(__file__).parent
 NAMES = ["first_stage", "denoiser", "lm", "muon"]
-OF_TWO = ["fsdp:denoiser", "ddp:denoiser", "ddp:flow", "fsdp:first_stage", "fsdp:lm"]
-OF_FOUR = ["ddp:lm", "fsdp:denoiser", "fsdp:muon"]
+OF_TWO = ["fsdp:denoiser", "ddp:denoiser", "ddp:flow", "fsdp:first_stage", "fsdp:lm", "fsdp:streamed"]
+OF_FOUR = ["ddp:lm", "fsdp:denoiser", "fsdp:muon", "ddp:streamed"]
 TOGETHER = [f"{count}/{own.replace(':', '-')}" for count, those in ((2, OF_TWO), (4, OF_FOUR)) for own in those]
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -84,9 +85,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     write_cache(folder / "cache")
     write_models(folder)
+    write_archives(folder)
     for name in ("first_stage", "linear_code"):
         run_recipe(runs(folder)[name], folder / name, {})
-    for name in (*NAMES, "flow"):
+    for name in (*NAMES, "flow", "streamed"):
         run_recipe(parallel_run(folder, name, "ddp"), folder / "1" / f"ddp-{name}", {})
     launch(4, folder, folder / "4", "fsdp:denoiser:7", *OF_FOUR, forks=True)
     shutil.copytree(folder / "stopped", folder / "2")

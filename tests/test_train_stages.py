@@ -28,8 +28,9 @@ from dicode.train.augment import augmented_caption
 from dicode.train.chain import assemble, last_of
 from dicode.train.first_stage import FirstStageTraining
 from dicode.train.lm import LanguageTraining
-from dicode.train.loop import NonFiniteLossError, sample_indices, train
+from dicode.train.loop import NonFiniteLossError, train
 from dicode.train.optim import Muon, make_optimizers
+from dicode.train.order import sample_indices
 from dicode.train.runs import AugmentConfig, FirstStageRun, OptimConfig
 from dicode.train.stages import run_recipe, stage_of
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dicode.video.container import container_frames
 from dicode.video.read import VideoReadError, check_frames, native_frames, read_metadata, read_video
 
 GREYS = [20 + 30 * i for i in range(8)]  # frame i is told by its grey, which survives any codec within 3 levels
@@ -165,6 +166,8 @@ def test_oblong_pixels_are_shown_square(tmp_path):
         tmp_path / "dv.mov", grey_frames(2, 20, 18), "png", "rgb24", [0, 100], 200, aspect=Fraction(4, 3)
     )
     assert read_video(path).frames.shape == (2, 20, 24, 3)
+    frames = list(container_frames(path))  # the file is closed now
+    assert [frame.render().shape for frame in frames] == [(20, 24, 3)] * 2
 
 
 @pytest.mark.parametrize("name", ["a.mov", "a.webm", "a.gif", "a.webp", "a.apng", "a.png"])

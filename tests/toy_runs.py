@@ -16,7 +16,15 @@ from dicode.lm.config import BodyConfig, DeepLMConfig, HeadConfig
 from dicode.tokenizer.config import FirstStageConfig, TokenizerConfig
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.loop import train
-from dicode.train.runs import FirstStageRun, LanguageRun, LinearCodeRun, LoopConfig, OptimConfig, TokenizerRun
+from dicode.train.runs import (
+    FirstStageRun,
+    LanguageRun,
+    LinearCodeRun,
+    LoopConfig,
+    OptimConfig,
+    StreamConfig,
+    TokenizerRun,
+)
 from dicode.train.stages import run_recipe, stage_of
 
 SIZE = 32
@@ -92,6 +100,7 @@ def variants(root: Path) -> dict[str, Any]:
         "muon": dataclasses.replace(lm, loop=dataclasses.replace(lm.loop, optim=muon)),
         "flow": dataclasses.replace(lm, model=FLOW),
         "change": dataclasses.replace(denoiser, model=dataclasses.replace(denoiser.model, denoiser=change)),
+        "streamed": dataclasses.replace(denoiser, cache=str(root / "index"), stream=StreamConfig(workers=0)),
     }
 
 

@@ -23,7 +23,7 @@ from tyro.extras import SubcommandApp
 from dicode import __version__
 from dicode.cli.benchmark import Msrvtt, Ucf101, Vbench
 from dicode.cli.convert import Clip, Dynamicrafter, Official, Vae, Wan
-from dicode.cli.data import Blocks, Cache, Check, Encode, Export, Index, Sheet, Verify
+from dicode.cli.data import Blocks, Cache, Check, Encode, Export, Index, Sheet, Stream, Verify
 from dicode.cli.evaluate import Evaluate, Tune
 from dicode.cli.generate import Generate
 from dicode.cli.info import Info
@@ -49,7 +49,7 @@ GROUPED = {
     "benchmark": ("Measure a model on public benchmarks: UCF-101, MSR-VTT, VBench.", (Ucf101, Msrvtt, Vbench)),
     "data": (
         "Check, cache, encode, export or draw folders of clips.",
-        (Index, Cache, Blocks, Check, Verify, Encode, Export, Sheet),
+        (Index, Cache, Stream, Blocks, Check, Verify, Encode, Export, Sheet),
     ),
     "convert": ("Convert published weights into checkpoint folders.", (Official, Dynamicrafter, Clip, Vae, Wan)),
 }

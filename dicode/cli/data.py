@@ -1,4 +1,4 @@
-"""`dicode data …`: index, cache, blocks, verify, check, encode, export and sheet."""
+"""`dicode data …`: index, cache, stream, blocks, verify, check, encode, export and sheet."""
 
 import random
 import sys
@@ -53,6 +53,19 @@ class Cache:
     ray: str | None = None  # Ray cluster to spread the work over: an address, auto, or local for one started here
     encode: Annotated[str | None, arg(metavar="MODEL")] = None  # model for latents and deep tokens, as `data encode`
     device: common.Device = "auto"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Index the videos of tar archives, which a tokenizer's run then decodes while it trains, without a cache.
+
+    Headers and first frames are read; exits with the count of bad files. Archives may be URLs: s3://bucket/folder.
+    """
+
+    folders: common.Folders
+    output: common.Output  # folder of the index to write, such as cache/stream
+    validation_by: ValidationBy = None
+    workers: Annotated[int, Range(1, 1024)] = 1  # processes
 
 
 @dataclass(frozen=True)
@@ -194,6 +207,36 @@ def cache(command: Cache, watch: Stopwatch) -> int:
     print(table(clips, found, len(bad), copies))
     if command.encode is not None:
         encode(Encode(command.output, command.encode, command.device), watch)
+    return min(len(bad), MOST_COUNTED)
+
+
+def stream(command: Stream, watch: Stopwatch) -> int:
+    """Bad files are listed and left out; an index with nothing in it is an error."""
+    from dicode.data.archive_index import build_archive_index
+    from dicode.data.cache_folder import check_own
+    from dicode.data.columns import VALIDATION
+    from dicode.data.index import Clip, read_data, table
+    from dicode.data.records import merged
+    from dicode.files import place
+
+    output, validation_by = place(common.named(command.output)), _key_value(command.validation_by)
+    if not isinstance(output, Path):
+        raise ValueError(f"-o: expected a folder of this machine for an index, got {output}")
+    check_own(output)
+    common.check_folders(command.folders)
+    found = [read_data(folder) for folder in command.folders]
+    records = merged(record for each in found for record in each.records)
+    made, bad = build_archive_index(records, output, command.workers, validation_by)
+    for file in bad:
+        print(f"bad: {file.reason}", file=sys.stderr)
+    videos, (height, width) = made.columns, (made.columns.column(name) for name in ("height", "width"))
+    print(
+        f"{command.output}: {len(videos):,} clips ({len(videos.having(VALIDATION)):,} for validation) in "
+        f"{len(made.archives):,} archives; {len(bad)} bad files"
+    )
+    sizes = (f"{w}×{h}" for h, w in zip(height.tolist(), width.tolist(), strict=True))
+    clips = [Clip(v.count, v.period_s, v.captions, size) for v, size in zip(videos, sizes, strict=True)]
+    print(table(clips, found, len(bad)))
     return min(len(bad), MOST_COUNTED)
 
 

@@ -31,6 +31,7 @@ from dicode.files import Place, TextError, alone_with, fetched, place, put, put_
 from dicode.stopwatch import Progress
 
 FORMAT = 2
+ARCHIVES = "archives"  # the format of another index (`dicode.data.archive_index`), which holds no frames
 AGAIN = "make the cache again with the same `dicode data cache`, or copy it again"
 Bytes = Annotated[int, Range(1, MOST_INTEGER)]
 MOST_OPEN = 1024  # shards mapped at a time: Linux allows a process 65,530 maps, 10 million clips are 156,250 shards
@@ -276,6 +277,11 @@ def fault(folder: Place, shard: "Shard | VideosFile", hashes: bool) -> str:
         return _fault_of_tensors(path, read_tensors(local), shard.frames) if isinstance(shard, Shard) else ""
 
 
+def holds_archives(folder: Place) -> bool:
+    """Whether this is a tar archive, or a folder with some."""
+    return folder.suffix.lower() == ".tar" or (folder.is_dir() and any(True for _ in folder.glob("*.tar")))
+
+
 @dataclass(frozen=True)
 class VideosFile:
     """The file of a cache's videos: what it should hold."""
@@ -322,10 +328,16 @@ def read_cache_index(folder: Place, hashes: bool = False) -> tuple[tuple[Shard, 
     """
     path = folder / INDEX
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no frame cache there; make it with `dicode data cache`")
+        more = ", or an index of its archives with `dicode data stream`" if holds_archives(folder) else ""
+        raise FileNotFoundError(f"{folder}: no frame cache there; make it with `dicode data cache`{more}")
     try:
         values = read_json(path)
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        if found == ARCHIVES:
+            raise CacheError(
+                f"{folder}: is an index of archives, whose videos only a TokenizerRun decodes while it trains; this "
+                "needs frames: make a cache of the archives with `dicode data cache`"
+            )
         if found != FORMAT:
             raise CacheError(f"{path}: expected format {FORMAT}, got {shortened(found)}; make the cache again")
         index = config_from_dict(Index, values, INDEX)

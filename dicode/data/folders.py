@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import Any
 
 from dicode.data.cache_folder import INDEX, is_own
 from dicode.data.lists import NAMES, PROMPTS, SUFFIXES, VIDEOS, is_lerobot, read_lerobot, read_list, read_pairs
@@ -150,8 +150,8 @@ def scan_archive(path: Place, folder: Place, found: DataSet) -> list[ClipRecord]
     return records
 
 
-def _read_members(file: IO[bytes]) -> tuple[list[tuple[str, tuple[int, int], str]], Exception | None]:
-    """Names of what a plain tar holds, up to the first damage; and that. Folders are left out.
+def _read_members(file: Any) -> tuple[list[tuple[str, tuple[int, int], str]], Exception | None]:
+    """Names of what a plain tar, an open file, holds, up to the first damage; and that. Folders are left out.
 
     Each has offset and length, those of its target for a hard link, and why it cannot be read in its place, or ''.
     """

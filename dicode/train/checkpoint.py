@@ -44,6 +44,7 @@ class TrainState:
     best: dict[str, float] | None = None  # validation metrics of the exported weights
     trained_s: float = 0.0
     skipped: int = 0  # steps left out because they were not finite
+    replaced: int = 0  # samples that others stood in for because they were damaged
     evaluated: int = 0  # the step of the last evaluation: one that a signal cut short is done again
 
 

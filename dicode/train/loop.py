@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
-from itertools import count
+from itertools import count, starmap
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
-from numpy import ndarray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,12 +31,10 @@ from dicode.train import distributed
 from dicode.train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from dicode.train.distributed import Processes, Stopped, StopSignal, copy_into, full, local
 from dicode.train.optim import make_optimizers
+from dicode.train.order import bucketed_indices, sample_indices
 from dicode.train.run_log import RunLog, claimed, note_start
 from dicode.train.runs import LoopConfig
 from dicode.train.speed import Speed, name_of
-
-ROUNDS = 8  # of the network that orders samples
-LEAST_BITS = 3  # of half a number: among fewer than 64 places the rounds would mix too little
 
 
 @runtime_checkable
@@ -71,6 +67,17 @@ class Stage(Protocol):
     def export(self, folder: Path) -> None: ...  # writes this stage's part of a checkpoint folder
 
 
+@runtime_checkable
+class Streaming(Protocol):
+    """A `Stage` whose batches may be begun before they are asked for, and have samples of one bucket each."""
+
+    def bucket_sizes(self) -> list[int]: ...  # training samples of each, numbered bucket after bucket
+
+    def batches(self, jobs: Iterator[tuple[Tensor, torch.Generator]]) -> Iterator[Any]:
+        """As `batch`, of each of these in turn."""
+
+
+REPLACED = "replaced"  # among a loss's scalars: damaged samples of a micro-batch; in the log: of all steps
 # The configuration to go on with, for steps done, seconds a step since the last evaluation, and seconds of training
 Replan = Callable[[int, float, float], LoopConfig]
 
@@ -114,7 +121,18 @@ class Training:
         return range(self.processes.rank, self.config.micro_batches, self.processes.count)
 
     def samples(self, step: int) -> Tensor:
-        return sample_indices(self.stage.num_samples(), self.config.optim.batch_size, self.config.seed, step)
+        optim, seed, parts = self.config.optim, self.config.seed, self.config.micro_batches
+        if isinstance(self.stage, Streaming) and len(sizes := self.stage.bucket_sizes()) > 1:
+            return bucketed_indices(sizes, optim.batch_size, parts, seed, step)
+        return sample_indices(self.stage.num_samples(), optim.batch_size, seed, step)
+
+    def jobs(self, step: int) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """Samples and random numbers of this process's micro-batches, from this step on."""
+        parts = self.config.micro_batches
+        for at in count(step):
+            drawn = self.samples(at)
+            indices = (self.stage.by_size(drawn) if parts > 1 else drawn).tensor_split(parts)
+            yield from ((indices[i], self.generator("batch", at, i)) for i in self.own_micro_batches)
 
     def generator(self, purpose: str, step: int, micro_batch: int) -> torch.Generator:
         """Random numbers of one micro-batch, the same in whichever process."""
@@ -256,6 +274,7 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: Sto
         if scalars is None:
             log.write("skipped", state.step, {"skipped": float(state.skipped)})
         elif logs:
+            scalars |= {REPLACED: float(state.replaced)} if state.replaced else {}
             log.write("train", state.step, {**scalars, "trained_s": state.trained_s, **speed.since_last(state.step)})
         else:
             log.heartbeat(state.step, config.optim.steps, scalars["loss"])
@@ -263,19 +282,19 @@ def _loop(run: Training, state: TrainState, folder: Path, log: RunLog, stop: Sto
 
 def draw_batches(run: Training, step: int) -> Iterator[dict[int, Any]]:
     """This process's micro-batches, step after step; with `prefetch` drawn one step ahead, in a thread."""
+    stage, jobs = run.stage, run.jobs(step)
+    made = stage.batches(jobs) if isinstance(stage, Streaming) else starmap(stage.batch, jobs)
 
-    def draw(step: int) -> dict[int, Any]:
-        drawn, parts = run.samples(step), run.config.micro_batches
-        indices = (run.stage.by_size(drawn) if parts > 1 else drawn).tensor_split(parts)
-        return {i: run.stage.batch(indices[i], run.generator("batch", step, i)) for i in run.own_micro_batches}
+    def draw() -> dict[int, Any]:
+        return {i: next(made) for i in run.own_micro_batches}
 
-    if not run.config.prefetch:
-        yield from map(draw, count(step))
+    while not run.config.prefetch:
+        yield draw()
     with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(draw, step)
-        for following in count(step + 1):
+        ahead = thread.submit(draw)
+        while True:
             batch = ahead.result()
-            ahead = thread.submit(draw, following)
+            ahead = thread.submit(draw)
             yield batch
 
 
@@ -297,6 +316,7 @@ def train_step(run: Training, state: TrainState, batches: dict[int, Any]) -> dic
     table = torch.stack([torch.stack([s[name].float() for name in names]) for s in scalars]).cpu()
     sums = (table * shares[:, None].float()).sum(0)
     found = dict(zip(names, run.processes.mean(sums).tolist(), strict=True))
+    state.replaced += round(found.pop(REPLACED, 0.0) * run.config.micro_batches)
     for p in run.trained.values():  # as where another process's micro-batch has reached it
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     total_norm = nn.utils.get_total_norm([p.grad for p in run.trained.values() if p.grad is not None])
@@ -402,41 +422,3 @@ def _first_metrics(run: Training, stop: StopSignal) -> dict[str, float]:
         run.best_metric(metrics)
     copy_into(run.buffers, before)
     return metrics
-
-
-def sample_indices(num_samples: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Sample numbers of one step: consecutive parts of one permutation an epoch, each epoch in another order.
-
-    Computed from the step's number alone, in the same time and memory for ten samples as for ten million.
-    """
-    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_samples)
-    picked = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(epochs).tolist():
-        keys = torch.randint(2**62, (ROUNDS,), generator=generator_for(seed, "epoch", epoch)).numpy().astype(np.uint64)
-        own = epochs == epoch
-        picked[own] = permuted(places[own], num_samples, keys)
-    return torch.from_numpy(picked)
-
-
-def permuted(places: ndarray, total: int, keys: ndarray) -> ndarray:
-    """Entries of a permutation of `total` numbers at some places: a Feistel network, applied until in range."""
-    half = np.uint64(max(LEAST_BITS, ((total - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-
-    def network(numbers: ndarray) -> ndarray:
-        left, right = numbers >> half, numbers & mask
-        for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
-        return (left << half) | right
-
-    found = network(places.astype(np.uint64))
-    while (beyond := found >= total).any():
-        found[beyond] = network(found[beyond])
-    return found.astype(np.int64)
-
-
-def _mixed(numbers: ndarray) -> ndarray:
-    """SplitMix64's finaliser: every output bit depends on every input bit."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))

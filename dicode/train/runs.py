@@ -20,6 +20,7 @@ from dicode.config import (
     Range,
     Seed,
     Share,
+    Side,
     TrainingSteps,
     Whole,
 )
@@ -133,6 +134,16 @@ class LinearCodeRun:
 
 
 @dataclass(frozen=True)
+class StreamConfig:
+    """How a tokenizer's run decodes the clips of archives, where `cache` is an index of them (`dicode data stream`)."""
+
+    workers: Whole = 4  # processes that decode, for each training process; 0: itself
+    # height and width of frames, each of about the area of the model's frames; a video has the nearest shape, a
+    # micro-batch one; none: the model's own
+    buckets: tuple[tuple[Side, Side], ...] = ()
+
+
+@dataclass(frozen=True)
 class TokenizerRun:
     """Train the denoiser of a tokenizer, its resampler, motion encoder and motion decoder, from `init`.
 
@@ -141,11 +152,12 @@ class TokenizerRun:
     expected clips; `denoiser`, so that deep tokens, and what was trained on them, stay.
     """
 
-    cache: str = "cache/sprites"
+    cache: str = "cache/sprites"  # of frames, or an index of archives whose clips are decoded while it trains
     init: str = "runs/sprites-linear_code/best"
     init_denoiser: str | None = None  # a checkpoint with the same denoiser, to begin with that part of it
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # of the denoiser, which is then trained alone
     token_noise: Factor = 0.2  # highest deviation of noise on the decoder's tokens (DESIGN §2.4)
     drop_tokens: Share = 0.1  # probability of the null condition of guidance

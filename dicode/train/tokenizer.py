@@ -1,11 +1,14 @@
 """Stage 1: the denoiser, with the published arrangement the resampler too, on clips of cached first-stage latents.
 
-An image encoder that reads pixels gets them from the cached frames.
+An image encoder that reads pixels gets them from the cached frames. Clips of archives, and those of a first stage that
+codes clips as one, are encoded as they are trained on.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dicode.checkpoint.saving import write_config
+from dicode.data.archive_index import ArchivedVideos, is_archive_index
 from dicode.data.cache import FrameCache
 from dicode.data.columns import CachedVideo, Videos
 from dicode.device import autocast, pick_device
@@ -27,7 +31,9 @@ from dicode.train.begin import load_first_stage, start_from, take_denoiser
 from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, splits, trained_part
 from dicode.train.flow_map import drawn_times, flow_map_loss
 from dicode.train.lora import add_adapters, merged, train_whole
+from dicode.train.places import ClipPlaces
 from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
+from dicode.train.streamed import StreamedClips, check_buckets
 
 DROP_CONTEXT = 0.5  # probability of a clip without context, as the first of a video has none
 MEASURED_CLIPS = 512  # from which a residual denoiser's deviation is fitted
@@ -47,6 +53,7 @@ def check(run: TokenizerRun) -> None:
         raise ValueError("trains: 'motion' needs model.motion, no resampler, and no adapters")
     if run.trains == "code" and (run.lora.rank or run.model.code is None):
         raise ValueError("trains: 'code' needs model.code, and no adapters")
+    check_buckets(run)
     if run.fused_guidance != 1.0 and not run.model.denoiser.flow_map:
         raise ValueError("fused_guidance: for a flow map; set model.denoiser.flow_map")
 
@@ -69,7 +76,7 @@ class TokenizerTraining:
 
     def __init__(self, run: TokenizerRun):
         check(run)
-        self.run = run
+        self.run, self.places = run, ClipPlaces(run)
         self.tail = self.head + run.model.tail_frame  # where among the rows of `clip_rows` its tail key frame lies
         self.best = {"code": "-code_loss", "motion": "-motion_loss"}.get(run.trains, "-denoising_loss")
         torch.manual_seed(run.loop.seed)
@@ -88,41 +95,48 @@ class TokenizerTraining:
             add_adapters(module.denoiser, run.lora, run.loop.seed)
             train_whole(module, run.lora.whole)
         module.to(pick_device(run.loop.device))
-        cache, self.cache, self.validation = splits(run.cache)
-        if self.whole and tuple(cache.frames.shape[1:3]) != run.model.frame_shape:  # else latents have the cache's size
-            found = f"{run.cache} holds {cache.frames.shape[1]}x{cache.frames.shape[2]}"
-            raise ValueError(f"size: the model's frames are {'x'.join(map(str, run.model.frame_shape))}, {found}")
-        self.videos = self._lasting("training", self.cache)
-        self.validated = self._lasting("validation", self.validation).spread(VALIDATION_CLIPS)
-        if not self.whole:
-            self.latents = first_stage_latents(module, cache, run.loop.precision, run.mirror)
+        self.streamed: StreamedClips | None = None
+        if is_archive_index(run.cache):
+            shards = ArchivedVideos.load(run.cache)
+            self.streamed = StreamedClips(run, shards, self._lasting("training", shards.subset(validation=False)))
+            self.videos, held_out = self.streamed.videos, self._lasting("validation", shards.subset(validation=True))
+        else:
+            cache, self.cache, validation = splits(run.cache)
+            if self.whole and tuple(cache.frames.shape[1:3]) != run.model.frame_shape:  # else latents have its size
+                found = f"{run.cache} holds {cache.frames.shape[1]}x{cache.frames.shape[2]}"
+                raise ValueError(f"size: the model's frames are {'x'.join(map(str, run.model.frame_shape))}, {found}")
+            self.videos, held_out = self._lasting("training", self.cache), self._lasting("validation", validation)
+            if run.stream.buckets:
+                raise ValueError(f"stream.buckets: for an index of archives; {run.cache} holds frames of one size")
+            if not self.whole:
+                self.latents = first_stage_latents(module, cache, run.loop.precision, run.mirror)
+        self.validated = held_out.spread(VALIDATION_CLIPS)
         # measured anew under adapters: denoising loss 0.337 → 0.499 on `droid`, before any step
         if isinstance(module.denoiser, ResidualDenoiser) and run.trains in ("all", "denoiser") and not run.lora.rank:
             self.measure_deviation(module.denoiser)
 
     @property
     def head(self) -> int:
-        """Where among the rows of `clip_rows` the clip begins."""
-        return 0 if self.whole else self.run.model.denoiser.context_frames
+        """As `ClipPlaces.head`."""
+        return ClipPlaces(self.run).head
 
     @property
     def whole(self) -> bool:
-        """Whether the first stage codes clips as one, with the frame that is their context."""
-        return self.run.model.first_stage.frames_a_latent > 1
+        """As `ClipPlaces.whole`."""
+        return ClipPlaces(self.run).whole
 
     @torch.no_grad()
     def measure_deviation(self, denoiser: ResidualDenoiser) -> None:
         """Fit it on training clips; what is expected of them is that of their own latents and motion."""
-        rows = torch.stack([self.clip_rows(video, 0.0) for video in self.videos.spread(MEASURED_CLIPS)])
         clips, expected = [], []
-        for part in rows[:, self.head :].split(at_once(32, self.run.model.size)):
-            own = self.latents[part, 0].float().to(self.module.device)
+        for batch in self.fixed(self.videos.spread(MEASURED_CLIPS)):
+            own = self.inputs(batch)[0][:, self.head :]
             motion = self.module.motion_of(own) if self.run.model.motion else own.new_zeros(len(own), 0, 1)
             clips.append(own[:, :-1])
             expected.append(self.module.expected(own[:, [0, -1]], motion))
         denoiser.fit_deviation(torch.cat(clips), torch.cat(expected))
 
-    def _lasting(self, split: str, cache: FrameCache) -> Videos:
+    def _lasting(self, split: str, cache: FrameCache | ArchivedVideos) -> Videos:
         """Videos of a split to take clips from. Raises `ValueError` where there are none."""
         # a shorter one would teach that nothing moves
         videos, clip_s = cache.columns.lasting(self.run.model.clip_s), self.run.model.clip_s
@@ -144,48 +158,35 @@ class TokenizerTraining:
     def by_size(self, indices: Tensor) -> Tensor:
         return indices  # all are of one size
 
+    def bucket_sizes(self) -> list[int]:
+        return self.streamed.sizes if self.streamed else [len(self.videos)]
+
+    def batches(self, jobs: Iterator[tuple[Tensor, torch.Generator]]) -> Iterator[dict[str, Tensor]]:
+        return self.streamed.batches(jobs) if self.streamed else starmap(self.batch, jobs)
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        starts = torch.rand(len(indices), generator=generator)
-        mirrored = (torch.rand(len(indices), generator=generator) < 0.5 * self.run.mirror).long()
-        videos = [self.videos[int(i)] for i in indices]
-        strides = [self.stride_of(video, generator) for video in videos]
-        places = list(zip(videos, starts.tolist(), strides, strict=True))
+        if self.streamed:
+            return self.streamed.batch(indices, generator)
+        places, mirrored = self.places.drawn(self.videos, indices, generator)
         rows = torch.stack([self.clip_rows(*place) for place in places])
-        first_s = [self.first_s(*place) for place in places]
         return {
-            "clips": self.clips_of(rows, mirrored),
-            "keys": self.sources(torch.cat([rows[:, self.head], rows[:, self.tail]]), mirrored.repeat(2)),
+            **self.of_rows(rows, mirrored),
             # False where nothing was recorded before the clip
-            "has_context": torch.tensor(
-                [self.whole or v.loops or s >= 0 for v, s in zip(videos, first_s, strict=True)]
-            ),
-            "frame_stride": torch.tensor(strides, dtype=torch.float32),
+            "has_context": torch.tensor([self.places.has_context(*place) for place in places]),
+            "frame_stride": torch.tensor([stride for *_, stride in places], dtype=torch.float32),
         }
 
-    def stride_of(self, video: CachedVideo, generator: torch.Generator) -> int:
-        """A frame stride for a clip of this video, drawn from those that the cache has frames for.
-
-        DynamiCrafter's stride counts frames of the source video from one frame of a clip to the next. A cache has
-        times instead: a stride of s is s/frame_stride steps of the model's own rate (with 8 fps and stride 6, strides
-        1…6 are 48, 24, 16, 12, 9.6 and 8 frames a second). Strides that would repeat cached frames, or need a longer
-        video, are not drawn; where none is left, the model's own is taken.
-        """
-        if self.run.frame_strides is None:
-            return self.run.model.denoiser.frame_stride
-        least, most = self.run.frame_strides
-        cached_fps = video.count / video.period_s * 1.05  # a tolerance: rates of files are uneven
-        fitting = [
-            stride
-            for stride in range(least, most + 1)
-            if self.fps_of(stride) <= cached_fps
-            and (video.loops or self.run.model.tail_frame / self.fps_of(stride) <= video.period_s)
-        ] or [self.run.model.denoiser.frame_stride]
-        return fitting[int(torch.randint(len(fitting), (), generator=generator))]
-
-    def fps_of(self, stride: int | None) -> float:
-        """Frames a second of clips with this stride, by default the model's own."""
-        fps = self.run.model.fps
-        return fps if stride is None else fps * self.run.model.denoiser.frame_stride / stride
+    def fixed(self, videos: Videos) -> Iterator[dict[str, Tensor]]:
+        """Batches of the first clip of each video, of the model's own rate and size; only loops have context."""
+        at_most = at_once(32, self.run.model.size)
+        if self.streamed:
+            yield from self.streamed.fixed(videos, at_most)
+            return
+        for part in torch.arange(len(videos)).split(at_most):
+            own = [videos[n] for n in part.tolist()]
+            rows = torch.stack([self.clip_rows(video, 0.0) for video in own])
+            loops = torch.tensor([video.loops for video in own])
+            yield {**self.of_rows(rows, torch.zeros(len(rows), dtype=torch.long)), "has_context": loops}
 
     def clip_rows(self, video: CachedVideo, start: float, stride: int | None = None) -> Tensor:
         """Cache rows of context frames, the frames of a clip, and its tail key frame where it lies after them.
@@ -193,35 +194,37 @@ class TokenizerTraining:
         The clip begins at `start`, 0…1 of where it may: anywhere in a loop, elsewhere where it still lasts to its end.
         """
         count = self.head + self.run.model.clip_span
-        return self.cache.clip_rows(video, self.first_s(video, start, stride), count, self.fps_of(stride))
+        first_s, fps = self.places.first_s(video, start, stride), self.places.fps_of(stride)
+        return self.cache.clip_rows(video, first_s, count, fps)
 
-    def first_s(self, video: CachedVideo, start: float, stride: int | None) -> float:
-        """The moment of the first of `clip_rows`."""
-        fps = self.fps_of(stride)
-        clip_s = self.run.model.tail_frame / fps
-        latest_s = max(0.0, video.period_s - clip_s)
-        if self.run.whole_clips and not video.loops:
-            return clip_s * int(start * (1 + int(latest_s / clip_s))) - self.head / fps
-        return ((1 + start) * video.period_s if video.loops else start * latest_s) - self.head / fps
+    def of_rows(self, rows: Tensor, mirrored: Tensor) -> dict[str, Tensor]:
+        """Cached latents and key frames of clips, or of whole clips the frames; mirrored where `mirrored` is 1."""
+        if self.whole:
+            frames = self.cache.frames[rows]
+            flips = mirrored[:, None, None, None, None] == 1
+            return {"frames": torch.where(flips, frames.flip(-2), frames)}
+        keys, both = torch.cat([rows[:, self.head], rows[:, self.tail]]), mirrored.repeat(2)
+        source = self.latents[keys, both].float() if self.run.model.resampler is None else self.pixels_of(keys, both)
+        return {"clips": self.latents[rows, mirrored[:, None]].float(), "keys": source}
 
-    def clips_of(self, rows: Tensor, mirrored: Tensor) -> Tensor:
-        """Latents of clips, cached, or encoded where they are of whole clips; mirrored where `mirrored` is 1."""
-        if not self.whole:
-            return self.latents[rows, mirrored[:, None]].float()
-        count = rows.shape[1]
-        pixels = self.pixels_of(rows.flatten(), mirrored.repeat_interleave(count)).unflatten(0, rows.shape)
-        with torch.no_grad(), autocast(self.module.device, self.run.loop.precision):
-            return self.module.first_stage.encode_clips(pixels.to(self.module.device)).cpu()
-
-    def sources(self, rows: Tensor, mirrored: Tensor) -> Tensor:
-        """What tokens of cached frames are computed from, mirrored where `mirrored` is 1."""
-        if self.run.model.resampler is None and not self.whole:
-            return self.latents[rows, mirrored].float()
-        pixels = self.pixels_of(rows, mirrored)
+    @torch.no_grad()
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Latents of clips, and what tokens of their head and tail key frames are computed from, on the device."""
+        device = self.module.device
+        if "frames" not in batch:
+            return batch["clips"].to(device), batch["keys"].to(device)
+        pixels = frames_to_pixels(batch["frames"].to(device, non_blocking=True))
+        keys = rearrange(pixels[:, [self.head, self.tail]], "b two c h w -> (two b) c h w")
+        with autocast(device, self.run.loop.precision):
+            if self.whole:
+                return self.module.first_stage.encode_clips(pixels), self.module.source_of(keys)
+            images = pixels.flatten(0, 1)
+            parts = images.split(at_once(128, math.isqrt(images.shape[-2] * images.shape[-1])))
+            latents = torch.cat([self.module.first_stage.encode(part) for part in parts])
+        clips = latents.unflatten(0, pixels.shape[:2])
         if self.run.model.resampler is not None:
-            return pixels
-        with torch.no_grad(), autocast(self.module.device, self.run.loop.precision):
-            return self.module.source_of(pixels.to(self.module.device)).cpu()
+            return clips, keys
+        return clips, rearrange(clips[:, [self.head, self.tail]], "b two c h w -> (two b) c h w")
 
     def pixels_of(self, rows: Tensor, mirrored: Tensor) -> Tensor:
         """Pixels `b 3 h w` of cached frames."""
@@ -233,13 +236,14 @@ class TokenizerTraining:
         self.module.first_stage.eval()
         if self.run.model.resampler is not None:
             self.module.encoder.eval()
-        clips, keys = (batch[name].to(self.module.device) for name in ("clips", "keys"))
+        clips, keys = self.inputs(batch)
+        replaced = {"replaced": batch["replaced"]} if "replaced" in batch else {}
         tokens = self.module.tokens_of(keys)
         level = self.run.token_noise * torch.rand(len(tokens), 1, 1, generator=generator)
         tokens = tokens + (level * torch.randn(tokens.shape, generator=generator)).to(tokens)
         if self.run.trains == "code":
             loss = functional.mse_loss(self.module.key_latents(tokens), keys)
-            return loss, {"code_loss": loss.detach()}
+            return loss, {"code_loss": loss.detach(), **replaced}
         key_frames = pairs(tokens), pairs(self.module.key_latents(tokens))
         condition, losses = self.training_condition(*key_frames, clips, batch, generator), {}
         if self.run.model.motion:
@@ -252,7 +256,8 @@ class TokenizerTraining:
                     losses["motion_loss"] = functional.mse_loss(expected, self.within(clips))
         if self.run.trains != "motion":
             losses["denoising_loss"] = self.denoising_loss(self.within(clips), condition, generator)
-        return torch.stack([*losses.values()]).sum(), {name: loss.detach() for name, loss in losses.items()}
+        scalars = {name: loss.detach() for name, loss in losses.items()}
+        return torch.stack([*losses.values()]).sum(), {**scalars, **replaced}
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         return 1.0
@@ -333,37 +338,40 @@ class TokenizerTraining:
 
         Rendered by the denoiser; the expected clips where the motion encoder and decoder are trained alone.
         """
-        module, device, size = self.module, self.module.device, self.run.model.size
-        generator = generator_for(0, "validation")
-        rows = torch.stack([self.clip_rows(v, 0.0) for v in self.validated])
-        looped = torch.tensor([v.loops for v in self.validated]).to(device)
+        module, device = self.module, self.module.device
+        generator, replaced = generator_for(0, "validation"), 0.0
         losses: dict[str, list[Tensor]] = defaultdict(list)
-        for part, loops in zip(rows.split(at_once(32, size)), looped.split(at_once(32, size)), strict=True):
-            clips = self.clips_of(part, torch.zeros(len(part), dtype=torch.long)).to(device)
+        count, found, shown = len(self.validated), 0, []
+        drawn = range(0, count, max(1, count // 8))[:8]
+        for batch in self.fixed(self.validated):
+            clips, keys = self.inputs(batch)
+            own = [n - found for n in drawn if found <= n < found + len(clips)]
+            shown.append((clips[own], pairs(keys)[own]))
+            found += len(clips)
             context = clips[:, : self.run.model.denoiser.context_frames]
-            condition = module.conditioning(self.blocks(part, clips), context)
-            condition = replace(condition, context_mask=condition.context_mask * loops)  # others begin at frame 0
+            condition = module.conditioning(self.blocks(keys, clips), context)
+            loops = batch["has_context"].to(device)  # others begin at frame 0
+            condition = replace(condition, context_mask=condition.context_mask * loops)
+            replaced += float(batch.get("replaced", 0.0))
             if self.run.trains == "code":
                 losses["code_loss"].append(functional.mse_loss(condition.key_latents[:, 0], clips[:, self.head]))
             if self.run.trains != "code" and self.run.model.expects_motion:
                 losses["motion_loss"].append(functional.mse_loss(condition.expected, self.within(clips)))
             if self.run.trains in ("all", "denoiser"):
                 losses["denoising_loss"].append(self.denoising_loss(self.within(clips), condition, generator))
-        some = rows[:: max(1, len(rows) // 8)][:8]
-        return {name: torch.stack(parts).mean().item() for name, parts in losses.items()}, self.sheet(some)
+        metrics = {name: torch.stack(parts).mean().item() for name, parts in losses.items()}
+        metrics |= {"replaced": replaced} if replaced else {}
+        return metrics, self.sheet(*map(torch.cat, zip(*shown, strict=True)))
 
-    def blocks(self, rows: Tensor, clips: Tensor) -> Tensor:
+    def blocks(self, keys: Tensor, clips: Tensor) -> Tensor:
         """Tokens of the head and tail key frames of clips, those of motion included: `b 2 n d`."""
-        keys = torch.cat([rows[:, self.head], rows[:, self.tail]])
-        tokens = pairs(self.module.tokens_of(self.sources(keys, torch.zeros_like(keys)).to(self.module.device)))
         motion = self.module.motion_of(clips[:, self.head :])[:, None] if self.run.model.motion else None
-        return self.module.with_motion(tokens, motion)
+        return self.module.with_motion(pairs(self.module.tokens_of(keys)), motion)
 
-    def sheet(self, rows: Tensor) -> Image.Image:
+    def sheet(self, latents: Tensor, keys: Tensor) -> Image.Image:
         """Strips of each clip: frames through the first stage, the head key frame through tokens, and rendered."""
-        module = self.module
-        latents = self.clips_of(rows, torch.zeros(len(rows), dtype=torch.long)).to(module.device)
-        clips, pair = self.within(latents), self.blocks(rows, latents)
+        module, clips = self.module, self.within(latents)
+        pair = self.blocks(rearrange(keys, "b two ... -> (two b) ..."), latents)
         columns = [module.frames_of(clips)[:, ::3] if self.whole else module.frames_of(clips[:, ::3])]
         if self.run.model.has_key_latents:
             columns.append(module.frames_of(module.key_latents(pair[:, 0])[:, None]))

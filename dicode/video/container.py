@@ -62,7 +62,8 @@ def container_frames(path: Path, start_s: float = 0.0) -> Iterator[Frame]:
             check_work(path, number * frame.width * frame.height)
             hdr = int(frame.color_trc or 0) in HDR_TRANSFERS
             from_s, end_s = time_s - origin_s, time_s + duration_s
-            yield Frame(from_s, from_s + duration_s, partial(_to_rgb, path, frame, stream), hdr)
+            aspect = stream.sample_aspect_ratio  # now: a frame may be rendered when the file is closed
+            yield Frame(from_s, from_s + duration_s, partial(_to_rgb, path, frame, aspect), hdr)
         fault = counts.fault or ("" if sought else _shortfall(path, container, stream, counts, end_s))
         if counts.frames and fault:
             raise VideoReadError(f"{path}: breaks off after {counts.frames} frames: {fault}; {ADVICE}")
@@ -72,6 +73,22 @@ def container_comment(path: Path) -> str:
     """The comment in a file's metadata, or ''."""
     with _opened(path) as container:
         return next((text for key, text in container.metadata.items() if key.lower() == "comment"), "")
+
+
+def container_header(path: Path) -> tuple[int, float] | None:
+    """Frames and seconds of a file whose header gives both, None for other kinds of files.
+
+    Raises `VideoReadError` for a file that is shorter than its header says.
+    """
+    with _opened(path) as container:
+        kind, stream = container.format.name, _video_stream(path, container)
+        if not any(name in kind for name in _SEEKABLE):
+            return None
+        if (declared := _declared_size(path, kind)) > (size := path.stat().st_size):
+            raise VideoReadError(f"{path}: breaks off: {size:,} of the {declared:,} bytes its header names; {ADVICE}")
+        length_s = _seconds(stream.duration, stream.time_base) or _declared_end_s(container, stream) or 0.0
+        count = stream.frames or round(length_s / _tick_s(stream))
+        return (count, length_s) if length_s > 0 and count > 0 else None
 
 
 @contextmanager
@@ -266,9 +283,8 @@ def _ogg_ends(tail: bytes) -> bool:
     return bool(tail[at + 5] & 4) and at + 27 + len(lengths) + sum(lengths) <= len(tail)
 
 
-def _to_rgb(path: Path, frame: av.VideoFrame, stream: VideoStream) -> Picture:
+def _to_rgb(path: Path, frame: av.VideoFrame, aspect: Fraction | None) -> Picture:
     """A decoded frame as it is meant to be seen: 8 bit RGB, over white, square pixels, upright."""
-    aspect = stream.sample_aspect_ratio
     if int(frame.color_trc or 0) in HDR_TRANSFERS:
         # not rgb48: swscale of 2025 overflows in it with these flags, in 4:2:0
         picture = tone_mapped(frame.to_ndarray(format="gbrp16le", interpolation=EXACT_COLOURS), int(frame.color_trc))

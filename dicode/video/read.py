@@ -13,7 +13,7 @@ from numpy import ndarray
 from upath import UPath
 
 from dicode.files import read_text
-from dicode.video.container import ADVICE, CONTAINER_SUFFIXES, container_comment, container_frames
+from dicode.video.container import ADVICE, CONTAINER_SUFFIXES, container_comment, container_frames, container_header
 from dicode.video.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from dicode.video.images import Fit, Size, covering, fitted, image_comment, image_format, image_frames
 from dicode.video.timed import DEFAULT_FPS as DEFAULT_FPS
@@ -91,6 +91,26 @@ def read_video(
     return VideoFrames(buffer.frames(), fps or count / max(length_s, TIME_TOLERANCE_S))
 
 
+def frames_at(
+    path: str | Path, moments_s: Times, size: Size, start_s: float = 0.0, end_s: float | None = None
+) -> tuple[Video, float]:
+    """The frames shown at these moments, ascending and counted from `start_s`; and when the last one read ends.
+
+    Of a span up to `end_s`, or a file that ends before some moments, the last frame stands for those. What is not shown
+    at any is decoded, and not converted. Raises as `read_video`.
+    """
+    path, first_s = Path(path), float(moments_s[0])
+    buffer, length_s = _FrameBuffer(path, size, "crop"), 0.0
+    for frame in _span(path, start_s + first_s, end_s):
+        length_s = first_s + _length_s(frame, start_s + first_s, end_s)
+        shown = int(np.searchsorted(moments_s, length_s - TIME_TOLERANCE_S))
+        buffer.add(frame, shown - len(buffer.pictures))
+        if len(buffer.pictures) == len(moments_s):
+            break
+    buffer.add(frame, len(moments_s) - len(buffer.pictures))
+    return buffer.frames(), length_s
+
+
 def native_frames(
     path: str | Path,
     size: Size | None = None,
@@ -127,6 +147,22 @@ def check_frames(path: str | Path, size: int, start_s: float = 0.0, end_s: float
         length_s, hdr = _length_s(frame, start_s, end_s), found.hdr or frame.hdr
         found = Facts(height, width, found.num_frames + 1, length_s, hdr)
     return found
+
+
+def header_facts(path: str | Path, size: int) -> Facts:
+    """As `check_frames` of a whole file, where its header gives the length by the first frame alone."""
+    path = Path(path)
+    picture, hdr = next((frame.render(), frame.hdr) for frame in _frames(path, 0.0, 1 / DEFAULT_FPS, False))
+    try:
+        header = None if image_format(path) else container_header(path)
+    except (VideoReadError, OSError):
+        raise
+    except Exception as error:  # as in `_frames`
+        raise VideoReadError(f"{path}: its header is damaged ({error})") from error
+    if header is None:
+        return check_frames(path, size)
+    covering(path, picture, (size, size))
+    return Facts(picture.shape[0], picture.shape[1], *header, hdr)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
