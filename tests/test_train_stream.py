@@ -200,6 +200,11 @@ def test_wan_trains_on_buckets_of_archives(root: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "run/sheets").iterdir())) == 1
     batch = TokenizerTraining(asked).batch(torch.arange(2), generator_for(0))
     assert batch["frames"].shape == (2, 17, 32, 32, 3) and batch["has_context"].all()
+    wide = dataclasses.replace(asked, model=dataclasses.replace(WAN, frame_width=64), stream=StreamConfig(0))
+    stage = TokenizerTraining(wide)
+    batch = stage.batch(torch.arange(2), generator_for(0))
+    assert batch["frames"].shape == (2, 17, 32, 64, 3)
+    assert torch.isfinite(stage.loss(batch, generator_for(0))[0])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,8 @@ def planned(
         if plan is not None and plan.replaced_steps not in (None, config.optim.steps):
             raise ValueError(
                 f"{folder / PLAN}: this run has {plan.steps} steps, fixed when it began with --minutes "
-                f"{plan.minutes:g}, got loop.optim.steps {config.optim.steps}; leave the flag out, or delete {PLAN} for other steps"
+                f"{plan.minutes:g}, got loop.optim.steps {config.optim.steps}; leave the flag out, or delete {PLAN} "
+                "for other steps"
             )
         return config if plan is None else plan.applied(config)
     if checkpoints(folder):
