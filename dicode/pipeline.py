@@ -75,24 +75,17 @@ class DiCoDe:
         `int8` keeps matrices of denoiser, image encoder and language model 8-bit. Raises `ValueError` where that cannot
         be.
         """
-        if offload and torch.device(device).type == "cpu":
-            raise ValueError("offload: expected a device other than the CPU, in whose memory the model is already")
-        folder, loaded = resolve(name_or_folder, revision), None if int8 else dtype
-        model = cls(
-            VideoTokenizer.from_pretrained(folder, dtype=loaded), DeepTokenLM.from_pretrained(folder, dtype=loaded)
-        )
-        if vae_tiling:
-            model.tokenizer.first_stage.enable_tiling()
-        if int8:
-            from dicode.memory import to_int8, to_int8_tokenizer
+        from dicode.memory import load_tokenizer, to_int8
 
-            to_int8_tokenizer(model.tokenizer, dtype or torch.float32)
+        folder = resolve(name_or_folder, revision)
+        tokenizer = load_tokenizer(folder, device, dtype, offload=offload, vae_tiling=vae_tiling, int8=int8)
+        model = cls(tokenizer, DeepTokenLM.from_pretrained(folder, dtype=None if int8 else dtype))
+        if int8:
             to_int8(model.lm, dtype or torch.float32)
             model.int8 = True
         if offload:
             model.offload(device)
         else:
-            model.tokenizer.to(device)
             model.lm.to(device)
         if (folder / "README.md").is_file():
             model.card = (folder / "README.md").read_text(encoding="utf-8")

@@ -238,7 +238,7 @@ def _shared(
         request["loop"] = True
     if command.dtype != "float32":
         request["dtype"] = command.dtype
-    request |= {name: True for name in ("vae_tiling", "int8") if getattr(command.memory, name)}
+    request |= common.memory_notes(command.memory)
     if command.reroll_from is not None:
         other = command.seed + 1 if command.reroll_seed is None else command.reroll_seed
         seed = SeedPlan(command.seed, command.reroll_from, other, command.reroll_clips)
