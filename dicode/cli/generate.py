@@ -292,7 +292,7 @@ def _decode(shared: Shared, jobs: Sequence[Job], key_frames: Iterator[Any], leng
             nonlocal before
             rows.extend(clip.numpy() if jobs[0].sheet else ())
             if command.timings:
-                bar.write(f"clip {(writers[0].num_frames - 1) // config.tail_frame}: {watch.text(before)}")
+                bar.write(f"clip {config.num_clips(writers[0].num_frames) - 1}: {watch.text(before)}")
                 before = dict(watch.seconds)
 
         try:
