@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,35 @@ def test_the_null_prompt_may_come_from_a_file(tmp_path: Path) -> None:
     save_file({"null": rows[:77]}, tmp_path / "short.safetensors")
     with pytest.raises(CheckpointError, match="512 x 8"):
         convert_wan(source, tmp_path / "no", size=32, clip_frames=17, null_text=tmp_path / "short.safetensors")
+
+
+def test_the_text_encoder_may_lie_elsewhere(tmp_path: Path) -> None:
+    source = write_wan(tmp_path / "wan")
+    convert_wan(source, tmp_path / "own", size=32, clip_frames=17)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(source / part, tmp_path / "umt5", dirs_exist_ok=True)
+        shutil.rmtree(source / part)
+    convert_wan(source, tmp_path / "out", size=32, clip_frames=17, text_encoder=tmp_path / "umt5")
+    own, other = (VideoTokenizer.from_pretrained(tmp_path / name).denoiser.null_text for name in ("own", "out"))
+    assert torch.equal(own, other) and own.any()
+
+
+def test_shards_that_are_not_what_their_index_says_are_refused(tmp_path: Path) -> None:
+    source = write_wan(tmp_path / "wan", "20KB")
+    index = next((source / "transformer").glob("*.index.json"))
+    places = json.loads(index.read_text())
+    places["weight_map"]["no.such.weight"] = next(iter(places["weight_map"].values()))
+    index.write_text(json.dumps(places))
+    with pytest.raises(CheckpointError, match=r"1 tensors are not where it says, such as no\.such\.weight"):
+        convert_wan(source, tmp_path / "out", size=32, clip_frames=17)
+    next((source / "transformer").glob("*-00002-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"00002-.*no such file"):
+        convert_wan(source, tmp_path / "out", size=32, clip_frames=17)
+    pickled = tmp_path / "null.pt"
+    torch.save({"null": torch.zeros(512, 8)}, pickled)
+    with pytest.raises(CheckpointError, match=r"null\.pt"):
+        convert_wan(write_wan(tmp_path / "other"), tmp_path / "out", size=32, clip_frames=17, null_text=pickled)
+    assert not (tmp_path / "out").exists()
 
 
 TOWER = {
