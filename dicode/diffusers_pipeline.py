@@ -177,5 +177,7 @@ class DiCoDePipeline(DiffusionPipeline):
         """The image as the first frame of so many videos."""
         pixels = self.video_processor.preprocess(image)
         frame = rearrange((255 * pixels).round().byte(), "1 c h w -> h w c").numpy()
-        still: Still = fitted(Path("image"), frame, self.tokenizer.config.size, "crop")[None]
-        return Given(self.tokenizer.encode_frames(still).expand(videos, -1, -1, -1))
+        still: Still = fitted(Path("image"), frame, self.tokenizer.config.frame_shape, "crop")[None]
+        given = self.model.given(image=still)
+        parts = (given.key_frames, given.before)
+        return Given(*(None if own is None else own.expand(videos, *own.shape[1:]) for own in parts))

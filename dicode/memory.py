@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,24 @@ class Offload:
             yield value
 
 
-def offload(tokenizer: VideoTokenizer, lm: DeepTokenLM, device: torch.device) -> Offload:
+def load_tokenizer(
+    folder: Path, device: str, dtype: torch.dtype | None, *, offload: bool, vae_tiling: bool, int8: bool
+) -> VideoTokenizer:
+    """The tokenizer of a checkpoint folder, by options of `DiCoDe.from_pretrained`.
+
+    On the device, or with `offload` on the CPU, for the function of that name.
+    """
+    if offload and torch.device(device).type == "cpu":
+        raise ValueError("offload: expected a device other than the CPU, in whose memory the model is already")
+    tokenizer = VideoTokenizer.from_pretrained(folder, dtype=None if int8 else dtype)
+    if vae_tiling:
+        tokenizer.first_stage.enable_tiling()
+    if int8:
+        to_int8_tokenizer(tokenizer, dtype or torch.float32)
+    return tokenizer if offload else tokenizer.to(device)
+
+
+def offload(tokenizer: VideoTokenizer, lm: DeepTokenLM | None, device: torch.device) -> Offload:
     """Let first stage, image encoder, denoiser and language model, which are on the CPU, take turns on a device.
 
     The rest of the tokenizer, which is small, stays there.
@@ -72,7 +90,8 @@ def offload(tokenizer: VideoTokenizer, lm: DeepTokenLM, device: torch.device) ->
     turns.add(tokenizer.denoiser, tokenizer.denoiser, "forward")
     if tokenizer.config.resampler is not None:
         turns.add(tokenizer.encoder, tokenizer.encoder, "forward")
-    turns.add(lm, lm, "generate")
+    if lm is not None:
+        turns.add(lm, lm, "generate")
     waiting = {id(own) for part in turns.homes for own in (*part.parameters(), *part.buffers())}
     for own in (*tokenizer.parameters(), *tokenizer.buffers()):
         if id(own) not in waiting:

@@ -30,7 +30,7 @@ class Given:
     """Conditions of a batch of videos besides their prompts; `DiCoDe.given` encodes them from frames."""
 
     key_frames: DeepTokens | None = None  # `b k n d`, prefix of the sequence; clips start at the last of them
-    before: FrameStack | None = None  # the frames right before that last key frame, context for chained joins
+    before: FrameStack | None = None  # the frames right before that last key frame, of Wan itself: for chained joins
     goal: KeyFrameTokens | Literal["first"] | None = None  # the key frame that the video ends on
 
 
@@ -75,24 +75,17 @@ class DiCoDe:
         `int8` keeps matrices of denoiser, image encoder and language model 8-bit. Raises `ValueError` where that cannot
         be.
         """
-        if offload and torch.device(device).type == "cpu":
-            raise ValueError("offload: expected a device other than the CPU, in whose memory the model is already")
-        folder, loaded = resolve(name_or_folder, revision), None if int8 else dtype
-        model = cls(
-            VideoTokenizer.from_pretrained(folder, dtype=loaded), DeepTokenLM.from_pretrained(folder, dtype=loaded)
-        )
-        if vae_tiling:
-            model.tokenizer.first_stage.enable_tiling()
-        if int8:
-            from dicode.memory import to_int8, to_int8_tokenizer
+        from dicode.memory import load_tokenizer, to_int8
 
-            to_int8_tokenizer(model.tokenizer, dtype or torch.float32)
+        folder = resolve(name_or_folder, revision)
+        tokenizer = load_tokenizer(folder, device, dtype, offload=offload, vae_tiling=vae_tiling, int8=int8)
+        model = cls(tokenizer, DeepTokenLM.from_pretrained(folder, dtype=None if int8 else dtype))
+        if int8:
             to_int8(model.lm, dtype or torch.float32)
             model.int8 = True
         if offload:
             model.offload(device)
         else:
-            model.tokenizer.to(device)
             model.lm.to(device)
         if (folder / "README.md").is_file():
             model.card = (folder / "README.md").read_text(encoding="utf-8")
@@ -159,15 +152,20 @@ class DiCoDe:
         goal: KeyFrameTokens | Literal["first"] | None = "first" if loop else None
         if last_image is not None:
             goal = self.tokenizer.encode_frames(last_image)[:, 0]
+        if image is not None:
+            return Given(self.tokenizer.encode_frames(image), self._context_of(image), goal)
         if continued is None:
-            return Given(None if image is None else self.tokenizer.encode_frames(image), None, goal)
-        spacing, context = self.tokenizer.config.tail_frame, self.tokenizer.config.denoiser.context_frames
-        before, places = continued[-1 - context : -1], key_places(len(continued), spacing)
-        return Given(
-            self.tokenizer.encode_at(torch.from_numpy(np.ascontiguousarray(continued))[None], places),
-            torch.from_numpy(before.copy())[None] if len(before) == context > 0 else None,
-            goal,
-        )
+            return Given(goal=goal)
+        places = key_places(len(continued), self.tokenizer.config.tail_frame)
+        key_frames = self.tokenizer.encode_at(torch.from_numpy(np.ascontiguousarray(continued))[None], places)
+        return Given(key_frames, self._context_of(continued), goal)
+
+    def _context_of(self, frames: np.ndarray) -> FrameStack | None:
+        """The context, `1 p h w c`, of a clip that begins on the last of these frames `f h w c`, or None."""
+        config = self.tokenizer.config
+        count, whole = config.denoiser.context_frames, config.first_stage.frames_a_latent > 1
+        before = frames[-count:] if whole else frames[-1 - count : -1]  # of a whole clip its own first frame
+        return torch.from_numpy(before.copy())[None] if len(before) == count > 0 else None
 
     def generate(self, prompt: Prompt, *, sample_index: int = 0, **options: Any) -> Iterator[Video]:
         """Clips of one video, uint8 `f h w c`, each rendered when asked for; together exactly `seconds` (default: 4).

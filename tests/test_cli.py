@@ -43,8 +43,8 @@ FLAGS = {
     "--variance-scale",
     "tokenize": "--device --help --model --output --revision",
     "reconstruct": "--dead-band --decoder-guidance --decoder-temperature "
-    "--device --dtype --eta --guidance-rescale --help --joins --model --motion-scale --motion-tokens "
-    "--output --revision --scale --seed --side-by-side --steps",
+    "--device --dtype --eta --guidance-rescale --help --int8 --joins --model --motion-scale --motion-tokens "
+    "--offload --output --revision --scale --seed --side-by-side --steps --vae-tiling",
     "train": "--help --minutes --run-folder",
     "finetune": "--alpha --batch-size --device --dropout --dtype --help --json --key-frames --loops --lr --minutes "
     "--model --output --parts --rank --revision --seed --steps --targets --work-folder",

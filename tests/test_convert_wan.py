@@ -1,7 +1,9 @@
 """`dicode convert wan`: a tiny folder of diffusers computes what diffusers computes, and everything else stops."""
 
 import dataclasses
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,11 +112,16 @@ def test_the_converted_model_computes_what_the_pipelines_parts_do(
     assert "sha256" in card and "new, to be trained" in card
 
 
-def renamed(folder: Path, old: str, new: str) -> None:
+def renamed(folder: Path, old: str, *new: str) -> None:
     path = folder / "transformer/diffusion_pytorch_model.safetensors"
     state = load_file(path)
-    state[new] = state.pop(old)
-    save_file(state, path)
+    value = state.pop(old)
+    save_file({**state, **{name: value.clone() for name in new}}, path)
+
+
+def without(path: Path, name: str) -> None:
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in values.items() if key != name}))
 
 
 def changed(path: Path, **values: Any) -> None:
@@ -128,6 +135,20 @@ TRAPS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json"),
     "an image-to-video model": (lambda f: changed(f / "transformer/config.json", image_dim=1280), "image_dim"),
+    "two transformers": (
+        lambda f: changed(f / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"]),
+        "transformer_2",
+    ),
+    "other places": (lambda f: changed(f / "transformer/config.json", rope_max_seq_len=2048), "rope_max_seq_len"),
+    "no scale of latents": (lambda f: without(f / "vae/config.json", "latents_std"), "expected latents_std too"),
+    "latents of other scales": (
+        lambda f: changed(f / "vae/config.json", latents_std=[1.0, 1.0]),
+        "latent_deviation",
+    ),
+    "a tensor more": (
+        lambda f: renamed(f, "blocks.0.attn2.to_q.weight", "blocks.0.attn2.to_q.weight", "blocks.0.attn2.add_q.weight"),
+        "add_q",
+    ),
     "half of 2.2": (lambda f: changed(f / "vae/config.json", is_residual=True), "in_channels"),
     "other stages": (
         lambda f: changed(f / "vae/config.json", temperal_downsample=[True, False]),
@@ -155,6 +176,47 @@ def test_what_it_is_not_made_for_stops_and_writes_nothing(tmp_path: Path, name: 
     assert not (tmp_path / "out").exists()
 
 
+def test_16_frames_of_which_three_would_be_lost_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_wan(tmp_path / "wan")
+    for frames in (16, 18, 32):
+        flags = ["-o", str(tmp_path / "out"), "--size", "32", "--clip-frames", str(frames)]
+        assert main(["convert", "wan", str(source), *flags]) == 2
+        assert "4 n + 1 frames" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("downloaded", [True, False])
+def test_the_card_has_revision_licence_and_hashes(
+    tmp_path: Path, downloaded: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, rows = write_wan(tmp_path / "wan"), {"null": torch.randn(512, 8)}
+    save_file(rows, tmp_path / "null.safetensors")
+    if downloaded:  # as `hf download --local-dir` leaves a folder
+        (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Wan\n")
+        note = source / ".cache/huggingface/download/model_index.json.metadata"
+        note.parent.mkdir(parents=True)
+        note.write_text("0fad780a534b6463e45facd96134c9f345acfa5b\n" + "9" * 40 + "\n1733000000.0\n")
+    convert_wan(source, tmp_path / "out", size=32, clip_frames=17, null_text=tmp_path / "null.safetensors")
+    card = (tmp_path / "out/README.md").read_text()
+    files = [*source.glob("*/diffusion_pytorch_model.safetensors"), tmp_path / "null.safetensors"]
+    assert len(files) == 3
+    assert all(hashlib.sha256(file.read_bytes()).hexdigest() in card for file in files)
+    assert "19 new tensors" in card  # five in each of two blocks, and nine
+    assert main(["info", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    if downloaded:
+        assert "revision 0fad780a534b6463e45facd96134c9f345acfa5b" in card and "licence apache-2.0" in card
+        assert "licence: apache-2.0" in printed
+    else:
+        assert "revision unknown" in card and "licence not named" in card and "licence: see the model card" in printed
+
+
+def test_a_snapshot_of_the_hubs_cache_has_its_revision(tmp_path: Path) -> None:
+    source = write_wan(tmp_path / "models--a--b/snapshots/0123abcd")
+    report = convert_wan(source, tmp_path / "out", size=32, clip_frames=17)
+    assert "revision 0123abcd" in report.notes
+
+
 def test_the_null_prompt_may_come_from_a_file(tmp_path: Path) -> None:
     source, rows = write_wan(tmp_path / "wan"), torch.randn(512, 8)
     save_file({"null": rows}, tmp_path / "null.safetensors")
@@ -163,6 +225,35 @@ def test_the_null_prompt_may_come_from_a_file(tmp_path: Path) -> None:
     save_file({"null": rows[:77]}, tmp_path / "short.safetensors")
     with pytest.raises(CheckpointError, match="512 x 8"):
         convert_wan(source, tmp_path / "no", size=32, clip_frames=17, null_text=tmp_path / "short.safetensors")
+
+
+def test_the_text_encoder_may_lie_elsewhere(tmp_path: Path) -> None:
+    source = write_wan(tmp_path / "wan")
+    convert_wan(source, tmp_path / "own", size=32, clip_frames=17)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(source / part, tmp_path / "umt5", dirs_exist_ok=True)
+        shutil.rmtree(source / part)
+    convert_wan(source, tmp_path / "out", size=32, clip_frames=17, text_encoder=tmp_path / "umt5")
+    own, other = (VideoTokenizer.from_pretrained(tmp_path / name).denoiser.null_text for name in ("own", "out"))
+    assert torch.equal(own, other) and own.any()
+
+
+def test_shards_that_are_not_what_their_index_says_are_refused(tmp_path: Path) -> None:
+    source = write_wan(tmp_path / "wan", "20KB")
+    index = next((source / "transformer").glob("*.index.json"))
+    places = json.loads(index.read_text())
+    places["weight_map"]["no.such.weight"] = next(iter(places["weight_map"].values()))
+    index.write_text(json.dumps(places))
+    with pytest.raises(CheckpointError, match=r"1 tensors are not where it says, such as no\.such\.weight"):
+        convert_wan(source, tmp_path / "out", size=32, clip_frames=17)
+    next((source / "transformer").glob("*-00002-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"00002-.*no such file"):
+        convert_wan(source, tmp_path / "out", size=32, clip_frames=17)
+    pickled = tmp_path / "null.pt"
+    torch.save({"null": torch.zeros(512, 8)}, pickled)
+    with pytest.raises(CheckpointError, match=r"null\.pt"):
+        convert_wan(write_wan(tmp_path / "other"), tmp_path / "out", size=32, clip_frames=17, null_text=pickled)
+    assert not (tmp_path / "out").exists()
 
 
 TOWER = {

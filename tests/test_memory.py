@@ -78,6 +78,15 @@ def test_parts_that_take_turns_make_the_same_video_one_at_a_time() -> None:
     assert order == [model.encoder, denoiser, stage, model.encoder, denoiser, stage, lm]
 
 
+def test_a_tokenizer_without_a_language_model_takes_turns() -> None:
+    model = wan()
+    frames = torch.randint(0, 256, (1, 33, 32, 32, 3), dtype=torch.uint8)
+    expected = torch.cat(list(model.decode(model.encode(frames))), dim=1)
+    turns = offload(model, None, CPU)
+    assert len(turns.homes) == 3
+    assert torch.equal(torch.cat(list(model.decode(model.encode(frames))), dim=1), expected)
+
+
 def test_a_part_comes_back_for_what_its_generator_still_has_to_give() -> None:
     class Counter(nn.Linear):
         def counted(self) -> Iterator[int]:
@@ -231,6 +240,8 @@ def test_what_a_plan_says_that_a_micro_batch_of_wan_takes_is_what_is_allocated(t
         run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=model, loop=loop)
         stage, fake = stage_of(run), FakeTensorMode(allow_non_fake_inputs=True)
         batch = stage.batch(torch.arange(3), generator_for(0))
+        batch |= dict(zip(("clips", "keys"), stage.inputs(batch), strict=True))  # encoded before
+        del batch["frames"]
         for parameter in stage.module.train().parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 

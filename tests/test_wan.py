@@ -10,11 +10,14 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from einops import rearrange
 from test_tokenizer import RESAMPLER, conditioning
+from torch import nn
 from toy_runs import LM, assert_same_checkpoint, loop, train_in_parts, write_cache
 
 from dicode.checkpoint.saving import write_config
 from dicode.cli.app import main
-from dicode.pipeline import DiCoDe
+from dicode.convert.wan import configured
+from dicode.lm.presets import SIZES
+from dicode.pipeline import DiCoDe, check_shared
 from dicode.tokenizer.config import DenoiserConfig, FirstStageConfig, SamplingConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import shifted
 from dicode.tokenizer.presets import TOKENIZERS
@@ -26,6 +29,7 @@ from dicode.train.runs import FirstStageRun, LanguageRun, LoRAConfig, TokenizerR
 from dicode.train.stages import run_recipe
 from dicode.train.tokenizer import TokenizerTraining
 
+CLASSES_OF_PARTS: tuple[Any, Any] = WanTransformer3DModel, AutoencoderKLWan
 FIRST_STAGE = FirstStageConfig(
     kind="wan", channels=(4, 8, 8), latent_channels=5, encoder_blocks=(1,), decoder_blocks=(1,)
 )
@@ -259,6 +263,55 @@ def test_the_library_still_counts_what_it_did() -> None:
         AutoencoderKLWan()
     added = {name: t.numel() for name, t in model.named_parameters() if any(part in name for part in IMAGE_PATH)}
     assert len(added) == 159 and sum(added.values()) == pytest.approx(144.4e6, rel=1e-3)
+
+
+PUBLISHED = {  # of the transformer and the autoencoder, by their config.json on the Hub
+    "Wan2.1-T2V-1.3B": (
+        {"num_attention_heads": 12, "in_channels": 16, "out_channels": 16, "ffn_dim": 8960, "num_layers": 30},
+        {"base_dim": 96, "z_dim": 16},
+    ),
+    "Wan2.2-TI2V-5B": (
+        {"num_attention_heads": 24, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336, "num_layers": 30},
+        {"base_dim": 160, "z_dim": 48, "decoder_base_dim": 256, "is_residual": True, "patch_size": 2,
+         "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48,
+         "latents_std": [1.0] * 48},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_folders_of_full_size_fit(name: str) -> None:
+    """Every tensor of either part has its place, and 159 are new."""
+    with torch.device("meta"):
+        transformer, vae = (kind(**own) for kind, own in zip(CLASSES_OF_PARTS, PUBLISHED[name], strict=True))
+        config = configured(transformer.config, vae.config, Path(name), None, (256, None), 33)
+        made = VideoTokenizer(config)
+    own = {key: t.shape for key, t in made.denoiser.transformer.state_dict().items()}
+    theirs = {key: t.shape for key, t in transformer.state_dict().items()}
+    assert theirs.items() <= own.items() and len(own) - len(theirs) == 159
+    stages = [{key: t.shape for key, t in part.state_dict().items()} for part in (made.first_stage.autoencoder, vae)]
+    assert stages[0] == stages[1]
+    assert made.config.fps == 16.0 and made.config.latent_frames == 9
+
+
+@pytest.mark.parametrize("size", [name for name, model in SIZES.items() if model.token_width == 1024])
+def test_language_models_of_the_family_share_its_tokens(size: str) -> None:
+    for name in ("wan", "wan_siglip", "wan_480p"):
+        if not SIZES[size].motion_tokens:
+            check_shared(TOKENIZERS[name], SIZES[size])
+
+
+def test_a_prior_that_cannot_tell_head_from_tail_is_not_trained(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache")
+    prior = tokenizer()
+    nn.init.zeros_(prior.denoiser.transformer.condition_embedder.image_embedder.pos_embed)  # as diffusers has it
+    noisy, t, condition = torch.randn(2, 5, 5, 8, 8), torch.tensor([500.0, 20.0]), given()
+    swapped = dataclasses.replace(condition, tokens=condition.tokens.flip(1))
+    torch.testing.assert_close(*(prior.denoiser(noisy, t, own) for own in (condition, swapped)))
+    write_config(tmp_path / "prior", {"tokenizer": prior.save_pretrained(tmp_path / "prior")})
+    run = TokenizerRun(str(tmp_path / "cache"), str(tmp_path / "prior"), model=prior.config, loop=loop(1))
+    with pytest.raises(ValueError, match="head and tail are one"):
+        TokenizerTraining(run)
 
 
 def test_presets_of_wan_have_the_published_towers_and_frames() -> None:

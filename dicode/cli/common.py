@@ -89,6 +89,11 @@ def sampling_flags(write: WriteFlags, render: RenderFlags) -> dict[str, Any]:
     return {**asdict(write), **asdict(render)}
 
 
+def memory_notes(memory: MemoryFlags) -> dict[str, bool]:
+    """The flags that change a video, for its metadata."""
+    return {name: True for name in ("vae_tiling", "int8") if getattr(memory, name)}
+
+
 def load_model(command: Any) -> tuple[Any, Path]:
     """The `DiCoDe` that a command's flags name, on its device and in its dtype, and the model's folder."""
     import torch

@@ -238,7 +238,7 @@ def _shared(
         request["loop"] = True
     if command.dtype != "float32":
         request["dtype"] = command.dtype
-    request |= {name: True for name in ("vae_tiling", "int8") if getattr(command.memory, name)}
+    request |= common.memory_notes(command.memory)
     if command.reroll_from is not None:
         other = command.seed + 1 if command.reroll_seed is None else command.reroll_seed
         seed = SeedPlan(command.seed, command.reroll_from, other, command.reroll_clips)
@@ -292,7 +292,7 @@ def _decode(shared: Shared, jobs: Sequence[Job], key_frames: Iterator[Any], leng
             nonlocal before
             rows.extend(clip.numpy() if jobs[0].sheet else ())
             if command.timings:
-                bar.write(f"clip {(writers[0].num_frames - 1) // config.tail_frame}: {watch.text(before)}")
+                bar.write(f"clip {config.num_clips(writers[0].num_frames) - 1}: {watch.text(before)}")
                 before = dict(watch.seconds)
 
         try:

@@ -162,6 +162,11 @@ def _step(plan: Mapping[str, Any]) -> dict[str, str]:
         "seconds": f"{plan['step_s']:,.3f}",
         "steps a day": f"{86_400 / plan['step_s']:,.0f}",
         "days": f"{plan['days']:.2g}",
+        "samples a second": f"{plan['batch_size'] / plan['step_s']:,.3g}",
+        **{
+            f"days for {count:,} samples": f"{count / plan['batch_size'] * plan['step_s'] / 86_400:.2g}"
+            for count in (100_000, 1_000_000)
+        },
     }
 
 

@@ -42,6 +42,7 @@ class Reconstruct:
     scale: common.Enlarged = None
     device: common.Device = "auto"
     dtype: common.WeightsDtype = "float32"
+    memory: common.Memory = common.MEMORY
 
 
 def tokenize(command: Tokenize, watch: Stopwatch) -> None:
@@ -93,6 +94,7 @@ def reconstruct(command: Reconstruct, watch: Stopwatch) -> None:
         "seed": command.seed,
         **{name: getattr(sampling, name) for name in flags},
         **({} if command.dtype == "float32" else {"dtype": command.dtype}),
+        **common.memory_notes(command.memory),
         **origin,
     }
     clips = trimmed(tokenizer.decode(tokens, seed=command.seed, sampling=sampling), num_frames)
@@ -122,10 +124,14 @@ def _loaded(command: Tokenize | Reconstruct, dtype: Any) -> tuple[Any, dict[str,
     """The tokenizer, and its name and hash (`model_origin`)."""
     from dicode.checkpoint import model_origin, resolve
     from dicode.device import pick_device
-    from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS, VideoTokenizer
+    from dicode.memory import load_tokenizer, offload
+    from dicode.tokenizer.video_tokenizer import FIRST_STAGE_WEIGHTS, WEIGHTS
 
-    folder = resolve(command.model, command.revision)
-    tokenizer = VideoTokenizer.from_pretrained(folder, dtype=dtype).to(pick_device(command.device))
+    folder, device = resolve(command.model, command.revision), pick_device(command.device)
+    memory: common.MemoryFlags = getattr(command, "memory", common.MEMORY)
+    tokenizer = load_tokenizer(folder, str(device), dtype, **asdict(memory))
+    if memory.offload:
+        offload(tokenizer, None, device)
     return tokenizer, model_origin(folder, folder / FIRST_STAGE_WEIGHTS, folder / WEIGHTS)
 
 

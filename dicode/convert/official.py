@@ -60,6 +60,7 @@ class Report:
     used: dict[str, int] = field(default_factory=dict)  # part → count of numbers
     unused: dict[str, list[str]] = field(default_factory=dict)  # reason → names
     notes: list[str] = field(default_factory=list)
+    licence: str | None = None  # of the weights, as their own card names it
 
     def use(self, part: str, state: Mapping[str, Tensor]) -> None:
         """Count a part that is written."""
@@ -191,8 +192,9 @@ def write_model(
         write_config(folder, sections)
         if not (output / "README.md").exists():
             names = ", ".join(path.name for path in sources)
+            licence = f"license: {report.licence}\n" if report.licence else ""
             (folder / "README.md").write_text(
-                f"---\nlibrary_name: dicode\npipeline_tag: text-to-video\n---\n\n# {output.resolve().name}\n\n"
+                f"---\nlibrary_name: dicode\n{licence}pipeline_tag: text-to-video\n---\n\n# {output.resolve().name}\n\n"
                 f"Converted by dicode {__version__} from {names}, whose licence holds for these weights too.\n\n"
                 f"```\n{report.text()}\n```\n",
                 encoding="utf-8",

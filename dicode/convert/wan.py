@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanImageEmbedding
+from huggingface_hub import metadata_load
 from torch import Tensor, nn
 
 from dicode.checkpoint import read_tensors
@@ -31,14 +32,20 @@ from dicode.tokenizer.video_tokenizer import (
     VideoTokenizer,
     hash_of_tokens,
 )
-from dicode.tokenizer.wan import PATCH, TEXT_ROWS, WAVES
+from dicode.tokenizer.wan import IMAGE_PATH, PATCH, TEXT_ROWS, WAVES
 
 CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 # what the adapter is built for; a folder that says otherwise is another model
 TRANSFORMER = {
     "patch_size": [*PATCH], "image_dim": None, "added_kv_proj_dim": None, "cross_attn_norm": True, "freq_dim": WAVES,
-    "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "pos_embed_seq_len": None,
+    "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "pos_embed_seq_len": None, "rope_max_seq_len": 1024,
 }  # fmt: skip
+SIZES = (
+    "in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim",
+)  # fmt: skip
+VAE_SIZES = (
+    "base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean", "latents_std",
+)  # fmt: skip
 VAE = {"attn_scales": [], "in_channels": 3, "out_channels": 3, "patch_size": None}
 VAE_22 = {"attn_scales": [], "in_channels": 12, "out_channels": 12, "patch_size": 2}
 TOKENS, TOKEN_WIDTH, CODE_WIDTH = 16, 1024, 64  # of a key frame; of features, and of latents
@@ -69,9 +76,9 @@ def convert_wan(
     model, for pickles, and where a tensor is missing, misshapen or unknown; nothing is written then.
     """
     check_index(path)
-    settings = checked(path / "transformer/config.json", TRANSFORMER)
+    settings = checked(path / "transformer/config.json", TRANSFORMER, SIZES)
     residual = read_json(path / "vae/config.json").get("is_residual", False)
-    vae = checked(path / "vae/config.json", VAE_22 if residual else VAE)
+    vae = checked(path / "vae/config.json", VAE_22 if residual else VAE, VAE_SIZES)
     config = configured(settings, vae, path, image_encoder, (size, frame_width), clip_frames)
     report = Report()
     own, used = sharded(path / "transformer", report)
@@ -91,10 +98,27 @@ def convert_wan(
     given = (*(f"denoiser.transformer.{name}" for name in own), "denoiser.null_text", "encoder.")
     new = {name: value for name, value in parts.items() if not name.startswith(given)}
     report.use("new, to be trained", new)
-    report.notes += [f"sha256 {digest}  {file}" for file, digest in sorted({**used, **more}.items())]
+    added = [value for name, value in new.items() if any(part in name for part in IMAGE_PATH)]
+    report.notes.append(f"by which it reads deep tokens: {len(added)} new tensors of {sum(map(Tensor.numel, added)):,}")
+    report.notes += origin(path, report)
+    beside = [file for file in (null_text, image_encoder) if file is not None]
+    beside = [file for own in beside for file in (sorted(own.glob("*.safetensors")) if own.is_dir() else [own])]
+    hashes = {**used, **more, **{str(file): sha256_of(file) for file in beside}}
+    report.notes += [f"sha256 {digest}  {file}" for file, digest in sorted(hashes.items())]
     sections = {"tokenizer": config_to_dict(config), "deep_tokens": hash_of_tokens(stage, parts)}
     write_model(output, {FIRST_STAGE_WEIGHTS: stage, WEIGHTS: parts}, sections, dtype, [path], report)
     return report
+
+
+def origin(path: Path, report: Report) -> list[str]:
+    """Lines on where a folder is from: its revision on the Hub, and its licence, which the report keeps too."""
+    metadata = path / ".cache/huggingface/download/model_index.json.metadata"  # of `hf download --local-dir`
+    revision = path.resolve().name if path.resolve().parent.name == "snapshots" else None  # of the Hub's cache
+    if metadata.is_file():
+        revision = metadata.read_text(encoding="utf-8").partition("\n")[0].strip()
+    card = path / "README.md"
+    report.licence = (metadata_load(card) or {}).get("license") if card.is_file() else None
+    return [f"revision {revision or 'unknown: not a download of the Hub'}", f"licence {report.licence or 'not named'}"]
 
 
 def check_index(path: Path) -> None:
@@ -104,11 +128,15 @@ def check_index(path: Path) -> None:
         found = index.get(part)
         if not (isinstance(found, list) and len(found) == 2 and found[1] == expected):
             raise CheckpointError(f"{path}/model_index.json: expected {part} of class {expected}, got {found}")
+    if (second := index.get("transformer_2")) not in (None, [None, None]):
+        raise CheckpointError(f"{path}/model_index.json: expected one transformer, got transformer_2 {second} too")
 
 
-def checked(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a part. Raises `CheckpointError` where one is not as the adapter is built for."""
+def checked(path: Path, known: Mapping[str, Any], sizes: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of a part. Raises `CheckpointError` where one is not as expected, or one of `sizes` lacks."""
     settings = read_json(path)
+    if missing := sorted({*sizes} - settings.keys()):
+        raise CheckpointError(f"{path}: expected {', '.join(missing)} too, as diffusers writes them")
     for name, expected in known.items():
         if name in settings and settings[name] != expected:
             raise CheckpointError(f"{path}: {name} is {settings[name]!r}, expected {expected!r}: another kind of Wan")

@@ -28,7 +28,7 @@ from dicode.features.metrics import (
 from dicode.pipeline import DiCoDe
 from dicode.seeds import generator_for
 from dicode.stopwatch import tracked
-from dicode.tokenizer.config import Joins
+from dicode.tokenizer.config import Joins, TokenizerConfig
 from dicode.video.sheet import contact_sheet
 from dicode.video.timed import Video
 
@@ -59,7 +59,8 @@ def measure_long(
     rows: dict[str, list[Video]] = {}
     extractor, real = samples.extractor, real_videos(samples, seconds, count)
     figures_of = {"real": frames_compared(real, frame_features(extractor, real), model.tokenizer.config.fps, seed)}
-    for joins in JOINS:
+    kinds = kinds_of_joins(model.tokenizer.config)
+    for joins in kinds:
         numbered = enumerate(tracked(prompts, f"videos, {joins}", "video"))
         videos = [long_video(model, prompt, seconds, seed, i, joins) for i, prompt in numbered]
         features = frame_features(extractor, videos)
@@ -71,12 +72,17 @@ def measure_long(
         "frames_asked": model.num_frames(seconds),
         "prompts": prompts,
         "joins": by_joins,
-        **{key: {kind: own[key] for kind, own in figures_of.items() if own} for key in figures_of[JOINS[0]]},
+        **{key: {kind: own[key] for kind, own in figures_of.items() if own} for key in figures_of[kinds[0]]},
         "cost": cost_of_length(model, folder, prompts[0], seconds, repeats),
     }
-    labels = [f"{joins}: {prompt}" for prompt in prompts for joins in JOINS]
-    shown = [rows[joins][i] for i in range(count) for joins in JOINS]
+    labels = [f"{joins}: {prompt}" for prompt in prompts for joins in kinds]
+    shown = [rows[joins][i] for i in range(count) for joins in kinds]
     return figures, contact_sheet(shown, labels, columns=max(map(len, shown)))
+
+
+def kinds_of_joins(config: TokenizerConfig) -> list[Joins]:
+    """Those that a model has: latents of several frames are not blended."""
+    return [joins for joins in JOINS if joins != "parallel" or config.first_stage.frames_a_latent == 1]
 
 
 def long_video(model: DiCoDe, prompt: str, seconds: float, seed: int, sample_index: int, joins: Joins) -> Video:

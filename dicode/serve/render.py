@@ -141,8 +141,9 @@ def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: fl
             prompt, kept = asked, list[KeyFrameTokens]()
             draws: dict[str, Any] = {"seed": (work.request.seed + number) % 2**62, "sampling": sampling, "given": given}
             key_frames = keeping(model.write([prompt], seconds=config.clip_s, **draws), kept)
-            (clip,) = model.render(key_frames, config.clip_s, **draws)
-            writer.write(clip[0].numpy())
+            (clip,) = model.render(key_frames, config.clip_frames / config.fps, **draws)
+            shown = clip[:, : config.tail_frame]  # the next clip begins with what is after that
+            writer.write(shown[0].numpy())
             if number == 0:
                 save_picture(work.folder / THUMBNAIL, enlarged(clip[0, 0].numpy(), writer.scale))
             save_picture(work.folder / KEY_FRAMES, key_picture(model, kept[-1]))
@@ -150,7 +151,7 @@ def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: fl
             before = new if given.key_frames is None else torch.cat([given.key_frames, new], dim=1)
             frames = config.denoiser.context_frames
             given = Given(before[:, -context:], clip[:, -frames:] if frames else None)
-            written_s += clip.shape[1] / config.fps
+            written_s += shown.shape[1] / config.fps
             work.report(min(0.99, written_s / most_s), "clip", {"number": number + 1, "prompt": prompt})
             while written_s - (time.monotonic() - began_s) > AHEAD_S:
                 time.sleep(0.05)

@@ -42,7 +42,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         ),
     ),
 }
-# Not published: Wan2.1-T2V-1.3B as `dicode convert wan --clip` writes it, with OpenCLIP ViT-H/14
+# Not published: Wan2.1-T2V-1.3B as `dicode convert wan --image-encoder` writes it, with OpenCLIP ViT-H/14
 TOKENIZERS["wan"] = TokenizerConfig(
     size=256,
     fps=16.0,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dicode.checkpoint import load_state, load_weights, read_config, read_section, read_tensors
@@ -96,6 +96,14 @@ def take_denoiser(tokenizer: VideoTokenizer, folder: Path) -> None:
         ours = tokenizer.denoiser.state_dict()
         theirs = widened(theirs | {name: own for name, own in ours.items() if MOTION in name}, ours)
     load_state(tokenizer.denoiser, theirs, str(folder / WEIGHTS))
+
+
+def check_places(wan: nn.Module, source: str) -> None:
+    """Raise `ValueError` where what tells head from tail is zero, as diffusers leaves it."""
+    if not wan.get_parameter("transformer.condition_embedder.image_embedder.pos_embed").any():
+        raise ValueError(
+            f"{source}: pos_embed is all zeros: head and tail are one; expected that of `dicode convert wan`"
+        )
 
 
 def check_objective(ours: TokenizerConfig, held: TokenizerConfig, folder: Path) -> None:

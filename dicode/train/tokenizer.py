@@ -27,7 +27,7 @@ from dicode.seeds import generator_for
 from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, cross_faded, noised
 from dicode.tokenizer.motion import limited
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.begin import load_first_stage, start_from, take_denoiser
+from dicode.train.begin import check_places, load_first_stage, start_from, take_denoiser
 from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, splits, trained_part
 from dicode.train.flow_map import drawn_times, flow_map_loss
 from dicode.train.lora import add_adapters, merged, train_whole
@@ -90,6 +90,8 @@ class TokenizerTraining:
             )
         if run.init_denoiser:
             take_denoiser(module, Path(run.init_denoiser))
+        if run.model.denoiser.kind == "wan":
+            check_places(module.denoiser, run.init_denoiser or run.init)
         freeze(module, run)
         if run.lora.rank:
             add_adapters(module.denoiser, run.lora, run.loop.seed)
