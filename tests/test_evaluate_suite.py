@@ -92,6 +92,7 @@ def test_evaluate_writes_a_result_a_part_in_the_published_arrangement(
     generation, reconstruction, speed, minute, instructions = (made[f"tiny-{part}.json"]["values"] for part in parts)
     assert 0 <= generation["text_control"]["share"] <= 1
     assert re.search(rf"^  text control +{generation['text_control']['share']:.3g} ", printed, re.MULTILINE)
+    assert len(re.findall(r"^  FVD-EffLite0 +\S+$", printed, re.MULTILINE)) == 2  # of two clips: no interval
     assert generation["validation_percentile"]["n"] == 2  # clips 0 and 6 of twelve are held out
     baselines = {"hold_head", "cross_fade", "hold_head_of_tokens", "cross_fade_of_tokens"}
     candidates = {"reconstruction", "first_stage", *baselines}

@@ -44,9 +44,10 @@ def main() -> None:
     asked = parser.parse_args()
     with TemporaryDirectory() as name:
         home = asked.keep or Path(name)
-        values = Newcomer(home).hour(asked.minutes)
+        newcomer = Newcomer(home)
+        values = newcomer.hour(asked.minutes)
     write_result(asked.output, "a newcomer's hour", values, len(COLOURS) * len(THINGS), 0, shlex.join(sys.argv))
-    print(f"{asked.output}: {sum(values['seconds'].values()) / 60:.1f} min")
+    print(f"{asked.output}: {sum(newcomer.seconds.values()) / 60:.1f} min")
 
 
 class Newcomer:

@@ -91,7 +91,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     from dicode.evaluate.speed import check_length
     from dicode.features.extract import check_efficientnet, load_networks
     from dicode.features.scorer import Scorer
-    from dicode.provenance import command_line, write_result
+    from dicode.provenance import command_line, read_result, write_result
     from dicode.video.sheet import write_sheet
 
     parts = _parts(command)
@@ -130,7 +130,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
         write_result(files[part], f"{name}: {part}", values, n, command.seed, command_line(), device, " ".join(notes))
         blind_here = ", ".join(values.get("blind", {}))
         print(f"{files[part]}" + (f" (ignore the figures of {blind_here}, blind here)" if blind_here else ""))
-        print("".join(f"{line}\n" for line in summary(values)), end="")
+        print("".join(f"{line}\n" for line in summary(read_result(files[part])["values"])), end="")
         if sheet is not None:
             sheets[part] = sheet
             if command.sheets is not None:

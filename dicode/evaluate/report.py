@@ -164,7 +164,7 @@ def tables(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(values: Mapping[str, Any]) -> list[str]:
-    """A line a figure of the model itself, for the terminal: those of networks that are blind here are left out."""
+    """A line a figure of the model itself, of the values of a result file; without those of blind networks."""
     found = tables(by_metric({key: value for key, value in values.items() if key != "blind"}))
     rows = dict(found["alone"])
     for group in found["groups"]:
