@@ -1,4 +1,4 @@
-# make demo | serve | test | lint | docs | clean.  Needs Python 3.11 or newer and nothing else: everything is installed into .venv.
+# make demo | install | serve | test | lint | docs | clean.  Needs Python 3.11 or newer and nothing else: everything is installed into .venv.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,11 +16,14 @@ PROBE := import sys, urllib.request as u; \
 	sys.platform == "linux" and u.urlopen(u.Request("$(CPU_TORCH)/torch/", method="HEAD"), timeout=3) and print("$(CPU_TORCH)")
 TORCH_INDEX ?= $(eval TORCH_INDEX := $(shell $(PYTHON) -c '$(PROBE)' 2>/dev/null))$(TORCH_INDEX)
 
-.PHONY: demo serve test lint docs clean
+.PHONY: demo install serve test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(BIN)/dicode generate "$(PROMPT)" --seconds $(SECONDS) -o demo.mp4 --sheet demo.png
+
+# What training, evaluation and the server need beside it; to have `dicode` on the path: source .venv/bin/activate
+install: $(VENV)/installed-all
 
 serve: $(VENV)/installed-serve
 	$(BIN)/dicode serve
@@ -53,9 +56,13 @@ $(VENV)/installed-serve: pyproject.toml constraints.txt | $(VENV)/python
 	$(call install,.[serve])
 	@touch $(VENV)/installed
 
+$(VENV)/installed-all: pyproject.toml constraints.txt | $(VENV)/python
+	$(call install,.[train$(comma)data$(comma)evaluate$(comma)serve])
+	@touch $(VENV)/installed $(VENV)/installed-serve
+
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/python
 	$(call install,.[dev])
-	@touch $(VENV)/installed $(VENV)/installed-serve
+	@touch $(VENV)/installed $(VENV)/installed-serve $(VENV)/installed-all
 
 $(VENV)/python:
 	@test -n "$(PYTHON)" || { echo "dicode needs Python 3.11 or newer and found $$(python3 --version 2>&1): install one, or" \
@@ -64,6 +71,7 @@ $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+comma := ,
 define install
 @echo "installing $(1) into $(VENV), some minutes; torch from $(or $(TORCH_INDEX),where pip looks (of PyPI on Linux: with CUDA, gigabytes))"
 @$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \

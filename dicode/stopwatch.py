@@ -104,7 +104,7 @@ class Progress:
     def line(self, spent_s: float) -> str:
         """The progress after so many seconds, as one line."""
         unit = f" {self.unit}{'es' if self.unit.endswith('ch') else 's'}" if self.unit else ""
-        if self.total is None:
+        if self.total in (None, 1):
             return f"{self.what}: {duration(spent_s)} so far"
         if not self.done:
             return f"{self.what}: {self.total:,}{unit}" + (f", {duration(spent_s)} so far" if spent_s > EVERY_S else "")

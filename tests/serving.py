@@ -96,7 +96,9 @@ class Served:
 
     def begin(self) -> "subprocess.Popen[bytes]":
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.processes.append(subprocess.Popen(self.command, env=environment, stdout=subprocess.DEVNULL))
+        self.processes.append(  # in a group of its own, as a shell begins it
+            subprocess.Popen(self.command, env=environment, stdout=subprocess.DEVNULL, process_group=0)
+        )
         return self.processes[-1]
 
     def ready(self) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def test_evaluate_writes_a_result_a_part_in_the_published_arrangement(
     assert set(made) == {f"tiny-{part}.json" for part in parts}
     generation, reconstruction, speed, minute, instructions = (made[f"tiny-{part}.json"]["values"] for part in parts)
     assert 0 <= generation["text_control"]["share"] <= 1
+    assert re.search(rf"^  text control +{generation['text_control']['share']:.3g} ", printed, re.MULTILINE)
+    assert len(re.findall(r"^  FVD-EffLite0 +\S+$", printed, re.MULTILINE)) == 2  # of two clips: no interval
     assert generation["validation_percentile"]["n"] == 2  # clips 0 and 6 of twelve are held out
     baselines = {"hold_head", "cross_fade", "hold_head_of_tokens", "cross_fade_of_tokens"}
     candidates = {"reconstruction", "first_stage", *baselines}
@@ -148,6 +151,15 @@ def test_a_quick_look_says_what_it_leaves_out_and_takes_a_scorer(
     assert all("Quick: few clips" in one["notes"] for one in made.values())
     assert main(["evaluate", str(published), "--cache", str(cache), "--quick", "--parts", "long"]) == 2
     assert "--quick: expected a part among generation, reconstruction, scorer, got long" in capsys.readouterr().err
+
+
+def test_evaluate_says_at_once_that_its_extra_is_missing(
+    tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    monkeypatch.setattr(DiCoDe, "from_pretrained", None)  # nothing is loaded before
+    assert main(["evaluate", str(tiny_model), "--cache", str(cache), "-o", str(tmp_path / "results")]) == 2
+    assert "'efficientnet_lite_pytorch', not installed: pip install 'dicode[evaluate]'" in capsys.readouterr().err
 
 
 def test_evaluate_says_at_once_that_a_model_holds_no_minute(

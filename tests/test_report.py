@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dicode.evaluate.report import page, write_report
+from dicode.evaluate.report import page, summary, write_report
 
 SHEET = Image.new("RGB", (30, 20), (200, 30, 60))
 RESULT: dict[str, Any] = {
@@ -87,6 +87,15 @@ def test_page_tells_each_figure_with_interval_and_how_it_was_made() -> None:
     assert "not the network of published figures" in told and "made with one network" in told
     for fact in ("a<b>", "abc123 with uncommitted changes", "cpu: Z80", "seed 7", "2026-01-02"):
         assert fact in told
+
+
+def test_summary_has_the_models_own_figures_that_are_not_blind() -> None:
+    blind = {"generated": {"value": 3.0, "interval": None, "n": 12, "blind": True}}
+    lines = summary({**RESULT["values"], "FVD-TinyVT": blind, "blind": {"TinyVT": "it ranks at chance"}})
+    assert [line.split() for line in lines] == [
+        ["text", "control", "0.438", "(0.25", "to", "0.625)"],
+        ["FVD-EffLite0", "812", "(700", "to", "924)"],
+    ]
 
 
 def test_dots_stand_where_their_values_are() -> None:

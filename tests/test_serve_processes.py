@@ -4,9 +4,10 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -148,7 +149,13 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path, tiny_model: Path) 
         assert process.wait(PATIENCE_S) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
 
 
-def test_a_server_that_is_ended_answers_until_the_clip_at_hand_is_whole(tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize(
+    "end", [lambda process: process.terminate(), lambda process: os.killpg(process.pid, signal.SIGINT)]
+)
+def test_a_server_that_is_ended_answers_until_the_clip_at_hand_is_whole(
+    tmp_path: Path, tiny_model: Path, end: Callable[["subprocess.Popen[bytes]"], None]
+) -> None:
+    """By a signal to it alone, and by Ctrl-C in a terminal, which goes to all of its group."""
     with Served(tiny_model, tmp_path / "serve") as own:
         process = own.begin()
         wait_for(own.ready)
@@ -167,7 +174,7 @@ def test_a_server_that_is_ended_answers_until_the_clip_at_hand_is_whole(tmp_path
         for thread in threads:
             thread.start()
         wait_for(lambda: "rendering" in [event.kind for event in store.events(job_id)])
-        process.send_signal(signal.SIGTERM)
+        end(process)
         wait_for(lambda: own.client.get("/readyz").status_code == 503)
         refused = own.client.post("/v1/videos", json={"prompt": "b"})
         assert refused.status_code == 503 and refused.headers["retry-after"]

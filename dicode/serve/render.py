@@ -68,7 +68,7 @@ class Work:
         for number, clip in enumerate(clips, 1):
             writer.write(clip)
             if number == 1:
-                save_picture(self.folder / THUMBNAIL, enlarged(clip[0], writer.scale))
+                save_picture(self.folder / THUMBNAIL, enlarged(clip[len(clip) // 2], writer.scale))
             pictures += [key_picture(model, tokens) for tokens in kept[len(pictures) :]]
             save_picture(self.folder / KEY_FRAMES, np.concatenate(pictures, axis=1))
             self.report(number / (total + 1), "clip", {"number": number, "of": total})
@@ -145,7 +145,7 @@ def render_live(work: Work, directed: Callable[[], tuple[str, bool]], most_s: fl
             shown = clip[:, : config.tail_frame]  # the next clip begins with what is after that
             writer.write(shown[0].numpy())
             if number == 0:
-                save_picture(work.folder / THUMBNAIL, enlarged(clip[0, 0].numpy(), writer.scale))
+                save_picture(work.folder / THUMBNAIL, enlarged(clip[0, clip.shape[1] // 2].numpy(), writer.scale))
             save_picture(work.folder / KEY_FRAMES, key_picture(model, kept[-1]))
             new = torch.stack(kept if given.key_frames is None else kept[1:], dim=1).to(model.tokenizer.device)
             before = new if given.key_frames is None else torch.cat([given.key_frames, new], dim=1)

@@ -92,6 +92,7 @@ class Supervisor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            process_group=0,  # Ctrl-C in a terminal is for the server, which lets the clip at hand be finished
         )
 
 

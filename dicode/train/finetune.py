@@ -142,9 +142,13 @@ def model_card(
     ]
     hub_id, _, commit = model_name(base).partition("@")
     measured = [
-        {"type": name.replace("_", "-"), "name": f"{part}: {name.replace('_', ' ')}", "value": float(f"{value:.4g}")}
+        {
+            "type": name.replace("_", "-"),
+            "name": f"{part}: {name.replace('_', ' ')}",
+            "value": float(f"{both['after'][name]:.4g}"),
+        }
         for part, both in figures.items()
-        for name, value in both["after"].items()
+        for name in both["before"]
     ]
     data = {"type": output.name, "name": f"{counts[1]} validation clips of its own data"}
     result = {"task": {"type": "text-to-video"}, "dataset": data, "metrics": measured}

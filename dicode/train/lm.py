@@ -91,7 +91,7 @@ class LanguageTraining:
             add_adapters(self.module, run.lora, run.loop.seed)
         if run.loop.compile:
             self.module.compile(dynamic=False)
-        if Processes().first and (line := self.residual_variance()):
+        if Processes().first and not run.init and (line := self.residual_variance()):  # else it is decided
             print(line, flush=True)
 
     def residual_variance(self) -> str:

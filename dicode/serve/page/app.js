@@ -124,6 +124,7 @@ async function extend() {
 // ---- showing
 
 function show(videos) {
+  const before = state.current?.id;
   for (const own of state.shown) own.stop();
   $("stage").classList.toggle("four", videos.length > 1);
   $("stage").replaceChildren();
@@ -133,6 +134,7 @@ function show(videos) {
   $("actions").hidden = false;
   drawActions();
   history.replaceState(null, "", videos.length === 1 ? `#${videos[0].id}` : "#");
+  if (before !== videos[0].id) $("stage").scrollIntoView({ block: "nearest", behavior: CALM.matches ? "auto" : "smooth" });
 }
 
 function watch(video) {
@@ -202,8 +204,8 @@ function say(video) {
   const texts = {
     queued: `${video.position ? `Waiting; ${video.position} before it` : "Next in the queue"}${left}.`,
     in_progress: video.request.live ? "Live: what is typed takes over at the next key frame." : `Rendering: ${video.progress} %${left}.`,
-    completed: video.request.reconstructs ? `Left what was given, right what ${numbers(video)} hold of it.`
-      : `${video.seconds} s, seed ${video.request.seed}, written as ${numbers(video)}.`,
+    completed: video.request.reconstructs ? `Left what was given, right what ${numbers(video)} of deep tokens hold of it.`
+      : `${video.seconds} s, seed ${video.request.seed}, from ${numbers(video)} of deep tokens.`,
     failed: video.error?.code === "cancelled" ? "Cancelled." : `Failed: ${video.error?.message}`,
   };
   $("state").textContent = texts[video.status];
@@ -318,7 +320,7 @@ async function refresh(older = false) {
       button.append(none);
     }
     button.append(text);
-    button.onclick = () => { show([video]); scrollTo({ top: 0 }); };
+    button.onclick = () => show([video]);
     item.append(button);
     return item;
   });
