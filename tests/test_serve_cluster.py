@@ -55,7 +55,7 @@ def test_a_killed_replica_loses_and_changes_nothing(tmp_path: Path, tiny_model: 
         }
         process = ending.enter_context(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
         ending.callback(process.wait, PATIENCE_S)
-        ending.callback(process.send_signal, signal.SIGINT)
+        ending.callback(process.send_signal, signal.SIGTERM)
         client = ending.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S))
         wait_for(lambda: answers(client))
         store = Store(folder, database)

@@ -4,6 +4,7 @@ Jobs are in PostgreSQL, files in a folder that all machines share. Workers claim
 replica that dies is begun again by Ray, and its job is given to another once it has been silent for a while.
 """
 
+import signal
 import threading
 import uuid
 from pathlib import Path
@@ -70,5 +71,6 @@ def run(address: str, listens: tuple[str, int], workers: int, options: dict[str,
     with ray_cluster(address, workers + 2):
         from ray import serve
 
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray Serve ends as on Ctrl-C
         serve.start(http_options={"host": listens[0], "port": listens[1]})
         serve.run(application(workers=workers, **options), name="dicode", route_prefix="/", blocking=True)
