@@ -420,8 +420,8 @@ def test_videos_of_reduced_motion_do_not_loop(page: Any) -> None:
     for motion, loops in (("reduce", False), ("no-preference", True)):
         page.emulate_media(reduced_motion=motion)
         make(page, "a spark", "2")
-        finished(page)
-        assert page.evaluate("document.querySelector('.stage video').loop") is loops
+        finished(page)  # the second time perhaps at once, by the first video's line
+        page.wait_for_function(f"document.querySelector('.stage video').loop === {str(loops).lower()}")
 
 
 def test_every_control_is_reached_by_keyboard(page: Any) -> None:
