@@ -93,7 +93,7 @@ def write_lerobot(folder: Path, version: str, episodes: int = len(LENGTHS)) -> P
             name = PATHS[version].format(video_key=camera, chunk_index=0, file_index=file)
             _write_av1(folder / name, np.concatenate([drawn_episode(number, camera)[0] for number in held]))
             ends = list(accumulate(LENGTHS[number] / FPS for number in held))
-            for number, start_s, end_s in zip(held, [0.0, *ends], ends, strict=False):
+            for number, start_s, end_s in zip(held, [0.0, *ends[:-1]], ends, strict=True):
                 facts = {"chunk_index": 0, "file_index": file, "from_timestamp": start_s, "to_timestamp": end_s}
                 rows[number] |= {f"videos/{camera}/{key}": value for key, value in facts.items()}
     _write_table(folder / "meta/episodes/chunk-000/file-000.parquet", rows)

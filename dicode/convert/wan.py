@@ -213,22 +213,22 @@ def encoder_of(path: Path) -> EncoderConfig:
     """
     state = read_tower(path)
     file = path / "config.json"
-    said = read_json(file) if file.is_file() else {}
-    said = said.get("vision_config", said)
+    config = read_json(file) if file.is_file() else {}
+    config = config.get("vision_config", config)
     sizes = tower_sizes(state, "vision", "")
     width, depth, between = (sizes[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
     patch = state["embeddings.patch_embedding.weight"].shape[-1]
     places = len(state["embeddings.position_embedding.weight"])
     if CLASS_TOKEN in state:
-        heads = said.get("num_attention_heads", max(1, width // CLIP_HEAD_WIDTH["vision"]))
-        if (used := said.get("hidden_act", "gelu")) != "gelu" or between != 4 * width:
+        heads = config.get("num_attention_heads", max(1, width // CLIP_HEAD_WIDTH["vision"]))
+        if (used := config.get("hidden_act", "gelu")) != "gelu" or between != 4 * width:
             raise CheckpointError(f"{path}: {used!r}, {between} numbers between layers: expected 'gelu', {4 * width}")
         return EncoderConfig(width, depth, heads, round((places - 1) ** 0.5) * patch, patch)
-    if "num_attention_heads" not in said:
+    if "num_attention_heads" not in config:
         raise CheckpointError(f"{path}: a tower of SigLIP: name the folder, with config.json and model.safetensors")
     # 384 pixels of so400m are 27.4 patches: the rest of a row is not read
-    size = said.get("image_size", round(places**0.5) * patch)
-    return EncoderConfig(width, depth, said["num_attention_heads"], size, patch, "siglip", between)
+    size = config.get("image_size", round(places**0.5) * patch)
+    return EncoderConfig(width, depth, config["num_attention_heads"], size, patch, "siglip", between)
 
 
 def sharded(folder: Path, report: Report) -> tuple[State, dict[str, str]]:

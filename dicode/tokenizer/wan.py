@@ -64,7 +64,7 @@ class Wan(nn.Module):
             raise ValueError(f"wan: expected an even number of latents a side, got {config.latent_shape}")
         self.transformer = transformer(config)
         places = self.transformer.condition_embedder.image_embedder.pos_embed
-        nn.init.normal_(places, std=0.02)  # zero in diffusers: head and tail could not be told apart
+        nn.init.normal_(places, std=0.02)  # zero in diffusers: head and tail would look the same
         self.register_buffer("null_text", torch.zeros(1, TEXT_ROWS, sizes.text_width))
         if sizes.flow_map:
             self.transformer.condition_embedder.time_embedder = TwoTimes(sizes.width)

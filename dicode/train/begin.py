@@ -99,7 +99,7 @@ def take_denoiser(tokenizer: VideoTokenizer, folder: Path) -> None:
 
 
 def check_places(wan: nn.Module, source: str) -> None:
-    """Raise `ValueError` where what tells head from tail is zero, as diffusers leaves it."""
+    """Raise `ValueError` where the places that distinguish head from tail are zero, as diffusers leaves it."""
     if not wan.get_parameter("transformer.condition_embedder.image_embedder.pos_embed").any():
         raise ValueError(
             f"{source}: pos_embed is all zeros: head and tail are one; expected that of `dicode convert wan`"

@@ -288,8 +288,9 @@ def draw_batches(run: Training, step: int) -> Iterator[dict[int, Any]]:
     def draw() -> dict[int, Any]:
         return {i: next(made) for i in run.own_micro_batches}
 
-    while not run.config.prefetch:
-        yield draw()
+    if not run.config.prefetch:
+        while True:
+            yield draw()
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(draw)
         while True:

@@ -1,7 +1,7 @@
 """Where objects stand: sizes, the state after each clause, and whether a clause can happen in a state.
 
 Units of 8 pixels; x to the right, y away from the camera, z up; the picture is 8 wide. Objects stand in two rows.
-Where a new object stops tells where it came from (left or right third: from that side; middle: from above), since the
+Where a new object stops shows where it came from (left or right third: from that side; middle: from above), since the
 decoder knows a clip by its first and last frame alone.
 """
 
