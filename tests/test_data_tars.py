@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn_archives import write_tar
 
 from dicode.cli.app import main
 from dicode.data.archives import write_tars
@@ -50,26 +51,17 @@ def test_archives_of_webdataset_are_data_sets(tmp_path: Path, drawn_clips: Path,
     assert [record.caption for record in read_index(archives / "1.tar")] == [original[i].caption for i in (1, 3, 5)]
 
 
-def tar_of(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return path
-
-
 def test_what_is_no_clip_in_a_folder_is_none_in_an_archive(tmp_path: Path, drawn_clips: Path) -> None:
     video = next(drawn_clips.rglob("*.mp4")).read_bytes()
     others = (".thumbs/clip.png", "thumbs/clip.png", "./sheet.jpg", "__MACOSX/other.png", "./._clip.mp4")
-    path = tar_of(tmp_path / "a.tar", {"./clip.mp4": video, "./clip.txt": b"a", **dict.fromkeys(others, b"?")})
+    path = write_tar(tmp_path / "a.tar", {"./clip.mp4": video, "./clip.txt": b"a", **dict.fromkeys(others, b"?")})
     assert [(r.path.name, r.caption) for r in read_index(path)] == [("clip.mp4", "a")]
-    stills = tar_of(tmp_path / "b.tar", {"1.png": b"?", "1.txt": b"one", "2.jpg": b"?"})
+    stills = write_tar(tmp_path / "b.tar", {"1.png": b"?", "1.txt": b"one", "2.jpg": b"?"})
     assert [(r.path.name, r.caption) for r in read_index(stills)] == [("1.png", "one"), ("2.jpg", "")]
 
 
 def test_an_archive_that_ends_between_two_of_its_files_is_named(tmp_path: Path) -> None:
-    path = tar_of(tmp_path / "a.tar", {f"{i}.mp4": bytes(100) for i in range(3)})
+    path = write_tar(tmp_path / "a.tar", {f"{i}.mp4": bytes(100) for i in range(3)})
     with tarfile.open(path) as tar:
         end = tar.getmembers()[2].offset
     path.write_bytes(path.read_bytes()[:end])
