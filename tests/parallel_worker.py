@@ -83,6 +83,12 @@ def main(root: str, output: str, *asked: str) -> None:
             train(root, output, *run.split(":"))  # type: ignore[arg-type]
         if recipes := asked[own + 1 :]:
             parallel_recipes.main(root, f"{root}/recipes.json", *recipes)
+    assert not (left := [name for name in threads() if "gloo" in name]), f"threads that may abort Python's end: {left}"
+
+
+def threads() -> list[str]:
+    """Names of this process's threads, where the system lists them."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 
 
 def forked(count: int, *arguments: str) -> int:

@@ -4,6 +4,8 @@ A step's batch is cut into micro-batches, each with random numbers of its own; p
 and gradients are averaged over all. So batch and losses are the same whatever the number of processes.
 """
 
+import atexit
+import gc
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -11,12 +13,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -73,7 +75,13 @@ class StopSignal:
 
 
 class Processes:
-    """All processes of this run; a context that joins those that `torchrun` started."""
+    """All processes of this run; a context that joins those that `torchrun` started.
+
+    Afterwards nothing may hold the process group: its threads let tensors go, and one that does so while Python shuts
+    down aborts the process (pytorch/pytorch#190489).
+    """
+
+    _meshes: ClassVar[list[DeviceMesh]] = []  # torch's caches keep them, and each keeps its process groups
 
     def __init__(self) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -85,12 +93,16 @@ class Processes:
             if torch.accelerator.is_available():
                 torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group(timeout=TIMEOUT)  # nccl on GPUs, and gloo for CPU tensors
+            atexit.register(gc.collect)  # what still holds it when an exception ends the process: circles of modules
             self.joined = True
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.joined:
             dist.destroy_process_group()
+            while self._meshes:
+                getattr(self._meshes.pop(), "_pg_registry", {}).clear()
+            gc.collect()
 
     @property
     def first(self) -> bool:
@@ -143,6 +155,7 @@ class Processes:
         for parameter in step.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP takes no channels-last
         mesh = init_device_mesh(device.type, (self.count,))
+        self._meshes.append(mesh)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in blocks_of(step):
             fully_shard(block, mesh=mesh, mp_policy=policy)
