@@ -14,7 +14,7 @@ from dicode.seeds import generator_for
 from dicode.tokenizer.config import SamplingConfig, TokenizerConfig
 from dicode.tokenizer.denoiser import build_denoiser, sample
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
-from dicode.train.flow_map import drawn_times, flow_map_loss
+from dicode.train.flow_map import drawn_times, flow_map_loss, fused
 from dicode.train.runs import LinearCodeRun, TokenizerRun
 from dicode.train.stages import run_recipe, stage_of
 from dicode.train.tokenizer import TokenizerTraining
@@ -90,6 +90,15 @@ def test_guidance_is_part_of_every_velocity() -> None:
             loss, _ = flow_map_loss(lambda x, t, r, own=added: torch.full_like(x, own), shifted, clips, noise, t, r)
             values.append(loss.item())
         assert values[0] == pytest.approx(values[1])
+
+
+def test_guidance_that_is_learnt_settles_where_sampling_adds_it() -> None:
+    """Its target is made by the network itself: what each step adds must not grow with what the last one added."""
+    velocity, null = torch.randn(2, 4, 1, 1, 1, 1, generator=generator_for(0))
+    own = velocity
+    for _ in range(80):
+        own = velocity + fused(own, null, 2.5)
+    torch.testing.assert_close(own, null + 2.5 * (velocity - null))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "residual"])

@@ -28,6 +28,16 @@ def drawn_times(count: int, generator: torch.Generator, shift: float = 1.0) -> t
     return torch.where(kind < SAME, one, t), torch.where(kind < SAME, one, r)
 
 
+def fused(conditional: ClipLatents, null: ClipLatents, guidance: float) -> ClipLatents:
+    """What is added to velocities of the data, so that a network which learns their sum comes to hold the guidance.
+
+    `conditional` and `null` are the network's own. With κ = 1 − 1/guidance, v + κ·(conditional − null) equals
+    `conditional` where that is null + guidance·(v − null), as in MeanFlow (appendix B.1); guidance − 1 in place of κ
+    would add it anew at every step.
+    """
+    return (1 - 1 / guidance) * (conditional - null)
+
+
 def flow_map_loss(
     u: Velocity, guide: Velocity, clips: ClipLatents, noise: ClipLatents, t: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor]:

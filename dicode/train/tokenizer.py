@@ -29,7 +29,7 @@ from dicode.tokenizer.motion import limited
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.begin import check_places, load_first_stage, start_from, take_denoiser
 from dicode.train.cached import at_once, first_stage_latents, frames_to_pixels, splits, trained_part
-from dicode.train.flow_map import drawn_times, flow_map_loss
+from dicode.train.flow_map import drawn_times, flow_map_loss, fused
 from dicode.train.lora import add_adapters, merged, train_whole
 from dicode.train.places import ClipPlaces
 from dicode.train.runs import VALIDATION_CLIPS, TokenizerRun
@@ -329,7 +329,8 @@ class TokenizerTraining:
                 return torch.zeros_like(x)
             both = condition.with_null(self.module.null_tokens())
             conditional, null = u(x.repeat(2, 1, 1, 1, 1), t.repeat(2), r.repeat(2), both).chunk(2)
-            return (self.run.fused_guidance - 1) * (conditional - null) * condition.keys_mask[:, None, None, None, None]
+            added = fused(conditional, null, self.run.fused_guidance)
+            return added * condition.keys_mask[:, None, None, None, None]
 
         t, r = (own.to(clips) for own in drawn_times(len(clips), generator, self.run.model.denoiser.time_shift))
         loss, plain = flow_map_loss(u, guide, clips, noise, t, r)
