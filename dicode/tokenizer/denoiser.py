@@ -138,11 +138,12 @@ class ResidualDenoiser(nn.Module):
         given = conditioning.keys_mask[:, None].to(noisy)
         deviation = (given * self.deviation + 1 - given)[..., None, None, None]
         t = (timestep / 1000).to(noisy)[:, None, None, None, None]
-        residual = noisy - (1 - t) * expected
-        variance = ((1 - t) * deviation).square() + t.square()
-        skip = (t - (1 - t) * deviation.square()) / variance
-        predicted = self.network(residual * variance.rsqrt(), timestep, conditioning, *until)
-        return skip * residual + deviation * variance.rsqrt() * predicted - expected
+        share = 1 - t
+        residual, faded = noisy - share * expected, share * deviation
+        scale = (faded.square() + t.square()).rsqrt()
+        skip = (t - faded * deviation) * scale.square()
+        predicted = self.network(residual * scale, timestep, conditioning, *until)
+        return skip * residual + deviation * scale * predicted - expected
 
     @torch.no_grad()
     def fit_deviation(self, clips: ClipLatents, expected: ClipLatents, smallest: float = 0.2) -> None:
@@ -201,10 +202,12 @@ class Hourglass(nn.Module):
         h, w = (side // 2 for side in noisy.shape[-2:])
         noisy = noisy.to(self.frame_positions.dtype)
         width = self.config.denoiser.fine_width
-        time = self.time(time_waves(timestep, width).to(noisy))
         if self.config.denoiser.flow_map:
-            end = self.until(time_waves(timestep if until is None else until, width).to(noisy))
-            time = torch.lerp(time, end, UNTIL_SHARE)
+            ends = torch.cat([timestep, timestep if until is None else until])
+            begins, ends = time_waves(ends, width).to(noisy).chunk(2)
+            time = torch.lerp(self.time(begins), self.until(ends), UNTIL_SHARE)
+        else:
+            time = self.time(time_waves(timestep, width).to(noisy))
         x = frames_convolved(self.stem, rearrange(conditioning.channels(noisy, self.config), "b f c h w -> b f h w c"))
         x = x + self.frame_positions
         for block in self.down_blocks:
