@@ -112,18 +112,18 @@ def denoiser() -> TokenizerRun:
 
 
 def flow_map() -> TokenizerRun:
-    """The denoiser as a flow map: clips in a few forward passes, without guidance, which it has learnt.
-
-    Validated at its end alone: the loss of its velocities says nothing of its jumps.
-    """
+    """The denoiser as a flow map: clips in a few forward passes, without guidance, which it has learnt."""
     run = denoiser()
     optim = replace(run.loop.optim, steps=STEPS_OF_MAP, lr=3e-4, warmup_steps=50, decay_fraction=0.6)
     return replace(
         run,
         init="runs/sprites-denoiser/best",
-        model=replace(MODEL, denoiser=replace(MODEL.denoiser, flow_map=True)),
-        fused_guidance=2.5,
-        loop=replace(run.loop, evaluate_every=STEPS_OF_MAP, optim=optim),
+        model=replace(
+            MODEL,
+            denoiser=replace(MODEL.denoiser, flow_map=True, fused_guidance=2.5),
+            sampling=MODEL.sampling.changed(steps=2, decoder_guidance=1.0),
+        ),
+        loop=replace(run.loop, evaluate_every=500, optim=optim),
     )
 
 

@@ -58,7 +58,7 @@ def flow_map() -> TokenizerRun:
     run = whole()
     model = replace(
         run.model,
-        denoiser=replace(run.model.denoiser, flow_map=True),
+        denoiser=replace(run.model.denoiser, flow_map=True, fused_guidance=MODEL.sampling.decoder_guidance),
         sampling=run.model.sampling.changed(steps=4, decoder_guidance=1.0),
     )
     optim = replace(run.loop.optim, steps=20_000, ema_decay=0.999)
@@ -67,7 +67,6 @@ def flow_map() -> TokenizerRun:
         init="runs/wan-whole/best",
         model=model,
         trains="denoiser",
-        fused_guidance=MODEL.sampling.decoder_guidance,
         loop=replace(run.loop, optim=optim),
     )
 

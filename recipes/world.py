@@ -126,9 +126,12 @@ def flow_map() -> TokenizerRun:
         run,
         init="runs/world-denoiser/best",
         init_denoiser=None,
-        model=replace(MODEL, denoiser=replace(MODEL.denoiser, flow_map=True)),
-        fused_guidance=1.5,
-        loop=replace(run.loop, evaluate_every=STEPS_OF_MAP, optim=optim),
+        model=replace(
+            MODEL,
+            denoiser=replace(MODEL.denoiser, flow_map=True, fused_guidance=1.5),
+            sampling=MODEL.sampling.changed(steps=2, decoder_guidance=1.0),
+        ),
+        loop=replace(run.loop, evaluate_every=500, optim=optim),
     )
 
 

@@ -127,6 +127,27 @@ def map_run(folder: Path, change: bool, **changes: object) -> TokenizerRun:
     return dataclasses.replace(run, **changes)  # type: ignore[arg-type]
 
 
+def guided(run: TokenizerRun, guidance: float) -> TokenizerRun:
+    denoiser = dataclasses.replace(run.model.denoiser, fused_guidance=guidance)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, denoiser=denoiser))
+
+
+@torch.no_grad()
+def test_few_jumps_are_compared_with_many(root: Path) -> None:
+    """The measure that picks a flow map: nothing where jumps of any length agree, and more the less they do."""
+    stage = stage_of(map_run(root, VideoTokenizer.from_pretrained(root / "map/best").config.denoiser.predict_residual))
+    assert isinstance(stage, TokenizerTraining) and stage.best == "-jump_gap"
+    assert stage.validate()[0]["jump_gap"] > 0
+    clips, own = torch.zeros(2, 16, 5, 8, 8), stage.module
+    gaps = []
+    for share in (0.0, 1.0, 2.0):
+        own.velocity = lambda told, x, t, r, share=share: torch.ones_like(x) + share * (t / 1000).view(-1, 1, 1, 1, 1)  # type: ignore[method-assign]
+        gaps.append(stage.jump_gap(clips, conditioning(2)).item())
+    assert gaps[0] == pytest.approx(0, abs=1e-10)
+    # Euler's sums of t over n equal steps down from 1 are (1 + 1/n) / 2
+    assert gaps[1] == pytest.approx(((1 / 2 - 1 / 16) / 2) ** 2, rel=1e-4) and gaps[2] == pytest.approx(4 * gaps[1])
+
+
 @torch.no_grad()
 def test_a_flow_map_begins_as_its_denoiser(root: Path) -> None:
     before = VideoTokenizer.from_pretrained(root / "denoiser/best")
@@ -157,7 +178,7 @@ def test_what_a_flow_map_cannot_be_is_an_error(root: Path) -> None:
     with pytest.raises(ValueError, match="flow_map: expected 'hourglass' or 'wan', and 'flow'"):
         build_denoiser(dataclasses.replace(run.model, objective="epsilon"))
     with pytest.raises(ValueError, match="fused_guidance: for a flow map"):
-        stage_of(dataclasses.replace(runs(root)["denoiser"], fused_guidance=2.0))
+        build_denoiser(guided(runs(root)["denoiser"], 2.0).model)
 
 
 def test_fused_guidance_moves_the_target_where_key_frames_are_given(root: Path) -> None:
@@ -167,9 +188,9 @@ def test_fused_guidance_moves_the_target_where_key_frames_are_given(root: Path) 
     clips, noise = torch.randn(2, 4, 16, 5, 8, 8, generator=generator_for(0))
     losses = []
     for guidance, kept in ((1.0, 1.0), (3.0, 1.0), (3.0, 0.0)):
-        stage.run = dataclasses.replace(stage.run, fused_guidance=guidance)
+        stage.run = guided(stage.run, guidance)
         told = dataclasses.replace(conditioning(4), keys_mask=torch.full((4,), kept))
         losses.append(stage.jumping_loss(clips, noise, told, generator_for(1)).item())
-    stage.run = dataclasses.replace(stage.run, fused_guidance=1.0)
+    stage.run = guided(stage.run, 1.0)
     told = dataclasses.replace(conditioning(4), keys_mask=torch.zeros(4))
     assert losses[0] != losses[1] and losses[2] == stage.jumping_loss(clips, noise, told, generator_for(1)).item()

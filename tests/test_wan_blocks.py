@@ -78,8 +78,8 @@ def stage_1(root: Path, **changes: Any) -> TokenizerRun:
 
 
 def flow_map(root: Path) -> TokenizerRun:
-    run = stage_1(root, init=str(root / "whole/best"), trains="denoiser", fused_guidance=1.5)
-    denoiser = dataclasses.replace(run.model.denoiser, flow_map=True)
+    run = stage_1(root, init=str(root / "whole/best"), trains="denoiser")
+    denoiser = dataclasses.replace(run.model.denoiser, flow_map=True, fused_guidance=1.5)
     few = SamplingConfig(steps=4)
     return dataclasses.replace(run, model=dataclasses.replace(run.model, denoiser=denoiser, sampling=few))
 

@@ -110,6 +110,7 @@ class DenoiserConfig:
     context_frames: Annotated[int, Range(0, 256)] = 2
     predict_residual: bool = False  # predict the difference from the expected clip (`ResidualDenoiser`)
     flow_map: bool = False  # `hourglass`, `wan`: jumps to any earlier time, for few steps (dicode.train.flow_map)
+    fused_guidance: Annotated[float, Range(1, 1000)] = 1.0  # that a flow map has learnt, and sampling need not add
     depth: Depth = 2  # transformer blocks; `unet3d`: residual layers a level
     heads: Width = 4  # of attention; `unet3d`: at its finest level
     width: Width = 224  # `hourglass`: of the transformer

@@ -107,6 +107,8 @@ def build_denoiser(config: TokenizerConfig) -> nn.Module:
     if config.denoiser.flow_map and (config.denoiser.kind == "unet3d" or config.objective != "flow"):
         found = f"{config.denoiser.kind!r}, {config.objective!r}"
         raise ValueError(f"flow_map: expected 'hourglass' or 'wan', and 'flow', got {found}")
+    if config.denoiser.fused_guidance != 1.0 and not config.denoiser.flow_map:
+        raise ValueError("fused_guidance: for a flow map; set flow_map too")
     network = DENOISERS[config.denoiser.kind](config)
     return ResidualDenoiser(network, config.latent_frames) if config.denoiser.predict_residual else network
 

@@ -161,8 +161,6 @@ class TokenizerRun:
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # of the denoiser, which is then trained alone
     token_noise: Factor = 0.2  # highest deviation of noise on the decoder's tokens (DESIGN §2.4)
     drop_tokens: Share = 0.1  # probability of the null condition of guidance
-    # of a flow map: guidance that it learns, and sampling need not add
-    fused_guidance: Annotated[float, Range(1, 1000)] = 1.0
     mirror: bool = False  # half of the clips mirrored: twice the latents to compute and keep
     trains: Literal["all", "code", "motion", "denoiser"] = "all"
     whole_clips: bool = False  # clips lie where a language model has them: whole clips after their video's start

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import starmap
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,8 @@ from dicode.data.cache import FrameCache
 from dicode.data.columns import CachedVideo, Videos
 from dicode.device import autocast, pick_device
 from dicode.seeds import generator_for
-from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, cross_faded, noised
+from dicode.tokenizer.config import SamplingConfig
+from dicode.tokenizer.denoiser import ClipConditioning, ResidualDenoiser, cross_faded, noised, sample
 from dicode.tokenizer.motion import limited
 from dicode.tokenizer.video_tokenizer import VideoTokenizer
 from dicode.train.begin import check_places, load_first_stage, start_from, take_denoiser
@@ -37,6 +39,7 @@ from dicode.train.streamed import StreamedClips, check_buckets
 
 DROP_CONTEXT = 0.5  # probability of a clip without context, as the first of a video has none
 MEASURED_CLIPS = 512  # from which a residual denoiser's deviation is fitted
+FEW, MANY = 2, 16  # jumps that are compared in validation
 WHOLE_MOTION = 0.5  # probability of a clip with all its motion tokens; others get any number of the first ones
 
 
@@ -54,8 +57,6 @@ def check(run: TokenizerRun) -> None:
     if run.trains == "code" and (run.lora.rank or run.model.code is None):
         raise ValueError("trains: 'code' needs model.code, and no adapters")
     check_buckets(run)
-    if run.fused_guidance != 1.0 and not run.model.denoiser.flow_map:
-        raise ValueError("fused_guidance: for a flow map; set model.denoiser.flow_map")
 
 
 def freeze(module: VideoTokenizer, run: TokenizerRun) -> None:
@@ -78,7 +79,8 @@ class TokenizerTraining:
         check(run)
         self.run, self.places = run, ClipPlaces(run)
         self.tail = self.head + run.model.tail_frame  # where among the rows of `clip_rows` its tail key frame lies
-        self.best = {"code": "-code_loss", "motion": "-motion_loss"}.get(run.trains, "-denoising_loss")
+        denoising = "-jump_gap" if run.model.denoiser.flow_map else "-denoising_loss"
+        self.best = {"code": "-code_loss", "motion": "-motion_loss"}.get(run.trains, denoising)
         torch.manual_seed(run.loop.seed)
         self.module = module = VideoTokenizer(run.model)
         load_first_stage(module, Path(run.init))
@@ -315,7 +317,7 @@ class TokenizerTraining:
     def jumping_loss(
         self, clips: Tensor, noise: Tensor, condition: ClipConditioning, generator: torch.Generator
     ) -> Tensor:
-        """The loss of a flow map; in validation that of its velocities alone, which says nothing of its jumps.
+        """The loss of a flow map; in validation that of its velocities alone: `jump_gap` is of its jumps.
 
         It compares with a denoiser's only where no guidance is fused: the target contains that of the network itself.
         """
@@ -325,11 +327,11 @@ class TokenizerTraining:
             return self.with_given(self.module.velocity(condition, x, t * 1000, r * 1000), velocity, condition)
 
         def guide(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            if self.run.fused_guidance == 1.0:
+            if (guidance := self.run.model.denoiser.fused_guidance) == 1.0:
                 return torch.zeros_like(x)
             both = condition.with_null(self.module.null_tokens())
             conditional, null = u(x.repeat(2, 1, 1, 1, 1), t.repeat(2), r.repeat(2), both).chunk(2)
-            added = fused(conditional, null, self.run.fused_guidance)
+            added = fused(conditional, null, guidance)
             return added * condition.keys_mask[:, None, None, None, None]
 
         t, r = (own.to(clips) for own in drawn_times(len(clips), generator, self.run.model.denoiser.time_shift))
@@ -362,9 +364,18 @@ class TokenizerTraining:
                 losses["motion_loss"].append(functional.mse_loss(condition.expected, self.within(clips)))
             if self.run.trains in ("all", "denoiser"):
                 losses["denoising_loss"].append(self.denoising_loss(self.within(clips), condition, generator))
+                if self.run.model.denoiser.flow_map and not losses["jump_gap"]:
+                    losses["jump_gap"].append(self.jump_gap(self.within(clips), condition))
         metrics = {name: torch.stack(parts).mean().item() for name, parts in losses.items()}
         metrics |= {"replaced": replaced} if replaced else {}
         return metrics, self.sheet(*map(torch.cat, zip(*shown, strict=True)))
+
+    def jump_gap(self, clips: Tensor, condition: ClipConditioning) -> Tensor:
+        """Mean squared error of latents from a few jumps of a flow map against many, from the same noise."""
+        noise = torch.randn(clips.shape, generator=generator_for(0, "jumps")).to(clips)
+        predict, shift = partial(self.module.velocity, condition), self.run.model.denoiser.time_shift
+        few, many = (sample("flow", SamplingConfig(steps=own), predict, noise, shift=shift) for own in (FEW, MANY))
+        return functional.mse_loss(self.with_given(few, many, condition), many)
 
     def blocks(self, keys: Tensor, clips: Tensor) -> Tensor:
         """Tokens of the head and tail key frames of clips, those of motion included: `b 2 n d`."""
