@@ -151,7 +151,7 @@ def test_few_jumps_are_compared_with_many(root: Path) -> None:
 @torch.no_grad()
 def test_a_flow_map_begins_as_its_denoiser(root: Path) -> None:
     before = VideoTokenizer.from_pretrained(root / "denoiser/best")
-    stage = stage_of(map_run(root, before.config.denoiser.predict_residual))
+    stage = stage_of(guided(map_run(root, before.config.denoiser.predict_residual), 2.5))
     assert isinstance(stage, TokenizerTraining)
     now, told, noisy = stage.module.eval(), conditioning(2), torch.randn(2, 16, 5, 8, 8)
     t = torch.tensor([300.0, 900.0])

@@ -92,7 +92,7 @@ def toy_tokenizer(model: TokenizerConfig) -> TokenizerConfig:
     tiny = tiny_config()
     denoiser: DenoiserConfig = tiny.denoiser
     if model.denoiser.kind == denoiser.kind:
-        asked = {name: getattr(model.denoiser, name) for name in ("predict_residual", "flow_map")}
+        asked = {name: getattr(model.denoiser, name) for name in ("predict_residual", "flow_map", "fused_guidance")}
         denoiser = dataclasses.replace(denoiser, **asked)
     resampler = model.resampler and RESAMPLER
     own = {"denoiser": denoiser, "objective": model.objective, "resampler": resampler}

@@ -45,8 +45,9 @@ def start_from(tokenizer: VideoTokenizer, run: TokenizerRun) -> None:
         return
     own = {name: t for name, t in parts.state_dict().items() if moves and MOTION in name}
     begins = ours.flow_map and not held.denoiser.flow_map
-    # a stride is an input, no other network; a flow map begins as the denoiser that it is made from
-    if replace(held.denoiser, frame_stride=ours.frame_stride, flow_map=held.denoiser.flow_map or begins) == ours:
+    # a stride is an input, no other network; a flow map begins as the denoiser that it is made from, of less guidance
+    maps = {"flow_map": held.denoiser.flow_map or begins, "fused_guidance": ours.fused_guidance}
+    if replace(held.denoiser, frame_stride=ours.frame_stride, **maps) == ours:  # type: ignore[arg-type]
         check_objective(tokenizer.config, held, folder)
         if not begins and not moves:
             load_weights(parts, folder / WEIGHTS)
