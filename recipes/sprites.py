@@ -7,12 +7,13 @@ r"""The default bundled model, `sprites`: 64×64, 8 fps, 16 frames a clip, train
     dicode train recipes/sprites.py:lm
     dicode train recipes/sprites.py:flow_map
     dicode train recipes/sprites.py:first_stage_decoder
-    dicode assemble runs/sprites-denoiser/best runs/sprites-lm/best -o sprites \
+    dicode assemble runs/sprites-flow_map/best runs/sprites-lm/best -o sprites \
         --first-stage runs/sprites-first_stage_decoder/best
 
-The bundled model was assembled with `--dtype int8 --guidance 1.5 --variance-scale 1 --decoder-guidance 2.5
+The bundled model was assembled with `--dtype int8 --guidance 1.5 --variance-scale 1 --flow-steps 6 --steps 4
 --decoder-temperature 0.95 --motion-scale 1.3 --context-key-frames 8`.
-To train it further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`.
+To train it further: `--first-stage`, `--tokenizer` and `--init` take `dicode/checkpoints/sprites`; its denoiser is a
+flow map, so that the recipe to train it with is `flow_map`.
 
 The same command resumes an interrupted run. Hours and results of each: docs/log.md.
 """
@@ -36,10 +37,12 @@ MODEL = TOKENIZERS["sprites"]
 STEPS_OF_MAP = 1500
 
 # For `dicode train recipes/sprites.py --all`: in order, with the hours that each is worth.
-STAGES = {"first_stage": 0.9, "linear_code": 0.1, "denoiser": 4.3, "lm": 3.6, "first_stage_decoder": 0.7}
+STAGES = {
+    "first_stage": 0.9, "linear_code": 0.1, "denoiser": 4.3, "flow_map": 0.5, "lm": 3.6, "first_stage_decoder": 0.7,
+}  # fmt: skip
 SAMPLING = {
-    "guidance": 1.5, "variance_scale": 1.0, "decoder_guidance": 2.5, "decoder_temperature": 0.95, "motion_scale": 1.3,
-    "context_key_frames": 8,
+    "guidance": 1.5, "variance_scale": 1.0, "flow_steps": 6, "steps": 4, "decoder_temperature": 0.95,
+    "motion_scale": 1.3, "context_key_frames": 8,
 }  # fmt: skip
 
 
@@ -121,7 +124,7 @@ def flow_map() -> TokenizerRun:
         model=replace(
             MODEL,
             denoiser=replace(MODEL.denoiser, flow_map=True, fused_guidance=2.5),
-            sampling=MODEL.sampling.changed(steps=2, decoder_guidance=1.0),
+            sampling=MODEL.sampling.changed(steps=4, decoder_guidance=1.0),
         ),
         loop=replace(run.loop, evaluate_every=500, optim=optim),
     )

@@ -129,7 +129,7 @@ def flow_map() -> TokenizerRun:
         model=replace(
             MODEL,
             denoiser=replace(MODEL.denoiser, flow_map=True, fused_guidance=1.5),
-            sampling=MODEL.sampling.changed(steps=2, decoder_guidance=1.0),
+            sampling=MODEL.sampling.changed(steps=4, decoder_guidance=1.0),
         ),
         loop=replace(run.loop, evaluate_every=500, optim=optim),
     )
