@@ -218,9 +218,11 @@ class FlowHead(nn.Module):
         """From noise, its variance scaled, in `flow_steps` Euler steps of null + guidance·(velocity − null)."""
         steps, p = sampling.flow_steps, hidden.shape[1]
         noise = torch.stack([torch.randn(p, self.token_width, generator=g) for g in generators])
-        tokens = noise.to(hidden.device) * sampling.variance_scale**0.5
+        tokens = noise.to(hidden.device)
+        if sampling.variance_scale != 1.0:
+            tokens = tokens * sampling.variance_scale**0.5
         both = hidden if null_hidden is None else torch.cat([hidden, null_hidden])
-        sigma = 1 - torch.arange(steps, device=hidden.device) / steps
+        sigma = torch.arange(steps, 0, -1, device=hidden.device) / steps
         condition = self._condition(sigma[:, None], both)  # of all steps at once, as what blocks make of it
         modulations = [cast(_FlowBlock, block).modulation_of(condition) for block in self.blocks]
         for step in range(steps):

@@ -57,6 +57,7 @@ class Llama(nn.Module):
     """The transformer without its output layer: embeddings in, hidden states after the last norm out."""
 
     frequencies: Tensor
+    signs: Tensor
 
     def __init__(self, config: DeepLMConfig) -> None:
         super().__init__()
@@ -65,7 +66,9 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(config, number) for number in range(body.depth))
         self.norm = RMSNorm(body.width)
         rates = rope_frequencies(body.width // body.heads, body.rope_base, body.rope_factor)
-        self.register_buffer("frequencies", rates.to(torch.get_default_device()), persistent=False)
+        signs = torch.cat([-torch.ones_like(rates), torch.ones_like(rates)])
+        self.register_buffer("frequencies", rates.repeat(2).to(torch.get_default_device()), persistent=False)
+        self.register_buffer("signs", signs.to(torch.get_default_device()), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -91,8 +94,7 @@ class Llama(nn.Module):
             mask = number[before:, None] >= number
         added = None if mask is None else added_to_logits(mask, computing_dtype(embeddings))
         angles = places[:, None] * self.frequencies
-        cosines, sines = angles.cos(), angles.sin()
-        waves = torch.cat([cosines, cosines], dim=-1), torch.cat([-sines, sines], dim=-1)
+        waves = angles.cos(), angles.sin() * self.signs
         around = Surroundings(waves, added, causal, fused, cache)
         x = embeddings
         for layer in self.layers:

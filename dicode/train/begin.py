@@ -61,7 +61,8 @@ def start_from(tokenizer: VideoTokenizer, run: TokenizerRun) -> None:
         return
     if adapts:
         raise ValueError(f"lora: {folder} holds {held.denoiser}, the recipe names {ours}")
-    print(f"{folder} holds another denoiser ({held.denoiser.kind}): this one starts with random weights", flush=True)
+    kind = f"{held.denoiser.kind}{', a flow map' if held.denoiser.flow_map else ''}"
+    print(f"{folder} holds another denoiser ({kind}): this one starts with random weights", flush=True)
     own |= {name: t for name, t in parts.state_dict().items() if name.startswith(DENOISER)}
     theirs = {name: t for name, t in read_tensors(folder / WEIGHTS).items() if not name.startswith(DENOISER)}
     load_state(parts, {**theirs, **own}, str(folder / WEIGHTS))

@@ -32,7 +32,7 @@ def fused(conditional: ClipLatents, null: ClipLatents, guidance: float) -> ClipL
     """What is added to velocities of the data, so that a network which learns their sum comes to hold the guidance.
 
     `conditional` and `null` are the network's own. With κ = 1 − 1/guidance, v + κ·(conditional − null) equals
-    `conditional` where that is null + guidance·(v − null), as in MeanFlow (appendix B.1); guidance − 1 in place of κ
+    `conditional` where that is null + guidance·(v − null), as in MeanFlow; guidance − 1 in place of κ
     would add it anew at every step.
     """
     return (1 - 1 / guidance) * (conditional - null)
