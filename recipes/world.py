@@ -99,7 +99,6 @@ def denoiser() -> TokenizerRun:
     return TokenizerRun(
         cache=CACHE,
         init="runs/world-linear_code/best",
-        init_denoiser=SPRITES,
         mirror=True,
         model=MODEL,
         loop=LoopConfig(
@@ -125,7 +124,6 @@ def flow_map() -> TokenizerRun:
     return replace(
         run,
         init="runs/world-denoiser/best",
-        init_denoiser=None,
         model=replace(
             MODEL,
             denoiser=replace(MODEL.denoiser, flow_map=True, fused_guidance=1.5),
