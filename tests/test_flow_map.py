@@ -141,7 +141,7 @@ def test_few_jumps_are_compared_with_many(root: Path) -> None:
     clips, own = torch.zeros(2, 16, 5, 8, 8), stage.module
     gaps = []
     for share in (0.0, 1.0, 2.0):
-        own.velocity = lambda told, x, t, r, share=share: torch.ones_like(x) + share * (t / 1000).view(-1, 1, 1, 1, 1)  # type: ignore[method-assign]
+        own.velocity = lambda _, x, t, r, share=share: torch.ones_like(x) + share * (t / 1000).view(-1, 1, 1, 1, 1)  # type: ignore[method-assign]
         gaps.append(stage.jump_gap(clips, conditioning(2)).item())
     assert gaps[0] == pytest.approx(0, abs=1e-10)
     # Euler's sums of t over n equal steps down from 1 are (1 + 1/n) / 2

@@ -364,7 +364,7 @@ class TokenizerTraining:
                 losses["motion_loss"].append(functional.mse_loss(condition.expected, self.within(clips)))
             if self.run.trains in ("all", "denoiser"):
                 losses["denoising_loss"].append(self.denoising_loss(self.within(clips), condition, generator))
-                if self.run.model.denoiser.flow_map and not losses["jump_gap"]:
+                if self.run.model.denoiser.flow_map and not losses["jump_gap"]:  # of one batch: it takes 18 passes
                     losses["jump_gap"].append(self.jump_gap(self.within(clips), condition))
         metrics = {name: torch.stack(parts).mean().item() for name, parts in losses.items()}
         metrics |= {"replaced": replaced} if replaced else {}
